@@ -1,0 +1,284 @@
+"""MHLAConfig and MHLA: the operator with its parameters, as one module with flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .ops import FEATURE_MAPS, MIXING_STARTS, NORMALIZERS, BlockLayout, initial_mixing, mhla
+from .ops.features import RotaryEmbedding
+
+CONSTRAINTS = ("clamp", "softmax", "none")
+CPE_STARTS = (None, "zero", "identity")
+
+# SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
+_OPEN_GATE_BIAS = 1.2784645427610738
+
+
+@dataclass(frozen=True)
+class MHLAConfig:
+    """What an MHLA layer is made of.
+
+    Args:
+        blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
+            The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
+        feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`.
+        normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
+        mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
+        constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
+            ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
+        mixing_per_head: one mixing matrix per head instead of one for all.
+        cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
+            fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
+        gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
+            changes no function. A deviation: the paper does not say how it starts.
+        output_norm: RMSNorm over each head's d, before the gate.
+        eps: added by the relu feature map.
+        layers: which layers of a model get linear attention, the others keep softmax; None for all.
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names those that are.
+    """
+
+    blocks: int | tuple[int, ...] = 16
+    feature_map: str = "relu"
+    normalizer: str = "paper"
+    mixing_init: str = "locality"
+    constraint: str = "clamp"
+    mixing_per_head: bool = False
+    cpe: str | None = None
+    gate: bool = False
+    output_norm: bool = False
+    eps: float = 1e-6
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "layers"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        counts = self.blocks if isinstance(self.blocks, tuple) else (self.blocks,)
+        if not counts or not all(_is_int(count) and count >= 1 for count in counts):
+            raise ValueError(f"blocks must be an integer >= 1 or one per axis, got {self.blocks!r}")
+        allowed: dict[str, tuple[Any, ...]] = {
+            "feature_map": FEATURE_MAPS,
+            "normalizer": NORMALIZERS,
+            "mixing_init": MIXING_STARTS,
+            "constraint": CONSTRAINTS,
+            "cpe": CPE_STARTS,
+            "mixing_per_head": (False, True),
+            "gate": (False, True),
+            "output_norm": (False, True),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
+        if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
+            raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (lists, not tuples), as they stand in a model's config.json."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: for an unknown key, naming the known ones.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(
+                f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> MHLAConfig:
+        return cls.from_dict(json.loads(text))
+
+    def layout(self, grid: tuple[int, ...]) -> BlockLayout:
+        """The blocks on a grid.
+
+        Raises:
+            ValueError: when the grid cannot hold them.
+        """
+        if isinstance(self.blocks, tuple):
+            return BlockLayout(grid, self.blocks)
+        return BlockLayout.with_num_blocks(grid, self.blocks)
+
+
+class MHLA(nn.Module):
+    """Multi-Head Linear Attention on projected queries, keys and values.
+
+    Holds what the operator learns: the mixing matrix and, by flags, the convolution on v (``cpe``), the
+    per-head norm and the gate. The blocks along each axis are fixed at construction and follow the grid: at
+    another resolution blocks grow or shrink, and the mixing matrix stays valid.
+
+    Args:
+        config: see :class:`MHLAConfig`. With one block there is no mixing matrix: plain linear attention.
+        heads, head_dim: H and d.
+        grid: the grid the model is made for, ``(H, W)`` or ``(F, H, W)``.
+        query_dim: width of the hidden states that the gate reads; H d by default.
+
+    Raises:
+        ValueError: when the grid cannot hold the blocks.
+    """
+
+    def __init__(
+        self,
+        config: MHLAConfig,
+        *,
+        heads: int,
+        head_dim: int,
+        grid: tuple[int, ...],
+        query_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        layout = config.layout(grid)
+        self.blocks = layout.blocks
+        inner_dim = heads * head_dim
+        self.mixing = nn.Parameter(self._initial_mixing(layout, heads)) if layout.num_blocks > 1 else None
+        self.cpe = _cpe_conv(inner_dim, len(grid), start=config.cpe) if config.cpe else None
+        self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
+        self.gate = _open_gate(query_dim or inner_dim, inner_dim) if config.gate else None
+        if config.constraint == "clamp" and self.mixing is not None:
+            _clamped_modules.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies and unpickled modules skip __init__, but hold the constraint too.
+        super().__setstate__(state)
+        if self.config.constraint == "clamp" and self.mixing is not None:
+            _clamped_modules.add(self)
+
+    def _initial_mixing(self, layout: BlockLayout, heads: int) -> Tensor:
+        mixing = initial_mixing(layout, self.config.mixing_init)
+        if self.config.constraint == "softmax":
+            # Logits. A weight of exactly 0 would have no gradient.
+            mixing = mixing.clamp_min(1e-4).log()
+        return mixing.repeat(heads, 1, 1) if self.config.mixing_per_head else mixing
+
+    def mixing_matrix(self) -> Tensor:
+        """W as the operator sees it, ``[M, M]`` or ``[H, M, M]``."""
+        if self.mixing is None:
+            return torch.ones(1, 1)
+        return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: tuple[int, ...],
+        hidden_states: Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, and apply what the flags ask for: ``norm(mhla(q, k, v)) * SiLU(gate(x)) + cpe(v)``.
+
+        Args:
+            q, k, v: ``[B, H, N, d]`` in grid order, before the feature map.
+            grid: the grid of these tokens.
+            hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
+            rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
+
+        Returns:
+            ``[B, N, H d]``.
+
+        Raises:
+            ValueError: when shapes, grid and blocks do not fit together.
+        """
+        out = mhla(
+            q, k, v, self.mixing_matrix().to(q.device), BlockLayout(grid, self.blocks),
+            feature_map=self.config.feature_map, normalizer=self.config.normalizer,
+            rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
+        )  # fmt: skip
+        if self.norm is not None:
+            out = self.norm(out)
+        out = out.transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            out = out * F.silu(self.gate(hidden_states))
+        if self.cpe is not None:
+            # Behind norm and gate, as in the public reference code.
+            out = out + _convolve(self.cpe, v, grid)
+        return out
+
+    @torch.no_grad()
+    def clamp_mixing(self) -> None:
+        """Bring the mixing matrix back into [0, 1]; called after every optimizer step."""
+        assert self.mixing is not None
+        # On .data: where nothing leaves [0, 1] a graph that saved this tensor stays valid.
+        self.mixing.data.clamp_(0, 1)
+
+
+_clamped_modules: weakref.WeakSet[MHLA] = weakref.WeakSet()
+
+
+def _clamp_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # All live modules, not this optimizer's parameters: FSDP, DeepSpeed and from_pretrained replace those.
+    for module in list(_clamped_modules):
+        module.clamp_mixing()
+
+
+# The constraint is the module's own, so that no training loop can forget it.
+register_optimizer_step_post_hook(_clamp_all)
+
+
+def _cpe_conv(channels: int, axes: int, *, start: str) -> nn.Conv2d | nn.Conv3d:
+    """The depthwise 3x3 (or 3x3x3) convolution of the conditional position encoding."""
+    conv = (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
+    nn.init.zeros_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    if start == "identity":
+        with torch.no_grad():
+            conv.weight[(slice(None), 0, *[1] * axes)] = 1
+    return conv
+
+
+def _convolve(conv: nn.Module, v: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``."""
+    images = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)  # [B, H d, *grid]
+    return conv(images).flatten(2).transpose(1, 2)
+
+
+def _open_gate(query_dim: int, inner_dim: int) -> nn.Linear:
+    gate = nn.Linear(query_dim, inner_dim)
+    nn.init.zeros_(gate.weight)
+    nn.init.constant_(gate.bias, _OPEN_GATE_BIAS)
+    return gate
+
+
+def suggest_num_blocks(grid: tuple[int, ...]) -> int:
+    """The largest M with M^2 <= N whose blocks divide the grid evenly."""
+    for num_blocks in range(math.isqrt(math.prod(grid)), 1, -1):
+        try:
+            layout = BlockLayout.with_num_blocks(grid, num_blocks)
+        except ValueError:
+            continue
+        if layout.is_even:
+            return num_blocks
+    return 1
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,261 @@
+"""Image transformers of diffusers with MHLA inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ..attention import MHLAConfig, suggest_num_blocks
+from .processors import MHLAAttnProcessor
+
+ATTENTIONS = ("mhla", "linear", "softmax")
+
+# Stock DiTTransformer2DModel would ignore the fields it does not know and run softmax on these weights. It
+# does refuse an unknown norm_type, and quotes it: so the refusal says what to do.
+_NORM_TYPE = "ada_norm_zero"
+_MARKED_NORM_TYPE = (
+    "ada_norm_zero, with linear attention: load it with mhla_diffusion.MHLADiTTransformer2DModel"
+)
+
+
+class MHLADiTTransformer2DModel(DiTTransformer2DModel):
+    """DiT with MHLA, plain linear or softmax attention in each layer, on grids of any shape.
+
+    Takes every argument of :class:`diffusers.DiTTransformer2DModel` and two more. Its registered config
+    rebuilds it, so ``save_pretrained`` and ``from_pretrained`` restore the same function.
+
+    Differences from the stock class, which hold for softmax layers too:
+
+    - latents may have any height and width that are multiples of the patch (stock DiT is square-only);
+    - labels are not dropped inside the model: stock DiT draws them anew in every layer, so that half of the
+      layers may see a label that the others do not. Training code replaces labels by the null class,
+      ``num_embeds_ada_norm``;
+    - new models start as DiT's authors start them (zero modulation, zero output), not with torch's defaults.
+
+    Args:
+        attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
+            ``mhla_config.layers`` names or, as a list, for each layer.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+
+    Raises:
+        ValueError: for settings that do not fit together; the message says which and what to do.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = _NORM_TYPE,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        attention: str | Sequence[str] = "mhla",
+        mhla_config: MHLAConfig | dict[str, Any] | None = None,
+    ) -> None:
+        if mhla_config is None:
+            mhla_config = MHLAConfig()
+        elif not isinstance(mhla_config, MHLAConfig):
+            mhla_config = MHLAConfig.from_dict(dict(mhla_config))
+        kinds = layer_attention(attention, mhla_config.layers, num_layers)
+        grid = (sample_size // patch_size,) * 2
+        if "mhla" in kinds:
+            _check_blocks(mhla_config, grid)
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            attention_bias=attention_bias,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            activation_fn=activation_fn,
+            num_embeds_ada_norm=num_embeds_ada_norm,
+            upcast_attention=upcast_attention,
+            norm_type=_NORM_TYPE if norm_type == _MARKED_NORM_TYPE else norm_type,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        self.layer_attention = kinds
+        for block, kind in zip(self.transformer_blocks, kinds, strict=True):
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+            if kind != "softmax":
+                config = mhla_config if kind == "mhla" else dataclasses.replace(mhla_config, blocks=1)
+                block.attn1.set_processor(
+                    MHLAAttnProcessor(
+                        config, heads=num_attention_heads, head_dim=attention_head_dim, grid=grid
+                    )
+                )
+        self._reset_parameters()
+        all_softmax = set(kinds) == {"softmax"}
+        self.register_to_config(
+            attention=attention if isinstance(attention, str) else list(attention),
+            mhla_config=mhla_config.to_dict(),
+            norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict for noisy latents.
+
+        Args:
+            hidden_states: ``[B, C, H, W]``, H and W multiples of the patch size.
+            timestep: ``[B]``, 0 to 1000.
+            class_labels: ``[B]``, 0 to ``num_embeds_ada_norm``, which is the null class.
+            cross_attention_kwargs: passed on to the attention processors.
+            return_dict: whether to return a ``Transformer2DModelOutput`` instead of a tuple.
+
+        Returns:
+            ``sample``, ``[B, out_channels, H, W]``.
+
+        Raises:
+            ValueError: when H or W is not a multiple of the patch size, or a grid cannot hold the blocks.
+        """
+        p = self.patch_size
+        height, width = hidden_states.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(
+                f"height and width must be multiples of the patch size {p}, got {height} x {width}"
+            )
+        grid = (height // p, width // p)
+        hidden_states = self.pos_embed(hidden_states)
+        for block, kind in zip(self.transformer_blocks, self.layer_attention, strict=True):
+            kwargs = (
+                cross_attention_kwargs
+                if kind == "softmax"
+                else {**(cross_attention_kwargs or {}), "grid": grid}
+            )
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, None, None, None, timestep, kwargs, class_labels
+                )
+            else:
+                hidden_states = block(
+                    hidden_states, timestep=timestep, cross_attention_kwargs=kwargs, class_labels=class_labels
+                )
+        conditioning = self.transformer_blocks[0].norm1.emb(
+            timestep, class_labels, hidden_dtype=hidden_states.dtype
+        )
+        shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        hidden_states = self.proj_out_2(hidden_states)
+        # [B, h w, p p C] -> [B, C, H, W]
+        hidden_states = hidden_states.unflatten(1, grid).unflatten(-1, (p, p, self.out_channels))
+        output = torch.einsum("nhwpqc->nchpwq", hidden_states).reshape(-1, self.out_channels, height, width)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """As :meth:`diffusers.ModelMixin.from_pretrained`, and never with a weight that was not in the file.
+
+        Raises:
+            ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
+                are converted, not loaded.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
+                f"{missing[0]}. If it is a stock DiT, load it with diffusers.DiTTransformer2DModel and call "
+                "mhla_diffusion.convert_to_mhla(model, config), or run scripts/convert.py"
+            )
+        return (model, info) if output_loading_info else model
+
+    def _reset_parameters(self) -> None:
+        """The start of DiT's authors: Xavier, small embeddings, and blocks that begin as the identity.
+
+        The processors keep the start that their config names.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and ".processor" not in name:
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, PatchEmbed):
+                nn.init.xavier_uniform_(module.proj.weight.flatten(1))
+                nn.init.zeros_(module.proj.bias)
+        for block in self.transformer_blocks:
+            embedding = block.norm1.emb
+            nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=0.02)
+            nn.init.normal_(embedding.timestep_embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedding.timestep_embedder.linear_2.weight, std=0.02)
+            nn.init.zeros_(block.norm1.linear.weight)
+        for output in (self.proj_out_1, self.proj_out_2):
+            nn.init.zeros_(output.weight)
+
+
+# The name under which diffusers records the class in model_index.json, free of our file layout.
+MHLADiTTransformer2DModel.__module__ = "mhla_diffusion"
+
+
+def layer_attention(
+    attention: str | Sequence[str], layers: tuple[int, ...] | None, num_layers: int
+) -> list[str]:
+    """The attention of each layer.
+
+    Raises:
+        ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
+            list together with ``layers``.
+    """
+    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
+    if unknown := sorted(set(kinds) - set(ATTENTIONS)):
+        raise ValueError(
+            f"attention must be one of {', '.join(ATTENTIONS)}, got {', '.join(map(repr, unknown))}"
+        )
+    if len(kinds) != num_layers:
+        raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")
+    if layers is None:
+        return kinds
+    if not isinstance(attention, str):
+        raise ValueError("give attention as a list or mhla_config.layers, not both")
+    if outside := [i for i in layers if i >= num_layers]:
+        raise ValueError(
+            f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to {num_layers - 1}"
+        )
+    return [kind if i in layers else "softmax" for i, kind in enumerate(kinds)]
+
+
+def _check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
+    layout = config.layout(grid)
+    if layout.num_blocks**2 > layout.num_tokens:
+        warnings.warn(
+            f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
+            f"{layout.num_blocks**2} > N and is more work than the attention itself; blocks="
+            f"{suggest_num_blocks(grid)} is the most that divides the grid {grid} and keeps M^2 <= N",
+            stacklevel=4,
+        )

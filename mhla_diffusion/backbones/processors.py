@@ -1,0 +1,61 @@
+"""Attention processors: project with the attention layer's weights, attend with MHLA, project out."""
+
+from __future__ import annotations
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from ..attention import MHLA
+from ..ops.features import RotaryEmbedding
+
+
+class MHLAAttnProcessor(MHLA):
+    """MHLA as a processor for diffusers' ``Attention`` (self-attention alone).
+
+    ``attn.set_processor(MHLAAttnProcessor(config, heads=..., head_dim=..., grid=...))``; whoever calls the
+    layer passes the grid of its tokens along: ``attn(x, grid=(H, W))``. See :class:`mhla_diffusion.MHLA`
+    for the arguments.
+    """
+
+    # The parameters are used in forward and the layers of attn here: offloading hooks sit on forward, so that
+    # a parameter used here would be on another device (or meta) when it is needed.
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Self-attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
+
+        Raises:
+            ValueError: without a grid, and for cross-attention or an additive attention mask, which linear
+                attention has no form of.
+        """
+        if grid is None:
+            raise ValueError(
+                "MHLA needs the grid of its tokens: call the attention layer with grid=(H, W), or use a "
+                "model that passes it, such as MHLADiTTransformer2DModel"
+            )
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError(
+                "MHLAAttnProcessor is for self-attention without an additive mask; keep the stock processor "
+                "for cross-attention, and pass key_mask=[B, N] (bool) to leave tokens out"
+            )
+        residual = hidden_states
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        out = super().__call__(
+            q, k, v, grid=grid, hidden_states=hidden_states, rotary_emb=rotary_emb, key_mask=key_mask
+        )
+        out = attn.to_out[1](attn.to_out[0](out))
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor

@@ -1,0 +1,177 @@
+"""How the tokens of a grid are divided into blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A token grid cut into boxes, as even as they can be.
+
+    An axis of ``n`` tokens in ``b`` blocks: the first ``n mod b`` blocks hold ``ceil(n / b)`` tokens, the
+    others ``floor(n / b)``. Blocks are boxes of the grid, never runs of the flattened sequence. Blocks, and
+    the tokens inside one, are numbered in the order of the grid (last axis fastest).
+
+    Args:
+        grid: tokens along each axis, ``(H, W)`` or ``(F, H, W)``.
+        blocks: number of blocks along each axis, between 1 and the tokens there.
+
+    Raises:
+        ValueError: for a grid or blocks that cannot be.
+    """
+
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        object.__setattr__(self, "blocks", tuple(int(b) for b in self.blocks))
+        if not self.grid or len(self.grid) != len(self.blocks):
+            raise ValueError(
+                f"grid {self.grid} and blocks {self.blocks} must have the same number of axes, at least one: "
+                "(H, W) for images, (F, H, W) for video"
+            )
+        for axis, (tokens, count) in enumerate(zip(self.grid, self.blocks, strict=True)):
+            if not 1 <= count <= tokens:
+                raise ValueError(
+                    f"axis {axis} of grid {self.grid} has {tokens} tokens and cannot hold {count} blocks: "
+                    f"blocks {self.blocks} must lie between 1 and {self.grid}; take fewer blocks or a larger "
+                    "grid"
+                )
+
+    @classmethod
+    def with_num_blocks(cls, grid: tuple[int, ...], num_blocks: int) -> BlockLayout:
+        """The layout with ``num_blocks`` blocks in all whose block shape is closest to a cube.
+
+        Raises:
+            ValueError: when no such layout exists on this grid; the message names the nearest that do.
+        """
+        candidates = [blocks for blocks in _factorizations(num_blocks, len(grid)) if _fits(grid, blocks)]
+        if not candidates:
+            nearest = sorted(
+                (m for m in range(1, math.prod(grid) + 1) if _has_layout(grid, m)),
+                key=lambda m: abs(m - num_blocks),
+            )[:3]
+            raise ValueError(
+                f"{num_blocks} blocks do not divide over the grid {grid}; the nearest numbers that do are "
+                f"{sorted(nearest)}, or give the blocks along each axis"
+            )
+
+        def unevenness(blocks: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+            sizes = [math.log(tokens / count) for tokens, count in zip(grid, blocks, strict=True)]
+            return round(max(sizes) - min(sizes), 9), blocks
+
+        return cls(tuple(grid), min(candidates, key=unevenness))
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return math.prod(self.grid)
+
+    @property
+    def num_blocks(self) -> int:
+        """M."""
+        return math.prod(self.blocks)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Tokens along each axis of the largest block."""
+        return tuple(-(-tokens // count) for tokens, count in zip(self.grid, self.blocks, strict=True))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all blocks have the same shape."""
+        return all(tokens % count == 0 for tokens, count in zip(self.grid, self.blocks, strict=True))
+
+    def block_index(self, device: torch.device | str | None = None) -> Tensor:
+        """The block of each token, ``[N]``, int64, tokens in grid order."""
+        index = torch.zeros((), dtype=torch.int64, device=device)
+        for tokens, count in zip(self.grid, self.blocks, strict=True):
+            index = index[..., None] * count + _axis_positions(tokens, count, device)[0]
+        return index.flatten()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Grid order to blocks.
+
+        Args:
+            x: ``[..., N, d]``.
+
+        Returns:
+            ``[..., M, n, d]``, n being the size of the largest block. The missing tokens of smaller blocks
+            are zero.
+
+        Raises:
+            ValueError: when x does not hold N tokens.
+        """
+        if x.shape[-2] != self.num_tokens:
+            raise ValueError(
+                f"expected {self.num_tokens} tokens, the grid {self.grid}, got {x.shape[-2]} "
+                f"(shape {tuple(x.shape)})"
+            )
+        lead, d = x.shape[:-2], x.shape[-1]
+        if self.is_even:
+            axes = [size for pair in zip(self.blocks, self.block_shape, strict=True) for size in pair]
+            x = x.reshape(*lead, *axes, d).permute(*self._interleave(len(lead), split=True))
+            return x.reshape(*lead, self.num_blocks, -1, d)
+        packed = x.new_zeros(*lead, self.num_blocks * math.prod(self.block_shape), d)
+        packed = packed.index_copy(-2, self._slots(x.device), x)
+        return packed.reshape(*lead, self.num_blocks, -1, d)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Blocks to grid order: ``[..., M, n, d]`` to ``[..., N, d]``, the inverse of :meth:`pack`."""
+        lead, d = x.shape[:-3], x.shape[-1]
+        if self.is_even:
+            x = x.reshape(*lead, *self.blocks, *self.block_shape, d)
+            return x.permute(*self._interleave(len(lead), split=False)).reshape(*lead, self.num_tokens, d)
+        return x.flatten(-3, -2).index_select(-2, self._slots(x.device))
+
+    def _interleave(self, lead: int, *, split: bool) -> list[int]:
+        """The permutation between (block, inside) pairs per axis and all blocks before all insides."""
+        axes = len(self.grid)
+        if split:
+            inner = [lead + 2 * i for i in range(axes)] + [lead + 2 * i + 1 for i in range(axes)]
+        else:
+            inner = [lead + half * axes + i for i in range(axes) for half in (0, 1)]
+        return [*range(lead), *inner, lead + 2 * axes]
+
+    def _slots(self, device: torch.device) -> Tensor:
+        """Where each token goes among M * n slots, ``[N]``."""
+        block = inside = torch.zeros((), dtype=torch.int64, device=device)
+        for tokens, count, size in zip(self.grid, self.blocks, self.block_shape, strict=True):
+            axis_block, axis_inside = _axis_positions(tokens, count, device)
+            block = block[..., None] * count + axis_block
+            inside = inside[..., None] * size + axis_inside
+        return (block * math.prod(self.block_shape) + inside).flatten()
+
+
+def _axis_positions(tokens: int, count: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """For each token along an axis: its block, and its place inside that block."""
+    position = torch.arange(tokens, device=device)
+    small, longer = tokens // count, tokens % count
+    # The first `longer` blocks hold one token more than the others.
+    boundary = longer * (small + 1)
+    late = position - boundary
+    block = torch.where(late < 0, position // (small + 1), longer + late // small)
+    inside = torch.where(late < 0, position % (small + 1), late % small)
+    return block, inside
+
+
+def _factorizations(number: int, parts: int) -> list[tuple[int, ...]]:
+    """All ways to write a number as an ordered product."""
+    if parts == 1:
+        return [(number,)]
+    divisors = [a for a in range(1, number + 1) if number % a == 0]
+    return [(a, *rest) for a in divisors for rest in _factorizations(number // a, parts - 1)]
+
+
+def _fits(grid: tuple[int, ...], blocks: tuple[int, ...]) -> bool:
+    return all(1 <= count <= tokens for tokens, count in zip(grid, blocks, strict=True))
+
+
+def _has_layout(grid: tuple[int, ...], num_blocks: int) -> bool:
+    return any(_fits(grid, blocks) for blocks in _factorizations(num_blocks, len(grid)))

@@ -1,0 +1,69 @@
+"""Mixing matrices: how each query block weighs the summaries of the key blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+
+MIXING_STARTS = ("locality", "uniform", "identity", "cosine", "exponential", "gaussian", "window", "official")
+
+
+def block_distances(layout: BlockLayout) -> Tensor:
+    """Euclidean distance between block centres on the block grid, ``[M, M]``, float64, in blocks."""
+    axes = [torch.arange(count, dtype=torch.float64) for count in layout.blocks]
+    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    return (centres[:, None] - centres[None]).square().sum(-1).sqrt()
+
+
+def locality_mixing(layout: BlockLayout) -> Tensor:
+    """The paper's start: nearer blocks weigh more (section 4.2).
+
+    ``W[i, j]`` is proportional to ``1 - dist(i, j) / max_k dist(i, k)``, rows normalised to sum 1. With one
+    block, ``[[1]]``.
+
+    Returns:
+        ``[M, M]``, float32, in [0, 1].
+    """
+    return initial_mixing(layout, "locality")
+
+
+def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
+    """A start for the mixing matrix.
+
+    With r the distance between block centres (:func:`block_distances`) and R the largest distance on the
+    block grid; all starts but the last have rows of sum 1:
+
+    - ``locality``: ``1 - r / max of the row``;
+    - ``uniform``: 1, which is plain linear attention until it is trained;
+    - ``identity``: attention inside each block alone;
+    - ``cosine``: ``(1 + cos(pi r / R)) / 2``; ``exponential``: ``exp(-r)``; ``gaussian``: ``exp(-r^2 / 2)``;
+    - ``window``: 1 where ``r <= 1``;
+    - ``official``: ``1 - r / R`` with columns normalised, as the public reference code has it, so that rows
+      sum to about 0.8-1.2. A deviation from the paper, here only to reproduce runs of that code.
+
+    Returns:
+        ``[M, M]``, float32, in [0, 1].
+
+    Raises:
+        ValueError: for a start that is not in ``MIXING_STARTS``.
+    """
+    if start not in MIXING_STARTS:
+        raise ValueError(f"mixing start {start!r} is not one of {', '.join(MIXING_STARTS)}")
+    if layout.num_blocks == 1:
+        return torch.ones(1, 1)
+    r = block_distances(layout)
+    if start == "official":
+        weights = 1 - r / r.max()
+        return (weights / weights.sum(0, keepdim=True)).float()
+    weights = {
+        "locality": lambda: 1 - r / r.amax(1, keepdim=True),
+        "uniform": lambda: torch.ones_like(r),
+        "identity": lambda: torch.eye(len(r), dtype=r.dtype),
+        "cosine": lambda: (1 + torch.cos(torch.pi * r / r.max())) / 2,
+        "exponential": lambda: torch.exp(-r),
+        "gaussian": lambda: torch.exp(-(r**2) / 2),
+        "window": lambda: (r <= 1).double(),
+    }[start]()
+    return (weights / weights.sum(1, keepdim=True)).float()

@@ -1,0 +1,67 @@
+"""The paper's equations in O(N^2) and float64. Read it to know what MHLA is; never optimise it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi
+from .layout import BlockLayout
+
+
+def mhla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    *,
+    feature_map: str = "relu",
+    normalizer: str = "paper",
+    rotary_emb: RotaryEmbedding | None = None,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """MHLA as a dense attention matrix (equations 3-5): the measure of every fast path.
+
+    ``A[t, s] = W[b(t), b(s)] (phi(q_t) . phi(k_s))``; the rows of A are divided by their sums; o = A v.
+    Arguments, errors and conventions are those of :func:`mhla_diffusion.ops.mhla`.
+
+    Returns:
+        ``[B, H, N, d]``, float64.
+    """
+    check_arguments(
+        q, k, v, mixing, layout,
+        feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
+    )  # fmt: skip
+    q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
+    q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
+    if key_mask is not None:
+        k = k * key_mask[:, None, :, None]
+    block = layout.block_index(q.device)
+    weights = mixing[..., block, :][..., block]  # [N, N] or [H, N, N]
+    positive = weights * (q @ k.transpose(-1, -2))  # [B, H, N, N]
+    if rotary_emb is None:
+        numerator = positive @ v
+    else:
+        rotated = apply_rotary_emb(q, rotary_emb) @ apply_rotary_emb(k, rotary_emb).transpose(-1, -2)
+        numerator = (weights * rotated) @ v
+    if normalizer == "none":
+        return numerator
+    if normalizer == "paper":
+        denominator = positive.sum(-1, keepdim=True)
+    else:
+        denominator = _official_denominator(q, k, mixing, layout)
+    return numerator / torch.where(denominator == 0, 1.0, denominator)
+
+
+def _official_denominator(q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout) -> Tensor:
+    """The public reference code's denominator, ``[B, H, N, 1]``.
+
+    A deviation from the paper, kept for checkpoints trained with it: the query of block b at place p meets
+    the key sum of its own block, and those products are mixed over the blocks at the same place p,
+    ``den[i, p] = sum_b W[i, b] (phi(q)[b, p] . z_b)``. With v = 1 the output is therefore not 1.
+    """
+    q, k = layout.pack(q), layout.pack(k)  # [B, H, M, n, d]
+    own = torch.einsum("bhmpd,bhmsd->bhmp", q, k)
+    return layout.unpack((mixing @ own)[..., None])
