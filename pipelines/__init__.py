@@ -1,0 +1,6 @@
+"""Pipelines, imported as mhla_diffusion.pipelines."""
+
+from .auto import MHLAPipeline
+from .image import MHLADiTPipeline
+
+__all__ = ["MHLADiTPipeline", "MHLAPipeline"]

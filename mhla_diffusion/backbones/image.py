@@ -16,7 +16,7 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..attention import MHLAConfig, suggest_num_blocks
+from ..attention import MHLA, MHLAConfig, suggest_num_blocks
 from .processors import MHLAAttnProcessor
 
 ATTENTIONS = ("mhla", "linear", "softmax")
@@ -118,6 +118,13 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
             norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE,
         )
 
+    @property
+    def mixing_blocks(self) -> tuple[int, ...]:
+        """Blocks along each axis, or ``(1, 1)`` where no layer mixes."""
+        return next(
+            (m.blocks for m in self.modules() if isinstance(m, MHLA) and m.mixing is not None), (1, 1)
+        )
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -185,9 +192,17 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
                 are converted, not loaded.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        except (RuntimeError, ValueError) as error:
+            if ".processor.mixing" in str(error):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds mixing matrices for another number of blocks "
+                    f"than mhla_config asks for; load it with the blocks of its config.json. ({error})"
+                ) from error
+            raise
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "

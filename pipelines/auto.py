@@ -1,0 +1,91 @@
+"""One from_pretrained for every pipeline of this package."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from mhla_diffusion.attention import MHLAConfig
+from mhla_diffusion.backbones import MHLADiTTransformer2DModel, convert_to_mhla
+
+from .image import MHLADiTPipeline
+
+# What model_index.json says -> the pipeline that runs it, and the model class that it runs.
+_PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
+    "MHLADiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
+    "DiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
+}
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class MHLAPipeline:
+    """Opens what is stored as the pipeline that fits it. Not instantiated; see :meth:`from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise TypeError(
+            "use MHLAPipeline.from_pretrained(folder or hub id); it returns the pipeline that fits"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        mhla_config: MHLAConfig | dict[str, Any] | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder with model_index.json, or a hub id.
+            mhla_config: convert a stock softmax model to this on loading, see
+                :func:`mhla_diffusion.convert_to_mhla`. Without it a stock model keeps its softmax.
+            subfolder: where the pipeline lies inside the folder or repository.
+            kwargs: as for ``DiffusionPipeline.from_pretrained``: dtype, revision, variant, local_files_only,
+                token, cache_dir, device_map, components to use instead of stored ones, ...
+
+        Returns:
+            :class:`MHLADiTPipeline` for class-conditional images.
+
+        Raises:
+            ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if subfolder is not None:
+            path = _locate_subfolder(path, subfolder, kwargs)
+        if os.path.isfile(os.path.join(path, "config.json")):
+            raise ValueError(
+                f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
+                "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
+                "MHLADiTPipeline(transformer=..., scheduler=...)"
+            )
+        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        stored = MHLADiTPipeline.load_config(path, **hub_arguments).get("_class_name")
+        if stored not in _PIPELINES:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {stored}, which has no MHLA form; those that have "
+                f"one: {', '.join(_PIPELINES)}"
+            )
+        pipeline_class, model_class = _PIPELINES[stored]
+        pipeline = pipeline_class.from_pretrained(path, **kwargs)
+        if mhla_config is not None or not isinstance(pipeline.transformer, model_class):
+            # With no layer named the model is the same function in our class, which runs any grid.
+            config = MHLAConfig(layers=()) if mhla_config is None else mhla_config
+            pipeline.register_modules(transformer=convert_to_mhla(pipeline.transformer, config))
+        return pipeline
+
+
+def _locate_subfolder(path: str, subfolder: str, kwargs: dict[str, Any]) -> str:
+    """A local path to a subfolder, downloaded if need be: diffusers knows subfolders of models alone."""
+    if not os.path.isdir(path):
+        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "proxies"}
+        path = snapshot_download(path, allow_patterns=f"{subfolder}/*", **hub_arguments)
+    folder = os.path.join(path, subfolder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path} has no subfolder {subfolder!r}")
+    return folder
