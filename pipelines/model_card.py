@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -76,4 +77,15 @@ def _facts(pipeline: Any) -> dict[str, str]:
         "scheduler": type(pipeline.scheduler).__name__,
     }
     training = pipeline.config.training or {"training": "not recorded"}
-    return facts | {str(key): str(value) for key, value in training.items()}
+    return facts | {key.replace("_", " "): str(value) for key, value in _flatten(training).items()}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one, its keys dotted, without what is not set."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat

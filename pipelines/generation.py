@@ -1,0 +1,193 @@
+"""Many images into a folder, with a manifest: in several processes, and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .image import MHLADiTPipeline
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def generate_images(
+    pipeline: MHLADiTPipeline,
+    out: str | os.PathLike[str],
+    *,
+    num_images: int,
+    class_labels: Sequence[int | str] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    height: int | None = None,
+    width: int | None = None,
+) -> Path:
+    """Write ``num_images`` PNG files and manifest.json into a folder.
+
+    Image i is of class ``class_labels[i % len(class_labels)]`` and has the seed ``seed + i``. Under
+    ``accelerate launch`` the batches are shared out; what a batch holds does not depend on the number of
+    processes, so that the files do not either. Other batch sizes give the same images within rounding.
+
+    Calling again with the same settings goes on where an earlier call stopped.
+
+    Args:
+        pipeline: moved to the device of this process.
+        out: a new or empty folder, or that of an unfinished run.
+        num_images: how many.
+        class_labels: ids or names to go through; all classes by default, which gives balanced classes.
+        seed: of the first image.
+        batch_size: images at a time, in one process.
+        num_inference_steps, guidance_scale, height, width: see :meth:`MHLADiTPipeline.__call__`.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        ValueError: for settings that do not fit, or a folder that holds something else.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+    if class_labels is not None and not class_labels:
+        raise ValueError("class_labels is empty; leave it out for all classes")
+    classes = pipeline.get_label_ids(
+        list(range(pipeline.transformer.config.num_embeds_ada_norm))
+        if class_labels is None
+        else list(class_labels)
+    )
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    call |= {name: size for name, size in (("height", height), ("width", width)) if size is not None}
+    names = {number: name for name, number in reversed(pipeline.labels.items())}
+    rows = [
+        {
+            "file": f"{i:06d}.png",
+            "class_id": classes[i % len(classes)],
+            "class_name": names.get(classes[i % len(classes)]),
+            "seed": seed + i,
+        }
+        for i in range(num_images)
+    ]
+    folder, state = Path(out), PartialState()
+    manifest = _describe(pipeline) | call | {"batch_size": batch_size, "complete": False, "images": rows}
+    _check_folder(folder, manifest)
+    state.wait_for_everyone()  # all have looked before one writes
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / MANIFEST, manifest)
+    state.wait_for_everyone()
+    pipeline.to(state.device)
+    batches = [rows[start : start + batch_size] for start in range(0, num_images, batch_size)]
+    _generate_batches(pipeline, folder, batches[state.process_index :: state.num_processes], call)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write_json(folder / MANIFEST, manifest | {"complete": True})
+        logger.info("%d images in %s", num_images, folder)
+    return folder / MANIFEST
+
+
+def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
+    """One picture of a generated folder: a column for each class, in the order of the manifest.
+
+    Args:
+        folder: as :func:`generate_images` leaves it.
+        path: of the picture, which is replaced if it is there.
+        rows: images of each class, at most.
+    """
+    images = json.loads((Path(folder) / MANIFEST).read_text())["images"]
+    by_class: dict[int, list[str]] = {}
+    for row in images:
+        by_class.setdefault(row["class_id"], []).append(row["file"])
+    rows = min(rows, *(len(files) for files in by_class.values()))
+    cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
+    _save_image(make_image_grid(cells, rows=rows, cols=len(by_class)), Path(path))
+
+
+def _generate_batches(
+    pipeline: MHLADiTPipeline, folder: Path, batches: list[list[dict[str, Any]]], call: dict[str, Any]
+) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    total, main = sum(map(len, batches)), PartialState().is_main_process
+    with tqdm(total=total, desc="generating", unit="image", disable=not main) as progress:
+        for batch in batches:
+            # A batch that was cut short is made again as a whole: a smaller one would differ by rounding.
+            if not all((folder / row["file"]).exists() for row in batch):
+                generators = [torch.Generator().manual_seed(row["seed"]) for row in batch]
+                images = pipeline([row["class_id"] for row in batch], generator=generators, **call).images
+                for row, image in zip(batch, images, strict=True):
+                    _save_image(image, folder / row["file"])
+            progress.update(len(batch))
+
+
+def _describe(pipeline: MHLADiTPipeline) -> dict[str, Any]:
+    """What the images depend on besides the settings of the call."""
+    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pipeline.transformer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "model": str(pipeline.config.get("_name_or_path") or ""),
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights_sha256": digest.hexdigest(),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
+        "training": pipeline.config.training,
+        "versions": {name: version(name) for name in ("mhla-diffusion", "torch", "diffusers", "accelerate")},
+    }
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Go on with a folder only when it holds the beginning of the same run.
+
+    Raises:
+        ValueError: otherwise, naming what differs.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} holds files but no {MANIFEST}: choose a new or an empty folder")
+    stored = json.loads((folder / MANIFEST).read_text())
+    expected = json.loads(json.dumps(manifest, default=str))
+    # The folder of the model and the versions are for the reader: the hashes say which model it is.
+    compared = expected.keys() - {"complete", "versions", "model", "training"}
+    if different := sorted(key for key in compared if stored.get(key) != expected[key]):
+        changes = "; ".join(
+            f"{key}: {_shorten(stored.get(key))} -> {_shorten(expected[key])}" for key in different
+        )
+        raise ValueError(
+            f"{folder} holds another run ({changes}); choose another folder, or the same settings"
+        )
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} rows"
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, default=str))
+    partial.replace(path)
+
+
+def _save_image(image: Image.Image, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(partial, format="PNG")
+    partial.replace(path)

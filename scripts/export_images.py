@@ -1,0 +1,41 @@
+"""Write the images of a training source as PNG files in class folders, to look at or to score against.
+
+python scripts/export_images.py --data.source mnist --out DIR
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from mhla_diffusion.training.data import DataConfig, open_images
+
+
+def main(data: DataConfig, out: str) -> None:
+    """Write the images of a training source as PNG files in class folders.
+
+    Args:
+        data: where the images come from.
+        out: a folder that does not exist yet.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if Path(out).exists():
+        raise SystemExit(f"error: {out} is there already; choose another folder")
+    try:
+        images = open_images(data)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    partial = Path(f"{out}.partial")
+    for name in images.class_names:
+        (partial / name).mkdir(parents=True, exist_ok=True)
+    for i in tqdm(range(len(images)), desc="exporting", unit="image"):
+        image, label = images.read(i)
+        image.save(partial / images.class_names[label] / f"{i:06d}.png")
+    partial.rename(out)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

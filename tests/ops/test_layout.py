@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhla_diffusion.ops import BlockLayout
+
+LAYOUTS = [
+    BlockLayout((8, 8), (2, 4)),
+    BlockLayout((4, 16), (2, 2)),
+    BlockLayout((7, 5), (3, 2)),
+    BlockLayout((5, 9), (5, 4)),
+    BlockLayout((3, 6, 4), (3, 3, 2)),
+    BlockLayout((5, 7, 3), (2, 3, 2)),
+    BlockLayout((63,), (8,)),
+    BlockLayout((6, 6), (1, 1)),
+]
+
+
+def axis_blocks(tokens: int, count: int) -> list[int]:
+    """The block of each token along an axis, written down from the specification."""
+    sizes = [-(-tokens // count)] * (tokens % count) + [tokens // count] * (count - tokens % count)
+    return [block for block, size in enumerate(sizes) for _ in range(size)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_blocks_are_boxes_as_even_as_they_can_be(layout: BlockLayout) -> None:
+    axes = [axis_blocks(n, b) for n, b in zip(layout.grid, layout.blocks, strict=True)]
+    positions = torch.cartesian_prod(*[torch.arange(n) for n in layout.grid]).reshape(layout.num_tokens, -1)
+    for token, block in zip(positions.tolist(), layout.block_index().tolist(), strict=True):
+        expected = 0
+        for axis, (place, count) in enumerate(zip(token, layout.blocks, strict=True)):
+            expected = expected * count + axes[axis][place]
+        assert block == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_pack_sorts_tokens_by_block_and_pads_with_zero(layout: BlockLayout) -> None:
+    x = torch.randn(2, 3, layout.num_tokens, 4)
+    packed = layout.pack(x)
+    for block in range(layout.num_blocks):
+        tokens = x[:, :, layout.block_index() == block]
+        content = packed[:, :, block]
+        real = content.abs().sum((0, 1, 3)) > 0
+        torch.testing.assert_close(content[:, :, real], tokens, rtol=0, atol=0)
+    assert packed.count_nonzero() == x.count_nonzero()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_unpack_inverts_pack_forward_and_backward(layout: BlockLayout) -> None:
+    x = torch.randn(2, layout.num_tokens, 4, requires_grad=True)
+    y = layout.unpack(layout.pack(x))
+    torch.testing.assert_close(y, x, rtol=0, atol=0)
+    gradient = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_blocks", "blocks"),
+    [
+        ((16, 16), 16, (4, 4)),
+        ((32, 32), 64, (8, 8)),
+        ((8, 32), 16, (2, 8)),
+        ((21, 30, 50), 1, (1, 1, 1)),
+        ((16, 16), 3, (1, 3)),
+    ],
+)
+def test_a_number_of_blocks_is_divided_evenly(
+    grid: tuple[int, ...], num_blocks: int, blocks: tuple[int, ...]
+) -> None:
+    layout = BlockLayout.with_num_blocks(grid, num_blocks)
+    assert layout.blocks == blocks
+    assert layout.num_blocks == num_blocks
+
+
+@pytest.mark.parametrize(
+    ("grid", "blocks", "message"),
+    [
+        ((4, 4), (5, 1), r"axis 0 .* 4 tokens and cannot hold 5 blocks"),
+        ((4, 4), (0, 1), r"cannot hold 0 blocks"),
+        ((4, 4), (2,), r"same number of axes"),
+        ((), (), r"same number of axes"),
+    ],
+)
+def test_impossible_layouts_are_refused(grid: tuple[int, ...], blocks: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlockLayout(grid, blocks)
+
+
+def test_an_impossible_number_of_blocks_names_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"17 blocks do not divide over the grid \(4, 4\).*\[12, 16\]|\[9, 12, 16\]"
+    ):
+        BlockLayout.with_num_blocks((4, 4), 17)
+
+
+def test_the_wrong_number_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected 16 tokens.*got 15"):
+        BlockLayout((4, 4), (2, 2)).pack(torch.zeros(1, 15, 2))

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SETTINGS: dict[str, Any] = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "seed": 5}
+
+
+def make_pipeline(scheduler: Any = None, num_classes: int = 3) -> MHLADiTPipeline:
+    transformer = MHLADiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=1, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=num_classes, mhla_config=MHLAConfig(blocks=4),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in transformer.parameters():  # a new model returns zero, whatever it is asked
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    names = dict(enumerate("abcdefghij"[:num_classes]))
+    return MHLADiTPipeline(transformer.eval(), scheduler or FlowMatchEulerDiscreteScheduler(), id2label=names)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of each PNG file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.png"))}
+
+
+def test_files_and_manifest_agree_with_single_images(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    manifest = json.loads(generate_images(pipeline, tmp_path / "out", **SETTINGS).read_text())
+    rows = manifest["images"]
+    assert [row["file"] for row in rows] == [path.name for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert [row["class_id"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert [row["class_name"] for row in rows] == list("abcabca")
+    assert [row["seed"] for row in rows] == list(range(5, 12))
+    assert manifest["complete"] is True
+    assert manifest["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+    assert len({*contents(tmp_path / "out").values()}) == 7, "each seed gives another image"
+    for row in (rows[0], rows[5]):
+        generator = torch.Generator().manual_seed(row["seed"])
+        (alone,) = pipeline([row["class_id"]], generator=generator, num_inference_steps=2).images
+        stored = np.asarray(Image.open(tmp_path / "out" / row["file"]), dtype=int)
+        assert np.abs(stored - np.asarray(alone, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), EulerAncestralDiscreteScheduler()])
+def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path, scheduler: Any) -> None:
+    pipeline = make_pipeline(scheduler)
+    generate_images(pipeline, tmp_path / "whole", **SETTINGS)
+    calls = 0
+
+    def interrupt(module: Any, *_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # in the second batch
+            raise KeyboardInterrupt
+
+    handle = pipeline.transformer.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate_images(pipeline, tmp_path / "cut", **SETTINGS)
+    handle.remove()
+    assert json.loads((tmp_path / "cut" / MANIFEST).read_text())["complete"] is False
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.png")}
+    assert len(before) == 3
+    generate_images(pipeline, tmp_path / "cut", **SETTINGS)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "finished files are kept"
+
+
+def test_a_batch_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    expected = contents(tmp_path)
+    (tmp_path / "000004.png").unlink()
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, r"holds another run \(images: 7 rows -> 7 rows\)"),
+        ({"num_inference_steps": 3}, r"num_inference_steps: 2 -> 3"),
+        ({"guidance_scale": 1.0, "batch_size": 2}, r"batch_size: 3 -> 2; guidance_scale: 4.0 -> 1.0"),
+        ({"class_labels": ["b"]}, r"holds another run"),
+    ],
+)
+def test_another_run_is_not_mixed_in(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    pipeline = make_pipeline()
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        generate_images(pipeline, tmp_path, **SETTINGS | change)
+    assert contents(tmp_path) == before
+
+
+def test_another_model_is_not_mixed_in(tmp_path: Path) -> None:
+    generate_images(make_pipeline(), tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"weights_sha256"):
+        generate_images(make_pipeline(), tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"scheduler"):
+        generate_images(make_pipeline(DDIMScheduler()), tmp_path, **SETTINGS)
+
+
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    pipeline, out = make_pipeline(), tmp_path / "out"
+    for change, message in (
+        ({"num_images": 0}, "num_images and batch_size must be at least 1"),
+        ({"class_labels": [3]}, "class id 3 is out of range: the model knows 0 to 2"),
+        ({"class_labels": []}, "class_labels is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate_images(pipeline, out, **SETTINGS | change)
+    assert not out.exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds files but no manifest.json"):
+        generate_images(pipeline, tmp_path, **SETTINGS)
+
+
+def test_the_grid_has_a_column_for_each_class(tmp_path: Path) -> None:
+    generate_images(make_pipeline(), tmp_path / "out", **SETTINGS)
+    save_grid(tmp_path / "out", tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[:2] == (2 * 8, 3 * 8)  # 7 images of 3 classes: 2 of each at least
+    first = np.asarray(Image.open(tmp_path / "out" / "000004.png"))
+    np.testing.assert_array_equal(grid[8:, 8:16, 0], first)
+
+
+def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "model")
+    arguments = (
+        f"--model {tmp_path / 'model'} --num 7 --batch_size 3 --steps 2 --seed 5 --classes [a,2]".split()
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, SCRIPTS / "generate.py", *arguments, "--out", one], check=True)
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launch = "launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [accelerate, *launch.split(), "--main_process_port", "0"]
+    subprocess.run([*command, SCRIPTS / "generate.py", *arguments, "--out", two], check=True)
+    assert contents(one) == contents(two)
+    assert len(contents(one)) == 7
+    rows = json.loads((two / MANIFEST).read_text())["images"]
+    assert [row["class_id"] for row in rows] == [0, 2, 0, 2, 0, 2, 0]
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "model")
+    shutil.rmtree(one)
+    generate_images(pipeline, one, **SETTINGS, class_labels=["a", 2])
+    assert contents(one) == contents(two)

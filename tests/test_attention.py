@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mhla_diffusion import MHLA, MHLAConfig
+from mhla_diffusion.attention import suggest_num_blocks
+from mhla_diffusion.ops import BlockLayout, initial_mixing, mhla_reference
+
+AssertClose = Callable[..., None]
+
+FULL = MHLAConfig(
+    blocks=(2, 3), feature_map="elu", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
+    cpe="zero", gate=True, output_norm=True, layers=(0, 2),
+)  # fmt: skip
+
+
+def test_config_survives_json() -> None:
+    assert MHLAConfig.from_json(FULL.to_json()) == FULL
+    assert MHLAConfig.from_json(MHLAConfig().to_json()) == MHLAConfig()
+    assert json.loads(FULL.to_json())["blocks"] == [2, 3]
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FULL.gate = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block": 4}, r"unknown MHLA setting block; the known ones are blocks, feature_map"),
+        ({"blocks": 0}, r"blocks must be an integer >= 1"),
+        ({"blocks": (2, 0)}, r"blocks must be an integer >= 1"),
+        ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
+        ({"feature_map": "exp"}, r"feature_map must be one of 'relu', 'elu', 'softmax', got 'exp'"),
+        ({"normalizer": "paper "}, r"normalizer must be one of"),
+        ({"mixing_init": "random"}, r"mixing_init must be one of"),
+        ({"constraint": "sigmoid"}, r"constraint must be one of"),
+        ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
+        ({"gate": "yes"}, r"gate must be one of False, True"),
+        ({"eps": 0.0}, r"eps must lie between 0 and 1"),
+        ({"layers": (0, -1)}, r"layers must be None or layer numbers"),
+    ],
+)
+def test_config_refuses_what_is_not_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MHLAConfig.from_dict(values)
+
+
+def make_module(
+    config: MHLAConfig, grid: tuple[int, ...] = (4, 6)
+) -> tuple[MHLA, tuple[Tensor, ...], Tensor]:
+    module = MHLA(config, heads=2, head_dim=6, grid=grid)
+    tokens = BlockLayout(grid, module.blocks).num_tokens
+    q, k, v = (torch.randn(2, 2, tokens, 6) for _ in range(3))
+    return module, (q, k, v), torch.randn(2, tokens, 12)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 4, 5)], ids=str)
+def test_all_flags_together_by_hand(assert_close: AssertClose, grid: tuple[int, ...]) -> None:
+    config = MHLAConfig(blocks=(2,) * len(grid), cpe="identity", gate=True, output_norm=True)
+    module, (q, k, v), x = make_module(config, grid)
+    assert module.cpe is not None
+    assert module.gate is not None
+    assert module.norm is not None
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 1)
+    dense = mhla_reference(q, k, v, module.mixing_matrix(), BlockLayout(grid, module.blocks))
+    normed = dense * (dense.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * module.norm.weight.double()
+    images = v.double().permute(0, 1, 3, 2).reshape(2, 12, *grid)
+    conv = F.conv2d if len(grid) == 2 else F.conv3d
+    cpe = conv(images, module.cpe.weight.double(), module.cpe.bias.double(), padding=1, groups=12)
+    gate = F.silu(x.double() @ module.gate.weight.double().T + module.gate.bias.double())
+    expected = normed.transpose(1, 2).reshape(2, -1, 12) * gate + cpe.flatten(2).transpose(1, 2)
+    assert_close(module(q, k, v, grid=grid, hidden_states=x), expected, torch.float32)
+
+
+@pytest.mark.parametrize("addition", [{"gate": True}, {"cpe": "zero"}], ids=str)
+def test_parts_for_fine_tuning_start_as_no_change(addition: dict[str, Any]) -> None:
+    plain, (q, k, v), x = make_module(MHLAConfig(blocks=4))
+    extended, _, _ = make_module(MHLAConfig(blocks=4, **addition))
+    arguments: dict[str, Any] = {"grid": (4, 6), "hidden_states": x}
+    torch.testing.assert_close(extended(q, k, v, **arguments), plain(q, k, v, **arguments))
+
+
+def test_identity_cpe_adds_v() -> None:
+    plain, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
+    extended, _, _ = make_module(MHLAConfig(blocks=4, cpe="identity"))
+    added = extended(q, k, v, grid=(4, 6)) - plain(q, k, v, grid=(4, 6))
+    torch.testing.assert_close(added, v.transpose(1, 2).flatten(2))
+
+
+def test_softmax_constraint_starts_at_the_start_and_sums_to_one() -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=(2, 3), constraint="softmax"))
+    expected = initial_mixing(BlockLayout((4, 6), (2, 3)), "locality")
+    torch.testing.assert_close(module.mixing_matrix(), expected, atol=2e-3, rtol=0)
+    assert module.mixing is not None
+    torch.nn.init.normal_(module.mixing, std=5)
+    torch.testing.assert_close(module.mixing_matrix().sum(-1), torch.ones(6))
+
+
+def test_one_block_has_no_mixing_matrix_and_is_linear_attention(assert_close: AssertClose) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=1))
+    assert not list(module.parameters())
+    expected = mhla_reference(q, k, v, torch.ones(1, 1), BlockLayout((4, 6), (1, 1)))
+    assert_close(module(q, k, v, grid=(4, 6)), expected.transpose(1, 2).flatten(2), torch.float32)
+
+
+def step_far_out(module: MHLA, optimizer_class: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+    """One optimizer step whose gradient pushes half of the weights up and half down, far out of [0, 1]."""
+    assert module.mixing is not None
+    optimizer = optimizer_class([module.mixing], lr=10.0, **options)
+    signs = torch.ones_like(module.mixing)
+    signs[..., ::2] = -1
+    (module.mixing * signs).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("origin", ["new", "deepcopy", "pickle"])
+def test_mixing_stays_in_range_after_any_optimizer_step(
+    optimizer_class: Callable[..., torch.optim.Optimizer], origin: str
+) -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=4))
+    if origin == "deepcopy":
+        module = copy.deepcopy(module)
+    elif origin == "pickle":
+        module = pickle.loads(pickle.dumps(module))
+    step_far_out(module, optimizer_class)
+    assert module.mixing is not None
+    assert module.mixing.min() == 0
+    assert module.mixing.max() == 1
+
+
+def test_without_constraint_mixing_is_free() -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=4, constraint="none"))
+    step_far_out(module, torch.optim.SGD)
+    assert module.mixing is not None
+    assert module.mixing.min() < 0
+
+
+def test_another_models_optimizer_does_not_break_a_graph() -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
+    out = module(q, k, v, grid=(4, 6))
+    other, _, _ = make_module(MHLAConfig(blocks=4))
+    step_far_out(other, torch.optim.SGD)
+    out.sum().backward()
+    assert module.mixing is not None
+    assert module.mixing.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"), [((16, 16), 16), ((8, 8), 8), ((32, 32), 32), ((7, 7), 7), ((1, 1), 1)]
+)
+def test_suggested_blocks_keep_mixing_cheap(grid: tuple[int, ...], expected: int) -> None:
+    suggestion = suggest_num_blocks(grid)
+    assert suggestion == expected
+    assert suggestion**2 <= grid[0] * grid[1]
+
+
+def test_a_grid_that_cannot_hold_the_blocks_is_refused() -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=(4, 6)))
+    q = torch.randn(1, 2, 6, 6)
+    with pytest.raises(ValueError, match=r"axis 0 of grid \(2, 3\) has 2 tokens and cannot hold 4 blocks"):
+        module(q, q, q, grid=(2, 3))
+
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="reference outputs are not at hand")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dit_lepe_normalized",
+        "wan_gated_normalized_lepe",
+        "wan_gated_unnormalized",
+        "wan_ungated_unnormalized",
+    ],
+)
+def test_reference_modules_are_reproduced(name: str) -> None:
+    """Layers of the public reference code, by loading their weights: the convention ``official``."""
+    path = GOLDEN / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    tensors = load_file(path)
+    weights = {
+        key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")
+    }
+    x, heads, grid = tensors["input"], facts["heads"], tuple(facts["grid"])
+    q, k, v, hidden_states = _project(x, weights)
+    rotary_emb = (tensors["rotary_cos"], tensors["rotary_sin"]) if "rotary_cos" in tensors else None
+    mixing = next(value for key, value in weights.items() if key.endswith("_attn.conv.weight"))[..., 0, 0]
+    module = MHLA(
+        MHLAConfig(
+            blocks=tuple(facts.get("block_layout", (4, 4))),
+            normalizer="official" if facts["normalize"] else "none",
+            constraint="none",
+            cpe="zero" if facts["lepe"] else None,
+            gate="g.weight" in weights,
+            output_norm="g_norm.weight" in weights,
+            eps=facts["eps"],
+        ),
+        heads=heads, head_dim=facts["dim"] // heads, grid=grid,
+    )  # fmt: skip
+    names = {"lepe": "cpe", "g": "gate", "g_norm": "norm"}
+    state = {
+        f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value
+        for key, value in weights.items()
+        if key.rpartition(".")[0] in names
+    }
+    module.load_state_dict({"mixing": mixing, **state})
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    out = module(q, k, v, grid=grid, hidden_states=hidden_states, rotary_emb=rotary_emb)
+    last = "o" if "o.weight" in weights else "to_out.0"
+    out = F.linear(out, weights[f"{last}.weight"], weights[f"{last}.bias"])
+    error = (out - tensors["output"]).norm() / tensors["output"].norm()
+    assert error < 1e-5
+
+
+def _project(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and what the gate reads, as the two kinds of reference layer make them."""
+    dim = (x.shape[-1],)
+    if "to_qkv.weight" in weights:
+        x = F.layer_norm(x, dim, weights["norm.weight"], weights["norm.bias"])
+        q, k, v = F.linear(x, weights["to_qkv.weight"], weights["to_qkv.bias"]).chunk(3, -1)
+        return q, k, v, x
+    q, k, v = (F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in "qkv")
+    q, k = (
+        F.rms_norm(q, dim, weights["norm_q.weight"], 1e-6),
+        F.rms_norm(k, dim, weights["norm_k.weight"], 1e-6),
+    )
+    return q, k, v, x

@@ -1,0 +1,107 @@
+"""What a user installs: the wheel's contents, its import from outside the repository, and what that costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PUBLIC_NAMES = [
+    "MHLA",
+    "MHLAConfig",
+    "MHLADiTPipeline",
+    "MHLADiTTransformer2DModel",
+    "MHLAPipeline",
+    "convert_to_mhla",
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy of what git has, so that no build folder of the checkout gets in or is left behind.
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    source = folder / "source"
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(source),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+    content = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        str(Path("mhla_diffusion") / path.relative_to(ROOT / "mhla_diffusion"))
+        for path in (ROOT / "mhla_diffusion").rglob("*")
+        if path.suffix in (".py", ".html", ".typed")
+    } | {f"mhla_diffusion/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
+    assert content == expected
+    assert "License: Apache-2.0" in text or "License-Expression: Apache-2.0" in text
+    assert {extra for extra in ("train", "eval", "demo", "test") if f"Provides-Extra: {extra}" in text} == {
+        "train", "eval", "demo", "test",
+    }  # fmt: skip
+
+
+def test_the_installed_wheel_imports_and_is_light(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = f"""
+import sys
+sys.path = [{str(tmp_path / "site")!r}] + [p for p in sys.path if p != {str(ROOT)!r}]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
+from diffusers import DiTPipeline
+before = set(sys.modules)
+import mhla_diffusion
+from mhla_diffusion import {", ".join(PUBLIC_NAMES)}
+assert mhla_diffusion.__file__.startswith({str(tmp_path)!r}), mhla_diffusion.__file__
+assert MHLAPipeline.__module__ == "mhla_diffusion.pipelines.auto"
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+heavy = {{"triton", "torchvision", "decord", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
+assert not heavy, heavy
+import torch
+assert not torch.cuda.is_initialized()
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_import_reads_nothing_until_it_is_used() -> None:
+    program = (
+        "import sys, mhla_diffusion; assert 'torch' not in sys.modules;"
+        "from mhla_diffusion import MHLAConfig; assert 'diffusers' not in sys.modules; MHLAConfig()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    import mhla_diffusion
+
+    with pytest.raises(AttributeError, match="has no attribute 'MHLAPipelines'"):
+        mhla_diffusion.MHLAPipelines  # noqa: B018
+    assert set(PUBLIC_NAMES) <= set(dir(mhla_diffusion))
