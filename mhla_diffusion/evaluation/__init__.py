@@ -1,0 +1,49 @@
+"""Scores for generated images, from files alone: nothing here imports models, pipelines or training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .features import FeatureExtractor, load_extractor
+    from .fid import compute_statistics, evaluate_images
+    from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
+    from .report import Report, Score
+
+# Resolved on first use: importing this costs nothing until something is computed.
+_HOMES = {
+    "FeatureExtractor": ".features",
+    "FeatureStatistics": ".frechet",
+    "Report": ".report",
+    "RunningStatistics": ".frechet",
+    "Score": ".report",
+    "compute_statistics": ".fid",
+    "evaluate_images": ".fid",
+    "frechet_distance": ".frechet",
+    "load_extractor": ".features",
+}
+
+__all__ = [
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "Report",
+    "RunningStatistics",
+    "Score",
+    "compute_statistics",
+    "evaluate_images",
+    "frechet_distance",
+    "load_extractor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

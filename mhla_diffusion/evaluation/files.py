@@ -1,0 +1,230 @@
+"""Sets of images in folders and npz files: which there are, in which order, and how they become RGB."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CONVERSION = (
+    "RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided by 256, "
+    "first frame of an animation, EXIF orientation not applied (as clean-fid)"
+)
+
+
+class ImageSet(Protocol):
+    """An ordered, finite set of images that are read one by one."""
+
+    path: Path
+    names: list[str]
+    """What each image is called, in the order in which they are read."""
+    labels: list[int] | None
+    """Class id of each image, None when not known of all."""
+    class_names: list[str] | None
+    """What class ids are called."""
+    manifest: dict[str, Any]
+    """What the manifest says of the whole set: model, steps, guidance, ..."""
+    unlisted: int
+    """Images in the folder that its manifest does not list, and that are left out."""
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        """For each name a function that reads uint8 ``[H, W, 3]``, and may be called in any thread."""
+        ...
+
+
+@dataclass
+class FolderImages:
+    """All images below a folder, sorted by path, or those that its manifest.json lists, in its order.
+
+    Class ids come from the manifest, else from the subfolders in the order of their names (as torchvision's
+    ImageFolder), when there are at least two and no image lies outside them.
+
+    Raises:
+        ValueError: when the folder holds no image or its manifest cannot be read.
+    """
+
+    path: Path
+    names: list[str] = field(init=False)
+    labels: list[int] | None = field(init=False, default=None)
+    class_names: list[str] | None = field(init=False, default=None)
+    manifest: dict[str, Any] = field(init=False, default_factory=dict)
+    unlisted: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.names = sorted(_find_images(self.path))
+        rows = self._read_manifest()
+        if rows is not None:
+            listed = [str(row["file"]) for row in rows]
+            self.unlisted = len(set(self.names) - set(listed))
+            self.names = listed
+            if all(isinstance(row.get("class_id"), int) for row in rows):
+                self.labels = [row["class_id"] for row in rows]
+        else:
+            self._label_by_subfolder()
+        if not self.names:
+            raise ValueError(f"folder {self.path} holds no image ({', '.join(EXTENSIONS)})")
+
+    def _read_manifest(self) -> list[dict[str, Any]] | None:
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): mend or remove it") from error
+        if not isinstance(manifest, dict) or "images" not in manifest:
+            logger.warning("%s has no key 'images', so it is ignored and the whole folder read", path)
+            return None
+        rows = manifest.pop("images")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "file" in row for row in rows):
+            raise ValueError(f"'images' in {path} must be a list of rows that each have 'file'")
+        self.manifest = manifest
+        return rows
+
+    def _label_by_subfolder(self) -> None:
+        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
+        classes = sorted({folder for folder in folders if folder is not None})
+        if None not in folders and len(classes) > 1:
+            ids = {name: index for index, name in enumerate(classes)}
+            self.labels = [ids[str(folder)] for folder in folders]
+            self.class_names = classes
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        for name in self.names:
+            yield partial(read_image, self.path / name)
+
+
+@dataclass
+class NpzImages:
+    """Images in the npz layout of ADM: ``arr_0`` uint8 ``[N, H, W, C]`` or ``[N, H, W]``.
+
+    ``labels`` or ``arr_1`` ``[N]`` are the class ids, when there. Images are streamed out of the archive, so
+    that its size does not matter.
+
+    Raises:
+        ValueError: when the file cannot be read or has another layout.
+    """
+
+    path: Path
+    names: list[str] = field(init=False)
+    labels: list[int] | None = field(init=False, default=None)
+    class_names: list[str] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    unlisted: int = 0
+
+    def __post_init__(self) -> None:
+        with np.load(self.path) as file:
+            if "arr_0" not in file:
+                raise ValueError(f"{self.path} has no arr_0 (uint8 images), only {', '.join(file)}")
+            label_key = next((key for key in ("labels", "arr_1") if key in file), None)
+            labels = None if label_key is None else file[label_key]
+        with self._open() as stream:
+            shape, dtype = _read_npy_header(stream)
+        gray, colour = len(shape) == 3, len(shape) == 4 and shape[-1] in (1, 3)
+        if dtype != np.uint8 or not (gray or colour) or 0 in shape:
+            raise ValueError(
+                f"arr_0 in {self.path} is {dtype} {list(shape)}; uint8 [N, H, W, 1 or 3] or [N, H, W] with "
+                "N > 0 is expected (pixels in [0, 255])"
+            )
+        if labels is not None:
+            if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+                raise ValueError(
+                    f"{label_key} in {self.path} is {labels.dtype} {list(labels.shape)}; {shape[0]} integers "
+                    "are expected"
+                )
+            self.labels = labels.tolist()
+        self.names = [f"arr_0[{index}]" for index in range(shape[0])]
+
+    def _open(self) -> IO[bytes]:
+        return zipfile.ZipFile(self.path).open("arr_0.npy")
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        with self._open() as stream:
+            shape, _ = _read_npy_header(stream)
+            for _ in range(shape[0]):
+                row = np.frombuffer(stream.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
+                yield partial(_repeat_gray, row)
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """The images in a folder or in an npz of the ADM layout; none is decoded yet.
+
+    Raises:
+        ValueError: when there is nothing at ``path``, no image in it, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            return NpzImages(path)
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a whole npz file ({error}): write it again") from error
+    raise ValueError(f"{path} is neither a folder of images nor an .npz file")
+
+
+def holds_statistics(path: str | Path) -> bool:
+    """Whether ``path`` is an npz with ``mu`` and ``sigma``."""
+    path = Path(path)
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+
+
+def read_image(path: Path) -> Pixels:
+    """Decode a file as uint8 ``[H, W, 3]``, converted as ``CONVERSION`` says."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 0xFFFF:
+                raise ValueError(f"pixels from {values.min()} to {values.max()}; 0 to 65535 are expected")
+            return _repeat_gray((values >> 8).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no defined range")
+        return np.asarray(image.convert("RGB"))
+
+
+def _repeat_gray(pixels: Pixels) -> Pixels:
+    """``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]`` as ``[H, W, 3]``."""
+    return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
+
+
+def _find_images(folder: Path) -> Iterator[str]:
+    """Paths of image files relative to ``folder``, without hidden ones; links are followed, loops not."""
+    for root, directories, files in os.walk(folder, followlinks=True):
+        here = Path(os.path.realpath(root))
+        directories[:] = [
+            name
+            for name in directories
+            if not name.startswith(".")
+            and not here.is_relative_to(os.path.realpath(os.path.join(root, name)))
+        ]
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield (Path(root) / name).relative_to(folder).as_posix()
+
+
+def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array; leaves the stream at its first element."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran:
+        raise ValueError("arr_0 is stored in Fortran order: write it with numpy.ascontiguousarray")
+    return shape, dtype
