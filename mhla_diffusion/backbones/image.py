@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -29,6 +31,19 @@ _MARKED_NORM_TYPE = (
 )
 
 
+class _FirstBlock(BasicTransformerBlock):
+    """The block whose embedding DiT's output layer reads too: called without tokens, it returns that alone.
+
+    It has to be a call: offloading and FSDP bring the weights of a block where they are needed when its
+    forward is called, and not when a part of it is.
+    """
+
+    def forward(self, hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states is None:
+            return self.norm1.emb(**kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     """DiT with MHLA, plain linear or softmax attention in each layer, on grids of any shape.
 
@@ -41,7 +56,11 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     - labels are not dropped inside the model: stock DiT draws them anew in every layer, so that half of the
       layers may see a label that the others do not. Training code replaces labels by the null class,
       ``num_embeds_ada_norm``;
-    - new models start as DiT's authors start them (zero modulation, zero output), not with torch's defaults.
+    - new models start as DiT's authors start them (zero modulation, zero output), not with torch's defaults;
+    - group offloading works, by leaf and by block.
+
+    ``torch.compile(model, fullgraph=True)`` and ``model.compile(fullgraph=True)`` work. Each grid is compiled
+    once, at its first use, and for that grid alone.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
@@ -51,6 +70,8 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
+
+    _supports_group_offloading = True
 
     @register_to_config
     def __init__(
@@ -101,6 +122,7 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
             norm_eps=norm_eps,
         )
         self.layer_attention = kinds
+        self.transformer_blocks[0].__class__ = _FirstBlock
         for block, kind in zip(self.transformer_blocks, kinds, strict=True):
             block.norm1.emb.class_embedder.dropout_prob = 0.0
             if kind != "softmax":
@@ -149,13 +171,17 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
             ValueError: when H or W is not a multiple of the patch size, or a grid cannot hold the blocks.
         """
         p = self.patch_size
-        height, width = hidden_states.shape[-2:]
+        # Plain integers under torch.compile too, whose default makes sizes symbolic from the second grid on.
+        height, width = map(operator.index, hidden_states.shape[-2:])
         if height % p or width % p:
             raise ValueError(
                 f"height and width must be multiples of the patch size {p}, got {height} x {width}"
             )
         grid = (height // p, width // p)
         hidden_states = self.pos_embed(hidden_states)
+        conditioning = self.transformer_blocks[0](
+            None, timestep=timestep, class_labels=class_labels, hidden_dtype=hidden_states.dtype
+        )
         for block, kind in zip(self.transformer_blocks, self.layer_attention, strict=True):
             kwargs = (
                 cross_attention_kwargs
@@ -170,9 +196,6 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
                 hidden_states = block(
                     hidden_states, timestep=timestep, cross_attention_kwargs=kwargs, class_labels=class_labels
                 )
-        conditioning = self.transformer_blocks[0].norm1.emb(
-            timestep, class_labels, hidden_dtype=hidden_states.dtype
-        )
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
         hidden_states = self.proj_out_2(hidden_states)
