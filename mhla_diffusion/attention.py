@@ -170,7 +170,7 @@ class MHLA(nn.Module):
             _clamped_modules.add(self)
 
     def _initial_mixing(self, layout: BlockLayout, heads: int) -> Tensor:
-        mixing = initial_mixing(layout, self.config.mixing_init)
+        mixing = initial_mixing(layout, self.config.mixing_init).to(torch.get_default_dtype())
         if self.config.constraint == "softmax":
             # Logits. A weight of exactly 0 would have no gradient.
             mixing = mixing.clamp_min(1e-4).log()

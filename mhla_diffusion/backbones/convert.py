@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -45,7 +46,9 @@ def convert_to_mhla(
             f"no MHLA form of {type(model).__name__}; those that have one: "
             f"{', '.join(stock.__name__ for stock in _CONVERTIBLE)}"
         )
-    arguments = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    # The config of an old checkpoint has more fields than the class takes.
+    known = inspect.signature(target.__init__).parameters
+    arguments = {key: value for key, value in model.config.items() if key in known}
     converted = target(**{**arguments, "attention": "mhla", "mhla_config": config})
     source = {key: value.clone() for key, value in model.state_dict().items() if ".processor." not in key}
     # Assigning keeps the dtype of each weight; what is new takes the model's.

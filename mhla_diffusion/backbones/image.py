@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -203,6 +203,14 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         hidden_states = hidden_states.unflatten(1, grid).unflatten(-1, (p, p, self.out_channels))
         output = torch.einsum("nhwpqc->nchpwq", hidden_states).reshape(-1, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A cast leaves the table of positions in float32, as from_pretrained does: one function either way.
+        positions = self.pos_embed.pos_embed
+        super()._apply(fn, recurse)
+        if self.pos_embed.pos_embed.dtype != positions.dtype:
+            self.pos_embed.pos_embed = positions.to(self.pos_embed.pos_embed.device)
+        return self
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

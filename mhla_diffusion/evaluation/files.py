@@ -35,8 +35,8 @@ class ImageSet(Protocol):
     """What each image is called, in the order in which they are read."""
     labels: list[int] | None
     """Class id of each image, None when not known of all."""
-    class_names: list[str] | None
-    """What class ids are called."""
+    class_names: dict[int, str]
+    """What class ids are called, as far as known."""
     manifest: dict[str, Any]
     """What the manifest says of the whole set: model, steps, guidance, ..."""
     unlisted: int
@@ -61,7 +61,7 @@ class FolderImages:
     path: Path
     names: list[str] = field(init=False)
     labels: list[int] | None = field(init=False, default=None)
-    class_names: list[str] | None = field(init=False, default=None)
+    class_names: dict[int, str] = field(init=False, default_factory=dict)
     manifest: dict[str, Any] = field(init=False, default_factory=dict)
     unlisted: int = field(init=False, default=0)
 
@@ -74,6 +74,9 @@ class FolderImages:
             self.names = listed
             if all(isinstance(row.get("class_id"), int) for row in rows):
                 self.labels = [row["class_id"] for row in rows]
+                self.class_names = {
+                    row["class_id"]: row["class_name"] for row in rows if row.get("class_name")
+                }
         else:
             self._label_by_subfolder()
         if not self.names:
@@ -102,7 +105,7 @@ class FolderImages:
         if None not in folders and len(classes) > 1:
             ids = {name: index for index, name in enumerate(classes)}
             self.labels = [ids[str(folder)] for folder in folders]
-            self.class_names = classes
+            self.class_names = dict(enumerate(classes))
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
@@ -123,7 +126,7 @@ class NpzImages:
     path: Path
     names: list[str] = field(init=False)
     labels: list[int] | None = field(init=False, default=None)
-    class_names: list[str] | None = None
+    class_names: dict[int, str] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     unlisted: int = 0
 

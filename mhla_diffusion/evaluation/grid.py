@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from .files import ImageSet, Pixels
+
+T = TypeVar("T")
 
 NUM_CLASSES = 10
 PER_CLASS = 6
@@ -37,31 +41,26 @@ class GridRow:
 
 
 def choose_rows(real: ImageSet | None, generated: ImageSet) -> list[GridRow]:
-    """Choose images evenly over both sets, by class when the classes of both are known and the same."""
-    if real is None:
-        return [GridRow(None, generated=_spread(range(len(generated.names)), PER_SET))]
-    known = real.labels is not None and generated.labels is not None
-    renamed = (
-        None not in (real.class_names, generated.class_names) and real.class_names != generated.class_names
-    )
-    common = sorted(set(real.labels or ()) & set(generated.labels or ()))
-    if not known or renamed or not common:
-        return [
-            GridRow(
-                None,
-                real=_spread(range(len(real.names)), PER_SET),
-                generated=_spread(range(len(generated.names)), PER_SET),
-            )
-        ]
-    names = real.class_names or generated.class_names
-    return [
-        GridRow(
-            names[label] if names else f"class {label}",
-            real=_spread(_members(real, label), PER_CLASS),
-            generated=_spread(_members(generated, label), PER_CLASS),
-        )
-        for label in (common[index] for index in _spread(range(len(common)), NUM_CLASSES))
-    ]
+    """Choose images evenly over both sets, and class by class when the classes of both are known.
+
+    Classes are matched by name when the sets have names in common, else by id.
+    """
+    if real is not None and real.labels is not None and generated.labels is not None:
+        by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
+        names = real.class_names | generated.class_names
+        in_real, in_generated = _members(real, by_name), _members(generated, by_name)
+        common = [key for key in in_real if key in in_generated and key is not None]
+        if common:
+            return [
+                GridRow(
+                    key if by_name else names.get(key, f"class {key}"),
+                    real=_spread(in_real[key], PER_CLASS),
+                    generated=_spread(in_generated[key], PER_CLASS),
+                )
+                for key in _spread(common, NUM_CLASSES)
+            ]
+    indices = [range(len(images.names)) if images is not None else range(0) for images in (real, generated)]
+    return [GridRow(None, real=_spread(indices[0], PER_SET), generated=_spread(indices[1], PER_SET))]
 
 
 def make_picture(pixels: Pixels, name: str) -> Picture:
@@ -74,11 +73,16 @@ def make_picture(pixels: Pixels, name: str) -> Picture:
     return Picture(name, f"data:image/png;base64,{encoded}", *image.size)
 
 
-def _members(images: ImageSet, label: int) -> list[int]:
-    return [index for index, other in enumerate(images.labels or ()) if other == label]
+def _members(images: ImageSet, by_name: bool) -> dict[Any, list[int]]:
+    """Indices of the images of each class (its name, or its id), classes in the order of their ids."""
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(images.labels or ()):
+        members.setdefault(label, []).append(index)
+    ids = sorted(members)
+    return {images.class_names.get(label) if by_name else label: members[label] for label in ids}
 
 
-def _spread(indices: range | list[int], count: int) -> list[int]:
-    """At most ``count`` of ``indices``, evenly spaced."""
-    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
-    return [indices[place] for place in places]
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of ``items``, evenly spaced."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]

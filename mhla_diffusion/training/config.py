@@ -1,0 +1,152 @@
+"""Run configurations: dataclasses, read from YAML with overrides from the command line.
+
+Each section's dataclass stands beside the code that reads it; here is what they share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+_CHANGEABLE = "changeable"
+
+ConfigT = TypeVar("ConfigT")
+
+
+def changeable(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A dataclass field that a resumed run may change, because no step already taken depends on it."""
+    return dataclasses.field(default=default, metadata={_CHANGEABLE: True}, **kwargs)
+
+
+def parse_config(
+    config_class: type[ConfigT], arguments: Sequence[str] | None = None, *, description: str = ""
+) -> tuple[ConfigT, str | None]:
+    """Read ``--config FILE [--key.of.it value ...] [--resume latest|PATH]``.
+
+    Args:
+        config_class: a dataclass; its fields may be dataclasses.
+        arguments: of the command line; the process's own by default.
+        description: for ``--help``.
+
+    Returns:
+        The config, and what to resume from.
+
+    Raises:
+        SystemExit: after a message that names the key and what is allowed.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of the run")
+    parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
+    parser.add_class_arguments(config_class)
+    try:
+        _refuse_unknown_keys(config_class, arguments)
+        values = parser.instantiate(parser.parse_args(arguments))
+        names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+        return config_class(**{name: values[name] for name in names}), values["resume"]
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, as they stand in YAML and JSON."""
+    return {name: _plain(getattr(config, name)) for name in (f.name for f in dataclasses.fields(config))}
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Write a config as the YAML file that gives it again."""
+    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
+def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one, its keys dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flat_dict(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
+    """Where a config differs from a saved one in a field that is not :func:`changeable`.
+
+    Args:
+        saved: what :func:`as_dict` gave.
+        config: a dataclass.
+
+    Returns:
+        One line per key, ``key: old -> new``.
+    """
+    free = _changeable_keys(config)
+    old, new = flat_dict(saved), flat_dict(as_dict(config))
+    return [
+        f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        for key in [*new, *(key for key in old if key not in new)]
+        if key not in free and old.get(key) != new.get(key)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return as_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if field.metadata.get(_CHANGEABLE):
+            keys.update(flat_dict({key: _plain(value)}))
+        elif dataclasses.is_dataclass(value):
+            keys.update(_changeable_keys(value, f"{key}."))
+    return keys
+
+
+def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) -> None:
+    """jsonargparse refuses unknown keys too, but does not name the known ones."""
+    allowed = [*_dotted_keys(config_class), "resume", "help"]
+    for key in _given_keys(arguments):
+        if key in allowed or any(name.startswith(f"{key}.") for name in allowed):
+            continue
+        section = key.rpartition(".")[0]
+        known = [name for name in allowed if name.rpartition(".")[0] == section] or allowed
+        close = difflib.get_close_matches(key, allowed, n=1)
+        hint = f", did you mean {close[0]}?" if close else "."
+        raise ValueError(f"unknown key {key}{hint} Known there: {', '.join(known)}")
+
+
+def _given_keys(arguments: Sequence[str] | None) -> list[str]:
+    """The dotted keys on the command line and in its YAML files."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    known, rest = parser.parse_known_args(arguments)
+    keys = [token[2:].split("=", 1)[0] for token in rest if token.startswith("--")]
+    for path in known.config:
+        values = yaml.safe_load(path.read_text()) if path.is_file() else None
+        keys += flat_dict(values) if isinstance(values, dict) else []
+    return keys
+
+
+def _dotted_keys(config_class: type, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(config_class).items():
+        options = (
+            typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        )
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if isinstance(section, type):
+            keys += _dotted_keys(section, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

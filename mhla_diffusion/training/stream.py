@@ -1,0 +1,194 @@
+"""The samples of a run, numbered, and the randomness that belongs to each.
+
+Sample number ``k = step * batch_size + i`` is the i-th of the global batch at that step. Which image it is,
+how it is augmented, its time, its noise and whether its label is dropped are functions of the seed and k
+alone. So a run is the same on any number of processes, workers and micro-batches, and goes on from any step.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+logger = logging.getLogger(__name__)
+
+# What a generator is for; the two never share random numbers.
+FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
+
+
+class UnreadableSampleError(Exception):
+    """A sample that cannot be decoded; the message names it and says why."""
+
+
+class SampleSource(Protocol):
+    """Where samples come from: a map from 0 .. len - 1 to dicts of tensors and numbers."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
+        """Sample number ``index``, every random choice drawn from the generator.
+
+        Raises:
+            UnreadableSampleError: when it cannot be decoded; training goes on without it.
+        """
+        ...
+
+
+def sample_generator(seed: int, number: int, purpose: int) -> torch.Generator:
+    """The generator of one sample of a run for one purpose, on the CPU."""
+    state = np.random.SeedSequence((seed, number, purpose)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """How the global batch divides: process r takes a part of each of the micro-batches.
+
+    Args:
+        batch_size: samples per optimizer step, over all processes.
+        num_processes, process_index: of the run.
+        micro_batches: forward passes per optimizer step.
+
+    Raises:
+        ValueError: when the batch does not divide evenly.
+    """
+
+    batch_size: int
+    num_processes: int = 1
+    process_index: int = 0
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.num_processes * self.micro_batches
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} (over all processes) does not divide by {self.num_processes} "
+                f"processes x {self.micro_batches} gradient accumulation steps; the nearest that do are "
+                f"{max(1, self.batch_size // parts) * parts} and {(self.batch_size // parts + 1) * parts}"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples per process and forward pass."""
+        return self.batch_size // (self.num_processes * self.micro_batches)
+
+    def numbers(self, step: int, micro_batch: int) -> range:
+        """The samples of one forward pass of this process."""
+        part = micro_batch * self.num_processes + self.process_index
+        first = step * self.batch_size + part * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class StreamSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (sample number, index in the source), each epoch a new permutation.
+
+    An epoch may end inside a batch: the next one fills it up.
+    """
+
+    def __init__(self, num_samples: int, share: BatchShare, steps: range, *, seed: int) -> None:
+        self.num_samples = num_samples
+        self.share = share
+        self.steps = steps
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for micro_batch in range(self.share.micro_batches):
+                yield [(number, self._index(number)) for number in self.share.numbers(step, micro_batch)]
+
+    def _index(self, number: int) -> int:
+        epoch, position = divmod(number, self.num_samples)
+        if epoch != self._epoch:
+            generator = sample_generator(self.seed, epoch, FOR_ORDER)
+            self._epoch = epoch
+            self._order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return self._order[position]
+
+
+class _NumberedSamples(Dataset[Any]):
+    """A source read by (sample number, index). The next readable sample stands in for one that is not."""
+
+    def __init__(self, source: SampleSource, seed: int) -> None:
+        self.source = source
+        self.seed = seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Mapping[str, Any], list[str]]:
+        number, index = item
+        unreadable: list[str] = []
+        for offset in range(len(self.source)):
+            generator = sample_generator(self.seed, number, FOR_DATA)
+            try:
+                sample = self.source.load((index + offset) % len(self.source), generator)
+            except UnreadableSampleError as error:
+                unreadable.append(str(error))
+            else:
+                return number, sample, unreadable
+        raise ValueError(f"none of the {len(self.source)} samples can be read, first {unreadable[0]}")
+
+
+class SampleStream:
+    """Batches of one process for a range of steps.
+
+    Args:
+        source: the data.
+        share: how the batch divides.
+        steps: the optimizer steps to serve, ``range(first, last)``.
+        seed: of the run.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: see :class:`torch.utils.data.DataLoader`.
+
+    Attributes:
+        unreadable: what could not be read so far, one line each.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        share: BatchShare,
+        steps: range,
+        *,
+        seed: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.unreadable: set[str] = set()
+        self._loader = DataLoader(
+            _NumberedSamples(source, seed),
+            batch_sampler=StreamSampler(len(source), share, steps, seed=seed),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_parent,
+            # Its own, as a loader draws a seed when it starts and would move the global one.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """``(sample numbers, batch)``, a batch being a dict of tensors with one row per sample."""
+        for numbers, batch, unreadable in self._loader:
+            for message in unreadable:
+                if message not in self.unreadable:
+                    self.unreadable.add(message)
+                    logger.warning("skipped, number %d: %s", len(self.unreadable), message)
+            yield numbers, batch
+
+
+def _collate(items: list[tuple[int, Mapping[str, Any], list[str]]]) -> tuple[list[int], Any, list[str]]:
+    numbers, samples, unreadable = zip(*items, strict=True)
+    return list(numbers), default_collate(list(samples)), [line for lines in unreadable for line in lines]
+
+
+def _leave_signals_to_parent(worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group. The trainer still needs its workers to finish the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,432 @@
+"""The training loop, on accelerate, for any model, objective and kind of data.
+
+What is particular to images or video is behind :class:`TrainingTask` and
+:class:`~mhla_diffusion.training.stream.SampleSource`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import send_to_device, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from . import checkpoints
+from .config import as_dict, changeable, flat_dict, write_config
+from .objectives import Objective
+from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Args:
+        learning_rate: at the height of the schedule.
+        betas, eps, weight_decay: of AdamW.
+        schedule: diffusers' name for the shape of the learning rate over ``max_steps``.
+        warmup_steps: of linear growth at the start.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self, "learning_rate", self.learning_rate > 0, "positive")
+        _require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                "the schedule constant has no warmup: set optimizer.schedule to constant_with_warmup"
+            )
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train.
+
+    Args:
+        batch_size: samples per optimizer step over all processes; divides by processes x accumulation steps.
+        max_steps: optimizer steps.
+        gradient_accumulation_steps: forward passes per optimizer step in each process.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        max_grad_norm: gradients are scaled down to this norm; None for no limit.
+        mixed_precision: autocast dtype; weights stay in fp32. fp16 needs a GPU.
+        ema_decay: of the averaged weights, which are what is sampled and saved. Lower in the first steps,
+            ``(1 + step) / (10 + step)``.
+        seed: of the weights, the order of the data and every draw.
+        optimizer: see :class:`OptimizerConfig`.
+        num_workers: processes that read data ahead, for each process of the run.
+        log_every: steps between log lines, which give the mean loss since the last.
+        checkpoint_every: steps between checkpoints; one is written at the end and on SIGINT and SIGTERM too.
+        keep_checkpoints: how many to keep.
+        trackers: besides the log and metrics.jsonl.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    batch_size: int
+    max_steps: int = changeable()
+    gradient_accumulation_steps: int = changeable(1)
+    gradient_checkpointing: bool = changeable(False)
+    max_grad_norm: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float = 0.9999
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log_every: int = changeable(100)
+    checkpoint_every: int = changeable(10_000)
+    keep_checkpoints: int = changeable(2)
+    num_workers: int = changeable(0)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = changeable(())
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        _require(self, "num_workers", self.num_workers >= 0, "0 or more")
+        _require(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive")
+        _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        _require(self, "seed", self.seed >= 0, "0 or more")
+        installed = {str(tracker.value) for tracker in get_available_trackers()}
+        if missing := [name for name in self.trackers if name not in installed]:
+            raise ValueError(f"trackers: {missing[0]} is not installed; pip install {missing[0]}")
+
+
+def _require(config: Any, name: str, holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {what}, got {getattr(config, name)}")
+
+
+class TrainingTask(Protocol):
+    """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between sample grids, 0 for none."""
+        ...
+
+    def drop_conditioning(
+        self, conditioning: Mapping[str, Tensor], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """The model's keyword arguments, some samples' replaced by the unconditional ones for guidance."""
+        ...
+
+    def sample(self, model: Any, device: torch.device) -> Image.Image:
+        """A picture of samples, the same in every process.
+
+        Every process calls it, as a sharded model needs. It must not draw from the global generators.
+        """
+        ...
+
+    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
+        """Write the finished pipeline; ``training`` are the facts for its model card."""
+        ...
+
+
+class Trainer:
+    """Trains a model and leaves a pipeline.
+
+    Writes into ``output_dir``: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/ (trackers) and, at
+    the end, pipeline/.
+
+    Args:
+        config: see :class:`TrainerConfig`.
+        model: called as ``model(noisy, timestep=..., return_dict=False, **conditioning)``.
+        objective: see :class:`Objective`.
+        source: the data; all but ``"samples"`` in its batches is conditioning.
+        task: see :class:`TrainingTask`.
+        output_dir: of the run.
+        run_config: dataclass of the whole run, saved and compared on resume.
+        checkpoint: to go on from, as :func:`checkpoints.find_checkpoint` gives it.
+
+    Raises:
+        ValueError: when the batch does not divide over the processes, or fp16 is asked for without a GPU.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        model: Any,
+        objective: Objective,
+        source: SampleSource,
+        task: TrainingTask,
+        output_dir: Path,
+        run_config: Any,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.config, self.objective, self.source, self.task = config, objective, source, task
+        self.output_dir, self.run_config = output_dir, run_config
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=list(config.trackers) or None,
+            project_dir=output_dir / "logs",
+        )
+        self.share = BatchShare(
+            config.batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            micro_batches=config.gradient_accumulation_steps,
+        )
+        self.progress = Progress()
+        self.metrics = MetricsFile(output_dir / "metrics.jsonl")
+        self._prepare(model)
+        self._open_run(checkpoint)
+
+    def _prepare(self, model: Any) -> None:
+        config, optim = self.config, self.config.optimizer
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+        )  # fmt: skip
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed reads it off a prepared loader, and this one is not.
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.share.micro_batch_size
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Not prepared: accelerate would step it once per process.
+        self.lr_scheduler = get_scheduler(
+            optim.schedule,
+            self.optimizer,
+            num_warmup_steps=optim.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+        self.ema = EMAModel(self._parameters(), decay=config.ema_decay, foreach=True)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
+
+    def _open_run(self, checkpoint: Path | None) -> None:
+        """Restore the state and prepare the folder. Nothing is written before every process came this far."""
+        self.accelerator.wait_for_everyone()
+        set_seed(self.config.seed, device_specific=True)
+        if checkpoint is not None:
+            self._load(checkpoint)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_config(self.run_config, self.output_dir / "config.yaml")
+            self.metrics.forget_after(self.progress.step)
+        if self.config.trackers:
+            settings = {key: str(value) for key, value in flat_dict(as_dict(self.run_config)).items()}
+            self.accelerator.init_trackers(self.output_dir.name, config=settings)
+
+    def train(self) -> int:
+        """Train to the last step and save the pipeline.
+
+        Returns:
+            0, or the number of the signal that asked to stop, after a checkpoint was saved.
+
+        Raises:
+            FloatingPointError: when the loss is no longer finite; the last checkpoint is from before.
+        """
+        stream = self._stream()
+        with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
+            batches, throughput = iter(stream), Throughput()
+            while self.progress.step < self.config.max_steps:
+                started = time.perf_counter()
+                grad_norm = self._step(batches)
+                throughput.add(time.perf_counter() - started)
+                bar.update()
+                stop = self._agree_to_stop(request)
+                if self._due(self.config.log_every):
+                    self._log(grad_norm, throughput.take())
+                if self.task.sample_every and self._due(self.task.sample_every):
+                    self._save_samples()
+                if stop or self._due(self.config.checkpoint_every):
+                    self._save_checkpoint()
+                if stop:
+                    self.accelerator.end_training()
+                    return stop
+        self._save_pipeline(stream)
+        self.accelerator.end_training()
+        return 0
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.config.max_steps
+
+    def _stream(self) -> SampleStream:
+        return SampleStream(
+            self.source,
+            self.share,
+            range(self.progress.step, self.config.max_steps),
+            seed=self.config.seed,
+            num_workers=self.config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.max_steps,
+            initial=self.progress.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _step(self, batches: Iterator[tuple[list[int], dict[str, Tensor]]]) -> Tensor:
+        """One optimizer step; returns the norm of the gradient before it was clipped."""
+        max_norm = self.config.max_grad_norm or math.inf
+        losses = []
+        for _ in range(self.share.micro_batches):
+            with self.accelerator.accumulate(self.model):
+                loss = self._loss(*next(batches))
+                losses.append(loss.detach())
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self.ema.step(self._parameters())
+        self.progress.add(self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
+        return grad_norm
+
+    def _loss(self, numbers: list[int], batch: dict[str, Tensor]) -> Tensor:
+        conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        samples = conditioning.pop("samples")
+        generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
+        conditioning = self.task.drop_conditioning(conditioning, generators)
+        return self.objective.loss(self.model, samples, conditioning, generators).mean()
+
+    def _agree_to_stop(self, request: StopRequest) -> int:
+        """The signal that any process received, as all must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return request.signal
+        return int(
+            self.accelerator.gather(torch.tensor([request.signal], device=self.accelerator.device)).max()
+        )
+
+    def _log(self, grad_norm: Tensor | None, steps_per_second: float) -> None:
+        values = {
+            "loss": self.progress.mean_loss(),
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "grad_norm": math.nan if grad_norm is None else float(grad_norm),
+            "images_per_second": steps_per_second * self.config.batch_size,
+        }
+        self.progress.start_interval()
+        if self.accelerator.is_main_process:
+            step = self.progress.step
+            logger.info(
+                "step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            )
+            self.metrics.append({"step": step, **values})
+        self.accelerator.log(values, step=self.progress.step)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[Any]:
+        """The model with the averaged weights, in eval mode, inside the with block."""
+        parameters = self._parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.model.eval()
+        try:
+            yield self.accelerator.unwrap_model(self.model)
+        finally:
+            self.ema.restore(parameters)
+            self.model.train()
+
+    def _save_samples(self) -> None:
+        stem = self.output_dir / "samples" / f"step-{self.progress.step:08d}"
+        with self._averaged_weights() as model:
+            images = self.task.sample(model, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            stem.parent.mkdir(exist_ok=True)
+            images.save(stem.with_suffix(".png"))
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"samples": np.asarray(images)[None]}, step=self.progress.step)
+
+    def _save_checkpoint(self) -> None:
+        self.progress.mean_loss()  # never over good checkpoints with weights that are not finite
+        main = self.accelerator.is_main_process
+        folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
+        temporary = checkpoints.temporary_folder(folder)
+        if main:
+            checkpoints.start_writing(folder)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if main:
+            checkpoints.write_record(
+                temporary, config=as_dict(self.run_config), num_processes=self.accelerator.num_processes
+            )
+            checkpoints.commit(temporary, folder)
+            checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
+            logger.info("saved %s", folder)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, checkpoint: Path) -> None:
+        """Restore everything that the next step depends on."""
+        self.accelerator.load_state(str(checkpoint))
+        self.ema.to(self.accelerator.device)
+        before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
+        if before != now:
+            logger.warning(
+                "resumed on %d processes instead of %d: dropout inside the model draws other numbers",
+                now,
+                before,
+            )
+        logger.info("resumed from %s", checkpoint)
+
+    def _save_pipeline(self, stream: SampleStream) -> None:
+        """Write pipeline/ with the averaged weights."""
+        if stream.unreadable:
+            logger.warning("%d samples could not be read and were skipped", len(stream.unreadable))
+        with self._averaged_weights() as model:
+            weights = self.accelerator.get_state_dict(self.model)
+            if self.accelerator.is_main_process:
+                # A copy in one piece, as the trained model may be sharded. The weights are views: copy now.
+                whole = type(model).from_config(model.config)
+                whole.load_state_dict(weights)
+        if self.accelerator.is_main_process:
+            folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+            checkpoints.write_atomically(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+            logger.info("saved %s", folder)
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self, num_unreadable: int) -> dict[str, Any]:
+        """What a model card should say of this run, in the card's words."""
+        config, optim = self.config, self.config.optimizer
+        facts = {
+            "data": f"{len(self.source):,} samples",
+            "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
+            "objective": type(self.objective).__name__,
+            "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
+            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+            "weights": f"average with decay {config.ema_decay:g}",
+            "seed": config.seed,
+        }
+        return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.accelerator.unwrap_model(self.model).parameters())

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from torch import Tensor
+
+from mhla_diffusion import MHLAConfig, MHLADiTTransformer2DModel, convert_to_mhla
+
+MakeModel = Callable[..., MHLADiTTransformer2DModel]
+MakeStock = Callable[..., DiTTransformer2DModel]
+MakeInputs = Callable[..., dict[str, Tensor]]
+
+
+@pytest.mark.parametrize(
+    ("config", "new"),
+    [
+        (MHLAConfig(blocks=4), ["mixing"]),
+        ({"blocks": 4, "cpe": "zero", "gate": True, "output_norm": True},
+         ["cpe.bias", "cpe.weight", "gate.bias", "gate.weight", "mixing", "norm.weight"]),
+        ({"blocks": 1}, []),
+    ],
+    ids=["mhla", "every part", "linear"],
+)  # fmt: skip
+def test_every_weight_carries_over_and_what_is_new_is_reported(
+    make_stock: MakeStock, config: MHLAConfig | dict[str, Any], new: list[str]
+) -> None:
+    stock = make_stock()
+    before = {key: value.clone() for key, value in stock.state_dict().items()}
+    model, report = convert_to_mhla(stock, config, output_loading_info=True)
+    after = model.state_dict()
+    assert report == {
+        "new": [f"transformer_blocks.{i}.attn1.processor.{name}" for i in (0, 1) for name in new],
+        "dropped": [],
+    }
+    assert after.keys() == before.keys() | set(report["new"])
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    # The model given is neither changed nor shared.
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(stock.state_dict()[key], value) for key, value in before.items())
+
+
+def test_no_layer_named_is_the_same_function(make_stock: MakeStock, make_inputs: MakeInputs) -> None:
+    stock = make_stock()
+    model = convert_to_mhla(stock, MHLAConfig(layers=()))
+    assert torch.equal(model(**make_inputs()).sample, stock(**make_inputs()).sample)
+    assert model(**make_inputs((4, 16))).sample.shape == (2, 6, 4, 16)
+
+
+def test_layers_named_alone_are_converted(make_stock: MakeStock) -> None:
+    model = convert_to_mhla(make_stock(num_layers=3), {"blocks": 4, "layers": [0, 2]})
+    assert model.layer_attention == ["mhla", "softmax", "mhla"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes_and_mode_are_kept(make_stock: MakeStock, training: bool) -> None:
+    stock = make_stock().to(torch.bfloat16).train(training)
+    stock.proj_out_2.float()
+    model = convert_to_mhla(stock, {"blocks": 4, "gate": True})
+    state = model.state_dict()
+    assert all(state[key].dtype == value.dtype for key, value in stock.state_dict().items())
+    assert model.training is training
+    processor = model.transformer_blocks[0].attn1.processor
+    assert {parameter.dtype for parameter in processor.parameters()} == {torch.bfloat16}
+    assert all(module.training is training for module in model.modules())
+
+
+def test_an_mhla_model_gets_another_config(make_model: MakeModel) -> None:
+    model = make_model(attention=["softmax", "mhla"])
+    converted, report = convert_to_mhla(model, {"blocks": (1, 2)}, output_loading_info=True)
+    assert converted.layer_attention == ["mhla", "mhla"]
+    assert converted.mixing_blocks == (1, 2)
+    assert report["dropped"] == ["transformer_blocks.1.attn1.processor.mixing"]
+    assert torch.equal(converted.pos_embed.proj.weight, model.pos_embed.proj.weight)
+
+
+def test_gradients_reach_every_converted_weight(make_stock: MakeStock, make_inputs: MakeInputs) -> None:
+    model = convert_to_mhla(make_stock(), {"blocks": 4, "cpe": "zero", "gate": True, "output_norm": True})
+    model(**make_inputs()).sample.square().mean().backward()
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_fields_that_an_old_config_carries_along_do_not_matter(
+    make_stock: MakeStock, make_inputs: MakeInputs
+) -> None:
+    """Checkpoints of the time when DiT was a Transformer2DModel have more fields than the class has."""
+    stock = make_stock()
+    stock.register_to_config(num_vector_embeds=None, use_linear_projection=False, cross_attention_dim=None)
+    model = convert_to_mhla(stock, MHLAConfig(layers=()))
+    assert torch.equal(model(**make_inputs()).sample, stock(**make_inputs()).sample)
+
+
+def test_blocks_that_cost_too_much_are_warned_of_at_the_callers_line(make_stock: MakeStock) -> None:
+    with pytest.warns(UserWarning, match=r"blocks=4 is the most"):
+        convert_to_mhla(make_stock(), {"blocks": 16})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_mhla(make_stock(), {"blocks": 4})
+
+
+def test_models_without_an_mhla_form_are_refused() -> None:
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    with pytest.raises(ValueError, match=r"no MHLA form of AutoencoderKL; .* DiTTransformer2DModel"):
+        convert_to_mhla(vae, MHLAConfig(blocks=4))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"blocks": 4, "layers": [9]}, r"names layer 9, but the layers are 0 to 1"),
+        ({"blocks": 7}, r"7 blocks do not divide over the grid \(4, 4\)"),
+        ({"block": 4}, r"unknown MHLA setting block"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_model_is_refused(
+    make_stock: MakeStock, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_to_mhla(make_stock(), config)

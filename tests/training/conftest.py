@@ -1,0 +1,125 @@
+"""A tiny run on images made here, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_image.py"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes, ``cat`` and ``dog``, of 10 gray images each, 10 to 14 pixels wide and 9 high."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(10):
+            pixels = generator.integers(0, 256, (9, 10 + number % 5), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, image_folder: Path) -> dict[str, Any]:
+    """The config of a run: 16 tokens, one layer of MHLA, a batch of 8 of 20 images, 6 steps."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "model": {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 1,
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_embeds_ada_norm": 2,
+            "mhla": {"blocks": 4, "cpe": "zero", "gate": True},
+        },
+        "data": {"source": "folder", "path": str(image_folder), "flip": True},
+        "trainer": {
+            "max_steps": 6,
+            "batch_size": 8,
+            "max_grad_norm": 1.0,
+            "log_every": 1,
+            "checkpoint_every": 3,
+            "optimizer": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 2},
+        },
+        "sampling": {"num_inference_steps": 2, "images_per_class": 1},
+    }
+
+
+@pytest.fixture
+def write_settings(tmp_path: Path, settings: dict[str, Any]) -> Callable[[], Path]:
+    """Writes the settings, as a test changed them, and returns the file."""
+
+    def write() -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(write_settings: Callable[[], Path]) -> Callable[..., subprocess.Popen[str]]:
+    """Starts scripts/train_image.py, under ``accelerate launch`` for several processes."""
+
+    def start(*arguments: str, num_processes: int = 1, **kwargs: Any) -> subprocess.Popen[str]:
+        launch = [sys.executable]
+        if num_processes > 1:
+            launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+            launch += ["--num_processes", str(num_processes), "--main_process_port", "0"]
+        command = [*launch, str(SCRIPT), "--config", str(write_settings()), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
+    """Runs the script to its end."""
+
+    def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        process = start(*arguments, **kwargs)
+        output, _ = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    return run
+
+
+@pytest.fixture
+def losses() -> Callable[[Path], list[float]]:
+    """The losses that a run logged, in the order of the steps."""
+
+    def losses(output_dir: Path) -> list[float]:
+        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["loss"] for line in lines]
+
+    return losses

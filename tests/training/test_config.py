@@ -1,0 +1,135 @@
+"""What the command line accepts, and what it says of what it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mhla_diffusion.training import ImageTrainingConfig, parse_config
+from mhla_diffusion.training.config import as_dict, forbidden_changes, write_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def parse(*arguments: str) -> ImageTrainingConfig:
+    config, _ = parse_config(ImageTrainingConfig, list(arguments))
+    return config
+
+
+def test_yaml_and_overrides(write_settings: Callable[[], Path]) -> None:
+    config, resume = parse_config(
+        ImageTrainingConfig,
+        [
+            f"--config={write_settings()}",
+            "--trainer.optimizer.learning_rate=3e-4",
+            "--model.mhla.gate",
+            "false",
+            "--sampling.class_labels",
+            "[1, 0]",
+            "--resume",
+            "latest",
+        ],
+    )
+    assert config.trainer.optimizer.learning_rate == 3e-4
+    assert config.model.mhla is not None
+    assert not config.model.mhla.gate
+    assert config.model.mhla.cpe == "zero"
+    assert config.sampling.class_labels == (1, 0)
+    assert config.trainer.batch_size == 8
+    assert resume == "latest"
+
+
+def test_a_written_config_reads_back_as_itself(write_settings: Callable[[], Path], tmp_path: Path) -> None:
+    config = parse("--config", str(write_settings()))
+    write_config(config, tmp_path / "written.yaml")
+    assert parse("--config", str(tmp_path / "written.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        (
+            "trainer",
+            "max_step",
+            r"unknown key trainer\.max_step, did you mean trainer\.max_steps\? Known there:",
+        ),
+        ("trainer.optimizer", "lr", r"unknown key trainer\.optimizer\.lr.*trainer\.optimizer\.learning_rate"),
+        ("model.mhla", "block", r"unknown key model\.mhla\.block, did you mean model\.mhla\.blocks\?"),
+        ("", "outputdir", r"unknown key outputdir, did you mean output_dir\?"),
+    ],
+)
+def test_unknown_keys_in_the_file_and_on_the_command_line(
+    settings: dict[str, Any], write_settings: Callable[[], Path], section: str, key: str, message: str
+) -> None:
+    dotted = f"{section}.{key}" if section else key
+    with pytest.raises(SystemExit, match=message):
+        parse("--config", str(write_settings()), f"--{dotted}", "3")
+    place = settings
+    for name in section.split(".") if section else []:
+        place = place[name]
+    place[key] = 3
+    with pytest.raises(SystemExit, match=message):
+        parse("--config", str(write_settings()))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--trainer.max_steps=0", "max_steps must be 1 or more, got 0"),
+        ("--trainer.max_steps=many", "many"),
+        ("--trainer.mixed_precision=bf17", "bf17"),
+        ("--trainer.ema_decay=1.0", r"ema_decay must be in \[0, 1\), got 1.0"),
+        ("--trainer.max_grad_norm=0", "max_grad_norm must be positive"),
+        ("--trainer.optimizer.schedule=constant", "the schedule constant has no warmup"),
+        ("--trainer.trackers=[wandb]", "wandb is not installed"),
+        ("--class_dropout=1", r"class_dropout must be in \[0, 1\)"),
+        ("--model.num_layers=null", r"a new model needs model\.num_layers"),
+        ("--model.init_from=somewhere", r"model\.init_from brings its own shape; remove model\.sample_size"),
+        ("--model.mhla.cpe=one", "cpe"),
+        ("--objective.shift=-1", r"objective\.shift must be positive"),
+        ("--sampling.class_labels=[]", "must name at least one class"),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_values_that_are_not_allowed(write_settings: Callable[[], Path], override: str, message: str) -> None:
+    if "wandb" in override:
+        wandb_installed = pytest.importorskip("importlib.util").find_spec("wandb") is not None
+        if wandb_installed:
+            pytest.skip("wandb is installed")
+    with pytest.raises(SystemExit, match=message):
+        parse("--config", str(write_settings()), override)
+
+
+def test_changes_that_a_resumed_run_may_make(write_settings: Callable[[], Path]) -> None:
+    config = parse("--config", str(write_settings()))
+    saved = as_dict(config)
+    assert forbidden_changes(saved, config) == []
+    trainer = dataclasses.replace(
+        config.trainer, max_steps=99, log_every=2, checkpoint_every=5, keep_checkpoints=7, num_workers=1
+    )
+    sampling = dataclasses.replace(config.sampling, every=5, class_labels=(1,))
+    allowed = dataclasses.replace(config, output_dir="elsewhere", trainer=trainer, sampling=sampling)
+    assert forbidden_changes(saved, allowed) == []
+    changed = dataclasses.replace(
+        config,
+        class_dropout=0.2,
+        model=dataclasses.replace(config.model, mhla=None),
+        trainer=dataclasses.replace(config.trainer, seed=1),
+    )
+    lines = forbidden_changes(saved, changed)
+    assert "class_dropout: 0.1 -> 0.2" in lines
+    assert "trainer.seed: 0 -> 1" in lines
+    assert any(line.startswith("model.mhla") for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("image_*.yaml")), ids=lambda path: path.stem)
+def test_every_config_in_the_repository_is_valid(path: Path) -> None:
+    config = parse("--config", str(path))
+    assert Path(config.output_dir).name == path.stem
+    assert as_dict(config)["model"]["attention"] == "mhla"
+    assert set(yaml.safe_load(path.read_text())) <= set(as_dict(config))

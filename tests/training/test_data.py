@@ -1,0 +1,164 @@
+"""Images from every source, and what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mhla_diffusion.training import DataConfig
+from mhla_diffusion.training.data import ImageSamples, open_images
+from mhla_diffusion.training.stream import UnreadableSampleError
+
+GENERATOR = torch.Generator
+
+
+def samples(config: DataConfig, *, channels: int = 1, size: int = 8) -> ImageSamples:
+    return ImageSamples(open_images(config), channels=channels, size=size, flip=config.flip)
+
+
+def test_class_folders_of_mixed_sizes(image_folder: Path) -> None:
+    source = samples(DataConfig("folder", str(image_folder)))
+    assert source.class_names == ["cat", "dog"]
+    assert len(source) == 20
+    items = [source.load(index, GENERATOR()) for index in range(20)]
+    assert [item["class_labels"] for item in items] == [0] * 10 + [1] * 10
+    for item in items:
+        assert item["samples"].shape == (1, 8, 8)
+        assert item["samples"].dtype == torch.float32
+        assert -1 <= item["samples"].min() < item["samples"].max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_take_the_channels_of_the_model(tmp_path: Path, channels: int) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (16, 8), (255, 0, 0)).save(tmp_path / "a" / "red.png")
+    item = samples(DataConfig("folder", str(tmp_path)), channels=channels).load(0, GENERATOR())["samples"]
+    expected = torch.tensor([1.0, -1.0, -1.0]) if channels == 3 else torch.tensor([76 / 127.5 - 1])
+    torch.testing.assert_close(item, expected.view(-1, 1, 1).expand(channels, 8, 8))
+
+
+def test_the_crop_is_central_and_the_flip_is_drawn_from_the_generator(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8), dtype=np.uint8)
+    pixels[:, 2] = 255  # the leftmost column that a central crop to 4 keeps
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "line.png")
+    source = samples(DataConfig("folder", str(tmp_path), flip=True), size=4)
+    seen = set()
+    for seed in range(20):
+        image = source.load(0, GENERATOR().manual_seed(seed))["samples"]
+        again = source.load(0, GENERATOR().manual_seed(seed))["samples"]
+        assert torch.equal(image, again)
+        seen.add(int(image[0, 0].argmax()))
+    assert seen == {0, 3}
+
+
+def test_a_truncated_file_is_named(image_folder: Path) -> None:
+    path = image_folder / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    source = samples(DataConfig("folder", str(image_folder)))
+    with pytest.raises(UnreadableSampleError, match=r"cat/3\.png: "):
+        source.load(3, GENERATOR())
+    path.write_text("no image")
+    with pytest.raises(UnreadableSampleError, match=r"cat/3\.png: cannot identify"):
+        source.load(3, GENERATOR())
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        open_images(DataConfig("folder", str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="one subfolder per class, each with images"):
+        open_images(DataConfig("folder", str(tmp_path)))
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match="Found no valid file for the classes cat"):
+        open_images(DataConfig("folder", str(tmp_path)))
+
+
+@pytest.mark.parametrize("label_key", ["labels", "arr_1"])
+def test_npz(tmp_path: Path, label_key: str) -> None:
+    images = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    np.savez(tmp_path / "images.npz", arr_0=images, **{label_key: np.array([2, 0, 1])})
+    source = samples(DataConfig("npz", str(tmp_path / "images.npz")), channels=3)
+    assert source.class_names == ["0", "1", "2"]
+    item = source.load(0, GENERATOR())
+    assert item["class_labels"] == 2
+    torch.testing.assert_close(item["samples"], torch.tensor(images[0]).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_npz_of_another_form(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    with pytest.raises(ValueError, match="does not exist"):
+        open_images(DataConfig("npz", str(path)))
+    np.savez(path, images=np.zeros(3))
+    with pytest.raises(ValueError, match=r"must hold arr_0 and labels \(or arr_1\), it holds images"):
+        open_images(DataConfig("npz", str(path)))
+    np.savez(path, arr_0=np.zeros((3, 8, 8)), labels=np.zeros(3, dtype=int))
+    with pytest.raises(ValueError, match="images must be uint8"):
+        open_images(DataConfig("npz", str(path)))
+    np.savez(path, arr_0=np.zeros((3, 8, 8), dtype=np.uint8), labels=np.zeros(2, dtype=int))
+    with pytest.raises(ValueError, match="labels must be 3 integers"):
+        open_images(DataConfig("npz", str(path)))
+
+
+def test_mnist_is_padded_to_32() -> None:
+    source = samples(DataConfig("mnist"), size=32)
+    assert len(source) == 5000
+    assert source.class_names == [str(digit) for digit in range(10)]
+    image = source.load(0, GENERATOR())["samples"]
+    assert image.shape == (1, 32, 32)
+    assert (image[:, :2] == -1).all()
+    assert image.max() > 0.9
+
+
+@pytest.mark.parametrize("saved", ["save_to_disk", "image folder"])
+def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
+    path = image_folder
+    if saved == "save_to_disk":
+        import datasets
+
+        path = tmp_path / "saved"
+        datasets.Dataset.from_dict(
+            {
+                "picture": [Image.new("L", (8, 8), value) for value in (0, 255)],
+                "kind": ["warm", "cold"],
+            },
+            features=datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")}),
+        ).save_to_disk(path)
+        source = samples(DataConfig("huggingface", str(path), label_column="kind"))
+        assert source.class_names == ["cold", "warm"]
+        assert source.load(0, GENERATOR())["class_labels"] == 1
+        assert (source.load(1, GENERATOR())["samples"] == 1).all()
+        with pytest.raises(ValueError, match=r"has no ClassLabel column: set data\.label_column to one of"):
+            samples(DataConfig("huggingface", str(path)))
+        with pytest.raises(ValueError, match=r"has no pic: set data\.image_column to one of picture, kind"):
+            samples(DataConfig("huggingface", str(path), image_column="pic", label_column="kind"))
+    else:
+        source = samples(DataConfig("huggingface", str(path)))
+        assert source.class_names == ["cat", "dog"]
+        labels = [source.load(index, GENERATOR())["class_labels"] for index in range(20)]
+        assert sorted(labels) == [0] * 10 + [1] * 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "folder"}, r"data\.source folder needs data\.path"),
+        ({"source": "mnist", "path": "x"}, r"mnist takes no data\.path"),
+        (
+            {"source": "npz", "path": "x", "split": "test"},
+            r"data\.split is for data\.source huggingface alone",
+        ),
+        ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
+    ],
+)
+def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**arguments)
+
+
+def test_images_have_1_or_3_channels(image_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.in_channels is 4; for latents"):
+        samples(DataConfig("folder", str(image_folder)), channels=4)
