@@ -177,7 +177,9 @@ def test_a_stock_checkpoint_is_converted_and_not_loaded(
     with pytest.raises(
         ValueError, match=r"lacks 2 weights .*processor\.mixing.*convert_to_mhla\(model, config\)"
     ):
-        MHLADiTTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        MHLADiTTransformer2DModel.from_pretrained(
+            tmp_path, mhla_config={"blocks": 4}, low_cpu_mem_usage=low_cpu_mem_usage
+        )
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
