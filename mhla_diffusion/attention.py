@@ -258,8 +258,8 @@ def _cpe_conv(channels: int, axes: int, *, start: str) -> nn.Conv2d | nn.Conv3d:
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> Tensor:
     """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``."""
     images = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)  # [B, H d, *grid]
-    # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of the
-    # computation, which stored weights need not have (layerwise casting).
+    # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of
+    # the computation, which stored weights need not have (layerwise casting).
     dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
     with torch.autocast(v.device.type, enabled=False):
         return conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
