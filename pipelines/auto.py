@@ -58,7 +58,8 @@ class MHLAPipeline:
         path = os.fspath(pretrained_model_name_or_path)
         if subfolder is not None:
             path = _locate_subfolder(path, subfolder, kwargs)
-        if os.path.isfile(os.path.join(path, "config.json")):
+        names = os.listdir(path) if os.path.isdir(path) else []
+        if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
                 f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
                 "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "

@@ -5,11 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -22,6 +30,8 @@ from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 from .model_card import write_model_card
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+_LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class MHLADiTPipeline(DiffusionPipeline):
@@ -218,15 +228,14 @@ class MHLADiTPipeline(DiffusionPipeline):
         step_kwargs = self._step_kwargs(generator)
 
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with _all_channels(self.scheduler), self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 prediction = self._predict(latents, t, labels)
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in tensor_inputs}
-                    latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                    latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
                 if i == len(timesteps) - 1 or (
                     i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0
                 ):
@@ -254,7 +263,7 @@ class MHLADiTPipeline(DiffusionPipeline):
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             variance = variance.chunk(2)[0]
-        if str(self.scheduler.config.get("variance_type")).startswith("learned"):
+        if _reads_variance(self.scheduler):
             prediction = torch.cat([prediction, variance], dim=1)
         return prediction
 
@@ -308,6 +317,30 @@ class MHLADiTPipeline(DiffusionPipeline):
 
 # The name under which diffusers records the class, free of our file layout.
 MHLADiTPipeline.__module__ = "mhla_diffusion"
+
+
+def _reads_variance(scheduler: Any) -> bool:
+    """Whether a scheduler takes the learned variance behind the prediction."""
+    readers = (DDPMScheduler, DDPMParallelScheduler)
+    return isinstance(scheduler, readers) and scheduler.config.variance_type in _LEARNED_VARIANCES
+
+
+@contextmanager
+def _all_channels(scheduler: Any) -> Iterator[None]:
+    """Let fast solvers step with every channel of a prediction.
+
+    Made from the config of a scheduler with a learned variance, the DPM-Solver family cuts predictions to
+    three channels. What it is given here holds no variance.
+    """
+    variance_type = scheduler.config.get("variance_type")
+    if variance_type not in _LEARNED_VARIANCES or _reads_variance(scheduler):
+        yield
+        return
+    scheduler.register_to_config(variance_type=None)
+    try:
+        yield
+    finally:
+        scheduler.register_to_config(variance_type=variance_type)
 
 
 def _prediction_type(scheduler: Any) -> str:
