@@ -56,20 +56,23 @@ def write_model_card(pipeline: Any, folder: str | os.PathLike[str], *, repo_id: 
 
 def _facts(pipeline: Any) -> dict[str, str]:
     """What a reader of the card wants to know, as text."""
-    transformer = pipeline.transformer
-    config, mhla = transformer.config, transformer.config.mhla_config
+    transformer, config = pipeline.transformer, pipeline.transformer.config
     size = config.sample_size * pipeline.vae_scale_factor
-    kinds = Counter(transformer.layer_attention)
-    parts = [name for name in ("gate", "output_norm", "mixing_per_head") if mhla[name]]
-    if mhla["cpe"]:
-        parts.insert(0, f"CPE ({mhla['cpe']} start)")
-    facts = {
-        "attention": ", ".join(
-            f"{kind} in {count} of {config.num_layers} layers" for kind, count in kinds.items()
-        ),
-        "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
-        "feature map, normalizer": f"{mhla['feature_map']}, {mhla['normalizer']}",
-        "also in each layer": ", ".join(parts) or "nothing",
+    # A stock DiT will do for a pipeline.
+    kinds = Counter(getattr(transformer, "layer_attention", ["softmax"] * config.num_layers))
+    attention = ", ".join(f"{kind} in {count} of {config.num_layers} layers" for kind, count in kinds.items())
+    facts = {"attention": attention}
+    if set(kinds) != {"softmax"}:
+        mhla = config.mhla_config
+        parts = [name for name in ("gate", "output_norm", "mixing_per_head") if mhla[name]]
+        if mhla["cpe"]:
+            parts.insert(0, f"CPE ({mhla['cpe']} start)")
+        facts |= {
+            "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
+            "feature map, normalizer": f"{mhla['feature_map']}, {mhla['normalizer']}",
+            "also in each layer": ", ".join(parts) or "nothing",
+        }
+    facts |= {
         "parameters": f"{sum(p.numel() for p in transformer.parameters()):,}",
         "size": f"{size} x {size} pixels, {'pixel space' if pipeline.vae is None else 'latents'}",
         "classes": str(config.num_embeds_ada_norm),

@@ -102,6 +102,7 @@ def save_as_on_the_hub() -> Callable[[DiTPipeline, Path], None]:
         pipeline.save_pretrained(folder, safe_serialization=False)
         index = json.loads((folder / "model_index.json").read_text())
         index["transformer"] = ["diffusers", "Transformer2DModel"]
+        index["id2label"] = {"0": "tench, Tinca tinca", "1": "goldfish"}
         (folder / "model_index.json").write_text(json.dumps(index))
         path = folder / "transformer" / "config.json"
         config = json.loads(path.read_text())

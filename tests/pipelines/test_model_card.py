@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.hub_utils
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCard
+
+import mhla_diffusion.pipelines.image
+from mhla_diffusion import MHLADiTPipeline, MHLAPipeline
+
+MakePipeline = Callable[..., MHLADiTPipeline]
+
+TRAINING = {"data": "30 photographs of pets", "steps": 1234}
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def facts(text: str) -> dict[str, str]:
+    """The rows of the table."""
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE)
+    return dict(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"attention": "mhla in 2 of 2 layers", "blocks": "2 x 2", "also in each layer": "nothing"}),
+        (
+            {"mhla_config": {"blocks": (1, 2), "cpe": "zero", "gate": True}},
+            {"blocks": "1 x 2", "also in each layer": "CPE (zero start), gate"},
+        ),
+        (
+            {"attention": ["softmax", "mhla"]},
+            {"attention": "softmax in 1 of 2 layers, mhla in 1 of 2 layers", "blocks": "2 x 2"},
+        ),
+        ({"attention": "linear"}, {"attention": "linear in 2 of 2 layers", "blocks": "none"}),
+    ],
+    ids=["mhla", "parts", "hybrid", "linear"],
+)
+def test_the_card_states_the_attention(
+    make_pipeline: MakePipeline, tmp_path: Path, settings: dict[str, Any], expected: dict[str, str]
+) -> None:
+    make_pipeline(**settings).save_pretrained(tmp_path)
+    assert facts(card(tmp_path)).items() >= expected.items()
+
+
+def test_the_card_states_the_training_and_the_rest(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline(training=TRAINING, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipeline.save_pretrained(tmp_path)
+    expected = {
+        "data": "30 photographs of pets",
+        "steps": "1234",
+        "size": "16 x 16 pixels, latents",
+        "classes": "3",
+        "prediction": "flow_prediction",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "parameters": f"{pipeline.transformer.num_parameters():,}",
+    }
+    assert facts(card(tmp_path)).items() >= expected.items()
+
+
+def test_what_is_not_known_is_said_to_be_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline(vae=False).save_pretrained(tmp_path)
+    table = facts(card(tmp_path))
+    assert table["training"] == "not recorded"
+    assert table["size"] == "8 x 8 pixels, pixel space"
+
+
+def test_the_hub_reads_the_header(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path)
+    data = ModelCard(card(tmp_path)).data
+    assert data.library_name == "diffusers"
+    assert {"mhla", "linear-attention"} <= set(data.tags)
+
+
+def test_the_example_of_the_card_runs(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pipeline().save_pretrained(tmp_path / "pets")
+    (code,) = re.findall(r"```python\n(.+?)```", card(tmp_path / "pets"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("]).images", "], num_inference_steps=1).images"), names)
+    assert isinstance(names["pipe"], MHLADiTPipeline)
+    assert len(names["images"]) == 1
+
+
+def test_saving_again_renews_a_card_of_ours(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path)
+    make_pipeline(training=TRAINING).save_pretrained(tmp_path)
+    assert facts(card(tmp_path))["steps"] == "1234"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_card_that_somebody_wrote_is_kept(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    (tmp_path / "README.md").write_text("# My pets\n")
+    pipeline.save_pretrained(tmp_path)
+    assert card(tmp_path) == "# My pets\n"
+
+
+def test_a_card_that_somebody_edited_is_kept(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """The mark in the card says that without it the card is theirs."""
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    edited = re.sub(r"<!--.*?-->", "Mine.", card(tmp_path))
+    assert edited != card(tmp_path)
+    (tmp_path / "README.md").write_text(edited, encoding="utf-8")
+    pipeline.save_pretrained(tmp_path)
+    assert card(tmp_path) == edited
+
+
+def test_a_loaded_stock_pipeline_has_a_card_too(
+    make_stock_pipeline: Callable[[], Any], tmp_path: Path
+) -> None:
+    make_stock_pipeline().save_pretrained(tmp_path / "stock")
+    MHLAPipeline.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
+    assert facts(card(tmp_path / "ours"))["attention"] == "softmax in 2 of 2 layers"
+
+
+def test_a_pipeline_that_holds_a_stock_model_has_a_card_too(
+    make_stock_pipeline: Callable[[], Any], tmp_path: Path
+) -> None:
+    MHLADiTPipeline(**make_stock_pipeline().components).save_pretrained(tmp_path)
+    assert facts(card(tmp_path))["attention"] == "softmax in 2 of 2 layers"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What arrives where the hub would be: the two calls that reach for it are answered here."""
+    received: dict[str, Any] = {}
+
+    class Created:
+        def __init__(self, repo_id: str) -> None:
+            self.repo_id = f"someone/{repo_id.split('/')[-1]}"
+
+    def create_repo(repo_id: str, **options: Any) -> Created:
+        received["create"] = {"repo_id": repo_id, **options}
+        return Created(repo_id)
+
+    def upload_folder(*, repo_id: str, folder_path: str, **options: Any) -> str:
+        files = {
+            str(path.relative_to(folder_path)): path.read_bytes()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
+        }
+        received["upload"] = {"repo_id": repo_id, "files": files, **options}
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(mhla_diffusion.pipelines.image, "create_repo", create_repo)
+    monkeypatch.setattr(diffusers.utils.hub_utils, "upload_folder", upload_folder)
+    return received
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_an_upload_holds_the_pipeline_and_its_card(
+    make_pipeline: MakePipeline, hub: dict[str, Any], tmp_path: Path, way: str
+) -> None:
+    pipeline = make_pipeline(training=TRAINING)
+    if way == "push_to_hub":
+        address = pipeline.push_to_hub("pets", private=True, commit_message="First", token="t")
+    else:
+        address = pipeline.save_pretrained(
+            tmp_path / "pets", push_to_hub=True, private=True, commit_message="First", token="t"
+        )
+    assert address == "https://hub/someone/pets"
+    assert hub["create"].items() >= {"repo_id": "pets", "private": True, "token": "t"}.items()
+    upload = hub["upload"]
+    assert upload["repo_id"] == "someone/pets"
+    assert upload["commit_message"] == "First"
+    assert {"model_index.json", "README.md", "transformer/config.json"} <= upload["files"].keys()
+    text = upload["files"]["README.md"].decode()
+    assert 'MHLAPipeline.from_pretrained("someone/pets")' in text
+    assert facts(text)["steps"] == "1234"
