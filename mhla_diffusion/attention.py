@@ -251,7 +251,7 @@ def _cpe_conv(channels: int, axes: int, *, start: str) -> nn.Conv2d | nn.Conv3d:
     nn.init.zeros_(conv.bias)
     if start == "identity":
         with torch.no_grad():
-            conv.weight[(slice(None), 0, *[1] * axes)] = 1
+            conv.weight.view(channels, 3**axes)[:, 3**axes // 2] = 1  # the centre
     return conv
 
 

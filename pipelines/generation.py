@@ -126,7 +126,9 @@ def _generate_batches(
             # A batch that was cut short is made again as a whole: a smaller one would differ by rounding.
             if not all((folder / row["file"]).exists() for row in batch):
                 generators = [torch.Generator().manual_seed(row["seed"]) for row in batch]
-                images = pipeline([row["class_id"] for row in batch], generator=generators, **call).images
+                images = pipeline(
+                    [row["class_id"] for row in batch], generator=generators, return_dict=False, **call
+                )[0]
                 for row, image in zip(batch, images, strict=True):
                     _save_image(image, folder / row["file"])
             progress.update(len(batch))

@@ -279,7 +279,7 @@ class MHLADiTPipeline(DiffusionPipeline):
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -309,7 +309,7 @@ class MHLADiTPipeline(DiffusionPipeline):
             save_directory, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
         )
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
         """Upload to the hub: :meth:`save_pretrained` into a temporary folder with ``push_to_hub=True``."""
         with tempfile.TemporaryDirectory() as folder:
             return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -59,7 +59,7 @@ def _check() -> None:
         sys.exit("error: the operator does not equal its reference here; no times are given")
 
 
-def _medians(calls: list[Callable[[], Tensor]], repeats: int) -> list[float]:
+def _medians(calls: Sequence[Callable[[], Tensor]], repeats: int) -> list[float]:
     """Median seconds of each call, the calls taking turns."""
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):

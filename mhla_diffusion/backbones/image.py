@@ -213,9 +213,7 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         return self
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As :meth:`diffusers.ModelMixin.from_pretrained`, and never with a weight that was not in the file.
 
         Raises:

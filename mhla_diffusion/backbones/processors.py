@@ -19,7 +19,7 @@ class MHLAAttnProcessor(MHLA):
 
     # The parameters are used in forward and the layers of attn here: offloading hooks sit on forward, so that
     # a parameter used here would be on another device (or meta) when it is needed.
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,

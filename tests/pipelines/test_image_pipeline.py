@@ -72,21 +72,32 @@ def test_every_scheduler_that_fits_generates(
     assert not torch.equal(images, generate(pipeline, labels=(1, 2)))
 
 
-def test_a_learned_variance_is_used(make_pipeline: MakePipeline) -> None:
-    """A step by hand, with half of the prediction as mean and half as variance."""
-    scheduler = DDPMScheduler(variance_type="learned_range")
-    pipeline = make_pipeline(scheduler=scheduler, out_channels=8, vae=False)
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDPMScheduler(), DDPMScheduler(variance_type="learned_range"), EulerAncestralDiscreteScheduler()],
+    ids=["variance not used", "learned variance", "scaled input"],
+)
+@torch.no_grad()
+def test_sampling_equals_the_loop_by_hand(
+    make_pipeline: MakePipeline, assert_close: AssertClose, scheduler: Any
+) -> None:
+    pipeline = make_pipeline(scheduler=scheduler, out_channels=8, vae=False).to(dtype=torch.float64)
+    images = generate(pipeline, labels=[1], guidance_scale=3.0, output_type="latent")
+
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
-    pair = {"class_labels": torch.tensor([1, 3]), "timestep": torch.tensor([0, 0])}
-    scheduler.set_timesteps(1)
-    with torch.no_grad():
-        output = pipeline.transformer(torch.cat([latents] * 2), **pair).sample
-    known, null = output[:, :4]
-    prediction = torch.cat([null + 3 * (known - null), output[0, 4:]])[None]
-    expected = scheduler.step(prediction, scheduler.timesteps[0], latents, generator=generator).prev_sample
-    images = generate(pipeline, labels=[1], guidance_scale=3.0, num_inference_steps=1, output_type="latent")
-    torch.testing.assert_close(images, expected)
+    scheduler.set_timesteps(3)
+    latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t)
+        known, null = (
+            pipeline.transformer(scaled, timestep=t[None], class_labels=torch.tensor([label])).sample
+            for label in (1, 3)
+        )
+        prediction = null[:, :4] + 3 * (known[:, :4] - null[:, :4])
+        if scheduler.config.get("variance_type") == "learned_range":
+            prediction = torch.cat([prediction, known[:, 4:]], dim=1)
+        latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
+    assert_close(images, latents)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
