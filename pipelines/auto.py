@@ -81,6 +81,15 @@ class MHLAPipeline:
         return pipeline
 
 
+def component_subfolder(path: str, component: str) -> str | None:
+    """``component`` where a folder or hub id holds a pipeline, None where it holds the component itself."""
+    try:
+        DiffusionPipeline.load_config(path)
+    except OSError:
+        return None
+    return component
+
+
 def _locate_subfolder(path: str, subfolder: str, kwargs: dict[str, Any]) -> str:
     """A local path to a subfolder, downloaded if need be: diffusers knows subfolders of models alone."""
     if not os.path.isdir(path):

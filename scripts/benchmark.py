@@ -72,4 +72,4 @@ def _medians(calls: Sequence[Callable[[], Tensor]], repeats: int) -> list[float]
 
 
 if __name__ == "__main__":
-    auto_cli({"operator": operator}, as_positional=False)
+    auto_cli({"operator": operator}, as_positional=False, allow_abbrev=False)

@@ -20,7 +20,7 @@ def main() -> None:
     config, _ = parse_config(LatentCacheConfig, description=__doc__ or "")
     try:
         cache_latents(config)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -6,6 +6,7 @@ python scripts/convert.py --model facebook/DiT-XL-2-256 --out DIR [--mhla.blocks
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from diffusers import DiTTransformer2DModel
@@ -34,16 +35,13 @@ def main(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if Path(out).exists():
-        raise SystemExit(f"error: {out} is there already; choose another folder")
-    try:
-        source = {"subfolder": subfolder, "revision": revision}
-        if only_transformer:
-            stock = DiTTransformer2DModel.from_pretrained(model, **source)
-            converted = convert_to_mhla(stock, mhla)
-        else:
-            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **source)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(f"{out} is there already; choose another folder")
+    source = {"subfolder": subfolder, "revision": revision}
+    if only_transformer:
+        stock = DiTTransformer2DModel.from_pretrained(model, **source)
+        converted = convert_to_mhla(stock, mhla)
+    else:
+        converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **source)
     partial = Path(f"{out}.partial")
     converted.save_pretrained(partial)
     partial.rename(out)
@@ -53,4 +51,7 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    try:
+        auto_cli(main, as_positional=False, allow_abbrev=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -37,6 +37,6 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        auto_cli({"image": image}, as_positional=False)
-    except (ValueError, ImportError) as error:
+        auto_cli({"image": image}, as_positional=False, allow_abbrev=False)
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

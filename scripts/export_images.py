@@ -6,6 +6,7 @@ python scripts/export_images.py --data.source mnist --out DIR
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -23,11 +24,8 @@ def main(data: DataConfig, out: str) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if Path(out).exists():
-        raise SystemExit(f"error: {out} is there already; choose another folder")
-    try:
-        images = open_images(data)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(f"{out} is there already; choose another folder")
+    images = open_images(data)
     partial = Path(f"{out}.partial")
     for name in images.class_names:
         (partial / name).mkdir(parents=True, exist_ok=True)
@@ -38,4 +36,7 @@ def main(data: DataConfig, out: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    try:
+        auto_cli(main, as_positional=False, allow_abbrev=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -8,6 +8,7 @@ Interrupted, the same command goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import sys
 
 import torch
 from jsonargparse import auto_cli
@@ -48,18 +49,18 @@ def main(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise SystemExit(f"error: dtype must be float32, bfloat16 or float16, got {dtype}")
-    try:
-        pipeline = MHLAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-        manifest = generate_images(
-            pipeline, out, num_images=num, class_labels=classes, seed=seed, batch_size=batch_size,
-            num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
-        )  # fmt: skip
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    pipeline = MHLAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    manifest = generate_images(
+        pipeline, out, num_images=num, class_labels=classes, seed=seed, batch_size=batch_size,
+        num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
+    )  # fmt: skip
     if grid is not None:
         save_grid(manifest.parent, grid)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    try:
+        auto_cli(main, as_positional=False, allow_abbrev=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -27,7 +27,7 @@ def main() -> int:
     config, resume = parse_config(ImageTrainingConfig, description=__doc__ or "")
     try:
         stopped_by = train_image(config, resume=resume)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     return 128 + stopped_by if stopped_by else 0
 

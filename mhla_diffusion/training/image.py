@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.pipelines import MHLADiTPipeline
+from mhla_diffusion.pipelines.auto import component_subfolder
 
 from ..attention import MHLAConfig
 from ..backbones.image import MHLADiTTransformer2DModel
@@ -208,7 +209,7 @@ def build_model(config: ModelConfig, objective: Objective) -> Any:
         return MHLADiTTransformer2DModel(
             **arguments, out_channels=objective.out_channels(config.in_channels or 0)
         )
-    subfolder = "transformer" if (Path(config.init_from) / "model_index.json").is_file() else None
+    subfolder = component_subfolder(config.init_from, "transformer")
     model = MHLADiTTransformer2DModel.from_pretrained(
         config.init_from, subfolder=subfolder, dtype=torch.float32
     )

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mhla_diffusion.pipelines.auto import component_subfolder
+
 from .config import as_dict
 from .data import DataConfig, ImageSamples, open_images
 from .stream import UnreadableSampleError
@@ -60,8 +62,8 @@ class LatentCacheConfig:
 
 def load_vae(path: str) -> Any:
     """An autoencoder by the folder or hub id of itself or of a pipeline."""
-    subfolder = "vae" if (Path(path) / "model_index.json").is_file() else None
-    return AutoencoderKL.from_pretrained(path, subfolder=subfolder).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(path, subfolder=component_subfolder(path, "vae"))
+    return vae.eval().requires_grad_(False)
 
 
 class CachedLatents:
@@ -86,9 +88,11 @@ class CachedLatents:
                 "scripts/cache_latents.py again to finish it"
             )
         shapes = [_shape(file) for file in self.files]
+        if not any(shape[0] for shape in shapes):
+            raise ValueError(f"latent cache {path} is empty: none of its images could be read")
         self.shape: tuple[int, ...] = next(shape[1:] for shape in shapes if shape[0])
         self._ends = list(itertools.accumulate(shape[0] for shape in shapes))
-        self._open: dict[int, Any] = {}
+        self._open: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -111,7 +115,7 @@ class CachedLatents:
 
     def _file(self, shard: int) -> Any:
         # Keyed by process: a forked worker must not share its parent's handle.
-        key = hash((os.getpid(), shard))
+        key = (os.getpid(), shard)
         if key not in self._open:
             self._open[key] = safe_open(self.files[shard], framework="pt")
         return self._open[key]
@@ -186,9 +190,11 @@ def _encode(vae: Any, images: ImageSamples, rows: range, config: LatentCacheConf
         posterior = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist
         means.append(posterior.mean.half().cpu())
         stds.append(posterior.std.half().cpu())
+    none = [torch.empty(0, dtype=torch.float16)]
+    # Contiguous, as safetensors needs: the encoder may answer in channels-last.
     return {
-        "mean": torch.cat(means) if means else torch.empty(0, dtype=torch.float16),
-        "std": torch.cat(stds) if stds else torch.empty(0, dtype=torch.float16),
+        "mean": torch.cat(means or none).contiguous(),
+        "std": torch.cat(stds or none).contiguous(),
         "labels": torch.tensor(labels, dtype=torch.int64),
     }
 

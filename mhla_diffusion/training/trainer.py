@@ -363,8 +363,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             stem.parent.mkdir(exist_ok=True)
             images.save(stem.with_suffix(".png"))
+        pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
         for tracker in self.accelerator.trackers:
-            tracker.log_images({"samples": np.asarray(images)[None]}, step=self.progress.step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=self.progress.step, **layout)
 
     def _save_checkpoint(self) -> None:
         self.progress.mean_loss()  # never over good checkpoints with weights that are not finite

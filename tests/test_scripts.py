@@ -1,0 +1,141 @@
+"""The scripts as a user runs them one after the other: convert, cache latents, fine-tune, generate, score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
+
+from mhla_diffusion import MHLADiTTransformer2DModel, MHLAPipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"scripts/{script}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def succeed(script: str, *arguments: str | Path) -> str:
+    result = run(script, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Path:
+    """A small stock DiT pipeline: 16 x 16 pixels, 4 x 4 tokens of latents."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=8, patch_size=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, sample_size=16,
+    )  # fmt: skip
+    DiTPipeline(transformer, vae=vae, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_stock_model_is_converted_fine_tuned_on_latents_and_scored(
+    stock: Path, photos: Path, tmp_path: Path
+) -> None:
+    converted, latents, training, images = (tmp_path / name for name in ("mhla", "latents", "run", "images"))
+    output = succeed(
+        "convert", "--model", stock, "--out", converted, "--mhla.blocks", "4", "--mhla.cpe", "zero"
+    )
+    assert "processor.mixing" in output, "what is new is said"
+    succeed(
+        *("cache_latents", "--vae", stock, "--size", "16", "--output_dir", latents),
+        *("--data.source", "folder", "--data.path", photos),
+    )
+    succeed(
+        *("train_image", "--model.init_from", converted, "--objective.name", "ddpm"),
+        *("--data.source", "latents", "--data.path", latents, "--output_dir", training),
+        *("--trainer.max_steps", "2", "--trainer.batch_size", "4"),
+    )
+    succeed(
+        *("generate", "--model", training / "pipeline", "--out", images, "--num", "4", "--steps", "2"),
+        *("--classes", '["cat", "dog"]', "--grid", tmp_path / "grid.png"),
+    )
+    assert Image.open(tmp_path / "grid.png").size == (32, 32)
+    succeed("evaluate", "image", "--real", photos, "--generated", images, "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["scores"][0]["value"] > 0
+
+    before = DiTTransformer2DModel.from_pretrained(stock, subfolder="transformer")
+    pipeline = MHLAPipeline.from_pretrained(training / "pipeline")
+    after = pipeline.transformer
+    assert isinstance(after, MHLADiTTransformer2DModel)
+    assert after.mixing_blocks == (2, 2)
+    assert pipeline.vae is not None
+    moved = (after.proj_out_2.weight - before.proj_out_2.weight).abs().max()
+    assert 0 < moved < 1e-3, "two small steps from the stock weights"
+
+
+def test_a_transformer_alone_is_converted_and_nothing_is_overwritten(stock: Path, tmp_path: Path) -> None:
+    arguments = (
+        *("--model", stock / "transformer", "--only_transformer", "true"),
+        *("--out", tmp_path / "out", "--mhla.blocks", "4"),
+    )
+    succeed("convert", *arguments)
+    model = MHLADiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert model.mixing_blocks == (2, 2)
+    again = run("convert", *arguments)
+    assert again.returncode == 1
+    assert "is there already; choose another folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mhla.blocks", "0"], "blocks must be an integer >= 1 or one per axis, got 0"),
+        (["--mhla.blocks", "64"], "64"),
+        (["--mhla.block", "4"], "mhla.block"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_explained(
+    arguments: list[str], message: str, stock: Path, tmp_path: Path
+) -> None:
+    result = run("convert", "--model", stock, "--out", tmp_path / "out", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("export_images", "--data.source", "folder", "--data.path", photos, "--out", out)
+    assert sorted(path.name for path in out.iterdir()) == ["cat", "dog"]
+    exported = np.stack([np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))])
+    expected = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
+    assert np.array_equal(exported, expected)
+
+
+def test_the_benchmark_prints_one_line() -> None:
+    line = succeed("benchmark", "operator", "--sides", "[8, 16]", "--heads", "1", "--head_dim", "8")
+    assert line.count("\n") == 1
+    assert "64 tokens" in line
+    assert "256 tokens" in line

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
+from mhla_diffusion.training.data import ImageSamples, open_images
+from mhla_diffusion.training.latents import CachedLatents
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> AutoencoderKL:
+    """2 latent channels, images of twice the size, saved in ``vae``; its shift and scale are not 0 and 1."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8), latent_channels=2, norm_num_groups=2, sample_size=8,
+        scaling_factor=0.5, shift_factor=0.25,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    return vae
+
+
+@pytest.fixture
+def config(tmp_path: Path, image_folder: Path, vae: AutoencoderKL) -> LatentCacheConfig:
+    data = DataConfig("folder", path=str(image_folder), flip=True)
+    return LatentCacheConfig(
+        output_dir=str(tmp_path / "cache"), vae=str(tmp_path / "vae"), data=data, size=8, batch_size=3,
+        shard_size=8,
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@torch.no_grad()
+def test_latents_are_drawn_from_the_posterior_of_each_image_and_its_mirror(
+    config: LatentCacheConfig, vae: AutoencoderKL
+) -> None:
+    cache_latents(config)
+    latents = CachedLatents(config.output_dir)
+    assert len(latents) == 40
+    assert latents.shape == (2, 4, 4)
+    assert latents.class_names == ["cat", "dog"]
+    images = ImageSamples(open_images(config.data), channels=3, size=8)
+    for index in (0, 1, 17, 38):
+        image = images.load(index // 2, torch.Generator())
+        pixels = image["samples"].flip(-1) if index % 2 else image["samples"]
+        posterior = vae.encode(pixels[None]).latent_dist
+        noise = torch.randn((2, 4, 4), generator=torch.Generator().manual_seed(index))
+        expected = (posterior.mean[0] + posterior.std[0] * noise - 0.25) * 0.5
+        sample = latents.load(index, torch.Generator().manual_seed(index))
+        torch.testing.assert_close(sample["samples"], expected, atol=5e-3, rtol=0)  # stored in float16
+        assert sample["class_labels"] == image["class_labels"]
+
+
+def test_an_unfinished_cache_is_refused_and_finished_by_another_run(config: LatentCacheConfig) -> None:
+    cache_latents(config)
+    folder = Path(config.output_dir)
+    whole = contents(folder)
+    assert len(whole) == 4
+    (folder / "latents-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 files; run scripts/cache_latents.py again"):
+        CachedLatents(folder)
+    kept = (folder / "latents-00000.safetensors").stat().st_mtime_ns
+    cache_latents(config)
+    assert contents(folder) == whole
+    assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_another_cache_or_other_files_are_not_touched(config: LatentCacheConfig, tmp_path: Path) -> None:
+    cache_latents(config)
+    before = contents(Path(config.output_dir))
+    with pytest.raises(ValueError, match="holds another latent cache"):
+        cache_latents(dataclasses.replace(config, size=16))
+    assert contents(Path(config.output_dir)) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no latent cache"):
+        cache_latents(dataclasses.replace(config, output_dir=str(other)))
+    with pytest.raises(ValueError, match="holds no latent cache; make one"):
+        CachedLatents(other)
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(
+    config: LatentCacheConfig, image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = image_folder / "dog" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with caplog.at_level(logging.WARNING):
+        cache_latents(config)
+    assert str(broken) in caplog.text
+    assert len(CachedLatents(config.output_dir)) == 38
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"")
+    empty = dataclasses.replace(config, output_dir=f"{config.output_dir}-empty")
+    cache_latents(empty)
+    with pytest.raises(ValueError, match="is empty: none of its images could be read"):
+        CachedLatents(empty.output_dir)
+
+
+def test_the_autoencoder_may_lie_in_a_pipeline(config: LatentCacheConfig, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    (tmp_path / "vae").rename(tmp_path / "pipeline" / "vae")
+    cache_latents(dataclasses.replace(config, vae=str(tmp_path / "pipeline")))
+    assert CachedLatents(config.output_dir).load_vae().config.latent_channels == 2

@@ -1,0 +1,159 @@
+"""scripts/train_image.py as a user runs it: whole runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhla_diffusion import MHLAPipeline
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
+Losses = Callable[[Path], list[float]]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def check_same_weights(first: Path, second: Path) -> None:
+    expected = weights(first)
+    actual = weights(second)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def whole(run: Run, tmp_path: Path) -> Path:
+    """An uninterrupted run."""
+    output_dir = tmp_path / "whole"
+    result = run("--output_dir", str(output_dir))
+    assert result.returncode == 0, result.stdout
+    return output_dir
+
+
+def test_a_run_leaves_a_pipeline_that_generates(whole: Path, losses: Losses) -> None:
+    values = losses(whole)
+    assert len(values) == 6
+    assert all(math.isfinite(value) for value in values)
+    pipeline = MHLAPipeline.from_pretrained(whole / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("dog", num_inference_steps=2).images
+    assert (image.size, image.mode) == ((8, 8), "L")
+    mixing = [value for name, value in weights(whole).items() if name.endswith(".mixing")]
+    assert mixing
+    assert all(0 <= value.min() <= value.max() <= 1 for value in mixing)
+    card = (whole / "pipeline" / "README.md").read_text()
+    assert "| steps | 6 of batch size 8 |" in card
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
+    whole: Path, run: Run, losses: Losses, tmp_path: Path
+) -> None:
+    # Step 3 is in the middle of the second epoch of 20 images.
+    branch = tmp_path / "branch"
+    result = run("--output_dir", str(branch), "--resume", str(whole / "checkpoints" / "step-00000003"))
+    assert result.returncode == 0, result.stdout
+    lines = [json.loads(line) for line in (branch / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 5, 6]
+    assert [line["loss"] for line in lines] == losses(whole)[3:]
+    check_same_weights(whole, branch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
+    number: signal.Signals, start: Start, run: Run, losses: Losses, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["trainer"] |= {"max_steps": 200, "checkpoint_every": 1000}
+    stopped = tmp_path / "stopped"
+    process = start("--output_dir", str(stopped))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 2 " in line:
+            process.send_signal(number)
+            break
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    (checkpoint,) = (stopped / "checkpoints").glob("step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 2 <= step < 200
+    if number == signal.SIGTERM:
+        assert run("--output_dir", str(stopped), "--resume", "latest").returncode == 0
+        uninterrupted = tmp_path / "uninterrupted"
+        assert run("--output_dir", str(uninterrupted)).returncode == 0
+        assert losses(stopped) == losses(uninterrupted)
+        check_same_weights(stopped, uninterrupted)
+
+
+def test_two_processes_give_the_losses_of_one(whole: Path, run: Run, losses: Losses, tmp_path: Path) -> None:
+    pair = tmp_path / "pair"
+    result = run("--output_dir", str(pair), num_processes=2)
+    assert result.returncode == 0, result.stdout
+    assert losses(pair) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_accumulated_micro_batches_give_the_losses_of_one_batch(
+    whole: Path, run: Run, losses: Losses, tmp_path: Path
+) -> None:
+    split = tmp_path / "split"
+    result = run("--output_dir", str(split), "--trainer.gradient_accumulation_steps", "4")
+    assert result.returncode == 0, result.stdout
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_what_cannot_go_on_is_refused_before_any_work(whole: Path, run: Run, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    again = run("--output_dir", str(whole))
+    assert again.returncode == 1
+    assert "is not empty: go on with --resume latest, or choose another --output_dir" in again.stdout
+    arguments = ["--trainer.optimizer.learning_rate", "0.5", "--model.num_layers", "2"]
+    changed = run("--output_dir", str(whole), "--resume", "latest", *arguments)
+    assert changed.returncode == 1
+    assert "trainer.optimizer.learning_rate: 0.01 -> 0.5" in changed.stdout
+    assert "model.num_layers: 1 -> 2" in changed.stdout
+    nothing = run("--output_dir", str(tmp_path / "new"), "--resume", "latest")
+    assert "has no checkpoint to resume from; start without --resume" in nothing.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_truncated_image_is_named_skipped_and_counted(run: Run, image_folder: Path, tmp_path: Path) -> None:
+    broken = image_folder / "dog" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    output_dir = tmp_path / "run"
+    result = run("--output_dir", str(output_dir))
+    assert result.returncode == 0, result.stdout
+    assert str(broken) in result.stdout
+    assert "1 samples could not be read and were skipped" in result.stdout
+    assert MHLAPipeline.from_pretrained(output_dir / "pipeline").config.training["unreadable samples"] == 1
+
+
+def test_ddpm_in_bf16_with_samples_and_tensorboard(
+    run: Run, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["objective"] = {"name": "ddpm"}
+    settings["trainer"] |= {
+        "mixed_precision": "bf16",
+        "trackers": ["tensorboard"],
+        "gradient_checkpointing": True,
+    }
+    settings["sampling"]["every"] = 3
+    output_dir = tmp_path / "run"
+    result = run("--output_dir", str(output_dir))
+    assert result.returncode == 0, result.stdout
+    pipeline = MHLAPipeline.from_pretrained(output_dir / "pipeline")
+    assert pipeline.config.prediction_type == "epsilon"
+    assert pipeline.transformer.out_channels == 2
+    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
+    assert list((output_dir / "logs").rglob("events.out.tfevents.*"))
