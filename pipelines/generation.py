@@ -102,6 +102,8 @@ def generate_images(
 def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
     """One picture of a generated folder: a column for each class, in the order of the manifest.
 
+    Images smaller than 64 pixels are enlarged, each pixel to a square.
+
     Args:
         folder: as :func:`generate_images` leaves it.
         path: of the picture, which is replaced if it is there.
@@ -113,7 +115,9 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
         by_class.setdefault(row["class_id"], []).append(row["file"])
     rows = min(rows, *(len(files) for files in by_class.values()))
     cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
-    _save_image(make_image_grid(cells, rows=rows, cols=len(by_class)), Path(path))
+    grid = make_image_grid(cells, rows=rows, cols=len(by_class))
+    factor = max(1, 64 // min(cells[0].size))
+    _save_image(grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST), Path(path))
 
 
 def _generate_batches(

@@ -79,7 +79,7 @@ def test_a_stock_model_is_converted_fine_tuned_on_latents_and_scored(
         *("generate", "--model", training / "pipeline", "--out", images, "--num", "4", "--steps", "2"),
         *("--classes", '["cat", "dog"]', "--grid", tmp_path / "grid.png"),
     )
-    assert Image.open(tmp_path / "grid.png").size == (32, 32)
+    assert Image.open(tmp_path / "grid.png").size == (128, 64 * 2)
     succeed("evaluate", "image", "--real", photos, "--generated", images, "--out", tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["scores"][0]["value"] > 0

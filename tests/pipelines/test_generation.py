@@ -134,9 +134,10 @@ def test_the_grid_has_a_column_for_each_class(tmp_path: Path) -> None:
     generate_images(make_pipeline(), tmp_path / "out", **SETTINGS)
     save_grid(tmp_path / "out", tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape[:2] == (2 * 8, 3 * 8)  # 7 images of 3 classes: 2 of each at least
+    # 7 images of 3 classes: 2 of each at least. Small ones are enlarged, from 8 pixels to 64.
+    assert grid.shape[:2] == (2 * 64, 3 * 64)
     first = np.asarray(Image.open(tmp_path / "out" / "000004.png"))
-    np.testing.assert_array_equal(grid[8:, 8:16, 0], first)
+    np.testing.assert_array_equal(grid[64::8, 64:128:8, 0], first)
 
 
 def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path) -> None:
