@@ -117,7 +117,9 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
     cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
     grid = make_image_grid(cells, rows=rows, cols=len(by_class))
     factor = max(1, 64 // min(cells[0].size))
-    _save_image(grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST), Path(path))
+    _save_image(
+        grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST), Path(path)
+    )
 
 
 def _generate_batches(

@@ -15,21 +15,26 @@ from tqdm import tqdm
 from mhla_diffusion.training.data import DataConfig, open_images
 
 
-def main(data: DataConfig, out: str) -> None:
+def main(data: DataConfig, out: str, num: int | None = None) -> None:
     """Write the images of a training source as PNG files in class folders.
 
     Args:
         data: where the images come from.
         out: a folder that does not exist yet.
+        num: how many of the images, evenly spaced; all by default.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if Path(out).exists():
         raise ValueError(f"{out} is there already; choose another folder")
     images = open_images(data)
+    num = len(images) if num is None else num
+    if not 1 <= num <= len(images):
+        raise ValueError(f"num must be 1 to {len(images)}, the number of images, got {num}")
     partial = Path(f"{out}.partial")
     for name in images.class_names:
         (partial / name).mkdir(parents=True, exist_ok=True)
-    for i in tqdm(range(len(images)), desc="exporting", unit="image"):
+    for n in tqdm(range(num), desc="exporting", unit="image"):
+        i = n * len(images) // num
         image, label = images.read(i)
         image.save(partial / images.class_names[label] / f"{i:06d}.png")
     partial.rename(out)

@@ -8,9 +8,10 @@ source scripts/environment.sh demo
 out=runs/quickstart
 python=.venv/bin/python
 launch=".venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+launch="$launch --num_cpu_threads_per_process $($python -c 'import os; print(os.cpu_count())')"
 
-echo "== real images: 5,000 digits of MNIST"
-[ -d $out/real ] || $python scripts/export_images.py --data.source mnist --out $out/real
+echo "== real images to score against: 1,000 of the 5,000 digits of MNIST"
+[ -d $out/real ] || $python scripts/export_images.py --data.source mnist --num 1000 --out $out/real
 
 if [ ! -d $out/training/pipeline ]; then
     echo "== training a small DiT with MHLA"

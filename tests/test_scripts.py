@@ -132,6 +132,18 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     exported = np.stack([np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))])
     expected = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
     assert np.array_equal(exported, expected)
+    succeed(
+        *("export_images", "--data.source", "folder", "--data.path", photos, "--num", "4"),
+        *("--out", tmp_path / "some"),
+    )
+    assert [f"{path.parent.name}/{path.name}" for path in sorted((tmp_path / "some").rglob("*.png"))] == [
+        "cat/000000.png",
+        "cat/000003.png",
+        "dog/000006.png",
+        "dog/000009.png",
+    ]
+    too_many = run("export_images", "--data.source", "mnist", "--num", "5001", "--out", tmp_path / "many")
+    assert "num must be 1 to 5000, the number of images, got 5001" in too_many.stderr
 
 
 def test_the_benchmark_prints_one_line() -> None:

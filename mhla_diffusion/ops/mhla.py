@@ -81,6 +81,8 @@ def _mixed_attention(
     else:
         q_rotated, k_rotated = (layout.pack(apply_rotary_emb(x, rotary_emb)) for x in (q, k))
     summaries = k_rotated.transpose(-1, -2) @ v_blocks  # [B, H, M, d, d]
+    # Expanded: a matrix of its own for each summary would make matmul transpose all summaries first.
+    mixing = mixing.expand(*summaries.shape[:2], -1, -1)
     mixed = (mixing @ summaries.flatten(-2)).unflatten(-1, summaries.shape[-2:])
     out = q_rotated @ mixed  # [B, H, M, n, d]
     if normalizer != "none":

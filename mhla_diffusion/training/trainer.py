@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,18 @@ def _require(config: Any, name: str, holds: bool, what: str) -> None:
         raise ValueError(f"{name} must be {what}, got {getattr(config, name)}")
 
 
+def _warn_of_idle_cores(num_processes: int) -> None:
+    """Unless told otherwise, ``accelerate launch`` gives each process one thread."""
+    threads, cores = torch.get_num_threads() * num_processes, os.cpu_count() or 1
+    if threads < cores:
+        logger.warning(
+            "training on %d of %d cores: accelerate launch --num_cpu_threads_per_process %d uses them all",
+            threads,
+            cores,
+            cores // num_processes,
+        )
+
+
 class TrainingTask(Protocol):
     """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
 
@@ -199,6 +212,8 @@ class Trainer:
             process_index=self.accelerator.process_index,
             micro_batches=config.gradient_accumulation_steps,
         )
+        if self.accelerator.device.type == "cpu":
+            _warn_of_idle_cores(self.accelerator.num_processes)
         self.progress = Progress()
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
         self._prepare(model)
@@ -212,6 +227,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+            fused=True,
         )  # fmt: skip
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # DeepSpeed reads it off a prepared loader, and this one is not.
