@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .ops import FEATURE_MAPS, MIXING_STARTS, NORMALIZERS, BlockLayout, initial_mixing, mhla
+from .ops import FEATURE_MAPS, MIXING_STARTS, NORMALIZERS, BlockLayout, initial_mixing, mhla, resize_mixing
 from .ops.features import RotaryEmbedding
 
 CONSTRAINTS = ("clamp", "softmax", "none")
@@ -170,17 +170,36 @@ class MHLA(nn.Module):
             _clamped_modules.add(self)
 
     def _initial_mixing(self, layout: BlockLayout, heads: int) -> Tensor:
-        mixing = initial_mixing(layout, self.config.mixing_init).to(torch.get_default_dtype())
-        if self.config.constraint == "softmax":
-            # Logits. A weight of exactly 0 would have no gradient.
-            mixing = mixing.clamp_min(1e-4).log()
+        mixing = self._unconstrained(initial_mixing(layout, self.config.mixing_init))
+        mixing = mixing.to(torch.get_default_dtype())
         return mixing.repeat(heads, 1, 1) if self.config.mixing_per_head else mixing
+
+    def _unconstrained(self, mixing: Tensor) -> Tensor:
+        """The parameter that gives a mixing matrix."""
+        # Logits. A weight of exactly 0 would have no gradient.
+        return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
     def mixing_matrix(self) -> Tensor:
         """W as the operator sees it, ``[M, M]`` or ``[H, M, M]``."""
         if self.mixing is None:
             return torch.ones(1, 1)
         return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
+
+    @torch.no_grad()
+    def take_mixing(self, other: MHLA) -> None:
+        """Start from the mixing matrix of another module, resized to the blocks of this one.
+
+        See :func:`mhla_diffusion.ops.resize_mixing`. Under the constraint ``"clamp"`` a matrix with weights
+        above 1 is divided by the largest: the denominator cancels a common factor.
+        """
+        assert self.mixing is not None
+        old, new = BlockLayout(other.blocks, other.blocks), BlockLayout(self.blocks, self.blocks)
+        mixing = resize_mixing(other.mixing_matrix(), old, new)
+        if mixing.ndim > self.mixing.ndim:  # one for each head, to one for all
+            mixing = mixing.mean(0)
+        if self.config.constraint == "clamp":
+            mixing = mixing / mixing.max().clamp_min(1)
+        self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
 
     def forward(
         self,

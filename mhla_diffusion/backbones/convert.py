@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
+from torch import Tensor
 
 from ..attention import MHLA, MHLAConfig
 from .image import MHLADiTTransformer2DModel
@@ -29,8 +30,9 @@ def convert_to_mhla(
     The model given is not changed.
 
     Args:
-        model: a :class:`diffusers.DiTTransformer2DModel`, or an MHLA model to be given another config, in
-            which case the settings of its layers start anew.
+        model: a :class:`diffusers.DiTTransformer2DModel`, or an MHLA model to be given another config. Then
+            mixing matrices carry over too, resized to the new blocks, and so do the convolutions, norms and
+            gates that both configs ask for.
         config: an :class:`MHLAConfig` or its dict.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
 
@@ -50,7 +52,11 @@ def convert_to_mhla(
     known = inspect.signature(target.__init__).parameters
     arguments = {key: value for key, value in model.config.items() if key in known}
     converted = target(**{**arguments, "attention": "mhla", "mhla_config": config})
-    source = {key: value.clone() for key, value in model.state_dict().items() if ".processor." not in key}
+    taken = converted.state_dict()
+    source = {
+        key: value.clone() for key, value in model.state_dict().items() if key in taken or _is_stock(key)
+    }
+    _resize_mixing(model, converted, source)
     # Assigning keeps the dtype of each weight; what is new takes the model's.
     outcome = (
         converted.to(model.device).train(model.training).load_state_dict(source, strict=False, assign=True)
@@ -61,6 +67,22 @@ def convert_to_mhla(
     new = sorted(outcome.missing_keys)
     dropped = sorted(set(model.state_dict()) - set(source))
     assert not outcome.unexpected_keys, outcome
-    assert all(".processor." in key for key in new), outcome
+    assert not any(map(_is_stock, new)), outcome
     logger.info("kept %d tensors; %d are new: %s", len(source), len(new), ", ".join(new) or "none")
     return (converted, {"new": new, "dropped": dropped}) if output_loading_info else converted
+
+
+def _is_stock(key: str) -> bool:
+    """Whether a weight is the stock model's, and not a processor's."""
+    return ".processor." not in key
+
+
+def _resize_mixing(model: Any, converted: Any, source: dict[str, Tensor]) -> None:
+    """Put the mixing matrices of an MHLA model, resized, in the place of those in its state dict."""
+    old, new = (
+        {name: part for name, part in whole.named_modules() if getattr(part, "mixing", None) is not None}
+        for whole in (model, converted)
+    )
+    for name in old.keys() & new.keys():
+        new[name].take_mixing(old[name])
+        source[f"{name}.mixing"] = new[name].mixing.to(old[name].mixing.dtype)

@@ -3,7 +3,7 @@
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout
 from .mhla import mhla
-from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing
+from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing, resize_mixing
 from .reference import mhla_reference
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "locality_mixing",
     "mhla",
     "mhla_reference",
+    "resize_mixing",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import BlockLayout
@@ -67,3 +68,46 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
         "window": lambda: (r <= 1).double(),
     }[start]()
     return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def resize_mixing(mixing: Tensor, from_layout: BlockLayout, to_layout: BlockLayout) -> Tensor:
+    """A mixing matrix for other blocks: interpolated linearly over the coordinates of query and key blocks.
+
+    Each row keeps its sum: that of a new query block is interpolated between those of its neighbours. The
+    same blocks give the same matrix.
+
+    Args:
+        mixing: ``[M, M]`` or ``[H, M, M]``, for the blocks of ``from_layout``.
+        from_layout, to_layout: of the same number of axes; their grids do not matter.
+
+    Returns:
+        ``[M', M']`` or ``[H, M', M']``, in the dtype of ``mixing``. Weights above 1 can arise where there are
+        fewer blocks than before.
+
+    Raises:
+        ValueError: for a matrix of another size, or layouts with different numbers of axes.
+    """
+    old, new = from_layout.blocks, to_layout.blocks
+    if mixing.shape[-2:] != (from_layout.num_blocks,) * 2:
+        raise ValueError(
+            f"mixing must be [..., M, M] with M = {from_layout.num_blocks} (blocks {old}), got "
+            f"{tuple(mixing.shape)}"
+        )
+    if len(old) != len(new):
+        raise ValueError(f"blocks {old} cannot be resized to {new}: the numbers of axes differ")
+    if old == new:
+        return mixing
+    weights = mixing.to(torch.promote_types(mixing.dtype, torch.float32))
+    sums = _interpolate(weights.sum(-1), old, new)  # [..., M']
+    weights = _interpolate(weights.transpose(-1, -2), old, new).transpose(-1, -2)  # query blocks
+    weights = _interpolate(weights, old, new)  # key blocks
+    new_sums = weights.sum(-1)
+    scale = torch.where(new_sums == 0, 0.0, sums / torch.where(new_sums == 0, 1.0, new_sums))
+    return (weights * scale[..., None]).to(mixing.dtype)
+
+
+def _interpolate(values: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Linear interpolation over a grid of blocks, which the last axis runs over: [..., M] to [..., M']."""
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(old)]
+    resized = F.interpolate(values.reshape(1, -1, *old), size=new, mode=mode)
+    return resized.reshape(*values.shape[:-1], -1)

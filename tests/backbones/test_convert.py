@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor
 
 from mhla_diffusion import MHLAConfig, MHLADiTTransformer2DModel, convert_to_mhla
+from mhla_diffusion.ops import BlockLayout, resize_mixing
 
 MakeModel = Callable[..., MHLADiTTransformer2DModel]
 MakeStock = Callable[..., DiTTransformer2DModel]
@@ -71,12 +72,43 @@ def test_dtypes_and_mode_are_kept(make_stock: MakeStock, training: bool) -> None
 
 
 def test_an_mhla_model_gets_another_config(make_model: MakeModel) -> None:
-    model = make_model(attention=["softmax", "mhla"])
-    converted, report = convert_to_mhla(model, {"blocks": (1, 2)}, output_loading_info=True)
+    mhla = {"blocks": 4, "gate": True, "cpe": "zero"}
+    model = make_model(attention=["softmax", "mhla"], mhla_config=mhla)
+    converted, report = convert_to_mhla(model, {"blocks": (1, 2), "gate": True}, output_loading_info=True)
     assert converted.layer_attention == ["mhla", "mhla"]
     assert converted.mixing_blocks == (1, 2)
-    assert report["dropped"] == ["transformer_blocks.1.attn1.processor.mixing"]
+    before, after = (
+        model.transformer_blocks[1].attn1.processor,
+        converted.transformer_blocks[1].attn1.processor,
+    )
+    layouts = BlockLayout((2, 2), (2, 2)), BlockLayout((1, 2), (1, 2))
+    resized = resize_mixing(before.mixing, *layouts)
+    torch.testing.assert_close(after.mixing, resized / resized.max().clamp_min(1))
+    assert torch.equal(after.gate.weight, before.gate.weight)
+    assert report["dropped"] == [
+        f"transformer_blocks.1.attn1.processor.cpe.{name}" for name in ("bias", "weight")
+    ]
+    assert {key.split(".")[1] for key in report["new"]} == {"0"}, "the layer that had softmax"
     assert torch.equal(converted.pos_embed.proj.weight, model.pos_embed.proj.weight)
+
+
+@pytest.mark.parametrize("constraint", ["clamp", "softmax", "none"])
+def test_even_mixing_is_the_same_function_with_other_blocks(
+    constraint: str, make_model: MakeModel, make_inputs: MakeInputs
+) -> None:
+    model = make_model(mhla_config={"blocks": 4, "mixing_init": "uniform", "constraint": "none"})
+    for block in model.transformer_blocks:
+        torch.nn.init.constant_(block.attn1.processor.mixing, 0.9)
+    expected = model(**make_inputs()).sample
+    converted = convert_to_mhla(model, {"blocks": (1, 2), "constraint": constraint, "mixing_per_head": True})
+    torch.testing.assert_close(converted(**make_inputs()).sample, expected)
+    mixing = converted.transformer_blocks[0].attn1.processor.mixing_matrix()
+    assert mixing.shape == (2, 2, 2)
+    if constraint == "clamp":
+        assert mixing.max() <= 1, "rows keep their sum of 3.6, which 2 weights cannot hold"
+    back = convert_to_mhla(converted, {"blocks": 4})
+    assert back.transformer_blocks[0].attn1.processor.mixing.shape == (4, 4)
+    torch.testing.assert_close(back(**make_inputs()).sample, expected)
 
 
 def test_gradients_reach_every_converted_weight(make_stock: MakeStock, make_inputs: MakeInputs) -> None:

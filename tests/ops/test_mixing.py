@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhla_diffusion.ops import MIXING_STARTS, BlockLayout, block_distances, initial_mixing, locality_mixing
+from mhla_diffusion.ops import (
+    MIXING_STARTS,
+    BlockLayout,
+    block_distances,
+    initial_mixing,
+    locality_mixing,
+    resize_mixing,
+)
 
 LAYOUT = BlockLayout((8, 12), (2, 3))
 
@@ -40,3 +47,54 @@ def test_one_block_is_the_number_one(start: str) -> None:
 def test_an_unknown_start_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'local' is not one of locality, uniform"):
         initial_mixing(LAYOUT, "local")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((2, 2), (4, 4)), ((4, 4), (2, 3)), ((3,), (5,)), ((1, 2, 2), (2, 4, 3)), ((1, 2), (3, 2))],
+)
+def test_resizing_keeps_even_weights_and_row_sums(old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    layouts = BlockLayout(old, old), BlockLayout(new, new)
+    M, M_new = (layout.num_blocks for layout in layouts)
+    even = resize_mixing(torch.full((M, M), 0.5), *layouts)
+    torch.testing.assert_close(even, torch.full((M_new, M_new), 0.5 * M / M_new))
+    rows = torch.rand(3, M, M) / M
+    rows = rows / rows.sum(-1, keepdim=True)
+    resized = resize_mixing(rows, *layouts)
+    assert resized.shape == (3, M_new, M_new)
+    torch.testing.assert_close(resized.sum(-1), torch.ones(3, M_new))
+    torch.testing.assert_close(resized[1], resize_mixing(rows[1], *layouts))
+
+
+def test_resizing_interpolates_by_hand() -> None:
+    # Two blocks to four: places 0, 1/4, 3/4 and 1 of the way from the first to the second.
+    mixing = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    way = torch.tensor([0, 0.25, 0.75, 1])
+    queries = torch.stack([1 - way, way], dim=1)
+    expected = queries @ queries.T  # [4, 4], rows not yet of sum 1
+    resized = resize_mixing(mixing, BlockLayout((1, 2), (1, 2)), BlockLayout((1, 4), (1, 4)))
+    torch.testing.assert_close(resized, expected / expected.sum(1, keepdim=True))
+
+
+def test_resizing_to_the_same_blocks_is_the_identity() -> None:
+    mixing = torch.rand(6, 6)
+    assert torch.equal(resize_mixing(mixing, LAYOUT, BlockLayout((16, 16), (2, 3))), mixing)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 6), (6, 4)])
+def test_a_resized_locality_start_is_near_that_of_the_new_blocks(old: int, new: int) -> None:
+    layouts = BlockLayout((12, 12), (old, old)), BlockLayout((12, 12), (new, new))
+    difference = resize_mixing(locality_mixing(layouts[0]), *layouts) - locality_mixing(layouts[1])
+    assert difference.abs().sum(-1).max() < 0.12, "of rows that sum to 1"
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    layouts = BlockLayout((2, 2), (2, 2)), BlockLayout((3, 3), (3, 3))
+    assert torch.equal(resize_mixing(torch.zeros(4, 4), *layouts), torch.zeros(9, 9))
+
+
+def test_resizing_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[\.\.\., M, M\] with M = 6 .* got \(4, 4\)"):
+        resize_mixing(torch.rand(4, 4), LAYOUT, LAYOUT)
+    with pytest.raises(ValueError, match="the numbers of axes differ"):
+        resize_mixing(torch.rand(6, 6), LAYOUT, BlockLayout((1, 2, 3), (1, 2, 3)))
