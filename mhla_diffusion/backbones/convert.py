@@ -86,3 +86,5 @@ def _resize_mixing(model: Any, converted: Any, source: dict[str, Tensor]) -> Non
     for name in old.keys() & new.keys():
         new[name].take_mixing(old[name])
         source[f"{name}.mixing"] = new[name].mixing.to(old[name].mixing.dtype)
+        if new[name].blocks != old[name].blocks:
+            logger.info("%s: mixing resized, blocks %s to %s", name, old[name].blocks, new[name].blocks)

@@ -71,7 +71,8 @@ def test_dtypes_and_mode_are_kept(make_stock: MakeStock, training: bool) -> None
     assert all(module.training is training for module in model.modules())
 
 
-def test_an_mhla_model_gets_another_config(make_model: MakeModel) -> None:
+def test_an_mhla_model_gets_another_config(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     mhla = {"blocks": 4, "gate": True, "cpe": "zero"}
     model = make_model(attention=["softmax", "mhla"], mhla_config=mhla)
     converted, report = convert_to_mhla(model, {"blocks": (1, 2), "gate": True}, output_loading_info=True)
@@ -89,6 +90,7 @@ def test_an_mhla_model_gets_another_config(make_model: MakeModel) -> None:
         f"transformer_blocks.1.attn1.processor.cpe.{name}" for name in ("bias", "weight")
     ]
     assert {key.split(".")[1] for key in report["new"]} == {"0"}, "the layer that had softmax"
+    assert "transformer_blocks.1.attn1.processor: mixing resized, blocks (2, 2) to (1, 2)" in caplog.text
     assert torch.equal(converted.pos_embed.proj.weight, model.pos_embed.proj.weight)
 
 
