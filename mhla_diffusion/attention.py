@@ -190,7 +190,8 @@ class MHLA(nn.Module):
         """Start from the mixing matrix of another module, resized to the blocks of this one.
 
         See :func:`mhla_diffusion.ops.resize_mixing`. Under the constraint ``"clamp"`` a matrix with weights
-        above 1 is divided by the largest: the denominator cancels a common factor.
+        above 1 is divided by the largest. The denominator cancels that factor; without one
+        (``normalizer="none"``) only ``output_norm`` does.
         """
         assert self.mixing is not None
         old, new = BlockLayout(other.blocks, other.blocks), BlockLayout(self.blocks, self.blocks)

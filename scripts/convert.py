@@ -13,6 +13,7 @@ from diffusers import DiTTransformer2DModel
 from jsonargparse import auto_cli
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline, convert_to_mhla
+from mhla_diffusion.training.checkpoints import write_atomically
 
 
 def main(
@@ -42,9 +43,7 @@ def main(
         converted = convert_to_mhla(stock, mhla)
     else:
         converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **source)
-    partial = Path(f"{out}.partial")
-    converted.save_pretrained(partial)
-    partial.rename(out)
+    write_atomically(Path(out), converted.save_pretrained)
     logging.info(
         "saved %s; it is a start for fine-tuning (scripts/train_image.py --model.init_from %s)", out, out
     )

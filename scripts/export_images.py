@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from mhla_diffusion.training.checkpoints import write_atomically
 from mhla_diffusion.training.data import DataConfig, open_images
 
 
@@ -30,14 +31,16 @@ def main(data: DataConfig, out: str, num: int | None = None) -> None:
     num = len(images) if num is None else num
     if not 1 <= num <= len(images):
         raise ValueError(f"num must be 1 to {len(images)}, the number of images, got {num}")
-    partial = Path(f"{out}.partial")
-    for name in images.class_names:
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    for n in tqdm(range(num), desc="exporting", unit="image"):
-        i = n * len(images) // num
-        image, label = images.read(i)
-        image.save(partial / images.class_names[label] / f"{i:06d}.png")
-    partial.rename(out)
+
+    def write(folder: Path) -> None:
+        for name in images.class_names:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for n in tqdm(range(num), desc="exporting", unit="image"):
+            i = n * len(images) // num
+            image, label = images.read(i)
+            image.save(folder / images.class_names[label] / f"{i:06d}.png")
+
+    write_atomically(Path(out), write)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def test_a_stock_model_is_converted_fine_tuned_on_latents_and_scored(
         "convert", "--model", stock, "--out", converted, "--mhla.blocks", "4", "--mhla.cpe", "zero"
     )
     assert "processor.mixing" in output, "what is new is said"
+    assert 'MHLAPipeline.from_pretrained("mhla")' in (converted / "README.md").read_text()
     succeed(
         *("cache_latents", "--vae", stock, "--size", "16", "--output_dir", latents),
         *("--data.source", "folder", "--data.path", photos),
@@ -100,6 +101,7 @@ def test_a_transformer_alone_is_converted_and_nothing_is_overwritten(stock: Path
         *("--out", tmp_path / "out", "--mhla.blocks", "4"),
     )
     succeed("convert", *arguments)
+    assert not list(tmp_path.glob(".*")) + list(tmp_path.glob("*partial*")), "nothing is left over"
     model = MHLADiTTransformer2DModel.from_pretrained(tmp_path / "out")
     assert model.mixing_blocks == (2, 2)
     again = run("convert", *arguments)
@@ -132,6 +134,14 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     exported = np.stack([np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))])
     expected = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.rglob("*.png"))])
     assert np.array_equal(exported, expected)
+    last = photos / "dog" / "5.png"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:40])
+    assert run(
+        "export_images", "--data.source", "folder", "--data.path", photos, "--out", tmp_path / "some"
+    ).returncode
+    assert not (tmp_path / "some").exists()
+    last.write_bytes(whole)
     succeed(
         *("export_images", "--data.source", "folder", "--data.path", photos, "--num", "4"),
         *("--out", tmp_path / "some"),

@@ -212,7 +212,7 @@ class Trainer:
             process_index=self.accelerator.process_index,
             micro_batches=config.gradient_accumulation_steps,
         )
-        if self.accelerator.device.type == "cpu":
+        if self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
             _warn_of_idle_cores(self.accelerator.num_processes)
         self.progress = Progress()
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")

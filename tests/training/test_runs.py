@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.training.trainer import _warn_of_idle_cores
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -157,3 +159,14 @@ def test_ddpm_in_bf16_with_samples_and_tensorboard(
         "step-00000006.png",
     ]
     assert list((output_dir / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_a_run_on_fewer_threads_than_cores_says_how_to_use_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    _warn_of_idle_cores(num_processes=8)
+    assert not caplog.text
+    _warn_of_idle_cores(num_processes=2)
+    assert "training on 2 of 8 cores: accelerate launch --num_cpu_threads_per_process 4" in caplog.text
