@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +26,44 @@ def phi(x: Tensor, feature_map: str, *, eps: float) -> Tensor:
     return x.softmax(-1)
 
 
+@dataclass(frozen=True)
+class Features:
+    """How the rows of q or k become features.
+
+    Args:
+        feature_map, eps: see :func:`mhla_diffusion.ops.mhla`.
+        normalized: whether there is a denominator, and so sums of the features of the keys.
+        rotary: ``[..., N, d]``, broadcastable to q and k: cosine and sine of each pair, side by side.
+        mask: bool ``[B, N]``, true where a row counts.
+    """
+
+    feature_map: str
+    eps: float
+    normalized: bool
+    rotary: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def phi_into(out: Tensor, x: Tensor, features: Features) -> None:
+    """:func:`phi` of x, written into ``out``, which may have a wider dtype."""
+    if features.feature_map == "relu":
+        torch.clamp_min(x if x.dtype == out.dtype else out.copy_(x), 0, out=out).add_(features.eps)
+    elif features.feature_map == "elu":
+        F.elu_(out.copy_(x)).add_(1)
+    else:
+        out.copy_(x.softmax(-1, dtype=out.dtype))
+
+
+def phi_backward(grad: Tensor, x: Tensor, y: Tensor, features: Features, *, out: Tensor) -> None:
+    """The gradient of x, written into ``out``, from that of ``y = phi(x)``."""
+    if features.feature_map == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+    elif features.feature_map == "elu":
+        torch.mul(grad, y.clamp_max(1), out=out)
+    else:
+        out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True)))
+
+
 def apply_rotary_emb(x: Tensor, rotary_emb: RotaryEmbedding) -> Tensor:
     """Rotate the pairs ``(x[..., 2i], x[..., 2i + 1])``.
 
@@ -41,6 +82,7 @@ def check_arguments(
     v: Tensor,
     mixing: Tensor,
     layout: BlockLayout,
+    key_layout: BlockLayout | None,
     *,
     feature_map: str,
     normalizer: str,
@@ -52,36 +94,52 @@ def check_arguments(
         raise ValueError(f"feature_map {feature_map!r} is not one of {', '.join(FEATURE_MAPS)}")
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
-    if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            "q, k and v must be [B, H, N, d] with the same B, H, N (q and k also d), got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    heads, tokens, d = q.shape[1:]
-    if tokens != layout.num_tokens:
-        raise ValueError(
-            f"q, k and v hold {tokens} tokens, but the grid {layout.grid} has {layout.num_tokens}"
-        )
-    blocks = layout.num_blocks
-    if tuple(mixing.shape) not in {(blocks, blocks), (heads, blocks, blocks)}:
-        raise ValueError(
-            f"mixing must be [M, M] or [H, M, M] with M = {blocks} (blocks {layout.blocks}) and H = {heads}, "
-            f"got {tuple(mixing.shape)}"
-        )
+    _check_tensors(q, k, v, mixing, layout, key_layout or layout)
     if normalizer == "official" and not layout.is_even:
         raise ValueError(
             f"normalizer 'official' pairs tokens by their place inside a block and needs equal blocks, but "
             f"the grid {layout.grid} is not a multiple of the blocks {layout.blocks}; use normalizer='paper'"
         )
-    if rotary_emb is not None:
-        for table in rotary_emb:
-            if table.ndim < 2 or table.shape[-2:] != (tokens, d // 2) or d % 2:
-                raise ValueError(
-                    f"rotary_emb must be (cos, sin), each [..., N, d / 2] = [..., {tokens}, {d // 2}] with d "
-                    f"even, got {tuple(table.shape)} at d = {d}"
-                )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (len(q), tokens)):
+    if key_layout is not None and (rotary_emb is not None or normalizer == "official"):
         raise ValueError(
-            f"key_mask must be a bool tensor [B, N] = [{len(q)}, {tokens}], true where a key counts, got "
+            "keys of another grid (key_layout) have no positions or places in common with the queries: leave "
+            "rotary_emb out, and take normalizer 'paper' or 'none'"
+        )
+    tokens, d = q.shape[-2:]
+    for table in rotary_emb or ():
+        if table.ndim < 2 or table.shape[-2:] != (tokens, d // 2) or d % 2:
+            raise ValueError(
+                f"rotary_emb must be (cos, sin), each [..., N, d / 2] = [..., {tokens}, {d // 2}] with d "
+                f"even, got {tuple(table.shape)} at d = {d}"
+            )
+        if table.requires_grad:
+            raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (len(k), k.shape[2])):
+        raise ValueError(
+            f"key_mask must be a bool tensor [B, N] = [{len(k)}, {k.shape[2]}], true where a key counts, got "
             f"{key_mask.dtype} {tuple(key_mask.shape)}"
         )
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
+) -> None:
+    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {shapes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same B, H and d, got {shapes}")
+    for name, x, grid in (("q", q, layout.grid), ("k and v", k, key_layout.grid)):
+        if x.shape[2] != math.prod(grid):
+            raise ValueError(f"{name} hold {x.shape[2]} tokens, but the grid {grid} has {math.prod(grid)}")
+    size = layout.num_blocks, key_layout.num_blocks
+    if tuple(mixing.shape) not in {size, (q.shape[1], *size)}:
+        raise ValueError(
+            f"mixing must be [M, M_k] or [H, M, M_k] with M = {size[0]} (blocks {layout.blocks}), M_k = "
+            f"{size[1]} (blocks {key_layout.blocks}) and H = {q.shape[1]}, got {tuple(mixing.shape)}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device}, but {name} on {x.device}; move them to one device")

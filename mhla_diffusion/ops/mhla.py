@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi
+from .features import Features, RotaryEmbedding, check_arguments, phi
 from .layout import BlockLayout
+from .operators import read, summarize
 
 
 def mhla(
@@ -16,6 +19,7 @@ def mhla(
     mixing: Tensor,
     layout: BlockLayout,
     *,
+    key_layout: BlockLayout | None = None,
     feature_map: str = "relu",
     normalizer: str = "paper",
     rotary_emb: RotaryEmbedding | None = None,
@@ -30,67 +34,53 @@ def mhla(
     O(N d^2 + M^2 d^2), state O(M d^2).
 
     Sums and denominators are taken in float32 (float64 for float64 inputs), also under autocast.
+    Memory beyond inputs and output is that of the summaries, twice, and of a few tiles.
 
     Args:
         q, k: ``[B, H, N, d]`` in grid order, before the feature map.
-        v: ``[B, H, N, d]``.
+        v: ``[B, H, N, d_v]``.
         mixing: W, ``[M, M]`` or one per head ``[H, M, M]``; row i is how query block i weighs the key blocks.
         layout: the grid and its blocks.
+        key_layout: those of the keys where they are others than the queries (cross-attention): k and v are
+            ``[B, H, N_k, ...]`` then, and mixing ``[(H,) M, M_k]``.
         feature_map: ``"relu"`` (plus eps), ``"elu"`` (plus 1) or ``"softmax"`` over d.
         normalizer: ``"paper"``; ``"official"``, the denominator of the public reference code (see
             ``reference._official_denominator``); or ``"none"``, for a norm behind the operator.
         rotary_emb: cosines and sines, each ``[..., N, d / 2]``, for interleaved pairs. They turn the
             features in the numerator alone: a rotated denominator is not positive.
-        key_mask: bool ``[B, N]``, true where a key counts. A query that sees no key at all gets 0.
+        key_mask: bool ``[B, N_k]``, true where a key counts. A query that sees no key at all gets 0.
         eps: added by the relu feature map.
 
     Returns:
-        ``[B, H, N, d]`` in the dtype of v.
+        ``[B, H, N, d_v]`` in the dtype of v, with the axes in memory in the order of those of q.
 
     Raises:
         ValueError: for shapes, names or masks that do not fit together.
     """
     check_arguments(
-        q, k, v, mixing, layout,
+        q, k, v, mixing, layout, key_layout,
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
-    out_dtype = v.dtype
-    dtype = torch.promote_types(out_dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v, mixing = (x.to(dtype) for x in (q, k, v, mixing))
-        q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
-        if key_mask is not None:
-            k = k * key_mask[:, None, :, None]
-        out = _mixed_attention(q, k, v, mixing, layout, normalizer, rotary_emb)
-    return out.to(out_dtype)
+    rotary = None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
+    features = Features(feature_map, eps, normalizer == "paper", rotary)
+    key_features = dataclasses.replace(features, mask=key_mask)
+    summaries = summarize(k, v, key_layout or layout, key_features)
+    if normalizer != "official":
+        return read(q, summaries, mixing, layout, features, v.dtype)
+    out = read(q, summaries, mixing, layout, features, summaries.dtype)
+    return (out / _official_denominator(q, k, mixing, layout, key_features)).to(v.dtype)
 
 
-def _mixed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mixing: Tensor,
-    layout: BlockLayout,
-    normalizer: str,
-    rotary_emb: RotaryEmbedding | None,
+def _official_denominator(
+    q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, features: Features
 ) -> Tensor:
-    """Steps 1-3 on features; the zeros that pad ragged blocks add nothing to any sum."""
-    q_blocks, k_blocks, v_blocks = layout.pack(q), layout.pack(k), layout.pack(v)  # [B, H, M, n, d]
-    if rotary_emb is None:
-        q_rotated, k_rotated = q_blocks, k_blocks
-    else:
-        q_rotated, k_rotated = (layout.pack(apply_rotary_emb(x, rotary_emb)) for x in (q, k))
-    summaries = k_rotated.transpose(-1, -2) @ v_blocks  # [B, H, M, d, d]
-    # Expanded: a matrix of its own for each summary would make matmul transpose all summaries first.
-    mixing = mixing.expand(*summaries.shape[:2], -1, -1)
-    mixed = (mixing @ summaries.flatten(-2)).unflatten(-1, summaries.shape[-2:])
-    out = q_rotated @ mixed  # [B, H, M, n, d]
-    if normalizer != "none":
-        key_sums = k_blocks.sum(-2)  # [B, H, M, d]
-        if normalizer == "paper":
-            denominator = q_blocks @ (mixing @ key_sums)[..., None]
-        else:
-            denominator = (mixing @ (q_blocks @ key_sums[..., None]).squeeze(-1))[..., None]
-        # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
-        out = out / torch.where(denominator == 0, 1.0, denominator)
-    return layout.unpack(out)
+    """See :func:`mhla_diffusion.ops.reference._official_denominator`; ``[B, H, N, 1]``."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (phi(x.to(dtype), features.feature_map, eps=features.eps) for x in (q, k))
+        if features.mask is not None:
+            k = k * features.mask[:, None, :, None]
+        sums = layout.pack(k).sum(-2)  # [B, H, M, d]
+        own = (layout.pack(q) @ sums[..., None]).squeeze(-1)  # [B, H, M, n]
+        denominator = layout.unpack((mixing.to(dtype) @ own)[..., None])
+    return torch.where(denominator == 0, 1.0, denominator)

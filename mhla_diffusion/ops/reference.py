@@ -16,6 +16,7 @@ def mhla_reference(
     mixing: Tensor,
     layout: BlockLayout,
     *,
+    key_layout: BlockLayout | None = None,
     feature_map: str = "relu",
     normalizer: str = "paper",
     rotary_emb: RotaryEmbedding | None = None,
@@ -31,16 +32,16 @@ def mhla_reference(
         ``[B, H, N, d]``, float64.
     """
     check_arguments(
-        q, k, v, mixing, layout,
+        q, k, v, mixing, layout, key_layout,
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
     q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
     if key_mask is not None:
         k = k * key_mask[:, None, :, None]
-    block = layout.block_index(q.device)
-    weights = mixing[..., block, :][..., block]  # [N, N] or [H, N, N]
-    positive = weights * (q @ k.transpose(-1, -2))  # [B, H, N, N]
+    block, key_block = (x.block_index(q.device) for x in (layout, key_layout or layout))
+    weights = mixing[..., block, :][..., key_block]  # [N, N_k] or [H, N, N_k]
+    positive = weights * (q @ k.transpose(-1, -2))  # [B, H, N, N_k]
     if rotary_emb is None:
         numerator = positive @ v
     else:

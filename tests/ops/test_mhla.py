@@ -68,7 +68,7 @@ def check_against_reference(
         if reference.abs().max() < 1e-9:
             # One block: the output does not depend on the single weight, and what is left is rounding.
             assert name == "mixing"
-            assert gradient.abs().max() < 1e-3
+            assert gradient.abs().max() < 5e-3
             continue
         assert_close(gradient, reference, dtype)
 

@@ -1,0 +1,246 @@
+"""The two halves of MHLA as torch operators: differentiable, opaque to torch.compile, counted in FLOPs.
+
+``mhla::summarize`` and ``mhla::read`` and their gradients; see :mod:`mhla_diffusion.ops.summaries` for what
+they compute. What lies between them (an exchange between ranks, say) is ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import summaries as tiled
+from .features import Features, apply_rotary_emb, phi
+from .layout import BlockLayout
+
+_SETTINGS = (
+    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, str feature_map, float eps, bool normalized"
+)
+
+
+def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
+    """Key/value summaries, ``[B, H, M, d_v + 1, d]`` (without denominators ``d_v``), in float32 or wider."""
+    return _summarize(k, v, *_plain(layout, features))
+
+
+def read(
+    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+) -> Tensor:
+    """The output ``[B, H, N, d_v]`` of queries on mixed summaries.
+
+    Args:
+        q: ``[B, H, N, d]``.
+        summaries: ``[B, H, M_k, d_v + 1, d]``.
+        mixing: ``[M, M_k]`` or ``[H, M, M_k]``.
+        layout: of the queries.
+        dtype: of the output.
+    """
+    return _read(q, summaries, mixing.to(summaries.dtype), *_plain(layout, features), dtype)[0]
+
+
+def _plain(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
+    """As arguments of an operator, which takes no objects."""
+    return (
+        features.rotary, features.mask, layout.grid, layout.blocks,
+        features.feature_map, features.eps, features.normalized,
+    )  # fmt: skip
+
+
+def _objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
+    rotary, mask, grid, blocks, feature_map, eps, normalized = settings
+    return BlockLayout(tuple(grid), tuple(blocks)), Features(feature_map, eps, normalized, rotary, mask)
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register an operator. Autocast is off inside: sums are float32 at least."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return function(*args)
+
+        return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
+
+    return register
+
+
+@_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> Tensor")
+def _summarize(k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    return tiled.summarize(k, v, *_objects(settings))
+
+
+@_operator("summarize_backward", f"(Tensor grad, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)")
+def _summarize_backward(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return tiled.summarize_backward(grad, k, v, *_objects(settings))
+
+
+@_operator(
+    "read",
+    f"(Tensor q, Tensor summaries, Tensor mixing, {_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
+)
+def _read(q: Tensor, summaries: Tensor, mixing: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return tiled.read(q, summaries, mixing, *_objects(settings[:-1]), settings[-1])
+
+
+@_operator(
+    "read_backward",
+    "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor mixing, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _read_backward(
+    grad: Tensor,
+    out: Tensor,
+    denominators: Tensor,
+    q: Tensor,
+    summaries: Tensor,
+    mixing: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tiled.read_backward(grad, out, denominators, q, summaries, mixing, *_objects(settings))
+
+
+# Shapes and strides without numbers, for torch.compile and the meta device.
+
+
+@_summarize.register_fake
+def _(k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    return tiled.new_summaries(k, v, *_objects(settings))
+
+
+@_summarize_backward.register_fake
+def _(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(k), torch.empty_like(v)
+
+
+@_read.register_fake
+def _(q: Tensor, summaries: Tensor, mixing: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return tiled.new_outputs(q, summaries, _objects(settings[:-1])[1], settings[-1])
+
+
+@_read_backward.register_fake
+def _(
+    grad: Tensor,
+    out: Tensor,
+    denominators: Tensor,
+    q: Tensor,
+    summaries: Tensor,
+    mixing: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(summaries), torch.empty_like(mixing)
+
+
+def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _keys_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    k, v, *tables = ctx.saved_tensors
+    settings = (*tables, *ctx.settings)
+    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        grads = _differentiate(_plain_summaries, (k, v), _objects(settings), (), grad)
+    else:
+        grads = _summarize_backward(grad, k, v, *settings)
+    return *grads, *[None] * len(settings)
+
+
+def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    out, denominators, q, summaries, mixing, *tables = ctx.saved_tensors
+    settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
+    if torch.is_grad_enabled():
+        grads = _differentiate(_plain_read, (q, summaries, mixing), _objects(settings), (dtype,), grad)
+    else:
+        grads = _read_backward(grad, out, denominators, q, summaries, mixing, *settings)
+    return *grads, *[None] * len(settings), None
+
+
+_summarize.register_autograd(_keys_backward, setup_context=_save_keys)
+_read.register_autograd(_queries_backward, setup_context=_save_queries)
+
+
+def _differentiate(
+    function: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    objects: tuple[BlockLayout, Features],
+    options: tuple[Any, ...],
+    grad: Tensor,
+) -> tuple[Tensor, ...]:
+    tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)
+    return torch.autograd.grad(function(*tensors, *objects, *options), tensors, grad, create_graph=True)
+
+
+def _plain_summaries(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
+    """:func:`summarize` in operations of torch, which can be differentiated again."""
+    plain, rotated = _plain_features(k, features)
+    plain, rotated, values = (layout.pack(x) for x in (plain, rotated, v.to(plain.dtype)))  # [B, H, M, n, d]
+    summaries = values.mT @ rotated
+    if features.normalized:
+        summaries = torch.cat((summaries, plain.sum(-2, keepdim=True)), -2)
+    return summaries
+
+
+def _plain_read(
+    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+) -> Tensor:
+    """:func:`read` in operations of torch, which can be differentiated again."""
+    plain, rotated = (layout.pack(x) for x in _plain_features(q, features))
+    mixed = tiled.mix(mixing, summaries)
+    if not features.normalized:
+        return layout.unpack(rotated @ mixed.mT).to(dtype)
+    denominators = plain @ mixed[..., -1:, :].mT
+    denominators = torch.where(denominators == 0, 1.0, denominators)
+    return layout.unpack(rotated @ mixed[..., :-1, :].mT / denominators).to(dtype)
+
+
+def _plain_features(x: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+    x = phi(x.to(torch.promote_types(x.dtype, torch.float32)), features.feature_map, eps=features.eps)
+    if features.mask is not None:
+        x = x * features.mask[:, None, :, None]
+    if features.rotary is None:
+        return x, x
+    cos, sin = features.rotary.unflatten(-1, (-1, 2)).unbind(-1)
+    return x, apply_rotary_emb(x, (cos, sin))
+
+
+def _flops(queries_or_keys: Any, height: int) -> int:
+    batch, heads, tokens, d = queries_or_keys
+    return 2 * batch * heads * tokens * d * height
+
+
+@register_flop_formula(torch.ops.mhla.summarize)
+def _(k: Any, v: Any, *settings: Any, out_shape: Any, **_: Any) -> int:
+    return _flops(k, out_shape[-2])
+
+
+@register_flop_formula(torch.ops.mhla.summarize_backward)
+def _(grad: Any, k: Any, *settings: Any, **_: Any) -> int:
+    return 2 * _flops(k, grad[-2])
+
+
+@register_flop_formula(torch.ops.mhla.read)
+def _(q: Any, summaries: Any, mixing: Any, *settings: Any, **_: Any) -> int:
+    return _flops(q, summaries[-2]) + _mixing_flops(summaries, mixing)
+
+
+@register_flop_formula(torch.ops.mhla.read_backward)
+def _(grad: Any, out: Any, den: Any, q: Any, summaries: Any, mixing: Any, *settings: Any, **_: Any) -> int:
+    # Summaries are mixed again, and there is a gradient of them and one of W.
+    return 2 * _flops(q, summaries[-2]) + 3 * _mixing_flops(summaries, mixing)
+
+
+def _mixing_flops(summaries: Any, mixing: Any) -> int:
+    return 2 * math.prod(summaries) * mixing[-2]

@@ -1,0 +1,157 @@
+"""Tokens as tiles: blocks of some heads of some samples, few enough to stay in the processor's cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+
+# Numbers in a tile of one tensor, for each CPU thread. Smaller tiles fit a faster cache, but calling torch
+# for each of them costs more than that gains (docs/performance.md).
+_TILE_SIZE = 2**18
+# A tile reads so many neighbouring numbers at least, or memory would be read in crumbs.
+_MIN_RUN = 256
+
+
+class Part(NamedTuple):
+    """Some samples and heads; an index of ``[B, H, ...]``."""
+
+    batch: slice
+    heads: slice
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many samples and heads."""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
+
+    def of_heads(self, mixing: Tensor) -> Tensor:
+        """What concerns these heads of ``[M, M]`` or ``[H, M, M]``."""
+        return mixing[self.heads] if mixing.ndim == 3 else mixing
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A box of blocks of equal shape, or a slab of one block that is too large for a tile.
+
+    Args:
+        blocks: which blocks, a slice along each axis of the block grid.
+        counts: blocks along each axis.
+        shape: tokens of a block, or slab of it, along each axis.
+        start: the number of the first token.
+        steps: how far apart in token numbers neighbouring blocks are along each axis, then tokens.
+        first: false for further slabs of a block.
+    """
+
+    blocks: tuple[slice, ...]
+    counts: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    steps: tuple[int, ...]
+    first: bool
+
+    @property
+    def num_blocks(self) -> int:
+        return math.prod(self.counts)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in each block, or slab of it."""
+        return math.prod(self.shape)
+
+    def tokens_of(self, x: Tensor, part: Part) -> Tensor:
+        """The view ``[b, h, *counts, *shape, d]`` of ``x [B, H, N, d]``, whatever its strides."""
+        batch, head, token, channel = x.stride()
+        start = part.batch.start * batch + part.heads.start * head + self.start * token
+        return x.as_strided(
+            (*part.size, *self.counts, *self.shape, x.shape[-1]),
+            (batch, head, *[step * token for step in self.steps], channel),
+            x.storage_offset() + start,
+        )
+
+    def blocks_of(self, x: Tensor, layout: BlockLayout) -> Tensor:
+        """The view ``[B, H, *counts, ...]`` of ``x [B, H, M, ...]``."""
+        return x.unflatten(2, layout.blocks)[(slice(None), slice(None), *self.blocks)]
+
+
+def tile_groups(x: Tensor, layout: BlockLayout) -> Iterator[tuple[Part, tuple[Tile, ...]]]:
+    """The samples and heads of ``x [B, H, N, d]`` in parts, each with the tiles that cover all its tokens."""
+    batch, heads, tokens, d = x.shape
+    size = _TILE_SIZE * torch.get_num_threads() if x.device.type == "cpu" else max(1, x.numel())
+    # With heads side by side in memory, as projections leave them, one head alone is a short run.
+    fewest = -(-_MIN_RUN // d) if x.stride(1) < x.stride(2) else 1
+    heads_each = _even_part(heads, max(size // (tokens * d), fewest))
+    batch_each = _even_part(batch, size // (heads * tokens * d)) if heads_each >= heads else 1
+    tiles = _tiles(layout, max(1, size // max(1, batch_each * heads_each * d)))
+    for b, h in itertools.product(_slices(batch, batch_each), _slices(heads, heads_each)):
+        yield Part(b, h), tiles
+
+
+@lru_cache(maxsize=256)
+def _tiles(layout: BlockLayout, most: int) -> tuple[Tile, ...]:
+    """Tiles of at most so many tokens, if one row of a block is not more already."""
+    axes = [_equal_blocks(n, b) for n, b in zip(layout.grid, layout.blocks, strict=True)]
+    strides = [math.prod(layout.grid[i + 1 :]) for i in range(len(layout.grid))]
+    return tuple(tile for box in itertools.product(*axes) for tile in _box_tiles(box, strides, most))
+
+
+class _Run(NamedTuple):
+    """Equal blocks along an axis: the first block and token, the number of blocks, the tokens in each."""
+
+    first_block: int
+    first_token: int
+    blocks: int
+    tokens: int
+
+
+def _equal_blocks(tokens: int, count: int) -> list[_Run]:
+    size, longer = divmod(tokens, count)
+    runs = [_Run(0, 0, longer, size + 1), _Run(longer, longer * (size + 1), count - longer, size)]
+    return [run for run in runs if run.blocks]
+
+
+def _box_tiles(box: tuple[_Run, ...], strides: list[int], most: int) -> Iterator[Tile]:
+    """Tiles of the blocks of one shape."""
+    shape = tuple(run.tokens for run in box)
+    steps = (*[stride * size for stride, size in zip(strides, shape, strict=True)], *strides)
+    room = max(1, most // math.prod(shape))
+    parts: list[list[slice]] = []
+    for run in reversed(box):
+        each = _even_part(run.blocks, room)
+        parts.insert(0, _slices(run.blocks, each))
+        room //= each
+    rows = min(shape[0], max(1, most // math.prod(shape[1:])))
+    for part in itertools.product(*parts):
+        token = sum(
+            (run.first_token + s.start * run.tokens) * stride
+            for run, s, stride in zip(box, part, strides, strict=True)
+        )
+        for slab in _slices(shape[0], rows):
+            yield Tile(
+                blocks=tuple(
+                    slice(run.first_block + s.start, run.first_block + s.stop)
+                    for run, s in zip(box, part, strict=True)
+                ),
+                counts=tuple(s.stop - s.start for s in part),
+                shape=(slab.stop - slab.start, *shape[1:]),
+                start=token + slab.start * strides[0],
+                steps=steps,
+                first=slab.start == 0,
+            )
+
+
+def _even_part(total: int, most: int) -> int:
+    """The size of parts of at most ``most`` (or one), as equal as they can be."""
+    parts = -(-total // max(1, most))
+    return -(-total // max(1, parts))
+
+
+def _slices(total: int, each: int) -> list[slice]:
+    return [slice(start, min(start + each, total)) for start in range(0, total, max(1, each))]
