@@ -31,6 +31,7 @@ class MHLAConfig:
     Args:
         blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
             The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
+        key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
         feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`.
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
@@ -39,6 +40,7 @@ class MHLAConfig:
         mixing_per_head: one mixing matrix per head instead of one for all.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
             fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
+        qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
         gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
             changes no function. A deviation: the paper does not say how it starts.
         output_norm: RMSNorm over each head's d, before the gate.
@@ -50,24 +52,30 @@ class MHLAConfig:
     """
 
     blocks: int | tuple[int, ...] = 16
+    key_blocks: int | tuple[int, ...] | None = None
     feature_map: str = "relu"
     normalizer: str = "paper"
     mixing_init: str = "locality"
     constraint: str = "clamp"
     mixing_per_head: bool = False
     cpe: str | None = None
+    qk_norm: bool = False
     gate: bool = False
     output_norm: bool = False
     eps: float = 1e-6
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "layers"):
+        for name in ("blocks", "key_blocks", "layers"):
             if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = self.blocks if isinstance(self.blocks, tuple) else (self.blocks,)
-        if not counts or not all(_is_int(count) and count >= 1 for count in counts):
-            raise ValueError(f"blocks must be an integer >= 1 or one per axis, got {self.blocks!r}")
+        for name in ("blocks", "key_blocks"):
+            value = getattr(self, name)
+            counts = value if isinstance(value, tuple) else (value,)
+            if value is None and name == "key_blocks":
+                continue
+            if not counts or not all(_is_int(count) and count >= 1 for count in counts):
+                raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
             "feature_map": FEATURE_MAPS,
             "normalizer": NORMALIZERS,
@@ -75,6 +83,7 @@ class MHLAConfig:
             "constraint": CONSTRAINTS,
             "cpe": CPE_STARTS,
             "mixing_per_head": (False, True),
+            "qk_norm": (False, True),
             "gate": (False, True),
             "output_norm": (False, True),
         }
@@ -120,26 +129,40 @@ class MHLAConfig:
         Raises:
             ValueError: when the grid cannot hold them.
         """
-        if isinstance(self.blocks, tuple):
-            return BlockLayout(grid, self.blocks)
-        return BlockLayout.with_num_blocks(grid, self.blocks)
+        return _layout(grid, self.blocks)
+
+    def key_layout(self, grid: tuple[int, ...] | None) -> BlockLayout | None:
+        """The blocks on the grid of the keys, for cross-attention; else None.
+
+        Raises:
+            ValueError: when the grid cannot hold them, or one of the grid and ``key_blocks`` is missing.
+        """
+        if (grid is None) != (self.key_blocks is None):
+            raise ValueError(
+                f"cross-attention takes key_blocks and the grid of the keys, self-attention neither; got "
+                f"key_blocks {self.key_blocks} and key_grid {grid}"
+            )
+        return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
 
 
 class MHLA(nn.Module):
     """Multi-Head Linear Attention on projected queries, keys and values.
 
     Holds what the operator learns: the mixing matrix and, by flags, the convolution on v (``cpe``), the
-    per-head norm and the gate. The blocks along each axis are fixed at construction and follow the grid: at
-    another resolution blocks grow or shrink, and the mixing matrix stays valid.
+    per-head norms and the gate. The blocks along each axis are fixed at construction and follow the grid: at
+    another resolution blocks grow or shrink, and the mixing matrix stays valid. Where an axis has fewer
+    tokens than blocks (a single frame, say), each token there is a block, and the mixing matrix is resized.
 
     Args:
         config: see :class:`MHLAConfig`. With one block there is no mixing matrix: plain linear attention.
         heads, head_dim: H and d.
         grid: the grid the model is made for, ``(H, W)`` or ``(F, H, W)``.
+        key_grid: for cross-attention, the grid of the keys: ``(N_k,)`` for text. The mixing matrix,
+            ``[M, M_k]``, then starts uniform, as blocks of two grids have no distance.
         query_dim: width of the hidden states that the gate reads; H d by default.
 
     Raises:
-        ValueError: when the grid cannot hold the blocks.
+        ValueError: when a grid cannot hold its blocks.
     """
 
     def __init__(
@@ -149,14 +172,23 @@ class MHLA(nn.Module):
         heads: int,
         head_dim: int,
         grid: tuple[int, ...],
+        key_grid: tuple[int, ...] | None = None,
         query_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        layout = config.layout(grid)
+        layout, key_layout = config.layout(grid), config.key_layout(key_grid)
+        if key_layout is not None and config.cpe is not None:
+            raise ValueError(
+                f"cpe {config.cpe!r} adds a convolution on v to the output: not in cross-attention"
+            )
         self.blocks = layout.blocks
+        self.key_blocks = None if key_layout is None else key_layout.blocks
         inner_dim = heads * head_dim
-        self.mixing = nn.Parameter(self._initial_mixing(layout, heads)) if layout.num_blocks > 1 else None
+        mixing = self._initial_mixing(layout, key_layout, heads)
+        self.mixing = nn.Parameter(mixing) if mixing.shape[-1] > 1 else None
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.cpe = _cpe_conv(inner_dim, len(grid), start=config.cpe) if config.cpe else None
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.gate = _open_gate(query_dim or inner_dim, inner_dim) if config.gate else None
@@ -169,8 +201,12 @@ class MHLA(nn.Module):
         if self.config.constraint == "clamp" and self.mixing is not None:
             _clamped_modules.add(self)
 
-    def _initial_mixing(self, layout: BlockLayout, heads: int) -> Tensor:
-        mixing = self._unconstrained(initial_mixing(layout, self.config.mixing_init))
+    def _initial_mixing(self, layout: BlockLayout, key_layout: BlockLayout | None, heads: int) -> Tensor:
+        if key_layout is None:
+            mixing = initial_mixing(layout, self.config.mixing_init)
+        else:
+            mixing = torch.full((layout.num_blocks, key_layout.num_blocks), 1 / key_layout.num_blocks)
+        mixing = self._unconstrained(mixing)
         mixing = mixing.to(torch.get_default_dtype())
         return mixing.repeat(heads, 1, 1) if self.config.mixing_per_head else mixing
 
@@ -180,9 +216,9 @@ class MHLA(nn.Module):
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
     def mixing_matrix(self) -> Tensor:
-        """W as the operator sees it, ``[M, M]`` or ``[H, M, M]``."""
+        """W as the operator sees it, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
-            return torch.ones(1, 1)
+            return torch.ones(math.prod(self.blocks), 1)
         return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
 
     @torch.no_grad()
@@ -194,8 +230,11 @@ class MHLA(nn.Module):
         (``normalizer="none"``) only ``output_norm`` does.
         """
         assert self.mixing is not None
-        old, new = BlockLayout(other.blocks, other.blocks), BlockLayout(self.blocks, self.blocks)
-        mixing = resize_mixing(other.mixing_matrix(), old, new)
+        mixing = _resize(
+            other.mixing_matrix(),
+            (other.blocks, other.key_blocks or other.blocks),
+            (self.blocks, self.key_blocks or self.blocks),
+        )
         if mixing.ndim > self.mixing.ndim:  # one for each head, to one for all
             mixing = mixing.mean(0)
         if self.config.constraint == "clamp":
@@ -209,6 +248,7 @@ class MHLA(nn.Module):
         v: Tensor,
         *,
         grid: tuple[int, ...],
+        key_grid: tuple[int, ...] | None = None,
         hidden_states: Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
@@ -217,7 +257,7 @@ class MHLA(nn.Module):
 
         Args:
             q, k, v: ``[B, H, N, d]`` in grid order, before the feature map.
-            grid: the grid of these tokens.
+            grid: the grid of these tokens; ``key_grid`` that of k and v, in cross-attention.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
 
@@ -227,8 +267,13 @@ class MHLA(nn.Module):
         Raises:
             ValueError: when shapes, grid and blocks do not fit together.
         """
+        if (key_grid is None) != (self.key_blocks is None):
+            self.config.key_layout(key_grid)  # says what is missing
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        layout, key_layout, mixing = self._fit(grid, key_grid)
         out = mhla(
-            q, k, v, self.mixing_matrix().to(q.device), BlockLayout(grid, self.blocks),
+            q, k, v, mixing.to(q.device), layout, key_layout=key_layout,
             feature_map=self.config.feature_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
         )  # fmt: skip
@@ -241,6 +286,18 @@ class MHLA(nn.Module):
             # Behind norm and gate, as in the public reference code.
             out = out + _convolve(self.cpe, v, grid)
         return out
+
+    def _fit(
+        self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None
+    ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
+        """Layouts of queries and keys, and the mixing matrix for them."""
+        layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix()
+        keys, key_layout = layout.blocks, None
+        if key_grid is not None and self.key_blocks is not None:
+            key_layout = _largest_layout(key_grid, self.key_blocks)
+            keys = key_layout.blocks
+        mixing = _resize(mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys))
+        return layout, key_layout, mixing
 
     @torch.no_grad()
     def clamp_mixing(self) -> None:
@@ -292,16 +349,26 @@ def _open_gate(query_dim: int, inner_dim: int) -> nn.Linear:
     return gate
 
 
-def suggest_num_blocks(grid: tuple[int, ...]) -> int:
-    """The largest M with M^2 <= N whose blocks divide the grid evenly."""
-    for num_blocks in range(math.isqrt(math.prod(grid)), 1, -1):
-        try:
-            layout = BlockLayout.with_num_blocks(grid, num_blocks)
-        except ValueError:
-            continue
-        if layout.is_even:
-            return num_blocks
-    return 1
+def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:
+    if isinstance(blocks, tuple):
+        return BlockLayout(grid, blocks)
+    return BlockLayout.with_num_blocks(grid, blocks)
+
+
+def _largest_layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
+    """The blocks on a grid, or as many along each axis as it has tokens."""
+    if len(grid) != len(blocks):
+        return BlockLayout(grid, blocks)  # says so
+    return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)))
+
+
+def _resize(mixing: Tensor, old: tuple[tuple[int, ...], ...], new: tuple[tuple[int, ...], ...]) -> Tensor:
+    """A mixing matrix for other blocks of queries and keys."""
+    # One token a block: resizing depends on the blocks alone.
+    (from_layout, from_keys), (to_layout, to_keys) = (
+        (BlockLayout(blocks, blocks) for blocks in both) for both in (old, new)
+    )
+    return resize_mixing(mixing, from_layout, to_layout, from_keys=from_keys, to_keys=to_keys)
 
 
 def _is_int(value: object) -> bool:

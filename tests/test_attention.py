@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_diffusion import MHLA, MHLAConfig
-from mhla_diffusion.attention import suggest_num_blocks
-from mhla_diffusion.ops import BlockLayout, initial_mixing, mhla_reference
+from mhla_diffusion.ops import BlockLayout, initial_mixing, mhla_reference, resize_mixing
 
 AssertClose = Callable[..., None]
 
@@ -41,7 +40,7 @@ def test_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"block": 4}, r"unknown MHLA setting block; the known ones are blocks, feature_map"),
+        ({"block": 4}, r"unknown MHLA setting block; the known ones are blocks, key_blocks, feature_map"),
         ({"blocks": 0}, r"blocks must be an integer >= 1"),
         ({"blocks": (2, 0)}, r"blocks must be an integer >= 1"),
         ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
@@ -162,20 +161,73 @@ def test_another_models_optimizer_does_not_break_a_graph() -> None:
     assert module.mixing.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("grid", "expected"), [((16, 16), 16), ((8, 8), 8), ((32, 32), 32), ((7, 7), 7), ((1, 1), 1)]
-)
-def test_suggested_blocks_keep_mixing_cheap(grid: tuple[int, ...], expected: int) -> None:
-    suggestion = suggest_num_blocks(grid)
-    assert suggestion == expected
-    assert suggestion**2 <= grid[0] * grid[1]
+def test_a_grid_smaller_than_the_blocks_takes_each_token_for_a_block(assert_close: AssertClose) -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=(4, 3), constraint="none"))
+    q, k, v = torch.randn(3, 1, 2, 10, 6)
+    layout = BlockLayout((2, 5), (2, 3))
+    mixing = resize_mixing(module.mixing_matrix(), BlockLayout((4, 6), (4, 3)), layout)
+    expected = mhla_reference(q, k, v, mixing, layout).transpose(1, 2).flatten(2)
+    out = module(q, k, v, grid=(2, 5))
+    assert_close(out, expected)
+    assert module.mixing is not None
+    assert torch.autograd.grad(out.sum(), module.mixing)[0].isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"grid \(10,\) and blocks \(4, 3\) must have the same number of axes"
+    ):
+        module(q, k, v, grid=(10,))
 
 
-def test_a_grid_that_cannot_hold_the_blocks_is_refused() -> None:
-    module, _, _ = make_module(MHLAConfig(blocks=(4, 6)))
-    q = torch.randn(1, 2, 6, 6)
-    with pytest.raises(ValueError, match=r"axis 0 of grid \(2, 3\) has 2 tokens and cannot hold 4 blocks"):
-        module(q, q, q, grid=(2, 3))
+def test_qk_norm_is_that_of_each_head(assert_close: AssertClose) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, qk_norm=True))
+    assert module.norm_q is not None
+    assert module.norm_k is not None
+    for norm in (module.norm_q, module.norm_k):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    normed = [
+        x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+        for x, norm in ((q, module.norm_q), (k, module.norm_k))
+    ]
+    dense = mhla_reference(*normed, v, module.mixing_matrix(), BlockLayout((4, 6), module.blocks))
+    assert_close(module(q, k, v, grid=(4, 6)), dense.transpose(1, 2).flatten(2), torch.float32)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
+def test_cross_attention_starts_plain_and_learns(assert_close: AssertClose, per_head: bool) -> None:
+    config = MHLAConfig(blocks=(2, 3), key_blocks=2, mixing_per_head=per_head)
+    module = MHLA(config, heads=2, head_dim=6, grid=(4, 6), key_grid=(7,))
+    q, k, v = torch.randn(1, 2, 24, 6), torch.randn(1, 2, 7, 6), torch.randn(1, 2, 7, 6)
+    layout, key_layout = BlockLayout((4, 6), (2, 3)), BlockLayout((7,), (2,))
+    mask = torch.tensor([[True] * 5 + [False] * 2])
+    plain = mhla_reference(
+        q,
+        k,
+        v,
+        torch.ones(1, 1),
+        BlockLayout((4, 6), (1, 1)),
+        key_layout=BlockLayout((7,), (1,)),
+        key_mask=mask,
+    )
+    out = module(q, k, v, grid=(4, 6), key_grid=(7,), key_mask=mask)
+    assert_close(out, plain.transpose(1, 2).flatten(2))
+    assert module.mixing is not None
+    torch.nn.init.uniform_(module.mixing)
+    expected = mhla_reference(q, k, v, module.mixing_matrix(), layout, key_layout=key_layout)
+    assert_close(module(q, k, v, grid=(4, 6), key_grid=(7,)), expected.transpose(1, 2).flatten(2))
+    # One key alone is one block.
+    single = module(q, k[:, :, :1], v[:, :, :1], grid=(4, 6), key_grid=(1,))
+    torch.testing.assert_close(single, v[:, :, :1].expand(1, 2, 24, 6).transpose(1, 2).flatten(2))
+
+
+def test_cross_attention_that_lacks_a_part_is_refused() -> None:
+    arguments: dict[str, Any] = {"heads": 2, "head_dim": 6, "grid": (4, 6)}
+    for config, grid in ((MHLAConfig(key_blocks=2), None), (MHLAConfig(), (7,))):
+        with pytest.raises(ValueError, match=r"key_blocks .* and key_grid"):
+            MHLA(config, **arguments, key_grid=grid)
+    with pytest.raises(ValueError, match=r"cpe 'zero' .* not in cross-attention"):
+        MHLA(MHLAConfig(key_blocks=2, cpe="zero"), **arguments, key_grid=(7,))
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
+    with pytest.raises(ValueError, match=r"key_blocks None and key_grid \(24,\)"):
+        module(q, k, v, grid=(4, 6), key_grid=(24,))
 
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

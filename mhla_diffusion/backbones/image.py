@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 import os
 import warnings
@@ -18,8 +19,12 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..attention import MHLA, MHLAConfig, suggest_num_blocks
+from ..attention import MHLA, MHLAConfig
+from ..ops import recommended_layout
 from .processors import MHLAAttnProcessor
+from .rebuild import rebuild
+
+logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("mhla", "linear", "softmax")
 
@@ -217,11 +222,18 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As :meth:`diffusers.ModelMixin.from_pretrained`, and never with a weight that was not in the file.
 
+        ``mhla_config=`` with other blocks than the file has resizes the mixing matrices
+        (:func:`mhla_diffusion.ops.resize_mixing`); ``sample_size=`` changes the grid, and blocks grow or
+        shrink with it. Either is logged.
+
         Raises:
             ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
                 are converted, not loaded.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
+        stored = cls.load_config(pretrained_model_name_or_path, **_of_hub(kwargs))
+        resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
+        wanted = kwargs.pop("mhla_config") if resized else None
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
@@ -230,15 +242,27 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
             if ".processor.mixing" in str(error):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds mixing matrices for another number of blocks "
-                    f"than mhla_config asks for; load it with the blocks of its config.json. ({error})"
+                    "than its config.json says; put the right blocks there, or pass others as mhla_config= "
+                    f"to have them resized. ({error})"
                 ) from error
             raise
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"])
+        if resized and not missing:
+            blocks = model.mixing_blocks
+            model, changed = rebuild(model, cls, mhla_config=wanted)
+            logger.warning("mixing matrices resized, blocks %s to %s", blocks, model.mixing_blocks)
+            missing = changed["new"]
+        if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
                 f"{missing[0]}. If it is a stock DiT, load it with diffusers.DiTTransformer2DModel and call "
                 "mhla_diffusion.convert_to_mhla(model, config), or run scripts/convert.py"
             )
+        if model.config.sample_size != stored.get("sample_size", model.config.sample_size):
+            logger.warning(
+                "sample_size %d in place of %d: positions are interpolated, blocks %s stay in number",
+                model.config.sample_size, stored["sample_size"], model.mixing_blocks,
+            )  # fmt: skip
         return (model, info) if output_loading_info else model
 
     def _reset_parameters(self) -> None:
@@ -264,6 +288,20 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
 
 # The name under which diffusers records the class in model_index.json, free of our file layout.
 MHLADiTTransformer2DModel.__module__ = "mhla_diffusion"
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What says where a checkpoint is, among the arguments of ``from_pretrained``."""
+    names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:
+    if stored is None or wanted is None:
+        return False
+    if not isinstance(wanted, MHLAConfig):
+        wanted = MHLAConfig.from_dict(dict(wanted))
+    return MHLAConfig.from_dict(stored).blocks != wanted.blocks
 
 
 def layer_attention(
@@ -298,7 +336,7 @@ def _check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
     if layout.num_blocks**2 > layout.num_tokens:
         warnings.warn(
             f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
-            f"{layout.num_blocks**2} > N and is more work than the attention itself; blocks="
-            f"{suggest_num_blocks(grid)} is the most that divides the grid {grid} and keeps M^2 <= N",
+            f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
+            f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
             stacklevel=4,
         )

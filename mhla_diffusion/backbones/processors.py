@@ -10,11 +10,12 @@ from ..ops.features import RotaryEmbedding
 
 
 class MHLAAttnProcessor(MHLA):
-    """MHLA as a processor for diffusers' ``Attention`` (self-attention alone).
+    """MHLA as a processor for diffusers' ``Attention``.
 
     ``attn.set_processor(MHLAAttnProcessor(config, heads=..., head_dim=..., grid=...))``; whoever calls the
-    layer passes the grid of its tokens along: ``attn(x, grid=(H, W))``. See :class:`mhla_diffusion.MHLA`
-    for the arguments.
+    layer passes the grid of its tokens along: ``attn(x, grid=(H, W))``. For cross-attention set
+    ``key_blocks`` in the config and pass ``key_grid`` here; a call without one takes the keys for a sequence,
+    ``(N_k,)``. See :class:`mhla_diffusion.MHLA` for the arguments.
     """
 
     # The parameters are used in forward and the layers of attn here: offloading hooks sit on forward, so that
@@ -26,35 +27,45 @@ class MHLAAttnProcessor(MHLA):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
+        key_grid: tuple[int, ...] | None = None,
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
+        """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
 
         Raises:
-            ValueError: without a grid, and for cross-attention or an additive attention mask, which linear
-                attention has no form of.
+            ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
+                and for keys that the processor was not built for.
         """
         if grid is None:
             raise ValueError(
                 "MHLA needs the grid of its tokens: call the attention layer with grid=(H, W), or use a "
                 "model that passes it, such as MHLADiTTransformer2DModel"
             )
-        if encoder_hidden_states is not None or attention_mask is not None:
+        if attention_mask is not None:
             raise ValueError(
-                "MHLAAttnProcessor is for self-attention without an additive mask; keep the stock processor "
-                "for cross-attention, and pass key_mask=[B, N] (bool) to leave tokens out"
+                "linear attention takes no additive mask; pass key_mask=[B, N_k] (bool) to leave tokens out"
             )
+        if (encoder_hidden_states is None) != (self.key_blocks is None):
+            raise ValueError(
+                "cross-attention needs key_blocks in the MHLAConfig and encoder_hidden_states, "
+                f"self-attention neither; got key_blocks {self.key_blocks} and "
+                f"{'no ' if encoder_hidden_states is None else ''}encoder_hidden_states"
+            )
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and key_grid is None:
+            key_grid = (encoder_hidden_states.shape[1],)
         residual = hidden_states
         q, k, v = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         out = super().__call__(
-            q, k, v, grid=grid, hidden_states=hidden_states, rotary_emb=rotary_emb, key_mask=key_mask
-        )
+            q, k, v, grid=grid, key_grid=key_grid, hidden_states=hidden_states, rotary_emb=rotary_emb,
+            key_mask=key_mask,
+        )  # fmt: skip
         out = attn.to_out[1](attn.to_out[0](out))
         if attn.residual_connection:
             out = out + residual

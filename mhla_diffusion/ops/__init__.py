@@ -1,7 +1,7 @@
 """The operator: tensors in, tensors out, on torch alone."""
 
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
-from .layout import BlockLayout
+from .layout import BlockLayout, recommended_layout
 from .mhla import mhla
 from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing, resize_mixing
 from .reference import mhla_reference
@@ -17,5 +17,6 @@ __all__ = [
     "locality_mixing",
     "mhla",
     "mhla_reference",
+    "recommended_layout",
     "resize_mixing",
 ]

@@ -70,7 +70,14 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
-def resize_mixing(mixing: Tensor, from_layout: BlockLayout, to_layout: BlockLayout) -> Tensor:
+def resize_mixing(
+    mixing: Tensor,
+    from_layout: BlockLayout,
+    to_layout: BlockLayout,
+    *,
+    from_keys: BlockLayout | None = None,
+    to_keys: BlockLayout | None = None,
+) -> Tensor:
     """A mixing matrix for other blocks: interpolated linearly over the coordinates of query and key blocks.
 
     Each row keeps its sum: that of a new query block is interpolated between those of its neighbours. The
@@ -79,6 +86,8 @@ def resize_mixing(mixing: Tensor, from_layout: BlockLayout, to_layout: BlockLayo
     Args:
         mixing: ``[M, M]`` or ``[H, M, M]``, for the blocks of ``from_layout``.
         from_layout, to_layout: of the same number of axes; their grids do not matter.
+        from_keys, to_keys: the layouts of the keys in cross-attention, where W is ``[(H,) M, M_k]``; else
+            those of the queries.
 
     Returns:
         ``[M', M']`` or ``[H, M', M']``, in the dtype of ``mixing``. Weights above 1 can arise where there are
@@ -87,20 +96,22 @@ def resize_mixing(mixing: Tensor, from_layout: BlockLayout, to_layout: BlockLayo
     Raises:
         ValueError: for a matrix of another size, or layouts with different numbers of axes.
     """
-    old, new = from_layout.blocks, to_layout.blocks
-    if mixing.shape[-2:] != (from_layout.num_blocks,) * 2:
+    from_keys, to_keys = from_keys or from_layout, to_keys or to_layout
+    sizes = from_layout.num_blocks, from_keys.num_blocks
+    if mixing.shape[-2:] != sizes:
         raise ValueError(
-            f"mixing must be [..., M, M] with M = {from_layout.num_blocks} (blocks {old}), got "
-            f"{tuple(mixing.shape)}"
+            f"mixing must be [..., M, M_k] with M = {sizes[0]} (blocks {from_layout.blocks}) and M_k = "
+            f"{sizes[1]} (blocks {from_keys.blocks}), got {tuple(mixing.shape)}"
         )
-    if len(old) != len(new):
-        raise ValueError(f"blocks {old} cannot be resized to {new}: the numbers of axes differ")
-    if old == new:
+    for old, new in ((from_layout.blocks, to_layout.blocks), (from_keys.blocks, to_keys.blocks)):
+        if len(old) != len(new):
+            raise ValueError(f"blocks {old} cannot be resized to {new}: the numbers of axes differ")
+    if (from_layout.blocks, from_keys.blocks) == (to_layout.blocks, to_keys.blocks):
         return mixing
     weights = mixing.to(torch.promote_types(mixing.dtype, torch.float32))
-    sums = _interpolate(weights.sum(-1), old, new)  # [..., M']
-    weights = _interpolate(weights.transpose(-1, -2), old, new).transpose(-1, -2)  # query blocks
-    weights = _interpolate(weights, old, new)  # key blocks
+    sums = _interpolate(weights.sum(-1), from_layout.blocks, to_layout.blocks)  # [..., M']
+    weights = _interpolate(weights.mT, from_layout.blocks, to_layout.blocks).mT
+    weights = _interpolate(weights, from_keys.blocks, to_keys.blocks)
     new_sums = weights.sum(-1)
     scale = torch.where(new_sums == 0, 0.0, sums / torch.where(new_sums == 0, 1.0, new_sums))
     return (weights * scale[..., None]).to(mixing.dtype)

@@ -83,13 +83,15 @@ class Tile:
 
 def tile_groups(x: Tensor, layout: BlockLayout) -> Iterator[tuple[Part, tuple[Tile, ...]]]:
     """The samples and heads of ``x [B, H, N, d]`` in parts, each with the tiles that cover all its tokens."""
+    if x.numel() == 0:
+        return
     batch, heads, tokens, d = x.shape
-    size = _TILE_SIZE * torch.get_num_threads() if x.device.type == "cpu" else max(1, x.numel())
+    size = _TILE_SIZE * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
     # With heads side by side in memory, as projections leave them, one head alone is a short run.
     fewest = -(-_MIN_RUN // d) if x.stride(1) < x.stride(2) else 1
     heads_each = _even_part(heads, max(size // (tokens * d), fewest))
     batch_each = _even_part(batch, size // (heads * tokens * d)) if heads_each >= heads else 1
-    tiles = _tiles(layout, max(1, size // max(1, batch_each * heads_each * d)))
+    tiles = _tiles(layout, size // (batch_each * heads_each * d))
     for b, h in itertools.product(_slices(batch, batch_each), _slices(heads, heads_each)):
         yield Part(b, h), tiles
 
@@ -121,7 +123,7 @@ def _box_tiles(box: tuple[_Run, ...], strides: list[int], most: int) -> Iterator
     """Tiles of the blocks of one shape."""
     shape = tuple(run.tokens for run in box)
     steps = (*[stride * size for stride, size in zip(strides, shape, strict=True)], *strides)
-    room = max(1, most // math.prod(shape))
+    room = most // math.prod(shape)
     parts: list[list[slice]] = []
     for run in reversed(box):
         each = _even_part(run.blocks, room)

@@ -131,7 +131,7 @@ def test_fields_that_an_old_config_carries_along_do_not_matter(
 
 
 def test_blocks_that_cost_too_much_are_warned_of_at_the_callers_line(make_stock: MakeStock) -> None:
-    with pytest.warns(UserWarning, match=r"blocks=4 is the most"):
+    with pytest.warns(UserWarning, match=r"blocks=\(1, 2\) keeps it at 20 %"):
         convert_to_mhla(make_stock(), {"blocks": 16})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

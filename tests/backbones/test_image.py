@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from mhla_diffusion import MHLAAttnProcessor, MHLAConfig, MHLADiTTransformer2DModel
+from mhla_diffusion.ops import BlockLayout, mhla_reference
 
 AssertClose = Callable[..., None]
 MakeModel = Callable[..., MHLADiTTransformer2DModel]
@@ -215,33 +217,51 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_blocks_that_cost_more_than_attention_are_warned_of(make_model: MakeModel) -> None:
-    with pytest.warns(UserWarning, match=r"8 blocks on 16 tokens: mixing costs M\^2 = 64 > N .* blocks=4 is"):
+    with pytest.warns(
+        UserWarning, match=r"8 blocks on 16 tokens: mixing costs M\^2 = 64 > N .* blocks=\(1, 2\)"
+    ):
         make_model(mhla_config={"blocks": 8})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model(mhla_config={"blocks": 4})
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        ((8, 9), r"height and width must be multiples of the patch size 2, got 8 x 9"),
-        ((2, 8), r"axis 0 of grid \(1, 4\) has 1 tokens and cannot hold 2 blocks"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(
-    make_model: MakeModel, make_inputs: MakeInputs, size: tuple[int, int], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_model()(**make_inputs(size))
+def test_sizes_that_do_not_fit_are_refused(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+    with pytest.raises(ValueError, match="height and width must be multiples of the patch size 2, got 8 x 9"):
+        make_model()(**make_inputs((8, 9)))
+
+
+def test_a_size_with_fewer_tokens_than_blocks_runs(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+    assert make_model()(**make_inputs((2, 8))).sample.isfinite().all()
+
+
+def test_processor_attends_to_other_tokens() -> None:
+    attn = Attention(16, cross_attention_dim=10, heads=2, dim_head=8)
+    config = MHLAConfig(blocks=(2, 2), key_blocks=3)
+    processor = MHLAAttnProcessor(config, heads=2, head_dim=8, grid=(4, 4), key_grid=(7,))
+    torch.nn.init.uniform_(processor.mixing)
+    attn.set_processor(processor)
+    x, text = torch.randn(2, 16, 16), torch.randn(2, 7, 10)
+    mask = torch.rand(2, 7) > 0.3
+    q, k, v = (
+        project(y).unflatten(-1, (2, 8)).transpose(1, 2)
+        for project, y in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text))
+    )
+    layouts = BlockLayout((4, 4), (2, 2)), BlockLayout((7,), (3,))
+    out = mhla_reference(q, k, v, processor.mixing, layouts[0], key_layout=layouts[1], key_mask=mask)
+    expected = attn.to_out[0](out.transpose(1, 2).flatten(2).float())
+    found = attn(x, encoder_hidden_states=text, grid=(4, 4), key_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no encoder_hidden_states"):
+        attn(x, grid=(4, 4))
 
 
 def test_processor_refuses_what_linear_attention_has_no_form_of(make_model: MakeModel) -> None:
     attn, x = make_model().transformer_blocks[0].attn1, torch.randn(1, 16, 16)
     for arguments, message in [
         ({}, "needs the grid of its tokens"),
-        ({"grid": (4, 4), "encoder_hidden_states": x}, "self-attention"),
-        ({"grid": (4, 4), "attention_mask": torch.zeros(1, 1, 16, 16)}, "self-attention"),
+        ({"grid": (4, 4), "encoder_hidden_states": x}, "cross-attention needs key_blocks"),
+        ({"grid": (4, 4), "attention_mask": torch.zeros(1, 1, 16, 16)}, "takes no additive mask"),
         ({"grid": (4, 5)}, r"hold 16 tokens, but the grid \(4, 5\) has 20"),
     ]:
         with pytest.raises(ValueError, match=message):

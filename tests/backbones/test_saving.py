@@ -183,20 +183,43 @@ def test_a_stock_checkpoint_is_converted_and_not_loaded(
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-@pytest.mark.parametrize("way", ["argument", "edited config"])
-def test_mixing_of_another_size_is_refused(
-    make_model: MakeModel, tmp_path: Path, way: str, low_cpu_mem_usage: bool
+def test_mixing_that_the_config_does_not_fit_is_refused(
+    make_model: MakeModel, tmp_path: Path, low_cpu_mem_usage: bool
 ) -> None:
     make_model().save_pretrained(tmp_path)
-    arguments: dict[str, Any] = {"low_cpu_mem_usage": low_cpu_mem_usage}
-    if way == "argument":
-        arguments["mhla_config"] = {"blocks": 2}
-    else:
-        config = json.loads((tmp_path / "config.json").read_text())
-        config["mhla_config"]["blocks"] = 2
-        (tmp_path / "config.json").write_text(json.dumps(config))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["mhla_config"]["blocks"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"(?s)another number of blocks(?=.*\[4, 4\])(?=.*\[2, 2\])"):
-        MHLADiTTransformer2DModel.from_pretrained(tmp_path, **arguments)
+        MHLADiTTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_loading_with_other_blocks_resizes_the_mixing_and_says_so(
+    make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    config = {**model.config.mhla_config, "blocks": [1, 2]}
+    loaded = MHLADiTTransformer2DModel.from_pretrained(tmp_path, mhla_config=config)
+    assert "mixing matrices resized, blocks (2, 2) to (1, 2)" in caplog.text
+    expected = convert_to_mhla(model, config)
+    assert torch.equal(loaded(**make_inputs()).sample, expected(**make_inputs()).sample)
+    with pytest.raises(ValueError, match=r"lacks .* weights .*gate"):
+        MHLADiTTransformer2DModel.from_pretrained(tmp_path, mhla_config={**config, "gate": True})
+
+
+def test_loading_at_another_size_says_so(
+    make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    size = 2 * model.config.sample_size
+    loaded = MHLADiTTransformer2DModel.from_pretrained(tmp_path, sample_size=size)
+    assert f"sample_size {size} in place of {size // 2}" in caplog.text
+    assert loaded.mixing_blocks == model.mixing_blocks
+    inputs = make_inputs()
+    inputs["hidden_states"] = torch.randn(*inputs["hidden_states"].shape[:2], size, size)
+    assert loaded(**inputs).sample.isfinite().all()
 
 
 def test_an_unknown_setting_in_a_saved_config_is_refused(make_model: MakeModel, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion.ops import FEATURE_MAPS, BlockLayout, apply_rotary_emb, mhla, mhla_reference
+from mhla_diffusion.ops import FEATURE_MAPS, BlockLayout, apply_rotary_emb, mhla, mhla_reference, tiles
 
 AssertClose = Callable[..., None]
 
@@ -52,10 +53,11 @@ def check_against_reference(
     dtype: torch.dtype,
     *,
     per_head: bool = False,
+    inputs: tuple[Tensor, ...] | None = None,
     **options: Any,
 ) -> None:
     """Output and the gradients of q, k, v and mixing."""
-    inputs = make_inputs(layout, dtype, per_head=per_head)
+    inputs = inputs or make_inputs(layout, dtype, per_head=per_head)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out, expected = mhla(*inputs, layout, **options), mhla_reference(*exact, layout, **options)
     assert out.dtype == dtype
@@ -98,6 +100,126 @@ def test_normalizers_and_positions_equal_the_reference(
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_feature_maps_equal_the_reference(assert_close: AssertClose, feature_map: str) -> None:
     check_against_reference(assert_close, LAYOUTS[2], torch.float32, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+@pytest.mark.parametrize("normalizer", ["paper", "none"])
+def test_all_at_once_equals_the_reference(
+    assert_close: AssertClose, feature_map: str, normalizer: str
+) -> None:
+    layout = LAYOUTS[6]
+    key_mask = torch.rand(2, layout.num_tokens) > 0.3
+    check_against_reference(
+        assert_close, layout, torch.float32,
+        feature_map=feature_map, normalizer=normalizer, rotary_emb=make_rotary(layout), key_mask=key_mask,
+        per_head=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
+def test_keys_on_another_grid_equal_the_reference(
+    assert_close: AssertClose, dtype: torch.dtype, per_head: bool
+) -> None:
+    layout, key_layout = BlockLayout((7, 9), (3, 2)), BlockLayout((11,), (4,))
+    q, k, v = torch.randn(2, 3, 63, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 5)
+    mixing = torch.rand(*([3] if per_head else []), 6, 4)
+    inputs = tuple(x.to(dtype).requires_grad_() for x in (q, k, v, mixing))
+    key_mask = torch.rand(2, 11) > 0.2
+    check_against_reference(
+        assert_close, layout, dtype, inputs=inputs, key_layout=key_layout, key_mask=key_mask
+    )
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[2], LAYOUTS[4], LAYOUTS[6], BlockLayout((40, 3), (1, 3))], ids=str
+)
+@pytest.mark.parametrize("heads_inside", [False, True], ids=["heads outside", "heads inside"])
+@pytest.mark.parametrize("tile", [1, 40, 600])
+def test_tiles_of_any_size_equal_the_reference(
+    assert_close: AssertClose,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: BlockLayout,
+    heads_inside: bool,
+    tile: int,
+) -> None:
+    """From a row of one block of one head to all samples at once; also in the memory order of projections."""
+    monkeypatch.setattr(tiles, "_TILE_SIZE", tile)
+    monkeypatch.setattr(tiles, "_MIN_RUN", 16)
+    *tensors, mixing = make_inputs(layout, torch.float32)
+    if heads_inside:
+        tensors = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors]
+    check_against_reference(assert_close, layout, torch.float32, inputs=(*tensors, mixing))
+    out = mhla(*tensors, mixing, layout)
+    assert out.transpose(1, 2).is_contiguous() == heads_inside, "the order of the axes of q is kept"
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[6]], ids=str)
+def test_no_memory_is_read_before_it_is_written(assert_close: AssertClose, layout: BlockLayout) -> None:
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        check_against_reference(assert_close, layout, torch.float32, rotary_emb=make_rotary(layout))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_tokens_may_lie_anywhere_in_memory(assert_close: AssertClose) -> None:
+    """Parts of one projection, and the expanded gradient of a sum."""
+    layout = LAYOUTS[2]
+    qkv = torch.randn(2, layout.num_tokens, 3, 3, 8, requires_grad=True)
+    mixing = torch.rand(6, 6)
+
+    def attend(operator: Callable[..., Tensor], x: Tensor) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in x.unbind(2))
+        return operator(q, k, v, mixing, layout).sum(-1).square().sum()
+
+    exact = qkv.detach().double().requires_grad_()
+    gradients = [
+        torch.autograd.grad(attend(operator, x), x)[0]
+        for operator, x in ((mhla, qkv), (mhla_reference, exact))
+    ]
+    assert_close(*gradients)
+
+
+def test_no_tokens_no_samples_no_heads() -> None:
+    for shape in ((0, 3, 16, 4), (2, 0, 16, 4)):
+        x = torch.empty(shape, requires_grad=True)
+        out = mhla(x, x, x, torch.ones(4, 4), GOOD)
+        assert out.shape == shape
+        assert torch.autograd.grad(out.sum(), x)[0].shape == shape
+
+
+def test_compiles_in_one_piece() -> None:
+    layout = LAYOUTS[2]
+    q, k, v, mixing = make_inputs(layout, torch.float32)
+    options: dict[str, Any] = {"rotary_emb": make_rotary(layout), "key_mask": torch.rand(2, 63) > 0.2}
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return 2 * mhla(*inputs, layout, **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        torch.autograd.grad(compiled(q, k, v, mixing).sum(), (q, k, v, mixing)),
+        torch.autograd.grad(attend(q, k, v, mixing).sum(), (q, k, v, mixing)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_flops_are_counted() -> None:
+    """H d (d + 1) (4 N + 2 M^2), section 4.2 of the paper with the denominators; the backward twice that.
+
+    And the summaries are mixed once more.
+    """
+    layout = LAYOUTS[0]
+    inputs = make_inputs(layout, torch.float32)
+    mixing = 2 * 3 * 2 * 64 * 8 * 9
+    with FlopCounterMode(display=False) as counter:
+        out = mhla(*inputs, layout)
+    assert counter.get_total_flops() == 2 * 3 * 8 * 9 * 4 * 64 + mixing
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum(), inputs)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 8 * 9 * 4 * 64) + 3 * mixing
 
 
 def test_a_key_mask_equals_the_reference_and_a_shorter_sequence(assert_close: AssertClose) -> None:
@@ -245,8 +367,25 @@ BAD_INPUT = {
     "normalizer": ({"normalizer": "row"}, r"normalizer 'row' is not one of paper, official, none"),
     "mixing size": ({"mixing": torch.ones(3, 3)}, r"M = 4 .*got \(3, 3\)"),
     "mixing heads": ({"mixing": torch.ones(2, 4, 4)}, r"H = 1, got \(2, 4, 4\)"),
-    "keys": ({"k": torch.ones(1, 1, 15, 4)}, r"same B, H, N"),
-    "grid": ({"layout": BlockLayout((4, 5), (2, 2))}, r"hold 16 tokens, but the grid \(4, 5\) has 20"),
+    "keys": ({"k": torch.ones(1, 1, 15, 4)}, r"same B, H, N for k and v, got .*\(1, 1, 15, 4\)"),
+    "heads": ({"q": torch.ones(1, 2, 16, 4)}, r"same B, H and d, got \(1, 2, 16, 4\)"),
+    "width": ({"q": torch.ones(1, 1, 16, 6)}, r"same B, H and d, got \(1, 1, 16, 6\)"),
+    "axes": ({"q": torch.ones(16, 4)}, r"must be \[B, H, N, d\].*got \(16, 4\)"),
+    "grid": ({"layout": BlockLayout((4, 5), (2, 2))}, r"q hold 16 tokens, but the grid \(4, 5\) has 20"),
+    "key grid": ({"key_layout": BlockLayout((3,), (2,))}, r"k and v hold 16 .* grid \(3,\) has 3"),
+    "rotary of two grids": (
+        {"key_layout": GOOD, "rotary_emb": (torch.ones(16, 2), torch.ones(16, 2))},
+        r"leave rotary_emb out",
+    ),
+    "rotary with gradient": (
+        {"rotary_emb": (torch.ones(16, 2, requires_grad=True), torch.ones(16, 2))},
+        r"gets no gradient",
+    ),
+    "dtype": (
+        {"q": torch.ones(1, 1, 16, 4, dtype=torch.int64)},
+        r"q must have a floating-point dtype.*int64",
+    ),
+    "device": ({"mixing": torch.ones(4, 4, device="meta")}, r"q is on cpu, but mixing on meta"),
     "uneven official": (
         {"layout": BlockLayout((2, 8), (2, 3)), "mixing": torch.ones(6, 6), "normalizer": "official"},
         r"needs equal blocks.*normalizer='paper'",

@@ -93,8 +93,19 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert torch.equal(resize_mixing(torch.zeros(4, 4), *layouts), torch.zeros(9, 9))
 
 
+def test_resizing_for_cross_attention_keeps_row_sums() -> None:
+    old, new = BlockLayout((2, 2), (2, 2)), BlockLayout((3, 2), (3, 2))
+    old_keys, new_keys = BlockLayout((3,), (3,)), BlockLayout((5,), (5,))
+    rows = torch.rand(4, 3)
+    rows = rows / rows.sum(-1, keepdim=True)
+    resized = resize_mixing(rows, old, new, from_keys=old_keys, to_keys=new_keys)
+    assert resized.shape == (6, 5)
+    torch.testing.assert_close(resized.sum(-1), torch.ones(6))
+    assert resize_mixing(rows, old, old, from_keys=old_keys, to_keys=old_keys) is rows
+
+
 def test_resizing_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[\.\.\., M, M\] with M = 6 .* got \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"\[\.\.\., M, M_k\] with M = 6 .* got \(4, 4\)"):
         resize_mixing(torch.rand(4, 4), LAYOUT, LAYOUT)
     with pytest.raises(ValueError, match="the numbers of axes differ"):
         resize_mixing(torch.rand(6, 6), LAYOUT, BlockLayout((1, 2, 3), (1, 2, 3)))
