@@ -156,8 +156,9 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     assert "num must be 1 to 5000, the number of images, got 5001" in too_many.stderr
 
 
-def test_the_benchmark_prints_one_line() -> None:
-    line = succeed("benchmark", "operator", "--sides", "[8, 16]", "--heads", "1", "--head_dim", "8")
-    assert line.count("\n") == 1
-    assert "64 tokens" in line
-    assert "256 tokens" in line
+def test_the_benchmark_prints_a_table() -> None:
+    text = succeed(
+        "benchmark", "operator", "--shapes", "[1k]", "--dtypes", "[float32]", "--passes", "[forward]",
+        "--peers", "[mhla, linear]", "--repeats", "1", "--scaling", "false",
+    )  # fmt: skip
+    assert text.count("| d 64, H 6, N 1,024, M 16 |") == 1

@@ -54,7 +54,13 @@ def _plain(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
 
 def _objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
     rotary, mask, grid, blocks, feature_map, eps, normalized = settings
-    return BlockLayout(tuple(grid), tuple(blocks)), Features(feature_map, eps, normalized, rotary, mask)
+    layout = _layout(tuple(grid), tuple(blocks))
+    return layout, Features(feature_map, eps, normalized, rotary, mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
+    return BlockLayout(grid, blocks)
 
 
 def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -63,7 +69,10 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            with torch.autocast(args[0].device.type, enabled=False):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
                 return function(*args)
 
         return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)

@@ -1,0 +1,543 @@
+"""Speed and memory of MHLA beside its alternatives, measured in turn in one run."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .backbones import MHLADiTTransformer2DModel
+from .evaluation.output import write_atomically
+from .ops import BlockLayout, locality_mixing, mhla, mhla_reference, recommended_layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A size of the operator: head width d, heads H, and a grid of tokens in blocks."""
+
+    d: int
+    heads: int
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout(self.grid, self.blocks)
+
+    @property
+    def flops(self) -> int:
+        """``H d^2 (4 N + 2 M^2)`` of a forward (section 4.2 of the paper)."""
+        layout = self.layout
+        return self.heads * self.d**2 * (4 * layout.num_tokens + 2 * layout.num_blocks**2)
+
+    def __str__(self) -> str:
+        layout = self.layout
+        return f"d {self.d}, H {self.heads}, N {layout.num_tokens:,}, M {layout.num_blocks}"
+
+
+SHAPES = {
+    "1k": Shape(64, 6, (32, 32), (4, 4)),  # DiT-S/2 at 512 px
+    "4k": Shape(72, 16, (64, 64), (4, 4)),  # DiT-XL/2 at 1024 px
+    "16k": Shape(72, 16, (128, 128), (8, 8)),  # DiT-XL/2 at 2048 px
+    "wan": Shape(128, 12, (21, 30, 50), (3, 5, 10)),  # Wan2.1-1.3B, 81 frames of 480 x 800
+    "1M": Shape(64, 1, (1024, 1024), (16, 16)),
+}
+PEERS = ("mhla", "softmax", "linear", "convolution")
+PASSES = ("forward", "forward + backward")
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain linear attention as people write it: two products, and a denominator."""
+    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+    return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
+
+
+def convolution_mhla(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout) -> Tensor:
+    """MHLA in the way of the public reference code, convention ``official``.
+
+    Queries and keys with and without positions and values are concatenated in float32 and put in blocks
+    together; mixing is a 1x1 convolution with the blocks as channels.
+    """
+    (q, k), dtype = (F.relu(x) + 1e-6 for x in (q, k)), v.dtype
+    packed = layout.pack(torch.cat((q, k, v, q, k), 1).float())
+    q, k, v, q_rotated, k_rotated = packed.chunk(5, 1)  # [B, H, M, n, d]
+    weight = mixing.float()[..., None, None]
+    summaries = F.conv2d((k_rotated.transpose(-1, -2) @ v).flatten(0, 1), weight).view(
+        *q.shape[:3], -1, v.shape[-1]
+    )
+    own = (q @ k.sum(-2).unsqueeze(-1)).flatten(0, 1)
+    out = q_rotated @ summaries / F.conv2d(own, weight).view(*q.shape[:-1], 1)
+    return layout.unpack(out).to(dtype)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One peer at one shape; None where it would have taken too long."""
+
+    shape: str
+    dtype: str
+    passes: str
+    peer: str
+    seconds: float | None
+    spread: float | None  # of the interleaved runs, (third quartile - first) / median
+    floor: float  # seconds
+    peak_bytes: int | None  # beyond inputs, output and gradients
+
+
+def operator(
+    shapes: Sequence[str] = tuple(SHAPES),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    passes: Sequence[str] = PASSES,
+    peers: Sequence[str] = PEERS,
+    repeats: int = 9,
+    seconds: float = 60,
+    scaling: bool = True,
+    out: Path | None = None,
+    device: str | None = None,
+) -> str:
+    """MHLA against softmax attention, plain linear attention and the reference convention.
+
+    Every shape is first compared with the float64 reference, outputs and gradients; nothing is timed where
+    that fails. The floor is the larger of the FLOPs over the rate of a 2048 x 2048 product and the bytes of
+    q, k, v and the output over the rate of a copy, both measured here; three times that with the backward.
+
+    Args:
+        shapes: of 1k, 4k, 16k, wan, 1M.
+        dtypes: of float32, bfloat16.
+        passes: of ``forward``, ``forward + backward``.
+        peers: of mhla, softmax, linear, convolution.
+        repeats: interleaved runs, of which the median counts.
+        seconds: a peer takes no more runs than fit into this, and one at least; softmax attention is left
+            out where one run would take longer.
+        scaling: also time MHLA from 1k to 1M tokens, at 1,024 tokens a block.
+        out: folder for operator.json, operator.md and scaling.png.
+        device: cpu or cuda; a GPU where there is one.
+
+    Returns:
+        A table in Markdown.
+
+    Raises:
+        ValueError: for a choice that does not exist.
+        RuntimeError: when MHLA does not equal its reference.
+    """
+    _check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
+    _check_choices(peers=(peers, PEERS))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in shapes:
+        check(SHAPES[name], device)
+    rates = {dtype: measure_rates(getattr(torch, dtype), device) for dtype in dtypes}
+    results: list[Measurement] = []
+    for name in tqdm(shapes, desc="shapes", disable=None):
+        for dtype in dtypes:
+            results += _measure_shape(name, dtype, passes, peers, rates[dtype], repeats, seconds, device)
+    text = f"{machine(device)}\n\n" + "\n".join(
+        f"{dtype}: products {matmul / 1e9:,.0f} GFLOP/s, copies {copy / 1e9:,.1f} GB/s"
+        for dtype, (matmul, copy) in rates.items()
+    )
+    text += f"\n\n{_operator_table(results)}"
+    record: dict[str, Any] = {"machine": machine(device), "measurements": [asdict(r) for r in results]}
+    if scaling:
+        times = measure_scaling(device)
+        record["scaling"] = times
+        text += "\n\n" + "\n".join(
+            f"{name}: slope of log time over log tokens {slope(points):.3f}, 1k to 1M tokens"
+            for name, points in times.items()
+        )
+    if out is not None:
+        write_atomically(out / "operator.md", text.encode())
+        write_atomically(out / "operator.json", json.dumps(record, indent=2).encode())
+        if scaling:
+            write_atomically(out / "scaling.png", _plot(times, "tokens", "seconds"))
+    return text
+
+
+def check(shape: Shape, device: str, rows: int = 16) -> None:
+    """Compare output and all gradients with the float64 reference, at some queries of one head.
+
+    Raises:
+        RuntimeError: when they differ by more than 1e-5 of their root mean square.
+    """
+    layout, generator = shape.layout, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, layout.num_tokens, shape.d, generator=generator) for _ in range(3))
+    chosen = torch.randperm(layout.num_tokens, generator=generator)[:rows]
+    mixing = locality_mixing(layout)
+    inputs = tuple(x.to(device).requires_grad_() for x in (q, k, v, mixing))
+    exact = [x.double().requires_grad_() for x in (q, k, v, mixing)]
+    # Each chosen query as a block of its own, with the row of W that is its block's.
+    expected = mhla_reference(
+        exact[0][:, :, chosen], exact[1], exact[2], exact[3][layout.block_index()[chosen]],
+        BlockLayout((rows,), (rows,)), key_layout=layout,
+    )  # fmt: skip
+    found = mhla(inputs[0], inputs[1], inputs[2], inputs[3], layout)[:, :, chosen.to(device)]
+    cotangent = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    pairs = [
+        (found, expected),
+        *zip(
+            torch.autograd.grad(found, inputs, cotangent.to(device, found.dtype)),
+            torch.autograd.grad(expected, exact, cotangent),
+            strict=True,
+        ),
+    ]
+    for name, (a, b) in zip(("output", "q", "k", "v", "mixing"), pairs, strict=True):
+        error = ((a.double().cpu() - b).norm() / b.norm()).item()
+        if not error < 1e-5:
+            raise RuntimeError(
+                f"{shape}: {name} differs from the reference by {error:.1e}; no times are given"
+            )
+    logger.info("%s equals the reference", shape)
+
+
+def measure_rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """FLOP/s of a 2048 x 2048 product, and bytes/s read and written of a copy of 256 MB."""
+    a, target = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    source = torch.empty(2**28 // dtype.itemsize, device=device, dtype=dtype).fill_(1)
+    copy = torch.empty_like(source)
+    product, copying = _best([lambda: torch.mm(a, a, out=target), lambda: copy.copy_(source)], device, 7)
+    return 2 * 2048**3 / product, 2 * 2**28 / copying
+
+
+def measure_scaling(device: str, most: int = 2**20) -> dict[str, list[tuple[int, float]]]:
+    """Tokens and seconds at 1,024 tokens a block, d 64, one head, float32, for both of ``PASSES``."""
+    times: dict[str, list[tuple[int, float]]] = {name: [] for name in PASSES}
+    sides = [2**i for i in range(5, 11) if 4**i <= most]
+    for side in tqdm(sides, desc="scaling", disable=None):
+        shape = Shape(64, 1, (side, side), (side // 32, side // 32))
+        inputs = _inputs(shape, torch.float32, device)
+        calls = [_calls("mhla", shape, inputs, passes) for passes in PASSES]
+        for name, seconds in zip(PASSES, _best(calls, device, 5), strict=True):
+            times[name].append((side**2, seconds))
+    return times
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of a straight line through the logarithms, by least squares."""
+    x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
+def machine(device: str) -> str:
+    """What the times were measured on."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}; torch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _measure_shape(
+    name: str,
+    dtype: str,
+    passes: Sequence[str],
+    peers: Sequence[str],
+    rates: tuple[float, float],
+    repeats: int,
+    seconds: float,
+    device: str,
+) -> list[Measurement]:
+    shape = SHAPES[name]
+    inputs = _inputs(shape, getattr(torch, dtype), device)
+    results = []
+    for kind in passes:
+        factor = 1 if kind == "forward" else 3
+        # Softmax attention's time is known before: 4 N^2 d H FLOPs.
+        softmax = 4 * shape.layout.num_tokens**2 * shape.d * shape.heads * factor / rates[0]
+        names = [peer for peer in peers if peer != "softmax" or softmax < seconds]
+        calls = [_calls(peer, shape, inputs, kind) for peer in names]
+        times = dict(zip(names, _interleaved(calls, device, repeats, seconds), strict=True))
+        peaks = {peer: peak_bytes(call, device) for peer, call in zip(names, calls, strict=True)}
+        moved = 4 * inputs[0].numel() * inputs[0].element_size()
+        floor = factor * max(shape.flops / rates[0], moved / rates[1])
+        for peer in peers:
+            measured = times.get(peer)
+            results.append(
+                Measurement(
+                    name, dtype, kind, peer,
+                    None if measured is None else statistics.median(measured),
+                    None if measured is None else _spread(measured),
+                    floor, peaks.get(peer),
+                )
+            )  # fmt: skip
+    return results
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """q, k, v and the mixing matrix, then a gradient of the output."""
+    tokens = shape.layout.num_tokens
+    q, k, v, gradient = (
+        torch.randn(1, shape.heads, tokens, shape.d, device=device).to(dtype) for _ in range(4)
+    )
+    mixing = locality_mixing(shape.layout).to(device)
+    return *(x.requires_grad_() for x in (q, k, v, mixing)), gradient
+
+
+def _calls(peer: str, shape: Shape, inputs: tuple[Tensor, ...], passes: str) -> Callable[[], Any]:
+    q, k, v, mixing, gradient = inputs
+    layout = shape.layout
+
+    def forward() -> Tensor:
+        if peer == "mhla":
+            return mhla(q, k, v, mixing, layout)
+        if peer == "softmax":
+            return F.scaled_dot_product_attention(q, k, v)
+        if peer == "linear":
+            return linear_attention(q, k, v)
+        return convolution_mhla(q, k, v, mixing, layout)
+
+    wanted = (q, k, v, mixing) if peer in ("mhla", "convolution") else (q, k, v)
+    if passes == "forward":
+        return torch.no_grad()(forward)
+    return lambda: torch.autograd.grad(forward(), wanted, gradient)
+
+
+def _interleaved(
+    calls: Sequence[Callable[[], Any]], device: str, repeats: int, seconds: float = math.inf
+) -> list[list[float]]:
+    """Seconds of each call's runs, the calls taking turns; slow ones get fewer, at least one."""
+    times: list[list[float]] = [[] for _ in calls]
+    spent = [0.0] * len(calls)
+    for turn in range(repeats + 1):
+        for i, call in enumerate(calls):
+            if turn > 1 and spent[i] * (turn + 1) / turn > seconds:
+                continue
+            elapsed = _time(call, device)
+            spent[i] += elapsed
+            if turn:  # the first turn warms up
+                times[i].append(elapsed)
+    return times
+
+
+def _best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
+    return [min(times) for times in _interleaved(calls, device, repeats)]
+
+
+def _time(call: Callable[[], Any], device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _spread(times: Sequence[float]) -> float | None:
+    if len(times) < 3:
+        return None
+    quartiles = statistics.quantiles(times, n=4)
+    return (quartiles[2] - quartiles[0]) / statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most that is allocated during a call, beyond what it returns."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return torch.cuda.max_memory_allocated() - before - _size(result)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        result = call()
+    current = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak - _size(result)
+
+
+def _size(result: Tensor | Iterable[Tensor]) -> int:
+    tensors = [result] if isinstance(result, Tensor) else result
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+def _operator_table(results: Sequence[Measurement]) -> str:
+    """Markdown: milliseconds of MHLA, how many times slower the others are, memory of each."""
+    rows: dict[tuple[str, str, str], dict[str, Measurement]] = {}
+    for result in results:
+        rows.setdefault((result.shape, result.dtype, result.passes), {})[result.peer] = result
+    others = [peer for peer in PEERS[1:] if any(r.peer == peer for r in results)]
+    head = ["shape", "dtype", "pass", "MHLA ms", "of the floor"]
+    head += [f"{peer} / MHLA" for peer in others] + ["MB beyond in- and outputs"]
+    lines = [head, ["---"] * len(head)]
+    for (shape, dtype, passes), peers in rows.items():
+        ours = peers.get("mhla")
+        if ours is None or ours.seconds is None:
+            continue
+        ratios = [peers[p].seconds for p in others]
+        memory = " / ".join(
+            f"{peer} {result.peak_bytes / 1e6:,.0f}"
+            for peer, result in peers.items()
+            if result.peak_bytes is not None
+        )
+        lines.append(
+            [
+                str(SHAPES[shape]), dtype, passes, f"{1e3 * ours.seconds:,.1f}",
+                f"{ours.seconds / ours.floor:.2f} x",
+                *("-" if s is None else f"{s / ours.seconds:.2f} x" for s in ratios), memory,
+            ]
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+MODEL_ATTENTIONS = ("mhla", "linear", "softmax")
+
+
+def model(
+    sizes: Sequence[int] = (256, 512, 1024, 2048),
+    attentions: Sequence[str] = MODEL_ATTENTIONS,
+    layers: int = 12,
+    heads: int = 6,
+    head_dim: int = 64,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    repeats: int = 5,
+    seconds: float = 120,
+    out: Path | None = None,
+    device: str | None = None,
+) -> str:
+    """A denoising step and a training step of a DiT with MHLA, plain linear and softmax attention.
+
+    DiT-S/2 by default, random weights. MHLA has the blocks that are recommended for the size.
+
+    Args:
+        sizes: of the square images, in pixels; latents have an eighth of that, tokens a sixteenth.
+        attentions: of mhla, linear, softmax.
+        layers, heads, head_dim: of the model; DiT-XL/2 has 28, 16, 72.
+        batch_size: images in a step.
+        dtype: float32, or bfloat16 for autocast.
+        repeats: interleaved runs, of which the median counts.
+        seconds: one attention at one size takes no more runs than fit into this, and one at least.
+        out: folder for model.json, model.md and model.png.
+        device: cpu or cuda; a GPU where there is one.
+
+    Returns:
+        A table in Markdown.
+
+    Raises:
+        ValueError: for a choice that does not exist.
+    """
+    _check_choices(attentions=(attentions, MODEL_ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    records = []
+    for size in tqdm(sizes, desc="sizes", disable=None):
+        grid = (size // 16, size // 16)
+        steps: list[Callable[[], Any]] = []
+        for attention in attentions:
+            dit = MHLADiTTransformer2DModel(
+                num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
+                sample_size=size // 8, attention=attention, out_channels=8,
+                mhla_config={"blocks": recommended_layout(grid).blocks},
+            ).to(device)  # fmt: skip
+            steps += _model_steps(dit, size // 8, batch_size, getattr(torch, dtype), device)
+        times = _interleaved(steps, device, repeats, seconds)
+        for i, attention in enumerate(attentions):
+            denoising, training = times[2 * i : 2 * i + 2]
+            records.append(
+                {
+                    "size": size, "tokens": math.prod(grid), "attention": attention,
+                    "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
+                    "denoising": statistics.median(denoising), "training": statistics.median(training),
+                    "spread": {"denoising": _spread(denoising), "training": _spread(training)},
+                }
+            )  # fmt: skip
+    text = f"{machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
+    if out is not None:
+        write_atomically(out / "model.md", text.encode())
+        record = {"machine": machine(device), "dtype": dtype, "measurements": records}
+        write_atomically(out / "model.json", json.dumps(record, indent=2).encode())
+        lines = {
+            f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
+            for attention in attentions
+            for step in ("denoising", "training")
+        }
+        write_atomically(out / "model.png", _plot(lines, "image size, pixels", "seconds a step"))
+    return text
+
+
+def _model_steps(
+    dit: nn.Module, side: int, batch_size: int, dtype: torch.dtype, device: str
+) -> list[Callable[[], Any]]:
+    """A denoising step, and a training step with AdamW."""
+    latents = torch.randn(batch_size, 4, side, side, device=device)
+    arguments = {
+        "timestep": torch.full((batch_size,), 500, device=device),
+        "class_labels": torch.zeros(batch_size, dtype=torch.long, device=device),
+    }
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=0.0)
+
+    def forward() -> Tensor:
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            return dit(latents, **arguments).sample
+
+    def train() -> None:
+        forward().float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return [torch.no_grad()(forward), train]
+
+
+def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -> str:
+    """Markdown: milliseconds of each attention at each size, in a denoising and a training step."""
+    lines = [["size", "tokens", "M", "step", *(f"{a}, ms" for a in attentions)]]
+    lines.append(["---"] * len(lines[0]))
+    by_size: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        by_size.setdefault(record["size"], []).append(record)
+    for size, group in by_size.items():
+        blocks = next((str(r["blocks"]) for r in group if r["blocks"]), "-")
+        for step in ("denoising", "training"):
+            cells = [f"{1e3 * r[step]:,.0f}" for r in group]
+            lines.append([f"{size}", f"{group[0]['tokens']:,}", blocks, step, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:
+    """A PNG of lines on two logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
+    for name, (chosen, allowed) in choices.items():
+        for value in chosen:
+            if value not in allowed:
+                raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")

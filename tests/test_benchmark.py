@@ -1,0 +1,109 @@
+"""The benchmark measures what it says; its times are not tested."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_diffusion import benchmark
+from mhla_diffusion.benchmark import Shape, convolution_mhla, linear_attention, peak_bytes, slope
+from mhla_diffusion.ops import BlockLayout, mhla, mhla_reference
+
+TINY = {"tiny": Shape(8, 2, (6, 4), (3, 2)), "ragged": Shape(8, 1, (5, 3), (2, 2))}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SHAPES", TINY)
+
+
+def test_peers_are_what_they_are_called() -> None:
+    layout = BlockLayout((6, 4), (3, 2))
+    q, k, v, mixing = (*torch.randn(3, 2, 3, 24, 8), torch.rand(6, 6))
+    one = BlockLayout((6, 4), (1, 1))
+    expected = mhla_reference(q, k, v, torch.ones(1, 1), one).float()
+    torch.testing.assert_close(linear_attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
+    expected = mhla_reference(q, k, v, mixing, layout, normalizer="official").float()
+    torch.testing.assert_close(convolution_mhla(q, k, v, mixing, layout), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_operator_writes_a_row_for_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure_rates", lambda dtype, device: (1e12, 1e12))
+    monkeypatch.setattr(benchmark, "measure_scaling", lambda device: {"forward": [(1024, 1.0), (4096, 4.0)]})
+    text = benchmark.operator(["tiny"], repeats=3, out=tmp_path, device="cpu")
+    rows = [line for line in text.splitlines() if line.startswith("| d 8, H 2, N 24, M 6")]
+    assert len(rows) == 4, "float32 and bfloat16, forward and with backward"
+    assert "slope of log time over log tokens 1.000" in text
+    record = json.loads((tmp_path / "operator.json").read_text())
+    assert len(record["measurements"]) == 4 * len(benchmark.PEERS)
+    assert all(row["seconds"] > 0 for row in record["measurements"])
+    assert (tmp_path / "operator.md").read_text() == text
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_softmax_attention_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure_rates", lambda dtype, device: (1.0, 1e12))
+    text = benchmark.operator(["tiny"], ["float32"], ["forward"], repeats=1, scaling=False, device="cpu")
+    assert text.splitlines()[-1].split(" | ")[5] == "-"
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_nothing_is_timed_that_is_not_right(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    def broken(q: Any, k: Any, v: Any, mixing: Any, layout: BlockLayout) -> Any:
+        out = mhla(q, k, v, mixing, layout)
+        return 1.001 * out if wrong == "output" else out + 0.001 * (k - k.detach())
+
+    monkeypatch.setattr(benchmark, "mhla", broken)
+    name = {"output": "output", "gradient": "k"}[wrong]
+    with pytest.raises(RuntimeError, match=f"{name} differs from the reference by .*no times are given"):
+        benchmark.check(TINY["ragged"], "cpu", rows=4)
+
+
+def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for shape in TINY.values():
+            benchmark.check(shape, "cpu", rows=4)
+    assert caplog.text.count("equals the reference") == 2
+
+
+def test_memory_beyond_what_is_returned() -> None:
+    def call() -> torch.Tensor:
+        large = torch.zeros(1000)
+        return large[:10].clone()
+
+    assert 4000 <= peak_bytes(call, "cpu") <= 4200
+
+
+def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
+    text = benchmark.model([64, 128], layers=1, heads=2, head_dim=8, repeats=1, out=tmp_path, device="cpu")
+    assert [line.split(" | ")[:4] for line in text.splitlines()[4:]] == [
+        ["| 64", "16", "2", "denoising"],
+        ["| 64", "16", "2", "training"],
+        ["| 128", "64", "4", "denoising"],
+        ["| 128", "64", "4", "training"],
+    ]
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert len(record["measurements"]) == 6
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shapes": ["2k"]}, "shapes must be of tiny, ragged, got '2k'"),
+        ({"dtypes": ["float16"]}, "dtypes must be of float32, bfloat16, got 'float16'"),
+        ({"peers": ["sdpa"]}, "peers must be of mhla, softmax, linear, convolution, got 'sdpa'"),
+    ],
+)
+def test_unknown_choices_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark.operator(**{"shapes": ["tiny"], **arguments})
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope([(x, 3 * x**1.5) for x in (10, 100, 1000)]) == pytest.approx(1.5)
