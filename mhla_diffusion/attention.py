@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .ops import FEATURE_MAPS, MIXING_STARTS, NORMALIZERS, BlockLayout, initial_mixing, mhla, resize_mixing
+from .ops import (
+    FEATURE_MAPS,
+    MIXING_STARTS,
+    NORMALIZERS,
+    BlockLayout,
+    initial_mixing,
+    mhla,
+    mhla_parallel,
+    resize_mixing,
+)
 from .ops.features import RotaryEmbedding
 
 CONSTRAINTS = ("clamp", "softmax", "none")
@@ -252,6 +264,7 @@ class MHLA(nn.Module):
         hidden_states: Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         """Attend, and apply what the flags ask for: ``norm(mhla(q, k, v)) * SiLU(gate(x)) + cpe(v)``.
 
@@ -260,6 +273,8 @@ class MHLA(nn.Module):
             grid: the grid of these tokens; ``key_grid`` that of k and v, in cross-attention.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
+            group: ranks that hold one sequence, each the share that ``torch.tensor_split`` gives it, of which
+                all other tensors are then. See :func:`mhla_diffusion.ops.mhla_parallel`.
 
         Returns:
             ``[B, N, H d]``.
@@ -272,8 +287,13 @@ class MHLA(nn.Module):
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         layout, key_layout, mixing = self._fit(grid, key_grid)
-        out = mhla(
-            q, k, v, mixing.to(q.device), layout, key_layout=key_layout,
+        attend: Callable[..., Tensor]
+        if group is None:
+            attend = functools.partial(mhla, key_layout=key_layout)
+        else:
+            attend = self._attend_in_parts(layout, key_layout, group)
+        out = attend(
+            q, k, v, mixing.to(q.device), layout,
             feature_map=self.config.feature_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
         )  # fmt: skip
@@ -286,6 +306,19 @@ class MHLA(nn.Module):
             # Behind norm and gate, as in the public reference code.
             out = out + _convolve(self.cpe, v, grid)
         return out
+
+    def _attend_in_parts(
+        self, layout: BlockLayout, key_layout: BlockLayout | None, group: dist.ProcessGroup
+    ) -> Callable[..., Tensor]:
+        """The operator over the ranks of a group."""
+        if key_layout is not None or self.cpe is not None:
+            raise ValueError(
+                "over ranks MHLA has no cross-attention and no convolution on v (cpe), which would read the "
+                "tokens of other ranks"
+            )
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        share, longer = divmod(layout.num_tokens, ranks)
+        return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
     def _fit(
         self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
+from typing import Any
 
 # Nothing may reach for a hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 # Relative RMS error that a result in this dtype may have against the float64 reference.
@@ -39,3 +43,31 @@ def assert_close() -> Callable[..., None]:
         assert error <= TOLERANCE[dtype or actual.dtype], f"relative RMS error {error:.2e}"
 
     return check
+
+
+@pytest.fixture
+def run_processes() -> Callable[..., None]:
+    """``run_processes(function, num_processes, *arguments)``: ``function(rank, *arguments)`` in a gloo group.
+
+    Raises what one of the processes raised.
+    """
+
+    def run(function: Callable[..., None], num_processes: int, *arguments: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(_in_process, (num_processes, port, function, arguments), nprocs=num_processes)
+
+    return run
+
+
+def _in_process(
+    rank: int, num_processes: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=num_processes)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()

@@ -8,12 +8,13 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, TensorParallelConfig
 from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -78,6 +79,11 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
     """
 
     _supports_group_offloading = True
+    # Tokens are spread over the ranks in front of the first block and gathered behind the last layer.
+    _cp_plan: ClassVar[dict[str, Any]] = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out_2": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -209,6 +215,35 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         hidden_states = hidden_states.unflatten(1, grid).unflatten(-1, (p, p, self.out_channels))
         output = torch.einsum("nhwpqc->nchpwq", hidden_states).reshape(-1, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
+        """As :meth:`diffusers.ModelMixin.enable_parallelism`, for linear attention in all layers.
+
+        With a :class:`diffusers.ContextParallelConfig` each rank holds a share of the tokens. Whatever its
+        degrees are called, ranks exchange key/value summaries only, see
+        :func:`mhla_diffusion.ops.mhla_parallel`. Token numbers that the ranks do not divide need
+        ``ulysses_anything=True``.
+
+        Raises:
+            ValueError: for layers with softmax attention, a convolution on v, or the normalizer
+                ``"official"``, which need the tokens of other ranks.
+        """
+        if getattr(config, "context_parallel_config", config) and not isinstance(
+            config, TensorParallelConfig
+        ):
+            self._check_context_parallel()
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
+
+    def _check_context_parallel(self) -> None:
+        mhla = [module for module in self.modules() if isinstance(module, MHLA)]
+        if len(mhla) < len(self.transformer_blocks) or any(
+            module.cpe is not None or module.config.normalizer == "official" for module in mhla
+        ):
+            raise ValueError(
+                "context parallelism needs linear attention in every layer, without cpe and with normalizer "
+                f"'paper' or 'none'; this model has {', '.join(self.layer_attention)} and "
+                f"mhla_config {self.config.mhla_config}"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast leaves the table of positions in float32, as from_pretrained does: one function either way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusers import ParallelConfig
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -17,6 +18,9 @@ class MHLAAttnProcessor(MHLA):
     ``key_blocks`` in the config and pass ``key_grid`` here; a call without one takes the keys for a sequence,
     ``(N_k,)``. See :class:`mhla_diffusion.MHLA` for the arguments.
     """
+
+    # Set by diffusers' enable_parallelism: tokens are then spread over ranks.
+    _parallel_config: ParallelConfig | None = None
 
     # The parameters are used in forward and the layers of attn here: offloading hooks sit on forward, so that
     # a parameter used here would be on another device (or meta) when it is needed.
@@ -62,9 +66,10 @@ class MHLAAttnProcessor(MHLA):
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
+        config = self._parallel_config and self._parallel_config.context_parallel_config
         out = super().__call__(
             q, k, v, grid=grid, key_grid=key_grid, hidden_states=hidden_states, rotary_emb=rotary_emb,
-            key_mask=key_mask,
+            key_mask=key_mask, group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
         out = attn.to_out[1](attn.to_out[0](out))
         if attn.residual_connection:

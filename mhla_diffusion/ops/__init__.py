@@ -1,21 +1,28 @@
 """The operator: tensors in, tensors out, on torch alone."""
 
+from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout, recommended_layout
 from .mhla import mhla
 from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing, resize_mixing
-from .reference import mhla_reference
+from .parallel import exchanged_bytes, mhla_parallel
+from .reference import mhla_causal_reference, mhla_reference
 
 __all__ = [
     "FEATURE_MAPS",
     "MIXING_STARTS",
     "NORMALIZERS",
     "BlockLayout",
+    "MHLAState",
     "apply_rotary_emb",
     "block_distances",
+    "exchanged_bytes",
     "initial_mixing",
     "locality_mixing",
     "mhla",
+    "mhla_causal",
+    "mhla_causal_reference",
+    "mhla_parallel",
     "mhla_reference",
     "recommended_layout",
     "resize_mixing",

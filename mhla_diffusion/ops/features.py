@@ -64,6 +64,11 @@ def phi_backward(grad: Tensor, x: Tensor, y: Tensor, features: Features, *, out:
         out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True)))
 
 
+def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
+    """Cosine and sine of each pair side by side, ``[..., N, d]``."""
+    return None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
+
+
 def apply_rotary_emb(x: Tensor, rotary_emb: RotaryEmbedding) -> Tensor:
     """Rotate the pairs ``(x[..., 2i], x[..., 2i + 1])``.
 

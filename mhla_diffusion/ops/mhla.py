@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .features import Features, RotaryEmbedding, check_arguments, phi
+from .features import Features, RotaryEmbedding, check_arguments, phi, rotary_table
 from .layout import BlockLayout
 from .operators import read, summarize
 
@@ -61,8 +61,7 @@ def mhla(
         q, k, v, mixing, layout, key_layout,
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
-    rotary = None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
-    features = Features(feature_map, eps, normalizer == "paper", rotary)
+    features = Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb))
     key_features = dataclasses.replace(features, mask=key_mask)
     summaries = summarize(k, v, key_layout or layout, key_features)
     if normalizer != "official":

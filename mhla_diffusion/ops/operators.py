@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import composite
 from . import summaries as tiled
-from .features import Features, apply_rotary_emb, phi
+from .features import Features
 from .layout import BlockLayout
 
 _SETTINGS = (
@@ -26,7 +27,7 @@ _SETTINGS = (
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
     """Key/value summaries, ``[B, H, M, d_v + 1, d]`` (without denominators ``d_v``), in float32 or wider."""
-    return _summarize(k, v, *_plain(layout, features))
+    return _summarize(k, v, *_as_arguments(layout, features))
 
 
 def read(
@@ -41,10 +42,10 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, summaries, mixing.to(summaries.dtype), *_plain(layout, features), dtype)[0]
+    return _read(q, summaries, mixing.to(summaries.dtype), *_as_arguments(layout, features), dtype)[0]
 
 
-def _plain(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
+def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
         features.rotary, features.mask, layout.grid, layout.blocks,
@@ -155,7 +156,7 @@ def _keys_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     k, v, *tables = ctx.saved_tensors
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        grads = _differentiate(_plain_summaries, (k, v), _objects(settings), (), grad)
+        grads = _differentiate(composite.summarize, (k, v), _objects(settings), (), grad)
     else:
         grads = _summarize_backward(grad, k, v, *settings)
     return *grads, *[None] * len(settings)
@@ -171,7 +172,7 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     out, denominators, q, summaries, mixing, *tables = ctx.saved_tensors
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
     if torch.is_grad_enabled():
-        grads = _differentiate(_plain_read, (q, summaries, mixing), _objects(settings), (dtype,), grad)
+        grads = _differentiate(composite.read, (q, summaries, mixing), _objects(settings), (dtype,), grad)
     else:
         grads = _read_backward(grad, out, denominators, q, summaries, mixing, *settings)
     return *grads, *[None] * len(settings), None
@@ -190,39 +191,6 @@ def _differentiate(
 ) -> tuple[Tensor, ...]:
     tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)
     return torch.autograd.grad(function(*tensors, *objects, *options), tensors, grad, create_graph=True)
-
-
-def _plain_summaries(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """:func:`summarize` in operations of torch, which can be differentiated again."""
-    plain, rotated = _plain_features(k, features)
-    plain, rotated, values = (layout.pack(x) for x in (plain, rotated, v.to(plain.dtype)))  # [B, H, M, n, d]
-    summaries = values.mT @ rotated
-    if features.normalized:
-        summaries = torch.cat((summaries, plain.sum(-2, keepdim=True)), -2)
-    return summaries
-
-
-def _plain_read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
-) -> Tensor:
-    """:func:`read` in operations of torch, which can be differentiated again."""
-    plain, rotated = (layout.pack(x) for x in _plain_features(q, features))
-    mixed = tiled.mix(mixing, summaries)
-    if not features.normalized:
-        return layout.unpack(rotated @ mixed.mT).to(dtype)
-    denominators = plain @ mixed[..., -1:, :].mT
-    denominators = torch.where(denominators == 0, 1.0, denominators)
-    return layout.unpack(rotated @ mixed[..., :-1, :].mT / denominators).to(dtype)
-
-
-def _plain_features(x: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-    x = phi(x.to(torch.promote_types(x.dtype, torch.float32)), features.feature_map, eps=features.eps)
-    if features.mask is not None:
-        x = x * features.mask[:, None, :, None]
-    if features.rotary is None:
-        return x, x
-    cos, sin = features.rotary.unflatten(-1, (-1, 2)).unbind(-1)
-    return x, apply_rotary_emb(x, (cos, sin))
 
 
 def _flops(queries_or_keys: Any, height: int) -> int:

@@ -41,19 +41,55 @@ def mhla_reference(
         k = k * key_mask[:, None, :, None]
     block, key_block = (x.block_index(q.device) for x in (layout, key_layout or layout))
     weights = mixing[..., block, :][..., key_block]  # [N, N_k] or [H, N, N_k]
+    numerator, denominator = _dense(q, k, v, weights, rotary_emb)
+    if normalizer == "none":
+        return numerator
+    if normalizer == "official":
+        denominator = _official_denominator(q, k, mixing, layout)
+    return numerator / torch.where(denominator == 0, 1.0, denominator)
+
+
+def mhla_causal_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    block_size: int,
+    *,
+    feature_map: str = "relu",
+    normalizer: str = "paper",
+    rotary_emb: RotaryEmbedding | None = None,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Causal MHLA as a dense attention matrix: that of :func:`mhla_reference`, zero where s > t.
+
+    Arguments and conventions are those of :func:`mhla_diffusion.ops.mhla_causal`.
+
+    Returns:
+        ``[B, H, N, d]``, float64.
+    """
+    q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
+    q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
+    if key_mask is not None:
+        k = k * key_mask[:, None, :, None]
+    block = torch.arange(q.shape[2], device=q.device) // block_size
+    weights = mixing[..., block, :][..., block].tril()
+    numerator, denominator = _dense(q, k, v, weights, rotary_emb)
+    return numerator if normalizer == "none" else numerator / torch.where(denominator == 0, 1.0, denominator)
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, rotary_emb: RotaryEmbedding | None
+) -> tuple[Tensor, Tensor]:
+    """Numerators ``[B, H, N, d]`` and denominators ``[B, H, N, 1]`` of features q and k."""
     positive = weights * (q @ k.transpose(-1, -2))  # [B, H, N, N_k]
     if rotary_emb is None:
         numerator = positive @ v
     else:
         rotated = apply_rotary_emb(q, rotary_emb) @ apply_rotary_emb(k, rotary_emb).transpose(-1, -2)
         numerator = (weights * rotated) @ v
-    if normalizer == "none":
-        return numerator
-    if normalizer == "paper":
-        denominator = positive.sum(-1, keepdim=True)
-    else:
-        denominator = _official_denominator(q, k, mixing, layout)
-    return numerator / torch.where(denominator == 0, 1.0, denominator)
+    return numerator, positive.sum(-1, keepdim=True)
 
 
 def _official_denominator(q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .composite import mix
 from .features import Features, phi_backward, phi_into
 from .layout import BlockLayout
 from .tiles import Part, Tile, tile_groups
@@ -89,21 +90,6 @@ def read_backward(
         grad_weights = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
         part.of_heads(grad_mixing).add_(grad_weights.sum(0 if mixing.ndim == 3 else (0, 1)))
     return grad_q, grad_summaries, grad_mixing
-
-
-def mix(mixing: Tensor, summaries: Tensor) -> Tensor:
-    """``S^_i = sum_b W[i, b] S_b``.
-
-    Args:
-        mixing: ``[M_q, M_k]``, or one per head ``[H, M_q, M_k]``.
-        summaries: ``[B, H, M_k, c, d]``.
-
-    Returns:
-        ``[B, H, M_q, c, d]``.
-    """
-    # Expanded: a matrix of its own for each summary would make matmul transpose all summaries first.
-    mixing = mixing.expand(*summaries.shape[:2], *mixing.shape[-2:])
-    return (mixing @ summaries.flatten(3)).unflatten(-1, summaries.shape[3:])
 
 
 def new_summaries(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:

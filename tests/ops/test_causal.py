@@ -1,0 +1,156 @@
+"""Causal MHLA: the parallel form, the streaming state and the dense form are one function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhla_diffusion.ops import BlockLayout, MHLAState, mhla, mhla_causal, mhla_causal_reference
+
+AssertClose = Callable[..., None]
+CASES: list[dict[str, Any]] = [
+    {},
+    {"normalizer": "none"},
+    {"feature_map": "elu"},
+    {"feature_map": "softmax", "rotary": True},
+    {"rotary": True, "per_head": True},
+    {"rotary": True, "normalizer": "none", "mask": True},
+]
+
+
+def make(
+    tokens: int = 19, blocks: int = 5, dtype: torch.dtype = torch.float64, **case: Any
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """q, k, v and mixing of two samples and three heads, d 6 and d_v 5; options."""
+    q, k, v = torch.randn(2, 3, tokens, 6), torch.randn(2, 3, tokens, 6), torch.randn(2, 3, tokens, 5)
+    mixing = torch.rand(*([3] if case.pop("per_head", False) else []), blocks, blocks)
+    if case.pop("rotary", False):
+        angles = torch.rand(tokens, 3, dtype=torch.float64) * 2 * math.pi
+        case["rotary_emb"] = (angles.cos(), angles.sin())
+    if case.pop("mask", False):
+        case["key_mask"] = torch.rand(2, tokens) > 0.3
+    return tuple(x.to(dtype).requires_grad_() for x in (q, k, v, mixing)), case
+
+
+def state_outputs(inputs: tuple[Tensor, ...], options: dict[str, Any], pieces: list[int]) -> Tensor:
+    """The outputs of a state that is given the sequence in pieces."""
+    q, k, v, mixing = inputs
+    names = ("feature_map", "normalizer")
+    state = MHLAState(mixing, 4, **{name: options[name] for name in names if name in options})
+    outputs, start = [], 0
+    for length in pieces:
+        part = slice(start, start + length)
+        tables = {}
+        if "rotary_emb" in options:
+            tables["rotary_emb"] = tuple(table[part] for table in options["rotary_emb"])
+        if "key_mask" in options:
+            tables["key_mask"] = options["key_mask"][:, part]
+        outputs.append(state.prefill(q[:, :, part], k[:, :, part], v[:, :, part], **tables))
+        start += length
+    assert state.tokens == start == q.shape[2]
+    return torch.cat(outputs, 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8, 19])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parallel_form_equals_the_dense_one(assert_close: AssertClose, case: Any, tokens: int) -> None:
+    inputs, options = make(tokens, **case)
+    out, expected = mhla_causal(*inputs, 4, **options), mhla_causal_reference(*inputs, 4, **options)
+    assert_close(out, expected)
+    gradients, references = (
+        torch.autograd.grad((x * torch.arange(x.numel()).view_as(x)).sum(), inputs) for x in (out, expected)
+    )
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_are_float32(assert_close: AssertClose, dtype: torch.dtype) -> None:
+    inputs, _ = make(dtype=dtype)
+    out = mhla_causal(*inputs, 4)
+    assert out.dtype == dtype
+    assert_close(out, mhla_causal_reference(*inputs, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(mhla_causal(*inputs, 4), out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pieces", [[19], [1] * 19, [3, 1, 12, 3], [4, 4, 11], [0, 19]], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding_equals_the_parallel_form(assert_close: AssertClose, case: Any, pieces: list[int]) -> None:
+    inputs, options = make(**case)
+    with torch.no_grad():
+        assert_close(state_outputs(inputs, options, pieces), mhla_causal(*inputs, 4, **options))
+
+
+def test_step_is_one_token() -> None:
+    (q, k, v, mixing), _ = make()
+    state = MHLAState(mixing, 4)
+    out = torch.cat(
+        [state.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1]) for t in range(19)], 2
+    )
+    torch.testing.assert_close(out, mhla_causal(q, k, v, mixing, 4).detach())
+    assert not out.requires_grad
+    with pytest.raises(ValueError, match=r"step takes one token.*\(2, 3, 19, 6\)"):
+        state.step(q, k, v)
+
+
+def test_nothing_comes_from_later() -> None:
+    (q, k, v, mixing), _ = make()
+    changed = [torch.cat((x[:, :, :10], torch.randn_like(x[:, :, 10:])), 2) for x in (q, k, v)]
+    before, after = mhla_causal(q, k, v, mixing, 4), mhla_causal(*changed, mixing, 4)
+    torch.testing.assert_close(before[:, :, :10], after[:, :, :10])
+    assert not torch.allclose(before[:, :, 10:], after[:, :, 10:])
+
+
+def test_the_last_token_sees_what_it_sees_without_order() -> None:
+    (q, k, v, mixing), _ = make(20)
+    out = mhla(q, k, v, mixing.tril(), BlockLayout((20,), (5,)))
+    torch.testing.assert_close(mhla_causal(q, k, v, mixing, 4)[:, :, -1], out[:, :, -1])
+
+
+def test_the_cost_of_a_token_does_not_grow_inside_a_block() -> None:
+    q, k, v = torch.randn(3, 1, 1, 64, 8)
+    state = MHLAState(torch.rand(8, 8), 8)
+    costs = []
+    for t in range(64):
+        with FlopCounterMode(display=False) as counter:
+            state.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+        costs.append(counter.get_total_flops())
+    inside = {cost for t, cost in enumerate(costs) if t % 8}
+    assert len(inside) == 1, "the past adds nothing"
+    (cost,) = inside
+    for block in range(8):
+        assert costs[8 * block] - cost == 2 * block * 8 * 9, "summaries are mixed once a block: 2 M d (d + 1)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
+        ({"block_size": 3}, r"needs 7 blocks of 3 tokens, but mixing is for 5"),
+        ({"mixing": torch.rand(2, 5, 5)}, r"H = 3, got \(2, 5, 5\)"),
+        ({"mixing": torch.rand(5, 4)}, r"mixing must be \[M, M\]"),
+        ({"k": torch.rand(2, 3, 18, 6)}, r"same B, H, N"),
+        ({"feature_map": "exp"}, "feature_map 'exp' is not one of relu"),
+        ({"normalizer": "official"}, "'official' of the causal form is not one of paper, none"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    (q, k, v, mixing), _ = make()
+    with pytest.raises(ValueError, match=message):
+        mhla_causal(**{"q": q, "k": k, "v": v, "mixing": mixing, "block_size": 4, **change})
+
+
+def test_more_tokens_than_blocks_are_refused_and_change_nothing() -> None:
+    (q, k, v, mixing), _ = make(20)
+    state = MHLAState(mixing, 4)
+    state.prefill(q, k, v)
+    with pytest.raises(ValueError, match=r"needs 6 blocks of 4 tokens, but mixing is for 5.*resize_mixing"):
+        state.step(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    assert state.tokens == 20
