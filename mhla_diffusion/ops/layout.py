@@ -153,7 +153,7 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
     - Compact: an axis is cut into pieces of no less than half the block's longest side. A short axis may
       stay whole.
     - Of those layouts the one with the most blocks, then closest to a cube; if equal blocks come to more
-      than half as many, the most equal blocks, as ragged ones are padded.
+      than half as many, the most equal blocks, which all operators and normalizers take.
 
     Raises:
         ValueError: for a grid that cannot be.
