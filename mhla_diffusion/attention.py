@@ -286,7 +286,7 @@ class MHLA(nn.Module):
             self.config.key_layout(key_grid)  # says what is missing
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        layout, key_layout, mixing = self._fit(grid, key_grid)
+        layout, key_layout, mixing = self.fit(grid, key_grid)
         attend: Callable[..., Tensor]
         if group is None:
             attend = functools.partial(mhla, key_layout=key_layout)
@@ -320,10 +320,10 @@ class MHLA(nn.Module):
         share, longer = divmod(layout.num_tokens, ranks)
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
-    def _fit(
-        self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None
+    def fit(
+        self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None = None
     ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
-        """Layouts of queries and keys, and the mixing matrix for them."""
+        """The layouts of queries and, in cross-attention, keys, and the mixing matrix for these grids."""
         layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix()
         keys, key_layout = layout.blocks, None
         if key_grid is not None and self.key_blocks is not None:

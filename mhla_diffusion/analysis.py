@@ -1,0 +1,367 @@
+"""What attention does in a trained model: rank and entropy of its matrices, and an audit of the mixing.
+
+For each attention layer, on the queries and keys of one batch, three matrices are compared: softmax
+attention, plain linear attention, and MHLA with the layer's mixing matrix. "Global context collapse" is a
+linear attention of low rank whose rows are nearly uniform (section 3 of the paper).
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .attention import MHLA
+from .evaluation.optional import require
+from .evaluation.output import require_absent, write_atomically
+from .ops import (
+    BlockLayout,
+    apply_rotary_emb,
+    initial_mixing,
+    locality_mixing,
+    mhla_reference,
+    recommended_layout,
+)  # fmt: skip
+
+FILE_NAMES = ("report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class MatrixStatistics:
+    """Of an attention matrix ``[N, N]``, means over samples and heads.
+
+    Args:
+        rank: numerical rank: singular values above ``N eps sigma_max``, eps of float32.
+        entropy: of its rows, in nats; ``log N`` where all tokens weigh the same.
+    """
+
+    rank: float
+    entropy: float
+
+
+@dataclass(frozen=True)
+class MixingAudit:
+    """What a mixing matrix holds, over all heads.
+
+    Args:
+        minimum, maximum: of its weights.
+        negatives: how many are below zero, which checkpoints of the public reference code have.
+        row_sum_minimum, row_sum_maximum: 1 at the locality start.
+        row_entropy: mean over rows of |W|, in nats; ``log M`` where all blocks weigh the same.
+        change: Frobenius norm of the difference from the start, over that of the start.
+    """
+
+    minimum: float
+    maximum: float
+    negatives: int
+    row_sum_minimum: float
+    row_sum_maximum: float
+    row_entropy: float
+    change: float
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One attention layer.
+
+    Args:
+        name: of the module.
+        kind: ``"mhla"``, ``"linear"`` (one block) or ``"softmax"``: what the layer does in the model.
+        grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
+            start.
+        rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
+        matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
+        mixing: of layers that mix.
+        mixing_map: PNG of the mixing matrix: one tile for each query block, where it lies on the grid; in it
+            the weights of all key blocks, as they lie on the grid (figure 4b). Frames stand side by side.
+    """
+
+    name: str
+    kind: str
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+    rank_bound: int
+    matrices: dict[str, MatrixStatistics]
+    mixing: MixingAudit | None = None
+    mixing_map: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def mixing_map_uri(self) -> str | None:
+        """The map for a page."""
+        if self.mixing_map is None:
+            return None
+        return "data:image/png;base64," + base64.b64encode(self.mixing_map).decode()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All attention layers of a model, and what it was called with."""
+
+    layers: list[LayerAnalysis]
+    settings: dict[str, Any]
+
+    def mean(self, kind: str) -> MatrixStatistics:
+        """Over layers, of the matrices of one kind."""
+        return _mean([layer.matrices[kind] for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            del layer["mixing_map"]
+        return {"settings": self.settings, "layers": layers}
+
+    def to_html(self) -> str:
+        """The content of report.html, which needs no other file and no network.
+
+        Raises:
+            ImportError: when jinja2 is not installed.
+        """
+        environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(files(__package__).joinpath("analysis.html").read_text("utf-8"))
+        return template.render(analysis=self, log=math.log)
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> None:
+        """Write report.json and report.html to the folder ``out``.
+
+        Raises:
+            ValueError: when ``out`` holds a report and ``overwrite`` is false.
+        """
+        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
+        for name, content in zip(
+            FILE_NAMES, (json.dumps(self.to_dict(), indent=2), self.to_html()), strict=True
+        ):
+            write_atomically(Path(out) / name, content.encode())
+
+
+@torch.no_grad()
+def analyze(
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    max_tokens: int = 4096,
+    max_matrices: int = 8,
+    settings: dict[str, Any] | None = None,
+) -> Analysis:
+    """Analyse every self-attention layer that a call of a model goes through.
+
+    Layers are MHLA modules, and diffusers' ``Attention`` with any other processor.
+
+    Args:
+        model: any model with such layers.
+        run: calls the model on a batch.
+        max_tokens: more tokens than this are refused: the matrices of a layer take 8 N^2 bytes each.
+        max_matrices: samples and heads to look at in each layer, spread evenly.
+        settings: what the report should say of the call.
+
+    Raises:
+        ValueError: for a model without such layers, or too many tokens.
+    """
+    calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = {}
+    with _recording(model, calls, max_tokens):
+        run()
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} went through no self-attention that can be analysed: MHLA modules, and "
+            "diffusers' Attention layers"
+        )
+    layers = [
+        _analyze_layer(name, *call, max_matrices=max_matrices)
+        for name, call in tqdm(calls.items(), desc="layers", disable=None)
+    ]
+    return Analysis(layers, settings or {})
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]], max_tokens: int
+) -> Iterator[None]:
+    """Note queries and keys ``[B, H, N, d]`` of each layer's first call."""
+
+    def note(name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
+        if q.shape[2] > max_tokens:
+            raise ValueError(
+                f"{name} has {q.shape[2]} tokens, more than max_tokens = {max_tokens}: take a smaller image "
+                "or video, or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) time)"
+            )
+        calls.setdefault(name, (module, q.detach(), k.detach(), kwargs))
+
+    def before_mhla(name: str, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("key_grid") is None:
+            q, k = args[:2]
+            if module.norm_q is not None and module.norm_k is not None:
+                q, k = module.norm_q(q), module.norm_k(k)
+            note(name, module, q, k, kwargs)
+
+    def before_attention(name: str, attn: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.ndim == 3 and (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
+            q, k = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k))
+            q = q if attn.norm_q is None else attn.norm_q(q)
+            k = k if attn.norm_k is None else attn.norm_k(k)
+            note(name, attn, q, k, {})
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MHLA):
+            hook: Callable[..., None] = functools.partial(before_mhla, name)
+        elif isinstance(module, Attention) and not isinstance(module.processor, MHLA):
+            hook = functools.partial(before_attention, name)
+        else:
+            continue
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _analyze_layer(
+    name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any], *, max_matrices: int
+) -> LayerAnalysis:
+    tokens, d = q.shape[2:]
+    rotary_emb = kwargs.get("rotary_emb")
+    options: dict[str, Any] = {}
+    audit = picture = None
+    if isinstance(module, MHLA):
+        layout, _, mixing = module.fit(tuple(kwargs["grid"]))
+        options = {"feature_map": module.config.feature_map, "eps": module.config.eps}
+        kind = "linear" if module.mixing is None else "mhla"
+        if module.mixing is not None:
+            audit = audit_mixing(mixing, initial_mixing(layout, module.config.mixing_init))
+            picture = mixing_map(mixing, layout)
+    else:
+        kind, layout = "softmax", recommended_layout(_square(tokens))
+        mixing = locality_mixing(layout)
+    # One matrix at a time: samples and heads as a batch of single heads.
+    pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+    pairs = pairs[:: -(-len(pairs) // max_matrices)]
+    found: dict[str, list[MatrixStatistics]] = {"softmax": [], "linear": [], "mhla": []}
+    for b, h in pairs:
+        one_q, one_k = (x[b : b + 1, h : h + 1].double() for x in (q, k))
+        tables = None if rotary_emb is None else _tables_of(rotary_emb, b, h)
+        weights = mixing[h] if mixing.ndim == 3 else mixing
+        for attention, matrices in _matrices(one_q, one_k, weights.to(q.device), layout, tables, options):
+            found[attention].append(_statistics(*matrices))
+    return LayerAnalysis(
+        name, kind, layout.grid, layout.blocks,
+        rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
+        matrices={attention: _mean(statistics) for attention, statistics in found.items()},
+        mixing=audit, mixing_map=picture,
+    )  # fmt: skip
+
+
+def _matrices(
+    q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, rotary_emb: Any, options: dict[str, Any]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """For each attention the matrix that acts on values, and the positive one whose rows sum to 1."""
+    turned = [q, k] if rotary_emb is None else [apply_rotary_emb(x, rotary_emb) for x in (q, k)]
+    softmax = (turned[0] @ turned[1].mT / math.sqrt(q.shape[-1])).softmax(-1)[0, 0]
+    yield "softmax", (softmax, softmax)
+    # The operator on values that are a unit matrix is its matrix.
+    unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
+    whole = BlockLayout(layout.grid, (1,) * len(layout.grid))
+    for name, weights, blocks in (("linear", mixing.new_ones(1, 1), whole), ("mhla", mixing, layout)):
+        plain = mhla_reference(q, k, unit, weights, blocks, **options)[0, 0]
+        if rotary_emb is None:
+            yield name, (plain, plain)
+        else:
+            acting = mhla_reference(q, k, unit, weights, blocks, rotary_emb=rotary_emb, **options)[0, 0]
+            yield name, (acting, plain)
+
+
+def _statistics(acting: Tensor, weights: Tensor) -> MatrixStatistics:
+    rtol = len(acting) * torch.finfo(torch.float32).eps
+    rank = float(torch.linalg.matrix_rank(acting, rtol=rtol))
+    return MatrixStatistics(rank, _entropy(weights))
+
+
+def _entropy(weights: Tensor) -> float:
+    """Mean over rows of ``- sum p log p``, p being the row over its sum; of weights below zero their size."""
+    p = weights.abs()
+    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return float(torch.special.entr(p).sum(-1).mean())
+
+
+def _mean(statistics: list[MatrixStatistics]) -> MatrixStatistics:
+    count = len(statistics)
+    return MatrixStatistics(
+        sum(s.rank for s in statistics) / count, sum(s.entropy for s in statistics) / count
+    )
+
+
+def _tables_of(rotary_emb: tuple[Tensor, Tensor], batch: int, head: int) -> tuple[Tensor, Tensor]:
+    """Tables of one sample and head, ``[N, d / 2]``."""
+    cos, sin = (table.double().expand(*(1,) * max(0, 4 - table.ndim), *table.shape) for table in rotary_emb)
+    return tuple(t[min(batch, len(t) - 1), min(head, t.shape[1] - 1)] for t in (cos, sin))  # type: ignore[return-value]
+
+
+def _square(tokens: int) -> tuple[int, ...]:
+    """The grid of a softmax layer, which does not say it: square where that is possible."""
+    side = math.isqrt(tokens)
+    return (side, side) if side**2 == tokens else (tokens,)
+
+
+def audit_mixing(mixing: Tensor, start: Tensor) -> MixingAudit:
+    """See :class:`MixingAudit`; mixing ``[M, M]`` or ``[H, M, M]``, start ``[M, M]``."""
+    mixing, start = mixing.detach().double().cpu(), start.double()
+    sums = mixing.sum(-1)
+    return MixingAudit(
+        minimum=float(mixing.min()), maximum=float(mixing.max()), negatives=int((mixing < 0).sum()),
+        row_sum_minimum=float(sums.min()), row_sum_maximum=float(sums.max()), row_entropy=_entropy(mixing),
+        change=float((mixing - start).norm() / start.expand_as(mixing).norm()),
+    )  # fmt: skip
+
+
+def mixing_map(mixing: Tensor, layout: BlockLayout, *, gap: int = 1, side: int = 480) -> bytes:
+    """A PNG of a mixing matrix as in figure 4b of the paper; see :class:`LayerAnalysis`.
+
+    Args:
+        mixing: ``[M, M]``, or ``[H, M, M]``, of which the mean is drawn.
+        layout: the blocks.
+        gap: pixels between tiles, before scaling.
+        side: of the longer side of the picture, in pixels, about.
+    """
+    weights = mixing.detach().float().cpu()
+    weights = weights.mean(0) if weights.ndim == 3 else weights
+    # Frames go beside each other: (F, H, W) is drawn as H x (F W).
+    frames, height, width = ((1,) * 3 + layout.blocks)[-3:]
+    tiles = weights.view(frames, height, width, frames, height, width).permute(1, 0, 2, 4, 3, 5)
+    tiles = tiles.reshape(height, frames * width, height, frames * width)
+    low, high = min(0.0, float(tiles.min())), float(tiles.max())
+    shades = ((tiles - low) / max(high - low, 1e-12) * 255).round().byte()
+    rows, columns = height * (height + gap) - gap, frames * width * (frames * width + gap) - gap
+    canvas = Image.new("RGB", (columns, rows), (128, 128, 128))
+    for i in range(height):
+        for j in range(frames * width):
+            tile = Image.fromarray(shades[i, j].numpy()).convert("RGB")
+            canvas.paste(_coloured(tile), (j * (frames * width + gap), i * (height + gap)))
+    scale = max(1, side // max(canvas.size))
+    canvas = canvas.resize((scale * columns, scale * rows), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _coloured(tile: Image.Image) -> Image.Image:
+    """Grey levels from dark blue over green to yellow."""
+    return ImageOps.colorize(tile.convert("L"), black="#1d1147", mid="#2a9d8f", white="#fde725")

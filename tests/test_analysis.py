@@ -1,0 +1,175 @@
+"""Rank and entropy of attention matrices that are known, and the report about them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
+from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
+from mhla_diffusion.ops import BlockLayout, initial_mixing
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "analyze.py"
+
+
+class OneLayer(nn.Module):
+    """A model of one MHLA layer."""
+
+    def __init__(self, config: MHLAConfig, grid: tuple[int, ...], d: int = 4) -> None:
+        super().__init__()
+        self.grid = grid
+        self.layer = MHLA(config, heads=2, head_dim=d, grid=grid)
+
+    def forward(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
+        return self.layer(q, k, k, grid=self.grid, **kwargs)
+
+
+def analyze_one(config: MHLAConfig, grid: tuple[int, ...] = (6, 6), **kwargs: Any) -> Any:
+    model = OneLayer(config, grid)
+    if model.layer.mixing is not None and "mixing" in kwargs:
+        with torch.no_grad():
+            model.layer.mixing.copy_(kwargs.pop("mixing"))
+    q, k = kwargs.pop("qk", torch.randn(2, 1, 2, math.prod(grid), 4)).unbind()
+    (layer,) = analyze(model, lambda: model(q, k, **kwargs)).layers
+    return layer
+
+
+def make_dit(**settings: Any) -> MHLADiTTransformer2DModel:
+    model = MHLADiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=3, sample_size=16,
+        patch_size=2, num_embeds_ada_norm=4, attention=["mhla", "softmax", "linear"],
+        mhla_config={"blocks": 4, "qk_norm": True, **settings},
+    )  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.abs().max() == 0:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def analyze_dit(model: MHLADiTTransformer2DModel, **kwargs: Any) -> Analysis:
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.tensor([0, 3])
+    return analyze(model, lambda: model(x, timestep=t, class_labels=y), **kwargs)
+
+
+def test_rank_is_bounded_by_blocks_and_not_by_width() -> None:
+    layer = analyze_one(MHLAConfig(blocks=(3, 3)))
+    assert layer.rank_bound == 36, "9 blocks of 4 tokens, d 4"
+    assert layer.matrices["linear"].rank <= 4
+    assert 4 < layer.matrices["mhla"].rank <= 36
+    assert analyze_one(MHLAConfig(blocks=(1, 2))).rank_bound == 8
+
+
+def test_blocks_that_see_themselves_alone_have_the_rank_of_the_bound() -> None:
+    layer = analyze_one(MHLAConfig(blocks=(2, 2), feature_map="softmax"), mixing=torch.eye(4))
+    assert layer.matrices["mhla"].rank == layer.rank_bound == 16
+    # Within one of four blocks of 9 tokens a row cannot be more even than this.
+    assert layer.matrices["mhla"].entropy <= math.log(9)
+
+
+def test_queries_that_do_not_tell_tokens_apart_give_uniform_rows() -> None:
+    layer = analyze_one(MHLAConfig(blocks=(2, 3)), qk=torch.ones(2, 1, 2, 36, 4))
+    for kind in ("softmax", "linear"):
+        assert layer.matrices[kind].rank == 1
+        assert layer.matrices[kind].entropy == pytest.approx(math.log(36))
+
+
+def test_positions_turn_the_matrix_and_not_its_entropy() -> None:
+    qk = torch.randn(2, 1, 2, 36, 4)
+    angles = torch.rand(36, 2) * 6
+    plain = analyze_one(MHLAConfig(blocks=(2, 2)), qk=qk)
+    turned = analyze_one(MHLAConfig(blocks=(2, 2)), qk=qk, rotary_emb=(angles.cos(), angles.sin()))
+    assert turned.matrices["mhla"].entropy == pytest.approx(plain.matrices["mhla"].entropy)
+    assert turned.matrices["linear"].rank <= 4
+    assert turned.matrices["softmax"].entropy != pytest.approx(plain.matrices["softmax"].entropy)
+
+
+def test_every_kind_of_layer_is_found_and_hooks_are_gone() -> None:
+    model = make_dit(mixing_per_head=True, constraint="softmax")
+    found = analyze_dit(model)
+    assert [layer.kind for layer in found.layers] == ["mhla", "softmax", "linear"]
+    assert [layer.mixing is not None for layer in found.layers] == [True, False, False]
+    assert all(layer.num_tokens == 64 for layer in found.layers)
+    assert found.layers[0].mixing is not None
+    assert found.layers[0].mixing.row_sum_maximum == pytest.approx(1)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    mean = found.mean("mhla")
+    assert mean.rank == pytest.approx(sum(layer.matrices["mhla"].rank for layer in found.layers) / 3)
+
+
+def test_too_many_tokens_are_refused_and_hooks_are_gone() -> None:
+    model = make_dit()
+    with pytest.raises(ValueError, match=r"attn1.processor has 64 tokens, more than max_tokens = 63"):
+        analyze_dit(model, max_tokens=63)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear went through no self-attention"):
+        analyze(model, lambda: model(torch.zeros(1, 2)))
+
+
+def test_audit_counts_what_a_checkpoint_may_hold() -> None:
+    start = initial_mixing(BlockLayout((2, 2), (2, 2)), "uniform")
+    mixing = start.clone()
+    mixing[0, 1] = -0.75
+    audit = audit_mixing(mixing, start)
+    assert (audit.minimum, audit.maximum, audit.negatives) == (-0.75, 0.25, 1)
+    assert (audit.row_sum_minimum, audit.row_sum_maximum) == (0, 1)
+    assert audit.change == pytest.approx(1)
+    assert audit_mixing(start, start).row_entropy == pytest.approx(math.log(4))
+
+
+def test_map_shows_each_query_block_where_it_lies() -> None:
+    layout = BlockLayout((2, 3), (2, 3))
+    picture = Image.open(io.BytesIO(mixing_map(torch.eye(6), layout, side=1)))
+    assert picture.size == (3 * 4 - 1, 2 * 3 - 1)
+    brightest, darkest = (253, 231, 37), (29, 17, 71)
+    for i in range(2):
+        for j in range(3):
+            for y in range(2):
+                for x in range(3):
+                    expected = brightest if (i, j) == (y, x) else darkest
+                    assert picture.getpixel((j * 4 + x, i * 3 + y)) == expected
+
+
+def test_map_puts_frames_beside_each_other() -> None:
+    layout = BlockLayout((2, 1, 2), (2, 1, 2))
+    mixing = torch.zeros(4, 4)
+    mixing[3, 1] = 1  # the last block of the second frame, to the last of the first
+    picture = Image.open(io.BytesIO(mixing_map(mixing, layout, side=1)))
+    assert picture.size == (4 * 5 - 1, 1)
+    assert picture.getpixel((3 * 5 + 1, 0)) == (253, 231, 37)
+
+
+def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
+    make_dit().save_pretrained(tmp_path / "model")
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run([*command, "--width", "24"], check=True, capture_output=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "transformer_blocks.2.attn1.processor" in page
+    assert "http" not in page, "needs no network"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["layers"][0]["grid"] == [8, 12]
+    assert report["settings"]["latents"] == "2 x 16 x 24, noise"
+    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "already there" in again.stderr
