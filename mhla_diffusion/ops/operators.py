@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import composite
 from . import summaries as tiled
 from .features import Features
+from .kernels import implementation_for
 from .layout import BlockLayout
 
 _SETTINGS = (
@@ -83,12 +84,12 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 @_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> Tensor")
 def _summarize(k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-    return tiled.summarize(k, v, *_objects(settings))
+    return implementation_for(k, v).summarize(k, v, *_objects(settings))
 
 
 @_operator("summarize_backward", f"(Tensor grad, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)")
 def _summarize_backward(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return tiled.summarize_backward(grad, k, v, *_objects(settings))
+    return implementation_for(k, v).summarize_backward(grad, k, v, *_objects(settings))
 
 
 @_operator(
@@ -96,7 +97,7 @@ def _summarize_backward(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> t
     f"(Tensor q, Tensor summaries, Tensor mixing, {_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
 )
 def _read(q: Tensor, summaries: Tensor, mixing: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return tiled.read(q, summaries, mixing, *_objects(settings[:-1]), settings[-1])
+    return implementation_for(q, summaries).read(q, summaries, mixing, *_objects(settings[:-1]), settings[-1])
 
 
 @_operator(
@@ -113,7 +114,9 @@ def _read_backward(
     mixing: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tiled.read_backward(grad, out, denominators, q, summaries, mixing, *_objects(settings))
+    return implementation_for(q, summaries).read_backward(
+        grad, out, denominators, q, summaries, mixing, *_objects(settings)
+    )
 
 
 # Shapes and strides without numbers, for torch.compile and the meta device.

@@ -1,0 +1,76 @@
+"""Which implementation runs: Triton's kernels on GPUs that they suit, else operations of torch in tiles."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import summaries
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "torch", "triton")
+
+
+def implementation_for(*tensors: Tensor) -> ModuleType:
+    """The module whose ``summarize``, ``read`` and gradients take these tensors.
+
+    The environment variable ``MHLA_KERNELS`` says which: ``auto`` (the default) takes Triton where it can and
+    logs why it cannot, once for each reason; ``torch`` never takes it; ``triton`` fails where it cannot. On a
+    CPU Triton runs in its interpreter alone (``TRITON_INTERPRET=1``), for tests.
+
+    Raises:
+        ValueError: for another value of the variable, and where it asks for what cannot be.
+    """
+    choice = os.environ.get("MHLA_KERNELS", "auto")
+    if choice not in KERNELS:
+        raise ValueError(
+            f"the environment variable MHLA_KERNELS must be of {', '.join(KERNELS)}, got {choice!r}"
+        )
+    on_gpu = tensors[0].device.type == "cuda"
+    if choice == "torch" or (choice == "auto" and not on_gpu):
+        return summaries
+    reason = _obstacle(tensors)
+    if reason is None:
+        from . import triton_mhla
+
+        return triton_mhla
+    if choice == "triton":
+        raise ValueError(f"MHLA_KERNELS=triton, but {reason}; unset it, or set it to auto")
+    _log_once(reason)
+    return summaries
+
+
+def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why Triton's kernels cannot take these tensors."""
+    device = tensors[0].device
+    if not _is_installed():
+        return "the package triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}, and Triton's kernels are for GPUs"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, below (8, 0)"
+    for x in tensors:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{x.dtype} is none of float32, bfloat16, float16"
+        if x.shape[-1] > 256:
+            return f"heads of {x.shape[-1]} channels are wider than 256"
+    return None
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("MHLA runs in operations of torch, not in its GPU kernels: %s", reason)
