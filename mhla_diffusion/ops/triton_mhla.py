@@ -299,9 +299,8 @@ def _outer_kernel(
     summaries += (tl.program_id(1).to(tl.int64) * blocks + block) * height * width
     valid = (channel[:, None] < channels) & (column[None, :] < width)
     tl.store(summaries + channel[:, None] * width + column[None, :], total, valid)
-    if NORMALIZED:
-        if tl.program_id(2) == 0:
-            tl.store(summaries + channels * width + column, sums, column < width)
+    if NORMALIZED and tl.program_id(2) == 0:
+        tl.store(summaries + channels * width + column, sums, column < width)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def compare(
 
 if __name__ == "__main__":
     # In a process of its own: Triton decides on import whether it interprets.
-    print(json.dumps({name: compare(**case) for name, case in CASES.items()}))
+    sys.stdout.write(json.dumps({name: compare(**case) for name, case in CASES.items()}))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_torch_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("MHLA_KERNELS", "triton")
-    with pytest.raises(ValueError, match="MHLA_KERNELS=triton, but .*(on cpu|not installed)"):
+    with pytest.raises(ValueError, match=r"MHLA_KERNELS=triton, but .*(on cpu|not installed)"):
         kernels.implementation_for(torch.ones(1))
     monkeypatch.setenv("MHLA_KERNELS", "cuda")
     with pytest.raises(ValueError, match="MHLA_KERNELS must be of auto, torch, triton, got 'cuda'"):
