@@ -125,7 +125,7 @@ def operator(
         seconds: a peer takes no more runs than fit into this, and one at least; softmax attention is left
             out where one run would take longer.
         scaling: also time MHLA from 1k to 1M tokens, at 1,024 tokens a block.
-        out: folder for operator.json, operator.md and scaling.png.
+        out: folder for operator.json (written after each shape), operator.md and scaling.png.
         device: cpu or cuda; a GPU where there is one.
 
     Returns:
@@ -140,17 +140,15 @@ def operator(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in shapes:
         check(SHAPES[name], device)
-    rates = {dtype: measure_rates(getattr(torch, dtype), device) for dtype in dtypes}
+    record: dict[str, Any] = {"machine": machine(device), "measurements": []}
     results: list[Measurement] = []
     for name in tqdm(shapes, desc="shapes", disable=None):
         for dtype in dtypes:
-            results += _measure_shape(name, dtype, passes, peers, rates[dtype], repeats, seconds, device)
-    text = f"{machine(device)}\n\n" + "\n".join(
-        f"{dtype}: products {matmul / 1e9:,.0f} GFLOP/s, copies {copy / 1e9:,.1f} GB/s"
-        for dtype, (matmul, copy) in rates.items()
-    )
-    text += f"\n\n{_operator_table(results)}"
-    record: dict[str, Any] = {"machine": machine(device), "measurements": [asdict(r) for r in results]}
+            results += _measure_shape(name, dtype, passes, peers, repeats, seconds, device)
+            record["measurements"] = [asdict(result) for result in results]
+            if out is not None:
+                write_atomically(out / "operator.json", json.dumps(record, indent=2).encode())
+    text = f"{machine(device)}\n\n{_operator_table(results)}"
     if scaling:
         times = measure_scaling(device)
         record["scaling"] = times
@@ -252,24 +250,24 @@ def _measure_shape(
     dtype: str,
     passes: Sequence[str],
     peers: Sequence[str],
-    rates: tuple[float, float],
     repeats: int,
     seconds: float,
     device: str,
 ) -> list[Measurement]:
     shape = SHAPES[name]
     inputs = _inputs(shape, getattr(torch, dtype), device)
+    matmul_rate, copy_rate = measure_rates(getattr(torch, dtype), device)
     results = []
     for kind in passes:
         factor = 1 if kind == "forward" else 3
         # Softmax attention's time is known before: 4 N^2 d H FLOPs.
-        softmax = 4 * shape.layout.num_tokens**2 * shape.d * shape.heads * factor / rates[0]
+        softmax = 4 * shape.layout.num_tokens**2 * shape.d * shape.heads * factor / matmul_rate
         names = [peer for peer in peers if peer != "softmax" or softmax < seconds]
         calls = [_calls(peer, shape, inputs, kind) for peer in names]
         times = dict(zip(names, _interleaved(calls, device, repeats, seconds), strict=True))
         peaks = {peer: peak_bytes(call, device) for peer, call in zip(names, calls, strict=True)}
         moved = 4 * inputs[0].numel() * inputs[0].element_size()
-        floor = factor * max(shape.flops / rates[0], moved / rates[1])
+        floor = factor * max(shape.flops / matmul_rate, moved / copy_rate)
         for peer in peers:
             measured = times.get(peer)
             results.append(
@@ -384,7 +382,7 @@ def _operator_table(results: Sequence[Measurement]) -> str:
     for result in results:
         rows.setdefault((result.shape, result.dtype, result.passes), {})[result.peer] = result
     others = [peer for peer in PEERS[1:] if any(r.peer == peer for r in results)]
-    head = ["shape", "dtype", "pass", "MHLA ms", "of the floor"]
+    head = ["shape", "dtype", "pass", "MHLA ms", "floor ms", "of the floor"]
     head += [f"{peer} / MHLA" for peer in others] + ["MB beyond in- and outputs"]
     lines = [head, ["---"] * len(head)]
     for (shape, dtype, passes), peers in rows.items():
@@ -400,7 +398,7 @@ def _operator_table(results: Sequence[Measurement]) -> str:
         lines.append(
             [
                 str(SHAPES[shape]), dtype, passes, f"{1e3 * ours.seconds:,.1f}",
-                f"{ours.seconds / ours.floor:.2f} x",
+                f"{1e3 * ours.floor:,.1f}", f"{ours.seconds / ours.floor:.2f} x",
                 *("-" if s is None else f"{s / ours.seconds:.2f} x" for s in ratios), memory,
             ]
         )  # fmt: skip
