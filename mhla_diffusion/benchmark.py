@@ -318,11 +318,11 @@ def _interleaved(
     spent = [0.0] * len(calls)
     for turn in range(repeats + 1):
         for i, call in enumerate(calls):
-            if turn > 1 and spent[i] * (turn + 1) / turn > seconds:
+            if times[i] and spent[i] * (turn + 1) / turn > seconds:
                 continue
             elapsed = _time(call, device)
             spent[i] += elapsed
-            if turn:  # the first turn warms up
+            if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
                 times[i].append(elapsed)
     return times
 
