@@ -1,9 +1,9 @@
-"""Planned FLOPs against those that torch counts in real models, and against the published numbers."""
+"""Planned FLOPs against formulas, published numbers, and what torch counts in stock and in MHLA models."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_diffusion import MHLADiTTransformer2DModel
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, recommended_layout
+from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
 ROOT = Path(__file__).parents[1]
@@ -46,24 +46,24 @@ def save_config(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def run_dit(model: nn.Module, height: int, width: int, device: str = "cpu") -> Callable[[], Any]:
-    latents = torch.zeros(1, 4, height // 8, width // 8, device=device)
-    label = torch.zeros(1, dtype=torch.int64, device=device)
+def run_dit(model: nn.Module, height: int, width: int) -> Callable[[], Any]:
+    latents = torch.zeros(1, 4, height // 8, width // 8)
+    label = torch.zeros(1, dtype=torch.int64)
     return lambda: model(latents, timestep=label, class_labels=label)
 
 
-def run_wan(model: Any, *latent: int, device: str = "cpu") -> Callable[[], Any]:
+def run_wan(model: Any, *latent: int) -> Callable[[], Any]:
     config = model.config
     images = None
     if config.image_dim is not None:
         # With positions there are two images, the first frame and the last, whose tokens are one sequence.
         tokens = config.pos_embed_seq_len
         shape = (1, 257) if tokens is None else (2, tokens // 2)
-        images = torch.zeros(*shape, config.image_dim, device=device)
+        images = torch.zeros(*shape, config.image_dim)
     return lambda: model(
-        torch.zeros(1, config.in_channels, *latent, device=device),
-        timestep=torch.zeros(1, device=device),
-        encoder_hidden_states=torch.zeros(1, 512, config.text_dim, device=device),
+        torch.zeros(1, config.in_channels, *latent),
+        timestep=torch.zeros(1),
+        encoder_hidden_states=torch.zeros(1, 512, config.text_dim),
         encoder_hidden_states_image=images,
     )
 
@@ -141,10 +141,36 @@ def test_dit_does_what_is_planned(
     model = MHLADiTTransformer2DModel(**DIT, attention=attention, mhla_config=mhla_config)
     planned = plan(save_config(model, tmp_path), *size)
     kind = attention if isinstance(attention, str) else "mhla"
-    assert linear_layers in (0, planned.shape.linear_layers)
+    assert linear_layers in (0, planned.linear_layers)
     counted = count_flops(run_dit(model, *size))
     remainder = linear_layers * (planned.operator_flops(kind) / 16 + 3 * 2 * 16 * 32)
     assert 0 <= counted - planned.model_flops(kind) <= remainder
+
+
+def test_parts_of_a_dit_layer_are_those_of_the_formulas() -> None:
+    tokens, width = 32 * 16, 384
+    assert plan("DiT-S/2", 512, 256).layer_flops("softmax") == {
+        "attention operator": 4 * tokens**2 * width,
+        "projections q, k, v, out": 8 * tokens * width**2,
+        "gate and convolution": 0,
+        # Embedding of 256 sines, and six vectors out of it.
+        "modulation": 2 * (256 * width + width**2) + 12 * width**2,
+        "feed-forward": 16 * tokens * width**2,
+    }
+
+
+def test_parts_of_a_wan_layer_are_those_of_the_formulas(tmp_path: Path) -> None:
+    config = {**WAN_IMAGE, "_class_name": "WanTransformer3DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens, width = 3 * 3 * 5, 24
+    queries, text, image = (4 * n * width**2 for n in (tokens, 512, 257))
+    scores = 4 * tokens * (512 + 257) * width
+    found = plan(str(tmp_path / "config.json"), 48, 80, 9, gate=True, cpe=True).layer_flops("mhla")
+    assert found["projections q, k, v, out"] == 8 * tokens * width**2
+    assert found["gate and convolution"] == tokens * width * (2 * width + 2 * 27)
+    assert found["cross-attention"] == queries + text + image + scores
+    assert found["feed-forward"] == 4 * tokens * width * 40
+    assert "modulation" not in found  # a table, not a layer
 
 
 @pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])
@@ -162,49 +188,25 @@ def test_wan_does_what_is_planned(config: dict[str, Any], tmp_path: Path) -> Non
     assert planned.model_flops("softmax") == count_flops(run_wan(model, 3, 6, 10))
 
 
+def test_a_config_of_the_time_when_dit_had_no_class_is_that_of_dit(tmp_path: Path) -> None:
+    config = {**DIT, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "attention_type": "x"}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    model = DiTTransformer2DModel(**DIT)
+    assert plan(str(tmp_path), 256, 256).model_flops("softmax") == count_flops(run_dit(model, 256, 256))
+
+
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiT-XL/2", "Wan2.1-1.3B"])
-def test_presets_do_what_is_planned(name: str) -> None:
-    """In full size, without memory: on torch's meta device."""
+def test_presets_have_as_many_weights_as_published(name: str) -> None:
+    """Millions, DiT's of its Table 1 and Wan's of its name."""
+    config = {key: value for key, value in PRESETS[name].items() if key != "_class_name"}
     with torch.device("meta"):
-        if name.startswith("DiT"):
-            config = {key: value for key, value in PRESETS[name].items() if key != "_class_name"}
-            dit = DiTTransformer2DModel(**config)
-            size, call = (512, 512), run_dit(dit, 512, 512, device="meta")
-        else:
-            config = {key: value for key, value in PRESETS[name].items() if key != "_class_name"}
-            wan = WanTransformer3DModel(**config)
-            size, call = (480, 832, 81), run_wan(wan, 21, 60, 104, device="meta")
-    assert plan(name, *size).model_flops("softmax") == count_flops(call)
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [
-        (16, 16),
-        (32, 32),
-        (64, 64),
-        (21, 30, 50),
-        (21, 30, 52),
-        (1, 30, 52),
-        (7, 11),
-        (1, 1),
-        (2, 1),
-        (97, 101),
-    ],
-)
-def test_recommended_blocks_keep_mixing_cheap(grid: tuple[int, ...]) -> None:
-    layout = recommended_layout(grid)
-    tokens, blocks = layout.num_tokens, layout.num_blocks
-    assert blocks <= max(1, (tokens / 2) ** 0.5)
-    assert blocks == 1 or 2 * blocks**2 / (4 * tokens + 2 * blocks**2) <= 0.2
-    # Never far from as many as are allowed.
-    assert blocks >= 0.2 * (tokens / 2) ** 0.5 or tokens < 100
-
-
-def test_recommended_blocks_are_known_for_common_grids() -> None:
-    assert recommended_layout((32, 32)).blocks == (4, 4)
-    assert recommended_layout((128, 128)).blocks == (8, 8)
-    assert recommended_layout((21, 30, 50)).is_even
+        model = (DiTTransformer2DModel if name.startswith("DiT") else WanTransformer3DModel)(**config)
+    # Diffusers' DiT embeds time and class anew in each layer: not counted.
+    own = [p.numel() for key, p in model.named_parameters() if "norm1.emb" not in key]
+    expected = {"DiT-S/2": 33, "DiT-XL/2": 675, "Wan2.1-1.3B": 1300}[name]
+    assert sum(own) / 1e6 == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,9 @@ def test_recommended_blocks_are_known_for_common_grids() -> None:
         (("DiT-S/2", 256, 256, 5), "an image model has no frames, got frames=5"),
         (("Wan2.1-1.3B", 480, 832), "a video model needs frames"),
         (("Wan2.1-1.3B", 480, 832, 80), r"frames 80 .* nearest .* is 77 or 81"),
+        (("Wan2.1-1.3B", 480, 832, -3), r"frames -3 .* nearest .* is 1$"),
+        (("DiT-S/2", 0, 256), r"height 0 .* nearest .* is 16$"),
+        (("DiT-S/2", 256, 256, None, (32, 1)), r"16 tokens and cannot hold 32 blocks"),
         (("DiT-M/2", 256, 256), r"'DiT-M/2' is no folder or hub id .* none of DiT-S/2"),
     ],
     ids=str,
@@ -224,26 +229,117 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
         plan(*arguments)
 
 
-def test_layers_and_classes_that_cannot_be_planned_are_refused(tmp_path: Path) -> None:
+def test_layers_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 13"):
         plan("DiT-S/2", 256, 256, linear_layers=13)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "PixArtTransformer2DModel"}))
-    with pytest.raises(ValueError, match="is a PixArtTransformer2DModel; planned can be DiT"):
-        load_model_config(str(tmp_path))
+    with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 0"):
+        plan("DiT-S/2", 256, 256, linear_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"_class_name": "PixArtTransformer2DModel"}', "is a PixArtTransformer2DModel; planned can be DiT"),
+        ('{"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}', "is a Transformer2DModel; "),
+        ("{}", "is no config with a _class_name; planned can be DiT"),
+        ("[1]", "is no config with a _class_name; planned can be DiT"),
+        ("{", "is no folder or hub id with a config.json, and none of DiT-S/2, .* not a valid JSON"),
+        (None, "is no folder or hub id with a config.json, and none of DiT-S/2, "),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_planned_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError, match=f"(?s)^'?{path}'? {message}"):
+            load_model_config(str(path))
+
+
+def test_a_config_that_names_no_attention_has_the_default_blocks(tmp_path: Path) -> None:
+    config = {**DIT, "_class_name": "MHLADiTTransformer2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(str(tmp_path), 256, 256).layout.blocks == (4, 4)
+
+
+def test_a_folder_and_its_config_are_the_same_model(tmp_path: Path) -> None:
+    folder = save_config(DiTTransformer2DModel(**DIT), tmp_path)
+    assert load_model_config(folder) == load_model_config(str(tmp_path / "config.json"))
+    assert load_model_config(folder)["num_layers"] == 3
 
 
 def test_the_grid_is_that_of_the_autoencoder_and_the_patches() -> None:
     assert token_grid((2, 2), 512, 256) == (32, 16)
     assert token_grid((1, 2, 2), 480, 832, 81) == (21, 30, 52)
+    assert token_grid((1, 2, 2), 704, 1280, 121, vae_stride=16) == (31, 22, 40)
+    assert token_grid((2, 2, 2), 64, 64, 5) == (1, 4, 4)
+    with pytest.raises(ValueError, match="vae_stride must be at least 1 pixel for a latent, got 0"):
+        token_grid((2, 2), 512, 256, vae_stride=0)
+    with pytest.raises(ValueError, match=r"frames 9 does not divide into tokens of 8 .* is 5 or 13"):
+        token_grid((2, 2, 2), 64, 64, 9)
 
 
-def test_the_script_prints_a_table_of_at_most_100_columns() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "--model"]
-    size = ["--height", "720", "--width", "1280", "--frames", "81", "--gate", "true"]
-    table = subprocess.run([*command, "Wan2.1-14B", *size], capture_output=True, text=True, check=True).stdout
-    assert "21 x 45 x 80 = 75,600 tokens" in table
-    assert "whole model" in table
+def test_ranks_exchange_what_they_send_and_bytes_follow_the_dtype() -> None:
+    half, full = (plan("DiT-S/2", 512, 512, blocks=16, dtype=d) for d in ("bfloat16", "float32"))
+    assert half.operator_bytes == 4 * 1024 * 384 * 2
+    assert full.operator_bytes == 2 * half.operator_bytes == full.exchange_bytes("softmax")
+    # Summaries are float32 whatever the model is.
+    assert half.exchange_bytes("mhla") == full.exchange_bytes("mhla") == 16 * 6 * 64 * 65 * 4
+    assert half.exchange_bytes("linear") * 16 == half.exchange_bytes("mhla")
+
+
+def test_speedups_of_the_model_stay_below_the_limit() -> None:
+    found = plan("DiT-S/2", 512, 512, linear_layers=6)
+    whole = found.speedups("mhla")["whole model"]
+    assert 1 < whole < found.speedups("linear")["whole model"] < found.speedup_limit
+    assert whole < plan("DiT-S/2", 512, 512).speedups("mhla")["whole model"]
+    assert found.speedups("softmax") == dict.fromkeys(found.speedups("softmax"), 1)
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """In this process, as importing diffusers takes many times as long as planning."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    runpy.run_path(str(ROOT / "scripts" / "plan.py"), run_name="__main__")
+
+
+SIZE = ("--height", "720", "--width", "1280", "--frames", "81")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("Wan2.1-14B", *SIZE, "--gate", "true"), "21 x 45 x 80 = 75,600 tokens"),
+        (("Wan2.1-14B", *SIZE, "--blocks", "[3, 5, 10]", "--cpe", "true"), "blocks 3 x 5 x 10 = 150, each"),
+        (("Wan2.1-14B", *SIZE, "--linear_layers", "20", "--dtype", "float16"), "in 20 of 40 layers"),
+        (("DiT-XL/2", "--height", "4096", "--width", "4096"), "256 x 256 = 65,536 tokens"),
+        (("DiT-XL/2", "--height", "256", "--width", "256", "--blocks", "1"), "recommended: blocks 2 x 4 = 8"),
+    ],
+    ids=str,
+)
+def test_the_script_prints_a_table_of_at_most_100_columns(
+    arguments: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_script(monkeypatch, "--model", *arguments)
+    table = capsys.readouterr().out
+    assert expected in table
+    assert all(part in table for part in ("GFLOPs", "feed-forward", "whole model", "MB in a layer"))
     assert max(map(len, table.splitlines())) <= 100
-    wrong = subprocess.run([*command, "DiT-S/2", *size], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 1
-    assert wrong.stderr.endswith("error: an image model has no frames, got frames=81; leave it out\n")
+
+
+def test_the_script_says_what_is_wrong_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_script(monkeypatch, "--model", "DiT-S/2", *SIZE)
+    # A text as exit code goes to stderr, and the status is 1.
+    assert exit_.value.code == "error: an image model has no frames, got frames=81; leave it out"
+
+
+def test_an_unknown_option_of_the_script_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_script(monkeypatch, "--model", "DiT-S/2", "--height", "256", "--width", "256", "--heigth", "9")
+    assert exit_.value.code == 2
+    assert "heigth" in capsys.readouterr().err

@@ -150,8 +150,8 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
 
     - Cheap: M <= sqrt(N / 2), so that M^2 <= N and mixing is at most 20 % of the operator's H d^2 (4 N +
       2 M^2) FLOPs.
-    - Compact: an axis is cut into pieces of no less than half the block's longest side. A short axis may
-      stay whole.
+    - Compact: an axis is cut into pieces of no less than a third of the block's longest side. A short axis
+      may stay whole.
     - Of those layouts the one with the most blocks, then closest to a cube; if equal blocks come to more
       than half as many, the most equal blocks, which all operators and normalizers take.
 
@@ -182,7 +182,7 @@ def _block_counts(grid: tuple[int, ...], most: int) -> Iterator[tuple[int, ...]]
 
 def _is_compact(grid: tuple[int, ...], blocks: tuple[int, ...]) -> bool:
     sides = [tokens / count for tokens, count in zip(grid, blocks, strict=True)]
-    return all(count == 1 or 2 * side >= max(sides) for side, count in zip(sides, blocks, strict=True))
+    return all(count == 1 or 3 * side >= max(sides) for side, count in zip(sides, blocks, strict=True))
 
 
 def _elongation(grid: tuple[int, ...], blocks: tuple[int, ...]) -> float:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from mhla_diffusion.ops import BlockLayout
+from mhla_diffusion.ops import BlockLayout, recommended_layout
 
 LAYOUTS = [
     BlockLayout((8, 8), (2, 4)),
@@ -97,3 +99,48 @@ def test_an_impossible_number_of_blocks_names_the_nearest() -> None:
 def test_the_wrong_number_of_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected 16 tokens.*got 15"):
         BlockLayout((4, 4), (2, 2)).pack(torch.zeros(1, 15, 2))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        (16, 16), (32, 32), (45, 80), (64, 64), (128, 128), (21, 30, 50), (21, 30, 52), (21, 45, 80),
+        (1024, 1024), (33, 90, 160), (1, 30, 52), (14, 14), (7, 11), (97, 101), (63,), (1, 1), (2, 1), (2, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_recommended_blocks_keep_mixing_cheap_and_are_not_few(grid: tuple[int, ...]) -> None:
+    layout = recommended_layout(grid)
+    tokens, blocks = layout.num_tokens, layout.num_blocks
+    most = max(1, math.sqrt(tokens / 2))
+    assert blocks <= most
+    assert blocks == 1 or 2 * blocks**2 / (4 * tokens + 2 * blocks**2) <= 0.2
+    assert blocks >= most / 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "blocks"),
+    [
+        ((16, 16), (2, 4)),
+        ((32, 32), (4, 4)),
+        ((128, 128), (8, 8)),
+        ((21, 30, 50), (3, 3, 10)),
+        ((21, 30, 52), (3, 3, 13)),
+        ((21, 45, 80), (3, 5, 10)),
+    ],
+)
+def test_recommended_blocks_of_common_grids_are_whole(grid: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    layout = recommended_layout(grid)
+    assert layout.is_even
+    assert layout.blocks == blocks
+
+
+def test_recommended_blocks_are_ragged_where_whole_ones_would_be_few() -> None:
+    assert recommended_layout((97, 101)).blocks == (6, 11)  # both sides are prime
+
+
+def test_no_blocks_are_recommended_for_an_empty_grid() -> None:
+    with pytest.raises(ValueError, match="same number of axes"):
+        recommended_layout(())
+    with pytest.raises(ValueError, match="0 tokens"):
+        recommended_layout((0, 4))
