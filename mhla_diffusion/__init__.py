@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from mhla_diffusion.pipelines import MHLADiTPipeline, MHLAPipeline
 
     from .attention import MHLA, MHLAConfig
-    from .backbones import MHLAAttnProcessor, MHLADiTTransformer2DModel, convert_to_mhla
+    from .backbones import (
+        MHLAAttnProcessor,
+        MHLADiTTransformer2DModel,
+        MHLAWanTransformer3DModel,
+        convert_to_mhla,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,6 +24,7 @@ _HOMES = {
     "MHLAConfig": ".attention",
     "MHLAAttnProcessor": ".backbones",
     "MHLADiTTransformer2DModel": ".backbones",
+    "MHLAWanTransformer3DModel": ".backbones",
     "convert_to_mhla": ".backbones",
     "MHLADiTPipeline": ".pipelines",
     "MHLAPipeline": ".pipelines",
@@ -31,6 +37,7 @@ __all__ = [
     "MHLADiTPipeline",
     "MHLADiTTransformer2DModel",
     "MHLAPipeline",
+    "MHLAWanTransformer3DModel",
     "convert_to_mhla",
 ]
 

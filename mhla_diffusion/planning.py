@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mhla_diffusion.pipelines.auto import component_subfolder
 
 from .attention import MHLAConfig
-from .backbones.image import MHLADiTTransformer2DModel, layer_attention
+from .backbones import MHLADiTTransformer2DModel
+from .backbones.mixin import layer_attention
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
@@ -78,6 +79,7 @@ _MODELS: dict[str, tuple[type[Any], _Inputs]] = {
     "DiTTransformer2DModel": (MHLADiTTransformer2DModel, _dit_inputs),
     "MHLADiTTransformer2DModel": (MHLADiTTransformer2DModel, _dit_inputs),
     "WanTransformer3DModel": (WanTransformer3DModel, _wan_inputs),
+    "MHLAWanTransformer3DModel": (WanTransformer3DModel, _wan_inputs),
 }
 # What diffusers calls the parts of a layer, and we do.
 _PARTS = {"norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward"}
@@ -260,7 +262,7 @@ def load_model_config(model: str) -> dict[str, Any]:
             f"{model!r} is no folder or hub id with a config.json, and none of {', '.join(PRESETS)} ({error})"
         ) from error
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name == "MHLADiTTransformer2DModel":
+    if name in ("MHLADiTTransformer2DModel", "MHLAWanTransformer3DModel"):
         config = {"attention": "mhla", **config}  # its default
     # Checkpoints of the time when DiT was a Transformer2DModel.
     if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
@@ -288,11 +290,11 @@ def _mhla_settings(stored: dict[str, Any], config: Any) -> dict[str, Any]:
     kinds = layer_attention(stored.get("attention", "softmax"), mhla.layers, config.num_layers)
     if set(kinds) == {"softmax"}:
         return {"linear_layers": config.num_layers, "blocks": None, "gate": False, "cpe": False}
+    # The grid that a number of blocks in all is divided over.
+    grid = stored.get("sample_grid") or (config.sample_size // config.patch_size,) * 2
     return {
         "linear_layers": config.num_layers - kinds.count("softmax"),
-        "blocks": mhla.layout((config.sample_size // config.patch_size,) * 2).blocks
-        if "mhla" in kinds
-        else None,
+        "blocks": mhla.layout(tuple(grid)).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
     }

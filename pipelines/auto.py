@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from huggingface_hub import snapshot_download
 
 from mhla_diffusion.attention import MHLAConfig
-from mhla_diffusion.backbones import MHLADiTTransformer2DModel, convert_to_mhla
+from mhla_diffusion.backbones import (
+    MHLADiTTransformer2DModel,
+    MHLAWanTransformer3DModel,
+    convert_to_mhla,
+)
 
 from .image import MHLADiTPipeline
 
@@ -17,6 +21,8 @@ from .image import MHLADiTPipeline
 _PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
     "MHLADiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
     "DiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
+    "WanPipeline": (WanPipeline, MHLAWanTransformer3DModel),
+    "WanImageToVideoPipeline": (WanImageToVideoPipeline, MHLAWanTransformer3DModel),
 }
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -50,7 +56,8 @@ class MHLAPipeline:
                 token, cache_dir, device_map, components to use instead of stored ones, ...
 
         Returns:
-            :class:`MHLADiTPipeline` for class-conditional images.
+            :class:`MHLADiTPipeline` for class-conditional images; diffusers' own ``WanPipeline`` or
+            ``WanImageToVideoPipeline`` for video, around transformers with MHLA.
 
         Raises:
             ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
@@ -74,10 +81,14 @@ class MHLAPipeline:
             )
         pipeline_class, model_class = _PIPELINES[stored]
         pipeline = pipeline_class.from_pretrained(path, **kwargs)
-        if mhla_config is not None or not isinstance(pipeline.transformer, model_class):
+        if mhla_config is None and pipeline_class is MHLADiTPipeline:
             # With no layer named the model is the same function in our class, which runs any grid.
-            config = MHLAConfig(layers=()) if mhla_config is None else mhla_config
-            pipeline.register_modules(transformer=convert_to_mhla(pipeline.transformer, config))
+            mhla_config = None if isinstance(pipeline.transformer, model_class) else MHLAConfig(layers=())
+        if mhla_config is not None:
+            # Wan2.2 has a second transformer, for late steps.
+            names = [n for n in ("transformer", "transformer_2") if getattr(pipeline, n, None) is not None]
+            converted = {name: convert_to_mhla(getattr(pipeline, name), mhla_config) for name in names}
+            pipeline.register_modules(**converted)
         return pipeline
 
 

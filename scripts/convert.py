@@ -1,18 +1,22 @@
-"""Turn a stock softmax DiT into an MHLA model, ready for fine-tuning.
+"""Turn a stock softmax model into an MHLA model, or read a checkpoint of the public MHLA code.
 
 python scripts/convert.py --model facebook/DiT-XL-2-256 --out DIR [--mhla.blocks 16 --mhla.cpe zero]
+python scripts/convert.py --from official-wan-mhla --model CHECKPOINT --out DIR
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 from diffusers import DiTTransformer2DModel
 from jsonargparse import auto_cli
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline, convert_to_mhla
+from mhla_diffusion.backbones.official import load_official_wan
 from mhla_diffusion.training.checkpoints import write_atomically
 
 
@@ -23,34 +27,43 @@ def main(
     subfolder: str | None = None,
     revision: str | None = None,
     only_transformer: bool = False,
+    source: Literal["diffusers", "official-wan-mhla"] = "diffusers",
+    normalizer: Literal["none", "official"] = "none",
 ) -> None:
-    """Turn a stock softmax DiT into an MHLA model, ready for fine-tuning.
+    """Turn a stock softmax model into an MHLA model, or read a checkpoint of the public MHLA code.
 
     Args:
-        model: folder or hub id of a DiT pipeline; with only_transformer, of a DiT transformer.
+        model: folder or hub id of a DiT or Wan pipeline; with only_transformer, of a DiT transformer; with
+            ``--from official-wan-mhla`` a file or folder of weights.
         out: a folder that does not exist yet.
-        mhla: what the attention becomes.
+        mhla: what the attention becomes; not for official-wan-mhla, whose weights say it.
         subfolder: where the model lies in the folder or repository.
         revision: branch, tag or commit on the hub.
         only_transformer: the source is a transformer alone, not a pipeline.
+        source: what the model is; also written ``--from``.
+        normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if Path(out).exists():
         raise ValueError(f"{out} is there already; choose another folder")
-    source = {"subfolder": subfolder, "revision": revision}
-    if only_transformer:
-        stock = DiTTransformer2DModel.from_pretrained(model, **source)
-        converted = convert_to_mhla(stock, mhla)
+    place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
+    if source == "official-wan-mhla":
+        converted: Any = load_official_wan(model, normalizer=normalizer)
+        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
     else:
-        converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **source)
+        use = "it is a start for fine-tuning"
+        if only_transformer:
+            converted = convert_to_mhla(DiTTransformer2DModel.from_pretrained(model, **place), mhla)
+        else:
+            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
     write_atomically(Path(out), converted.save_pretrained)
-    logging.info(
-        "saved %s; it is a start for fine-tuning (scripts/train_image.py --model.init_from %s)", out, out
-    )
+    logging.info("saved %s; %s", out, use)
 
 
 if __name__ == "__main__":
     try:
-        auto_cli(main, as_positional=False, allow_abbrev=False)
+        # "from" is a word of Python, and cannot be a parameter.
+        arguments = [re.sub(r"^--from(?==|$)", "--source", argument) for argument in sys.argv[1:]]
+        auto_cli(main, args=arguments, as_positional=False, allow_abbrev=False)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion import MHLADiTTransformer2DModel
+from mhla_diffusion import MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
@@ -186,6 +186,16 @@ def test_wan_does_what_is_planned(config: dict[str, Any], tmp_path: Path) -> Non
     planned = plan(save_config(model, tmp_path), 48, 80, 9)
     assert planned.layout.grid == (3, 3, 5)
     assert planned.model_flops("softmax") == count_flops(run_wan(model, 3, 6, 10))
+
+
+def test_wan_with_mhla_does_what_is_planned(tmp_path: Path) -> None:
+    """But for the denominators, which are under a 1 / d of the operator."""
+    config = {"blocks": 5, "layers": [1], "gate": True}
+    model = MHLAWanTransformer3DModel(**WAN, mhla_config=config, sample_grid=(3, 3, 5))
+    planned = plan(save_config(model, tmp_path), 48, 80, 9)
+    assert (planned.linear_layers, planned.layout.num_blocks) == (1, 5)
+    counted = count_flops(run_wan(model, 3, 6, 10))
+    assert 0 <= counted - planned.model_flops("mhla") <= planned.operator_flops("mhla") / 12
 
 
 def test_a_config_of_the_time_when_dit_had_no_class_is_that_of_dit(tmp_path: Path) -> None:

@@ -3,5 +3,11 @@
 from .convert import convert_to_mhla
 from .image import MHLADiTTransformer2DModel
 from .processors import MHLAAttnProcessor
+from .video import MHLAWanTransformer3DModel
 
-__all__ = ["MHLAAttnProcessor", "MHLADiTTransformer2DModel", "convert_to_mhla"]
+__all__ = [
+    "MHLAAttnProcessor",
+    "MHLADiTTransformer2DModel",
+    "MHLAWanTransformer3DModel",
+    "convert_to_mhla",
+]

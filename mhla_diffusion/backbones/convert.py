@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel, ModelMixin, WanTransformer3DModel
 
 from ..attention import MHLAConfig
 from .image import MHLADiTTransformer2DModel
 from .rebuild import rebuild
+from .video import MHLAWanTransformer3DModel
 
 # Stock class -> the same model with MHLA.
-_CONVERTIBLE: dict[type[ModelMixin], type[Any]] = {DiTTransformer2DModel: MHLADiTTransformer2DModel}
+_CONVERTIBLE: dict[type[ModelMixin], type[Any]] = {
+    DiTTransformer2DModel: MHLADiTTransformer2DModel,
+    WanTransformer3DModel: MHLAWanTransformer3DModel,
+}
 
 
 def convert_to_mhla(
@@ -24,9 +28,9 @@ def convert_to_mhla(
     The model given is not changed.
 
     Args:
-        model: a :class:`diffusers.DiTTransformer2DModel`, or an MHLA model to be given another config. Then
-            mixing matrices carry over too, resized to the new blocks, and so do the convolutions, norms and
-            gates that both configs ask for.
+        model: a :class:`diffusers.DiTTransformer2DModel` or :class:`diffusers.WanTransformer3DModel`, or an
+            MHLA model to be given another config. Then mixing matrices carry over too, resized to the new
+            blocks, and so do the convolutions, norms and gates that both configs ask for.
         config: an :class:`MHLAConfig` or its dict.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import operator
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, TensorParallelConfig
+from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,14 +16,8 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..attention import MHLA, MHLAConfig
-from ..ops import recommended_layout
-from .processors import MHLAAttnProcessor
-from .rebuild import rebuild
-
-logger = logging.getLogger(__name__)
-
-ATTENTIONS = ("mhla", "linear", "softmax")
+from ..attention import MHLAConfig
+from .mixin import MHLAModelMixin, as_config, check_blocks, layer_attention
 
 # Stock DiTTransformer2DModel would ignore the fields it does not know and run softmax on these weights. It
 # does refuse an unknown norm_type, and quotes it: so the refusal says what to do.
@@ -50,7 +40,7 @@ class _FirstBlock(BasicTransformerBlock):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-class MHLADiTTransformer2DModel(DiTTransformer2DModel):
+class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
     """DiT with MHLA, plain linear or softmax attention in each layer, on grids of any shape.
 
     Takes every argument of :class:`diffusers.DiTTransformer2DModel` and two more. Its registered config
@@ -78,6 +68,7 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
+    _stock_class = "DiTTransformer2DModel"
     _supports_group_offloading = True
     # Tokens are spread over the ranks in front of the first block and gathered behind the last layer.
     _cp_plan: ClassVar[dict[str, Any]] = {
@@ -107,14 +98,11 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         attention: str | Sequence[str] = "mhla",
         mhla_config: MHLAConfig | dict[str, Any] | None = None,
     ) -> None:
-        if mhla_config is None:
-            mhla_config = MHLAConfig()
-        elif not isinstance(mhla_config, MHLAConfig):
-            mhla_config = MHLAConfig.from_dict(dict(mhla_config))
+        mhla_config = as_config(mhla_config)
         kinds = layer_attention(attention, mhla_config.layers, num_layers)
         grid = (sample_size // patch_size,) * 2
         if "mhla" in kinds:
-            _check_blocks(mhla_config, grid)
+            check_blocks(mhla_config, grid)
         super().__init__(
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
@@ -133,30 +121,19 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
             norm_elementwise_affine=norm_elementwise_affine,
             norm_eps=norm_eps,
         )
-        self.layer_attention = kinds
         self.transformer_blocks[0].__class__ = _FirstBlock
-        for block, kind in zip(self.transformer_blocks, kinds, strict=True):
+        for block in self.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-            if kind != "softmax":
-                config = mhla_config if kind == "mhla" else dataclasses.replace(mhla_config, blocks=1)
-                block.attn1.set_processor(
-                    MHLAAttnProcessor(
-                        config, heads=num_attention_heads, head_dim=attention_head_dim, grid=grid
-                    )
-                )
+        self._build_attention(
+            [block.attn1 for block in self.transformer_blocks], attention, mhla_config,
+            heads=num_attention_heads, head_dim=attention_head_dim, grid=grid,
+        )  # fmt: skip
         self._reset_parameters()
         all_softmax = set(kinds) == {"softmax"}
         self.register_to_config(
             attention=attention if isinstance(attention, str) else list(attention),
             mhla_config=mhla_config.to_dict(),
             norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE,
-        )
-
-    @property
-    def mixing_blocks(self) -> tuple[int, ...]:
-        """Blocks along each axis, or ``(1, 1)`` where no layer mixes."""
-        return next(
-            (m.blocks for m in self.modules() if isinstance(m, MHLA) and m.mixing is not None), (1, 1)
         )
 
     def forward(
@@ -216,35 +193,6 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         output = torch.einsum("nhwpqc->nchpwq", hidden_states).reshape(-1, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
-        """As :meth:`diffusers.ModelMixin.enable_parallelism`, for linear attention in all layers.
-
-        With a :class:`diffusers.ContextParallelConfig` each rank holds a share of the tokens. Whatever its
-        degrees are called, ranks exchange key/value summaries only, see
-        :func:`mhla_diffusion.ops.mhla_parallel`. Token numbers that the ranks do not divide need
-        ``ulysses_anything=True``.
-
-        Raises:
-            ValueError: for layers with softmax attention, a convolution on v, or the normalizer
-                ``"official"``, which need the tokens of other ranks.
-        """
-        if getattr(config, "context_parallel_config", config) and not isinstance(
-            config, TensorParallelConfig
-        ):
-            self._check_context_parallel()
-        super().enable_parallelism(config=config, cp_plan=cp_plan)
-
-    def _check_context_parallel(self) -> None:
-        mhla = [module for module in self.modules() if isinstance(module, MHLA)]
-        if len(mhla) < len(self.transformer_blocks) or any(
-            module.cpe is not None or module.config.normalizer == "official" for module in mhla
-        ):
-            raise ValueError(
-                "context parallelism needs linear attention in every layer, without cpe and with normalizer "
-                f"'paper' or 'none'; this model has {', '.join(self.layer_attention)} and "
-                f"mhla_config {self.config.mhla_config}"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast leaves the table of positions in float32, as from_pretrained does: one function either way.
         positions = self.pos_embed.pos_embed
@@ -252,53 +200,6 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
         if self.pos_embed.pos_embed.dtype != positions.dtype:
             self.pos_embed.pos_embed = positions.to(self.pos_embed.pos_embed.device)
         return self
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As :meth:`diffusers.ModelMixin.from_pretrained`, and never with a weight that was not in the file.
-
-        ``mhla_config=`` with other blocks than the file has resizes the mixing matrices
-        (:func:`mhla_diffusion.ops.resize_mixing`); ``sample_size=`` changes the grid, and blocks grow or
-        shrink with it. Either is logged.
-
-        Raises:
-            ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
-                are converted, not loaded.
-        """
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        stored = cls.load_config(pretrained_model_name_or_path, **_of_hub(kwargs))
-        resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
-        wanted = kwargs.pop("mhla_config") if resized else None
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, output_loading_info=True, **kwargs
-            )
-        except (RuntimeError, ValueError) as error:
-            if ".processor.mixing" in str(error):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} holds mixing matrices for another number of blocks "
-                    "than its config.json says; put the right blocks there, or pass others as mhla_config= "
-                    f"to have them resized. ({error})"
-                ) from error
-            raise
-        missing = sorted(info["missing_keys"])
-        if resized and not missing:
-            blocks = model.mixing_blocks
-            model, changed = rebuild(model, cls, mhla_config=wanted)
-            logger.warning("mixing matrices resized, blocks %s to %s", blocks, model.mixing_blocks)
-            missing = changed["new"]
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
-                f"{missing[0]}. If it is a stock DiT, load it with diffusers.DiTTransformer2DModel and call "
-                "mhla_diffusion.convert_to_mhla(model, config), or run scripts/convert.py"
-            )
-        if model.config.sample_size != stored.get("sample_size", model.config.sample_size):
-            logger.warning(
-                "sample_size %d in place of %d: positions are interpolated, blocks %s stay in number",
-                model.config.sample_size, stored["sample_size"], model.mixing_blocks,
-            )  # fmt: skip
-        return (model, info) if output_loading_info else model
 
     def _reset_parameters(self) -> None:
         """The start of DiT's authors: Xavier, and blocks that begin as the identity.
@@ -323,55 +224,3 @@ class MHLADiTTransformer2DModel(DiTTransformer2DModel):
 
 # The name under which diffusers records the class in model_index.json, free of our file layout.
 MHLADiTTransformer2DModel.__module__ = "mhla_diffusion"
-
-
-def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What says where a checkpoint is, among the arguments of ``from_pretrained``."""
-    names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:
-    if stored is None or wanted is None:
-        return False
-    if not isinstance(wanted, MHLAConfig):
-        wanted = MHLAConfig.from_dict(dict(wanted))
-    return MHLAConfig.from_dict(stored).blocks != wanted.blocks
-
-
-def layer_attention(
-    attention: str | Sequence[str], layers: tuple[int, ...] | None, num_layers: int
-) -> list[str]:
-    """The attention of each layer.
-
-    Raises:
-        ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
-            list together with ``layers``.
-    """
-    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
-    if unknown := sorted(set(kinds) - set(ATTENTIONS)):
-        raise ValueError(
-            f"attention must be one of {', '.join(ATTENTIONS)}, got {', '.join(map(repr, unknown))}"
-        )
-    if len(kinds) != num_layers:
-        raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")
-    if layers is None:
-        return kinds
-    if not isinstance(attention, str):
-        raise ValueError("give attention as a list or mhla_config.layers, not both")
-    if outside := [i for i in layers if i >= num_layers]:
-        raise ValueError(
-            f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to {num_layers - 1}"
-        )
-    return [kind if i in layers else "softmax" for i, kind in enumerate(kinds)]
-
-
-def _check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
-    layout = config.layout(grid)
-    if layout.num_blocks**2 > layout.num_tokens:
-        warnings.warn(
-            f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
-            f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
-            f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
-            stacklevel=4,
-        )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from diffusers import ParallelConfig
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import MHLA
 from ..ops.features import RotaryEmbedding
 
 
 class MHLAAttnProcessor(MHLA):
-    """MHLA as a processor for diffusers' ``Attention``.
+    """MHLA as a processor for diffusers' ``Attention`` and Wan's.
 
     ``attn.set_processor(MHLAAttnProcessor(config, heads=..., head_dim=..., grid=...))``; whoever calls the
     layer passes the grid of its tokens along: ``attn(x, grid=(H, W))``. For cross-attention set
@@ -30,12 +30,15 @@ class MHLAAttnProcessor(MHLA):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        *,
         grid: tuple[int, ...] | None = None,
         key_grid: tuple[int, ...] | None = None,
-        rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
+
+        ``rotary_emb`` may also be as Wan has it: ``[1, N, 1, d]``, with each angle twice.
 
         Raises:
             ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
@@ -59,19 +62,34 @@ class MHLAAttnProcessor(MHLA):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and key_grid is None:
             key_grid = (encoder_hidden_states.shape[1],)
-        residual = hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
-        )
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
+        q = _project(hidden_states, attn.to_q, attn.norm_q, attn.heads)
+        k = _project(source, attn.to_k, attn.norm_k, attn.heads)
+        v = _project(source, attn.to_v, None, attn.heads)
         config = self._parallel_config and self._parallel_config.context_parallel_config
         out = super().__call__(
-            q, k, v, grid=grid, key_grid=key_grid, hidden_states=hidden_states, rotary_emb=rotary_emb,
-            key_mask=key_mask, group=config._flattened_mesh.get_group() if config else None,
+            q, k, v, grid=grid, key_grid=key_grid, hidden_states=hidden_states,
+            rotary_emb=None if rotary_emb is None else _pairs(rotary_emb), key_mask=key_mask,
+            group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
         out = attn.to_out[1](attn.to_out[0](out))
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
+        if getattr(attn, "residual_connection", False):
+            out = out + hidden_states
+        return out / getattr(attn, "rescale_output_factor", 1.0)
+
+
+def _project(x: Tensor, projection: nn.Module, norm: nn.Module | None, heads: int) -> Tensor:
+    """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
+    x = projection(x)
+    weight = getattr(norm, "weight", None)
+    if norm is not None and weight is not None and weight.shape[-1] == x.shape[-1]:
+        return norm(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x if norm is None else norm(x)
+
+
+def _pairs(rotary_emb: RotaryEmbedding) -> RotaryEmbedding:
+    """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]``."""
+    cos, sin = rotary_emb
+    if cos.ndim == 4 and cos.shape[2] == 1:
+        return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
+    return cos, sin
