@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhla_diffusion.pipelines import MHLADiTPipeline, MHLAPipeline
+    from mhla_diffusion.pipelines import MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline
 
     from .attention import MHLA, MHLAConfig
     from .backbones import (
@@ -28,6 +28,7 @@ _HOMES = {
     "convert_to_mhla": ".backbones",
     "MHLADiTPipeline": ".pipelines",
     "MHLAPipeline": ".pipelines",
+    "MHLAWanPipeline": ".pipelines",
 }
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "MHLADiTPipeline",
     "MHLADiTTransformer2DModel",
     "MHLAPipeline",
+    "MHLAWanPipeline",
     "MHLAWanTransformer3DModel",
     "convert_to_mhla",
 ]

@@ -2,5 +2,6 @@
 
 from .auto import MHLAPipeline
 from .image import MHLADiTPipeline
+from .video import MHLAWanPipeline
 
-__all__ = ["MHLADiTPipeline", "MHLAPipeline"]
+__all__ = ["MHLADiTPipeline", "MHLAPipeline", "MHLAWanPipeline"]

@@ -16,11 +16,13 @@ from mhla_diffusion.backbones import (
 )
 
 from .image import MHLADiTPipeline
+from .video import MHLAWanPipeline
 
 # What model_index.json says -> the pipeline that runs it, and the model class that it runs.
 _PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
     "MHLADiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
     "DiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
+    "MHLAWanPipeline": (MHLAWanPipeline, MHLAWanTransformer3DModel),
     "WanPipeline": (WanPipeline, MHLAWanTransformer3DModel),
     "WanImageToVideoPipeline": (WanImageToVideoPipeline, MHLAWanTransformer3DModel),
 }
@@ -56,7 +58,8 @@ class MHLAPipeline:
                 token, cache_dir, device_map, components to use instead of stored ones, ...
 
         Returns:
-            :class:`MHLADiTPipeline` for class-conditional images; diffusers' own ``WanPipeline`` or
+            :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLAWanPipeline` for video models
+            that this package trained; diffusers' own ``WanPipeline`` or
             ``WanImageToVideoPipeline`` for video, around transformers with MHLA.
 
         Raises:

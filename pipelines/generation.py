@@ -1,4 +1,4 @@
-"""Many images into a folder, with a manifest: in several processes, and resumable."""
+"""Many images or videos into a folder, with a manifest: in several processes, and resumable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mhla_diffusion.video_files import open_video, require_video_writer, write_video
+
 from .image import MHLADiTPipeline
+from .video import MHLAWanPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +63,7 @@ def generate_images(
     Raises:
         ValueError: for settings that do not fit, or a folder that holds something else.
     """
-    if num_images < 1 or batch_size < 1:
-        raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+    _check_counts("num_images", num_images, batch_size)
     if class_labels is not None and not class_labels:
         raise ValueError("class_labels is empty; leave it out for all classes")
     classes = pipeline.get_label_ids(
@@ -81,8 +83,73 @@ def generate_images(
         }
         for i in range(num_images)
     ]
-    folder, state = Path(out), PartialState()
-    manifest = _describe(pipeline) | call | {"batch_size": batch_size, "complete": False, "images": rows}
+    return _generate(pipeline, Path(out), "images", rows, batch_size=batch_size, call=call)
+
+
+def generate_videos(
+    pipeline: MHLAWanPipeline,
+    out: str | os.PathLike[str],
+    *,
+    prompts: Sequence[str],
+    num_videos: int | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+) -> Path:
+    """Write ``num_videos`` MP4 files and manifest.json into a folder; as :func:`generate_images`.
+
+    Args:
+        pipeline: moved to the device of this process.
+        out: a new or empty folder, or that of an unfinished run.
+        prompts: video i shows ``prompts[i % len(prompts)]``.
+        num_videos: how many; one for each prompt by default.
+        seed: of the first video; video i has ``seed + i``.
+        batch_size: videos at a time, in one process.
+        num_inference_steps, guidance_scale, height, width, num_frames: see :meth:`MHLAWanPipeline.__call__`.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        ValueError: for settings that do not fit, or a folder that holds something else.
+        ImportError: when videos cannot be written.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list of one text or more, got {prompts!r}")
+    num_videos = len(prompts) if num_videos is None else num_videos
+    _check_counts("num_videos", num_videos, batch_size)
+    require_video_writer()
+    rows = [
+        {"file": f"{i:06d}.mp4", "prompt": prompts[i % len(prompts)], "seed": seed + i}
+        for i in range(num_videos)
+    ]
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    sizes = (("height", height), ("width", width), ("num_frames", num_frames))
+    call |= {name: size for name, size in sizes if size is not None}
+    return _generate(pipeline, Path(out), "videos", rows, batch_size=batch_size, call=call)
+
+
+def _check_counts(name: str, number: int, batch_size: int) -> None:
+    if number < 1 or batch_size < 1:
+        raise ValueError(f"{name} and batch_size must be at least 1, got {number} and {batch_size}")
+
+
+def _generate(
+    pipeline: Any,
+    folder: Path,
+    kind: str,
+    rows: list[dict[str, Any]],
+    *,
+    batch_size: int,
+    call: dict[str, Any],
+) -> Path:
+    """Make what the rows of a manifest say, each batch in one process; ``kind`` is the rows' name there."""
+    state = PartialState()
+    manifest = _describe(pipeline) | call | {"batch_size": batch_size, "complete": False, kind: rows}
     _check_folder(folder, manifest)
     state.wait_for_everyone()  # all have looked before one writes
     if state.is_main_process:
@@ -90,19 +157,17 @@ def generate_images(
         _write_json(folder / MANIFEST, manifest)
     state.wait_for_everyone()
     pipeline.to(state.device)
-    batches = [rows[start : start + batch_size] for start in range(0, num_images, batch_size)]
-    _generate_batches(pipeline, folder, batches[state.process_index :: state.num_processes], call)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    _generate_batches(pipeline, folder, batches[state.process_index :: state.num_processes], call, kind)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_json(folder / MANIFEST, manifest | {"complete": True})
-        logger.info("%d images in %s", num_images, folder)
+        logger.info("%d %s in %s", len(rows), kind, folder)
     return folder / MANIFEST
 
 
 def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
     """One picture of a generated folder: a column for each class, in the order of the manifest.
-
-    Images smaller than 64 pixels are enlarged, each pixel to a square.
 
     Args:
         folder: as :func:`generate_images` leaves it.
@@ -115,28 +180,48 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
         by_class.setdefault(row["class_id"], []).append(row["file"])
     rows = min(rows, *(len(files) for files in by_class.values()))
     cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
-    grid = make_image_grid(cells, rows=rows, cols=len(by_class))
+    _save_cells(cells, Path(path), rows=rows, columns=len(by_class))
+
+
+def save_strips(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
+    """One picture of generated videos: a row of all frames for each, in the order of the manifest.
+
+    Args:
+        folder: as :func:`generate_videos` leaves it.
+        path: of the picture, which is replaced if it is there.
+        rows: videos, at most.
+    """
+    videos = json.loads((Path(folder) / MANIFEST).read_text())["videos"][:rows]
+    readers = [open_video(Path(folder) / row["file"]) for row in videos]
+    columns = readers[0].num_frames
+    cells = [Image.fromarray(frame) for reader in readers for frame in reader.read(range(columns))]
+    _save_cells(cells, Path(path), rows=len(readers), columns=columns)
+
+
+def _save_cells(cells: Sequence[Image.Image], path: Path, *, rows: int, columns: int) -> None:
+    """A grid of images of one size; those smaller than 64 pixels are enlarged, each pixel to a square."""
+    grid = make_image_grid(list(cells), rows=rows, cols=columns)
     factor = max(1, 64 // min(cells[0].size))
-    _save_image(
-        grid.resize((factor * grid.width, factor * grid.height), Image.Resampling.NEAREST), Path(path)
-    )
+    size = (factor * grid.width, factor * grid.height)
+    _save_image(grid.resize(size, Image.Resampling.NEAREST), path)
 
 
 def _generate_batches(
-    pipeline: MHLADiTPipeline, folder: Path, batches: list[list[dict[str, Any]]], call: dict[str, Any]
+    pipeline: Any, folder: Path, batches: list[list[dict[str, Any]]], call: dict[str, Any], kind: str
 ) -> None:
     pipeline.set_progress_bar_config(disable=True)
+    asked, save = ("class_id", _save_image) if kind == "images" else ("prompt", _save_video(pipeline))
     total, main = sum(map(len, batches)), PartialState().is_main_process
-    with tqdm(total=total, desc="generating", unit="image", disable=not main) as progress:
+    with tqdm(total=total, desc="generating", unit=kind.removesuffix("s"), disable=not main) as progress:
         for batch in batches:
             # A batch that was cut short is made again as a whole: a smaller one would differ by rounding.
             if not all((folder / row["file"]).exists() for row in batch):
                 generators = [torch.Generator().manual_seed(row["seed"]) for row in batch]
-                images = pipeline(
-                    [row["class_id"] for row in batch], generator=generators, return_dict=False, **call
+                made = pipeline(
+                    [row[asked] for row in batch], generator=generators, return_dict=False, **call
                 )[0]
-                for row, image in zip(batch, images, strict=True):
-                    _save_image(image, folder / row["file"])
+                for row, item in zip(batch, made, strict=True):
+                    save(item, folder / row["file"])
             progress.update(len(batch))
 
 
@@ -199,3 +284,12 @@ def _save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(partial, format="PNG")
     partial.replace(path)
+
+
+def _save_video(pipeline: MHLAWanPipeline) -> Callable[[Any, Path], None]:
+    def save(frames: Any, path: Path) -> None:
+        # [F, H, W, C] in 0 to 1
+        pixels = (frames * 255).round().astype("uint8")
+        write_video(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path, fps=pipeline.config.fps)
+
+    return save

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -14,7 +12,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMParallelScheduler,
     DDPMScheduler,
-    DiffusionPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
 )
@@ -22,19 +19,18 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo
 from torch import Tensor
 
 from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
-from .model_card import write_model_card
+from .model_card import CardedPipeline, Purpose
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 _LEARNED_VARIANCES = ("learned", "learned_range")
 
 
-class MHLADiTPipeline(DiffusionPipeline):
+class MHLADiTPipeline(CardedPipeline):
     """Generates images of given classes with an MHLA DiT; the sibling of :class:`diffusers.DiTPipeline`.
 
     Args:
@@ -47,6 +43,11 @@ class MHLADiTPipeline(DiffusionPipeline):
             ``"flow_prediction"``. Taken from the first scheduler when None, and held against later ones.
     """
 
+    purpose = Purpose(
+        "Class-conditional image generation",
+        task="unconditional-image-generation",
+        tag="class-conditional-image-generation",
+    )
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar = ["vae"]
     _callback_tensor_inputs: ClassVar = ["latents"]
@@ -279,40 +280,17 @@ class MHLADiTPipeline(DiffusionPipeline):
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> str | None:
-        """As :meth:`diffusers.DiffusionPipeline.save_pretrained`, with a model card.
+    def example_call(self) -> str:
+        return f"images = pipe({[next(iter(self.labels), 0)]!r}).images"
 
-        A README.md that somebody wrote or edited is left as it is.
-
-        Returns:
-            The address of the upload, if there was one.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
-        if push_to_hub:
-            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        write_model_card(self, save_directory, repo_id=repo_id)
-        if not push_to_hub:
-            return None
-        return self._upload_folder(
-            save_directory, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
-        )
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
-        """Upload to the hub: :meth:`save_pretrained` into a temporary folder with ``push_to_hub=True``."""
-        with tempfile.TemporaryDirectory() as folder:
-            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+    def sizes(self) -> dict[str, str]:
+        config = self.transformer.config
+        size = config.sample_size * self.vae_scale_factor
+        return {
+            "size": f"{size} x {size} pixels, {'pixel space' if self.vae is None else 'latents'}",
+            "classes": str(config.num_embeds_ada_norm),
+            "prediction": self.config.prediction_type,
+        }
 
 
 # The name under which diffusers records the class, free of our file layout.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData, create_repo
 
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
@@ -17,7 +20,7 @@ _BODY = """
 
 # {name}
 
-Class-conditional image generation with Multi-Head Linear Attention (MHLA,
+{purpose} with Multi-Head Linear Attention (MHLA,
 [arXiv 2601.07832](https://arxiv.org/abs/2601.07832)): attention in linear time over blocks of the token grid.
 
 {facts}
@@ -28,36 +31,105 @@ Class-conditional image generation with Multi-Head Linear Attention (MHLA,
 from mhla_diffusion import MHLAPipeline
 
 pipe = MHLAPipeline.from_pretrained("{name}")
-images = pipe({example}).images
+{call}
 ```
 """
 
 
-def write_model_card(pipeline: Any, folder: str | os.PathLike[str], *, repo_id: str) -> None:
+@dataclass(frozen=True)
+class Purpose:
+    """What a kind of pipeline is for.
+
+    Args:
+        text: the beginning of a sentence.
+        task: the hub's name for it.
+        tag: one more of the hub's tags.
+    """
+
+    text: str
+    task: str
+    tag: str
+
+
+class CardedPipeline(DiffusionPipeline):
+    """A pipeline that is saved with a model card."""
+
+    purpose: Purpose
+
+    def example_call(self) -> str:
+        """A line of Python that generates."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, str]:
+        """What it makes and of which size, as rows of the card."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str | None:
+        """As :meth:`diffusers.DiffusionPipeline.save_pretrained`, with a model card.
+
+        A README.md that somebody wrote or edited is left as it is.
+
+        Returns:
+            The address of the upload, if there was one.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
+        if push_to_hub:
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        write_model_card(self, save_directory, repo_id=repo_id)
+        if not push_to_hub:
+            return None
+        return self._upload_folder(
+            save_directory, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str | None:
+        """Upload to the hub: :meth:`save_pretrained` into a temporary folder with ``push_to_hub=True``."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+
+def write_model_card(pipeline: CardedPipeline, folder: str | os.PathLike[str], *, repo_id: str) -> None:
     """Write README.md into a folder, unless one that is not ours lies there."""
     path = os.path.join(folder, "README.md")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as existing:
             if _MARK not in existing.read():
                 return
-    example = repr([next(iter(pipeline.labels), 0)])
     facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(pipeline).items())
+    purpose = pipeline.purpose
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["mhla", "linear-attention", "class-conditional-image-generation"],
+        pipeline_tag=purpose.task,
+        tags=["mhla", "linear-attention", purpose.tag],
     )
-    body = _BODY.format(mark=_MARK, name=repo_id, facts=f"| | |\n|---|---|\n{facts}", example=example)
+    body = _BODY.format(
+        mark=_MARK,
+        name=repo_id,
+        purpose=purpose.text,
+        facts=f"| | |\n|---|---|\n{facts}",
+        call=pipeline.example_call(),
+    )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
     partial = f"{path}.partial"
     card.save(partial)
     os.replace(partial, path)
 
 
-def _facts(pipeline: Any) -> dict[str, str]:
+def _facts(pipeline: CardedPipeline) -> dict[str, str]:
     """What a reader of the card wants to know, as text."""
     transformer, config = pipeline.transformer, pipeline.transformer.config
-    size = config.sample_size * pipeline.vae_scale_factor
     # A stock DiT will do for a pipeline.
     kinds = Counter(getattr(transformer, "layer_attention", ["softmax"] * config.num_layers))
     attention = ", ".join(f"{kind} in {count} of {config.num_layers} layers" for kind, count in kinds.items())
@@ -74,9 +146,7 @@ def _facts(pipeline: Any) -> dict[str, str]:
         }
     facts |= {
         "parameters": f"{sum(p.numel() for p in transformer.parameters()):,}",
-        "size": f"{size} x {size} pixels, {'pixel space' if pipeline.vae is None else 'latents'}",
-        "classes": str(config.num_embeds_ada_norm),
-        "prediction": pipeline.config.prediction_type,
+        **pipeline.sizes(),
         "scheduler": type(pipeline.scheduler).__name__,
     }
     training = pipeline.config.training or {"training": "not recorded"}

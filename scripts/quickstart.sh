@@ -25,7 +25,7 @@ if [ ! -d $out/training/pipeline ]; then
 fi
 
 echo "== generating images"
-$launch scripts/generate.py --model $out/training/pipeline --out $out/generated --num 300 --batch_size 50 \
+$launch scripts/generate.py image --model $out/training/pipeline --out $out/generated --num 300 --batch_size 50 \
     --steps 16 --guidance 2.5 --grid $out/grid.png
 
 echo "== scoring them"

@@ -9,28 +9,9 @@ that ``--resume latest`` goes on from; 1 for an error.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 
-from mhla_diffusion.training import ImageTrainingConfig, parse_config, train_image
-
-
-def main() -> int:
-    logging.basicConfig(
-        # One voice: the other processes speak up for warnings alone.
-        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    config, resume = parse_config(ImageTrainingConfig, description=__doc__ or "")
-    try:
-        stopped_by = train_image(config, resume=resume)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    return 128 + stopped_by if stopped_by else 0
-
+from mhla_diffusion.training import ImageTrainingConfig, run_script, train_image
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(ImageTrainingConfig, train_image, description=__doc__ or ""))

@@ -46,6 +46,20 @@ def assert_close() -> Callable[..., None]:
 
 
 @pytest.fixture
+def text_parts() -> dict[str, Any]:
+    """A tokenizer that knows the lower-case letters and a random text encoder of width 16, as Wan's are."""
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(letter, -float(i)) for i, letter in enumerate("\u2581abcdefghijklmnopqrstuvwxyz")]
+    config = UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return {
+        "tokenizer": T5Tokenizer(vocab=pieces, extra_ids=0),
+        "text_encoder": UMT5EncoderModel(config).eval(),
+    }
+
+
+@pytest.fixture
 def run_processes() -> Callable[..., None]:
     """``run_processes(function, num_processes, *arguments)``: ``function(rank, *arguments)`` in a gloo group.
 

@@ -77,7 +77,18 @@ def test_a_stock_model_is_converted_fine_tuned_on_latents_and_scored(
         *("--trainer.max_steps", "2", "--trainer.batch_size", "4"),
     )
     succeed(
-        *("generate", "--model", training / "pipeline", "--out", images, "--num", "4", "--steps", "2"),
+        *(
+            "generate",
+            "image",
+            "--model",
+            training / "pipeline",
+            "--out",
+            images,
+            "--num",
+            "4",
+            "--steps",
+            "2",
+        ),
         *("--classes", '["cat", "dog"]', "--grid", tmp_path / "grid.png"),
     )
     assert Image.open(tmp_path / "grid.png").size == (128, 64 * 2)

@@ -1,11 +1,14 @@
-"""Training on accelerate: one trainer, its objectives, and the data of images."""
+"""Training on accelerate: one trainer, its objectives, and the data of images and videos."""
 
-from .config import changeable, parse_config
+from .adapters import LoraConfig
+from .config import changeable, parse_config, run_script
 from .data import DataConfig
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
 from .latents import LatentCacheConfig, cache_latents
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
-from .trainer import OptimizerConfig, Trainer, TrainerConfig, TrainingTask
+from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig, TrainingTask
+from .video import TextConfig, VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
+from .video_data import MovingDigitsConfig, VideoDataConfig
 
 __all__ = [
     "DDPM",
@@ -13,17 +16,27 @@ __all__ = [
     "FlowMatching",
     "ImageTrainingConfig",
     "LatentCacheConfig",
+    "LoraConfig",
     "ModelConfig",
+    "MovingDigitsConfig",
     "Objective",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "RunConfig",
     "SamplingConfig",
+    "TextConfig",
     "Trainer",
     "TrainerConfig",
     "TrainingTask",
+    "VideoDataConfig",
+    "VideoModelConfig",
+    "VideoSamplingConfig",
+    "VideoTrainingConfig",
     "build_objective",
     "cache_latents",
     "changeable",
     "parse_config",
+    "run_script",
     "train_image",
+    "train_video",
 ]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +56,42 @@ def parse_config(
         return config_class(**{name: values[name] for name in names}), values["resume"]
     except (ArgumentError, ValueError, TypeError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def run_script(
+    config_class: type[ConfigT],
+    train: Callable[..., int],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str = "",
+) -> int:
+    """A training script: read the config, train, and turn what comes of it into an exit code.
+
+    Args:
+        config_class: of the run.
+        train: called with the config and ``resume=``; returns the number of the signal that stopped it, or 0.
+        arguments: of the command line; the process's own by default.
+        description: for ``--help``.
+
+    Returns:
+        0, or 128 and the number of the signal.
+
+    Raises:
+        SystemExit: after a message, for an error of the user's.
+    """
+    logging.basicConfig(
+        # One voice: the other processes speak up for warnings alone.
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    config, resume = parse_config(config_class, arguments, description=description)
+    try:
+        stopped_by = train(config, resume=resume)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from error
+    return 128 + stopped_by if stopped_by else 0
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -223,6 +223,8 @@ class ImageSamples:
         ValueError: for another number of channels.
     """
 
+    buckets = None
+
     def __init__(self, images: LabelledImages, *, channels: int, size: int, flip: bool = False) -> None:
         if channels not in _MODES:
             raise ValueError(

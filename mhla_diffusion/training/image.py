@@ -24,8 +24,8 @@ from .checkpoints import find_checkpoint
 from .config import as_dict, changeable
 from .data import DataConfig, ImageSamples, open_images
 from .latents import CachedLatents
-from .objectives import Objective, ObjectiveConfig, build_objective
-from .trainer import Trainer, TrainerConfig
+from .objectives import Objective, build_objective
+from .trainer import RunConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +105,13 @@ class SamplingConfig:
             raise ValueError("sampling.class_labels must name at least one class")
 
 
-@dataclass(frozen=True)
-class ImageTrainingConfig:
-    """A training run.
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainingConfig(RunConfig):
+    """A training run; see also :class:`RunConfig`.
 
     Args:
         model: see :class:`ModelConfig`.
         data: see :class:`DataConfig`.
-        trainer: see :class:`TrainerConfig`.
-        output_dir: where everything is written; new or empty unless the run is resumed.
-        objective: see :class:`ObjectiveConfig`.
         sampling: see :class:`SamplingConfig`.
         class_dropout: probability that a label is replaced by the null class, for guidance.
 
@@ -124,9 +121,6 @@ class ImageTrainingConfig:
 
     model: ModelConfig
     data: DataConfig
-    trainer: TrainerConfig
-    output_dir: str = changeable()
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     class_dropout: float = 0.1
 
@@ -151,13 +145,11 @@ class ImageTask:
     def sample_every(self) -> int:
         return self.sampling.every
 
-    def drop_conditioning(
-        self, conditioning: Mapping[str, Tensor], generators: Sequence[torch.Generator]
-    ) -> dict[str, Tensor]:
-        labels = conditioning["class_labels"]
+    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        labels = batch["class_labels"]
         draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
         dropped = (draws < self.class_dropout).to(labels.device)
-        return {**conditioning, "class_labels": labels.masked_fill(dropped, self.null_label)}
+        return {"class_labels": labels.masked_fill(dropped, self.null_label)}
 
     def pipeline(self, model: Any, training: Mapping[str, Any] | None = None) -> MHLADiTPipeline:
         """The model with its scheduler, autoencoder and class names."""
@@ -288,13 +280,6 @@ def train_image(config: ImageTrainingConfig, *, resume: str | None = None) -> in
         vae=source.load_vae() if isinstance(source, CachedLatents) else None,
     )
     trainer = Trainer(
-        config.trainer,
-        model=model,
-        objective=objective,
-        source=source,
-        task=task,
-        output_dir=Path(config.output_dir),
-        run_config=config,
-        checkpoint=checkpoint,
+        model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
     )
     return trainer.train()

@@ -73,6 +73,8 @@ class CachedLatents:
         ValueError: when there is no cache, or it is not finished.
     """
 
+    buckets = None
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():

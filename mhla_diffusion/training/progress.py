@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,21 +59,32 @@ class Progress:
 
 
 class Throughput:
-    """Optimizer steps per second of training, without sampling and saving."""
+    """Optimizer steps per second of training, without sampling and saving, and the wait for data in it."""
 
     def __init__(self) -> None:
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one step."""
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one step."""
+        started = time.perf_counter()
+        yield
         self._steps += 1
-        self._seconds += seconds
+        self._seconds += time.perf_counter() - started
 
-    def take(self) -> float:
-        """Steps per second since the last call."""
-        rate = self._steps / max(self._seconds, 1e-9)
-        self._steps, self._seconds = 0, 0.0
-        return rate
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch, inside a step."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def take(self) -> tuple[float, float]:
+        """Steps per second since the last call, and the share of the time that was spent waiting for data."""
+        seconds = max(self._seconds, 1e-9)
+        rate, share = self._steps / seconds, self._waited / seconds
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        return rate, share
 
 
 class MetricsFile:

@@ -7,9 +7,10 @@ alone. So a run is the same on any number of processes, workers and micro-batche
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +30,12 @@ class UnreadableSampleError(Exception):
 
 
 class SampleSource(Protocol):
-    """Where samples come from: a map from 0 .. len - 1 to dicts of tensors and numbers."""
+    """Where samples come from: a map from 0 .. len - 1 to dicts of tensors, numbers and texts."""
+
+    @property
+    def buckets(self) -> Sequence[int] | None:
+        """For each sample the number of its shape, as a batch has one shape; None when all are alike."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -90,14 +96,23 @@ class BatchShare:
 class StreamSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (sample number, index in the source), each epoch a new permutation.
 
-    An epoch may end inside a batch: the next one fills it up.
+    An epoch may end inside a batch: the next one fills it up. With buckets, each global batch is of one
+    bucket, and a bucket's last batch is filled up from its own first samples.
+
+    Args:
+        source: the samples.
+        share: how the batch divides.
+        steps: the optimizer steps to serve.
+        seed: of the run.
     """
 
-    def __init__(self, num_samples: int, share: BatchShare, steps: range, *, seed: int) -> None:
-        self.num_samples = num_samples
-        self.share = share
-        self.steps = steps
-        self.seed = seed
+    def __init__(self, source: SampleSource, share: BatchShare, steps: range, *, seed: int) -> None:
+        self.share, self.steps, self.seed = share, steps, seed
+        buckets = torch.as_tensor(source.buckets if source.buckets is not None else [0] * len(source))
+        self._members = [torch.nonzero(buckets == bucket).flatten() for bucket in buckets.unique()]
+        self._bucketed = len(self._members) > 1
+        batches = sum(-(-len(members) // share.batch_size) for members in self._members)
+        self._epoch_length = batches * share.batch_size if self._bucketed else len(source)
         self._epoch = -1
         self._order: list[int] = []
 
@@ -107,16 +122,29 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
                 yield [(number, self._index(number)) for number in self.share.numbers(step, micro_batch)]
 
     def _index(self, number: int) -> int:
-        epoch, position = divmod(number, self.num_samples)
+        epoch, position = divmod(number, self._epoch_length)
         if epoch != self._epoch:
-            generator = sample_generator(self.seed, epoch, FOR_ORDER)
             self._epoch = epoch
-            self._order = torch.randperm(self.num_samples, generator=generator).tolist()
+            self._order = self._permute(sample_generator(self.seed, epoch, FOR_ORDER))
         return self._order[position]
+
+    def _permute(self, generator: torch.Generator) -> list[int]:
+        shuffled = [members[torch.randperm(len(members), generator=generator)] for members in self._members]
+        if not self._bucketed:
+            return shuffled[0].tolist()
+        size = self.share.batch_size
+        whole = [members.repeat(-(-size // len(members)) + 1) for members in shuffled]
+        batches = [
+            batch
+            for members, repeated in zip(shuffled, whole, strict=True)
+            for batch in repeated[: -(-len(members) // size) * size].split(size)
+        ]
+        order = torch.randperm(len(batches), generator=generator)
+        return torch.cat([batches[i] for i in order]).tolist()
 
 
 class _NumberedSamples(Dataset[Any]):
-    """A source read by (sample number, index). The next readable sample stands in for one that is not."""
+    """A source read by (sample number, index). The next readable sample of the bucket stands in for one."""
 
     def __init__(self, source: SampleSource, seed: int) -> None:
         self.source = source
@@ -125,15 +153,21 @@ class _NumberedSamples(Dataset[Any]):
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, Mapping[str, Any], list[str]]:
         number, index = item
         unreadable: list[str] = []
-        for offset in range(len(self.source)):
+        for candidate in self._candidates(index):
             generator = sample_generator(self.seed, number, FOR_DATA)
             try:
-                sample = self.source.load((index + offset) % len(self.source), generator)
+                sample = self.source.load(candidate, generator)
             except UnreadableSampleError as error:
                 unreadable.append(str(error))
             else:
                 return number, sample, unreadable
-        raise ValueError(f"none of the {len(self.source)} samples can be read, first {unreadable[0]}")
+        raise ValueError(f"none of the {len(unreadable)} samples can be read, first {unreadable[0]}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        buckets, count = self.source.buckets, len(self.source)
+        for candidate in itertools.chain(range(index, count), range(index)):
+            if buckets is None or buckets[candidate] == buckets[index]:
+                yield candidate
 
 
 class SampleStream:
@@ -164,7 +198,7 @@ class SampleStream:
         self.unreadable: set[str] = set()
         self._loader = DataLoader(
             _NumberedSamples(source, seed),
-            batch_sampler=StreamSampler(len(source), share, steps, seed=seed),
+            batch_sampler=StreamSampler(source, share, steps, seed=seed),
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_collate,

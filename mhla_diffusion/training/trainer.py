@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import checkpoints
+from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
-from .objectives import Objective
+from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
 from .stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 
@@ -140,6 +140,25 @@ def _warn_of_idle_cores(num_processes: int) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every kind of training run has.
+
+    Args:
+        trainer: see :class:`TrainerConfig`.
+        output_dir: where everything is written; new or empty unless the run is resumed.
+        objective: see :class:`ObjectiveConfig`.
+        trainable: ``"all"`` weights, or those of self-``"attention"`` alone.
+        lora: with a rank, self-attention is trained in full and all else through adapters.
+    """
+
+    trainer: TrainerConfig
+    output_dir: str = changeable()
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainable: Literal["all", "attention"] = "all"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
 class TrainingTask(Protocol):
     """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
 
@@ -148,10 +167,11 @@ class TrainingTask(Protocol):
         """Steps between sample grids, 0 for none."""
         ...
 
-    def drop_conditioning(
-        self, conditioning: Mapping[str, Tensor], generators: Sequence[torch.Generator]
-    ) -> dict[str, Tensor]:
-        """The model's keyword arguments, some samples' replaced by the unconditional ones for guidance."""
+    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """The model's keyword arguments for a batch on the device, its ``"samples"`` taken out.
+
+        Some samples get the unconditional ones, for guidance.
+        """
         ...
 
     def sample(self, model: Any, device: torch.device) -> Image.Image:
@@ -173,13 +193,11 @@ class Trainer:
     the end, pipeline/.
 
     Args:
-        config: see :class:`TrainerConfig`.
         model: called as ``model(noisy, timestep=..., return_dict=False, **conditioning)``.
         objective: see :class:`Objective`.
         source: the data; all but ``"samples"`` in its batches is conditioning.
         task: see :class:`TrainingTask`.
-        output_dir: of the run.
-        run_config: dataclass of the whole run, saved and compared on resume.
+        run_config: of the whole run, saved and compared on resume.
         checkpoint: to go on from, as :func:`checkpoints.find_checkpoint` gives it.
 
     Raises:
@@ -188,18 +206,18 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainerConfig,
         *,
         model: Any,
         objective: Objective,
         source: SampleSource,
         task: TrainingTask,
-        output_dir: Path,
-        run_config: Any,
+        run_config: RunConfig,
         checkpoint: Path | None = None,
     ) -> None:
-        self.config, self.objective, self.source, self.task = config, objective, source, task
-        self.output_dir, self.run_config = output_dir, run_config
+        self.objective, self.source, self.task = objective, source, task
+        self.run_config, self.config = run_config, run_config.trainer
+        config, output_dir = self.config, Path(run_config.output_dir)
+        self.output_dir = output_dir
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -223,6 +241,7 @@ class Trainer:
         config, optim = self.config, self.config.optimizer
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        set_trainable(model, self.run_config.trainable, self.run_config.lora)
         model.train()
         optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -271,13 +290,12 @@ class Trainer:
         with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
             batches, throughput = iter(stream), Throughput()
             while self.progress.step < self.config.max_steps:
-                started = time.perf_counter()
-                grad_norm = self._step(batches)
-                throughput.add(time.perf_counter() - started)
+                with throughput.step():
+                    grad_norm = self._step(batches, throughput)
                 bar.update()
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
-                    self._log(grad_norm, throughput.take())
+                    self._log(grad_norm, throughput)
                 if self.task.sample_every and self._due(self.task.sample_every):
                     self._save_samples()
                 if stop or self._due(self.config.checkpoint_every):
@@ -310,13 +328,15 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
 
-    def _step(self, batches: Iterator[tuple[list[int], dict[str, Tensor]]]) -> Tensor:
+    def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
         """One optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
         losses = []
         for _ in range(self.share.micro_batches):
+            with throughput.waiting():
+                batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                loss = self._loss(*next(batches))
+                loss = self._loss(*batch)
                 losses.append(loss.detach())
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -328,11 +348,11 @@ class Trainer:
         self.progress.add(self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
         return grad_norm
 
-    def _loss(self, numbers: list[int], batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, numbers: list[int], batch: dict[str, Any]) -> Tensor:
         conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
         samples = conditioning.pop("samples")
         generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
-        conditioning = self.task.drop_conditioning(conditioning, generators)
+        conditioning = self.task.condition(conditioning, generators)
         return self.objective.loss(self.model, samples, conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
@@ -343,12 +363,14 @@ class Trainer:
             self.accelerator.gather(torch.tensor([request.signal], device=self.accelerator.device)).max()
         )
 
-    def _log(self, grad_norm: Tensor | None, steps_per_second: float) -> None:
+    def _log(self, grad_norm: Tensor | None, throughput: Throughput) -> None:
+        steps_per_second, waiting = throughput.take()
         values = {
             "loss": self.progress.mean_loss(),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "grad_norm": math.nan if grad_norm is None else float(grad_norm),
-            "images_per_second": steps_per_second * self.config.batch_size,
+            "samples_per_second": steps_per_second * self.config.batch_size,
+            "waiting_for_data": waiting,
         }
         self.progress.start_interval()
         if self.accelerator.is_main_process:
@@ -425,7 +447,9 @@ class Trainer:
             if self.accelerator.is_main_process:
                 # A copy in one piece, as the trained model may be sharded. The weights are views: copy now.
                 whole = type(model).from_config(model.config)
+                set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
+                merge_adapters(whole)
         if self.accelerator.is_main_process:
             folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
             checkpoints.write_atomically(folder, lambda path: self.task.save_pipeline(whole, path, facts))
@@ -447,4 +471,6 @@ class Trainer:
         return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.accelerator.unwrap_model(self.model).parameters())
+        """The trained ones, which are those that are averaged."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -146,11 +146,11 @@ def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path
         f"--model {tmp_path / 'model'} --num 7 --batch_size 3 --steps 2 --seed 5 --classes [a,2]".split()
     )
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, SCRIPTS / "generate.py", *arguments, "--out", one], check=True)
+    subprocess.run([sys.executable, SCRIPTS / "generate.py", "image", *arguments, "--out", one], check=True)
     accelerate = Path(sys.executable).with_name("accelerate")
     launch = "launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [accelerate, *launch.split(), "--main_process_port", "0"]
-    subprocess.run([*command, SCRIPTS / "generate.py", *arguments, "--out", two], check=True)
+    subprocess.run([*command, SCRIPTS / "generate.py", "image", *arguments, "--out", two], check=True)
     assert contents(one) == contents(two)
     assert len(contents(one)) == 7
     rows = json.loads((two / MANIFEST).read_text())["images"]

@@ -199,7 +199,7 @@ def test_a_single_label_is_a_single_image(make_pipeline: MakePipeline) -> None:
         ({"output_type": "jpg"}, r"output_type 'jpg' is not one of pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\] are not among \['latents'\]"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_arguments_that_do_not_fit_are_refused(
     make_pipeline: MakePipeline, arguments: dict[str, Any], message: str

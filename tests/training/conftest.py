@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train_image.py"
+SCRIPTS = ROOT / "scripts"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -84,14 +85,16 @@ def write_settings(tmp_path: Path, settings: dict[str, Any]) -> Callable[[], Pat
 
 @pytest.fixture
 def start(write_settings: Callable[[], Path]) -> Callable[..., subprocess.Popen[str]]:
-    """Starts scripts/train_image.py, under ``accelerate launch`` for several processes."""
+    """Starts a training script, under ``accelerate launch`` for several processes."""
 
-    def start(*arguments: str, num_processes: int = 1, **kwargs: Any) -> subprocess.Popen[str]:
+    def start(
+        *arguments: str, num_processes: int = 1, script: str = "train_image.py", **kwargs: Any
+    ) -> subprocess.Popen[str]:
         launch = [sys.executable]
         if num_processes > 1:
             launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
             launch += ["--num_processes", str(num_processes), "--main_process_port", "0"]
-        command = [*launch, str(SCRIPT), "--config", str(write_settings()), *arguments]
+        command = [*launch, str(SCRIPTS / script), "--config", str(write_settings()), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,
@@ -111,6 +114,12 @@ def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run
+
+
+@pytest.fixture
+def run_video(run: Run) -> Run:
+    """Runs scripts/train_video.py to its end."""
+    return functools.partial(run, script="train_video.py")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from mhla_diffusion.training.stream import BatchShare, SampleStream, StreamSampl
 class Numbers:
     """Samples that say which they are; those in ``broken`` cannot be read."""
 
-    def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
-        self.count, self.broken = count, broken
+    def __init__(self, count: int, broken: tuple[int, ...] = (), buckets: list[int] | None = None) -> None:
+        self.count, self.broken, self.buckets = count, broken, buckets
 
     def __len__(self) -> int:
         return self.count
@@ -52,6 +52,29 @@ def test_an_epoch_is_a_permutation_and_the_next_another() -> None:
     order = [index for index, _ in read(Numbers(10), BatchShare(4), range(5)).values()]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (1, 2)])
+def test_a_batch_is_of_one_bucket_and_an_epoch_has_every_sample(processes: int, micro_batches: int) -> None:
+    buckets = [0, 1, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0]  # eight, three and one
+    parts: dict[int, tuple[int, float]] = {}
+    for process in range(processes):
+        share = BatchShare(4, processes, process, micro_batches)
+        parts |= read(Numbers(12, buckets=buckets), share, range(8))
+    order = [parts[number][0] for number in sorted(parts)]
+    batches = [order[start : start + 4] for start in range(0, 32, 4)]
+    assert all(len({buckets[index] for index in batch}) == 1 for batch in batches)
+    for epoch in (batches[:4], batches[4:]):
+        assert {index for batch in epoch for index in batch} == set(range(12))
+    assert batches[:4] != batches[4:]
+
+
+def test_an_unreadable_sample_is_replaced_from_its_bucket() -> None:
+    buckets = [0, 1, 0, 1]
+    order = read(Numbers(4, broken=(1,), buckets=buckets), BatchShare(2), range(8))
+    served = [index for index, _ in order.values()]
+    assert set(served) == {0, 2, 3}
+    assert all(buckets[a] == buckets[b] for a, b in zip(served[::2], served[1::2], strict=True))
 
 
 def test_a_later_start_goes_on_in_the_middle_of_an_epoch() -> None:
@@ -92,5 +115,5 @@ def test_a_batch_that_does_not_divide() -> None:
 
 
 def test_the_sampler_keeps_no_position() -> None:
-    sampler = StreamSampler(5, BatchShare(2), range(4), seed=0)
+    sampler = StreamSampler(Numbers(5), BatchShare(2), range(4), seed=0)
     assert list(sampler) == list(sampler)

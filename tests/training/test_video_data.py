@@ -1,0 +1,207 @@
+"""Captioned clips: captions files, moving digits, sizes, and what cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
+from mhla_diffusion.training.stream import BatchShare, SampleStream
+from mhla_diffusion.training.video_data import (
+    MovingDigits,
+    VideoSamples,
+    direction,
+    open_videos,
+    prepare_clip,
+    read_captions,
+)
+from mhla_diffusion.video_files import write_video
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two wide videos and a tall one, 12 frames each at 8 a second, and one of 3 frames."""
+    sizes = {"wide-0": (12, 32, 64), "wide-1": (12, 32, 64), "tall": (12, 64, 32), "short": (3, 32, 64)}
+    lines = ["path,caption"]
+    for value, (name, (frames, *size)) in enumerate(sizes.items(), start=1):
+        write_video(np.full((frames, *size), 40 * value, np.uint8), tmp_path / f"{name}.mp4", fps=8)
+        lines.append(f"{name}.mp4,a {name} video")
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def samples(folder: Path, channels: int = 3, **kwargs: Any) -> VideoSamples:
+    config = VideoDataConfig(source="folder", path=str(folder), frames=8, **kwargs)
+    return VideoSamples(open_videos(config), config, channels=channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sample_is_a_clip_with_its_caption(folder: Path, channels: int) -> None:
+    sample = samples(folder, channels, sizes=((16, 24),)).load(1, torch.Generator())
+    assert sample["caption"] == "a wide-1 video"
+    assert sample["samples"].shape == (channels, 8, 16, 24)
+    assert sample["samples"].mean() == pytest.approx(80 / 127.5 - 1, abs=0.02)
+
+
+def test_clips_begin_at_random_frames(tmp_path: Path) -> None:
+    frames = np.broadcast_to(20 * np.arange(12, dtype=np.uint8)[:, None, None], (12, 32, 32))
+    write_video(frames, tmp_path / "a.mp4", fps=8)
+    (tmp_path / "captions.jsonl").write_text('{"path": "a.mp4", "caption": "brighter"}\n')
+    source = samples(tmp_path, 1, sizes=((32, 32),))
+    firsts = {
+        round(
+            float(source.load(0, torch.Generator().manual_seed(seed))["samples"][0, 0].mean() + 1)
+            * 127.5
+            / 20
+        )
+        for seed in range(30)
+    }
+    assert firsts == {0, 1, 2, 3, 4}
+
+
+def test_clips_go_to_the_nearest_size_and_batches_have_one(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = samples(folder, 1, sizes=((32, 16), (16, 32)))
+    assert source.buckets == [1, 1, 0, 1]
+    stream = SampleStream(source, BatchShare(2), range(6), seed=0)
+    shapes = []
+    for _, batch in stream:
+        shapes.append(tuple(batch["samples"].shape[-2:]))
+        tall = [caption == "a tall video" for caption in batch["caption"]]
+        assert all(tall) or not any(tall)
+    assert set(shapes) == {(32, 16), (16, 32)}
+    (message,) = stream.unreadable
+    assert "short.mp4: the clip is shorter than asked: 8 frames need 8 of the file's, which has 3" in message
+
+
+def test_workers_serve_the_same_clips(folder: Path) -> None:
+    source = samples(folder, 1, sizes=((16, 32),))
+    own, workers = (
+        [
+            batch["samples"]
+            for _, batch in SampleStream(source, BatchShare(2), range(3), seed=1, num_workers=n)
+        ]
+        for n in (0, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(own, workers, strict=True))
+
+
+def test_missing_videos_are_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (folder / "captions.csv").open("a") as file:
+        file.write("\nnowhere.mp4,nothing\n")
+    with caplog.at_level(logging.WARNING):
+        files = read_captions(folder)
+    assert len(files) == 5
+    assert "captions.csv, line 6: no such file" in caplog.text
+    assert "1 of 5 videos are missing and will be skipped" in caplog.text
+    stream = SampleStream(samples(folder, 1), BatchShare(5), range(2), seed=0)
+    assert len(list(stream)) == 2
+    assert any("nowhere.mp4: no such file" in message for message in stream.unreadable)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("captions.csv", "file,text\na.mp4,b\n", "line 1: the columns path and caption are needed"),
+        (
+            "captions.csv",
+            "path,caption\na.mp4,a cat, a dog\n",
+            "line 2: 2 columns are needed; a caption with",
+        ),
+        ("captions.csv", "path,caption\na.mp4,ok\nb.mp4\n", "line 3: 2 columns are needed"),
+        ("captions.csv", "path,caption\na.mp4,\n", "line 2: path and caption must be texts"),
+        ("captions.csv", "path,caption\n", "lists no videos"),
+        ("captions.csv", "path,caption\na.mp4,ok\n", r"none of the 1 videos .* exists, .*line 2"),
+        ("captions.jsonl", '{"path": "a.mp4", "caption": "ok"}\n{"path"\n', "line 2: not valid JSON"),
+        ("captions.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1: path and caption must be texts"),
+        ("captions.jsonl", "[1]\n", "line 1: path and caption must be texts"),
+        ("other.csv", "", "no captions at .*captions.csv: a CSV with the columns"),
+    ],
+)
+def test_a_bad_captions_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "folder"}, "folder needs data.path"),
+        ({"source": "films", "path": "x"}, "films takes no data.path"),
+        ({"source": "films", "frames": 0}, "must be positive"),
+        ({"source": "films", "sizes": ((0, 8),)}, "pairs of height and width"),
+        ({"source": "films", "captions": "x.csv"}, "data.captions is for data.source folder alone"),
+        ({"source": "moving_mnist", "fps": 8.0}, "data.fps is for data.source folder or films alone"),
+        ({"source": "moving_mnist", "sizes": ((16, 16),)}, "at least data.moving_digits.digit_size 28"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VideoDataConfig(**arguments)
+
+
+def test_latent_channels_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"videos have 1 or 3 channels, but model.in_channels is 16"):
+        samples(folder, channels=16)
+
+
+def test_digits_move_the_way_the_caption_says() -> None:
+    clips = MovingDigits(MovingDigitsConfig(digits=1, digit_size=20, num_clips=200), (64, 64))
+    ways = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+    checked = 0
+    for number, caption in enumerate(clips.captions):
+        frames = clips.read(number, length=2).astype(float)
+        where = np.array(
+            [[(f.sum(axis=1 - a) * np.arange(64)).sum() / f.sum() for a in (0, 1)] for f in frames]
+        )
+        if where.min() < 18 or where.max() > 45:
+            continue  # it may bounce at once
+        asked = sum(np.array(ways[word]) for word in caption.split("moving ")[1].split(" and "))
+        moved = where[1] - where[0]
+        assert asked @ moved / np.linalg.norm(asked) / np.linalg.norm(moved) > 0.85, caption
+        checked += 1
+    assert checked > 20
+
+
+def test_digits_stay_in_the_frame_and_move_evenly() -> None:
+    clips = MovingDigits(MovingDigitsConfig(num_clips=3), (64, 64))
+    assert clips.captions[0].count("digit") == 2
+    frames = clips.read(0, length=20)
+    assert (frames.shape, frames.dtype) == ((20, 64, 64), np.uint8)
+    assert np.array_equal(frames, clips.read(0, length=20))
+    assert not np.array_equal(frames, clips.read(1, length=20))
+    # Whole digits in every frame: nothing is cut off at the edges.
+    mass = frames.sum(axis=(1, 2)).astype(float)
+    assert mass.min() > 0.5 * mass.max()
+
+
+@pytest.mark.parametrize(
+    ("angle", "name"),
+    [(0, "right"), (np.pi / 2, "down"), (np.pi, "left"), (-np.pi / 4, "up and right"), (6.2, "right")],
+)
+def test_names_of_directions(angle: float, name: str) -> None:
+    assert direction(angle) == name
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 30, 3), (2, 9, 100, 3), (2, 16, 24)], ids=str)
+def test_clips_cover_their_size(shape: tuple[int, ...]) -> None:
+    clip = prepare_clip(np.full(shape, 100, np.uint8), size=(16, 24), channels=3)
+    assert clip.shape == (2, 3, 16, 24)
+    assert torch.equal(clip, torch.full_like(clip, 100))
+
+
+def test_films_are_cut_into_captioned_clips() -> None:
+    config = VideoDataConfig(source="films", frames=9, fps=8.0, sizes=((24, 32),))
+    source = VideoSamples(open_videos(config), config, channels=3)
+    assert len(source) == 10
+    assert len(set(source.captions)) == 10
+    sample = source.load(8, torch.Generator())
+    assert sample["samples"].shape == (3, 9, 24, 32)
+    assert "bow tie" in sample["caption"]
