@@ -154,7 +154,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         received["upload"] = {"repo_id": repo_id, "files": files, **options}
         return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr(mhla_diffusion.pipelines.image, "create_repo", create_repo)
+    monkeypatch.setattr(mhla_diffusion.pipelines.model_card, "create_repo", create_repo)
     monkeypatch.setattr(diffusers.utils.hub_utils, "upload_folder", upload_folder)
     return received
 
