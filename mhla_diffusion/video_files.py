@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 Frames = NDArray[np.uint8]
 Decoder = Literal["auto", "decord", "torchcodec"]
 
-EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-
 
 class UnreadableVideoError(ValueError):
     """A file that is no video that can be read; the message says why."""

@@ -173,3 +173,31 @@ def test_the_benchmark_prints_a_table() -> None:
         "--peers", "[mhla, linear]", "--repeats", "1", "--scaling", "false",
     )  # fmt: skip
     assert text.count("| d 64, H 6, N 1,024, M 16 |") == 1
+
+
+def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
+    clips, training, videos = tmp_path / "clips", tmp_path / "training", tmp_path / "videos"
+    export = ("export_videos", "--data.source", "films", "--data.sizes", "[[48, 64]]", "--out", clips)
+    succeed(*export, "--num", "3")
+    assert sorted(path.name for path in clips.iterdir()) == [
+        "000000.mp4", "000001.mp4", "000002.mp4", "captions.csv",
+    ]  # fmt: skip
+    refused = run(*export)
+    assert refused.returncode != 0
+    assert f"error: {clips} is there already; choose another folder" in refused.stderr
+    # As the README has it.
+    succeed(
+        *("train_video", "--config", "configs/video_wan_moving_mnist.yaml", "--output_dir", training),
+        *("--data.source", "folder", "--data.path", clips, "--data.frames", "8", "--data.fps", "8"),
+        *("--data.sizes", "[[32, 32], [24, 40]]", "--trainer.max_steps", "1", "--sampling.every", "0"),
+    )
+    made = ("generate", "video", "--model", training / "pipeline", "--out", videos, "--steps", "2")
+    succeed(*made, "--prompts", "[a red car]", "--strip", tmp_path / "strip.png")
+    assert json.loads((videos / "manifest.json").read_text())["videos"][0]["prompt"] == "a red car"
+    assert (videos / "000000.mp4").is_file()
+    assert Image.open(tmp_path / "strip.png").size == (8 * 64, 64)
+    other = run(
+        "generate", "image", "--model", training / "pipeline", "--num", "1", "--out", tmp_path / "images"
+    )
+    assert other.returncode != 0
+    assert "holds a MHLAWanPipeline: use scripts/generate.py video" in other.stderr

@@ -104,6 +104,23 @@ def write_config(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
+def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
+    """Check that a model's config has either ``init_from`` or every field of a shape but the optional ones.
+
+    Raises:
+        ValueError: otherwise, naming the fields.
+    """
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "init_from"}
+    given = [name for name, value in shape.items() if value is not None]
+    missing = [name for name in shape if name not in (*given, *optional)]
+    if config.init_from is not None and given:
+        raise ValueError(
+            f"model.init_from brings its own shape; remove model.{', model.'.join(given)}, or init_from"
+        )
+    if config.init_from is None and missing:
+        raise ValueError(f"a new model needs model.{', model.'.join(missing)}; or give model.init_from")
+
+
 def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings to one, its keys dotted."""
     flat: dict[str, Any] = {}

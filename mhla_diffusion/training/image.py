@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from mhla_diffusion.pipelines.auto import component_subfolder
 from ..attention import MHLAConfig
 from ..backbones.image import MHLADiTTransformer2DModel
 from .checkpoints import find_checkpoint
-from .config import as_dict, changeable
+from .config import as_dict, changeable, require_shape_or_init_from
 from .data import DataConfig, ImageSamples, open_images
 from .latents import CachedLatents
 from .objectives import Objective, build_objective
-from .trainer import RunConfig, Trainer
+from .trainer import RunConfig, SampleSheetConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -65,42 +65,25 @@ class ModelConfig:
     mhla: MHLAConfig | None = None
 
     def __post_init__(self) -> None:
-        shape = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "init_from"}
-        given = [name for name, value in shape.items() if value is not None]
-        optional = ("dropout", "attention", "mhla")
-        missing = [name for name in shape if name not in given and name not in optional]
-        if self.init_from is not None and given:
-            raise ValueError(
-                f"model.init_from brings its own shape; remove model.{', model.'.join(given)}, or init_from"
-            )
-        if self.init_from is None and missing:
-            raise ValueError(f"a new model needs model.{', model.'.join(missing)}; or give model.init_from")
+        require_shape_or_init_from(self, optional=("dropout", "attention", "mhla"))
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Pictures during training, of the averaged weights.
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(SampleSheetConfig):
+    """Images during training; see also :class:`SampleSheetConfig`.
 
     Args:
-        every: steps between them, 0 for none.
         class_labels: one row each.
         images_per_class: columns.
-        guidance_scale: strength of classifier-free guidance; 1 for none.
-        num_inference_steps: of the scheduler.
-        seed: of the noise, the same each time.
     """
 
-    every: int = changeable(0)
     class_labels: tuple[int, ...] = changeable((0,))
     images_per_class: int = changeable(4)
-    guidance_scale: float = changeable(4.0)
-    num_inference_steps: int = changeable(50)
-    seed: int = changeable(0)
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("images_per_class", 1), ("num_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.images_per_class < 1:
+            raise ValueError(f"sampling.images_per_class must be 1 or more, got {self.images_per_class}")
         if not self.class_labels:
             raise ValueError("sampling.class_labels must name at least one class")
 

@@ -159,6 +159,28 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleSheetConfig:
+    """Pictures during training, of the averaged weights.
+
+    Args:
+        every: steps between them, 0 for none.
+        guidance_scale: strength of classifier-free guidance; 1 for none.
+        num_inference_steps: of the scheduler.
+        seed: of the noise, the same each time.
+    """
+
+    every: int = changeable(0)
+    guidance_scale: float = changeable(4.0)
+    num_inference_steps: int = changeable(50)
+    seed: int = changeable(0)
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("num_inference_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
+
+
 class TrainingTask(Protocol):
     """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,9 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 from ..attention import MHLAConfig
 from ..backbones.video import MHLAWanTransformer3DModel
 from .checkpoints import find_checkpoint
-from .config import as_dict, changeable
+from .config import as_dict, changeable, require_shape_or_init_from
 from .objectives import Objective, build_objective
-from .trainer import RunConfig, Trainer
+from .trainer import RunConfig, SampleSheetConfig, Trainer
 from .video_data import VideoDataConfig, VideoSamples, open_videos
 
 logger = logging.getLogger(__name__)
@@ -60,15 +60,7 @@ class VideoModelConfig:
     mhla: MHLAConfig | None = None
 
     def __post_init__(self) -> None:
-        shape = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "init_from"}
-        given = [name for name, value in shape.items() if value is not None]
-        missing = [name for name in shape if name not in (*given, "attention", "mhla")]
-        if self.init_from is not None and given:
-            raise ValueError(
-                f"model.init_from brings its own shape; remove model.{', model.'.join(given)}, or init_from"
-            )
-        if self.init_from is None and missing:
-            raise ValueError(f"a new model needs model.{', model.'.join(missing)}; or give model.init_from")
+        require_shape_or_init_from(self, optional=("attention", "mhla"))
 
 
 @dataclass(frozen=True)
@@ -90,28 +82,18 @@ class TextConfig:
             raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
 
 
-@dataclass(frozen=True)
-class VideoSamplingConfig:
-    """Pictures during training, of the averaged weights: a row of frames for each prompt.
+@dataclass(frozen=True, kw_only=True)
+class VideoSamplingConfig(SampleSheetConfig):
+    """Videos during training, a row of frames each; see also :class:`SampleSheetConfig`.
 
     Args:
-        every: steps between them, 0 for none.
         prompts: one row each.
-        guidance_scale: strength of classifier-free guidance; 1 for none.
-        num_inference_steps: of the scheduler.
-        seed: of the noise, the same each time.
     """
 
-    every: int = changeable(0)
     prompts: tuple[str, ...] = changeable(())
-    guidance_scale: float = changeable(4.0)
-    num_inference_steps: int = changeable(50)
-    seed: int = changeable(0)
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
+        super().__post_init__()
         if self.every and not self.prompts:
             raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
 

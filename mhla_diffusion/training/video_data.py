@@ -113,10 +113,6 @@ class CaptionedVideos(Protocol):
 
     captions: list[str]
 
-    def name(self, index: int) -> str:
-        """What to call a video in a message or a file name."""
-        ...
-
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         """A clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
 
@@ -149,9 +145,6 @@ class VideoFiles:
         self.files, self.decoder = list(files), decoder
         self.captions = [file.caption for file in self.files]
 
-    def name(self, index: int) -> str:
-        return str(self.files[index].path)
-
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
         reader = open_video(file.path, decoder=self.decoder)
@@ -174,9 +167,6 @@ class MovingDigits:
     def __init__(self, config: MovingDigitsConfig, size: tuple[int, int]) -> None:
         self.config, self.size = config, size
         self.captions = [self._caption(number) for number in range(config.num_clips)]
-
-    def name(self, index: int) -> str:
-        return f"moving-mnist-{index:06d}"
 
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
         """The clip from its beginning, whatever ``fps`` and ``start``."""

@@ -122,9 +122,7 @@ def pixels(pipeline: MHLAWanPipeline, prompt: Any = "a cat", **arguments: Any) -
     return pipeline(prompt, **{**settings, **arguments}).frames
 
 
-def test_a_pipeline_on_pixels_has_the_size_it_was_trained_at(
-    pixel_pipeline: MHLAWanPipeline, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pipeline_on_pixels_has_the_size_it_was_trained_at(pixel_pipeline: MHLAWanPipeline) -> None:
     video = pixels(pixel_pipeline)
     assert video.shape == (1, 4, 1, 8, 12)
     assert 0 <= video.min() < video.max() <= 1

@@ -17,6 +17,7 @@ from torch import nn
 from mhla_diffusion import MHLAPipeline, MHLAWanTransformer3DModel
 from mhla_diffusion.training import (
     LoraConfig,
+    ObjectiveConfig,
     TextConfig,
     TrainerConfig,
     VideoDataConfig,
@@ -170,6 +171,7 @@ def test_a_pipelines_text_encoder_is_found(text_parts: dict[str, Any], tmp_path:
         ({"model": {"num_layers": 2}}, r"a new model needs model.patch_size, model.in_channels"),
         ({"model": {"init_from": "x", "num_layers": 2}}, r"init_from brings its own shape"),
         ({"text": {"encoder": "minilm", "max_length": 0}}, r"text.max_length must be 1 or more, got 0"),
+        ({"objective": {"name": "ddpm"}}, r"Wan is trained by flow matching"),
         ({"sampling": {"every": 5}}, r"sampling.prompts must have at least one"),
         ({"lora": {"rank": -1}}, r"lora.rank must be 0 or more, got -1"),
         ({"lora": {"alpha": 2.0}}, r"lora.alpha must be positive and needs a lora.rank"),
@@ -185,6 +187,7 @@ def test_configs_that_do_not_fit_are_refused(change: dict[str, Any], message: st
             trainer=TrainerConfig(batch_size=1, max_steps=1),
             output_dir="x",
             sampling=VideoSamplingConfig(**settings.get("sampling", {})),
+            objective=ObjectiveConfig(**settings.get("objective", {})),
             lora=LoraConfig(**settings.get("lora", {})),
             caption_dropout=settings.get("caption_dropout", 0.1),
         )

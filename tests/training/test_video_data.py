@@ -64,9 +64,7 @@ def test_clips_begin_at_random_frames(tmp_path: Path) -> None:
     assert firsts == {0, 1, 2, 3, 4}
 
 
-def test_clips_go_to_the_nearest_size_and_batches_have_one(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_clips_go_to_the_nearest_size_and_batches_have_one(folder: Path) -> None:
     source = samples(folder, 1, sizes=((32, 16), (16, 32)))
     assert source.buckets == [1, 1, 0, 1]
     stream = SampleStream(source, BatchShare(2), range(6), seed=0)
@@ -170,7 +168,7 @@ def test_digits_move_the_way_the_caption_says() -> None:
     assert checked > 20
 
 
-def test_digits_stay_in_the_frame_and_move_evenly() -> None:
+def test_digits_stay_whole_in_the_frame() -> None:
     clips = MovingDigits(MovingDigitsConfig(num_clips=3), (64, 64))
     assert clips.captions[0].count("digit") == 2
     frames = clips.read(0, length=20)
