@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .backbones import (
         MHLAAttnProcessor,
         MHLADiTTransformer2DModel,
+        MHLASanaVideoTransformer3DModel,
         MHLAWanTransformer3DModel,
         convert_to_mhla,
     )
@@ -24,6 +25,7 @@ _HOMES = {
     "MHLAConfig": ".attention",
     "MHLAAttnProcessor": ".backbones",
     "MHLADiTTransformer2DModel": ".backbones",
+    "MHLASanaVideoTransformer3DModel": ".backbones",
     "MHLAWanTransformer3DModel": ".backbones",
     "convert_to_mhla": ".backbones",
     "MHLADiTPipeline": ".pipelines",
@@ -38,6 +40,7 @@ __all__ = [
     "MHLADiTPipeline",
     "MHLADiTTransformer2DModel",
     "MHLAPipeline",
+    "MHLASanaVideoTransformer3DModel",
     "MHLAWanPipeline",
     "MHLAWanTransformer3DModel",
     "convert_to_mhla",

@@ -107,27 +107,23 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
     return reader
 
 
-def clip_indices(
-    num_frames: int, fps: float, *, length: int, clip_fps: float | None = None, start: float = 0.0
-) -> list[int]:
+def clip_indices(num_frames: int, *, length: int, step: float = 1.0, start: float = 0.0) -> list[int]:
     """Which frames of a video make a clip.
 
     Args:
-        num_frames, fps: of the video.
+        num_frames: of the video.
         length: frames of the clip.
-        clip_fps: frames per second of the clip; every frame of the video when None.
+        step: frames of the video from one of the clip to the next.
         start: where it begins, 0 (at the first frame) to 1 (as late as possible).
 
     Raises:
         UnreadableVideoError: when the video is too short for the clip.
     """
-    step = 1.0 if clip_fps is None else fps / clip_fps
     span = int((length - 1) * step) + 1
     if span > num_frames:
-        rate = "" if clip_fps is None else f" at {clip_fps:g} frames per second"
         raise UnreadableVideoError(
-            f"the clip is shorter than asked: {length} frames{rate} need {span} of the file's, which has "
-            f"{num_frames} ({fps:g} per second)"
+            f"the clip is shorter than asked: {length} frames, each {step:g} after the one before, need "
+            f"{span}, and there are {num_frames}"
         )
     first = min(int(start * (num_frames - span + 1)), num_frames - span)
     return [first + int(i * step) for i in range(length)]

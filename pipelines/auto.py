@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import (
+    DiffusionPipeline,
+    SanaImageToVideoPipeline,
+    SanaVideoPipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
 from huggingface_hub import snapshot_download
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import (
     MHLADiTTransformer2DModel,
+    MHLASanaVideoTransformer3DModel,
     MHLAWanTransformer3DModel,
     convert_to_mhla,
 )
@@ -25,6 +32,8 @@ _PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
     "MHLAWanPipeline": (MHLAWanPipeline, MHLAWanTransformer3DModel),
     "WanPipeline": (WanPipeline, MHLAWanTransformer3DModel),
     "WanImageToVideoPipeline": (WanImageToVideoPipeline, MHLAWanTransformer3DModel),
+    "SanaVideoPipeline": (SanaVideoPipeline, MHLASanaVideoTransformer3DModel),
+    "SanaImageToVideoPipeline": (SanaImageToVideoPipeline, MHLASanaVideoTransformer3DModel),
 }
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -51,16 +60,16 @@ class MHLAPipeline:
 
         Args:
             pretrained_model_name_or_path: a folder with model_index.json, or a hub id.
-            mhla_config: convert a stock softmax model to this on loading, see
-                :func:`mhla_diffusion.convert_to_mhla`. Without it a stock model keeps its softmax.
+            mhla_config: convert a stock model to this on loading, see
+                :func:`mhla_diffusion.convert_to_mhla`. Without it a stock model keeps its attention.
             subfolder: where the pipeline lies inside the folder or repository.
             kwargs: as for ``DiffusionPipeline.from_pretrained``: dtype, revision, variant, local_files_only,
                 token, cache_dir, device_map, components to use instead of stored ones, ...
 
         Returns:
             :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLAWanPipeline` for video models
-            that this package trained; diffusers' own ``WanPipeline`` or
-            ``WanImageToVideoPipeline`` for video, around transformers with MHLA.
+            that this package trained; diffusers' own ``WanPipeline``, ``SanaVideoPipeline`` or their forms
+            for image-to-video, around transformers with MHLA.
 
         Raises:
             ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.

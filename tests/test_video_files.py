@@ -110,25 +110,25 @@ def test_a_broken_file_is_named_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "fps", "length", "clip_fps", "start", "expected"),
+    ("num_frames", "length", "step", "start", "expected"),
     [
-        (20, 10, 4, None, 0.0, [0, 1, 2, 3]),
-        (20, 10, 4, None, 1.0, [16, 17, 18, 19]),
-        (20, 10, 4, 5, 0.0, [0, 2, 4, 6]),
-        (20, 10, 4, 4, 0.0, [0, 2, 5, 7]),
-        (3, 10, 4, 20, 0.0, [0, 0, 1, 1]),
-        (1, 10, 1, None, 0.5, [0]),
+        (20, 4, 1.0, 0.0, [0, 1, 2, 3]),
+        (20, 4, 1.0, 1.0, [16, 17, 18, 19]),
+        (20, 4, 2.0, 0.0, [0, 2, 4, 6]),
+        (20, 4, 2.5, 0.0, [0, 2, 5, 7]),
+        (3, 4, 0.5, 0.0, [0, 0, 1, 1]),
+        (1, 1, 1.0, 0.5, [0]),
     ],
 )
 def test_frames_of_a_clip(
-    num_frames: int, fps: float, length: int, clip_fps: float | None, start: float, expected: list[int]
+    num_frames: int, length: int, step: float, start: float, expected: list[int]
 ) -> None:
-    assert clip_indices(num_frames, fps, length=length, clip_fps=clip_fps, start=start) == expected
+    assert clip_indices(num_frames, length=length, step=step, start=start) == expected
 
 
 def test_a_video_shorter_than_the_clip_is_refused() -> None:
-    with pytest.raises(UnreadableVideoError, match=r"16 frames at 5 frames per second need 31 .* has 20"):
-        clip_indices(20, 10, length=16, clip_fps=5)
+    with pytest.raises(UnreadableVideoError, match=r"16 frames, each 2 after .* need 31, and there are 20"):
+        clip_indices(20, length=16, step=2)
 
 
 class _Opened(torch.utils.data.Dataset):

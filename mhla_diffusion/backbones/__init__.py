@@ -3,11 +3,12 @@
 from .convert import convert_to_mhla
 from .image import MHLADiTTransformer2DModel
 from .processors import MHLAAttnProcessor
-from .video import MHLAWanTransformer3DModel
+from .video import MHLASanaVideoTransformer3DModel, MHLAWanTransformer3DModel
 
 __all__ = [
     "MHLAAttnProcessor",
     "MHLADiTTransformer2DModel",
+    "MHLASanaVideoTransformer3DModel",
     "MHLAWanTransformer3DModel",
     "convert_to_mhla",
 ]

@@ -1,19 +1,25 @@
-"""Softmax models into MHLA models."""
+"""Stock models into MHLA models."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiTTransformer2DModel, ModelMixin, WanTransformer3DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    SanaVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 
 from ..attention import MHLAConfig
 from .image import MHLADiTTransformer2DModel
 from .rebuild import rebuild
-from .video import MHLAWanTransformer3DModel
+from .video import MHLASanaVideoTransformer3DModel, MHLAWanTransformer3DModel
 
 # Stock class -> the same model with MHLA.
 _CONVERTIBLE: dict[type[ModelMixin], type[Any]] = {
     DiTTransformer2DModel: MHLADiTTransformer2DModel,
+    SanaVideoTransformer3DModel: MHLASanaVideoTransformer3DModel,
     WanTransformer3DModel: MHLAWanTransformer3DModel,
 }
 
@@ -21,16 +27,17 @@ _CONVERTIBLE: dict[type[ModelMixin], type[Any]] = {
 def convert_to_mhla(
     model: ModelMixin, config: MHLAConfig | dict[str, Any] | None = None, *, output_loading_info: bool = False
 ) -> Any:
-    """A copy of a softmax model with MHLA in the layers that ``config.layers`` names (all by default).
+    """A copy of a stock model with MHLA in the layers that ``config.layers`` names (all by default).
 
     Every weight carries over, in its dtype and on its device; the mixing matrices and what else the config
     asks for are new and at their start. The result is not the same function: it is a start for fine-tuning.
     The model given is not changed.
 
     Args:
-        model: a :class:`diffusers.DiTTransformer2DModel` or :class:`diffusers.WanTransformer3DModel`, or an
-            MHLA model to be given another config. Then mixing matrices carry over too, resized to the new
-            blocks, and so do the convolutions, norms and gates that both configs ask for.
+        model: a :class:`diffusers.DiTTransformer2DModel`, :class:`diffusers.SanaVideoTransformer3DModel` or
+            :class:`diffusers.WanTransformer3DModel`, or an MHLA model to be given another config. Then mixing
+            matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
+            that both configs ask for.
         config: an :class:`MHLAConfig` or its dict.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
 

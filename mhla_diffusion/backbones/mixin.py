@@ -25,9 +25,12 @@ class MHLAModelMixin(ModelMixin):
     """Stands before a diffusers model class whose config has ``attention`` and ``mhla_config``.
 
     ``layer_attention`` says which attention each layer has; :meth:`_build_attention` sets it.
+
+    ``_stock_attention`` is the attention of the stock class: ``"softmax"``, or ``"linear"``.
     """
 
     _stock_class: ClassVar[str]
+    _stock_attention: ClassVar[str] = "softmax"
     layer_attention: list[str]
 
     def _build_attention(
@@ -41,9 +44,10 @@ class MHLAModelMixin(ModelMixin):
         grid: tuple[int, ...],
     ) -> None:
         """Put MHLA into the attention layers that ``attention`` and ``mhla_config.layers`` name."""
-        self.layer_attention = layer_attention(attention, mhla_config.layers, len(attentions))
+        stock = self._stock_attention
+        self.layer_attention = layer_attention(attention, mhla_config.layers, len(attentions), stock=stock)
         for layer, kind in zip(attentions, self.layer_attention, strict=True):
-            if kind != "softmax":
+            if kind != stock:
                 config = mhla_config if kind == "mhla" else dataclasses.replace(mhla_config, blocks=1)
                 layer.set_processor(MHLAAttnProcessor(config, heads=heads, head_dim=head_dim, grid=grid))
 
@@ -151,19 +155,18 @@ def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, 
 
 
 def layer_attention(
-    attention: str | Sequence[str], layers: tuple[int, ...] | None, num_layers: int
+    attention: str | Sequence[str], layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
 ) -> list[str]:
-    """The attention of each layer.
+    """The attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
 
     Raises:
         ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
             list together with ``layers``.
     """
     kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
-    if unknown := sorted(set(kinds) - set(ATTENTIONS)):
-        raise ValueError(
-            f"attention must be one of {', '.join(ATTENTIONS)}, got {', '.join(map(repr, unknown))}"
-        )
+    known = ATTENTIONS if stock == "softmax" else ("mhla", stock)
+    if unknown := sorted(set(kinds) - set(known)):
+        raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     if len(kinds) != num_layers:
         raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")
     if layers is None:
@@ -174,7 +177,7 @@ def layer_attention(
         raise ValueError(
             f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to {num_layers - 1}"
         )
-    return [kind if i in layers else "softmax" for i, kind in enumerate(kinds)]
+    return [kind if i in layers else stock for i, kind in enumerate(kinds)]
 
 
 def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import SanaVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..attention import MHLA, MHLAConfig
 from .mixin import MHLAModelMixin, as_config, check_blocks, layer_attention
 
 
-class _GridBlock(WanTransformerBlock):
+class _WanGridBlock(WanTransformerBlock):
     """A block that passes the grid of its tokens on to linear self-attention."""
 
     def forward(
@@ -69,8 +70,8 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
     """
 
     _stock_class = "WanTransformer3DModel"
-    _no_split_modules = ["_GridBlock"]  # noqa: RUF012
-    _repeated_blocks = ["_GridBlock"]  # noqa: RUF012
+    _no_split_modules = ["_WanGridBlock"]  # noqa: RUF012
+    _repeated_blocks = ["_WanGridBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -118,7 +119,7 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
             pos_embed_seq_len=pos_embed_seq_len,
         )
         for block in self.blocks:
-            block.__class__ = _GridBlock
+            block.__class__ = _WanGridBlock
         self._build_attention(
             [block.attn1 for block in self.blocks], attention, mhla_config,
             heads=num_attention_heads, head_dim=attention_head_dim, grid=grid,
@@ -210,5 +211,127 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
         return temb, modulation.unflatten(-1, (6, -1)), text if image is None else torch.cat((image, text), 1)
 
 
-# The name under which diffusers records the class in model_index.json, free of our file layout.
+class _SanaGridBlock(SanaVideoTransformerBlock):
+    """A block that passes the grid of its tokens on to MHLA."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        timestep: Tensor,
+        frames: int,
+        height: int,
+        width: int,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        grid = (frames, height, width)
+        # timestep: the modulation, [B, 1, 6 D], or [B, N, 6 D] where each token has a time of its own.
+        modulation = self.scale_shift_table + timestep.unflatten(-1, (6, -1))
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(dim=2)
+
+        normed = (self.norm1(hidden_states) * (1 + scale) + shift).type_as(hidden_states)
+        mhla = {"grid": grid} if isinstance(self.attn1.processor, MHLA) else {}
+        hidden_states = hidden_states + gate * self.attn1(normed, rotary_emb=rotary_emb, **mhla)
+
+        hidden_states = hidden_states + self.attn2(
+            hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
+        )
+
+        normed = (self.norm2(hidden_states) * (1 + ff_scale) + ff_shift).unflatten(1, grid)
+        return hidden_states + ff_gate * self.ff(normed).flatten(1, 3)
+
+
+class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DModel):
+    """SanaVideo with MHLA in place of its linear attention.
+
+    Takes every argument of :class:`diffusers.SanaVideoTransformer3DModel` and three more. Its registered
+    config rebuilds it. SanaVideo's own attention is MHLA with one block, so that MHLA with its mixing at the
+    start 1 / M is the stock model. Cross-attention to text stays softmax.
+
+    Args:
+        attention: ``"mhla"`` or ``"linear"`` (SanaVideo's own), for all layers that ``mhla_config.layers``
+            names or, as a list, for each layer.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        sample_grid: as for :class:`MHLAWanTransformer3DModel`.
+
+    Raises:
+        ValueError: for settings that do not fit together; the message says which and what to do.
+    """
+
+    _stock_class = "SanaVideoTransformer3DModel"
+    _stock_attention = "linear"
+    _no_split_modules = ["_SanaGridBlock", "SanaModulatedNorm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        num_attention_heads: int = 20,
+        attention_head_dim: int = 112,
+        num_layers: int = 20,
+        num_cross_attention_heads: int | None = 20,
+        cross_attention_head_dim: int | None = 112,
+        cross_attention_dim: int | None = 2240,
+        caption_channels: int = 2304,
+        mlp_ratio: float = 2.5,
+        dropout: float = 0.0,
+        attention_bias: bool = False,
+        sample_size: int = 30,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: int | None = None,
+        guidance_embeds: bool = False,
+        guidance_embeds_scale: float = 0.1,
+        qk_norm: str | None = "rms_norm_across_heads",
+        rope_max_seq_len: int = 1024,
+        attention: str | Sequence[str] = "mhla",
+        mhla_config: MHLAConfig | dict[str, Any] | None = None,
+        sample_grid: tuple[int, int, int] = (21, 30, 52),
+    ) -> None:
+        mhla_config = as_config(mhla_config)
+        grid = tuple(sample_grid)
+        if "mhla" in layer_attention(attention, mhla_config.layers, num_layers, stock="linear"):
+            check_blocks(mhla_config, grid)
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            num_layers=num_layers,
+            num_cross_attention_heads=num_cross_attention_heads,
+            cross_attention_head_dim=cross_attention_head_dim,
+            cross_attention_dim=cross_attention_dim,
+            caption_channels=caption_channels,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            attention_bias=attention_bias,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+            interpolation_scale=interpolation_scale,
+            guidance_embeds=guidance_embeds,
+            guidance_embeds_scale=guidance_embeds_scale,
+            qk_norm=qk_norm,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        for block in self.transformer_blocks:
+            block.__class__ = _SanaGridBlock
+        self._build_attention(
+            [block.attn1 for block in self.transformer_blocks], attention, mhla_config,
+            heads=num_attention_heads, head_dim=attention_head_dim, grid=grid,
+        )  # fmt: skip
+        self.register_to_config(
+            attention=attention if isinstance(attention, str) else list(attention),
+            mhla_config=mhla_config.to_dict(),
+            sample_grid=list(grid),
+        )
+
+
+# The names under which diffusers records the classes in model_index.json, free of our file layout.
+MHLASanaVideoTransformer3DModel.__module__ = "mhla_diffusion"
 MHLAWanTransformer3DModel.__module__ = "mhla_diffusion"

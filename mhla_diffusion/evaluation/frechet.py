@@ -30,9 +30,11 @@ class RunningStatistics:
 
     Args:
         dimension: length ``d`` of a feature.
+        ddof: 1 divides the scatter by N - 1, 0 by N.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, *, ddof: int = 1) -> None:
+        self.ddof = ddof
         self.count = 0
         self.mean: Array = np.zeros(dimension)
         self._scatter: Array = np.zeros((dimension, dimension))
@@ -62,27 +64,28 @@ class RunningStatistics:
 
     @property
     def covariance(self) -> Array:
-        """``C / (N - 1)``, ``[d, d]``.
+        """``C / (N - ddof)``, ``[d, d]``.
 
         Raises:
             ValueError: with fewer than two features, which have no covariance.
         """
         if self.count < 2:
-            raise ValueError(f"{self.count} image(s) have no covariance: at least 2 are needed")
-        return self._scatter / (self.count - 1)
+            raise ValueError(f"{self.count} sample(s) have no covariance: at least 2 are needed")
+        return self._scatter / (self.count - self.ddof)
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The Gaussian that stands for a set of images, and where its features came from.
+    """The Gaussian that stands for a set of samples, and where its features came from.
 
     Args:
         mu: mean, ``[d]``.
-        sigma: covariance with N - 1, ``[d, d]``.
-        count: number of images, None when not stated.
+        sigma: covariance, ``[d, d]``.
+        count: number of samples, None when not stated.
         extractor: name of the feature extractor, None when not stated.
         weights_sha256: hash of the extractor's weights, None when not stated.
-        fingerprint: hash of the images, None when not stated.
+        fingerprint: hash of the samples, None when not stated.
+        sampling: which frames of the videos they are of; None for images.
 
     Raises:
         ValueError: when the shapes do not fit or a value is not finite.
@@ -94,6 +97,7 @@ class FeatureStatistics:
     extractor: str | None = None
     weights_sha256: str | None = None
     fingerprint: str | None = None
+    sampling: str | None = None
 
     def __post_init__(self) -> None:
         if self.mu.ndim != 1 or self.sigma.shape != (len(self.mu), len(self.mu)):
@@ -111,7 +115,7 @@ class FeatureStatistics:
         """
         require_new_npz(path, overwrite=overwrite)
         known = {"n": self.count, "extractor": self.extractor, "sha256": self.weights_sha256}
-        known["fingerprint"] = self.fingerprint
+        known |= {"fingerprint": self.fingerprint, "sampling": self.sampling}
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in known.items() if value is not None}
         buffer = io.BytesIO()
         np.savez(buffer, mu=self.mu, sigma=self.sigma, **arrays)
@@ -128,7 +132,7 @@ class FeatureStatistics:
             with np.load(path, allow_pickle=False) as file:
                 known = {
                     key: file[key].item()
-                    for key in ("n", "extractor", "sha256", "fingerprint")
+                    for key in ("n", "extractor", "sha256", "fingerprint", "sampling")
                     if key in file
                 }
                 mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
@@ -139,6 +143,7 @@ class FeatureStatistics:
                 extractor=known.get("extractor"),
                 weights_sha256=known.get("sha256"),
                 fingerprint=known.get("fingerprint"),
+                sampling=known.get("sampling"),
             )
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"statistics file {path} cannot be used: {error}") from error

@@ -39,15 +39,15 @@ class SkippedFile:
 
 
 @dataclass(frozen=True)
-class ImageSetSummary:
+class SetSummary:
     """What was scored.
 
     Args:
         source: folder or file.
-        count: images that were scored; None when statistics do not state it.
-        fingerprint: hash of these images; None when statistics do not state it.
+        count: samples that were scored; None when statistics do not state it.
+        fingerprint: hash of these samples; None when statistics do not state it.
         skipped: files that could not be read.
-        unlisted: images in the folder that its manifest does not list, and that were left out.
+        unlisted: samples in the folder that its manifest does not list, and that were left out.
         manifest: what the manifest says of the whole set.
     """
 
@@ -61,7 +61,7 @@ class ImageSetSummary:
 
 @dataclass(frozen=True)
 class PictureRow:
-    """Real and generated images of one class, or of the whole sets (``label`` None)."""
+    """Real and generated samples of one class, or of the whole sets (``label`` None)."""
 
     label: str | None
     real: list[Picture]
@@ -70,27 +70,30 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores, the sets and the protocol they belong to, and some images of both.
+    """Scores, the sets and the protocol they belong to, and some samples of both.
 
     Args:
         scores: one entry a metric.
         real, generated: the two sets.
-        protocol: everything besides the images that the scores depend on.
-        pictures: rows of images for the page.
-        real_statistics: of the real images, to be saved and given instead of them the next time.
+        protocol: everything besides the samples that the scores depend on.
+        pictures: rows of samples for the page.
+        real_statistics: of the real samples, to be saved and given instead of them the next time.
+        kind: what the sets are of, ``"image"`` or ``"video"``.
     """
 
     scores: list[Score]
-    real: ImageSetSummary
-    generated: ImageSetSummary
+    real: SetSummary
+    generated: SetSummary
     protocol: dict[str, Any]
     pictures: list[PictureRow]
     real_statistics: FeatureStatistics
+    kind: str = "image"
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
             "scores": [asdict(score) for score in self.scores],
             "real": asdict(self.real),
             "generated": asdict(self.generated),

@@ -40,12 +40,15 @@ class MovingDigitsConfig:
         digits: in each clip.
         digit_size: side of a digit in pixels; MNIST's own is 28.
         speed: the way from frame to frame, as a share of the room that a digit has to move in.
+        bounce: start anywhere, at any angle, and bounce off the edges, as in the standard recipe. Otherwise
+            the digit goes straight through the middle of the frame, exactly as the caption says.
         num_clips: how many there are.
     """
 
     digits: int = 2
     digit_size: int = 28
     speed: float = 0.1
+    bounce: bool = True
     num_clips: int = 10_000
 
     def __post_init__(self) -> None:
@@ -54,6 +57,11 @@ class MovingDigitsConfig:
                 raise ValueError(f"moving_digits.{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 <= self.speed <= 1:
             raise ValueError(f"moving_digits.speed must be 0 to 1, got {self.speed}")
+        if not self.bounce and self.digits > 1:
+            raise ValueError(
+                f"moving_digits.digits must be 1 without bounce, got {self.digits}: all would "
+                "meet in the middle"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,11 @@ class VideoDataConfig:
             raise ValueError(f"data.frames and data.fps must be positive, got {self.frames} and {self.fps}")
         if not self.sizes or any(min(size) < 1 for size in self.sizes):
             raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
+        if not self.moving_digits.bounce and self.moving_digits.speed * (self.frames - 1) > 1:
+            raise ValueError(
+                f"without bounce a digit stays in the frame for data.frames {self.frames} with data.moving_digits.speed "
+                f"at most {1 / (self.frames - 1):.3g}, got {self.moving_digits.speed}"
+            )
         if self.source == "moving_mnist" and (
             len(self.sizes) > 1 or min(self.sizes[0]) < self.moving_digits.digit_size
         ):
@@ -150,9 +163,8 @@ class VideoFiles:
         reader = open_video(file.path, decoder=self.decoder)
         last = reader.num_frames - 1 if file.last is None else file.last
         try:
-            indices = clip_indices(
-                last + 1 - file.first, reader.fps, length=length, clip_fps=fps, start=start
-            )
+            step = 1.0 if fps is None else reader.fps / fps
+            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start)
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read([file.first + i for i in indices])
@@ -174,6 +186,8 @@ class MovingDigits:
         room = np.array(self.size) - self.config.digit_size
         # As in the standard recipe, positions are a share of the room on each axis.
         step = self.config.speed * np.stack((np.sin(angle), np.cos(angle)), axis=-1)
+        if not self.config.bounce:
+            position = 0.5 - step * (length - 1) / 2
         frames = np.zeros((length, *self.size), np.uint8)
         for frame in range(length):
             # A way that goes on straight through the edges, folded back into the room.
@@ -187,8 +201,9 @@ class MovingDigits:
     def _draw(self, index: int) -> tuple[Any, Any, Any]:
         """Which digits, where they start ``[n, 2]`` in 0 to 1 (row, column), and the angles ``[n]``."""
         random, n = np.random.default_rng(index), self.config.digits
-        choice = random.integers(len(self._labels), size=n)
-        return choice, random.random((n, 2)), random.random(n) * 2 * np.pi
+        choice, position = random.integers(len(self._labels), size=n), random.random((n, 2))
+        turn = random.random(n) if self.config.bounce else random.integers(8, size=n) / 8
+        return choice, position, turn * 2 * np.pi
 
     def _caption(self, index: int) -> str:
         choice, _, angles = self._draw(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.evaluation import FeatureExtractor
+from mhla_diffusion.evaluation.features import clean_resize
 
 
 def _mean_colours(images: Tensor) -> Tensor:
@@ -26,8 +28,9 @@ def extractor() -> FeatureExtractor:
         name="mean_colours",
         score_name="fd_mean_colours",
         dimension=12,
-        size=16,
+        prepare=partial(clean_resize, size=16),
         network=_mean_colours,
+        resize="to 16 x 16",
         normalization="none",
         weights="none",
         weights_sha256="0" * 64,

@@ -40,7 +40,7 @@ def weights(tmp_path: Path) -> Path:
 def test_inception_is_normalised_and_resized_by_clean_fid(weights: Path) -> None:
     extractor = load_extractor("inception", weights=weights, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    resized = extractor.resize(pixels)
+    resized = extractor.prepare(pixels)
     np.testing.assert_array_equal(resized, build_resizer("clean")(pixels).transpose(2, 0, 1))
     expected = (resized.reshape(-1)[:2048] - 128) / 128
     np.testing.assert_allclose(extractor(resized[None])[0], expected, rtol=0, atol=1e-6)

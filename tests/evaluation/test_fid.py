@@ -29,7 +29,7 @@ def test_score_is_the_distance_of_the_features(
     a, b = make_pixels(30, seed=0), make_pixels(25, seed=1, brightness=40)
     real, generated = write_folder("real", a), write_folder("generated", b)
     report = evaluate_images(real, generated, extractor=extractor, batch_size=7, num_workers=3)
-    features = [extractor(np.stack([extractor.resize(pixels) for pixels in images])) for images in (a, b)]
+    features = [extractor(np.stack([extractor.prepare(pixels) for pixels in images])) for images in (a, b)]
     moments = [
         (x.astype(np.float64).mean(axis=0), np.cov(x, rowvar=False, dtype=np.float64)) for x in features
     ]

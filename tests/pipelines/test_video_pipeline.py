@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -20,7 +22,12 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from mhla_diffusion import MHLAPipeline, MHLAWanPipeline, MHLAWanTransformer3DModel
+from mhla_diffusion import (
+    MHLAPipeline,
+    MHLASanaVideoTransformer3DModel,
+    MHLAWanPipeline,
+    MHLAWanTransformer3DModel,
+)
 from mhla_diffusion.pipelines.generation import generate_videos, save_strips
 from mhla_diffusion.video_files import open_video
 
@@ -93,6 +100,38 @@ def test_a_stock_pipeline_is_converted_on_loading_and_survives_saving(
     again = MHLAPipeline.from_pretrained(tmp_path / "mhla")
     assert isinstance(again.transformer, MHLAWanTransformer3DModel)
     torch.testing.assert_close(generate(again), frames)
+
+
+def test_a_sana_video_pipeline_is_converted_too(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    parts = make_pipeline().components
+    transformer = SanaVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
+    )  # fmt: skip
+    kept = {name: parts[name] for name in ("tokenizer", "text_encoder", "vae")}
+    stock = SanaVideoPipeline(**kept, transformer=transformer, scheduler=SCHEDULERS[1])
+    stock.save_pretrained(tmp_path / "stock")
+    config = {"blocks": [1, 1, 3], "layers": [1], "gate": True}
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "stock", mhla_config=config)
+    assert type(pipeline) is SanaVideoPipeline
+    assert isinstance(pipeline.transformer, MHLASanaVideoTransformer3DModel)
+    assert pipeline.transformer.layer_attention == ["linear", "mhla"]
+
+    def frames(pipeline: Any) -> Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            "a cat", height=32, width=64, frames=9, num_inference_steps=2, output_type="pt",
+            max_sequence_length=8, complex_human_instruction=None, use_resolution_binning=False,
+            generator=torch.Generator().manual_seed(0),
+        ).frames  # fmt: skip
+
+    made = frames(pipeline)
+    assert made.shape == (1, 9, 3, 32, 64)
+    assert made.isfinite().all()
+    pipeline.save_pretrained(tmp_path / "mhla")
+    again = MHLAPipeline.from_pretrained(tmp_path / "mhla")
+    assert isinstance(again.transformer, MHLASanaVideoTransformer3DModel)
+    torch.testing.assert_close(frames(again), made)
 
 
 def test_a_stock_pipeline_stays_itself_without_a_config(make_pipeline: MakePipeline, tmp_path: Path) -> None:

