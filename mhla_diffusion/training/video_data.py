@@ -105,8 +105,9 @@ class VideoDataConfig:
             raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
         if not self.moving_digits.bounce and self.moving_digits.speed * (self.frames - 1) > 1:
             raise ValueError(
-                f"without bounce a digit stays in the frame for data.frames {self.frames} with data.moving_digits.speed "
-                f"at most {1 / (self.frames - 1):.3g}, got {self.moving_digits.speed}"
+                f"without bounce a digit stays in the frame for data.frames {self.frames} with "
+                f"data.moving_digits.speed at most {1 / (self.frames - 1):.3g}, "
+                f"got {self.moving_digits.speed}"
             )
         if self.source == "moving_mnist" and (
             len(self.sizes) > 1 or min(self.sizes[0]) < self.moving_digits.digit_size
