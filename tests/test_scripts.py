@@ -68,7 +68,7 @@ def test_a_stock_model_is_converted_fine_tuned_on_latents_and_scored(
     assert "processor.mixing" in output, "what is new is said"
     assert 'MHLAPipeline.from_pretrained("mhla")' in (converted / "README.md").read_text()
     succeed(
-        *("cache_latents", "--vae", stock, "--size", "16", "--output_dir", latents),
+        *("cache_latents", "image", "--vae", stock, "--size", "16", "--output_dir", latents),
         *("--data.source", "folder", "--data.path", photos),
     )
     succeed(

@@ -6,9 +6,11 @@ from .data import DataConfig
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
 from .latents import LatentCacheConfig, cache_latents
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
+from .text import TextConfig
 from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig, TrainingTask
-from .video import TextConfig, VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
+from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
 from .video_data import MovingDigitsConfig, VideoDataConfig
+from .video_latents import VideoLatentCacheConfig, cache_video_latents
 
 __all__ = [
     "DDPM",
@@ -29,11 +31,13 @@ __all__ = [
     "TrainerConfig",
     "TrainingTask",
     "VideoDataConfig",
+    "VideoLatentCacheConfig",
     "VideoModelConfig",
     "VideoSamplingConfig",
     "VideoTrainingConfig",
     "build_objective",
     "cache_latents",
+    "cache_video_latents",
     "changeable",
     "parse_config",
     "run_script",

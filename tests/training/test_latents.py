@@ -102,7 +102,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
         path.write_bytes(b"")
     empty = dataclasses.replace(config, output_dir=f"{config.output_dir}-empty")
     cache_latents(empty)
-    with pytest.raises(ValueError, match="is empty: none of its images could be read"):
+    with pytest.raises(ValueError, match="is empty: none of its files could be read"):
         CachedLatents(empty.output_dir)
 
 

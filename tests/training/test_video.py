@@ -26,7 +26,8 @@ from mhla_diffusion.training import (
     VideoTrainingConfig,
 )
 from mhla_diffusion.training.adapters import merge_adapters, set_trainable
-from mhla_diffusion.training.video import build_model, load_text_encoder, warn_of_long_captions
+from mhla_diffusion.training.text import load_text_encoder, warn_of_long_captions
+from mhla_diffusion.training.video import build_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -105,7 +106,7 @@ def model() -> MHLAWanTransformer3DModel:
     return build_model(
         VideoModelConfig(**{**MODEL, "mhla": None}),
         text_dim=16,
-        data=VideoDataConfig(source="films", frames=4, sizes=((16, 16),)),
+        sizes=[(4, 16, 16)],
     )
 
 
@@ -194,15 +195,13 @@ def test_configs_that_do_not_fit_are_refused(change: dict[str, Any], message: st
 
 
 def test_clips_that_do_not_divide_into_patches_are_refused_with_the_nearest() -> None:
-    data = VideoDataConfig(source="films", frames=5, sizes=((16, 18),))
     with pytest.raises(ValueError, match=r"got \(5, 16, 18\); the nearest are \(4, 16, 16\)"):
-        build_model(VideoModelConfig(**{**MODEL, "mhla": None}), text_dim=16, data=data)
+        build_model(VideoModelConfig(**{**MODEL, "mhla": None}), text_dim=16, sizes=[(5, 16, 18)])
 
 
 def test_weights_for_another_text_encoder_are_refused(
     model: MHLAWanTransformer3DModel, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path)
-    data = VideoDataConfig(source="films", frames=4, sizes=((16, 16),))
     with pytest.raises(ValueError, match=r"takes text of width 16, but text.encoder gives 384"):
-        build_model(VideoModelConfig(init_from=str(tmp_path)), text_dim=384, data=data)
+        build_model(VideoModelConfig(init_from=str(tmp_path)), text_dim=384, sizes=[(4, 16, 16)])

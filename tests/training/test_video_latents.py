@@ -1,0 +1,182 @@
+"""Clips and captions encoded once, and a run on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.training import (
+    TextConfig,
+    TrainerConfig,
+    VideoDataConfig,
+    VideoLatentCacheConfig,
+    VideoModelConfig,
+    VideoTrainingConfig,
+    build_objective,
+    cache_video_latents,
+    train_video,
+)
+from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
+from mhla_diffusion.training.video_data import VideoSamples, open_videos
+from mhla_diffusion.training.video_latents import CachedVideoLatents
+from mhla_diffusion.video_files import write_video
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five videos of 12 frames, one of them upright, and captions."""
+    random, lines = np.random.default_rng(0), ["path,caption"]
+    for i, size in enumerate([(32, 48)] * 4 + [(48, 32)]):
+        write_video(random.integers(0, 255, (12, *size, 3), np.uint8), tmp_path / f"clips/{i}.mp4", fps=8)
+        lines.append(f"{i}.mp4,{'abcde'[: i + 1]}")
+    (tmp_path / "clips" / "captions.csv").write_text("\n".join(lines))
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def config(folder: Path, text_parts: dict[str, Any], tmp_path: Path) -> VideoLatentCacheConfig:
+    """Four latent channels, whose mean and deviation are not 0 and 1; the parts lie in a pipeline."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 1.0, 2.0, 4.0],
+    )  # fmt: skip
+    for name, part in {**text_parts, "vae": vae}.items():
+        part.save_pretrained(tmp_path / "wan" / name)
+    (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    return VideoLatentCacheConfig(
+        output_dir=str(tmp_path / "cache"),
+        vae=str(tmp_path / "wan"),
+        data=VideoDataConfig("folder", path=str(folder), frames=5, sizes=((16, 32), (32, 16)), fps=8),
+        text=TextConfig(encoder=str(tmp_path / "wan"), max_length=8),
+        clips=2,
+        shard_size=3,
+    )
+
+
+def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainingConfig:
+    shape: dict[str, Any] = {
+        "patch_size": (1, 2, 2), "in_channels": 4, "num_layers": 1, "num_attention_heads": 2,
+        "attention_head_dim": 12, "ffn_dim": 16, "mhla": MHLAConfig(blocks=(1, 1, 2)),
+    }  # fmt: skip
+    return VideoTrainingConfig(
+        model=VideoModelConfig(**{**shape, **model}),
+        data=VideoDataConfig("latents", path=cache.output_dir),
+        text=cache.text,
+        trainer=TrainerConfig(batch_size=2, max_steps=2, num_workers=0),
+        output_dir=f"{cache.output_dir}-run",
+    )
+
+
+@torch.no_grad()
+def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfig) -> None:
+    cache_video_latents(config)
+    cached = CachedVideoLatents(config.output_dir)
+    assert (len(cached), cached.channels, cached.fps) == (10, 4, 8)
+    assert cached.sizes == [(2, 2, 4), (2, 4, 2)]
+    assert cached.buckets == [0] * 8 + [1] * 2
+    vae = AutoencoderKLWan.from_pretrained(config.vae, subfolder="vae")
+    videos = VideoSamples(open_videos(config.data), config.data, channels=3)
+    for row in (0, 3, 9):
+        sample = videos.load(row // 2, torch.Generator().manual_seed(row))
+        latents = vae.encode(sample["samples"][None]).latent_dist.mode()[0]
+        mean, std = (
+            torch.tensor(values).view(4, 1, 1, 1) for values in ([0.1, 0.2, 0.3, 0.4], [0.5, 1, 2, 4])
+        )
+        loaded = cached.load(row, torch.Generator())
+        torch.testing.assert_close(loaded["samples"], (latents - mean) / std, atol=5e-3, rtol=0)  # float16
+        assert loaded["text"].shape == (8, 16)
+    texts = [cached.load(row, torch.Generator())["text"] for row in (0, 8)]
+    assert [int(text.any(dim=-1).sum()) for text in texts] == [3, 7], "the letters, a space and the end"
+
+
+def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCacheConfig) -> None:
+    cache_video_latents(config)
+    run = training_config(config)
+    latents = open_latents(run)
+    assert latents is not None
+    parts = build_parts(run, build_objective(run.objective), latents)
+    task = VideoTask(parts=parts, sampling=run.sampling, caption_dropout=0.5, data_name="x")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    rows = [latents.load(row, torch.Generator()) for row in range(8)]
+    cached = task.condition({"text": torch.stack([row["text"] for row in rows])}, generators)[
+        "encoder_hidden_states"
+    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
+    embedded = task.condition({"caption": captions}, generators)
+    assert torch.equal(cached, embedded["encoder_hidden_states"])
+    assert len({tuple(text.flatten().tolist()) for text in cached}) > 2
+
+
+def test_a_run_on_latents_leaves_a_pipeline_with_the_autoencoder(config: VideoLatentCacheConfig) -> None:
+    cache_video_latents(config)
+    run = training_config(config)
+    assert train_video(run) == 0
+    pipeline = MHLAPipeline.from_pretrained(Path(run.output_dir) / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config.fps == 8
+    assert pipeline("abc", num_inference_steps=2).frames.shape == (1, 5, 16, 32, 3)
+
+
+def test_a_broken_video_is_named_and_left_out(
+    config: VideoLatentCacheConfig, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "1.mp4").write_bytes(b"no video")
+    cache_video_latents(config)
+    assert "1.mp4" in caplog.text
+    assert len(CachedVideoLatents(config.output_dir)) == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"frames": 6}, r"one more than a multiple of 4 .*, got 6; the nearest are 5 and 9"),
+        ({"sizes": ((16, 30),)}, r"must be multiples of 8 .*, got \(16, 30\); the nearest is \(16, 32\)"),
+    ],
+)
+def test_sizes_that_the_autoencoder_does_not_take_are_refused(
+    config: VideoLatentCacheConfig, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cache_video_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_cache_that_does_not_fit_the_run_is_refused(config: VideoLatentCacheConfig) -> None:
+    cache_video_latents(config)
+    with pytest.raises(ValueError, match=r"latents of 4 channels, but model.in_channels is 16"):
+        train_video(training_config(config, in_channels=16))
+    with pytest.raises(ValueError, match=r"multiples of the patch \(1, 2, 8\) .*nearest are \(2, 2, 8\)"):
+        train_video(training_config(config, patch_size=(1, 2, 8)))
+    run = dataclasses.replace(training_config(config), text=TextConfig(encoder="minilm", max_length=8))
+    with pytest.raises(ValueError, match=r"were encoded with .*wan.*: set text to the same, got .*minilm"):
+        train_video(run)
+    with pytest.raises(ValueError, match="holds another latent cache"):
+        cache_video_latents(dataclasses.replace(config, clips=3))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"frames": 5}, {"sizes": ((8, 8),)}, {"fps": 8.0}, {"decoder": "decord"}]
+)
+def test_settings_that_latents_bring_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))} is for data.source folder or films"):
+        VideoDataConfig("latents", path="x", **setting)
+
+
+def test_the_script_says_what_can_be_encoded() -> None:
+    command = [sys.executable, "scripts/cache_latents.py", "audio"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert "say what to encode, image or video, got 'audio'" in result.stderr
