@@ -135,8 +135,8 @@ def operator(
         ValueError: for a choice that does not exist.
         RuntimeError: when MHLA does not equal its reference.
     """
-    _check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
-    _check_choices(peers=(peers, PEERS))
+    check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
+    check_choices(peers=(peers, PEERS))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in shapes:
         check(SHAPES[name], device)
@@ -264,7 +264,7 @@ def _measure_shape(
         softmax = 4 * shape.layout.num_tokens**2 * shape.d * shape.heads * factor / matmul_rate
         names = [peer for peer in peers if peer != "softmax" or softmax < seconds]
         calls = [_calls(peer, shape, inputs, kind) for peer in names]
-        times = dict(zip(names, _interleaved(calls, device, repeats, seconds), strict=True))
+        times = dict(zip(names, interleaved(calls, device, repeats, seconds), strict=True))
         peaks = {peer: peak_bytes(call, device) for peer, call in zip(names, calls, strict=True)}
         moved = 4 * inputs[0].numel() * inputs[0].element_size()
         floor = factor * max(shape.flops / matmul_rate, moved / copy_rate)
@@ -274,7 +274,7 @@ def _measure_shape(
                 Measurement(
                     name, dtype, kind, peer,
                     None if measured is None else statistics.median(measured),
-                    None if measured is None else _spread(measured),
+                    None if measured is None else spread(measured),
                     floor, peaks.get(peer),
                 )
             )  # fmt: skip
@@ -310,7 +310,7 @@ def _calls(peer: str, shape: Shape, inputs: tuple[Tensor, ...], passes: str) -> 
     return lambda: torch.autograd.grad(forward(), wanted, gradient)
 
 
-def _interleaved(
+def interleaved(
     calls: Sequence[Callable[[], Any]], device: str, repeats: int, seconds: float = math.inf
 ) -> list[list[float]]:
     """Seconds of each call's runs, the calls taking turns; slow ones get fewer, at least one."""
@@ -328,7 +328,7 @@ def _interleaved(
 
 
 def _best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
-    return [min(times) for times in _interleaved(calls, device, repeats)]
+    return [min(times) for times in interleaved(calls, device, repeats)]
 
 
 def _time(call: Callable[[], Any], device: str) -> float:
@@ -346,7 +346,7 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _spread(times: Sequence[float]) -> float | None:
+def spread(times: Sequence[float]) -> float | None:
     if len(times) < 3:
         return None
     quartiles = statistics.quantiles(times, n=4)
@@ -442,7 +442,7 @@ def model(
     Raises:
         ValueError: for a choice that does not exist.
     """
-    _check_choices(attentions=(attentions, MODEL_ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
+    check_choices(attentions=(attentions, MODEL_ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = []
     for size in tqdm(sizes, desc="sizes", disable=None):
@@ -455,7 +455,7 @@ def model(
                 mhla_config={"blocks": recommended_layout(grid).blocks},
             ).to(device)  # fmt: skip
             steps += _model_steps(dit, size // 8, batch_size, getattr(torch, dtype), device)
-        times = _interleaved(steps, device, repeats, seconds)
+        times = interleaved(steps, device, repeats, seconds)
         for i, attention in enumerate(attentions):
             denoising, training = times[2 * i : 2 * i + 2]
             records.append(
@@ -463,7 +463,7 @@ def model(
                     "size": size, "tokens": math.prod(grid), "attention": attention,
                     "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
                     "denoising": statistics.median(denoising), "training": statistics.median(training),
-                    "spread": {"denoising": _spread(denoising), "training": _spread(training)},
+                    "spread": {"denoising": spread(denoising), "training": spread(training)},
                 }
             )  # fmt: skip
     text = f"{machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
@@ -534,7 +534,7 @@ def _plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:
     return buffer.getvalue()
 
 
-def _check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
+def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
     for name, (chosen, allowed) in choices.items():
         for value in chosen:
             if value not in allowed:

@@ -2,6 +2,8 @@
 
 python scripts/benchmark.py operator --out runs/benchmark
 python scripts/benchmark.py model --sizes "[256, 512]"
+python scripts/benchmark.py layer --out runs/benchmark
+python scripts/benchmark.py loading --path DIR
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts me
 
 from jsonargparse import auto_cli
 
-from mhla_diffusion import benchmark
+from mhla_diffusion import benchmark, benchmark_video
 
 if __name__ == "__main__":
-    commands: dict[str, Any] = {"operator": benchmark.operator, "model": benchmark.model}
+    commands: dict[str, Any] = {
+        "operator": benchmark.operator,
+        "model": benchmark.model,
+        "layer": benchmark_video.layer,
+        "loading": benchmark_video.loading,
+    }
     try:
         print(auto_cli(commands, as_positional=False, allow_abbrev=False))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")

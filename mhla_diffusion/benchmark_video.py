@@ -1,0 +1,182 @@
+"""Speed of a layer of Wan, and of reading clips, beside their alternatives, measured in turn in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MHLAConfig
+from .backbones import MHLAWanTransformer3DModel
+from .benchmark import PASSES, check_choices, interleaved, machine, peak_bytes, spread
+from .evaluation.output import write_atomically
+from .video_files import clip_indices, open_video
+
+ATTENTIONS = ("mhla", "softmax")
+# What the released Wan-MHLA checkpoint has.
+_MHLA = MHLAConfig(normalizer="none", output_norm=True, gate=True)
+_TEXT_TOKENS = 512
+
+
+def layer(
+    grid: tuple[int, int, int] = (21, 30, 50),
+    blocks: tuple[int, int, int] = (3, 5, 10),
+    heads: int = 12,
+    head_dim: int = 128,
+    ffn_dim: int = 8960,
+    passes: Sequence[str] = PASSES,
+    repeats: int = 3,
+    seconds: float = 120,
+    out: Path | None = None,
+    device: str | None = None,
+) -> str:
+    """A layer of Wan with MHLA against the same with softmax: attention, cross-attention, feed-forward.
+
+    Wan2.1-1.3B at 81 frames of 480 x 800 pixels by default, random weights, float32.
+
+    Args:
+        grid: tokens along frames, height and width.
+        blocks: of MHLA, along the same axes.
+        heads, head_dim, ffn_dim: of the layer.
+        passes: of ``forward``, ``forward + backward``.
+        repeats: interleaved runs, of which the median counts.
+        seconds: one attention takes no more runs than fit into this, and one at least.
+        out: folder for layer.json (written after each pass) and layer.md.
+        device: cpu or cuda; a GPU where there is one.
+
+    Returns:
+        A table in Markdown.
+
+    Raises:
+        ValueError: for a choice that does not exist, or blocks that do not fit the grid.
+    """
+    check_choices(passes=(passes, PASSES))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: _layer_steps(name, grid, blocks, heads, head_dim, ffn_dim, device) for name in ATTENTIONS}
+    records: list[dict[str, Any]] = []
+    for name in passes:
+        calls = [steps[attention][PASSES.index(name)] for attention in ATTENTIONS]
+        for attention, times, call in zip(
+            ATTENTIONS, interleaved(calls, device, repeats, seconds), calls, strict=True
+        ):
+            records.append(
+                {
+                    "pass": name, "attention": attention, "seconds": statistics.median(times),
+                    "runs": len(times), "spread": spread(times), "peak_bytes": peak_bytes(call, device),
+                }
+            )  # fmt: skip
+        if out is not None:
+            record = {"machine": machine(device), "grid": grid, "blocks": blocks, "measurements": records}
+            write_atomically(out / "layer.json", json.dumps(record, indent=2).encode())
+    text = f"{machine(device)}\n\n{_layer_table(records)}"
+    if out is not None:
+        write_atomically(out / "layer.md", text.encode())
+    return text
+
+
+def _layer_steps(
+    attention: str,
+    grid: tuple[int, int, int],
+    blocks: tuple[int, int, int],
+    heads: int,
+    head_dim: int,
+    ffn_dim: int,
+    device: str,
+) -> list[Callable[[], Any]]:
+    """Forward, and forward and backward with all gradients, of one layer."""
+    torch.manual_seed(0)
+    width = heads * head_dim
+    model = MHLAWanTransformer3DModel(
+        num_layers=1, num_attention_heads=heads, attention_head_dim=head_dim, ffn_dim=ffn_dim,
+        attention=attention, mhla_config=replace(_MHLA, blocks=blocks), sample_grid=grid,
+    ).to(device)  # fmt: skip
+    block: nn.Module = model.blocks[0]
+    frames, height, width_tokens = grid
+    rotary_emb = model.rope(torch.empty(1, 16, frames, 2 * height, 2 * width_tokens, device=device))
+    tokens = frames * height * width_tokens
+    hidden_states = torch.randn(1, tokens, width, device=device, requires_grad=True)
+    text = torch.randn(1, _TEXT_TOKENS, width, device=device)
+    modulation = torch.randn(1, 6, width, device=device)
+    gradient = torch.randn(1, tokens, width, device=device)
+    wanted = [hidden_states, *block.parameters()]
+
+    def forward() -> Tensor:
+        return block(hidden_states, text, modulation, rotary_emb, grid)
+
+    return [torch.no_grad()(forward), lambda: torch.autograd.grad(forward(), wanted, gradient)]
+
+
+def _layer_table(records: Sequence[dict[str, Any]]) -> str:
+    lines = [["pass", "MHLA s", "softmax s", "softmax / MHLA", "MB beyond in- and outputs, MHLA / softmax"]]
+    lines.append(["---"] * len(lines[0]))
+    for ours, softmax in zip(records[::2], records[1::2], strict=True):
+        lines.append(
+            [
+                ours["pass"], f"{ours['seconds']:.2f}", f"{softmax['seconds']:.2f}",
+                f"{softmax['seconds'] / ours['seconds']:.2f} x",
+                f"{ours['peak_bytes'] / 1e6:,.0f} / {softmax['peak_bytes'] / 1e6:,.0f}",
+            ]
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def loading(
+    path: Path,
+    frames: int = 16,
+    size: tuple[int, int] = (240, 416),
+    clips: int = 200,
+    num_workers: int | None = None,
+    repeats: int = 3,
+) -> str:
+    """Clips per second of the training data, resized and in batches, against a plain loop with decord.
+
+    The loop opens each file, takes the same frames, and does nothing else.
+
+    Args:
+        path: folder of videos with captions, see ``data.source folder`` of the trainer.
+        frames, size: of the clips.
+        clips: read in each run.
+        num_workers: processes that read for the trainer; one for each core by default.
+        repeats: interleaved runs, of which the median counts.
+
+    Returns:
+        A table in Markdown.
+
+    Raises:
+        ValueError: when there are no videos, or they are not as they should be.
+        ImportError: without the ``train`` extra.
+    """
+    from .training.stream import BatchShare, SampleStream
+    from .training.video_data import VideoDataConfig, VideoSamples, open_videos, read_captions
+
+    workers = os.cpu_count() or 1 if num_workers is None else num_workers
+    config = VideoDataConfig("folder", path=str(path), frames=frames, sizes=(size,))
+    source = VideoSamples(open_videos(config), config, channels=3)
+    files = [file.path for file in read_captions(path)]
+
+    def trainer() -> None:
+        stream = SampleStream(source, BatchShare(4), range(clips // 4), seed=0, num_workers=workers)
+        assert sum(len(numbers) for numbers, _ in stream) == clips // 4 * 4
+
+    def loop() -> None:
+        for i in range(clips // 4 * 4):
+            reader = open_video(files[i % len(files)], decoder="decord")
+            reader.read(clip_indices(reader.num_frames, length=frames, start=(i * 0.618) % 1))
+
+    rates = [
+        [clips // 4 * 4 / seconds for seconds in times]
+        for times in interleaved([trainer, loop], "cpu", repeats)
+    ]
+    lines = [
+        ["reader", "clips per second", "spread"], ["---"] * 3,
+        [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", f"{spread(rates[0]) or 0:.0%}"],
+        ["plain decord loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
