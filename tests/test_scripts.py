@@ -187,7 +187,7 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     assert f"error: {clips} is there already; choose another folder" in refused.stderr
     # As the README has it.
     succeed(
-        *("train_video", "--config", "configs/video_wan_moving_mnist.yaml", "--output_dir", training),
+        *("train_video", "--config", "configs/video_wan_films.yaml", "--output_dir", training),
         *("--data.source", "folder", "--data.path", clips, "--data.frames", "8", "--data.fps", "8"),
         *("--data.sizes", "[[32, 32], [24, 40]]", "--trainer.max_steps", "1", "--sampling.every", "0"),
     )

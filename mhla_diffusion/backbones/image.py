@@ -69,6 +69,7 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
     """
 
     _stock_class = "DiTTransformer2DModel"
+    _no_split_modules = ["BasicTransformerBlock", "_FirstBlock"]  # noqa: RUF012
     _supports_group_offloading = True
     # Tokens are spread over the ranks in front of the first block and gathered behind the last layer.
     _cp_plan: ClassVar[dict[str, Any]] = {

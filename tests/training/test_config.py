@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mhla_diffusion.training import ImageTrainingConfig, parse_config
+from mhla_diffusion.training import ImageTrainingConfig, VideoTrainingConfig, parse_config
 from mhla_diffusion.training.config import as_dict, forbidden_changes, write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -127,9 +127,10 @@ def test_changes_that_a_resumed_run_may_make(write_settings: Callable[[], Path])
     assert any(line.startswith("model.mhla") for line in lines)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("image_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_is_valid(path: Path) -> None:
-    config = parse("--config", str(path))
+    config_class = ImageTrainingConfig if path.stem.startswith("image_") else VideoTrainingConfig
+    config, _ = parse_config(config_class, ["--config", str(path)])
     assert Path(config.output_dir).name == path.stem
-    assert as_dict(config)["model"]["attention"] == "mhla"
+    assert as_dict(config)["model"]["attention"] == "mhla" or config.model.init_from
     assert set(yaml.safe_load(path.read_text())) <= set(as_dict(config))
