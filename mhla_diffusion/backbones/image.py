@@ -131,11 +131,7 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         )  # fmt: skip
         self._reset_parameters()
         all_softmax = set(kinds) == {"softmax"}
-        self.register_to_config(
-            attention=attention if isinstance(attention, str) else list(attention),
-            mhla_config=mhla_config.to_dict(),
-            norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE,
-        )
+        self.register_to_config(norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE)
 
     def forward(
         self,

@@ -43,13 +43,17 @@ class MHLAModelMixin(ModelMixin):
         head_dim: int,
         grid: tuple[int, ...],
     ) -> None:
-        """Put MHLA into the attention layers that ``attention`` and ``mhla_config.layers`` name."""
+        """Put MHLA into the layers that ``attention`` and ``mhla_config.layers`` name, and register both."""
         stock = self._stock_attention
         self.layer_attention = layer_attention(attention, mhla_config.layers, len(attentions), stock=stock)
         for layer, kind in zip(attentions, self.layer_attention, strict=True):
             if kind != stock:
                 config = mhla_config if kind == "mhla" else dataclasses.replace(mhla_config, blocks=1)
                 layer.set_processor(MHLAAttnProcessor(config, heads=heads, head_dim=head_dim, grid=grid))
+        self.register_to_config(
+            attention=attention if isinstance(attention, str) else list(attention),
+            mhla_config=mhla_config.to_dict(),
+        )
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

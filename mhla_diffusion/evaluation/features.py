@@ -112,15 +112,37 @@ def load_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
-    if name not in NAMES:
-        raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    if name == "efficientnet_lite0" and weights is not None:
-        raise ValueError("extractor efficientnet_lite0 brings its own weights: leave weights out")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "auto":
-        name, reason = _choose(weights)
-        logger.info("Extractor: %s, because %s", name, reason)
+    name = resolve_name(name, weights, names=NAMES, packaged="efficientnet_lite0", choose=_choose)
+    device = device or default_device()
     return _inception(weights, device) if name == "inception" else _efficientnet_lite0(device)
+
+
+def resolve_name(
+    name: str,
+    weights: str | Path | None,
+    *,
+    names: tuple[str, ...],
+    packaged: str,
+    choose: Callable[[str | Path | None], tuple[str, str]],
+) -> str:
+    """The extractor that a name means: ``"auto"`` is what ``choose`` says, with its reason.
+
+    Raises:
+        ValueError: for a name that is not one of ``names``, or weights for ``packaged``, which has its own.
+    """
+    if name not in names:
+        raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(names)}")
+    if name == packaged and weights is not None:
+        raise ValueError(f"extractor {packaged} brings its own weights: leave weights out")
+    if name == "auto":
+        name, reason = choose(weights)
+        logger.info("Extractor: %s, because %s", name, reason)
+    return name
+
+
+def default_device() -> str:
+    """A GPU when there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import FeatureExtractor, file_sha256
+from .features import FeatureExtractor, default_device, file_sha256, resolve_name
 from .files import Pixels
 from .optional import require
 
@@ -65,14 +65,8 @@ def load_video_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
-    if name not in NAMES:
-        raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(NAMES)}")
-    if name == "transnetv2" and weights is not None:
-        raise ValueError("extractor transnetv2 brings its own weights: leave weights out")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "auto":
-        name, reason = _choose(weights)
-        logger.info("Extractor: %s, because %s", name, reason)
+    name = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
+    device = device or default_device()
     if name == "transnetv2":
         return _transnetv2(device)
     return _i3d(weights, frames, device) if name == "i3d" else _videomae(weights, frames, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,6 @@ from .data import DataConfig, ImageSamples, open_images
 from .latents import CachedLatents
 from .objectives import Objective, build_objective
 from .trainer import RunConfig, SampleSheetConfig, Trainer
-
-logger = logging.getLogger(__name__)
 
 ImageSource = ImageSamples | CachedLatents
 
@@ -246,13 +243,6 @@ def train_image(config: ImageTrainingConfig, *, resume: str | None = None) -> in
     classes = model.config.num_embeds_ada_norm
     if outside := [label for label in config.sampling.class_labels if not 0 <= label < classes]:
         raise ValueError(f"sampling.class_labels must be 0 to {classes - 1}, got {outside[0]}")
-    logger.info(
-        "%s: %.1f M parameters, %d samples of %d classes",
-        type(model).__name__,
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        len(source),
-        len(source.class_names),
-    )
     task = ImageTask(
         objective=objective,
         sampling=config.sampling,

@@ -265,6 +265,9 @@ class Trainer:
             model.enable_gradient_checkpointing()
         set_trainable(model, self.run_config.trainable, self.run_config.lora)
         model.train()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        name = type(model).__name__
+        logger.info("%s: %.1f M parameters, %d samples", name, parameters / 1e6, len(self.source))
         optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -27,8 +26,6 @@ from .text import TextConfig, embed_caption, load_text_encoder, warn_of_long_cap
 from .trainer import RunConfig, SampleSheetConfig, Trainer
 from .video_data import VideoDataConfig, VideoSamples, open_videos
 from .video_latents import CachedVideoLatents, load_video_vae
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -291,12 +288,6 @@ def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> in
     else:
         _check_channels(model, latents)
         source = latents
-    logger.info(
-        "%s: %.1f M parameters, %d videos",
-        type(model).__name__,
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        len(source),
-    )
     task = VideoTask(
         parts=parts,
         sampling=config.sampling,

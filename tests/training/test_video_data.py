@@ -138,6 +138,17 @@ def test_a_bad_captions_file_is_refused(tmp_path: Path, name: str, content: str,
         ({"source": "films", "sizes": ((0, 8),)}, "pairs of height and width"),
         ({"source": "films", "captions": "x.csv"}, "data.captions is for data.source folder alone"),
         ({"source": "moving_mnist", "fps": 8.0}, "data.fps is for data.source folder or films alone"),
+        (
+            {
+                "source": "moving_mnist",
+                "moving_digits": MovingDigitsConfig(digits=1, bounce=False, speed=0.1),
+            },
+            r"for data.frames 16 with data.moving_digits.speed at most 0.0667, got 0.1",
+        ),
+        (
+            {"source": "films", "moving_digits": MovingDigitsConfig(digits=1)},
+            "data.moving_digits is for data.source moving_mnist alone; remove it",
+        ),
         ({"source": "moving_mnist", "sizes": ((16, 16),)}, "at least data.moving_digits.digit_size 28"),
     ],
 )
@@ -167,6 +178,30 @@ def test_digits_move_the_way_the_caption_says() -> None:
         assert asked @ moved / np.linalg.norm(asked) / np.linalg.norm(moved) > 0.85, caption
         checked += 1
     assert checked > 20
+
+
+def test_without_bounce_a_digit_crosses_the_middle_as_the_caption_says() -> None:
+    config = MovingDigitsConfig(digits=1, digit_size=16, speed=0.14, bounce=False, num_clips=64)
+    clips, ways = MovingDigits(config, (24, 24)), set()
+    for index, caption in enumerate(clips.captions):
+        frames = clips.read(index, length=8).astype(float)
+        axes = np.arange(24) - 11.5
+        centres = np.stack([frames.sum(2) @ axes, frames.sum(1) @ axes], 1) / frames.sum((1, 2))[:, None]
+        way = centres[-1] - centres[0]
+        words = caption.split("moving ")[1]
+        expected = [
+            ("down" in words) - ("up" in words), ("right" in words) - ("left" in words)
+        ]  # fmt: skip
+        length = 7 * 0.14 * 8 / np.linalg.norm(expected)
+        np.testing.assert_allclose(way, np.multiply(expected, length), atol=1.01)
+        assert frames.sum((1, 2)).min() > 0.99 * frames.sum((1, 2)).max(), "never cut off"
+        ways.add(words)
+    assert len(ways) == 8
+
+
+def test_two_digits_do_not_cross_the_middle() -> None:
+    with pytest.raises(ValueError, match=r"moving_digits.digits must be 1 without bounce, got 2"):
+        MovingDigitsConfig(bounce=False)
 
 
 def test_digits_stay_whole_in_the_frame() -> None:
