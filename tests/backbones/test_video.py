@@ -87,7 +87,7 @@ def test_a_new_model_answers_its_input_and_nothing_where_that_has_other_channels
         nn.init.zeros_(parameter)  # what is random in a new model: a few percent
     found, expected = model(**inputs).sample, inputs["hidden_states"]
     assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
-    assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.1)
+    assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.25)
     assert not make_model()(**inputs).sample.any()
 
 
