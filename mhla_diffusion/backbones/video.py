@@ -301,7 +301,7 @@ class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DMode
     ) -> None:
         mhla_config = as_config(mhla_config)
         grid = tuple(sample_grid)
-        if "mhla" in layer_attention(attention, mhla_config.layers, num_layers, stock="linear"):
+        if "mhla" in layer_attention(attention, mhla_config.layers, num_layers, stock=self._stock_attention):
             check_blocks(mhla_config, grid)
         super().__init__(
             in_channels=in_channels,
