@@ -49,7 +49,7 @@ if [ $kind = image ]; then
 else
     echo "== real videos to score against: 100 of the 10,000 moving digits, with captions"
     [ -d $out/real ] || $python scripts/export_videos.py --data.source moving_mnist --data.frames 8 \
-        --data.sizes "[[24, 24]]" --data.moving_digits.digits 1 --data.moving_digits.digit_size 16 \
+        --data.sizes "[[24, 24]]" --data.moving_digits.digits 1 --data.moving_digits.digit_size 18 \
         --data.moving_digits.speed 0.14 --data.moving_digits.bounce false --num 100 --out $out/real
     echo "== training a small Wan with MHLA"
     train
@@ -60,7 +60,7 @@ else
         prompts="$prompts, digit $((i % 10)) moving ${ways[$(((i + i / 40) % 8))]}"
     done
     $launch scripts/generate.py video --model $out/training/pipeline --out $out/generated \
-        --prompts "[${prompts#, }]" --batch_size 16 --steps 20 --guidance 2.0 --strip $out/strip.png
+        --prompts "[${prompts#, }]" --batch_size 16 --steps 20 --guidance 1.5 --strip $out/strip.png
     echo "== scoring them"
     score --frames 8
     look="videos: $out/generated/*.mp4; $out/strip.png has the frames of the first eight, a row for each"

@@ -184,11 +184,9 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
     def _reset_parameters(self) -> None:
         """Xavier, as Wan's authors start, since diffusers has no start of its own.
 
-        Two deviations. Their embedding of text starts at 0.02, ours at Xavier: what reads it learns in
-        proportion to it, so that short runs hear the text sooner. Their output starts at zero, ours undoes
-        the embedding of patches: a new model answers its input, which at high noise is nearly the velocity.
-        From zero a small model takes hundreds of steps to pass on the noise that it mostly answers.
-        The processors keep the start that their config names.
+        One deviation: their embedding of text starts at 0.02, ours at Xavier. What reads it learns in
+        proportion to it, so that short runs hear the text sooner. The processors keep the start that their
+        config names.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ".processor" not in name:
@@ -198,14 +196,8 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
                     nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        embedding = self.patch_embedding.weight  # [D, C, p, q, r]
-        nn.init.orthogonal_(embedding.flatten(1))
-        nn.init.zeros_(self.proj_out.weight)  # [p q r C, D]
-        width, numbers = embedding.flatten(1).shape
-        if len(self.proj_out.weight) == numbers:
-            # The norm before it divides by the root mean square, (numbers / width)^0.5 for an input of 1.
-            inverse = embedding.permute(2, 3, 4, 1, 0).flatten(0, 3) * min(1, numbers / width) ** 0.5
-            self.proj_out.weight.data.copy_(inverse)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.proj_out.weight)
 
     def _embed_conditions(
         self, timestep: Tensor, text: Tensor, image: Tensor | None

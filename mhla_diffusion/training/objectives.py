@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -30,6 +30,9 @@ class ObjectiveConfig:
 
     Args:
         name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
+        prediction_type: flow only. What the model returns, by diffusers' names: ``"flow_prediction"``, the
+            velocity, or ``"sample"``, the clean sample, for models on pixels whose patches hold about as many
+            numbers as a token is wide, or more.
         weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
             ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
             losses at even times, ``"none"`` does neither.
@@ -43,6 +46,7 @@ class ObjectiveConfig:
     """
 
     name: Literal["flow", "ddpm"] = "flow"
+    prediction_type: Literal["flow_prediction", "sample"] = "flow_prediction"
     weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -117,11 +121,17 @@ class Objective(ABC):
 
 
 class FlowMatching(Objective):
-    """Rectified flow: ``x_t = (1 - t) x_0 + t noise``, the model predicts ``noise - x_0``.
+    """Rectified flow: ``x_t = (1 - t) x_0 + t noise``, and the loss is the error of ``noise - x_0``.
 
     Times are drawn and losses weighted as in Stable Diffusion 3 (Esser et al. 2024, section 3.1). The model
     is given ``1000 t``, as FlowMatchEulerDiscreteScheduler gives it.
+
+    A model of prediction type sample returns ``x_0``, so that it need not carry the noise through its tokens,
+    and its velocity is ``(x_t - x_0) / t`` (Li and He 2025, arXiv 2511.13720). That t is at least
+    ``LEAST_TIME`` (0.05 there): nearer to the data the error would be weighted without bound.
     """
+
+    LEAST_TIME = 0.1
 
     predicts_variance = False
 
@@ -153,16 +163,24 @@ class FlowMatching(Objective):
     ) -> Tensor:
         t = _as_column(times, samples)
         noisy = (1 - t) * samples + t * noise
-        velocity = model(
+        prediction = model(
             noisy, timestep=NUM_TRAIN_TIMESTEPS * times, return_dict=False, **conditioning
         )[0].float()  # fmt: skip
+        if self.config.prediction_type == "sample":
+            error = (samples - prediction) / t.clamp_min(self.LEAST_TIME)
+        else:
+            error = prediction - (noise - samples)
         weighting = compute_loss_weighting_for_sd3(self.config.weighting_scheme, times)
-        return weighting * _mean_flat((velocity - (noise - samples)) ** 2)
+        return weighting * _mean_flat(error**2)
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=self.config.shift
-        )
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+        shift = self.config.shift
+        if self.config.prediction_type == "sample":  # which the scheduler of Euler steps does not take
+            return UniPCMultistepScheduler(
+                num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type="sample",
+                use_flow_sigmas=True, flow_shift=shift,
+            )  # fmt: skip
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
 
 
 class DDPM(Objective):

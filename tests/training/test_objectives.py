@@ -61,6 +61,35 @@ def test_a_perfect_flow_model_has_no_loss_and_its_scheduler_recovers_the_sample(
         torch.testing.assert_close(x, samples, atol=1e-5, rtol=0)
 
 
+def test_a_model_of_the_sample_has_the_loss_of_its_velocity() -> None:
+    samples, noise = samples_and_noise()
+    times = torch.tensor([0.1, 0.4, 0.7, 1.0])
+    guess = torch.full_like(samples, 0.2)
+    t = times.view(-1, 1, 1, 1)
+    noisy = (1 - t) * samples + t * noise
+    of_velocity = FlowMatching(ObjectiveConfig()).loss_at(
+        Recorder((noisy - guess) / t), samples, {}, times=times, noise=noise
+    )
+    of_sample = FlowMatching(ObjectiveConfig(prediction_type="sample"))
+    loss = of_sample.loss_at(Recorder(guess), samples, {}, times=times, noise=noise)
+    torch.testing.assert_close(loss, of_velocity)
+    near = of_sample.loss_at(Recorder(guess), samples, {}, times=torch.full((4,), 1e-3), noise=noise)
+    torch.testing.assert_close(near, ((guess - samples) ** 2).mean((1, 2, 3)) / 0.1**2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_scheduler_of_a_model_of_the_sample_recovers_it(shift: float) -> None:
+    samples, noise = samples_and_noise()
+    scheduler = FlowMatching(ObjectiveConfig(prediction_type="sample", shift=shift)).scheduler()
+    scheduler.set_timesteps(5)
+    x = noise
+    for t in scheduler.timesteps:
+        sigma = scheduler.sigmas[scheduler.step_index or 0]
+        torch.testing.assert_close(x, (1 - sigma) * samples + sigma * noise, atol=2e-3, rtol=0)
+        x = scheduler.step(samples, t, x).prev_sample
+    torch.testing.assert_close(x, samples, atol=1e-5, rtol=0)
+
+
 def test_logit_normal_times_and_their_shift() -> None:
     def draw(config: ObjectiveConfig) -> Tensor:
         objective = FlowMatching(config)
