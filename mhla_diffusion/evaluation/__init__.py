@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
     from .fvd import evaluate_videos
     from .report import Report, Score
+    from .side_by_side import SideBySide, compare_reports
     from .video_features import load_video_extractor
 
 # Resolved on first use: importing this costs nothing until something is computed.
@@ -20,6 +21,8 @@ _HOMES = {
     "Report": ".report",
     "RunningStatistics": ".frechet",
     "Score": ".report",
+    "SideBySide": ".side_by_side",
+    "compare_reports": ".side_by_side",
     "compute_statistics": ".fid",
     "evaluate_images": ".fid",
     "evaluate_videos": ".fvd",
@@ -34,6 +37,8 @@ __all__ = [
     "Report",
     "RunningStatistics",
     "Score",
+    "SideBySide",
+    "compare_reports",
     "compute_statistics",
     "evaluate_images",
     "evaluate_videos",

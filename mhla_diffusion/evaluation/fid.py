@@ -1,14 +1,16 @@
-"""From two sets of images to their Frechet distance."""
+"""From two sets of images to their scores."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .features import FeatureExtractor, load_extractor
+from .compare import BOOTSTRAP, CompareSettings, compare
+from .features import FeatureExtractor, load_extractor, load_extractors
 from .files import open_images
 from .frechet import FeatureStatistics
-from .measure import compare, measure
+from .measure import PassSettings, measure
 from .report import Report
 
 
@@ -16,43 +18,67 @@ def evaluate_images(
     real: str | Path,
     generated: str | Path,
     *,
-    extractor: str | FeatureExtractor = "auto",
+    metrics: str | Sequence[str] = "auto",
+    extractor: str | FeatureExtractor | Sequence[str | FeatureExtractor] = "auto",
     weights: str | Path | None = None,
+    bootstrap: int = BOOTSTRAP,
+    seed: int = 0,
+    max_skipped: float = 0.01,
+    cache: str | Path | None = None,
     batch_size: int = 16,
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
 ) -> Report:
-    """Score generated images against real ones by the Frechet distance of their features.
+    """Score generated images against real ones.
 
-    Files that cannot be read are skipped, named and counted. Memory does not depend on the number of images.
+    Each image is read once, and goes through each extractor once. Features are kept in a temporary folder
+    (TMPDIR says where), so that memory does not depend on the number of images. Under ``accelerate launch``
+    the processes share the work.
 
     Args:
         real: folder of images, npz of images (ADM layout), or npz of statistics (``mu`` and ``sigma``).
         generated: folder of images, with the manifest.json of scripts/generate.py or without, or npz.
-        extractor: ``auto``, ``inception`` or ``efficientnet_lite0`` (see ``load_extractor``), or an own one.
-        weights: file of Inception weights.
+        metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
+            ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
+            extractors and the sets allow.
+        extractor: ``auto``, ``inception`` (clean-fid's), ``inception_adm``, ``dinov2``, ``clip`` or
+            ``efficientnet_lite0`` (see ``load_extractor``), an own one, or several.
+        weights: of the extractor; of several extractors each as ``"name=weights"``.
+        bootstrap: replicates of the bootstrap over samples that intervals come from; 0 for none.
+        seed: of the bootstrap.
+        max_skipped: files that cannot be read are skipped, named and counted up to this share of a set; more
+            are an error.
+        cache: folder in which features are kept for later runs, and from which a run that was stopped goes
+            on. Files are known by their content.
         batch_size: images in one forward pass; changes the score by rounding only.
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
 
     Returns:
-        The score with everything that has to be known to compare it; ``save`` writes it to a folder.
+        The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
 
     Raises:
-        ValueError: when a set is missing, empty or unreadable, statistics are of another extractor, or
-            features are not finite.
+        ValueError: when a set is missing, empty or unreadable, something that a score needs is missing,
+            statistics are of another extractor, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
     return compare(
         real,
         generated,
         open_set=open_images,
-        load_extractor=partial(load_extractor, extractor, weights=weights, device=device),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        trust_statistics=trust_statistics,
+        load_extractors=partial(load_extractors, extractor, load_extractor, weights=weights, device=device),
+        settings=CompareSettings(
+            metrics=metrics,
+            bootstrap=bootstrap,
+            seed=seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_skipped=max_skipped,
+            cache=cache,
+            trust_statistics=trust_statistics,
+        ),
     )
 
 
@@ -61,6 +87,7 @@ def compute_statistics(
     *,
     extractor: str | FeatureExtractor = "auto",
     weights: str | Path | None = None,
+    max_skipped: float = 0.01,
     batch_size: int = 16,
     num_workers: int | None = None,
     device: str | None = None,
@@ -74,12 +101,6 @@ def compute_statistics(
         ImportError: when the ``eval`` extra is not installed.
     """
     image_set = open_images(images)
-    measured = measure(
-        image_set,
-        extractor=load_extractor(extractor, weights=weights, device=device),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        show=set(),
-        title="images",
-    )
-    return measured.statistics
+    loaded = load_extractor(extractor, weights=weights, device=device)
+    settings = PassSettings(batch_size=batch_size, num_workers=num_workers, max_skipped=max_skipped)
+    return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics

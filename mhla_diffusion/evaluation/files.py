@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from .optional import require
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,10 @@ class SampleSet(Protocol):
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         """For each name a function that reads the sample, and may be called in any thread."""
+        ...
+
+    def file(self, name: str) -> Path | None:
+        """The file of a sample, None when it has none of its own."""
         ...
 
 
@@ -135,6 +142,9 @@ class Folder:
         for name in self.names:
             yield partial(self.kind.read, self.path / name)
 
+    def file(self, name: str) -> Path | None:
+        return self.path / name
+
 
 @dataclass
 class NpzImages:
@@ -189,8 +199,57 @@ class NpzImages:
                 row = np.frombuffer(stream.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
                 yield partial(_repeat_gray, row)
 
+    def file(self, name: str) -> Path | None:
+        return None
 
-def read_image(path: Path) -> Pixels:
+
+@dataclass
+class DatasetImages:
+    """The images of a Hugging Face dataset: column ``image``, and ``label`` as class ids when there.
+
+    Args:
+        path: as it was asked for, in reports.
+        dataset: one split.
+
+    Raises:
+        ValueError: when it has no column of images.
+    """
+
+    path: Path
+    dataset: Any
+    names: list[str] = field(init=False)
+    labels: list[int] | None = field(init=False, default=None)
+    class_names: dict[int, str] = field(init=False, default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    unlisted: int = 0
+
+    def __post_init__(self) -> None:
+        self.kind = IMAGES
+        features = self.dataset.features
+        columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+        if not columns:
+            raise ValueError(f"{self.path} has no column of images, only {', '.join(features)}")
+        self.column = columns[0]
+        self.dataset = self.dataset.cast_column(self.column, type(features[self.column])(decode=False))
+        self.names = [f"{self.column}[{index}]" for index in range(len(self.dataset))]
+        if "label" in features:
+            self.labels = list(self.dataset["label"])
+            self.class_names = dict(enumerate(getattr(features["label"], "names", ())))
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        for index in range(len(self.dataset)):
+            yield partial(self._read, index)
+
+    def _read(self, index: int) -> Pixels:
+        encoded = self.dataset[index][self.column]
+        return read_image(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+
+    def file(self, name: str) -> Path | None:
+        return None
+
+
+def read_image(path: Path | str | IO[bytes]) -> Pixels:
     """Decode a file as uint8 ``[H, W, 3]``, converted as ``IMAGES`` says."""
     with Image.open(path) as image:
         if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
@@ -214,12 +273,21 @@ IMAGES = SampleKind(
 
 
 def open_images(path: str | Path) -> SampleSet:
-    """The images in a folder or in an npz of the ADM layout; none is decoded yet.
+    """The images in a folder, in an npz of the ADM layout or in a dataset; none is decoded yet.
+
+    Args:
+        path: folder of images, npz, folder that ``datasets`` saved, or ``hf://name`` or ``hf://name:split``
+            of a dataset on the hub (split ``train`` when not given).
 
     Raises:
         ValueError: when there is nothing at ``path``, no image in it, or it cannot be read.
     """
+    if str(path).startswith("hf://"):
+        name, _, split = str(path).removeprefix("hf://").partition(":")
+        return DatasetImages(Path(path), _load_dataset(name, split or "train"))
     path = Path(path)
+    if (path / "dataset_info.json").is_file():
+        return DatasetImages(path, require("datasets").load_from_disk(str(path)))
     if path.is_dir():
         return Folder(path, IMAGES)
     if path.suffix == ".npz" and path.is_file():
@@ -230,13 +298,29 @@ def open_images(path: str | Path) -> SampleSet:
     raise ValueError(f"{path} is neither a folder of images nor an .npz file")
 
 
+def _load_dataset(name: str, split: str) -> Any:
+    try:
+        return require("datasets").load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the split {split} of the dataset {name} cannot be loaded: {error}") from error
+
+
 def holds_statistics(path: str | Path) -> bool:
     """Whether ``path`` is an npz with ``mu`` and ``sigma``."""
+    return _npz_has(path, "mu", "sigma")
+
+
+def holds_samples(path: str | Path) -> bool:
+    """Whether ``path`` is something else than an npz of statistics alone, such as ADM's reference batches."""
+    return _npz_has(path, "arr_0") or not holds_statistics(path)
+
+
+def _npz_has(path: str | Path, *arrays: str) -> bool:
     path = Path(path)
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+        return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
 def _repeat_gray(pixels: Pixels) -> Pixels:

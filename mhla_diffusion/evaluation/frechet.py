@@ -86,6 +86,7 @@ class FeatureStatistics:
         weights_sha256: hash of the extractor's weights, None when not stated.
         fingerprint: hash of the samples, None when not stated.
         sampling: which frames of the videos they are of; None for images.
+        spatial: of the spatial features that sFID is computed from, if there are any.
 
     Raises:
         ValueError: when the shapes do not fit or a value is not finite.
@@ -98,6 +99,7 @@ class FeatureStatistics:
     weights_sha256: str | None = None
     fingerprint: str | None = None
     sampling: str | None = None
+    spatial: FeatureStatistics | None = None
 
     def __post_init__(self) -> None:
         if self.mu.ndim != 1 or self.sigma.shape != (len(self.mu), len(self.mu)):
@@ -110,6 +112,8 @@ class FeatureStatistics:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write an npz with ``mu`` and ``sigma``, as clean-fid and ADM have it, and what else is known.
 
+        Spatial statistics are ``mu_s`` and ``sigma_s``, as ADM calls them.
+
         Raises:
             ValueError: when ``path`` does not end in .npz, or exists and ``overwrite`` is false.
         """
@@ -117,6 +121,8 @@ class FeatureStatistics:
         known = {"n": self.count, "extractor": self.extractor, "sha256": self.weights_sha256}
         known |= {"fingerprint": self.fingerprint, "sampling": self.sampling}
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in known.items() if value is not None}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mu, "sigma_s": self.spatial.sigma}
         buffer = io.BytesIO()
         np.savez(buffer, mu=self.mu, sigma=self.sigma, **arrays)
         write_atomically(Path(path), buffer.getvalue())
@@ -135,15 +141,22 @@ class FeatureStatistics:
                     for key in ("n", "extractor", "sha256", "fingerprint", "sampling")
                     if key in file
                 }
-                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                arrays = {
+                    key: file[key].astype(np.float64)
+                    for key in ("mu", "sigma", "mu_s", "sigma_s")
+                    if key in file or "_" not in key
+                }
             return cls(
-                mu,
-                sigma,
+                arrays["mu"],
+                arrays["sigma"],
                 count=known.get("n"),
                 extractor=known.get("extractor"),
                 weights_sha256=known.get("sha256"),
                 fingerprint=known.get("fingerprint"),
                 sampling=known.get("sampling"),
+                spatial=cls(arrays["mu_s"], arrays["sigma_s"])
+                if {"mu_s", "sigma_s"} <= set(arrays)
+                else None,
             )
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"statistics file {path} cannot be used: {error}") from error
@@ -168,8 +181,9 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     With any factors ``S1 = A A^T`` and ``S2 = B B^T`` the last trace is the sum of the singular values of
     ``A^T B``: the eigenvalues of ``S1 S2`` are those of ``(A^T B)(A^T B)^T``. Pivoted Cholesky gives factors
     with as many columns as the covariance has rank, so that covariances of few images are exact and cheap,
-    and nothing is ever complex. scipy's sqrtm does the same in more time, and loses half of the digits on
-    singular products.
+    and nothing is ever complex. Regular covariances take the roots of the eigenvalues of ``B^T S1 B``
+    instead, in less than half of the time, unless the smallest are so small that rounding shows.
+    scipy's sqrtm takes ten times as long, and loses half of the digits on singular products.
 
     Args:
         mu1, mu2: means, ``[d]``.
@@ -189,17 +203,51 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         )
     if np.array_equal(a.mu, b.mu) and np.array_equal(a.sigma, b.sigma):
         return 0.0  # rounding would leave about 1e-15 of the trace
-    overlap = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
-    distance = np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * overlap
-    return max(float(distance), 0.0)
+    for sigma in (a.sigma, b.sigma):
+        _require_symmetric(sigma)
+    rest = np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma)
+    overlap = _trace_of_root(a.sigma, b.sigma)
+    return max(float(rest - 2 * overlap), 0.0)
+
+
+def _trace_of_root(sigma1: Array, sigma2: Array) -> float:
+    """``tr((S1 S2)^(1/2))``."""
+    a, b = _regular_factor(sigma1), _regular_factor(sigma2)
+    if a is None or b is None:
+        return float(np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum())
+    if min(_pivot_ratio(a), _pivot_ratio(b)) > 1e-5:
+        trmm = require("scipy.linalg.blas").dtrmm
+        product = trmm(1.0, b, trmm(1.0, b, sigma1, side=1, lower=1), lower=1, trans_a=1)
+        eigenvalues = require("scipy.linalg").eigvalsh(product, check_finite=False)
+        # Each is off by some 1e-16 of the largest, so that these roots are off by 1e-9 at most.
+        if eigenvalues[0] > 1e-13 * eigenvalues[-1]:
+            return float(np.sqrt(eigenvalues).sum())
+    return float(np.linalg.svd(a.T @ b, compute_uv=False).sum())
+
+
+def _pivot_ratio(factor: Array) -> float:
+    """The smallest pivot of a Cholesky factor over the largest."""
+    pivots = np.square(factor.diagonal())
+    return float(pivots.min() / pivots.max())
+
+
+def _regular_factor(sigma: Array) -> Array | None:
+    """The Cholesky factor, None when the matrix is singular or rounding makes it so."""
+    try:
+        lower: Array = np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:
+        return None
+    return lower if _pivot_ratio(lower) > 1e-12 else None
+
+
+def _require_symmetric(sigma: Array) -> None:
+    if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-8 * float(np.abs(sigma).max())):
+        raise ValueError("a covariance is not symmetric: compute the statistics again")
 
 
 def _factor(sigma: Array) -> Array:
     """``A`` ``[d, rank]`` with ``sigma = A A^T``, by Cholesky with complete pivoting (LAPACK pstrf)."""
-    scale = float(np.abs(sigma).max())
-    if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-8 * scale):
-        raise ValueError("a covariance is not symmetric: compute the statistics again")
-    if scale == 0:
+    if not sigma.any():
         return np.zeros((len(sigma), 0))
     lower, pivots, rank, _ = require("scipy.linalg.lapack").dpstrf(sigma, lower=1)
     factor = np.zeros((len(sigma), rank))

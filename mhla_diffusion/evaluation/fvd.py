@@ -1,15 +1,18 @@
-"""From two sets of videos to their Frechet distance."""
+"""From two sets of videos to their scores."""
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from ..video_files import clip_indices, open_video
-from .features import FeatureExtractor
-from .files import Folder, Pixels, SampleKind, SampleSet
-from .measure import compare
+from .compare import BOOTSTRAP, CompareSettings, compare
+from .features import FeatureExtractor, load_extractor, load_extractors
+from .files import IMAGES, Folder, Pixels, SampleKind, SampleSet
 from .report import Report
 from .video_features import load_video_extractor
 
@@ -22,57 +25,77 @@ def evaluate_videos(
     *,
     frames: int = 16,
     stride: int = 1,
-    seed: int = 0,
-    extractor: str | FeatureExtractor = "auto",
+    frame_wise: bool = False,
+    metrics: str | Sequence[str] = "auto",
+    extractor: str | FeatureExtractor | Sequence[str | FeatureExtractor] = "auto",
     weights: str | Path | None = None,
+    bootstrap: int = BOOTSTRAP,
+    seed: int = 0,
+    max_skipped: float = 0.01,
+    cache: str | Path | None = None,
     batch_size: int = 8,
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
 ) -> Report:
-    """Score generated videos against real ones by the Frechet distance of features of one clip of each.
+    """Score generated videos against real ones by the features of one clip of each.
 
-    The clip begins at a random frame, which depends on ``seed`` and the name of the file alone. Videos that
-    cannot be read, or are too short, are skipped, named and counted. Memory does not depend on the number of
-    videos. Generated videos should come with as many frames per second as the real ones.
+    The clip begins at a random frame, which depends on ``seed`` and the name of the file alone. Memory does
+    not depend on the number of videos. Generated videos should come with as many frames per second as the
+    real ones.
 
     Args:
         real: folder of videos, or npz of statistics that an earlier call saved.
         generated: folder of videos, with the manifest.json of scripts/generate.py or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
-        seed: of the clips' beginnings.
-        extractor: ``auto``, ``i3d``, ``videomae`` or ``transnetv2`` (see ``load_video_extractor``), or an own
-            one.
-        weights: of I3D or VideoMAE.
+        frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
+        metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
+            ``frechet_per_class``; ``auto`` are all that the sets allow.
+        extractor: ``auto``, ``i3d``, ``videomae`` or ``transnetv2`` (see ``load_video_extractor``), an own
+            one, or several; of images (see ``load_extractor``) when ``frame_wise``.
+        weights: of the extractor; of several extractors each as ``"name=weights"``.
+        bootstrap: replicates of the bootstrap over videos that intervals come from; 0 for none.
+        seed: of the clips' beginnings and of the bootstrap.
+        max_skipped: videos that cannot be read or are too short are skipped, named and counted up to this
+            share of a set; more are an error.
+        cache: folder in which features are kept for later runs; see ``evaluate_images``.
         batch_size: clips in one forward pass; changes the score by rounding only.
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
 
     Returns:
-        The score with everything that has to be known to compare it; ``save`` writes it to a folder.
+        The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
 
     Raises:
         ValueError: when a set is missing, empty or unreadable, statistics are of another extractor or other
             clips, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    load = load_extractor if frame_wise else partial(load_video_extractor, frames=frames)
     return compare(
         real,
         generated,
-        open_set=partial(open_videos, frames=frames, stride=stride, seed=seed),
-        load_extractor=partial(
-            load_video_extractor, extractor, weights=weights, frames=frames, device=device
+        open_set=partial(open_videos, frames=frames, stride=stride, seed=seed, frame_wise=frame_wise),
+        load_extractors=partial(load_extractors, extractor, load, weights=weights, device=device),
+        settings=CompareSettings(
+            metrics=metrics,
+            bootstrap=bootstrap,
+            seed=seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_skipped=max_skipped,
+            cache=cache,
+            trust_statistics=trust_statistics,
         ),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        trust_statistics=trust_statistics,
     )
 
 
-def open_videos(path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0) -> SampleSet:
-    """The videos in a folder, a clip of each; none is decoded yet.
+def open_videos(
+    path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0, frame_wise: bool = False
+) -> SampleSet:
+    """The videos in a folder, a clip of each, or when ``frame_wise`` its frames; none is decoded yet.
 
     Raises:
         ValueError: when there is no folder at ``path``, no video in it, or a clip has no frames.
@@ -89,7 +112,60 @@ def open_videos(path: str | Path, *, frames: int = 16, stride: int = 1, seed: in
         published_count=2_048,
         sampling=f"one clip a video, {frames} frames with stride {stride}, from a random frame (seed {seed})",
     )
-    return Folder(Path(path), kind)
+    videos = Folder(Path(path), kind)
+    return FramesOfVideos(videos, frames) if frame_wise else videos
+
+
+@dataclass
+class FramesOfVideos:
+    """The frames of a clip of each video, as images: ``name.mp4#0``, ``name.mp4#1``, ..."""
+
+    videos: Folder
+    frames: int
+    names: list[str] = field(init=False)
+    labels: list[int] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        videos = self.videos
+        self.kind = replace(
+            IMAGES,
+            conversion=videos.kind.conversion,
+            sampling=f"every frame of {videos.kind.sampling}",
+            published_count=videos.kind.published_count * self.frames,
+        )
+        self.path, self.class_names = videos.path, videos.class_names
+        self.manifest, self.unlisted = videos.manifest, videos.unlisted
+        self.names = [f"{name}#{frame}" for name in videos.names for frame in range(self.frames)]
+        if videos.labels is not None:
+            self.labels = [label for label in videos.labels for _ in range(self.frames)]
+        self.prompts = {
+            f"{name}#{frame}": prompt
+            for name, prompt in videos.prompts.items()
+            for frame in range(self.frames)
+        }
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        for read in self.videos.readers():
+            clip = _Once(read)  # decoded by the first of its frames that is read
+            for frame in range(self.frames):
+                yield partial(clip.frame, frame)
+
+    def file(self, name: str) -> Path | None:
+        return None  # a file has many frames: they are known by their pixels
+
+
+class _Once:
+    """A clip that several threads want frames of."""
+
+    def __init__(self, read: Callable[[], Pixels]) -> None:
+        self.read, self.lock = read, threading.Lock()
+        self.clip: Pixels | None = None
+
+    def frame(self, index: int) -> Pixels:
+        with self.lock:
+            if self.clip is None:
+                self.clip = self.read()
+        return self.clip[index]
 
 
 def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:

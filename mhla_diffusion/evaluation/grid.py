@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -49,30 +50,55 @@ class GridRow:
     generated: list[int] = field(default_factory=list)
 
 
-def choose_rows(real: SampleSet | None, generated: SampleSet) -> list[GridRow]:
-    """Choose samples evenly over both sets, and class by class when the classes of both are known.
+def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[str], list[str]] | None:
+    """The class of each sample of both sets, None when the sets have no class in common.
 
     Classes are matched by name when the sets have names in common, else by id.
     """
-    if real is not None and real.labels is not None and generated.labels is not None:
-        by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
-        names = real.class_names | generated.class_names
-        in_real, in_generated = _members(real, by_name), _members(generated, by_name)
-        common = [key for key in in_real if key in in_generated and key is not None]
-        if common:
-            return [
-                GridRow(
-                    key if by_name else names.get(key, f"class {key}"),
-                    real=_spread(in_real[key], PER_CLASS),
-                    generated=_spread(in_generated[key], PER_CLASS),
-                )
-                for key in _spread(common, NUM_CLASSES)
-            ]
+    if real is None or real.labels is None or generated.labels is None:
+        return None
+    by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
+    names = real.class_names | generated.class_names
+    classes = []
+    for samples in (real, generated):
+        known = samples.class_names if by_name else names
+        classes.append([known.get(label, f"class {label}") for label in samples.labels or ()])
+    return None if set(classes[0]).isdisjoint(classes[1]) else (classes[0], classes[1])
+
+
+def choose_rows(real: SampleSet | None, generated: SampleSet) -> list[GridRow]:
+    """Choose samples evenly over both sets, and class by class when these are known of both."""
+    classes = common_classes(real, generated)
+    if real is not None and classes is not None:
+        members = [
+            _members(labels, samples) for labels, samples in zip(classes, (real, generated), strict=True)
+        ]
+        common = [name for name in members[0] if name in members[1]]
+        return [
+            GridRow(
+                name,
+                real=_spread(members[0][name], PER_CLASS),
+                generated=_spread(members[1][name], PER_CLASS),
+            )
+            for name in _spread(common, NUM_CLASSES)
+        ]
     indices = [
         range(len(samples.names)) if samples is not None else range(0) for samples in (real, generated)
     ]
     count = PER_SET[generated.kind.name]
     return [GridRow(None, real=_spread(indices[0], count), generated=_spread(indices[1], count))]
+
+
+def take_pictures(samples: SampleSet | None, indices: set[int]) -> dict[int, Picture]:
+    """Read samples once more and encode them, by index; without those that cannot be read."""
+    pictures = {}
+    for index, (name, read) in enumerate(
+        zip(samples.names, samples.readers(), strict=True) if samples else ()
+    ):
+        if index in indices:
+            with suppress(Exception):  # it was named when the set was passed over
+                pictures[index] = make_picture(read(), name, samples.prompts.get(name) if samples else None)
+    return pictures
 
 
 def make_picture(pixels: Pixels, name: str, prompt: str | None = None) -> Picture:
@@ -93,13 +119,12 @@ def make_picture(pixels: Pixels, name: str, prompt: str | None = None) -> Pictur
     return Picture(name, f"data:image/{kind};base64,{encoded}", *frames[0].size, prompt)
 
 
-def _members(samples: SampleSet, by_name: bool) -> dict[Any, list[int]]:
-    """Indices of the samples of each class (its name, or its id), classes in the order of their ids."""
-    members: dict[int, list[int]] = {}
-    for index, label in enumerate(samples.labels or ()):
-        members.setdefault(label, []).append(index)
-    ids = sorted(members)
-    return {samples.class_names.get(label) if by_name else label: members[label] for label in ids}
+def _members(classes: list[str], samples: SampleSet) -> dict[str, list[int]]:
+    """Indices of the samples of each class, classes in the order of their ids."""
+    members: dict[str, list[int]] = {}
+    for index in sorted(range(len(classes)), key=(samples.labels or ()).__getitem__):
+        members.setdefault(classes[index], []).append(index)
+    return members
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

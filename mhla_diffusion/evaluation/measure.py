@@ -1,187 +1,232 @@
-"""One pass over a set of images or clips: features, their statistics, and what belongs into a report."""
+"""One pass over a set of images or clips: features, their statistics, and what was scored."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .features import FeatureExtractor
-from .files import Pixels, SampleKind, SampleSet, holds_statistics
-from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
-from .grid import Picture, choose_rows, make_picture
-from .report import PictureRow, Report, Score, SetSummary, SkippedFile
+from .features import FeatureExtractor, file_sha256
+from .files import Pixels, SampleKind, SampleSet
+from .frechet import FeatureStatistics, RunningStatistics
+from .metrics import Measured
+from .report import SetSummary, SkippedFile
+from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)
 
-# Below this the bias of the distance is of the size of the differences people report.
-MIN_SAMPLES = 2048
-
 
 @dataclass(frozen=True)
-class Measured:
-    """What one pass over a set found: ``pictures`` by the index of the sample."""
-
-    statistics: FeatureStatistics
-    summary: SetSummary
-    pictures: dict[int, Picture]
-
-
-def compare(
-    real: str | Path,
-    generated: str | Path,
-    *,
-    open_set: Callable[[str | Path], SampleSet],
-    load_extractor: Callable[[], FeatureExtractor],
-    batch_size: int,
-    num_workers: int | None,
-    trust_statistics: bool,
-) -> Report:
-    """The Frechet distance between two sets, the real one perhaps as statistics; see ``evaluate_images``.
+class PassSettings:
+    """How a set is passed over.
 
     Args:
-        open_set: finds the samples at a path.
-        load_extractor: called once both are known to be there.
+        batch_size: samples in one forward pass; changes the score by rounding only.
+        num_workers: threads that decode and resize; one per CPU core, at most 8, when None.
+        max_skipped: share of a set that may be unreadable; more is an error.
+        cache: features of earlier runs, or None.
+        scratch: folder for features, which are not kept in memory; None to keep statistics alone.
     """
-    real_set = None if holds_statistics(real) else open_set(real)
-    generated_set = open_set(generated)
-    kind, extractor = generated_set.kind, load_extractor()
-    rows = choose_rows(real_set, generated_set)
-    measured = partial(measure, extractor=extractor, batch_size=batch_size, num_workers=num_workers)
-    if real_set is None:
-        first, flags = _known(Path(real), kind, extractor, trust=trust_statistics)
-    else:
-        first, flags = measured(real_set, show={i for row in rows for i in row.real}, title="real"), []
-    second = measured(generated_set, show={i for row in rows for i in row.generated}, title="generated")
 
-    a, b = first.statistics, second.statistics
-    flags += _sample_flags(kind, extractor, real=a.count, generated=b.count)
-    flags += [extractor.caution] if extractor.caution else []
-    score = Score(extractor.score_name, frechet_distance(a.mu, a.sigma, b.mu, b.sigma), flags)
-    logger.info("%s", score)
-    return Report(
-        scores=[score],
-        real=first.summary,
-        generated=second.summary,
-        protocol=_protocol(kind, extractor, batch_size),
-        pictures=[
-            PictureRow(
-                row.label,
-                real=[first.pictures[i] for i in row.real if i in first.pictures],
-                generated=[second.pictures[i] for i in row.generated if i in second.pictures],
-            )
-            for row in rows
-        ],
-        real_statistics=a,
-        kind=kind.name,
-    )
+    batch_size: int = 16
+    num_workers: int | None = None
+    max_skipped: float = 0.01
+    cache: FeatureCache | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """One sample made ready in a worker thread, or why it could not be."""
+class Pass:
+    """What one pass over a set found.
+
+    Args:
+        measured: by the name of the extractor.
+        summary: what was scored.
+        indices: of the scored samples in the set, in order.
+        digests: hashes of their pixels.
+    """
+
+    measured: dict[str, Measured]
+    summary: SetSummary
+    indices: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """A sample on its way: first what to compute features from, then the features, by extractor."""
 
     name: str
-    prepared: NDArray[Any] | None = None
     digest: bytes = b""
-    picture: Picture | None = None
     error: str | None = None
+    key: str = ""
+    prepared: dict[str, NDArray[Any]] = field(default_factory=dict)
+    features: dict[str, Row] = field(default_factory=dict)
 
 
 def measure(
-    samples: SampleSet,
-    *,
-    extractor: FeatureExtractor,
-    batch_size: int,
-    num_workers: int | None,
-    show: set[int],
-    title: str,
-) -> Measured:
-    """One pass over a set: statistics, what was skipped, and pictures of the samples at the indices ``show``.
+    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings, *, title: str
+) -> Pass:
+    """Pass over a set once, with all extractors.
+
+    Of several processes each takes every so many-th batch, and the first has the result; the others have one
+    without samples.
 
     Raises:
-        ValueError: when fewer than two can be read, or features are not finite.
+        ValueError: when fewer than two samples or less than ``1 - max_skipped`` of them can be read, or
+            features are not finite.
     """
-    running = RunningStatistics(extractor.dimension, ddof=extractor.ddof)
+    collected = [_Collected(extractor, settings.scratch, title) for extractor in extractors]
     fingerprint = hashlib.sha256()
     skipped: list[SkippedFile] = []
-    pictures: dict[int, Picture] = {}
-    index = 0
-    with tqdm(total=len(samples.names), desc=title, unit=samples.kind.name) as progress:
-        for batch in _batches(samples, extractor, show, batch_size=batch_size, num_workers=num_workers):
-            for loaded in batch:
-                if loaded.error is not None:
-                    logger.warning("%s: skipped %s: %s", title, loaded.name, loaded.error)
-                    skipped.append(SkippedFile(loaded.name, loaded.error))
-                if loaded.picture is not None:
-                    pictures[index] = loaded.picture
-                fingerprint.update(loaded.digest)
-                index += 1
-            prepared = [loaded.prepared for loaded in batch if loaded.prepared is not None]
-            for _, equal in groupby(prepared, key=np.shape):
-                running.update(extractor(np.stack(list(equal))))
-            progress.update(len(batch))
-    if running.count < 2:
+    indices: list[int] = []
+    digests: list[bytes] = []
+    main = PartialState().is_main_process
+    with tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not main) as progress:
+        first = 0
+        for rows in _rows(samples, extractors, settings):
+            for index, row in enumerate(rows, first):
+                if row.error is None:
+                    indices.append(index)
+                    digests.append(row.digest)
+                    fingerprint.update(row.digest)
+                else:
+                    skipped.append(SkippedFile(row.name, row.error))
+                    if main:
+                        logger.warning("%s: skipped %s: %s", title, row.name, row.error)
+            first += len(rows)
+            _refuse_too_many(samples, skipped, settings.max_skipped)
+            if main:
+                good = [row for row in rows if row.error is None]
+                for part in collected:
+                    part.add([row.features[part.extractor.name] for row in good])
+            progress.update(len(rows))
+    if len(indices) < 2:
         cause = f" (the first that is not, {skipped[0].file}: {skipped[0].reason})" if skipped else ""
         raise ValueError(
-            f"{samples.path} has {running.count} readable {samples.kind.name}(s) of "
+            f"{samples.path} has {len(indices)} readable {samples.kind.name}(s) of "
             f"{len(samples.names)}{cause}; a covariance needs at least 2"
         )
-    statistics = FeatureStatistics(
-        running.mean,
-        running.covariance,
-        count=running.count,
-        extractor=extractor.name,
-        weights_sha256=extractor.weights_sha256,
-        fingerprint=fingerprint.hexdigest(),
-        sampling=samples.kind.sampling,
-    )
     summary = SetSummary(
         source=str(samples.path),
-        count=running.count,
-        fingerprint=statistics.fingerprint,
+        count=len(indices),
+        fingerprint=fingerprint.hexdigest(),
         skipped=skipped,
+        duplicates=len(digests) - len(set(digests)),
         unlisted=samples.unlisted,
         manifest=samples.manifest,
     )
-    return Measured(statistics, summary, pictures)
+    measured = {}
+    if main:
+        prompts = [samples.prompts.get(samples.names[index]) for index in indices]
+        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in collected}
+    return Pass(measured, summary, indices, digests)
 
 
-def _batches(
-    samples: SampleSet,
-    extractor: FeatureExtractor,
-    show: set[int],
-    *,
-    batch_size: int,
-    num_workers: int | None,
-) -> Iterator[list[_Loaded]]:
-    """Batches in the order of the set; threads prepare the next one while one is used."""
-    readers = enumerate(zip(samples.names, samples.readers(), strict=True))
+def _refuse_too_many(samples: SampleSet, skipped: list[SkippedFile], share: float) -> None:
+    if len(skipped) > share * len(samples.names) and len(skipped) < len(samples.names) - 1:
+        raise ValueError(
+            f"{len(skipped)} of the {len(samples.names):,} {samples.kind.name}s in {samples.path} could not "
+            f"be read, more than the share max_skipped = {share:g}; the first, {skipped[0].file}: "
+            f"{skipped[0].reason}. Mend the set, or score the rest by a larger max_skipped"
+        )
+
+
+class _Collected:
+    """What one extractor gave so far."""
+
+    def __init__(self, extractor: FeatureExtractor, scratch: Path | None, title: str) -> None:
+        self.extractor = extractor
+        self.running: dict[str, RunningStatistics] = {}
+        self.files: dict[str, FeatureFile] = {}
+        self.place = None if scratch is None else scratch / f"{title}-{extractor.name}"
+
+    def add(self, rows: list[Row]) -> None:
+        """Rows of one batch."""
+        for output in self.extractor.outputs if rows else ():
+            values = np.stack([row[output] for row in rows])
+            if output != "logits":
+                dimension = self.extractor.dimension if output == "features" else values.shape[1]
+                if output not in self.running:
+                    self.running[output] = RunningStatistics(dimension, ddof=self.extractor.ddof)
+                self.running[output].update(values)
+            if self.place is not None:
+                if output not in self.files:
+                    self.files[output] = FeatureFile(self.place.with_name(f"{self.place.name}-{output}"))
+                self.files[output].append(values)
+
+    def finish(self, summary: SetSummary, kind: SampleKind, prompts: list[str | None]) -> Measured:
+        """Statistics and features of the whole set."""
+        spatial, running = self.running.get("spatial"), self.running["features"]
+        statistics = FeatureStatistics(
+            running.mean,
+            running.covariance,
+            count=running.count,
+            extractor=self.extractor.name,
+            weights_sha256=self.extractor.weights_sha256,
+            fingerprint=summary.fingerprint,
+            sampling=kind.sampling,
+            spatial=None if spatial is None else FeatureStatistics(spatial.mean, spatial.covariance),
+        )
+        return Measured(statistics, {name: file.read() for name, file in self.files.items()}, prompts=prompts)
+
+
+def _rows(
+    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings
+) -> Iterator[list[_Row]]:
+    """All samples in the order of the set, with features, batches of every process one after the other."""
+    state = PartialState()
+    own = _own_batches(samples, extractors, settings, state)
+    rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
+    for _ in range(rounds):
+        rows = next(own, [])
+        _add_features(rows, extractors)
+        if settings.cache is not None:
+            _remember(rows, extractors, samples.kind, settings.cache)
+        yield rows if state.num_processes == 1 else gather_object(rows)
+
+
+def _own_batches(
+    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings, state: PartialState
+) -> Iterator[list[_Row]]:
+    """This process's batches; threads prepare the next one while one is used."""
+    protocols = {extractor.name: _cache_protocol(extractor, samples.kind) for extractor in extractors}
+    readers = zip(samples.names, samples.readers(), strict=True)
     pending: deque[list[Any]] = deque()
+    number = 0
     # Pillow, decord and hashlib release the interpreter lock, so threads use all cores and copy nothing.
-    with ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8)) as pool:
-        while chunk := list(islice(readers, batch_size)):
-            pending.append(
-                [
-                    pool.submit(_load, name, read, extractor, index in show, samples.prompts.get(name))
-                    for index, (name, read) in chunk
-                ]
-            )
+    with ThreadPoolExecutor(settings.num_workers or min(os.cpu_count() or 1, 8)) as pool:
+        while chunk := list(islice(readers, settings.batch_size)):
+            if number % state.num_processes == state.process_index:
+                pending.append(
+                    [
+                        pool.submit(
+                            _load,
+                            name,
+                            read,
+                            samples.file(name),
+                            extractors,
+                            protocols,
+                            settings.cache,
+                            samples.kind.sampling is not None,
+                        )
+                        for name, read in chunk
+                    ]
+                )
+            number += 1
             if len(pending) > 1:
                 yield [future.result() for future in pending.popleft()]
         for futures in pending:
@@ -189,95 +234,72 @@ def _batches(
 
 
 def _load(
-    name: str, read: Callable[[], Pixels], extractor: FeatureExtractor, show: bool, prompt: str | None
-) -> _Loaded:
+    name: str,
+    read: Callable[[], Pixels],
+    file: Path | None,
+    extractors: Sequence[FeatureExtractor],
+    protocols: dict[str, str],
+    cache: FeatureCache | None,
+    by_name: bool,
+) -> _Row:
+    row = _Row(name)
     try:
+        if cache is not None and file is not None:
+            # Where in a video its clip begins depends on the file's name too.
+            row.key = file_sha256(file) + (f" {file.name}" if by_name else "")
+            if _recall(row, cache, protocols):
+                return row
         pixels = read()
     except ImportError:  # a decoder that is not installed is not the file's fault
         raise
     except Exception as error:  # on a broken file Pillow's plugins raise whatever they stumble over
-        return _Loaded(name, error=f"{type(error).__name__}: {error}")
-    return _Loaded(
-        name,
-        prepared=extractor.prepare(pixels),
-        digest=hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest(),
-        picture=make_picture(pixels, name, prompt) if show else None,
-    )
+        row.error = f"{type(error).__name__}: {error}"
+        return row
+    row.digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
+    if cache is not None and file is None:
+        row.key = row.digest.hex()
+        if _recall(row, cache, protocols):
+            return row
+    row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in extractors}
+    return row
 
 
-def _known(
-    path: Path, kind: SampleKind, extractor: FeatureExtractor, *, trust: bool
-) -> tuple[Measured, list[str]]:
-    """Statistics from a file, refused unless they are of this extractor and the same frames of videos."""
-    statistics = FeatureStatistics.load(path)
-    flags = []
-    if len(statistics.mu) != extractor.dimension:
-        raise ValueError(
-            f"{path} has statistics of {len(statistics.mu)} dimensions, the extractor {extractor.name} gives "
-            f"{extractor.dimension}: choose the extractor they were made with, or give the {kind.name}s"
-        )
-    if statistics.extractor is None and not trust:
-        raise ValueError(
-            f"{path} does not state its extractor, so nothing shows that it was {extractor.name}: give the "
-            f"{kind.name}s, or set trust_statistics if you know it"
-        )
-    if statistics.extractor is None:
-        flags.append(f"{path.name} does not state its extractor; it was taken to be {extractor.name}.")
-    stated = (statistics.extractor or extractor.name, statistics.weights_sha256 or extractor.weights_sha256)
-    if stated != (extractor.name, extractor.weights_sha256):
-        raise ValueError(
-            f"{path} was made with the extractor {stated[0]} (weights sha256 {stated[1]}), not with "
-            f"{extractor.name} ({extractor.weights_sha256}): use that one, or give the {kind.name}s"
-        )
-    if statistics.extractor is not None and statistics.sampling != kind.sampling:
-        raise ValueError(
-            f"{path} is of {statistics.sampling or 'images'}, not of {kind.sampling or 'images'}: sample the "
-            f"generated ones in the same way, or give the {kind.name}s"
-        )
-    summary = SetSummary(str(path), statistics.count, statistics.fingerprint)
-    return Measured(statistics, summary, {}), flags
+def _add_features(rows: list[_Row], extractors: Sequence[FeatureExtractor]) -> None:
+    """Run each extractor on what was prepared for it, samples of equal shape together."""
+    for extractor in extractors:
+        waiting = [row for row in rows if extractor.name in row.prepared]
+        for _, group in groupby(waiting, key=lambda row: row.prepared[extractor.name].shape):
+            equal = list(group)
+            found = extractor.extract(np.stack([row.prepared[extractor.name] for row in equal]))
+            for i, row in enumerate(equal):
+                row.features[extractor.name] = {output: found[output][i] for output in extractor.outputs}
+    for row in rows:
+        row.prepared = {}
 
 
-def _sample_flags(kind: SampleKind, extractor: FeatureExtractor, **counts: int | None) -> list[str]:
-    """What has to be said when a set is too small for its covariance, or its size not known."""
-    needed = max(MIN_SAMPLES, extractor.dimension + 1)
-    flags = []
-    for title, count in counts.items():
-        if count is None:
-            flags.append(f"The number of {title} {kind.name}s is not stated in their statistics.")
-        elif count < needed:
-            flags.append(
-                f"Only {count:,} {title} {kind.name}s for {extractor.dimension}-dimensional features: the "
-                f"distance is biased upwards. Use at least {needed:,}; papers use {kind.published_count:,}."
-            )
-    return flags
+def _cache_protocol(extractor: FeatureExtractor, kind: SampleKind) -> str:
+    """Everything besides the file that features depend on."""
+    parts = (extractor.name, extractor.weights_sha256, extractor.resize, extractor.normalization)
+    return "\n".join((*parts, kind.conversion, kind.sampling or ""))
 
 
-def _protocol(kind: SampleKind, extractor: FeatureExtractor, batch_size: int) -> dict[str, Any]:
-    """Everything besides the samples that a score depends on."""
-    return {
-        "extractor": extractor.name,
-        "feature_dimension": extractor.dimension,
-        "weights": extractor.weights,
-        "weights_sha256": extractor.weights_sha256,
-        "conversion": kind.conversion,
-        **({"clips": kind.sampling} if kind.sampling else {}),
-        "resize": extractor.resize,
-        "normalization": extractor.normalization,
-        "statistics": f"mean and covariance in float64, divided by N{' - 1' if extractor.ddof else ''}",
-        "fingerprint": f"sha256 over shape and RGB pixels of the scored {kind.name}s, in reading order",
-        "batch_size": batch_size,
-        "device": extractor.device,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": sys.version.split()[0], **_versions(extractor.packages)},
-    }
+def _recall(row: _Row, cache: FeatureCache, protocols: dict[str, str]) -> bool:
+    """Take the features from the cache, if those of all extractors are there."""
+    for extractor, protocol in protocols.items():
+        known = cache.find(protocol, row.key)
+        if known is None:
+            return False
+        row.digest, row.features[extractor] = known.digest, known.features
+    return True
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in ("mhla-diffusion", "torch", "numpy", "scipy", "pillow", *packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a source tree that is not installed
-            found[package] = "unknown"
-    return found
+def _remember(
+    rows: list[_Row], extractors: Sequence[FeatureExtractor], kind: SampleKind, cache: FeatureCache
+) -> None:
+    for extractor in extractors:
+        new = [
+            (row.key, CachedSample(row.digest, row.features[extractor.name]))
+            for row in rows
+            if row.error is None
+        ]
+        cache.store(_cache_protocol(extractor, kind), new)

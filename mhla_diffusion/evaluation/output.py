@@ -36,3 +36,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def require_folder(path: str | Path) -> Path:
+    """The folder ``path``, made when it is not there.
+
+    Raises:
+        ValueError: when ``path`` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a folder is needed")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,56 @@ from .grid import Picture
 from .optional import require
 from .output import require_absent, write_atomically
 
-SCHEMA_VERSION = 1
-FILE_NAMES = ("report.json", "report.html")
+SCHEMA_VERSION = 2
+FILE_NAMES = ("report.json", "report.md", "report.html")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number, what it is called, and everything that has to be said whenever it is shown."""
+    """A number, what it is called, and everything that has to be said whenever it is shown.
+
+    Args:
+        name: such as ``fid_clean`` or ``recall_efficientnet_lite0``.
+        value: the score.
+        metric: what it is, whatever it was computed with: ``frechet``, ``kid``, ...
+        extractor: that the features are of.
+        higher_is_better: else lower is.
+        interval: of 95 %; None when there was no bootstrap, or the score has none.
+        curve: number of samples and score of subsets, for Frechet distances.
+        extrapolated: to infinitely many samples along that curve; None when there are too few for it.
+        classes: the score of each class, for scores that have one.
+        flags: cautions.
+    """
 
     name: str
     value: float
+    metric: str = ""
+    extractor: str = ""
+    higher_is_better: bool = False
+    interval: tuple[float, float] | None = None
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    extrapolated: float | None = None
+    classes: dict[str, float] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         flags = f" ({' '.join(self.flags)})" if self.flags else ""
-        return f"{self.name} = {self.value:.4f}{flags}"
+        return f"{self.name} = {self.text()}{flags}"
+
+    def text(self) -> str:
+        """The value and its interval, to as many places as the interval bears."""
+        if self.interval is None:
+            return f"{self.value:.{decimals(self.value / 100)}f}"
+        low, high = self.interval
+        places = decimals((high - low) / 2)
+        return f"{self.value:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
+
+
+def decimals(spread: float) -> int:
+    """Decimal places that show two digits of ``spread``, 2 to 6."""
+    if spread <= 0 or not math.isfinite(spread):
+        return 4
+    return min(6, max(2, 1 - math.floor(math.log10(spread))))
 
 
 @dataclass(frozen=True)
@@ -47,6 +83,8 @@ class SetSummary:
         count: samples that were scored; None when statistics do not state it.
         fingerprint: hash of these samples; None when statistics do not state it.
         skipped: files that could not be read.
+        duplicates: scored samples with the same pixels as one before.
+        copies: of generated samples, how many different ones have the same pixels as a real one.
         unlisted: samples in the folder that its manifest does not list, and that were left out.
         manifest: what the manifest says of the whole set.
     """
@@ -55,6 +93,8 @@ class SetSummary:
     count: int | None
     fingerprint: str | None
     skipped: list[SkippedFile] = field(default_factory=list)
+    duplicates: int = 0
+    copies: int = 0
     unlisted: int = 0
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -69,6 +109,22 @@ class PictureRow:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """Generated samples in the space of features.
+
+    Args:
+        closest: those nearest to a real sample, each with it; copies show here.
+        best, worst: those of the highest and the lowest realism.
+        realism: the median of all; 1 and more is as near to real samples as these are to each other.
+    """
+
+    closest: list[tuple[Picture, Picture]]
+    best: list[Picture]
+    worst: list[Picture]
+    realism: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Scores, the sets and the protocol they belong to, and some samples of both.
 
@@ -79,6 +135,7 @@ class Report:
         pictures: rows of samples for the page.
         real_statistics: of the real samples, to be saved and given instead of them the next time.
         kind: what the sets are of, ``"image"`` or ``"video"``.
+        neighbours: see :class:`Neighbours`; None when no score needed them.
     """
 
     scores: list[Score]
@@ -88,6 +145,7 @@ class Report:
     pictures: list[PictureRow]
     real_statistics: FeatureStatistics
     kind: str = "image"
+    neighbours: Neighbours | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -98,7 +156,12 @@ class Report:
             "real": asdict(self.real),
             "generated": asdict(self.generated),
             "protocol": self.protocol,
+            "median_realism": None if self.neighbours is None else self.neighbours.realism,
         }
+
+    def to_markdown(self) -> str:
+        """The content of report.md, a table to paste."""
+        return scores_table(self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind)
 
     def to_html(self) -> str:
         """The content of report.html, which needs no other file and no network.
@@ -106,21 +169,47 @@ class Report:
         Raises:
             ImportError: when jinja2 is not installed.
         """
-        environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
-        return template.render(report=self)
+        rest = {key: value for key, value in self.protocol.items() if key != "extractors"}
+        return render("report.html", report=self, rest=rest)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
-        """Write report.json and report.html to the folder ``out``, which is made when it is not there.
+        """Write report.json, report.md and report.html to the folder ``out``, made when it is not there.
 
         Raises:
             ValueError: when ``out`` holds a report and ``overwrite`` is false.
             ImportError: when jinja2 is not installed.
         """
         require_no_report(out, overwrite=overwrite)
-        contents = (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", self.to_html())
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        contents = (text, self.to_markdown(), self.to_html())
         for name, content in zip(FILE_NAMES, contents, strict=True):
             write_atomically(Path(out) / name, content.encode("utf-8"))
+
+
+def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:
+    """Markdown: a row a score with its interval, then what has to be said beside them."""
+    lines = ["| score | value [95 % interval] | N to infinity | |", "|---|---|---|---|"]
+    for score in scores:
+        limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"
+        better = "higher is better" if score.higher_is_better else "lower is better"
+        lines.append(f"| {score.name} | {score.text()} | {limit} | {better} |")
+    counts = ["an unstated number of" if count is None else f"{count:,}" for count in (generated, real)]
+    lines += ["", f"{counts[0]} generated against {counts[1]} real {kind}s.", ""]
+    lines += [f"- {flag}" for flag in dict.fromkeys(flag for score in scores for flag in score.flags)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill one of the pages beside this file.
+
+    Raises:
+        ImportError: when jinja2 is not installed.
+    """
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader(__package__, "")
+    )
+    return environment.get_template(template).render(**values)
 
 
 def require_no_report(out: str | Path, *, overwrite: bool = False) -> None:

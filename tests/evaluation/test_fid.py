@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from mhla_diffusion.evaluation import (
     FeatureExtractor,
@@ -71,7 +72,7 @@ def test_unreadable_files_are_named_skipped_and_counted(
     (generated / "0005.png").write_text("not an image")
     (generated / "0007.png").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        report = evaluate_images(real, generated, extractor=extractor, batch_size=4)
+        report = evaluate_images(real, generated, extractor=extractor, batch_size=4, max_skipped=0.3)
     assert [file.file for file in report.generated.skipped] == ["0003.png", "0005.png", "0007.png"]
     assert all(file.reason for file in report.generated.skipped)
     assert report.generated.count == 9
@@ -79,6 +80,134 @@ def test_unreadable_files_are_named_skipped_and_counted(
     kept = write_folder("kept", np.delete(pixels, [3, 5, 7], axis=0))
     expected = evaluate_images(real, kept, extractor=extractor)
     assert report.scores[0].value == pytest.approx(expected.scores[0].value, rel=1e-6)
+
+
+def test_more_than_a_hundredth_unreadable_is_refused_at_once(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder
+) -> None:
+    folder = write_folder("real", make_pixels(200))
+    (folder / "0003.png").write_text("not an image")
+    (folder / "0005.png").write_bytes(b"")
+    assert evaluate_images(folder, folder, extractor=extractor, bootstrap=0).real.count == 198
+    (folder / "0007.png").write_text("not an image")
+    batches = []
+
+    def network(batch: Tensor) -> Tensor:
+        batches.append(len(batch))
+        return extractor.network(batch)  # type: ignore[return-value]
+
+    counting = dataclasses.replace(extractor, network=network)
+    with pytest.raises(
+        ValueError, match=r"3 of the 200 images in .* more than the share max_skipped = 0\.01"
+    ):
+        evaluate_images(folder, folder, extractor=counting, batch_size=4)
+    assert len(batches) < 5
+
+
+def test_duplicates_and_copies_are_counted(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder
+) -> None:
+    real, pixels = make_pixels(10), make_pixels(10, seed=1)
+    pixels[4] = pixels[7] = real[2]
+    report = evaluate_images(write_folder("real", real), write_folder("made", pixels), extractor=extractor)
+    assert (report.real.duplicates, report.generated.duplicates) == (0, 1)
+    assert (report.real.copies, report.generated.copies) == (0, 1)
+    assert "1 with the same pixels as a real one" in report.to_html()
+    assert report.neighbours is not None
+    generated, nearest = report.neighbours.closest[0]
+    assert (generated.name, nearest.name) == ("0004.png", "0002.png")
+
+
+def test_a_cache_saves_the_network_and_changes_nothing(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    folders = write_folder("real", make_pixels(12)), write_folder("generated", make_pixels(9, seed=1))
+    np.savez(tmp_path / "real.npz", arr_0=make_pixels(12))
+    seen = []
+
+    def network(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return extractor.network(batch)  # type: ignore[return-value]
+
+    counting = dataclasses.replace(extractor, network=network)
+    settings = {"extractor": counting, "cache": tmp_path / "cache", "batch_size": 4}
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_images(*folders, **settings)
+    stop = -1
+    seen.clear()
+    report = evaluate_images(*folders, **settings)
+    assert sum(seen) == 4 + 9  # two batches were there
+    expected = evaluate_images(*folders, extractor=extractor, batch_size=4)
+    assert report.scores == expected.scores
+    assert (report.real, report.generated) == (expected.real, expected.generated)
+    seen.clear()
+    (folders[0] / "0003.png").rename(folders[0] / "renamed.png")
+    evaluate_images(*folders, **settings)
+    assert seen == []
+    evaluate_images(tmp_path / "real.npz", folders[1], **settings)
+    assert sum(seen) == 12  # rows of an npz are known by their pixels, files by their content
+    evaluate_images(tmp_path / "real.npz", folders[1], **settings)
+    assert sum(seen) == 12
+    other = dataclasses.replace(counting, weights_sha256="1" * 64)
+    evaluate_images(*folders, **settings | {"extractor": other})
+    assert sum(seen) == 12 + 21
+
+
+def test_several_extractors_in_one_pass(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder
+) -> None:
+    folders = write_folder("real", make_pixels(12)), write_folder("generated", make_pixels(9, seed=1))
+    other = dataclasses.replace(
+        extractor, name="squares", score_name="fd_squares", network=lambda x: extractor.network(x) ** 2
+    )
+    both = evaluate_images(*folders, extractor=[extractor, other], metrics=["frechet", "recall"])
+    names = ["fd_mean_colours", "recall_mean_colours", "fd_squares", "recall_squares"]
+    assert [score.name for score in both.scores] == names
+    for part in (extractor, other):
+        alone = evaluate_images(*folders, extractor=part, metrics=["frechet", "recall"])
+        assert [s for s in both.scores if s.extractor == part.name] == alone.scores
+        assert both.protocol["extractors"][part.name] == alone.protocol["extractors"][part.name]
+
+
+def test_a_reference_batch_of_adm_has_statistics_of_more_than_it_holds(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    pixels, generated = make_pixels(40), write_folder("generated", make_pixels(9, seed=1))
+    statistics = compute_statistics(write_folder("all", pixels), extractor=extractor)
+    np.savez(tmp_path / "ref.npz", arr_0=pixels[:12], mu=statistics.mu, sigma=statistics.sigma)
+    report = evaluate_images(tmp_path / "ref.npz", generated, extractor=extractor, trust_statistics=True)
+    scores = {score.metric: score.value for score in report.scores}
+    whole = evaluate_images(tmp_path / "all", generated, extractor=extractor)
+    part = evaluate_images(write_folder("part", pixels[:12]), generated, extractor=extractor)
+    assert scores["frechet"] == pytest.approx(whole.scores[0].value, rel=1e-9)
+    of_part = {score.metric: score.value for score in part.scores}
+    for metric in ("precision", "recall", "coverage", "kid"):
+        assert scores[metric] == pytest.approx(of_part[metric], rel=1e-9)
+
+
+def test_a_dataset_of_hugging_face_is_a_set(
+    extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    import datasets
+
+    pixels = make_pixels(8)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    rows = {"image": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "dataset")
+    report = evaluate_images(tmp_path / "dataset", tmp_path / "dataset", extractor=extractor)
+    folder = evaluate_images(
+        write_folder("same", pixels, ["a", "b"]), tmp_path / "dataset", extractor=extractor
+    )
+    assert report.scores[0].value == 0
+    assert report.real.count == 8
+    assert {row.label for row in folder.pictures} == {"a", "b"}
+    no_images = datasets.Dataset.from_dict({"text": ["x"]})
+    no_images.save_to_disk(tmp_path / "texts")
+    with pytest.raises(ValueError, match="texts has no column of images, only text"):
+        compute_statistics(tmp_path / "texts", extractor=extractor)
 
 
 def test_a_listed_file_that_is_not_there_is_skipped(
@@ -89,7 +218,7 @@ def test_a_listed_file_that_is_not_there_is_skipped(
 ) -> None:
     generated = write_folder("generated", make_pixels(5))
     write_manifest(generated, [0] * 6)
-    report = evaluate_images(generated, generated, extractor=extractor)
+    report = evaluate_images(generated, generated, extractor=extractor, metrics="frechet", max_skipped=0.2)
     assert [file.file for file in report.generated.skipped] == ["0005.png"]
     assert report.generated.manifest["num_inference_steps"] == 20
 
@@ -136,7 +265,8 @@ def test_too_few_images_are_flagged_beside_the_score(
     assert "Only 10 generated images for 12-dimensional features" in flag
     assert flag in caplog.text
     assert flag in report.to_html()
-    assert evaluate_images(many, many, extractor=extractor).scores[0].flags == []
+    equal = evaluate_images(many, many, extractor=extractor, metrics="frechet", bootstrap=2)
+    assert equal.scores[0].flags == []
 
 
 def test_saved_statistics_stand_for_the_images(
@@ -149,7 +279,7 @@ def test_saved_statistics_stand_for_the_images(
     report = evaluate_images(real, generated, extractor=extractor)
     report.real_statistics.save(tmp_path / "real.npz")
     again = evaluate_images(tmp_path / "real.npz", generated, extractor=extractor)
-    assert again.scores[0] == report.scores[0]
+    assert again.scores[0].value == report.scores[0].value
     assert (again.real.count, again.real.fingerprint) == (20, report.real.fingerprint)
     assert again.pictures[0].real == []
     assert len(again.pictures[0].generated) == 20
@@ -202,7 +332,7 @@ def test_pictures_are_aligned_by_class(
     real = write_folder("real", make_pixels(9), classes=real_names)
     generated = write_folder("generated", make_pixels(4))
     write_manifest(generated, [2, 0, 2, 0], names={0: "zero", 2: "two"})
-    rows = evaluate_images(real, generated, extractor=extractor).pictures
+    rows = evaluate_images(real, generated, extractor=extractor, metrics="frechet").pictures
     assert {row.label for row in rows} == {"zero", "two"}
     for row in rows:
         assert [p.name for p in row.generated] == {

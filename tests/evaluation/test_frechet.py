@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -60,6 +61,23 @@ def test_frechet_distance_from_a_point_mass() -> None:
 def test_frechet_distance_equals_the_matrix_root(seed: int) -> None:
     a, b = _gaussian(_features(300, 64, seed)), _gaussian(_features(200, 64, seed + 10) * 1.3)
     assert frechet_distance(*a, *b) == pytest.approx(_by_matrix_root(*a, *b), rel=1e-8)
+
+
+@pytest.mark.parametrize("decades", [0, 3, 6])
+def test_frechet_distance_of_graded_spectra_to_a_millionth(decades: int) -> None:
+    """Against singular values in extended precision, with sets so close that digits cancel."""
+    d = 24
+    rotation = ortho_group.rvs(d, random_state=0)
+    spectrum = 10.0 ** np.linspace(0, -decades, d)
+    a = RNG(0).standard_normal((400, d)) * spectrum @ rotation
+    b = a * 1.01 + RNG(1).standard_normal((400, d)) * spectrum @ rotation * 0.05
+    (mu1, sigma1), (mu2, sigma2) = _gaussian(a), _gaussian(b)
+    with mpmath.workdps(50):
+        exact = mpmath.matrix(sigma1.tolist()) * mpmath.matrix(sigma2.tolist())
+        roots = sum(mpmath.sqrt(mpmath.re(value)) for value in mpmath.eig(exact, left=False, right=False))
+        rest = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2)
+        expected = float(mpmath.mpf(float(rest)) - 2 * roots)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_with_fewer_images_than_dimensions() -> None:

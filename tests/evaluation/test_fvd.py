@@ -94,9 +94,36 @@ def test_score_is_the_distance_of_the_features_of_the_clips(
     assert (
         report.protocol["clips"] == "one clip a video, 5 frames with stride 2, from a random frame (seed 0)"
     )
-    assert report.protocol["statistics"] == "mean and covariance in float64, divided by N"
+    assert report.protocol["extractors"]["end_colours"]["statistics"] == (
+        "mean and covariance in float64, divided by N"
+    )
     assert "Only 9 real videos for 6-dimensional features" in report.scores[0].flags[0]
     assert "papers use 2,048" in report.scores[0].flags[0]
+
+
+def test_frames_are_scored_as_images(write_videos: WriteVideos) -> None:
+    real, generated = write_videos("real", moving_squares(3, 0)), write_videos("made", moving_squares(2, 1))
+    colours = FeatureExtractor(
+        name="colours",
+        score_name="fd_colours",
+        dimension=3,
+        prepare=lambda pixels: pixels.mean(axis=(0, 1)).astype(np.float32),
+        network=lambda batch: batch,
+        resize="none",
+        normalization="none",
+        weights="none",
+        weights_sha256="0" * 64,
+    )
+    report = evaluate_videos(real, generated, extractor=colours, frames=5, frame_wise=True)
+    moments = []
+    for folder in (real, generated):
+        clips = [read_clip(path, frames=5, stride=1, seed=0) for path in sorted(folder.iterdir())]
+        features = np.concatenate(clips).mean(axis=(1, 2))
+        moments += [features.mean(axis=0), np.cov(features, rowvar=False)]
+    assert report.scores[0].value == pytest.approx(frechet_distance(*moments), rel=1e-5)
+    assert (report.kind, report.real.count, report.generated.count) == ("image", 15, 10)
+    assert report.protocol["clips"].startswith("every frame of one clip a video, 5 frames")
+    assert report.pictures[0].real[0].name == "0000.mp4#0"
 
 
 def test_a_clip_depends_on_the_seed_and_the_name_alone(write_videos: WriteVideos) -> None:
@@ -124,7 +151,7 @@ def test_short_and_broken_videos_are_named_skipped_and_counted(
     (generated / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (generated / "empty.mp4").touch()
     (generated / "notes.txt").write_text("no video")
-    report = evaluate_videos(real, generated, extractor=extractor, frames=8)
+    report = evaluate_videos(real, generated, extractor=extractor, frames=8, max_skipped=0.5)
     skipped = {file.file: file.reason for file in report.generated.skipped}
     assert report.generated.count == 4
     assert skipped.keys() == {"cut.mp4", "empty.mp4", "short.mp4"}
@@ -217,7 +244,7 @@ def test_transnetv2_sees_motion(write_videos: WriteVideos) -> None:
         features = extractor(np.stack([extractor.prepare(clip) for clip in clips]))
         return features.mean(axis=0), np.cov(features, rowvar=False)
 
-    clips, other = moving_squares(48, 0), moving_squares(48, 1)
+    clips, other = moving_squares(20, 0), moving_squares(20, 1)
     shuffled = np.stack([clip[np.random.default_rng(i).permutation(12)] for i, clip in enumerate(other)])
     real = moments(clips)
     assert frechet_distance(*real, *moments(shuffled)) > 3 * frechet_distance(*real, *moments(other))

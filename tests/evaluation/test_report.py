@@ -29,13 +29,13 @@ def report(
     generated = write_folder("generated", make_pixels(9, seed=1))
     write_manifest(generated, [0, 1] * 4)
     (generated / "0002.png").write_text("no image")
-    return evaluate_images(real, generated, extractor=extractor)
+    return evaluate_images(real, generated, extractor=extractor, max_skipped=0.2)
 
 
 def test_json_holds_scores_counts_and_protocol(report: Report, tmp_path: Path) -> None:
     report.save(tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["scores"][0]["name"] == "fd_mean_colours"
     assert content["scores"][0]["value"] == report.scores[0].value
     assert len(content["scores"][0]["flags"]) == 2
@@ -45,9 +45,12 @@ def test_json_holds_scores_counts_and_protocol(report: Report, tmp_path: Path) -
     assert content["generated"]["unlisted"] == 1
     assert content["generated"]["manifest"]["num_inference_steps"] == 20
     protocol = content["protocol"]
-    assert protocol["weights_sha256"] == "0" * 64
-    assert {"resize", "conversion", "normalization", "device", "date", "versions"} <= set(protocol)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    own = protocol["extractors"]["mean_colours"]
+    assert own["weights_sha256"] == "0" * 64
+    assert {"resize", "normalization", "weights", "statistics"} <= set(own)
+    assert {"conversion", "intervals", "scores", "device", "date", "versions"} <= set(protocol)
+    names = ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
 def test_html_is_one_file_with_the_score_and_both_grids(report: Report) -> None:
@@ -61,7 +64,8 @@ def test_html_is_one_file_with_the_score_and_both_grids(report: Report) -> None:
             sources.extend(str(value) for key, value in attrs if key in ("src", "href"))
 
     Links().feed(html)
-    assert len(sources) == 12 + 7
+    # Beside the grids 7 pairs of nearest neighbours, and all as the most and the least realistic.
+    assert len(sources) == 12 + 7 + 2 * 7 + 2 * 7
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|url\(|@import", html)
     assert "&lt;dog&gt;" in html
@@ -73,11 +77,11 @@ def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> 
     out = tmp_path / "out"
     report.save(out)
     (out / "report.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"report\.json, .*report\.html already there"):
+    with pytest.raises(ValueError, match=r"report\.json, .*report\.md, .*report\.html already there"):
         report.save(out)
     assert (out / "report.json").read_text() == "mine"
     report.save(out, overwrite=True)
-    assert json.loads((out / "report.json").read_text())["schema_version"] == 1
+    assert json.loads((out / "report.json").read_text())["schema_version"] == 2
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

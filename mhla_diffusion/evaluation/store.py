@@ -1,0 +1,92 @@
+"""Where features stay: on disk for the time of a run, and in a cache from one run to the next."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .output import require_folder
+
+Row = Mapping[str, NDArray[np.float32]]
+"""What an extractor gives of one sample: its outputs by name, ``[d]`` each."""
+
+
+class FeatureFile:
+    """Features that are written row by row and read as one array, without being held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._dimension = 0
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Add ``[B, d]``."""
+        self._dimension = rows.shape[1]
+        with open(self.path, "ab") as file:
+            file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
+
+    def read(self) -> NDArray[np.float32]:
+        """All rows, ``[N, d]``; the system reads the parts that are used. Changes stay in memory."""
+        return np.memmap(self.path, np.float32, mode="c").reshape(-1, self._dimension)
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """What is known of a sample from an earlier run: the hash of its pixels and its features."""
+
+    digest: bytes
+    features: Row
+
+
+class FeatureCache:
+    """Features from earlier runs, by the hash of the file and everything that they depend on besides it.
+
+    A SQLite file in ``folder``: what was stored is there after a crash, nothing else, and several processes
+    may use it at once.
+
+    Raises:
+        ValueError: when ``folder`` is a file, or holds another kind of cache.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = require_folder(folder) / "features.sqlite"
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS features (protocol TEXT, sample TEXT, output TEXT, digest BLOB, "
+                "data BLOB, PRIMARY KEY (protocol, sample, output)) WITHOUT ROWID"
+            )
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} is not a cache of features ({error}): remove it") from error
+
+    def find(self, protocol: str, sample: str) -> CachedSample | None:
+        """What is stored of a sample, if anything."""
+        query = "SELECT output, digest, data FROM features WHERE protocol = ? AND sample = ?"
+        with self._lock:
+            found = self._connection.execute(query, (protocol, sample)).fetchall()
+        if not found:
+            return None
+        return CachedSample(
+            found[0][1], {output: np.frombuffer(data, np.float32) for output, _, data in found}
+        )
+
+    def store(self, protocol: str, samples: Iterable[tuple[str, CachedSample]]) -> None:
+        """Keep samples, all or none."""
+        rows = [
+            (protocol, sample, output, known.digest, np.asarray(values, np.float32).tobytes())
+            for sample, known in samples
+            for output, values in known.features.items()
+        ]
+        with self._lock, self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?)", rows)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._connection.close()

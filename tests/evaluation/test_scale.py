@@ -1,0 +1,70 @@
+"""Many samples in little memory, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_find_the_scores_of_one(
+    make_pixels: Callable[..., np.ndarray], write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    real, generated = write_folder("real", make_pixels(19)), write_folder("made", make_pixels(14, seed=1))
+    (real / "0004.png").write_text("no image")
+    scores = []
+    for number in (1, 2):
+        launch = [sys.executable]
+        if number > 1:
+            launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+            launch += ["--num_processes", str(number), "--main_process_port", "0"]
+        command = [
+            *(*launch, "scripts/evaluate.py", "image", "--real", real, "--generated", generated),
+            *("--out", tmp_path / f"out{number}", "--extractor", "efficientnet_lite0"),
+            *("--batch_size", "4", "--max_skipped", "0.2"),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        content = json.loads((tmp_path / f"out{number}" / "report.json").read_text())
+        assert content["real"]["count"] == 18
+        scores.append({score["name"]: score["value"] for score in content["scores"]})
+        fingerprints = content["real"]["fingerprint"], content["generated"]["fingerprint"]
+    assert len(scores[0]) == 6
+    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
+    assert len(set(fingerprints)) == 2
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """Ten times the images, in a process of their own, may cost what their names and hashes take."""
+    code = """
+import resource, sys
+import numpy as np
+from mhla_diffusion.evaluation import FeatureExtractor, evaluate_images
+path, count = sys.argv[1], int(sys.argv[2])
+rng = np.random.default_rng(0)
+np.savez(path, arr_0=rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
+flat = lambda pixels: np.tile(pixels.ravel().astype(np.float32), 4)
+extractor = FeatureExtractor("flat", "fd_flat", 768, flat, lambda x: x, "none", "none", "none", "0" * 64)
+evaluate_images(path, path, extractor=extractor, metrics="frechet", bootstrap=0, batch_size=256)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for count in (1_000, 10_000):
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / f"{count}.npz"), str(count)],
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        peaks.append(int(result.stdout.split()[-1]) / 1024)
+    # In memory the features of both sets would take 55 MiB more.
+    assert peaks[1] - peaks[0] < 40
