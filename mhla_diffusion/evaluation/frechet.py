@@ -234,7 +234,7 @@ def _pivot_ratio(factor: Array) -> float:
 def _regular_factor(sigma: Array) -> Array | None:
     """The Cholesky factor, None when the matrix is singular or rounding makes it so."""
     try:
-        lower: Array = np.linalg.cholesky(sigma)
+        lower = np.linalg.cholesky(sigma).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
     return lower if _pivot_ratio(lower) > 1e-12 else None
