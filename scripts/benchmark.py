@@ -4,6 +4,7 @@ python scripts/benchmark.py operator --out runs/benchmark
 python scripts/benchmark.py model --sizes "[256, 512]"
 python scripts/benchmark.py layer --out runs/benchmark
 python scripts/benchmark.py loading --path DIR
+python scripts/benchmark.py evaluation --real DIR --generated DIR
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts me
 
 from jsonargparse import auto_cli
 
-from mhla_diffusion import benchmark, benchmark_video
+from mhla_diffusion import benchmark, benchmark_evaluation, benchmark_video
 
 if __name__ == "__main__":
     commands: dict[str, Any] = {
@@ -24,6 +25,7 @@ if __name__ == "__main__":
         "model": benchmark.model,
         "layer": benchmark_video.layer,
         "loading": benchmark_video.loading,
+        "evaluation": benchmark_evaluation.evaluation,
     }
     try:
         print(auto_cli(commands, as_positional=False, allow_abbrev=False))

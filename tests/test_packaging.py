@@ -54,6 +54,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
+        (commands,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        assert "mhla-evaluate = mhla_diffusion.evaluation.cli:main" in archive.read(commands).decode()
     content = {name for name in names if ".dist-info/" not in name}
     expected = {
         str(Path("mhla_diffusion") / path.relative_to(ROOT / "mhla_diffusion"))

@@ -14,6 +14,7 @@ from .fvd import evaluate_videos
 from .optional import require
 from .report import Report, require_no_report
 from .side_by_side import compare_reports
+from .vbench import export_vbench
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,20 @@ def compare(reports: list[str], out: str, overwrite: bool = False) -> None:
     logger.info("Comparison: %s", Path(out) / "comparison.html")
 
 
+def vbench(generated: str, out: str) -> None:
+    """Copy generated videos into the layout that VBench reads.
+
+    Args:
+        generated: folder of scripts/generate.py, with its manifest.json.
+        out: folder that is not there yet.
+    """
+    logger.info("%d videos in %s", export_vbench(generated, out), out)
+
+
 def main() -> None:
     """Parse and run; what a user got wrong is one line and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands = {"image": image, "video": video, "stats": stats, "compare": compare}
+    commands = {"image": image, "video": video, "stats": stats, "compare": compare, "vbench": vbench}
     try:
         require("jsonargparse").auto_cli(
             commands, args=_with_list(sys.argv[1:]), as_positional=False, allow_abbrev=False

@@ -136,11 +136,11 @@ def _scores(
     scores, neighbourhoods = [], None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
         sets = Comparison(
-            extractor,
-            _labelled(real, extractor, classes and classes[0]),
-            _labelled(generated, extractor, classes and classes[1]),
-            settings.bootstrap,
-            settings.seed,
+            extractor=extractor,
+            real=_labelled(real, extractor, classes and classes[0]),
+            generated=_labelled(generated, extractor, classes and classes[1]),
+            replicates=settings.bootstrap,
+            seed=settings.seed,
         )
         cautions = flags + ([extractor.caution] if extractor.caution else [])
         for name, its in chosen:
@@ -167,41 +167,35 @@ def _pictures(
 ) -> dict[str, Any]:
     """What the page shows: both sets side by side, nearest neighbours, and extremes of realism."""
     rows = choose_rows(real_set, generated_set)
-    closest: list[int] = []
-    best: list[int] = []
-    worst: list[int] = []
+    closest: list[tuple[int, int]] = []
+    order: list[int] = []
     if found is not None:
-        closest = np.argsort(found.distance, kind="stable")[:SHOWN].tolist()
-        order = np.argsort(found.realism, kind="stable").tolist()
-        best, worst = order[::-1][:SHOWN], order[:SHOWN]
-    shown_real = {i for row in rows for i in row.real}
-    shown = {i for row in rows for i in row.generated}
-    if found is not None:
-        shown_real |= {real.indices[found.nearest[i]] for i in closest}
-        shown |= {generated.indices[i] for i in (*closest, *best, *worst)}
+        closest = [
+            (generated.indices[i], real.indices[found.nearest[i]])
+            for i in np.argsort(found.distance, kind="stable")[:SHOWN]
+        ]
+        order = [generated.indices[i] for i in np.argsort(-found.realism, kind="stable")]
+    best, worst = order[:SHOWN], order[::-1][:SHOWN]
+    shown_real = {i for row in rows for i in row.real} | {j for _, j in closest}
+    shown = {i for row in rows for i in row.generated} | {i for i, _ in closest} | {*best, *worst}
     of_real, of_generated = take_pictures(real_set, shown_real), take_pictures(generated_set, shown)
 
-    def picture(i: int) -> Picture:
-        return of_generated[generated.indices[i]]
+    def those(pictures: dict[int, Picture], indices: Sequence[int]) -> list[Picture]:
+        return [pictures[i] for i in indices if i in pictures]
 
-    return {
-        "pictures": [
-            PictureRow(
-                row.label,
-                real=[of_real[i] for i in row.real if i in of_real],
-                generated=[of_generated[i] for i in row.generated if i in of_generated],
-            )
-            for row in rows
-        ],
-        "neighbours": None
-        if found is None
-        else Neighbours(
-            closest=[(picture(i), of_real[real.indices[found.nearest[i]]]) for i in closest],
-            best=[picture(i) for i in best],
-            worst=[picture(i) for i in worst],
+    neighbours = None
+    if found is not None:
+        neighbours = Neighbours(
+            closest=[(of_generated[i], of_real[j]) for i, j in closest if i in of_generated and j in of_real],
+            best=those(of_generated, best),
+            worst=those(of_generated, worst),
             realism=float(np.median(found.realism)),
-        ),
-    }
+        )
+    pictures = [
+        PictureRow(row.label, real=those(of_real, row.real), generated=those(of_generated, row.generated))
+        for row in rows
+    ]
+    return {"pictures": pictures, "neighbours": neighbours}
 
 
 def _known(

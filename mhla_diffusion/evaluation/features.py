@@ -338,12 +338,14 @@ def _inception_adm(weights: str | Path | None, device: str) -> FeatureExtractor:
         raise ValueError(
             f"{path} is not torch-fidelity's Inception or only a part of it: {str(error).splitlines()[0]}"
         ) from error
+    for module in inception.modules():
+        _fuse(module, "conv", "bn")
     return FeatureExtractor(
         name="inception_adm",
         score_name="fid" if official else "fd_inception_adm_custom",
         dimension=2048,
         prepare=_channels_first,
-        network=_InceptionADM(inception).to(device),
+        network=_InceptionADM(inception).to(memory_format=torch.channels_last).to(device),
         resize="to 299 x 299 whatever the shape, bilinear without antialiasing, as TensorFlow 1 (ADM)",
         normalization="(x - 128) / 128",
         weights=path.name,
@@ -506,8 +508,8 @@ class _EfficientNetLite0(nn.Module):
 
 
 def _fuse(module: nn.Module, conv: str, norm: str) -> None:
-    """Fold a batch norm into the convolution before it, when there is one: a third faster on a CPU."""
-    if hasattr(module, conv):
+    """Fold a batch norm into the convolution before it, when both are there: a third faster on a CPU."""
+    if hasattr(module, conv) and hasattr(module, norm):
         setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
         setattr(module, norm, nn.Identity())
 

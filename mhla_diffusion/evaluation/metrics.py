@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from .resampling import (
     Features,
     Gaussian,
     Replicates,
+    class_replicates,
     draw_replicates,
     extrapolate,
     frechet_curve,
@@ -115,7 +116,7 @@ def _frechet(sets: Comparison, metric: str, output: str) -> Score:
     if sets.replicates and smallest >= 4:
         curve = frechet_curve(real, known, generated, ddof=ddof, seed=sets.seed)
     # With fewer samples than dimensions the bias does not fall as 1 / N yet.
-    enough = bool(curve) and curve[0][0] > len(a.mu) and smallest // 2 > len(a.mu)
+    enough = bool(curve) and smallest // 2 > len(a.mu)
     return sets.score(
         metric,
         frechet_distance(a.mu, a.sigma, b.mu, b.sigma),
@@ -129,14 +130,20 @@ def _per_class(sets: Comparison, metric: str) -> Score:
     """The mean of the distances of the classes that both sets have."""
     real, generated = (np.asarray(measured.labels) for measured in (sets.real, sets.generated))
     x, y = sets.real.features["features"], sets.generated.features["features"]
-    classes = {}
+    ddof, drawn = sets.extractor.ddof, sets.drawn
+    assert drawn.real is not None
+    classes, spread = {}, []
     for name in dict.fromkeys(real.tolist()):
-        members = np.flatnonzero(real == name), np.flatnonzero(generated == name)
-        if min(map(len, members)) > 1:
-            classes[str(name)] = frechet_of_features(x[members[0]], y[members[1]], ddof=sets.extractor.ddof)
+        i, j = np.flatnonzero(real == name), np.flatnonzero(generated == name)
+        if min(len(i), len(j)) > 1:
+            ours = replace(drawn, real=drawn.real[i], generated=drawn.generated[j])
+            classes[str(name)] = frechet_of_features(x[i], y[j], ddof=ddof)
+            spread.append(class_replicates(x[i], y[j], ours, ddof=ddof))
     if not classes:
         raise ValueError(f"{metric}: no class has two samples or more in both sets; leave it out")
-    return sets.score(metric, float(np.mean(list(classes.values()))), classes=classes)
+    return sets.score(
+        metric, float(np.mean(list(classes.values()))), np.mean(spread, axis=0), classes=classes
+    )
 
 
 def _kernel_distance(sets: Comparison, metric: str) -> Score:
@@ -320,4 +327,4 @@ def choose_metrics(
 
 
 def _tensor(features: NDArray[np.float32]) -> torch.Tensor:
-    return torch.from_numpy(np.array(features))
+    return torch.from_numpy(np.asarray(features))

@@ -22,7 +22,7 @@ NEIGHBOURS_DENSITY = 5
 MIN_SAMPLES = NEIGHBOURS_DENSITY + 1
 """Of a set in which each has so many others."""
 
-ROWS = 1024
+ROWS = 512
 
 
 @dataclass(frozen=True)

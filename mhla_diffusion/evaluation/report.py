@@ -192,7 +192,8 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
     for score in scores:
         limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"
         better = "higher is better" if score.higher_is_better else "lower is better"
-        lines.append(f"| {score.name} | {score.text()} | {limit} | {better} |")
+        mark = " ⚠" if score.flags else ""
+        lines.append(f"| {score.name} | {score.text()}{mark} | {limit} | {better} |")
     counts = ["an unstated number of" if count is None else f"{count:,}" for count in (generated, real)]
     lines += ["", f"{counts[0]} generated against {counts[1]} real {kind}s.", ""]
     lines += [f"- {flag}" for flag in dict.fromkeys(flag for score in scores for flag in score.flags)]

@@ -92,15 +92,43 @@ def frechet_replicates(
     real: Features | None, known: Gaussian, generated: Features, drawn: Replicates, *, ddof: int
 ) -> Array:
     """The Frechet distance in each replicate, ``[R]``; ``known`` stands for ``real`` when that is None."""
-    distances = np.zeros(drawn.count)
-    for i in tqdm(range(drawn.count), desc="intervals", unit="replicate", leave=False):
-        b = drawn.generated[:, i]
-        if real is None or drawn.real is None:
-            of_generated = gaussian(generated, ddof=ddof, counts=b)
-            distances[i] = frechet_distance(known.mu, known.sigma, of_generated.mu, of_generated.sigma)
-        else:
-            distances[i] = frechet_of_features(real, generated, ddof=ddof, counts=(drawn.real[:, i], b))
-    return distances
+    return np.array(
+        [
+            _distance(
+                real, known, generated, None if drawn.real is None else drawn.real[:, i],
+                drawn.generated[:, i], ddof,
+            )
+            for i in tqdm(range(drawn.count), desc="intervals", unit="replicate", leave=False)
+        ]
+    )  # fmt: skip
+
+
+def class_replicates(real: Features, generated: Features, drawn: Replicates, *, ddof: int) -> Array:
+    """The Frechet distance of one class in each replicate of the whole sets, ``[R]``.
+
+    NaN where fewer than two of its samples were drawn.
+    """
+    assert drawn.real is not None
+    pairs = zip(drawn.real.T, drawn.generated.T, strict=True)
+    return np.array(
+        [
+            frechet_of_features(real, generated, ddof=ddof, counts=(a, b))
+            if min(a.sum(), b.sum()) > 1
+            else np.nan
+            for a, b in pairs
+        ]
+    )
+
+
+def _distance(
+    real: Features | None, known: Gaussian, generated: Features, a: Array | None, b: Array, ddof: int
+) -> float:
+    """Of sets that have each sample as often as the counts ``a`` and ``b`` say."""
+    if real is not None:
+        assert a is not None
+        return frechet_of_features(real, generated, ddof=ddof, counts=(a, b))
+    other = gaussian(generated, ddof=ddof, counts=b)
+    return frechet_distance(known.mu, known.sigma, other.mu, other.sigma)
 
 
 def frechet_of_features(
@@ -138,19 +166,16 @@ def frechet_curve(
     known by their statistics alone all are taken, and their part of the bias stays.
     """
     rng = np.random.default_rng(seed)
+
+    def choose(size: int, share: float) -> Array:
+        """1 for the samples of a subset."""
+        return (rng.permutation(size) < round(share * size)).astype(np.float64)
+
     curve = []
     for share in tqdm(np.linspace(0.5, 1, CURVE_POINTS), desc="score against N", unit="subset", leave=False):
-        taken = [
-            None if x is None else x[np.sort(rng.permutation(len(x))[: round(share * len(x))])]
-            for x in (real, generated)
-        ]
-        assert taken[1] is not None
-        if taken[0] is None:
-            y = gaussian(taken[1], ddof=ddof)
-            distance = frechet_distance(known.mu, known.sigma, y.mu, y.sigma)
-        else:
-            distance = frechet_of_features(taken[0], taken[1], ddof=ddof)
-        curve.append((len(taken[1]), distance))
+        a = None if real is None else choose(len(real), share)
+        b = choose(len(generated), share)
+        curve.append((int(b.sum()), _distance(real, known, generated, a, b, ddof)))
     return curve
 
 

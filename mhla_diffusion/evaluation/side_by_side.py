@@ -16,7 +16,7 @@ from .report import SCHEMA_VERSION, Score, decimals, render
 FILE_NAMES = ("comparison.md", "comparison.html")
 
 # What differs from run to run without changing what is measured.
-_HARMLESS = ("date", "command", "device", "batch_size", "versions")
+_HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class SideBySide:
 def _cell(score: Score | None, best: bool) -> str:
     if score is None:
         return "none"
-    return f"**{score.text()}**" if best else score.text()
+    mark = " ⚠" if score.flags else ""
+    return f"**{score.text()}**{mark}" if best else f"{score.text()}{mark}"
 
 
 def compare_reports(reports: Sequence[str | Path]) -> SideBySide:

@@ -40,6 +40,19 @@ def test_every_mode_becomes_rgb(image: Image.Image, expected: np.ndarray, tmp_pa
     np.testing.assert_array_equal(pixels, expected)
 
 
+def test_orientation_frames_and_inks(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), RGB)
+    frames = [Image.fromarray(RGB).quantize(64), Image.fromarray(255 - RGB).quantize(64)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(read_image(tmp_path / "two.gif"), np.asarray(frames[0].convert("RGB")))
+    inks = Image.fromarray(np.stack([GRAY, 255 - GRAY, GRAY, GRAY // 2], axis=-1), mode="CMYK")
+    inks.save(tmp_path / "inks.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "inks.tif"), np.asarray(inks.convert("RGB")))
+
+
 def test_float_images_are_refused(tmp_path: Path) -> None:
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "image.tif")
     with pytest.raises(ValueError, match="no defined range"):

@@ -29,6 +29,7 @@ from mhla_diffusion.evaluation import (
     load_video_extractor,
 )
 from mhla_diffusion.evaluation.fvd import open_videos, read_clip
+from mhla_diffusion.evaluation.vbench import export_vbench
 from mhla_diffusion.video_files import UnreadableVideoError, write_video
 
 ROOT = Path(__file__).parents[2]
@@ -316,6 +317,25 @@ def test_videomae_comes_from_transformers(tmp_path: Path) -> None:
     assert (extractor.score_name, extractor.dimension) == ("fd_videomae", 24)
     with pytest.raises(ValueError, match="takes clips of 4 frames, got 16"):
         load_video_extractor("videomae", weights=tmp_path / "videomae")
+
+
+def test_export_for_vbench(write_videos: WriteVideos, tmp_path: Path) -> None:
+    generated = write_videos("made", moving_squares(3, 1))
+    prompts = ["a red/blue  square", "a dot", "a dot"]
+    rows = [{"file": f"{i:04d}.mp4", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    (generated / "manifest.json").write_text(json.dumps({"videos": rows}))
+    assert export_vbench(generated, tmp_path / "vbench") == 3
+    names = ["a dot-0.mp4", "a dot-1.mp4", "a red blue square-0.mp4", "prompts.json"]
+    assert sorted(path.name for path in (tmp_path / "vbench").iterdir()) == names
+    assert (tmp_path / "vbench" / "a dot-1.mp4").read_bytes() == (generated / "0002.mp4").read_bytes()
+    assert json.loads((tmp_path / "vbench" / "prompts.json").read_text())["a dot-1.mp4"] == "a dot"
+    with pytest.raises(ValueError, match="vbench is already there"):
+        export_vbench(generated, tmp_path / "vbench")
+    rows[0] = {"file": "0000.mp4"}
+    (generated / "manifest.json").write_text(json.dumps({"videos": rows}))
+    with pytest.raises(ValueError, match=r"0000\.mp4 has no prompt"):
+        export_vbench(generated, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tmp_path: Path) -> None:

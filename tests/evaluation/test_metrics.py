@@ -207,8 +207,10 @@ def test_too_few_samples_for_the_dimension_are_not_extrapolated(extractor: Featu
 def test_per_class(extractor: FeatureExtractor) -> None:
     real, generated = _features(90, 0), _features(60, 1)
     a, b = ["x", "y", "z"] * 30, ["y", "x", "w"] * 20
-    sets = Comparison(extractor, _measured(real, labels=a), _measured(generated, labels=b), 0, 0)
+    sets = Comparison(extractor, _measured(real, labels=a), _measured(generated, labels=b), 30, 0)
     score = _score(sets, "frechet_per_class")
+    assert score.interval is not None
+    assert score.interval[0] < score.value < score.interval[1]
     expected = {
         name: frechet_of_features(real[np.array(a) == name], generated[np.array(b) == name], ddof=1)
         for name in ("x", "y")
