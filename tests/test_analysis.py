@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,7 @@ from torch import Tensor, nn
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
 from mhla_diffusion.ops import BlockLayout, initial_mixing
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "analyze.py"
+from tests.processes import run_script
 
 
 class OneLayer(nn.Module):
@@ -154,15 +151,8 @@ def test_map_puts_frames_beside_each_other() -> None:
 
 def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
     make_dit().save_pretrained(tmp_path / "model")
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--model",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    subprocess.run([*command, "--width", "24"], check=True, capture_output=True)
+    command = ["analyze", "--model", tmp_path / "model", "--out", tmp_path / "out"]
+    run_script(*command, "--width", "24").check_returncode()
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1
     assert "transformer_blocks.2.attn1.processor" in page
@@ -170,6 +160,6 @@ def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["layers"][0]["grid"] == [8, 12]
     assert report["settings"]["latents"] == "2 x 16 x 24, noise"
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    again = run_script(*command)
     assert again.returncode == 1
     assert "already there" in again.stderr

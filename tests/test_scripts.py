@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +12,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 
 from mhla_diffusion import MHLADiTTransformer2DModel, MHLAPipeline
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"scripts/{script}.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+from tests.processes import run_script
 
 
 def succeed(script: str, *arguments: str | Path) -> str:
-    result = run(script, *arguments)
+    result = run_script(script, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -115,7 +105,7 @@ def test_a_transformer_alone_is_converted_and_nothing_is_overwritten(stock: Path
     assert not list(tmp_path.glob(".*")) + list(tmp_path.glob("*partial*")), "nothing is left over"
     model = MHLADiTTransformer2DModel.from_pretrained(tmp_path / "out")
     assert model.mixing_blocks == (2, 2)
-    again = run("convert", *arguments)
+    again = run_script("convert", *arguments)
     assert again.returncode == 1
     assert "is there already; choose another folder" in again.stderr
 
@@ -131,7 +121,7 @@ def test_a_transformer_alone_is_converted_and_nothing_is_overwritten(stock: Path
 def test_a_conversion_that_cannot_be_is_explained(
     arguments: list[str], message: str, stock: Path, tmp_path: Path
 ) -> None:
-    result = run("convert", "--model", stock, "--out", tmp_path / "out", *arguments)
+    result = run_script("convert", "--model", stock, "--out", tmp_path / "out", *arguments)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -148,7 +138,7 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     last = photos / "dog" / "5.png"
     whole = last.read_bytes()
     last.write_bytes(whole[:40])
-    assert run(
+    assert run_script(
         "export_images", "--data.source", "folder", "--data.path", photos, "--out", tmp_path / "some"
     ).returncode
     assert not (tmp_path / "some").exists()
@@ -163,7 +153,9 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
         "dog/000006.png",
         "dog/000009.png",
     ]
-    too_many = run("export_images", "--data.source", "mnist", "--num", "5001", "--out", tmp_path / "many")
+    too_many = run_script(
+        "export_images", "--data.source", "mnist", "--num", "5001", "--out", tmp_path / "many"
+    )
     assert "num must be 1 to 5000, the number of images, got 5001" in too_many.stderr
 
 
@@ -182,7 +174,7 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     assert sorted(path.name for path in clips.iterdir()) == [
         "000000.mp4", "000001.mp4", "000002.mp4", "captions.csv",
     ]  # fmt: skip
-    refused = run(*export)
+    refused = run_script(*export)
     assert refused.returncode != 0
     assert f"error: {clips} is there already; choose another folder" in refused.stderr
     # As the README has it.
@@ -196,7 +188,7 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     assert json.loads((videos / "manifest.json").read_text())["videos"][0]["prompt"] == "a red car"
     assert (videos / "000000.mp4").is_file()
     assert Image.open(tmp_path / "strip.png").size == (8 * 64, 64)
-    other = run(
+    other = run_script(
         "generate", "image", "--model", training / "pipeline", "--num", "1", "--out", tmp_path / "images"
     )
     assert other.returncode != 0

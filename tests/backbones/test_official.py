@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from mhla_diffusion import MHLAWanTransformer3DModel
 from mhla_diffusion.backbones.official import _BEGINNINGS, _BLOCK_RENAMINGS, _rename, load_official_wan
+from tests.processes import run_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TINY: dict[str, Any] = {"blocks": (1, 2, 2), "sample_grid": (2, 4, 4), "head_dim": 12}
 
@@ -173,9 +171,10 @@ def test_the_script_reads_a_checkpoint(tmp_path: Path) -> None:
         mhla_config={"blocks": [3, 5, 10], "normalizer": "none", "constraint": "none", "output_norm": True},
     )  # fmt: skip
     save_file(their_weights(model), tmp_path / "wan.safetensors")
-    command = [sys.executable, str(SCRIPT), "--from", "official-wan-mhla", "--model"]
     out = tmp_path / "out"
-    subprocess.run([*command, str(tmp_path / "wan.safetensors"), "--out", str(out)], check=True)
+    run_script(
+        "convert", "--from", "official-wan-mhla", "--model", tmp_path / "wan.safetensors", "--out", out
+    ).check_returncode()
     loaded = MHLAWanTransformer3DModel.from_pretrained(out)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     assert loaded.mixing_blocks == (3, 5, 10)

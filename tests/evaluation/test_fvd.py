@@ -8,8 +8,6 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +29,7 @@ from mhla_diffusion.evaluation import (
 from mhla_diffusion.evaluation.fvd import open_videos, read_clip
 from mhla_diffusion.evaluation.vbench import export_vbench
 from mhla_diffusion.video_files import UnreadableVideoError, write_video
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 WriteVideos = Callable[..., Path]
 
@@ -342,12 +339,9 @@ def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tm
     real, generated = write_videos("real", moving_squares(3, 0)), write_videos("made", moving_squares(2, 1))
     rows = [{"file": f"{i:04d}.mp4", "prompt": f"square <{i}>", "seed": i} for i in range(2)]
     (generated / "manifest.json").write_text(json.dumps({"model": "runs/squares", "videos": rows}))
-    command = [
-        *(sys.executable, "scripts/evaluate.py", "video", "--real", str(real), "--generated", str(generated)),
-        *("--out", str(tmp_path / "out"), "--frames", "6", "--save_stats", str(tmp_path / "real.npz")),
-    ]
-    result = subprocess.run(
-        [*command, "--extractor", "transnetv2"], cwd=ROOT, capture_output=True, text=True, timeout=200
+    result = run_script(
+        *("evaluate", "video", "--real", real, "--generated", generated, "--out", tmp_path / "out"),
+        *("--frames", "6", "--save_stats", tmp_path / "real.npz", "--extractor", "transnetv2"),
     )
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "out" / "report.json").read_text())

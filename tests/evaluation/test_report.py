@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation import FeatureExtractor, Report, evaluate_images
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 
 @pytest.fixture
@@ -85,8 +84,7 @@ def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> 
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/evaluate.py", "image", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_script("evaluate", "image", *arguments)
 
 
 def test_script_scores_and_saves_statistics(

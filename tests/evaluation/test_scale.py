@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import run_script
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,23 +22,22 @@ def test_two_processes_find_the_scores_of_one(
 ) -> None:
     real, generated = write_folder("real", make_pixels(19)), write_folder("made", make_pixels(14, seed=1))
     (real / "0004.png").write_text("no image")
+    arguments = [
+        *("image", "--real", real, "--generated", generated, "--extractor", "efficientnet_lite0"),
+        *("--batch_size", "4", "--max_skipped", "0.2", "--out"),
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "scripts/evaluate.py"]
+    pair = subprocess.run(
+        [*launch, *map(str, arguments), str(tmp_path / "two")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert pair.returncode == 0, pair.stderr
+    alone = run_script("evaluate", *arguments, tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
     scores = []
-    for number in (1, 2):
-        launch = [sys.executable]
-        if number > 1:
-            launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-            launch += ["--num_processes", str(number), "--main_process_port", "0"]
-        command = [
-            *(*launch, "scripts/evaluate.py", "image", "--real", real, "--generated", generated),
-            *("--out", tmp_path / f"out{number}", "--extractor", "efficientnet_lite0"),
-            *("--batch_size", "4", "--max_skipped", "0.2"),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        content = json.loads((tmp_path / f"out{number}" / "report.json").read_text())
+    for name in ("one", "two"):
+        content = json.loads((tmp_path / name / "report.json").read_text())
         assert content["real"]["count"] == 18
         scores.append({score["name"]: score["value"] for score in content["scores"]})
         fingerprints = content["real"]["fingerprint"], content["generated"]["fingerprint"]

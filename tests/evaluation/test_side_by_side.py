@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation import FeatureExtractor, compare_reports, evaluate_images
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 MakeReport = Callable[..., Path]
 
@@ -84,11 +81,11 @@ def test_what_is_no_report_is_refused(make_report: MakeReport, tmp_path: Path) -
 
 def test_the_command_takes_folders_one_after_the_other(make_report: MakeReport, tmp_path: Path) -> None:
     folders = [make_report("a", 0), make_report("bb", 30)]
-    command = [sys.executable, "scripts/evaluate.py", "compare", *map(str, folders), "--out", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    command = ["evaluate", "compare", *folders, "--out", tmp_path]
+    result = run_script(*command)
     assert result.returncode == 0, result.stderr
     assert "| fd_mean_colours |" in result.stderr
     assert (tmp_path / "comparison.html").is_file()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    again = run_script(*command)
     assert again.returncode == 1
     assert "already there" in again.stderr

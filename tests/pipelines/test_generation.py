@@ -16,6 +16,7 @@ from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
 from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
+from tests.processes import run_script
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS: dict[str, Any] = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "seed": 5}
@@ -146,7 +147,7 @@ def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path
         f"--model {tmp_path / 'model'} --num 7 --batch_size 3 --steps 2 --seed 5 --classes [a,2]".split()
     )
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, SCRIPTS / "generate.py", "image", *arguments, "--out", one], check=True)
+    run_script("generate", "image", *arguments, "--out", one).check_returncode()
     accelerate = Path(sys.executable).with_name("accelerate")
     launch = "launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [accelerate, *launch.split(), "--main_process_port", "0"]

@@ -17,6 +17,8 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from tests.processes import run_script
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -105,11 +107,16 @@ def start(write_settings: Callable[[], Path]) -> Callable[..., subprocess.Popen[
 
 
 @pytest.fixture
-def run(start: Callable[..., subprocess.Popen[str]]) -> Run:
+def run(start: Callable[..., subprocess.Popen[str]], write_settings: Callable[[], Path]) -> Run:
     """Runs the script to its end."""
 
-    def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        process = start(*arguments, **kwargs)
+    def run(
+        *arguments: str, num_processes: int = 1, script: str = "train_image.py"
+    ) -> subprocess.CompletedProcess[str]:
+        if num_processes == 1:
+            name = script.removesuffix(".py")
+            return run_script(name, "--config", write_settings(), *arguments, stderr_to_stdout=True)
+        process = start(*arguments, num_processes=num_processes, script=script)
         output, _ = process.communicate(timeout=240)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
 from mhla_diffusion.training.video_data import VideoSamples, open_videos
 from mhla_diffusion.training.video_latents import CachedVideoLatents
 from mhla_diffusion.video_files import write_video
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 
 @pytest.fixture
@@ -176,7 +173,6 @@ def test_settings_that_latents_bring_are_refused(setting: dict[str, Any]) -> Non
 
 
 def test_the_script_says_what_can_be_encoded() -> None:
-    command = [sys.executable, "scripts/cache_latents.py", "audio"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    result = run_script("cache_latents", "audio")
     assert result.returncode == 1
     assert "say what to encode, image or video, got 'audio'" in result.stderr
