@@ -11,6 +11,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 # Started at the first script, in an environment that conftest has set. What it has imported, its forks have.
@@ -50,6 +52,7 @@ def _run(command: list[str], stdout: str, stderr: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    torch.set_num_threads(1)
     os.chdir(ROOT)
     sys.argv = command
     sys.path.insert(0, str(ROOT / "scripts"))

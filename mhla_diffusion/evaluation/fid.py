@@ -34,7 +34,7 @@ def evaluate_images(
 
     Each image is read once, and goes through each extractor once. Features are kept in a temporary folder
     (TMPDIR says where), so that memory does not depend on the number of images. Under ``accelerate launch``
-    the processes share the work.
+    the processes share the work; with equally many threads in each, scores are those of one process.
 
     Args:
         real: folder of images, npz of images (ADM layout), or npz of statistics (``mu`` and ``sigma``).
