@@ -48,7 +48,11 @@ class SampleKind:
 class SampleSet(Protocol):
     """An ordered, finite set of samples that are read one by one."""
 
-    path: Path
+    @property
+    def path(self) -> Path | str:
+        """Where it is, as it was asked for."""
+        ...
+
     kind: SampleKind
     names: list[str]
     """What each sample is called, in the order in which they are read."""
@@ -215,7 +219,7 @@ class DatasetImages:
         ValueError: when it has no column of images.
     """
 
-    path: Path
+    path: Path | str
     dataset: Any
     names: list[str] = field(init=False)
     labels: list[int] | None = field(init=False, default=None)
@@ -284,7 +288,7 @@ def open_images(path: str | Path) -> SampleSet:
     """
     if str(path).startswith("hf://"):
         name, _, split = str(path).removeprefix("hf://").partition(":")
-        return DatasetImages(Path(path), _load_dataset(name, split or "train"))
+        return DatasetImages(str(path), _load_dataset(name, split or "train"))
     path = Path(path)
     if (path / "dataset_info.json").is_file():
         return DatasetImages(path, require("datasets").load_from_disk(str(path)))

@@ -38,7 +38,7 @@ def export_vbench(generated: str | Path, out: str | Path) -> int:
         temporary = Path(parent) / out.name
         temporary.mkdir()
         for name in videos.names:
-            file, prompt = videos.path / name, videos.prompts.get(name)
+            file, prompt = Path(videos.path) / name, videos.prompts.get(name)
             if prompt is None:
                 raise ValueError(
                     f"{name} has no prompt: give a folder whose manifest.json holds one for each"
