@@ -379,7 +379,7 @@ def _channels_first(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _pretrained(classes: Sequence[Any], source: str) -> tuple[list[Any], str]:
+def load_pretrained(classes: Sequence[Any], source: str) -> tuple[list[Any], str]:
     """Loaded parts of transformers, and the hash of the weights.
 
     Raises:
@@ -414,7 +414,7 @@ def _dinov2(weights: str | Path | None, device: str) -> FeatureExtractor:
     from transformers import AutoImageProcessor, Dinov2Model
 
     source = str(weights or DINOV2)
-    (model, processor), sha256 = _pretrained((Dinov2Model, AutoImageProcessor), source)
+    (model, processor), sha256 = load_pretrained((Dinov2Model, AutoImageProcessor), source)
     size = 224 if model.config.image_size >= 224 else model.config.image_size
     return FeatureExtractor(
         name="dinov2",
@@ -468,7 +468,7 @@ def _clip(weights: str | Path | None, device: str) -> FeatureExtractor:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     source = str(weights or CLIP)
-    (model, processor, tokenizer), sha256 = _pretrained(
+    (model, processor, tokenizer), sha256 = load_pretrained(
         (CLIPModel, CLIPImageProcessor, AutoTokenizer), source
     )
     model = model.float().eval().to(device)

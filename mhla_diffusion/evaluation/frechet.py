@@ -183,7 +183,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     with as many columns as the covariance has rank, so that covariances of few images are exact and cheap,
     and nothing is ever complex. Regular covariances take the roots of the eigenvalues of ``B^T S1 B``
     instead, in less than half of the time, unless the smallest are so small that rounding shows.
-    scipy's sqrtm takes ten times as long, and loses half of the digits on singular products.
+    scipy's sqrtm takes several times as long, and loses half of the digits on singular products.
 
     Args:
         mu1, mu2: means, ``[d]``.

@@ -73,6 +73,7 @@ class _Row:
     digest: bytes = b""
     error: str | None = None
     key: str = ""
+    recalled: bool = False
     prepared: dict[str, NDArray[Any]] = field(default_factory=dict)
     features: dict[str, Row] = field(default_factory=dict)
 
@@ -290,6 +291,7 @@ def _recall(row: _Row, cache: FeatureCache, protocols: dict[str, str]) -> bool:
         if known is None:
             return False
         row.digest, row.features[extractor] = known.digest, known.features
+    row.recalled = True
     return True
 
 
@@ -300,6 +302,6 @@ def _remember(
         new = [
             (row.key, CachedSample(row.digest, row.features[extractor.name]))
             for row in rows
-            if row.error is None
+            if row.error is None and not row.recalled
         ]
         cache.store(_cache_protocol(extractor, kind), new)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import FeatureExtractor, default_device, file_sha256, resolve_name
+from .features import FeatureExtractor, default_device, file_sha256, load_pretrained, resolve_name
 from .files import Pixels
 from .optional import require
 
@@ -155,7 +155,7 @@ class _VideoMAE(nn.Module):
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.float().eval()
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
@@ -165,15 +165,9 @@ class _VideoMAE(nn.Module):
 
 def _videomae(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
     from transformers import VideoMAEImageProcessor, VideoMAEModel
-    from transformers.utils import cached_file
 
     source = str(weights or VIDEOMAE)
-    try:
-        model = VideoMAEModel.from_pretrained(source, dtype=torch.float32).eval()
-        processor = VideoMAEImageProcessor.from_pretrained(source)
-        sha256 = file_sha256(cached_file(source, "model.safetensors"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no VideoMAE could be loaded from {source}: {error}") from error
+    (model, processor), sha256 = load_pretrained((VideoMAEModel, VideoMAEImageProcessor), source)
     if frames != model.config.num_frames:
         raise ValueError(f"{source} takes clips of {model.config.num_frames} frames, got {frames}")
     size = model.config.image_size

@@ -70,7 +70,7 @@ def test_what_is_no_report_is_refused(make_report: MakeReport, tmp_path: Path) -
     folder = make_report("a", 0)
     with pytest.raises(ValueError, match="two reports or more are compared, got 1"):
         compare_reports([folder])
-    with pytest.raises(ValueError, match=r"nowhere/?.* is not a report|nowhere is not a report"):
+    with pytest.raises(ValueError, match="nowhere is not a report"):
         compare_reports([folder, tmp_path / "nowhere"])
     old = tmp_path / "old"
     old.mkdir()
