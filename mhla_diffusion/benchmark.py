@@ -384,7 +384,7 @@ def _operator_table(results: Sequence[Measurement]) -> str:
     others = [peer for peer in PEERS[1:] if any(r.peer == peer for r in results)]
     head = ["shape", "dtype", "pass", "MHLA ms", "floor ms", "of the floor"]
     head += [f"{peer} / MHLA" for peer in others] + ["MB beyond in- and outputs"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for (shape, dtype, passes), peers in rows.items():
         ours = peers.get("mhla")
         if ours is None or ours.seconds is None:
@@ -402,7 +402,7 @@ def _operator_table(results: Sequence[Measurement]) -> str:
                 *("-" if s is None else f"{s / ours.seconds:.2f} x" for s in ratios), memory,
             ]
         )  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 MODEL_ATTENTIONS = ("mhla", "linear", "softmax")
@@ -503,10 +503,15 @@ def _model_steps(
     return [torch.no_grad()(forward), train]
 
 
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the head, as a table in Markdown."""
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rows])
+
+
 def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -> str:
     """Markdown: milliseconds of each attention at each size, in a denoising and a training step."""
     lines = [["size", "tokens", "M", "step", *(f"{a}, ms" for a in attentions)]]
-    lines.append(["---"] * len(lines[0]))
     by_size: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         by_size.setdefault(record["size"], []).append(record)
@@ -515,7 +520,7 @@ def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -
         for step in ("denoising", "training"):
             cells = [f"{1e3 * r[step]:,.0f}" for r in group]
             lines.append([f"{size}", f"{group[0]['tokens']:,}", blocks, step, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def _plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:

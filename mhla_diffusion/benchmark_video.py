@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import MHLAConfig
 from .backbones import MHLAWanTransformer3DModel
-from .benchmark import PASSES, check_choices, interleaved, machine, peak_bytes, spread
+from .benchmark import PASSES, check_choices, interleaved, machine, markdown_table, peak_bytes, spread
 from .evaluation.output import write_atomically
 from .video_files import clip_indices, open_video
 
@@ -115,7 +115,6 @@ def _layer_steps(
 
 def _layer_table(records: Sequence[dict[str, Any]]) -> str:
     lines = [["pass", "MHLA s", "softmax s", "softmax / MHLA", "MB beyond in- and outputs, MHLA / softmax"]]
-    lines.append(["---"] * len(lines[0]))
     for ours, softmax in zip(records[::2], records[1::2], strict=True):
         lines.append(
             [
@@ -124,7 +123,7 @@ def _layer_table(records: Sequence[dict[str, Any]]) -> str:
                 f"{ours['peak_bytes'] / 1e6:,.0f} / {softmax['peak_bytes'] / 1e6:,.0f}",
             ]
         )  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def loading(
@@ -175,8 +174,8 @@ def loading(
         for times in interleaved([trainer, loop], "cpu", repeats)
     ]
     lines = [
-        ["reader", "clips per second", "spread"], ["---"] * 3,
+        ["reader", "clips per second", "spread"],
         [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", f"{spread(rates[0]) or 0:.0%}"],
         ["plain decord loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
     ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)

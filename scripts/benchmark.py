@@ -5,6 +5,8 @@ python scripts/benchmark.py model --sizes "[256, 512]"
 python scripts/benchmark.py layer --out runs/benchmark
 python scripts/benchmark.py loading --path DIR
 python scripts/benchmark.py evaluation --real DIR --generated DIR
+python scripts/benchmark.py evaluation_video
+python scripts/benchmark.py frechet
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ if __name__ == "__main__":
         "layer": benchmark_video.layer,
         "loading": benchmark_video.loading,
         "evaluation": benchmark_evaluation.evaluation,
+        "evaluation_video": benchmark_evaluation.evaluation_video,
+        "frechet": benchmark_evaluation.frechet,
     }
     try:
         print(auto_cli(commands, as_positional=False, allow_abbrev=False))

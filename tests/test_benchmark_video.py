@@ -23,6 +23,15 @@ def test_a_layer_is_timed_with_both_attentions(tmp_path: Path) -> None:
     assert (tmp_path / "layer.md").read_text() == text
 
 
+def test_a_layer_with_mhla_needs_no_more_memory_than_with_softmax(tmp_path: Path) -> None:
+    benchmark_video.layer(
+        (4, 16, 16), (2, 2, 2), heads=2, head_dim=32, ffn_dim=128, passes=["forward + backward"], repeats=1,
+        out=tmp_path, device="cpu",
+    )  # fmt: skip
+    mhla, softmax = json.loads((tmp_path / "layer.json").read_text())["measurements"]
+    assert mhla["peak_bytes"] <= softmax["peak_bytes"]
+
+
 def test_an_unknown_pass_is_refused() -> None:
     with pytest.raises(ValueError, match=r"passes must be of forward, forward . backward, got 'backward'"):
         benchmark_video.layer(passes=["backward"])

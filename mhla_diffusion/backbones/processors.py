@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from diffusers import ParallelConfig
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..attention import MHLA
 from ..ops.features import RotaryEmbedding
@@ -62,24 +66,38 @@ class MHLAAttnProcessor(MHLA):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and key_grid is None:
             key_grid = (encoder_hidden_states.shape[1],)
-        q = _project(hidden_states, attn.to_q, attn.norm_q, attn.heads)
-        k = _project(source, attn.to_k, attn.norm_k, attn.heads)
-        v = _project(source, attn.to_v, None, attn.heads)
         config = self._parallel_config and self._parallel_config.context_parallel_config
-        out = super().__call__(
-            q, k, v, grid=grid, key_grid=key_grid, hidden_states=hidden_states,
-            rotary_emb=None if rotary_emb is None else _pairs(rotary_emb), key_mask=key_mask,
+        attend = functools.partial(
+            super().__call__, grid=grid, key_grid=key_grid, key_mask=key_mask,
+            rotary_emb=None if rotary_emb is None else _pairs(rotary_emb),
             group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
+
+        def between_projections(q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
+            q, k = _split_heads(q, attn.norm_q, attn.heads), _split_heads(k, attn.norm_k, attn.heads)
+            return attend(q, k, _split_heads(v, None, attn.heads), hidden_states=hidden_states)
+
+        projected = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states
+        if _is_differentiated() and any((attn.norm_q, self.norm_q, self.norm, self.gate)):
+            # Norms and gate keep more than the operator does, and cost less than a projection: the backward
+            # computes what it needs of them again. No check of shapes: those of parameters change between the
+            # passes under DeepSpeed's ZeRO-3.
+            out = checkpoint(between_projections, *projected, use_reentrant=False, determinism_check="none")
+        else:
+            out = between_projections(*projected)
         out = attn.to_out[1](attn.to_out[0](out))
         if getattr(attn, "residual_connection", False):
             out = out + hidden_states
         return out / getattr(attn, "rescale_output_factor", 1.0)
 
 
-def _project(x: Tensor, projection: nn.Module, norm: nn.Module | None, heads: int) -> Tensor:
+def _is_differentiated() -> bool:
+    """Whether a graph is kept that torch.compile, which weighs memory against time itself, does not see."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
-    x = projection(x)
     weight = getattr(norm, "weight", None)
     if norm is not None and weight is not None and weight.shape[-1] == x.shape[-1]:
         return norm(x).unflatten(-1, (heads, -1)).transpose(1, 2)

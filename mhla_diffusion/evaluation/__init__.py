@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .features import FeatureExtractor, load_extractor
+    from .features import FeatureExtractor
     from .fid import compute_statistics, evaluate_images
     from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
     from .fvd import evaluate_videos
+    from .image_features import load_extractor
     from .report import Report, Score
     from .side_by_side import SideBySide, compare_reports
     from .video_features import load_video_extractor
@@ -27,7 +28,7 @@ _HOMES = {
     "evaluate_images": ".fid",
     "evaluate_videos": ".fvd",
     "frechet_distance": ".frechet",
-    "load_extractor": ".features",
+    "load_extractor": ".image_features",
     "load_video_extractor": ".video_features",
 }
 

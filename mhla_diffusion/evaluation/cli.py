@@ -23,7 +23,7 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
     """Score generated images against real ones.
 
     Args:
-        out: folder for report.json, report.md and report.html.
+        out: folder for report.json, report.md, report.html and samples.json.
         save_stats: npz to which the statistics of the real images are written too.
         overwrite: replace a report or statistics that are already there.
     """
@@ -35,7 +35,7 @@ def video(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
     """Score generated videos against real ones.
 
     Args:
-        out: folder for report.json, report.md and report.html.
+        out: folder for report.json, report.md, report.html and samples.json.
         save_stats: npz to which the statistics of the real videos are written too.
         overwrite: replace a report or statistics that are already there.
     """

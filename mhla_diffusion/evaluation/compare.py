@@ -6,8 +6,9 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from .measure import Pass, PassSettings, measure
 from .metrics import METRICS, Comparison, Measured, choose_metrics
 from .neighbours import Neighbourhoods
 from .report import Neighbours, PictureRow, Report, Score, SetSummary
-from .store import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +42,12 @@ class CompareSettings:
     metrics: str | Sequence[str] = "auto"
     bootstrap: int = BOOTSTRAP
     seed: int = 0
-    batch_size: int = 16
-    num_workers: int | None = None
-    max_skipped: float = 0.01
-    cache: str | Path | None = None
     trust_statistics: bool = False
+    passing: PassSettings = field(default_factory=PassSettings)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.num_workers is not None and self.num_workers < 1):
-            raise ValueError(
-                f"batch_size and num_workers must be at least 1, got {self.batch_size} and {self.num_workers}"
-            )
         if self.bootstrap != 0 and self.bootstrap < 2:
             raise ValueError(f"bootstrap must be 0 (no intervals) or at least 2, got {self.bootstrap}")
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"max_skipped is a share and must be in [0, 1], got {self.max_skipped}")
 
 
 def compare(
@@ -91,21 +82,12 @@ def compare(
         prompts=bool(generated_set.prompts),
         smallest=min(len(samples.names) for samples in (real_set, generated_set) if samples is not None),
     )
-    cache = None if settings.cache is None else FeatureCache(settings.cache)
     report = None
     with tempfile.TemporaryDirectory() as scratch:
-        passing = PassSettings(
-            batch_size=settings.batch_size,
-            num_workers=settings.num_workers,
-            max_skipped=settings.max_skipped,
-            cache=cache,
-            scratch=Path(scratch),
-        )
-        first = None if real_set is None else measure(real_set, extractors, passing, title="real")
+        pass_over = partial(measure, extractors=extractors, settings=settings.passing, scratch=Path(scratch))
+        first = None if real_set is None else pass_over(real_set, title="real")
         first = first if known is None else _given(Path(real), known, extractors[0], first)
-        second = measure(generated_set, extractors, passing, title="generated")
-        if cache is not None:
-            cache.close()
+        second = pass_over(generated_set, title="generated")
         if PartialState().is_main_process:
             assert first is not None
             flags += _sample_flags(kind, max(e.dimension for e in extractors), first, second)
@@ -277,7 +259,7 @@ def _protocol(
         "conversion": kind.conversion,
         **({"clips": kind.sampling} if kind.sampling else {}),
         "fingerprint": f"sha256 over shape and RGB pixels of the scored {kind.name}s, in reading order",
-        "batch_size": settings.batch_size,
+        "batch_size": settings.passing.batch_size,
         "device": extractors[0].device,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": sys.version.split()[0], **_versions(packages)},

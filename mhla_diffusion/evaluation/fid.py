@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from .compare import BOOTSTRAP, CompareSettings, compare
-from .features import FeatureExtractor, load_extractor, load_extractors
+from .features import FeatureExtractor, load_extractors
 from .files import open_images
 from .frechet import FeatureStatistics
+from .image_features import load_extractor
 from .measure import PassSettings, measure
 from .report import Report
 
@@ -73,11 +74,8 @@ def evaluate_images(
             metrics=metrics,
             bootstrap=bootstrap,
             seed=seed,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            max_skipped=max_skipped,
-            cache=cache,
             trust_statistics=trust_statistics,
+            passing=PassSettings(batch_size, num_workers, max_skipped, cache),
         ),
     )
 
@@ -88,6 +86,7 @@ def compute_statistics(
     extractor: str | FeatureExtractor = "auto",
     weights: str | Path | None = None,
     max_skipped: float = 0.01,
+    cache: str | Path | None = None,
     batch_size: int = 16,
     num_workers: int | None = None,
     device: str | None = None,
@@ -102,5 +101,5 @@ def compute_statistics(
     """
     image_set = open_images(images)
     loaded = load_extractor(extractor, weights=weights, device=device)
-    settings = PassSettings(batch_size=batch_size, num_workers=num_workers, max_skipped=max_skipped)
+    settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -37,15 +38,24 @@ class PassSettings:
         batch_size: samples in one forward pass; changes the score by rounding only.
         num_workers: threads that decode and resize; one per CPU core, at most 8, when None.
         max_skipped: share of a set that may be unreadable; more is an error.
-        cache: features of earlier runs, or None.
-        scratch: folder for features, which are not kept in memory; None to keep statistics alone.
+        cache: folder of features that earlier runs found and later ones will need; None for no cache.
+
+    Raises:
+        ValueError: for a value out of its range.
     """
 
     batch_size: int = 16
     num_workers: int | None = None
     max_skipped: float = 0.01
-    cache: FeatureCache | None = None
-    scratch: Path | None = None
+    cache: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.num_workers is not None and self.num_workers < 1):
+            raise ValueError(
+                f"batch_size and num_workers must be at least 1, got {self.batch_size} and {self.num_workers}"
+            )
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is a share and must be in [0, 1], got {self.max_skipped}")
 
 
 @dataclass(frozen=True)
@@ -79,26 +89,38 @@ class _Row:
 
 
 def measure(
-    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings, *, title: str
+    samples: SampleSet,
+    extractors: Sequence[FeatureExtractor],
+    settings: PassSettings,
+    *,
+    title: str,
+    scratch: Path | None = None,
 ) -> Pass:
     """Pass over a set once, with all extractors.
 
     Of several processes each takes every so many-th batch, and the first has the result; the others have one
     without samples.
 
+    Args:
+        title: of the set, in logs.
+        scratch: folder for features, which are not kept in memory; None to keep statistics alone.
+
     Raises:
         ValueError: when fewer than two samples or less than ``1 - max_skipped`` of them can be read, or
             features are not finite.
     """
-    collected = [_Collected(extractor, settings.scratch, title) for extractor in extractors]
+    collected = [_Collected(extractor, scratch, title) for extractor in extractors]
     fingerprint = hashlib.sha256()
     skipped: list[SkippedFile] = []
     indices: list[int] = []
     digests: list[bytes] = []
     main = PartialState().is_main_process
-    with tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not main) as progress:
+    with (
+        nullcontext() if settings.cache is None else closing(FeatureCache(settings.cache)) as cache,
+        tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not main) as progress,
+    ):
         first = 0
-        for rows in _rows(samples, extractors, settings):
+        for rows in _rows(samples, extractors, settings, cache):
             for index, row in enumerate(rows, first):
                 if row.error is None:
                     indices.append(index)
@@ -186,24 +208,31 @@ class _Collected:
 
 
 def _rows(
-    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings
+    samples: SampleSet,
+    extractors: Sequence[FeatureExtractor],
+    settings: PassSettings,
+    cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
     """All samples in the order of the set, with features, batches of every process one after the other."""
     state = PartialState()
-    own = _own_batches(samples, extractors, settings, state)
+    own = _own_batches(samples, extractors, settings, cache)
     rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
     for _ in range(rounds):
         rows = next(own, [])
         _add_features(rows, extractors)
-        if settings.cache is not None:
-            _remember(rows, extractors, samples.kind, settings.cache)
+        if cache is not None:
+            _remember(rows, extractors, samples.kind, cache)
         yield rows if state.num_processes == 1 else gather_object(rows)
 
 
 def _own_batches(
-    samples: SampleSet, extractors: Sequence[FeatureExtractor], settings: PassSettings, state: PartialState
+    samples: SampleSet,
+    extractors: Sequence[FeatureExtractor],
+    settings: PassSettings,
+    cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
     """This process's batches; threads prepare the next one while one is used."""
+    state = PartialState()
     protocols = {extractor.name: _cache_protocol(extractor, samples.kind) for extractor in extractors}
     readers = zip(samples.names, samples.readers(), strict=True)
     pending: deque[list[Any]] = deque()
@@ -221,7 +250,7 @@ def _own_batches(
                             samples.file(name),
                             extractors,
                             protocols,
-                            settings.cache,
+                            cache,
                             samples.kind.sampling is not None,
                         )
                         for name, read in chunk

@@ -195,11 +195,15 @@ def _clip_score(sets: Comparison, metric: str) -> Score:
             f"{metric} needs the prompt of every image, and {missing} have none: give the folder that "
             "scripts/generate.py wrote, whose manifest.json holds them"
         )
-    texts = sets.extractor.embed_texts([str(prompt) for prompt in sets.generated.prompts])
+    texts, cut = sets.extractor.embed_texts([str(prompt) for prompt in sets.generated.prompts])
     cosine = np.einsum("nd,nd->n", images, texts, dtype=np.float64)
     cosine /= np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     values = 100 * np.maximum(cosine, 0)
-    return sets.score(metric, float(values.mean()), means(values, sets.drawn.generated))
+    score = sets.score(metric, float(values.mean()), means(values, sets.drawn.generated))
+    if not cut:
+        return score
+    flag = f"{cut} of {len(values):,} prompts are longer than the text encoder takes: they were cut."
+    return replace(score, flags=[*score.flags, flag])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from .optional import require
 from .output import require_absent, write_atomically
 
 SCHEMA_VERSION = 2
-FILE_NAMES = ("report.json", "report.md", "report.html")
+FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
+SAMPLES = 12
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,15 @@ class Report:
         """The content of report.md, a table to paste."""
         return scores_table(self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind)
 
+    def samples(self) -> list[dict[str, Any]]:
+        """The content of samples.json, for comparisons: a few generated samples, of each class as many."""
+        each = max(1, SAMPLES // len(self.pictures))
+        return [
+            {"label": row.label, **asdict(picture)}
+            for row in self.pictures
+            for picture in row.generated[:each]
+        ]
+
     def to_html(self) -> str:
         """The content of report.html, which needs no other file and no network.
 
@@ -173,7 +183,9 @@ class Report:
         return render("report.html", report=self, rest=rest)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
-        """Write report.json, report.md and report.html to the folder ``out``, made when it is not there.
+        """Write the report to the folder ``out``, made when it is not there.
+
+        report.json for programs, report.md to paste, report.html to read, samples.json for comparisons.
 
         Raises:
             ValueError: when ``out`` holds a report and ``overwrite`` is false.
@@ -181,7 +193,7 @@ class Report:
         """
         require_no_report(out, overwrite=overwrite)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        contents = (text, self.to_markdown(), self.to_html())
+        contents = (text, self.to_markdown(), self.to_html(), json.dumps(self.samples()))
         for name, content in zip(FILE_NAMES, contents, strict=True):
             write_atomically(Path(out) / name, content.encode("utf-8"))
 

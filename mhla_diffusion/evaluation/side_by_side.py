@@ -28,12 +28,16 @@ class Run:
         scores: by name.
         conditions: everything that must be equal in two runs that are compared, by a dotted key.
         versions: of the packages.
+        kind: ``"image"`` or ``"video"``.
+        samples: a few generated ones, as they stand in samples.json; none when that is not there.
     """
 
     name: str
     scores: dict[str, Score]
     conditions: dict[str, str]
     versions: dict[str, str]
+    kind: str
+    samples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ def _load(path: Path) -> Run:
             "generated": {"count": generated["count"]},
         }
         scores = [Score(**score) for score in content["scores"]]
+        pictures = file.with_name("samples.json")
+        samples = json.loads(pictures.read_text("utf-8")) if pictures.is_file() else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a report that can be compared: {error}") from error
     return Run(
@@ -162,6 +168,8 @@ def _load(path: Path) -> Run:
         scores={score.name: score for score in scores},
         conditions=_flat(conditions),
         versions=protocol["versions"],
+        kind=content["kind"],
+        samples=samples,
     )
 
 

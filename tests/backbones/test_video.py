@@ -13,6 +13,7 @@ from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor, nn
 
 from mhla_diffusion import MHLAWanTransformer3DModel, convert_to_mhla
+from mhla_diffusion.backbones import processors
 from mhla_diffusion.ops import BlockLayout, mhla_reference
 
 SETTINGS: dict[str, Any] = {
@@ -116,6 +117,16 @@ def test_checkpointing_gives_the_same_gradients_with_mixed_sizes() -> None:
     model.enable_gradient_checkpointing()
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_is_computed_again_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_model(mhla_config={**MHLA_CONFIG, "qk_norm": True}), make_inputs()
+    parameters = list(model.parameters())
+    nn.init.normal_(model.proj_out.weight)
+    again = torch.autograd.grad(model(**inputs).sample.square().sum(), parameters)
+    monkeypatch.setattr(processors, "_is_differentiated", lambda: False)
+    kept = torch.autograd.grad(model(**inputs).sample.square().sum(), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
 
 def test_saved_models_are_the_same_function(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from cleanfid.resize import build_resizer
 from torch import Tensor, nn
 
-from mhla_diffusion.evaluation import features, load_extractor
+from mhla_diffusion.evaluation import image_features, load_extractor
+from mhla_diffusion.evaluation.features import file_sha256
 
 
 class _StandInLayers(nn.Module):
@@ -50,11 +52,12 @@ def test_other_weights_than_the_official_ones_are_not_called_fid(weights: Path) 
     extractor = load_extractor("inception", weights=weights, device="cpu")
     assert extractor.score_name == "fd_inception_custom"
     assert "does not compare with published FID" in str(extractor.caution)
-    assert extractor.weights_sha256 == features.file_sha256(weights)
+    assert extractor.weights_sha256 == file_sha256(weights)
 
 
 def test_the_official_weights_give_clean_fid(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.file_sha256(weights))
+    published = dataclasses.replace(image_features.INCEPTION, sha256=file_sha256(weights))
+    monkeypatch.setattr(image_features, "INCEPTION", published)
     extractor = load_extractor("inception", weights=weights, device="cpu")
     assert (extractor.score_name, extractor.caution) == ("fid_clean", None)
 
@@ -74,14 +77,15 @@ def test_another_network_is_an_error(module: nn.Module, tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no file of Inception weights at .*nowhere\.pt"):
+    with pytest.raises(ValueError, match=r"no file of weights of clean-fid's Inception at .*nowhere\.pt"):
         load_extractor("inception", weights=tmp_path / "nowhere.pt")
 
 
 def test_a_damaged_copy_where_clean_fid_keeps_it_is_refused(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_cleanfid_file", lambda: weights)
+    published = dataclasses.replace(image_features.INCEPTION, folder=weights.parent, file=weights.name)
+    monkeypatch.setattr(image_features, "INCEPTION", published)
     with pytest.raises(ValueError, match=r"only a part of it \(sha256 .*remove it"):
         load_extractor("auto", device="cpu")
 
@@ -97,7 +101,8 @@ def test_auto_takes_inception_when_its_weights_are_given(
 def test_auto_falls_back_to_efficientnet_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(features, "_cleanfid_file", lambda: tmp_path / "nowhere.pt")
+    published = dataclasses.replace(image_features.INCEPTION, folder=tmp_path)
+    monkeypatch.setattr(image_features, "INCEPTION", published)
     with caplog.at_level(logging.INFO):
         extractor = load_extractor("auto", device="cpu")
     assert extractor.score_name == "fd_efficientnet_lite0"

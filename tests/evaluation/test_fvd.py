@@ -26,8 +26,8 @@ from mhla_diffusion.evaluation import (
     frechet_distance,
     load_video_extractor,
 )
-from mhla_diffusion.evaluation.fvd import open_videos, read_clip
 from mhla_diffusion.evaluation.vbench import export_vbench
+from mhla_diffusion.evaluation.video_sets import open_videos, read_clip
 from mhla_diffusion.video_files import UnreadableVideoError, write_video
 from tests.processes import run_script
 
@@ -212,10 +212,13 @@ def test_clips_stream_through(extractor: FeatureExtractor, write_videos: WriteVi
     [
         ({"frames": 0}, "frames and stride must be at least 1, got 0 and 1"),
         ({"stride": 0}, "frames and stride must be at least 1, got 16 and 0"),
-        ({"extractor": "c3d"}, "extractor 'c3d' is unknown; choose one of auto, i3d, videomae, transnetv2"),
+        (
+            {"extractor": "c3d"},
+            "extractor 'c3d' is unknown; choose one of auto, i3d, cdfvd_i3d",
+        ),
         ({"extractor": "transnetv2", "weights": "w.pt"}, "brings its own weights: leave weights out"),
         ({"extractor": "i3d", "frames": 8}, "I3D takes clips of 10 frames or more, got 8"),
-        ({"weights": "nowhere.pt"}, "no file of I3D weights at nowhere.pt"),
+        ({"weights": "nowhere.pt"}, "no file of weights of StyleGAN-V's I3D at nowhere.pt"),
     ],
 )
 def test_bad_settings_are_explained(
@@ -231,7 +234,7 @@ def test_a_folder_without_videos_is_refused(write_videos: WriteVideos, tmp_path:
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"none holds no video \(\.mp4, \.webm"):
         evaluate_videos(folder, tmp_path / "none")
-    with pytest.raises(ValueError, match="nowhere is not a folder of videos"):
+    with pytest.raises(ValueError, match=r"nowhere is neither a folder of videos nor an \.npy file"):
         evaluate_videos(folder, tmp_path / "nowhere")
 
 
@@ -294,6 +297,44 @@ def test_other_files_are_not_taken_for_i3d(tmp_path: Path) -> None:
     for name in ("conv.pt", "part.pt"):
         with pytest.raises(ValueError, match=rf"{name} is not StyleGAN-V's I3D or only a part of it"):
             load_video_extractor("i3d", weights=tmp_path / name)
+
+
+def test_videos_of_an_array_are_those_of_files(tmp_path: Path) -> None:
+    clips = moving_squares(3, 0)
+    np.save(tmp_path / "clips.npy", clips)
+    np.save(tmp_path / "gray.npy", clips[..., :1])
+    videos = open_videos(tmp_path / "clips.npy", frames=12)
+    np.testing.assert_array_equal([read() for read in videos.readers()], clips)
+    gray = [read() for read in open_videos(tmp_path / "gray.npy", frames=12).readers()]
+    np.testing.assert_array_equal(gray, np.repeat(clips[..., :1], 3, axis=-1))
+    starts = {
+        int(np.flatnonzero((clips[i] == read()[0]).all(axis=(1, 2, 3)))[0])
+        for i, read in enumerate(open_videos(tmp_path / "clips.npy", frames=4, seed=1).readers())
+    }
+    assert len(starts) > 1  # clips begin somewhere
+    with pytest.raises(UnreadableVideoError, match="there are 12"):
+        next(iter(open_videos(tmp_path / "clips.npy", frames=13).readers()))()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            np.zeros((2, 3, 4, 4, 3), np.float32),
+            r"is float32 \[2, 3, 4, 4, 3\]; uint8 \[N, F, H, W, 1 or 3\]",
+        ),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"is uint8 \[2, 4, 4, 3\]"),
+        (np.zeros((0, 3, 4, 4, 3), np.uint8), r"with N > 0"),
+    ],
+)
+def test_arrays_that_are_not_videos_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", array)
+    with pytest.raises(ValueError, match=message):
+        open_videos(tmp_path / "array.npy")
+    content = (tmp_path / "array.npy").read_bytes()
+    (tmp_path / "part.npy").write_bytes(content[:60])
+    with pytest.raises(ValueError, match="not a whole npy file"):
+        open_videos(tmp_path / "part.npy")
 
 
 def test_videomae_comes_from_transformers(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from mhla_diffusion.benchmark_evaluation import write_random_inception
-from mhla_diffusion.evaluation import compute_statistics, evaluate_images, features, load_extractor
+from mhla_diffusion.evaluation import compute_statistics, evaluate_images, load_extractor
 from mhla_diffusion.evaluation.features import load_extractors
+from mhla_diffusion.evaluation.image_features import INCEPTION, INCEPTION_ADM
 
 MakePixels = Callable[..., np.ndarray]
 WriteFolder = Callable[..., Path]
@@ -37,7 +38,7 @@ WriteFolder = Callable[..., Path]
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole Inception of torch-fidelity with random weights."""
     folder = tmp_path_factory.mktemp("weights")
-    write_random_inception(folder / "inception.pth", folder / features.INCEPTION_FILE)
+    write_random_inception(folder / "inception.pth", folder / INCEPTION.file)
     return folder / "inception.pth"
 
 
@@ -116,8 +117,8 @@ def test_weights_of_another_network_or_half_a_file_are_refused(
 def test_a_damaged_download_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / features.ADM_FILE).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged .*remove it"):
+    (tmp_path / "checkpoints" / INCEPTION_ADM.file).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"only a part of it \(sha256 .*expected 6726825d\): remove it"):
         load_extractor("inception_adm", device="cpu")
 
 
@@ -127,7 +128,7 @@ def test_clean_fid_has_the_same_features_on_the_same_folder_and_weights(
     """The distance of equal features is equal: see test_metrics. Its matrix root would take a minute here."""
     folder = write_folder("images", make_pixels(5))
     Image.fromarray(make_pixels(1)[0]).resize((310, 200)).save(folder / "large.jpg")
-    weights = inception_weights.with_name(features.INCEPTION_FILE)
+    weights = inception_weights.with_name(INCEPTION.file)
     found = compute_statistics(folder, extractor="inception", weights=weights, device="cpu")
     expected = cleanfid.get_folder_features(
         str(folder), InceptionV3W(str(weights.parent), download=False), num_workers=0, batch_size=3,
@@ -209,8 +210,21 @@ def test_clip_scores_images_by_their_prompts(
             )
     (score,) = report.scores
     assert score.name == "clip_score_clip"
+    assert not any("prompts are longer" in flag for flag in score.flags)
     assert score.value == pytest.approx(np.mean(values), abs=1e-3)
     assert score.interval is not None
+
+
+def test_clip_says_when_prompts_are_too_long(
+    clip_folder: Path, make_pixels: MakePixels, write_folder: WriteFolder
+) -> None:
+    generated = write_folder("generated", make_pixels(3))
+    prompts = ["a b c", " ".join("abcdefghijklmnopqrst"), "e f"]
+    rows = [{"file": f"{i:04d}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    (generated / "manifest.json").write_text(json.dumps({"images": rows}))
+    settings = {"extractor": f"clip={clip_folder}", "metrics": ["clip_score"], "bootstrap": 0}
+    (score,) = evaluate_images(generated, generated, **settings).scores
+    assert "1 of 3 prompts are longer than the text encoder takes: they were cut." in score.flags
 
 
 def test_missing_models_and_doubled_weights_are_explained(tmp_path: Path, inception_weights: Path) -> None:

@@ -48,7 +48,7 @@ def test_json_holds_scores_counts_and_protocol(report: Report, tmp_path: Path) -
     assert own["weights_sha256"] == "0" * 64
     assert {"resize", "normalization", "weights", "statistics"} <= set(own)
     assert {"conversion", "intervals", "scores", "device", "date", "versions"} <= set(protocol)
-    names = ["report.html", "report.json", "report.md"]
+    names = ["report.html", "report.json", "report.md", "samples.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
@@ -76,7 +76,7 @@ def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> 
     out = tmp_path / "out"
     report.save(out)
     (out / "report.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"report\.json, .*report\.md, .*report\.html already there"):
+    with pytest.raises(ValueError, match=r"report\.md, .*report\.html, .*samples\.json already there"):
         report.save(out)
     assert (out / "report.json").read_text() == "mine"
     report.save(out, overwrite=True)

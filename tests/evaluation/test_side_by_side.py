@@ -66,6 +66,19 @@ def test_runs_of_different_protocols_are_not_compared_silently(make_report: Make
     assert "their scores do not compare" in page
 
 
+def test_samples_of_runs_stand_side_by_side(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1)]
+    samples = [json.loads((folder / "samples.json").read_text()) for folder in folders]
+    assert [len(its) for its in samples] == [12, 12]
+    page = compare_reports(folders).to_html()
+    for its in samples:
+        assert all(sample["data_uri"] in page for sample in its)
+    (folders[1] / "samples.json").unlink()
+    page = compare_reports(folders).to_html()
+    assert samples[0][0]["data_uri"] in page
+    assert "No samples.json beside this report." in page
+
+
 def test_what_is_no_report_is_refused(make_report: MakeReport, tmp_path: Path) -> None:
     folder = make_report("a", 0)
     with pytest.raises(ValueError, match="two reports or more are compared, got 1"):
