@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import MHLA
 from ..ops.features import RotaryEmbedding
 
+# With fewer there is little memory to save, and calling everything twice shows.
+_MANY_TOKENS = 1024
+
 
 class MHLAAttnProcessor(MHLA):
     """MHLA as a processor for diffusers' ``Attention`` and Wan's.
@@ -21,6 +24,9 @@ class MHLAAttnProcessor(MHLA):
     layer passes the grid of its tokens along: ``attn(x, grid=(H, W))``. For cross-attention set
     ``key_blocks`` in the config and pass ``key_grid`` here; a call without one takes the keys for a sequence,
     ``(N_k,)``. See :class:`mhla_diffusion.MHLA` for the arguments.
+
+    In training, where there are norms or a gate and 1,024 tokens or more, only what the projections give is
+    kept for the backward, which computes the rest again.
     """
 
     # Set by diffusers' enable_parallelism: tokens are then spread over ranks.
@@ -48,21 +54,8 @@ class MHLAAttnProcessor(MHLA):
             ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
                 and for keys that the processor was not built for.
         """
-        if grid is None:
-            raise ValueError(
-                "MHLA needs the grid of its tokens: call the attention layer with grid=(H, W), or use a "
-                "model that passes it, such as MHLADiTTransformer2DModel"
-            )
-        if attention_mask is not None:
-            raise ValueError(
-                "linear attention takes no additive mask; pass key_mask=[B, N_k] (bool) to leave tokens out"
-            )
-        if (encoder_hidden_states is None) != (self.key_blocks is None):
-            raise ValueError(
-                "cross-attention needs key_blocks in the MHLAConfig and encoder_hidden_states, "
-                f"self-attention neither; got key_blocks {self.key_blocks} and "
-                f"{'no ' if encoder_hidden_states is None else ''}encoder_hidden_states"
-            )
+        self._check_call(grid, encoder_hidden_states, attention_mask)
+        assert grid is not None
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and key_grid is None:
             key_grid = (encoder_hidden_states.shape[1],)
@@ -78,7 +71,8 @@ class MHLAAttnProcessor(MHLA):
             return attend(q, k, _split_heads(v, None, attn.heads), hidden_states=hidden_states)
 
         projected = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states
-        if _is_differentiated() and any((attn.norm_q, self.norm_q, self.norm, self.gate)):
+        extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
+        if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the
             # passes under DeepSpeed's ZeRO-3.
@@ -89,6 +83,25 @@ class MHLAAttnProcessor(MHLA):
         if getattr(attn, "residual_connection", False):
             out = out + hidden_states
         return out / getattr(attn, "rescale_output_factor", 1.0)
+
+    def _check_call(
+        self, grid: tuple[int, ...] | None, encoder_hidden_states: Tensor | None, mask: Tensor | None
+    ) -> None:
+        if grid is None:
+            raise ValueError(
+                "MHLA needs the grid of its tokens: call the attention layer with grid=(H, W), or use a "
+                "model that passes it, such as MHLADiTTransformer2DModel"
+            )
+        if mask is not None:
+            raise ValueError(
+                "linear attention takes no additive mask; pass key_mask=[B, N_k] (bool) to leave tokens out"
+            )
+        if (encoder_hidden_states is None) != (self.key_blocks is None):
+            raise ValueError(
+                "cross-attention needs key_blocks in the MHLAConfig and encoder_hidden_states, "
+                f"self-attention neither; got key_blocks {self.key_blocks} and "
+                f"{'no ' if encoder_hidden_states is None else ''}encoder_hidden_states"
+            )
 
 
 def _is_differentiated() -> bool:
