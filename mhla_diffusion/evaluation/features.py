@@ -186,16 +186,12 @@ class PublishedWeights:
         if not path.is_file():
             raise ValueError(f"no file of weights of {self.network} at {path}")
         sha256 = file_sha256(path)
-        if given is None:
-            self._check(path, sha256)
-        return path, sha256
-
-    def _check(self, path: Path, sha256: str) -> None:
-        if not sha256.startswith(self.sha256):
+        if given is None and not sha256.startswith(self.sha256):
             raise ValueError(
                 f"{path} is not {self.network} or only a part of it (sha256 {sha256}, expected "
                 f"{self.sha256}): remove it, or give other weights or the extractor {self.instead}"
             )
+        return path, sha256
 
     def _download(self, load: Callable[[Path], Any]) -> None:
         """Download beside the path, and put the file there once it is known to be whole."""
@@ -203,15 +199,16 @@ class PublishedWeights:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             part = Path(folder) / self.file
+            remedy = f"give its file as weights, or use the extractor {self.instead}"
             try:
                 torch.hub.download_url_to_file(self.url, str(part))
+                load(part)
             except OSError as error:
+                raise ValueError(f"{self.network} could not be downloaded ({error}): {remedy}") from error
+            except ValueError as error:
                 raise ValueError(
-                    f"{self.network} could not be downloaded ({error}): give its file as weights, or use the "
-                    f"extractor {self.instead}"
+                    f"the download of {self.network} is incomplete or another file: try again, {remedy}"
                 ) from error
-            self._check(part, file_sha256(part))
-            load(part)
             os.replace(part, self.path)
 
 

@@ -99,7 +99,7 @@ def compute_statistics(
         ValueError: when the set is missing, empty or unreadable, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     image_set = open_images(images)
     loaded = load_extractor(extractor, weights=weights, device=device)
-    settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics

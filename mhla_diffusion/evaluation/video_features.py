@@ -53,6 +53,14 @@ I3D_MIN_FRAMES = 10
 VIDEOMAE = "MCG-NJU/videomae-base-finetuned-ssv2"
 TRANSNET_SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442de"
 
+# What its two networks have in common.
+_CDFVD: dict[str, Any] = {
+    "resize": "to 224 x 224 whatever the shape, bilinear without antialiasing (cd-fvd, which crops videos "
+    "from files to a square first)",
+    "packages": ("decord", "cd-fvd"),
+    "ddof": 0,
+}
+
 
 def load_video_extractor(
     name: str | FeatureExtractor = "auto",
@@ -194,14 +202,6 @@ def _cdfvd_videomae(weights: str | Path | None, frames: int, device: str) -> Fea
         device=device,
         **_CDFVD,
     )
-
-
-_CDFVD: dict[str, Any] = {
-    "resize": "to 224 x 224 whatever the shape, bilinear without antialiasing (cd-fvd, which crops videos "
-    "from files to a square first)",
-    "packages": ("decord", "cd-fvd"),
-    "ddof": 0,
-}
 
 
 def _load_cdfvd_i3d(path: Path) -> nn.Module:

@@ -103,7 +103,9 @@ def test_a_download_is_kept_when_it_is_whole_only(
             assert load_video_extractor("cdfvd_i3d").caution is None
             assert kept.read_bytes() == whole
         else:
-            with pytest.raises(ValueError, match="or only a part of it"):
+            with pytest.raises(
+                ValueError, match="the download of cd-fvd's I3D is incomplete or another file: try"
+            ):
                 load_video_extractor("cdfvd_i3d")
             assert list(kept.parent.iterdir()) == []
     kept.unlink()
