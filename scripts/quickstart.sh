@@ -13,7 +13,8 @@ esac
 source scripts/environment.sh demo
 
 python=.venv/bin/python
-# glibc, as it comes, gives the memory of every large tensor back and asks for it anew, a sixth of a small step.
+# glibc, as it comes, gives the memory of large tensors back to the system and asks for it anew: slow if models are
+# small.
 launch="env MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296 .venv/bin/accelerate launch"
 launch="$launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 launch="$launch --num_cpu_threads_per_process $($python -c 'import os; print(os.cpu_count())')"

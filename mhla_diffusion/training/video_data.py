@@ -201,13 +201,13 @@ class MovingDigits:
         step = self.config.speed * np.stack((np.sin(angle), np.cos(angle)), axis=-1)
         if not self.config.bounce:
             position = 0.5 - step * (length - 1) / 2
+        # A way that goes on straight through the edges, folded back into the room: [F, n, 2].
+        unfolded = np.mod(position + np.arange(length)[:, None, None] * step, 2)
+        corners = np.rint((1 - np.abs(1 - unfolded)) * room).astype(int)
         frames = np.zeros((length, *self.size), np.uint8)
-        for frame in range(length):
-            # A way that goes on straight through the edges, folded back into the room.
-            unfolded = np.mod(position + frame * step, 2)
-            corners = np.rint((1 - np.abs(1 - unfolded)) * room).astype(int)
-            for digit, (top, left) in zip(self._digits[choice], corners, strict=True):
-                part = frames[frame, top : top + len(digit), left : left + len(digit)]
+        for frame, frame_corners in zip(frames, corners, strict=True):
+            for digit, (top, left) in zip(self._digits[choice], frame_corners, strict=True):
+                part = frame[top : top + len(digit), left : left + len(digit)]
                 np.maximum(part, digit, out=part)
         return frames
 
