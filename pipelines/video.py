@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,20 @@ from transformers import AutoTokenizer, PreTrainedModel
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
+
+logger = logging.getLogger(__name__)
+
+
+def long_prompts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> list[str]:
+    """The distinct prompts of more tokens, which the text encoder is not shown to their end."""
+    distinct = list(dict.fromkeys(prompts))
+    parts = (distinct[start : start + 10_000] for start in range(0, len(distinct), 10_000))
+    return [
+        prompt
+        for part in parts
+        for prompt, ids in zip(part, tokenizer(part, verbose=False)["input_ids"], strict=True)
+        if len(ids) > max_length
+    ]
 
 
 class MHLAWanPipeline(CardedPipeline, WanPipeline):
@@ -110,7 +126,8 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             output_type: ``"np"`` ``[B, F, H, W, C]`` or ``"pt"`` ``[B, F, C, H, W]`` in 0 to 1; ``"pil"``;
                 ``"latent"``.
             return_dict: whether to return a ``WanPipelineOutput`` instead of a tuple.
-            max_sequence_length: tokens of the prompt; as in training by default.
+            max_sequence_length: tokens that prompts are cut or filled up to; as in training by default. A
+                warning names those that are cut.
             kwargs: num_inference_steps, guidance_scale, negative_prompt_embeds, attention_kwargs,
                 callback_on_step_end and its tensor inputs, as for WanPipeline.
 
@@ -131,6 +148,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             "max_sequence_length": max_sequence_length or self.config.max_sequence_length,
             **kwargs,
         }
+        self._warn_of_long_prompts(prompt, negative_prompt, max_length=call["max_sequence_length"])
         if self.vae is not None:
             return super().__call__(
                 num_frames=size[0], height=size[1], width=size[2], latents=latents,
@@ -150,6 +168,11 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         if output_type != "latent":
             video = self.video_processor.postprocess_video(video.float(), output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+    def _warn_of_long_prompts(self, *prompts: str | list[str] | None, max_length: int) -> None:
+        given = [text for each in prompts for text in ([each] if isinstance(each, str) else each or [])]
+        for prompt in long_prompts(given, self.tokenizer, max_length):
+            logger.warning("cut after max_sequence_length %d tokens: %r", max_length, prompt)
 
     def _pixel_noise(
         self,

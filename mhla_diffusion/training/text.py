@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from mhla_diffusion.pipelines.auto import component_subfolder
-from mhla_diffusion.pipelines.video import MHLAWanPipeline
+from mhla_diffusion.pipelines.video import MHLAWanPipeline, long_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -77,20 +77,10 @@ def embed_caption(parts: MHLAWanPipeline, caption: str, device: torch.device) ->
 
 def warn_of_long_captions(captions: Sequence[str], tokenizer: Any, max_length: int) -> int:
     """Say which captions are cut; returns how many."""
-    distinct = list(dict.fromkeys(captions))
-    long = [
-        caption
-        for start in range(0, len(distinct), 10_000)
-        for caption, ids in zip(
-            distinct[start : start + 10_000],
-            tokenizer(distinct[start : start + 10_000], truncation=False, verbose=False)["input_ids"],
-            strict=False,
-        )
-        if len(ids) > max_length
-    ]
+    long = long_prompts(captions, tokenizer, max_length)
     if long:
         logger.warning(
             "%d of %d captions have more than text.max_length %d tokens and are cut there, first %r",
-            len(long), len(distinct), max_length, long[0][:80],
+            len(long), len(set(captions)), max_length, long[0][:80],
         )  # fmt: skip
     return len(long)

@@ -182,6 +182,22 @@ def test_prompt_embeds_and_noise_stand_in_for_what_they_are_made_of(pixel_pipeli
     torch.testing.assert_close(pixels(pixel_pipeline, latents=noise, generator=None), expected)
 
 
+def test_prompts_that_are_cut_are_named(
+    pixel_pipeline: MHLAWanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    short, long = "a cat", "a cat on a mat"
+    with caplog.at_level("WARNING", logger="mhla_diffusion.pipelines.video"):
+        pixels(pixel_pipeline, short)
+        assert not caplog.records
+        pixels(pixel_pipeline, [short, long], negative_prompt=["rain and wind", ""])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cut after max_sequence_length 8 tokens: {text!r}" for text in (long, "rain and wind")
+    ]
+    caplog.clear()
+    pixels(pixel_pipeline, long, max_sequence_length=64)
+    assert not caplog.records
+
+
 def test_callbacks_see_every_step(pixel_pipeline: MHLAWanPipeline) -> None:
     seen = []
 
