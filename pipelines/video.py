@@ -170,8 +170,9 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def _warn_of_long_prompts(self, *prompts: str | list[str] | None, max_length: int) -> None:
-        given = [text for each in prompts for text in ([each] if isinstance(each, str) else each or [])]
-        for prompt in long_prompts(given, self.tokenizer, max_length):
+        texts = [text for given in prompts for text in (given if isinstance(given, list) else [given])]
+        texts = [text for text in texts if isinstance(text, str)]  # the base class says what else is no prompt
+        for prompt in long_prompts(texts, self.tokenizer, max_length):
             logger.warning("cut after max_sequence_length %d tokens: %r", max_length, prompt)
 
     def _pixel_noise(
