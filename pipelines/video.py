@@ -170,8 +170,13 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def _warn_of_long_prompts(self, *prompts: str | list[str] | None, max_length: int) -> None:
-        texts = [text for given in prompts for text in (given if isinstance(given, list) else [given])]
-        texts = [text for text in texts if isinstance(text, str)]  # the base class says what else is no prompt
+        # Anything but texts is refused by the base class.
+        texts = [
+            text
+            for given in prompts
+            for text in (given if isinstance(given, list) else [given])
+            if isinstance(text, str)
+        ]
         for prompt in long_prompts(texts, self.tokenizer, max_length):
             logger.warning("cut after max_sequence_length %d tokens: %r", max_length, prompt)
 
