@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .attention import MHLA
 from .evaluation.optional import require
-from .evaluation.output import require_absent, write_atomically
+from .files.writing import require_absent, write_file
 from .ops import (
     BlockLayout,
     apply_rotary_emb,
@@ -149,7 +149,7 @@ class Analysis:
         for name, content in zip(
             FILE_NAMES, (json.dumps(self.to_dict(), indent=2), self.to_html()), strict=True
         ):
-            write_atomically(Path(out) / name, content.encode())
+            write_file(Path(out) / name, content)
 
 
 @torch.no_grad()

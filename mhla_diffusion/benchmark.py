@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .backbones import MHLADiTTransformer2DModel
-from .evaluation.output import write_atomically
+from .files.writing import write_file
 from .ops import BlockLayout, locality_mixing, mhla, mhla_reference, recommended_layout
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def operator(
             results += _measure_shape(name, dtype, passes, peers, repeats, seconds, device)
             record["measurements"] = [asdict(result) for result in results]
             if out is not None:
-                write_atomically(out / "operator.json", json.dumps(record, indent=2).encode())
+                write_file(out / "operator.json", json.dumps(record, indent=2))
     text = f"{machine(device)}\n\n{_operator_table(results)}"
     if scaling:
         times = measure_scaling(device)
@@ -157,10 +157,10 @@ def operator(
             for name, points in times.items()
         )
     if out is not None:
-        write_atomically(out / "operator.md", text.encode())
-        write_atomically(out / "operator.json", json.dumps(record, indent=2).encode())
+        write_file(out / "operator.md", text)
+        write_file(out / "operator.json", json.dumps(record, indent=2))
         if scaling:
-            write_atomically(out / "scaling.png", _plot(times, "tokens", "seconds"))
+            write_file(out / "scaling.png", _plot(times, "tokens", "seconds"))
     return text
 
 
@@ -468,15 +468,15 @@ def model(
             )  # fmt: skip
     text = f"{machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
     if out is not None:
-        write_atomically(out / "model.md", text.encode())
+        write_file(out / "model.md", text)
         record = {"machine": machine(device), "dtype": dtype, "measurements": records}
-        write_atomically(out / "model.json", json.dumps(record, indent=2).encode())
+        write_file(out / "model.json", json.dumps(record, indent=2))
         lines = {
             f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
             for attention in attentions
             for step in ("denoising", "training")
         }
-        write_atomically(out / "model.png", _plot(lines, "image size, pixels", "seconds a step"))
+        write_file(out / "model.png", _plot(lines, "image size, pixels", "seconds a step"))
     return text
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .attention import MHLAConfig
 from .backbones import MHLAWanTransformer3DModel
 from .benchmark import PASSES, check_choices, interleaved, machine, markdown_table, peak_bytes, spread
-from .evaluation.output import write_atomically
-from .video_files import clip_indices, open_video
+from .files.videos import clip_indices, open_video
+from .files.writing import write_file
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.
@@ -74,10 +74,10 @@ def layer(
             )  # fmt: skip
         if out is not None:
             record = {"machine": machine(device), "grid": grid, "blocks": blocks, "measurements": records}
-            write_atomically(out / "layer.json", json.dumps(record, indent=2).encode())
+            write_file(out / "layer.json", json.dumps(record, indent=2))
     text = f"{machine(device)}\n\n{_layer_table(records)}"
     if out is not None:
-        write_atomically(out / "layer.md", text.encode())
+        write_file(out / "layer.md", text)
     return text
 
 

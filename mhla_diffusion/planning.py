@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion.pipelines.auto import component_subfolder
-
 from .attention import MHLAConfig
 from .backbones import MHLADiTTransformer2DModel
 from .backbones.mixin import layer_attention
+from .hub import component_subfolder
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")

@@ -12,7 +12,6 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
-from huggingface_hub import snapshot_download
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import (
@@ -21,6 +20,7 @@ from mhla_diffusion.backbones import (
     MHLAWanTransformer3DModel,
     convert_to_mhla,
 )
+from mhla_diffusion.hub import hub_arguments, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
@@ -35,8 +35,6 @@ _PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
     "SanaVideoPipeline": (SanaVideoPipeline, MHLASanaVideoTransformer3DModel),
     "SanaImageToVideoPipeline": (SanaImageToVideoPipeline, MHLASanaVideoTransformer3DModel),
 }
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class MHLAPipeline:
@@ -76,7 +74,7 @@ class MHLAPipeline:
         """
         path = os.fspath(pretrained_model_name_or_path)
         if subfolder is not None:
-            path = _locate_subfolder(path, subfolder, kwargs)
+            path = locate_subfolder(path, subfolder, kwargs)
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
@@ -84,8 +82,7 @@ class MHLAPipeline:
                 "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
                 "MHLADiTPipeline(transformer=..., scheduler=...)"
             )
-        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        stored = MHLADiTPipeline.load_config(path, **hub_arguments).get("_class_name")
+        stored = MHLADiTPipeline.load_config(path, **hub_arguments(kwargs)).get("_class_name")
         if stored not in _PIPELINES:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {stored}, which has no MHLA form; those that have "
@@ -102,23 +99,3 @@ class MHLAPipeline:
             converted = {name: convert_to_mhla(getattr(pipeline, name), mhla_config) for name in names}
             pipeline.register_modules(**converted)
         return pipeline
-
-
-def component_subfolder(path: str, component: str) -> str | None:
-    """``component`` where a folder or hub id holds a pipeline, None where it holds the component itself."""
-    try:
-        DiffusionPipeline.load_config(path)
-    except OSError:
-        return None
-    return component
-
-
-def _locate_subfolder(path: str, subfolder: str, kwargs: dict[str, Any]) -> str:
-    """A local path to a subfolder, downloaded if need be: diffusers knows subfolders of models alone."""
-    if not os.path.isdir(path):
-        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "proxies"}
-        path = snapshot_download(path, allow_patterns=f"{subfolder}/*", **hub_arguments)
-    folder = os.path.join(path, subfolder)
-    if not os.path.isdir(folder):
-        raise ValueError(f"{path} has no subfolder {subfolder!r}")
-    return folder

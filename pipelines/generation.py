@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mhla_diffusion.video_files import open_video, require_video_writer, write_video
+from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
+from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
+from mhla_diffusion.files.writing import write_file
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 def generate_images(
@@ -154,14 +155,14 @@ def _generate(
     state.wait_for_everyone()  # all have looked before one writes
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, manifest)
     state.wait_for_everyone()
     pipeline.to(state.device)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     _generate_batches(pipeline, folder, batches[state.process_index :: state.num_processes], call, kind)
     state.wait_for_everyone()
     if state.is_main_process:
-        _write_json(folder / MANIFEST, manifest | {"complete": True})
+        write_manifest(folder, manifest | {"complete": True})
         logger.info("%d %s in %s", len(rows), kind, folder)
     return folder / MANIFEST
 
@@ -251,9 +252,9 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     """
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / MANIFEST).is_file():
+    stored = read_manifest(folder)
+    if stored is None:
         raise ValueError(f"{folder} holds files but no {MANIFEST}: choose a new or an empty folder")
-    stored = json.loads((folder / MANIFEST).read_text())
     expected = json.loads(json.dumps(manifest, default=str))
     # The folder of the model and the versions are for the reader: the hashes say which model it is.
     compared = expected.keys() - {"complete", "versions", "model", "training"}
@@ -273,17 +274,8 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, default=str))
-    partial.replace(path)
-
-
 def _save_image(image: Image.Image, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    write_file(path, partial(image.save, format="PNG"))
 
 
 def _save_video(pipeline: MHLAWanPipeline) -> Callable[[Any, Path], None]:

@@ -12,6 +12,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 
+from mhla_diffusion.files.writing import write_file
+
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
 
@@ -122,9 +124,7 @@ def write_model_card(pipeline: CardedPipeline, folder: str | os.PathLike[str], *
         call=pipeline.example_call(),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    partial = f"{path}.partial"
-    card.save(partial)
-    os.replace(partial, path)
+    write_file(path, card.save)
 
 
 def _facts(pipeline: CardedPipeline) -> dict[str, str]:

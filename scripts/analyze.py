@@ -12,8 +12,8 @@ from jsonargparse import auto_cli
 
 from mhla_diffusion import MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import FILE_NAMES, analyze
-from mhla_diffusion.evaluation.output import require_absent
-from mhla_diffusion.pipelines.auto import component_subfolder
+from mhla_diffusion.files.writing import require_absent
+from mhla_diffusion.hub import component_subfolder
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import DiTTransformer2DModel
@@ -17,7 +16,7 @@ from jsonargparse import auto_cli
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline, convert_to_mhla
 from mhla_diffusion.backbones.official import load_official_wan
-from mhla_diffusion.training.checkpoints import write_atomically
+from mhla_diffusion.files.writing import require_new_folder, write_folder
 
 
 def main(
@@ -44,8 +43,7 @@ def main(
         normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if Path(out).exists():
-        raise ValueError(f"{out} is there already; choose another folder")
+    target = require_new_folder(out)
     place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if source == "official-wan-mhla":
         converted: Any = load_official_wan(model, normalizer=normalizer)
@@ -56,7 +54,7 @@ def main(
             converted = convert_to_mhla(DiTTransformer2DModel.from_pretrained(model, **place), mhla)
         else:
             converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
-    write_atomically(Path(out), converted.save_pretrained)
+    write_folder(target, converted.save_pretrained)
     logging.info("saved %s; %s", out, use)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from mhla_diffusion.training.checkpoints import write_atomically
+from mhla_diffusion.files.writing import require_new_folder, write_folder
 from mhla_diffusion.training.data import DataConfig, open_images
 
 
@@ -25,8 +25,7 @@ def main(data: DataConfig, out: str, num: int | None = None) -> None:
         num: how many of the images, evenly spaced; all by default.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if Path(out).exists():
-        raise ValueError(f"{out} is there already; choose another folder")
+    target = require_new_folder(out)
     images = open_images(data)
     num = len(images) if num is None else num
     if not 1 <= num <= len(images):
@@ -40,7 +39,7 @@ def main(data: DataConfig, out: str, num: int | None = None) -> None:
             image, label = images.read(i)
             image.save(folder / images.class_names[label] / f"{i:06d}.png")
 
-    write_atomically(Path(out), write)
+    write_folder(target, write)
 
 
 if __name__ == "__main__":

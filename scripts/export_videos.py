@@ -14,10 +14,10 @@ import torch
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from mhla_diffusion.training.checkpoints import write_atomically
+from mhla_diffusion.files.videos import require_video_writer, write_video
+from mhla_diffusion.files.writing import require_new_folder, write_folder
 from mhla_diffusion.training.stream import UnreadableSampleError
 from mhla_diffusion.training.video_data import VideoDataConfig, VideoSamples, open_videos
-from mhla_diffusion.video_files import require_video_writer, write_video
 
 
 def main(data: VideoDataConfig, out: str, num: int | None = None, gray: bool = False) -> None:
@@ -30,8 +30,7 @@ def main(data: VideoDataConfig, out: str, num: int | None = None, gray: bool = F
         gray: without colours.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if Path(out).exists():
-        raise ValueError(f"{out} is there already; choose another folder")
+    target = require_new_folder(out)
     require_video_writer()
     source = VideoSamples(open_videos(data), data, channels=1 if gray else 3)
     num = len(source) if num is None else num
@@ -54,7 +53,7 @@ def main(data: VideoDataConfig, out: str, num: int | None = None, gray: bool = F
                 write_video(frames, folder / f"{i:06d}.mp4", fps=data.fps or 16)
                 captions.writerow([f"{i:06d}.mp4", sample["caption"]])
 
-    write_atomically(Path(out), write)
+    write_folder(target, write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mhla_diffusion import benchmark_video
-from mhla_diffusion.video_files import write_video
+from mhla_diffusion.files.videos import write_video
 
 
 def test_a_layer_is_timed_with_both_attentions(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin, TensorParallelConfig
 
 from ..attention import MHLA, MHLAConfig
+from ..hub import hub_arguments
 from ..ops import recommended_layout
 from .processors import MHLAAttnProcessor
 from .rebuild import rebuild
@@ -104,7 +105,8 @@ class MHLAModelMixin(ModelMixin):
                 are converted, not loaded.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
-        stored = cls.load_config(pretrained_model_name_or_path, **_of_hub(kwargs))
+        place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
+        stored = cls.load_config(pretrained_model_name_or_path, **place)
         resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
         wanted = kwargs.pop("mhla_config") if resized else None
         try:
@@ -144,12 +146,6 @@ def as_config(mhla_config: MHLAConfig | dict[str, Any] | None) -> MHLAConfig:
     if mhla_config is None:
         return MHLAConfig()
     return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
-
-
-def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What says where a checkpoint is, among the arguments of ``from_pretrained``."""
-    names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import zipfile
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..files.manifest import MANIFEST, read_manifest
 from .optional import require
 
 logger = logging.getLogger(__name__)
@@ -117,15 +117,10 @@ class Folder:
             )
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
-        path = self.path / "manifest.json"
-        if not path.is_file():
+        manifest, key, path = read_manifest(self.path), f"{self.kind.name}s", self.path / MANIFEST
+        if manifest is None:
             return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): mend or remove it") from error
-        key = f"{self.kind.name}s"
-        if not isinstance(manifest, dict) or key not in manifest:
+        if key not in manifest:
             logger.warning("%s has no key '%s', so it is ignored and the whole folder read", path, key)
             return None
         rows = manifest.pop(key)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..files.writing import require_absent, write_file
 from .optional import require
-from .output import require_absent, write_atomically
 
 Array = NDArray[np.float64]
 
@@ -125,7 +125,7 @@ class FeatureStatistics:
             arrays |= {"mu_s": self.spatial.mu, "sigma_s": self.spatial.sigma}
         buffer = io.BytesIO()
         np.savez(buffer, mu=self.mu, sigma=self.sigma, **arrays)
-        write_atomically(Path(path), buffer.getvalue())
+        write_file(Path(path), buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

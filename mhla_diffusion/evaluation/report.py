@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.writing import require_absent, write_file
 from .frechet import FeatureStatistics
 from .grid import Picture
 from .optional import require
-from .output import require_absent, write_atomically
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
@@ -195,7 +195,7 @@ class Report:
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         contents = (text, self.to_markdown(), self.to_html(), json.dumps(self.samples()))
         for name, content in zip(FILE_NAMES, contents, strict=True):
-            write_atomically(Path(out) / name, content.encode("utf-8"))
+            write_file(Path(out) / name, content)
 
 
 def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:

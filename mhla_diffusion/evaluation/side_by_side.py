@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .output import require_absent, write_atomically
+from ..files.writing import require_absent, write_file
 from .report import SCHEMA_VERSION, Score, decimals, render
 
 FILE_NAMES = ("comparison.md", "comparison.html")
@@ -109,7 +109,7 @@ class SideBySide:
         """
         require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
         for name, content in zip(FILE_NAMES, (self.to_markdown(), self.to_html()), strict=True):
-            write_atomically(Path(out) / name, content.encode("utf-8"))
+            write_file(Path(out) / name, content)
 
 
 def _cell(score: Score | None, best: bool) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .output import require_folder
+from ..files.writing import require_folder
 
 Row = Mapping[str, NDArray[np.float32]]
 """What an extractor gives of one sample: its outputs by name, ``[d]`` each."""

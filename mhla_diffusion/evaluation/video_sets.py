@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..video_files import clip_indices, open_video
+from ..files.videos import clip_indices, open_video
 from .files import IMAGES, Folder, Pixels, SampleKind, SampleSet
 
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")

@@ -1,17 +1,15 @@
 """Checkpoints that are whole or not there at all.
 
-A checkpoint is written in a hidden folder, flushed to disk and moved to its place, so a kill or a full disk
-in the middle leaves the previous ones as they were. Layout: ``<run>/checkpoints/step-00000100``.
+They are written by :mod:`mhla_diffusion.files.writing`. Layout: ``<run>/checkpoints/step-00000100``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +20,6 @@ logger = logging.getLogger(__name__)
 _FOLDER = "checkpoints"
 _RECORD = "run.json"
 _NAME = re.compile(r"step-(\d+)")
-
-
-def write_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Have a folder written under another name, flush it and rename it.
-
-    What stood there before is replaced only when the new one is whole.
-
-    Args:
-        folder: where it goes.
-        write: called with the folder to write into, which exists and is empty.
-    """
-    temporary = start_writing(folder)
-    write(temporary)
-    commit(temporary, folder)
-
-
-def start_writing(folder: Path) -> Path:
-    """The empty folder to write into, free of what an interrupted write left."""
-    temporary = temporary_folder(folder)
-    remove_if_there(temporary.parent)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def temporary_folder(folder: Path) -> Path:
-    """Where a folder is written before it is moved to its place: on the same disk, under the same name."""
-    return folder.parent / ".writing" / folder.name
-
-
-def commit(temporary: Path, folder: Path) -> None:
-    """Flush a written folder to disk and give it its name."""
-    for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
-    old = temporary.with_name(f"{folder.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _fsync(folder.parent)
-    remove_if_there(temporary.parent)
-
-
-def remove_if_there(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -154,11 +108,3 @@ def _resolve(output_dir: Path, resume: str) -> Path:
     if not checkpoints:
         raise ValueError(f"{output_dir} has no checkpoint to resume from; start without --resume")
     return checkpoints[-1]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.pipelines import MHLADiTPipeline
-from mhla_diffusion.pipelines.auto import component_subfolder
 
 from ..attention import MHLAConfig
 from ..backbones.image import MHLADiTTransformer2DModel
+from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from
 from .data import DataConfig, ImageSamples, open_images

@@ -16,8 +16,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mhla_diffusion.pipelines.auto import component_subfolder
-
+from ..hub import component_subfolder
 from .config import as_dict
 from .data import DataConfig, ImageSamples, open_images
 from .shards import Shards, write_shards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files.writing import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        os.replace(temporary, self.path)
+        write_file(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files.writing import write_file
 from .stream import UnreadableSampleError
 
 _RECORD = "cache.json"
@@ -129,9 +131,8 @@ def write_shards(
             for i, row in enumerate(rows)
             for name, x in row.items()
         }
-        temporary = folder / f".writing-{_shard(folder, number).name}"
-        save_file(tensors, temporary, metadata={"rows": str(len(rows))})
-        os.replace(temporary, _shard(folder, number))
+        metadata = {"rows": str(len(rows))}
+        write_file(_shard(folder, number), partial(save_file, tensors, metadata=metadata))
     state.wait_for_everyone()
 
 
@@ -149,10 +150,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no latent cache; choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2))
-    os.replace(temporary, path)
+    write_file(path, json.dumps(record, indent=2))
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from mhla_diffusion.pipelines.auto import component_subfolder
 from mhla_diffusion.pipelines.video import MHLAWanPipeline, long_prompts
+
+from ..hub import component_subfolder
 
 logger = logging.getLogger(__name__)
 

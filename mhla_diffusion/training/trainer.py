@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..files.writing import commit, remove_unfinished, start_writing, write_folder
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
@@ -435,17 +436,16 @@ class Trainer:
         self.progress.mean_loss()  # never over good checkpoints with weights that are not finite
         main = self.accelerator.is_main_process
         folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
-        temporary = checkpoints.temporary_folder(folder)
         if main:
-            checkpoints.start_writing(folder)
-        self.accelerator.wait_for_everyone()
+            remove_unfinished(folder.parent)
+        (temporary,) = broadcast_object_list([start_writing(folder) if main else None])
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if main:
             checkpoints.write_record(
                 temporary, config=as_dict(self.run_config), num_processes=self.accelerator.num_processes
             )
-            checkpoints.commit(temporary, folder)
+            commit(temporary, folder)
             checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
             logger.info("saved %s", folder)
         self.accelerator.wait_for_everyone()
@@ -477,7 +477,7 @@ class Trainer:
                 merge_adapters(whole)
         if self.accelerator.is_main_process:
             folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
-            checkpoints.write_atomically(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+            write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
             logger.info("saved %s", folder)
         self.accelerator.wait_for_everyone()
 

@@ -14,11 +14,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from mhla_diffusion.pipelines.auto import component_subfolder
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
 from ..backbones.video import MHLAWanTransformer3DModel
+from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from
 from .objectives import Objective, build_objective

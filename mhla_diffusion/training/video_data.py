@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..video_files import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
+from ..files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
 from .stream import UnreadableSampleError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class VideoDataConfig:
         fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
         sizes: height and width in pixels. With several, each clip goes to the one nearest to its own shape,
             and a batch has clips of one size. A clip is resized to cover its size and cropped at the centre.
-        decoder: see :func:`mhla_diffusion.video_files.open_video`.
+        decoder: see :func:`mhla_diffusion.files.videos.open_video`.
         moving_digits: of moving_mnist.
 
     Raises:

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_diffusion.pipelines.auto import component_subfolder
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
+from ..hub import component_subfolder
 from .config import as_dict
 from .latents import readable
 from .shards import Shards, write_shards

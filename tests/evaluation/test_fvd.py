@@ -28,7 +28,7 @@ from mhla_diffusion.evaluation import (
 )
 from mhla_diffusion.evaluation.vbench import export_vbench
 from mhla_diffusion.evaluation.video_sets import open_videos, read_clip
-from mhla_diffusion.video_files import UnreadableVideoError, write_video
+from mhla_diffusion.files.videos import UnreadableVideoError, write_video
 from tests.processes import run_script
 
 WriteVideos = Callable[..., Path]

@@ -28,8 +28,8 @@ from mhla_diffusion import (
     MHLAWanPipeline,
     MHLAWanTransformer3DModel,
 )
+from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.pipelines.generation import generate_videos, save_strips
-from mhla_diffusion.video_files import open_video
 
 MakePipeline = Callable[..., WanPipeline]
 

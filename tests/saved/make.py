@@ -206,7 +206,7 @@ def make_training(kind: str, config: dict[str, Any]) -> None:
 def make_reports() -> None:
     """Two folders of pictures and two of clips, what they scored, and the cache."""
     from mhla_diffusion.evaluation import evaluate_images, evaluate_videos
-    from mhla_diffusion.video_files import write_video
+    from mhla_diffusion.files.videos import write_video
 
     random = np.random.default_rng(0)
     for number, name in enumerate(("real", "generated")):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
 from mhla_diffusion.training.stream import BatchShare, SampleStream
 from mhla_diffusion.training.video_data import (
@@ -20,7 +21,6 @@ from mhla_diffusion.training.video_data import (
     prepare_clip,
     read_captions,
 )
-from mhla_diffusion.video_files import write_video
 
 
 @pytest.fixture

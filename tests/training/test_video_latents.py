@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import (
     TextConfig,
     TrainerConfig,
@@ -26,7 +27,6 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
 from mhla_diffusion.training.video_data import VideoSamples, open_videos
 from mhla_diffusion.training.video_latents import CachedVideoLatents
-from mhla_diffusion.video_files import write_video
 from tests.processes import run_script
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .writing import write_file
 
 Frames = NDArray[np.uint8]
 Decoder = Literal["auto", "decord", "torchcodec"]
@@ -149,13 +150,11 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> 
     from diffusers.utils import export_to_video
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)][: frames.ndim]
     images = [Image.fromarray(frame).convert("RGB") for frame in np.pad(frames, odd, mode="edge")]
-    export_to_video(images, str(partial), fps=fps, quality=9.0, macro_block_size=2)
-    partial.replace(path)
+    write_file(
+        path, lambda file: export_to_video(images, str(file), fps=fps, quality=9.0, macro_block_size=2)
+    )
 
 
 def require_video_writer() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mhla_diffusion.video_files import UnreadableVideoError, clip_indices, open_video, write_video
+from mhla_diffusion.files.videos import UnreadableVideoError, clip_indices, open_video, write_video
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -153,7 +153,7 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_decoder_that_is_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhla_diffusion.video_files.find_spec", lambda name: None)
+    monkeypatch.setattr("mhla_diffusion.files.videos.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install torchcodec"):
         open_video(video, decoder="torchcodec")
     with pytest.raises(ImportError, match="reading videos needs decord"):

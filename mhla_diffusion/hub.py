@@ -1,0 +1,42 @@
+"""Where stored pipelines and their parts lie: in a folder, or on the hub."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Pick what says where on the hub something is, among the arguments of a ``from_pretrained``."""
+    return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+
+
+def component_subfolder(path: str, component: str) -> str | None:
+    """Return ``component`` where a folder or hub id holds a pipeline, None where it holds the component."""
+    try:
+        DiffusionPipeline.load_config(path)
+    except OSError:
+        return None
+    return component
+
+
+def locate_subfolder(path: str, subfolder: str, arguments: dict[str, Any]) -> str:
+    """Return a local path to a subfolder, downloaded if need be.
+
+    diffusers knows subfolders of models alone.
+
+    Raises:
+        ValueError: when there is no such subfolder.
+    """
+    if not os.path.isdir(path):
+        known = {key: value for key, value in hub_arguments(arguments).items() if key != "proxies"}
+        path = snapshot_download(path, allow_patterns=f"{subfolder}/*", **known)
+    folder = os.path.join(path, subfolder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path} has no subfolder {subfolder!r}")
+    return folder

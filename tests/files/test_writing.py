@@ -1,0 +1,91 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mhla_diffusion.files.writing import remove_unfinished, write_file, write_folder
+
+
+def write(text: str) -> object:
+    def into(folder: Path) -> None:
+        (folder / "part").mkdir()
+        (folder / "part" / "weights").write_text(text)
+
+    return into
+
+
+def test_a_write_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    write_folder(folder, write("old"))
+
+    def fail(path: Path) -> None:
+        (path / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(folder, fail)
+    assert (folder / "part" / "weights").read_text() == "old"
+    assert not (folder / "weights").exists()
+    write_folder(folder, write("new"))
+    assert (folder / "part" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".txt")
+    write_file(path, "old")
+
+    def fail(temporary: Path) -> None:
+        assert temporary.suffix == ".txt"
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, fail)
+    assert path.read_text() == "old"
+    write_file(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"
+    write_file(path, b"bytes")
+    assert path.read_text() == "bytes"
+    assert list(tmp_path.iterdir()) == [path]
+    write_file(tmp_path / "a" / "b", "in new folders, readable as any other file")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_writers_side_by_side_and_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "mine").write_text("precious")
+
+    def outer(folder: Path) -> None:
+        assert folder.name == "one", "what is written may read its name off its folder"
+        write_folder(tmp_path / "two", write("two"))
+        write("one")(folder)  # type: ignore[operator]
+
+    write_folder(tmp_path / "one", outer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing", "one", "two"]
+    assert (tmp_path / ".writing" / "mine").read_text() == "precious"
+
+
+def test_a_process_killed_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "run", write("old"))
+    child = os.fork()
+    if child == 0:
+
+        def die(path: Path) -> None:
+            (path / "weights").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        write_folder(tmp_path / "run", die)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert (tmp_path / "run" / "part" / "weights").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
