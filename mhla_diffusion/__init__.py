@@ -6,59 +6,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhla_diffusion.pipelines import MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline
+    from mhla_diffusion.pipelines import *  # noqa: F403
 
     from .attention import MHLA, MHLAConfig
-    from .backbones import (
-        MHLAAttnProcessor,
-        MHLADiTTransformer2DModel,
-        MHLASanaVideoTransformer3DModel,
-        MHLAWanTransformer3DModel,
-        convert_to_mhla,
-    )
+    from .backbones import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that importing the package costs no more than importing what is used.
-_HOMES = {
-    "MHLA": ".attention",
-    "MHLAConfig": ".attention",
-    "MHLAAttnProcessor": ".backbones",
-    "MHLADiTTransformer2DModel": ".backbones",
-    "MHLASanaVideoTransformer3DModel": ".backbones",
-    "MHLAWanTransformer3DModel": ".backbones",
-    "convert_to_mhla": ".backbones",
-    "MHLADiTPipeline": ".pipelines",
-    "MHLAPipeline": ".pipelines",
-    "MHLAWanPipeline": ".pipelines",
-}
-
-__all__ = [
-    "MHLA",
-    "MHLAAttnProcessor",
-    "MHLAConfig",
-    "MHLADiTPipeline",
-    "MHLADiTTransformer2DModel",
-    "MHLAPipeline",
-    "MHLASanaVideoTransformer3DModel",
-    "MHLAWanPipeline",
-    "MHLAWanTransformer3DModel",
-    "convert_to_mhla",
-]
+__all__ = ["MHLA", "MHLAConfig"]
 
 
 def __getattr__(name: str) -> Any:
+    """Import on first use, so that importing the package costs no more than what is used of it."""
     if name == "ModelMixin":
         # diffusers looks for the base class in the library that model_index.json names.
         from diffusers import ModelMixin
 
         return ModelMixin
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+    # Models and pipelines are what their rooms say.
+    rooms = (".attention",) if name in __all__ else (".backbones", ".pipelines")
+    for room in rooms if not name.startswith("_") else ():
+        module = importlib.import_module(room, __name__)
+        if name in getattr(module, "__all__", __all__):
+            globals()[name] = getattr(module, name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    from . import backbones, pipelines
+
+    return sorted({*globals(), *__all__, *backbones.__all__, *pipelines.__all__})

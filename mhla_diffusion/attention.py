@@ -197,13 +197,15 @@ class MHLA(nn.Module):
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
         inner_dim = heads * head_dim
-        mixing = self._initial_mixing(layout, key_layout, heads)
-        self.mixing = nn.Parameter(mixing) if mixing.shape[-1] > 1 else None
+        size = (layout.num_blocks, (key_layout or layout).num_blocks)
+        per_head = (heads,) if config.mixing_per_head else ()
+        self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
-        self.cpe = _cpe_conv(inner_dim, len(grid), start=config.cpe) if config.cpe else None
+        self.cpe = _cpe_conv(inner_dim, len(grid)) if config.cpe else None
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
-        self.gate = _open_gate(query_dim or inner_dim, inner_dim) if config.gate else None
+        self.gate = nn.Linear(query_dim or inner_dim, inner_dim) if config.gate else None
+        self.reset_parameters()
         if config.constraint == "clamp" and self.mixing is not None:
             _clamped_modules.add(self)
 
@@ -213,14 +215,29 @@ class MHLA(nn.Module):
         if self.config.constraint == "clamp" and self.mixing is not None:
             _clamped_modules.add(self)
 
-    def _initial_mixing(self, layout: BlockLayout, key_layout: BlockLayout | None, heads: int) -> Tensor:
-        if key_layout is None:
-            mixing = initial_mixing(layout, self.config.mixing_init)
-        else:
-            mixing = torch.full((layout.num_blocks, key_layout.num_blocks), 1 / key_layout.num_blocks)
-        mixing = self._unconstrained(mixing)
-        mixing = mixing.to(torch.get_default_dtype())
-        return mixing.repeat(heads, 1, 1) if self.config.mixing_per_head else mixing
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Bring every parameter to the start that the config names."""
+        if self.mixing is not None:
+            if self.key_blocks is None:
+                mixing = initial_mixing(BlockLayout(self.blocks, self.blocks), self.config.mixing_init)
+            else:
+                keys = math.prod(self.key_blocks)
+                mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
+            self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
+        for norm in (self.norm_q, self.norm_k, self.norm):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.cpe is not None:
+            nn.init.zeros_(self.cpe.weight)
+            assert self.cpe.bias is not None
+            nn.init.zeros_(self.cpe.bias)
+            if self.config.cpe == "identity":
+                weights = self.cpe.weight.flatten(1)  # a view: [channels, 3^axes]
+                weights[:, weights.shape[1] // 2] = 1  # the centre
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
@@ -301,6 +318,8 @@ class MHLA(nn.Module):
             out = self.norm(out)
         out = out.transpose(1, 2).flatten(2)
         if self.gate is not None:
+            if hidden_states is None:
+                raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
             out = out * F.silu(self.gate(hidden_states))
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
@@ -353,16 +372,9 @@ def _clamp_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, An
 register_optimizer_step_post_hook(_clamp_all)
 
 
-def _cpe_conv(channels: int, axes: int, *, start: str) -> nn.Conv2d | nn.Conv3d:
+def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
     """The depthwise 3x3 (or 3x3x3) convolution of the conditional position encoding."""
-    conv = (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
-    nn.init.zeros_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-    if start == "identity":
-        with torch.no_grad():
-            conv.weight.view(channels, 3**axes)[:, 3**axes // 2] = 1  # the centre
-    return conv
+    return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -373,13 +385,6 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> 
     dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
     with torch.autocast(v.device.type, enabled=False):
         return conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
-
-
-def _open_gate(query_dim: int, inner_dim: int) -> nn.Linear:
-    gate = nn.Linear(query_dim, inner_dim)
-    nn.init.zeros_(gate.weight)
-    nn.init.constant_(gate.bias, _OPEN_GATE_BIAS)
-    return gate
 
 
 def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:

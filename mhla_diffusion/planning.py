@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
 from .backbones import MHLADiTTransformer2DModel
-from .backbones.mixin import layer_attention
+from .backbones.model import layer_attention
 from .hub import component_subfolder
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 

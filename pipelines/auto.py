@@ -5,36 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    SanaImageToVideoPipeline,
-    SanaVideoPipeline,
-    WanImageToVideoPipeline,
-    WanPipeline,
-)
+import diffusers
 
 from mhla_diffusion.attention import MHLAConfig
-from mhla_diffusion.backbones import (
-    MHLADiTTransformer2DModel,
-    MHLASanaVideoTransformer3DModel,
-    MHLAWanTransformer3DModel,
-    convert_to_mhla,
-)
+from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.hub import hub_arguments, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
 
-# What model_index.json says -> the pipeline that runs it, and the model class that it runs.
-_PIPELINES: dict[str, tuple[type[DiffusionPipeline], type[Any]]] = {
-    "MHLADiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
-    "DiTPipeline": (MHLADiTPipeline, MHLADiTTransformer2DModel),
-    "MHLAWanPipeline": (MHLAWanPipeline, MHLAWanTransformer3DModel),
-    "WanPipeline": (WanPipeline, MHLAWanTransformer3DModel),
-    "WanImageToVideoPipeline": (WanImageToVideoPipeline, MHLAWanTransformer3DModel),
-    "SanaVideoPipeline": (SanaVideoPipeline, MHLASanaVideoTransformer3DModel),
-    "SanaImageToVideoPipeline": (SanaImageToVideoPipeline, MHLASanaVideoTransformer3DModel),
-}
+# Our own pipelines, by what model_index.json says; all others are diffusers'.
+_OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
 
 class MHLAPipeline:
@@ -66,8 +47,9 @@ class MHLAPipeline:
 
         Returns:
             :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLAWanPipeline` for video models
-            that this package trained; diffusers' own ``WanPipeline``, ``SanaVideoPipeline`` or their forms
-            for image-to-video, around transformers with MHLA.
+            that this package trained; else the diffusers pipeline that is stored, of any class that has a
+            component of :data:`mhla_diffusion.backbones.BACKBONES`. With ``mhla_config`` all such components
+            are converted, ``transformer_2`` too.
 
         Raises:
             ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
@@ -82,20 +64,31 @@ class MHLAPipeline:
                 "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
                 "MHLADiTPipeline(transformer=..., scheduler=...)"
             )
-        stored = MHLADiTPipeline.load_config(path, **hub_arguments(kwargs)).get("_class_name")
-        if stored not in _PIPELINES:
+        index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
+        names = [name for name, stored in index.items() if _is_transformer(stored)]
+        pipeline_class = _OWN.get(index["_class_name"]) or getattr(diffusers, index["_class_name"], None)
+        if pipeline_class is None or not names:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {stored}, which has no MHLA form; those that have "
-                f"one: {', '.join(_PIPELINES)}"
+                f"{pretrained_model_name_or_path} holds a {index['_class_name']}, which has no MHLA form; it "
+                f"has one when a component of it is one of {stock_names()}"
             )
-        pipeline_class, model_class = _PIPELINES[stored]
         pipeline = pipeline_class.from_pretrained(path, **kwargs)
-        if mhla_config is None and pipeline_class is MHLADiTPipeline:
-            # With no layer named the model is the same function in our class, which runs any grid.
-            mhla_config = None if isinstance(pipeline.transformer, model_class) else MHLAConfig(layers=())
-        if mhla_config is not None:
-            # Wan2.2 has a second transformer, for late steps.
-            names = [n for n in ("transformer", "transformer_2") if getattr(pipeline, n, None) is not None]
-            converted = {name: convert_to_mhla(getattr(pipeline, name), mhla_config) for name in names}
-            pipeline.register_modules(**converted)
+        for name in names:
+            transformer, config = getattr(pipeline, name), mhla_config
+            ours = backbone_of(transformer)
+            if ours is None:  # optional, and not there
+                continue
+            if config is None and pipeline_class is MHLADiTPipeline and not isinstance(transformer, ours):
+                # With no layer named the model is the same function in our class, which runs any grid.
+                config = MHLAConfig(layers=())
+            if config is not None:
+                pipeline.register_modules(**{name: convert_to_mhla(transformer, config)})
         return pipeline
+
+
+def _is_transformer(stored: Any) -> bool:
+    """Tell a component with an MHLA form, as model_index.json has it: ``[library, class]``."""
+    if not isinstance(stored, (list, tuple)) or len(stored) != 2:
+        return False
+    # Of the time when all were Transformer2DModel; which one it is shows when it is loaded.
+    return stored[1] == "Transformer2DModel" or backbone_of_config({"_class_name": stored[1]}) is not None

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import (
-    DiTTransformer2DModel,
-    ModelMixin,
-    SanaVideoTransformer3DModel,
-    WanTransformer3DModel,
-)
+from diffusers import ModelMixin
 
 from ..attention import MHLAConfig
-from .image import MHLADiTTransformer2DModel
 from .rebuild import rebuild
-from .video import MHLASanaVideoTransformer3DModel, MHLAWanTransformer3DModel
-
-# Stock class -> the same model with MHLA.
-_CONVERTIBLE: dict[type[ModelMixin], type[Any]] = {
-    DiTTransformer2DModel: MHLADiTTransformer2DModel,
-    SanaVideoTransformer3DModel: MHLASanaVideoTransformer3DModel,
-    WanTransformer3DModel: MHLAWanTransformer3DModel,
-}
+from .registry import backbone_of, stock_names
 
 
 def convert_to_mhla(
     model: ModelMixin, config: MHLAConfig | dict[str, Any] | None = None, *, output_loading_info: bool = False
 ) -> Any:
-    """A copy of a stock model with MHLA in the layers that ``config.layers`` names (all by default).
+    """Put MHLA into the layers of a stock model that ``config.layers`` names (all by default).
 
-    Every weight carries over, in its dtype and on its device; the mixing matrices and what else the config
-    asks for are new and at their start. The result is not the same function: it is a start for fine-tuning.
-    The model given is not changed.
+    Returns another model that has the same weights, in their dtypes and on their device: they are taken over,
+    not copied, so that a large model is converted in the memory that it has. Whoever goes on with both
+    converts ``copy.deepcopy(model)``. The mixing matrices and what else the config asks for are new and at
+    their start. The result is not the same function: it is a start for fine-tuning.
 
     Args:
-        model: a :class:`diffusers.DiTTransformer2DModel`, :class:`diffusers.SanaVideoTransformer3DModel` or
-            :class:`diffusers.WanTransformer3DModel`, or an MHLA model to be given another config. Then mixing
+        model: of a class that has an MHLA form, or an MHLA model to be given another config. Then mixing
             matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
             that both configs ask for.
         config: an :class:`MHLAConfig` or its dict.
@@ -45,13 +32,11 @@ def convert_to_mhla(
         The MHLA model, or the model and the names.
 
     Raises:
-        ValueError: for a model that there is no MHLA form of, or a config that does not fit it.
+        ValueError: for a model that there is no MHLA form of or whose weights are not there to be taken
+            (offloaded, fused, with adapters), or a config that does not fit it.
     """
-    target = next((new for stock, new in _CONVERTIBLE.items() if isinstance(model, stock)), None)
+    target = backbone_of(model)
     if target is None:
-        raise ValueError(
-            f"no MHLA form of {type(model).__name__}; those that have one: "
-            f"{', '.join(stock.__name__ for stock in _CONVERTIBLE)}"
-        )
+        raise ValueError(f"no MHLA form of {type(model).__name__}; those that have one: {stock_names()}")
     converted, info = rebuild(model, target, attention="mhla", mhla_config=config)
     return (converted, info) if output_loading_info else converted

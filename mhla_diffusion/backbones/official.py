@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..attention import MHLAConfig
-from .video import MHLAWanTransformer3DModel
+from .wan import MHLAWanTransformer3DModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A model built anew with another config, and the weights it can keep."""
+"""A model built anew with another config around the weights that it can keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import MHLA
 
@@ -17,54 +17,86 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, dict[str, list[str]]]:
-    """A model of class ``target`` with the config and the weights of ``model``, but for ``changes``.
+    """Build a model of class ``target`` with the config and the weights of ``model``, but for ``changes``.
 
-    Weights keep their dtype and device. Mixing matrices are resized to the new blocks, and what the new
-    config asks for beyond the old is at its start. The model given is not changed.
+    It is built on the meta device and takes the tensors of ``model`` over, so that there is no second copy of
+    them at any time. Mixing matrices are resized to the new blocks, and what the new config asks for beyond
+    the old is at its start.
 
     Returns:
         The model, and ``{"new": [...], "dropped": [...]}``, names of weights.
 
     Raises:
-        ValueError: for changes that do not fit the model.
+        ValueError: for changes that do not fit the model, or weights that cannot be taken.
     """
+    require_plain_weights(model)
     # The config of an old checkpoint has more fields than the class takes.
     known = inspect.signature(target.__init__).parameters
     arguments = {key: value for key, value in model.config.items() if key in known}
-    rebuilt = target(**{**arguments, **changes})
+    with torch.device("meta"):
+        rebuilt = target(**{**arguments, **changes}).train(model.training)
+    for processor in _mhla_modules(rebuilt).values():
+        processor.to_empty(device=model.device)
+        processor.reset_parameters()
+        processor.to(model.dtype)
     taken = rebuilt.state_dict()
-    source = {
-        key: value.clone() for key, value in model.state_dict().items() if key in taken or _is_stock(key)
-    }
+    source = {key: value for key, value in model.state_dict().items() if key in taken or _is_stock(key)}
     _resize_mixing(model, rebuilt, source)
-    # Assigning keeps the dtype of each weight; what is new takes the model's.
-    outcome = (
-        rebuilt.to(model.device).train(model.training).load_state_dict(source, strict=False, assign=True)
-    )
-    for processor in rebuilt.modules():
-        if isinstance(processor, MHLA):
-            processor.to(model.dtype)
+    # Assigning takes the tensor itself, and its dtype.
+    outcome = rebuilt.load_state_dict(source, strict=False, assign=True)
+    _take_buffers(model, rebuilt)
     new = sorted(outcome.missing_keys)
     dropped = sorted(set(model.state_dict()) - set(source))
     assert not outcome.unexpected_keys, outcome
     assert not any(map(_is_stock, new)), outcome
+    assert not any(tensor.is_meta for tensor in (*rebuilt.parameters(), *rebuilt.buffers()))
     logger.info("kept %d tensors; %d are new: %s", len(source), len(new), ", ".join(new) or "none")
     return rebuilt, {"new": new, "dropped": dropped}
 
 
+def require_plain_weights(model: ModelMixin) -> None:
+    """Check that all weights are there, under the names that the class gives them.
+
+    Raises:
+        ValueError: for adapters, fused projections and offloaded weights, saying what to do.
+    """
+    names = dict(model.named_parameters())
+    for part, remedy in (
+        ("base_layer", "merge or unload its adapters first (fuse_lora, then unload_lora_weights)"),
+        ("to_qkv", "call unfuse_qkv_projections() first"),
+    ):
+        if found := next((name for name in names if f".{part}." in name), None):
+            raise ValueError(f"the model has {found}: {remedy}")
+    if found := next((name for name, weight in names.items() if weight.is_meta), None):
+        raise ValueError(
+            f"{found} is offloaded, so that its values are not there: convert before offloading is enabled"
+        )
+
+
 def _is_stock(key: str) -> bool:
-    """Whether a weight is the stock model's, and not a processor's."""
+    """Tell a weight of the stock model from one of a processor."""
     return ".processor." not in key
+
+
+def _mhla_modules(model: nn.Module) -> dict[str, MHLA]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MHLA)}
 
 
 def _resize_mixing(model: Any, rebuilt: Any, source: dict[str, Tensor]) -> None:
     """Put the mixing matrices of an MHLA model, resized, in the place of those in its state dict."""
-    old, new = (
-        {name: part for name, part in whole.named_modules() if getattr(part, "mixing", None) is not None}
-        for whole in (model, rebuilt)
-    )
+    old, new = _mhla_modules(model), _mhla_modules(rebuilt)
     for name in old.keys() & new.keys():
-        new[name].take_mixing(old[name])
-        source[f"{name}.mixing"] = new[name].mixing.to(old[name].mixing.dtype)
-        if new[name].blocks != old[name].blocks:
-            logger.info("%s: mixing resized, blocks %s to %s", name, old[name].blocks, new[name].blocks)
+        before, after = old[name], new[name]
+        if before.mixing is None or after.mixing is None:
+            continue
+        after.take_mixing(before)
+        source[f"{name}.mixing"] = after.mixing.to(before.mixing.dtype)
+        if after.blocks != before.blocks:
+            logger.info("%s: mixing resized, blocks %s to %s", name, before.blocks, after.blocks)
+
+
+def _take_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
+    """Take over what is computed when a model is made and not in its state dict, such as rotary tables."""
+    for name, buffer in model.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        rebuilt.get_submodule(path)._buffers[leaf] = buffer

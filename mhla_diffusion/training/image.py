@@ -17,7 +17,7 @@ from torch import Tensor
 from mhla_diffusion.pipelines import MHLADiTPipeline
 
 from ..attention import MHLAConfig
-from ..backbones.image import MHLADiTTransformer2DModel
+from ..backbones import MHLADiTTransformer2DModel
 from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from

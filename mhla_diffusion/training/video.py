@@ -17,7 +17,7 @@ from torch import Tensor
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
-from ..backbones.video import MHLAWanTransformer3DModel
+from ..backbones import MHLAWanTransformer3DModel
 from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from

@@ -40,10 +40,11 @@ def test_every_weight_carries_over_and_what_is_new_is_reported(
     }
     assert after.keys() == before.keys() | set(report["new"])
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    # The model given is neither changed nor shared.
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    assert all(torch.equal(stock.state_dict()[key], value) for key, value in before.items())
+    # Taken over, not copied, each by a parameter of its own.
+    old, fresh = dict(stock.named_parameters()), dict(model.named_parameters())
+    assert all(fresh[key].data_ptr() == value.data_ptr() for key, value in old.items())
+    assert all(fresh[key] is not value for key, value in old.items())
+    assert stock.state_dict().keys() == before.keys(), "the model given is as it was"
 
 
 def test_no_layer_named_is_the_same_function(make_stock: MakeStock, make_inputs: MakeInputs) -> None:

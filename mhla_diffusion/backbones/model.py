@@ -1,4 +1,7 @@
-"""What the models with MHLA have in common: which layer has which attention, loading, parallelism."""
+"""What the models with MHLA have in common: which layer has which attention, loading, parallelism.
+
+A backbone is one file with one class: see :class:`MHLAModelMixin`.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,118 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from diffusers import ModelMixin, TensorParallelConfig
 
 from ..attention import MHLA, MHLAConfig
 from ..hub import hub_arguments
 from ..ops import recommended_layout
+from .grid import Grid, receive_grid
 from .processors import MHLAAttnProcessor
 from .rebuild import rebuild
+from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("mhla", "linear", "softmax")
 
 
-class MHLAModelMixin(ModelMixin):
-    """Stands before a diffusers model class whose config has ``attention`` and ``mhla_config``.
+AttentionChoice = str | Sequence[str]
+ConfigChoice = MHLAConfig | dict[str, Any] | None
 
-    ``layer_attention`` says which attention each layer has; :meth:`_build_attention` sets it.
 
-    ``_stock_attention`` is the attention of the stock class: ``"softmax"``, or ``"linear"``.
+@dataclass(frozen=True)
+class LayerPlan:
+    """Attention of each layer of a model, known to fit before any weight is made.
+
+    Args:
+        attention: as it was asked for.
+        kinds: ``"mhla"``, ``"linear"`` or ``"softmax"``, by layer.
+        config: of the linear layers.
+        grid: tokens along each axis that the model is made for.
     """
 
-    _stock_class: ClassVar[str]
-    _stock_attention: ClassVar[str] = "softmax"
+    attention: AttentionChoice
+    kinds: list[str]
+    config: MHLAConfig
+    grid: Grid
+
+
+class MHLAModelMixin(ModelMixin):
+    """Stands before a diffusers model class: ``class MHLAX(MHLAModelMixin, X)`` is the MHLA form of X.
+
+    Such a class enters the registry by itself. Its ``__init__``, decorated with :func:`.stock.after`, plans
+    its layers (:meth:`plan_layers`), lets the stock class make everything, and sets them
+    (:meth:`set_attention`); it says how the grid reaches the layers (:mod:`.grid`).
+
+    Attributes:
+        layer_attention: the attention of each layer.
+        stock: the stock class.
+        stock_attention: its attention: ``"softmax"``, or ``"linear"``.
+        old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
+        presets: names of published sizes, for planning, and the arguments of each.
+    """
+
+    stock: ClassVar[type[Any]]
+    stock_attention: ClassVar[str] = "softmax"
+    old_norm_type: ClassVar[str] = ""
+    vae_stride: ClassVar[tuple[int, ...]]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
 
-    def _build_attention(
-        self,
-        attentions: Sequence[Any],
-        attention: str | Sequence[str],
-        mhla_config: MHLAConfig,
-        *,
-        heads: int,
-        head_dim: int,
-        grid: tuple[int, ...],
-    ) -> None:
-        """Put MHLA into the layers that ``attention`` and ``mhla_config.layers`` name, and register both."""
-        stock = self._stock_attention
-        self.layer_attention = layer_attention(attention, mhla_config.layers, len(attentions), stock=stock)
-        for layer, kind in zip(attentions, self.layer_attention, strict=True):
-            if kind != stock:
-                config = mhla_config if kind == "mhla" else dataclasses.replace(mhla_config, blocks=1)
-                layer.set_processor(MHLAAttnProcessor(config, heads=heads, head_dim=head_dim, grid=grid))
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if MHLAModelMixin in cls.__bases__:
+            cls.stock = cls.__bases__[1]
+            BACKBONES[cls.stock] = cls
+            # The name under which diffusers records the class in model_index.json, free of our file layout.
+            cls.__module__ = "mhla_diffusion"
+
+    @property
+    def default_grid(self) -> Grid:
+        """The tokens along each axis that the model is made for."""
+        raise NotImplementedError
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
+        raise NotImplementedError
+
+    @classmethod
+    def plan_layers(
+        cls, attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, grid: Sequence[int]
+    ) -> LayerPlan:
+        """Check which attention each layer is to have.
+
+        Raises:
+            ValueError: for what does not fit together; the message says what and what to do.
+        """
+        config, grid = as_config(mhla_config), tuple(grid)
+        kinds = layer_attention(attention, config.layers, num_layers, stock=cls.stock_attention)
+        if "mhla" in kinds:
+            check_blocks(config, grid)
+        return LayerPlan(attention, kinds, config, grid)
+
+    def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
+        """Put MHLA into self-attention layers as planned, and register what was asked for."""
+        self.layer_attention = plan.kinds
+        for layer, kind in zip(layers, plan.kinds, strict=True):
+            if kind != self.stock_attention:
+                config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
+                processor = MHLAAttnProcessor(
+                    config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
+                    query_dim=layer.to_q.in_features,
+                )  # fmt: skip
+                layer.set_processor(processor)
+            receive_grid(layer)
         self.register_to_config(
-            attention=attention if isinstance(attention, str) else list(attention),
-            mhla_config=mhla_config.to_dict(),
+            attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
+            mhla_config=plan.config.to_dict(),
         )
 
     @property
@@ -130,7 +198,7 @@ class MHLAModelMixin(ModelMixin):
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
-                f"{missing[0]}. If it is a stock model, load it with diffusers.{cls._stock_class} and call "
+                f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
                 "mhla_diffusion.convert_to_mhla(model, config), or run scripts/convert.py"
             )
         for name in ("sample_size", "sample_grid"):
@@ -141,7 +209,7 @@ class MHLAModelMixin(ModelMixin):
         return (model, info) if output_loading_info else model
 
 
-def as_config(mhla_config: MHLAConfig | dict[str, Any] | None) -> MHLAConfig:
+def as_config(mhla_config: ConfigChoice) -> MHLAConfig:
     """A config from what a model's argument may be."""
     if mhla_config is None:
         return MHLAConfig()
@@ -155,7 +223,7 @@ def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, 
 
 
 def layer_attention(
-    attention: str | Sequence[str], layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
+    attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
 ) -> list[str]:
     """The attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
 
@@ -188,5 +256,5 @@ def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
             f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
             f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
             f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -1,23 +1,22 @@
-"""Image transformers of diffusers with MHLA inside."""
+"""DiT: images of classes."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..attention import MHLAConfig
-from .mixin import MHLAModelMixin, as_config, check_blocks, layer_attention
+from .grid import Grid, token_grid
+from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .stock import after
 
 # Stock DiTTransformer2DModel would ignore the fields it does not know and run softmax on these weights. It
 # does refuse an unknown norm_type, and quotes it: so the refusal says what to do.
@@ -68,8 +67,19 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
-    _stock_class = "DiTTransformer2DModel"
-    _no_split_modules = ["BasicTransformerBlock", "_FirstBlock"]  # noqa: RUF012
+    old_norm_type = _NORM_TYPE
+    vae_stride = (8, 8)
+    # The 8 output channels are 4, and their variances.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        f"DiT-{name}/2": {
+            "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim,
+            "out_channels": 8,
+        }
+        for name, layers, heads, head_dim in (
+            ("S", 12, 6, 64), ("B", 12, 12, 64), ("L", 24, 16, 64), ("XL", 28, 16, 72),
+        )
+    }  # fmt: skip
+    _no_split_modules = _repeated_blocks = ["BasicTransformerBlock", "_FirstBlock"]  # noqa: RUF012
     _supports_group_offloading = True
     # Tokens are spread over the ranks in front of the first block and gathered behind the last layer.
     _cp_plan: ClassVar[dict[str, Any]] = {
@@ -77,61 +87,41 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         "proj_out_2": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
-    @register_to_config
+    @after(DiTTransformer2DModel)
     def __init__(
         self,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 72,
-        in_channels: int = 4,
-        out_channels: int | None = None,
-        num_layers: int = 28,
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-        attention_bias: bool = True,
-        sample_size: int = 32,
-        patch_size: int = 2,
-        activation_fn: str = "gelu-approximate",
-        num_embeds_ada_norm: int | None = 1000,
-        upcast_attention: bool = False,
-        norm_type: str = _NORM_TYPE,
-        norm_elementwise_affine: bool = False,
-        norm_eps: float = 1e-5,
-        attention: str | Sequence[str] = "mhla",
-        mhla_config: MHLAConfig | dict[str, Any] | None = None,
+        stock: dict[str, Any],
+        *,
+        attention: AttentionChoice = "mhla",
+        mhla_config: ConfigChoice = None,
     ) -> None:
-        mhla_config = as_config(mhla_config)
-        kinds = layer_attention(attention, mhla_config.layers, num_layers)
-        grid = (sample_size // patch_size,) * 2
-        if "mhla" in kinds:
-            check_blocks(mhla_config, grid)
-        super().__init__(
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            dropout=dropout,
-            norm_num_groups=norm_num_groups,
-            attention_bias=attention_bias,
-            sample_size=sample_size,
-            patch_size=patch_size,
-            activation_fn=activation_fn,
-            num_embeds_ada_norm=num_embeds_ada_norm,
-            upcast_attention=upcast_attention,
-            norm_type=_NORM_TYPE if norm_type == _MARKED_NORM_TYPE else norm_type,
-            norm_elementwise_affine=norm_elementwise_affine,
-            norm_eps=norm_eps,
-        )
+        grid = (stock["sample_size"] // stock["patch_size"],) * 2
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], grid)
+        if stock["norm_type"] == _MARKED_NORM_TYPE:
+            stock["norm_type"] = _NORM_TYPE
+        super().__init__(**stock)
         self.transformer_blocks[0].__class__ = _FirstBlock
         for block in self.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-        self._build_attention(
-            [block.attn1 for block in self.transformer_blocks], attention, mhla_config,
-            heads=num_attention_heads, head_dim=attention_head_dim, grid=grid,
-        )  # fmt: skip
+        self.set_attention([block.attn1 for block in self.transformer_blocks], plan)
         self._reset_parameters()
-        all_softmax = set(kinds) == {"softmax"}
+        all_softmax = set(plan.kinds) == {"softmax"}
         self.register_to_config(norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE)
+
+    @property
+    def default_grid(self) -> Grid:
+        return (self.config.sample_size // self.config.patch_size,) * 2
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        sizes = [tokens * self.patch_size for tokens in grid]
+        classes = self.config.num_embeds_ada_norm
+        return {
+            "hidden_states": torch.randn(batch_size, self.config.in_channels, *sizes, generator=generator),
+            "timestep": torch.randint(1000, (batch_size,), generator=generator),
+            "class_labels": torch.randint(classes, (batch_size,), generator=generator),
+        }
 
     def forward(
         self,
@@ -157,23 +147,13 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
             ValueError: when H or W is not a multiple of the patch size, or a grid cannot hold the blocks.
         """
         p = self.patch_size
-        # Plain integers under torch.compile too, whose default makes sizes symbolic from the second grid on.
-        height, width = map(operator.index, hidden_states.shape[-2:])
-        if height % p or width % p:
-            raise ValueError(
-                f"height and width must be multiples of the patch size {p}, got {height} x {width}"
-            )
-        grid = (height // p, width // p)
+        grid = token_grid(hidden_states.shape[2:], (p, p))
+        kwargs = {**(cross_attention_kwargs or {}), "grid": grid}
         hidden_states = self.pos_embed(hidden_states)
         conditioning = self.transformer_blocks[0](
             None, timestep=timestep, class_labels=class_labels, hidden_dtype=hidden_states.dtype
         )
-        for block, kind in zip(self.transformer_blocks, self.layer_attention, strict=True):
-            kwargs = (
-                cross_attention_kwargs
-                if kind == "softmax"
-                else {**(cross_attention_kwargs or {}), "grid": grid}
-            )
+        for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block, hidden_states, None, None, None, timestep, kwargs, class_labels
@@ -187,7 +167,7 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         hidden_states = self.proj_out_2(hidden_states)
         # [B, h w, p p C] -> [B, C, H, W]
         hidden_states = hidden_states.unflatten(1, grid).unflatten(-1, (p, p, self.out_channels))
-        output = torch.einsum("nhwpqc->nchpwq", hidden_states).reshape(-1, self.out_channels, height, width)
+        output = torch.einsum("nhwpqc->nchpwq", hidden_states).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -217,7 +197,3 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
             nn.init.zeros_(block.norm1.linear.weight)
         for output in (self.proj_out_1, self.proj_out_2):
             nn.init.zeros_(output.weight)
-
-
-# The name under which diffusers records the class in model_index.json, free of our file layout.
-MHLADiTTransformer2DModel.__module__ = "mhla_diffusion"

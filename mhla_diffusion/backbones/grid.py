@@ -1,0 +1,81 @@
+"""How the grid of its tokens reaches an attention layer that is never told it.
+
+Stock blocks pass on what they know nothing of: keyword arguments, or what the model's ``rope`` gave. There
+the grid rides along, and each self-attention layer takes it off again in front of its forward, so that stock
+blocks and stock processors stay what they are. Nothing is kept from call to call: models may be called with
+several grids before one backward, and from several threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention import MHLA
+
+Grid = tuple[int, ...]
+
+
+def send_grid(rope: nn.Module, patch_size: Sequence[int]) -> None:
+    """Append the grid to the rotary tables that a model's ``rope`` returns for ``[B, C, F, H, W]``.
+
+    It is the shape of a third tensor, ``[*grid, 0]``: hooks that spread or move tensors leave it whole.
+    """
+    rope.register_forward_hook(functools.partial(_append_grid, patch_size=tuple(patch_size)))
+
+
+def receive_grid(attn: nn.Module) -> None:
+    """Have an attention layer take the grid off its arguments and, with MHLA, hand it to its processor."""
+    attn.register_forward_pre_hook(_hand_over_grid, with_kwargs=True)
+
+
+def token_grid(sizes: Sequence[int], patch_size: Sequence[int]) -> Grid:
+    """Return the tokens along each axis.
+
+    Raises:
+        ValueError: when a size is not a multiple of the patch.
+    """
+    # Plain integers under torch.compile too, whose default makes sizes symbolic from the second grid on.
+    sizes = tuple(map(operator.index, sizes))
+    if any(size % p for size, p in zip(sizes, patch_size, strict=True)):
+        raise ValueError(
+            f"{'frames, ' * (len(sizes) > 2)}height and width must be multiples of the patch "
+            f"{tuple(patch_size)}, got {sizes}"
+        )
+    return tuple(size // p for size, p in zip(sizes, patch_size, strict=True))
+
+
+def _append_grid(
+    rope: nn.Module, args: tuple[Tensor], tables: tuple[Tensor, ...], *, patch_size: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    grid = token_grid(args[0].shape[2:], patch_size)
+    return *tables, args[0].new_empty(*grid, 0)
+
+
+def _hand_over_grid(
+    attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    carriers = [value[-1] for value in (*args, *kwargs.values()) if _carries_grid(value)]
+    grid = tuple(map(operator.index, carriers[0].shape[:-1])) if carriers else kwargs.get("grid")
+    rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
+    if isinstance(attn.processor, MHLA):
+        rest["grid"] = grid
+    return tuple(map(_without_grid, args)), rest
+
+
+def _without_grid(value: Any) -> Any:
+    return value[:-1] if _carries_grid(value) else value
+
+
+def _carries_grid(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 3
+        and isinstance(value[-1], Tensor)
+        and value[-1].ndim > 1
+        and value[-1].shape[-1] == 0
+    )

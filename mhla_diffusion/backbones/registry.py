@@ -1,0 +1,36 @@
+"""Which models of diffusers have an MHLA form. Everything that goes over backbones asks here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Stock class -> the same model with MHLA; a backbone enters itself when its class is made.
+BACKBONES: dict[type[Any], type[Any]] = {}
+
+
+def backbone_of(model: Any) -> type[Any] | None:
+    """Return our class for a model, stock or ours; None where there is none."""
+    return next((ours for stock, ours in BACKBONES.items() if isinstance(model, stock)), None)
+
+
+def backbone_named(name: str | None) -> type[Any] | None:
+    """Return our class by its own name or that of its stock class; None where there is none."""
+    known = {cls.__name__: ours for stock, ours in BACKBONES.items() for cls in (stock, ours)}
+    return known.get(name or "")
+
+
+def backbone_of_config(config: Mapping[str, Any]) -> type[Any] | None:
+    """Return our class for a stored config, of today or of the time when all were Transformer2DModel."""
+    name = config.get("_class_name")
+    if name == "Transformer2DModel":
+        name = next(
+            (ours.__name__ for ours in BACKBONES.values() if ours.old_norm_type == config.get("norm_type")),
+            None,
+        )
+    return backbone_named(name)
+
+
+def stock_names() -> str:
+    """List the models that have an MHLA form, for messages."""
+    return ", ".join(stock.__name__ for stock in BACKBONES)

@@ -1,0 +1,68 @@
+"""SanaVideo: videos of texts, whose own attention is linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import SanaVideoTransformer3DModel
+
+from .grid import Grid, send_grid
+from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .stock import after
+
+_TEXT_TOKENS = 300  # to which the pipeline pads every prompt
+
+
+class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DModel):
+    """SanaVideo with MHLA in place of its linear attention.
+
+    Takes every argument of :class:`diffusers.SanaVideoTransformer3DModel` and three more. Its registered
+    config rebuilds it. SanaVideo's own attention is MHLA with one block, so that MHLA with its mixing at the
+    start 1 / M is the stock model. Cross-attention to text stays softmax.
+
+    Args:
+        attention: ``"mhla"`` or ``"linear"`` (SanaVideo's own), for all layers that ``mhla_config.layers``
+            names or, as a list, for each layer.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        sample_grid: as for :class:`MHLAWanTransformer3DModel`.
+
+    Raises:
+        ValueError: for settings that do not fit together; the message says which and what to do.
+    """
+
+    stock_attention = "linear"
+    vae_stride = (4, 8, 8)
+    _repeated_blocks = ["SanaVideoTransformerBlock"]  # noqa: RUF012
+
+    @after(SanaVideoTransformer3DModel)
+    def __init__(
+        self,
+        stock: dict[str, Any],
+        *,
+        attention: AttentionChoice = "mhla",
+        mhla_config: ConfigChoice = None,
+        sample_grid: tuple[int, int, int] = (21, 30, 52),
+    ) -> None:
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
+        super().__init__(**stock)
+        send_grid(self.rope, stock["patch_size"])
+        self.set_attention([block.attn1 for block in self.transformer_blocks], plan)
+        self.register_to_config(sample_grid=list(sample_grid))
+
+    @property
+    def default_grid(self) -> Grid:
+        return tuple(self.config.sample_grid)
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        config = self.config
+        sizes = [tokens * patch for tokens, patch in zip(grid, config.patch_size, strict=True)]
+        return {
+            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
+            "timestep": 1000 * torch.rand(batch_size, generator=generator),
+            "encoder_hidden_states": torch.randn(
+                batch_size, _TEXT_TOKENS, config.caption_channels, generator=generator
+            ),
+        }
