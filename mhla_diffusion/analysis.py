@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attention import MHLA
+from .attention import MHLA, MHLAConfig
+from .backbones import backbone_of_config, convert_to_mhla, stock_names
+from .backbones.grid import find_grid, token_grid
+from .backbones.processors import rotary_pairs, split_heads
 from .evaluation.optional import require
 from .files.writing import require_absent, write_file
+from .hub import component_subfolder, load_component_config
 from .ops import (
     BlockLayout,
     apply_rotary_emb,
@@ -36,6 +41,9 @@ from .ops import (
     mhla_reference,
     recommended_layout,
 )  # fmt: skip
+
+# Most of diffusers' newer models have a class of their own, with this mixin.
+_ATTENTION_LAYERS = (Attention, AttentionModuleMixin)
 
 FILE_NAMES = ("report.json", "report.html")
 
@@ -153,6 +161,70 @@ class Analysis:
 
 
 @torch.no_grad()
+def analyze_stored(
+    model: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    timestep: int = 500,
+    batch_size: int = 2,
+    seed: int = 0,
+) -> Analysis:
+    """Analyse a stored model on noise and drawn conditions; see :func:`analyze`.
+
+    Args:
+        model: folder or hub id of a transformer that has an MHLA form, stock or ours, or of its pipeline.
+        height, width, frames: of the latents; those that the model was made for by default.
+        timestep: 0 to 999.
+        batch_size: samples.
+        seed: of the noise and conditions.
+
+    Raises:
+        ValueError: for another model, or a size that its patches do not divide.
+    """
+    transformer = _load(model)
+    patch = transformer.config.patch_size
+    patch = (patch,) * 2 if isinstance(patch, int) else tuple(patch)
+    own = [tokens * size for tokens, size in zip(transformer.default_grid, patch, strict=True)]
+    if frames is not None and len(own) == 2:
+        raise ValueError(f"{model} is a model of images and has no frames, got frames={frames}; leave it out")
+    asked = (frames, height, width if width is not None or height is None else height)
+    latents = [given or size for given, size in zip(asked[-len(own) :], own, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    inputs = transformer.example_inputs(
+        token_grid(latents, patch), batch_size=batch_size, generator=generator
+    )
+    inputs["timestep"] = torch.full((batch_size,), timestep)
+    return analyze(
+        transformer,
+        lambda: transformer(**inputs),
+        settings={
+            "model": model,
+            "latents": f"{batch_size} x {' x '.join(map(str, latents))}, noise",
+            "timestep": timestep,
+            "seed": seed,
+        },
+    )
+
+
+def _load(model: str) -> Any:
+    """Load our form of a stored transformer, which runs any grid."""
+    subfolder = component_subfolder(model, "transformer")
+    stored = load_component_config(model, "transformer")
+    ours = backbone_of_config(stored)
+    if ours is None:
+        raise ValueError(
+            f"{model} holds a {stored.get('_class_name')}, which cannot be analysed; those that can: "
+            f"{stock_names()}"
+        )
+    if stored["_class_name"] == ours.__name__:
+        return ours.from_pretrained(model, subfolder=subfolder).eval()
+    stock = ours.stock.from_pretrained(model, subfolder=subfolder).eval()
+    return convert_to_mhla(stock, MHLAConfig(layers=()))
+
+
+@torch.no_grad()
 def analyze(
     model: nn.Module,
     run: Callable[[], Any],
@@ -163,7 +235,7 @@ def analyze(
 ) -> Analysis:
     """Analyse every self-attention layer that a call of a model goes through.
 
-    Layers are MHLA modules, and diffusers' ``Attention`` with any other processor.
+    Layers are MHLA modules, and attention layers of diffusers with any other processor.
 
     Args:
         model: any model with such layers.
@@ -181,7 +253,7 @@ def analyze(
     if not calls:
         raise ValueError(
             f"{type(model).__name__} went through no self-attention that can be analysed: MHLA modules, and "
-            "diffusers' Attention layers"
+            "attention layers of diffusers"
         )
     layers = [
         _analyze_layer(name, *call, max_matrices=max_matrices)
@@ -211,23 +283,29 @@ def _recording(
                 q, k = module.norm_q(q), module.norm_k(k)
             note(name, module, q, k, kwargs)
 
-    def before_attention(name: str, attn: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         if x.ndim == 3 and (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
-            q, k = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k))
-            q = q if attn.norm_q is None else attn.norm_q(q)
-            k = k if attn.norm_k is None else attn.norm_k(k)
-            note(name, attn, q, k, {})
+            q, k = (
+                split_heads(project(x), norm, attn.heads)
+                for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+            )
+            tables = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple)][:1]
+            found: dict[str, Any] = {"grid": find_grid(args, kwargs)}
+            if tables and isinstance(tables[0][0], Tensor):
+                found["rotary_emb"] = rotary_pairs(tables[0][:2])
+            note(name, attn, q, k, found)
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, MHLA):
             hook: Callable[..., None] = functools.partial(before_mhla, name)
-        elif isinstance(module, Attention) and not isinstance(module.processor, MHLA):
+        elif isinstance(module, _ATTENTION_LAYERS) and not isinstance(module.processor, MHLA):
             hook = functools.partial(before_attention, name)
         else:
             continue
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        # Before the layer takes the grid off its arguments.
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
     try:
         yield
     finally:
@@ -250,7 +328,8 @@ def _analyze_layer(
             audit = audit_mixing(mixing, initial_mixing(layout, module.config.mixing_init))
             picture = mixing_map(mixing, layout)
     else:
-        kind, layout = "softmax", recommended_layout(_square(tokens))
+        kind = "linear" if "Linear" in type(module.processor).__name__ else "softmax"  # Sana's own is linear
+        layout = recommended_layout(kwargs["grid"] or _square(tokens))
         mixing = locality_mixing(layout)
     # One matrix at a time: samples and heads as a batch of single heads.
     pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
@@ -316,7 +395,7 @@ def _tables_of(rotary_emb: tuple[Tensor, Tensor], batch: int, head: int) -> tupl
 
 
 def _square(tokens: int) -> tuple[int, ...]:
-    """The grid of a softmax layer, which does not say it: square where that is possible."""
+    """Guess the grid of a layer that is not told it: square where that is possible."""
     side = math.isqrt(tokens)
     return (side, side) if side**2 == tokens else (tokens,)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -23,6 +23,25 @@ def component_subfolder(path: str, component: str) -> str | None:
     except OSError:
         return None
     return component
+
+
+class _StoredModel(ConfigMixin):
+    """Any model, as its config is stored."""
+
+    config_name = "config.json"
+
+
+def load_component_config(path: str, component: str) -> dict[str, Any]:
+    """Read the config of a model, or of a component where ``path`` holds a pipeline.
+
+    Args:
+        path: folder, config.json or hub id.
+        component: its name in a pipeline, such as ``"transformer"``.
+
+    Raises:
+        OSError: when there is none.
+    """
+    return _StoredModel.load_config(path, subfolder=component_subfolder(path, component))
 
 
 def locate_subfolder(path: str, subfolder: str, arguments: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """What MHLA saves for a model and a size, before anything is trained: FLOPs, bytes, and the blocks to take.
 
-The softmax model is run on torch's meta device, without weights, under torch.utils.flop_counter; formulas
-exchange its self-attention for linear attention or MHLA. A multiplication and an addition are 2 FLOPs;
-products of matrices and convolutions count, norms, activations and rotations do not. All numbers are for one
-sample and one forward; classifier-free guidance doubles both sides of every ratio.
+The model with its stock attention is run on torch's meta device, without weights, under
+torch.utils.flop_counter; formulas exchange the self-attention for softmax, linear attention or MHLA. A
+multiplication and an addition are 2 FLOPs; products of matrices and convolutions count, norms, activations
+and rotations do not. All numbers are for one sample and one forward; classifier-free guidance doubles both
+sides of every ratio.
 """
 
 from __future__ import annotations
@@ -15,71 +16,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
-from .backbones import MHLADiTTransformer2DModel
+from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.model import layer_attention
-from .hub import component_subfolder
+from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 
-_Inputs = Callable[[Any, tuple[int, ...]], dict[str, Tensor | None]]
-
-
-def _preset(name: str, num_layers: int, heads: int, **others: int) -> dict[str, Any]:
-    return {"_class_name": name, "num_layers": num_layers, "num_attention_heads": heads, **others}
-
-
-# DiT's 8 output channels are 4, and their variances.
 PRESETS = {
-    "DiT-S/2": _preset("DiTTransformer2DModel", 12, 6, attention_head_dim=64, out_channels=8),
-    "DiT-B/2": _preset("DiTTransformer2DModel", 12, 12, attention_head_dim=64, out_channels=8),
-    "DiT-L/2": _preset("DiTTransformer2DModel", 24, 16, attention_head_dim=64, out_channels=8),
-    "DiT-XL/2": _preset("DiTTransformer2DModel", 28, 16, attention_head_dim=72, out_channels=8),
-    "Wan2.1-1.3B": _preset("WanTransformer3DModel", 30, 12, ffn_dim=8960),
-    "Wan2.1-14B": _preset("WanTransformer3DModel", 40, 40, ffn_dim=13824),
+    name: {"_class_name": stock.__name__, **arguments}
+    for stock, ours in BACKBONES.items()
+    for name, arguments in ours.presets.items()
 }
 
-# Wan's pipelines pad every prompt to 512 tokens; its image encoder gives 257; its autoencoder makes one
-# latent of the first frame and one of every 4 that follow.
-_WAN_TEXT_TOKENS, _WAN_IMAGE_TOKENS, _WAN_FRAME_STRIDE = 512, 257, 4
-
-
-def _dit_inputs(config: Any, latent: tuple[int, ...]) -> dict[str, Tensor | None]:
-    return {
-        "hidden_states": torch.zeros(1, config.in_channels, *latent),
-        "timestep": torch.zeros(1),
-        "class_labels": torch.zeros(1, dtype=torch.int64),
-    }
-
-
-def _wan_inputs(config: Any, latent: tuple[int, ...]) -> dict[str, Tensor | None]:
-    images = None
-    if config.image_dim is not None:
-        # With positions there are two images, the first frame and the last, whose tokens are one sequence.
-        tokens = config.pos_embed_seq_len
-        shape = (1, _WAN_IMAGE_TOKENS) if tokens is None else (2, tokens // 2)
-        images = torch.zeros(*shape, config.image_dim)
-    return {
-        "hidden_states": torch.zeros(1, config.in_channels, *latent),
-        "timestep": torch.zeros(1),
-        "encoder_hidden_states": torch.zeros(1, _WAN_TEXT_TOKENS, config.text_dim),
-        "encoder_hidden_states_image": images,
-    }
-
-
-# Stock class -> the class that is run, with softmax attention, and its inputs. Ours takes any DiT grid.
-_MODELS: dict[str, tuple[type[Any], _Inputs]] = {
-    "DiTTransformer2DModel": (MHLADiTTransformer2DModel, _dit_inputs),
-    "MHLADiTTransformer2DModel": (MHLADiTTransformer2DModel, _dit_inputs),
-    "WanTransformer3DModel": (WanTransformer3DModel, _wan_inputs),
-    "MHLAWanTransformer3DModel": (WanTransformer3DModel, _wan_inputs),
-}
 # What diffusers calls the parts of a layer, and we do.
 _PARTS = {"norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward"}
 
@@ -97,8 +51,10 @@ class Plan:
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe: whether linear layers have an output gate, and a convolution on v.
-        layer: FLOPs of a softmax layer by part, named as in the model; ``attn1`` is its self-attention.
-        total: FLOPs of the whole softmax model.
+        layer: FLOPs of a layer by part, named as in the model, without its self-attention.
+        projections: FLOPs of the self-attention's projections in a layer.
+        rest: FLOPs of the whole model without the operators of self-attention.
+        stock_attention: of the layers that do not become linear, ``"softmax"`` or ``"linear"``.
         dtype: of q, k, v and the output.
     """
 
@@ -112,7 +68,9 @@ class Plan:
     gate: bool
     cpe: bool
     layer: dict[str, int]
-    total: int
+    projections: int
+    rest: int
+    stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
 
     def operator_flops(self, attention: str) -> int:
@@ -134,31 +92,39 @@ class Plan:
             extras = self.layout.num_tokens * (self.gate * 2 * width**2 + self.cpe * convolution)
         return {
             "attention operator": self.operator_flops(attention),
-            "projections q, k, v, out": self.layer["attn1"] - self.operator_flops("softmax"),
+            "projections q, k, v, out": self.projections,
             "gate and convolution": extras,
-            **{_PARTS.get(name, name): flops for name, flops in self.layer.items() if name != "attn1"},
+            **{_PARTS.get(name, name): flops for name, flops in self.layer.items()},
         }
 
     def model_flops(self, attention: str) -> int:
-        """FLOPs of the whole model with this attention in its linear layers and softmax in the others."""
-        change = sum(self.layer_flops(attention).values()) - sum(self.layer.values())
-        return self.total + self.linear_layers * change
+        """FLOPs of the whole model with this attention in its linear layers, the stock one in the others."""
+        layer = self.layer_flops(attention)
+        return self._fixed_flops + self.linear_layers * (
+            layer["attention operator"] + layer["gate and convolution"]
+        )
+
+    @property
+    def _fixed_flops(self) -> int:
+        others = self.num_layers - self.linear_layers
+        return self.rest + others * self.operator_flops(self.stock_attention)
 
     def speedups(self, attention: str) -> dict[str, float]:
         """FLOPs of softmax over those of this attention, for the operator, one linear layer and the model.
 
         By Amdahl's law the last is the most that the model can gain where time is spent on FLOPs.
         """
+        layers = [sum(self.layer_flops(kind).values()) for kind in ("softmax", attention)]
         return {
             "operator": self.operator_flops("softmax") / self.operator_flops(attention),
-            "one layer": sum(self.layer.values()) / sum(self.layer_flops(attention).values()),
-            "whole model": self.total / self.model_flops(attention),
+            "one layer": layers[0] / layers[1],
+            "whole model": self.model_flops("softmax") / self.model_flops(attention),
         }
 
     @property
     def speedup_limit(self) -> float:
         """The whole model's speed-up if linear attention, gate and convolution cost nothing."""
-        return self.total / (self.total - self.linear_layers * self.operator_flops("softmax"))
+        return self.model_flops("softmax") / self._fixed_flops
 
     @property
     def mixing_share(self) -> float:
@@ -191,14 +157,14 @@ def plan(
     gate: bool | None = None,
     cpe: bool | None = None,
     linear_layers: int | None = None,
-    vae_stride: int = 8,
+    vae_stride: int | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Plan:
     """What MHLA saves for a model and a size: FLOPs, bytes, the bound on the speed-up, and blocks to take.
 
     Args:
-        model: folder, config.json or hub id of a DiT or Wan transformer or pipeline, of which only the config
-            is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Wan2.1-1.3B, Wan2.1-14B.
+        model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
+            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Wan2.1-1.3B, Wan2.1-14B.
         height: of the output in pixels.
         width: of the output in pixels.
         frames: of the output, for video models.
@@ -206,8 +172,8 @@ def plan(
         gate: whether MHLA has an output gate; by default as in the model's config, else no.
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
-        vae_stride: pixels for one latent along height and width: 8 for the autoencoders of DiT and Wan2.1,
-            16 for Wan2.2-TI2V-5B, 1 for models of pixels.
+        vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
+            stock model comes with: 8 for DiT and Wan2.1. Wan2.2-TI2V-5B has 16, models of pixels have 1.
         dtype: of q, k, v and the output.
 
     Raises:
@@ -215,19 +181,18 @@ def plan(
             names those that do.
     """
     stored = load_model_config(model)
-    softmax = _softmax_model(stored)
-    config = softmax.config
+    transformer = _stock_model(stored)
+    config, strides = transformer.config, transformer.vae_stride
     patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
-    grid = token_grid(patch, height, width, frames, vae_stride=vae_stride)
+    stride = strides[-1] if vae_stride is None else vae_stride
+    grid = token_grid(patch, height, width, frames, vae_stride=stride, frame_stride=strides[0])
     given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
-    settings = _mhla_settings(stored, config)
+    settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
     if not 1 <= settings["linear_layers"] <= config.num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {config.num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
-    latent = tuple(tokens * size for tokens, size in zip(grid, patch, strict=True))
-    total, layer = _count_flops(softmax, _MODELS[stored["_class_name"]][1], latent)
     return Plan(
         model=model,
         size=f"{height} x {width} pixels" + (f", {frames} frames" if frames is not None else ""),
@@ -235,8 +200,8 @@ def plan(
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
         num_layers=config.num_layers,
-        layer=layer,
-        total=total,
+        stock_attention=transformer.stock_attention,
+        **_count_flops(transformer, grid),
         dtype=getattr(torch, dtype),
         **settings,
     )
@@ -250,77 +215,87 @@ def load_model_config(model: str) -> dict[str, Any]:
             ``transformer`` is taken.
 
     Raises:
-        ValueError: for what is not there, or is neither DiT nor Wan.
+        ValueError: for what is not there, or has no MHLA form.
     """
     if model in PRESETS:
         return PRESETS[model]
     try:
-        config = WanTransformer3DModel.load_config(model, subfolder=component_subfolder(model, "transformer"))
+        config = load_component_config(model, "transformer")
     except OSError as error:
         raise ValueError(
             f"{model!r} is no folder or hub id with a config.json, and none of {', '.join(PRESETS)} ({error})"
         ) from error
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name in ("MHLADiTTransformer2DModel", "MHLAWanTransformer3DModel"):
-        config = {"attention": "mhla", **config}  # its default
-    # Checkpoints of the time when DiT was a Transformer2DModel.
-    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        name = "DiTTransformer2DModel"
-    if name not in _MODELS:
+    ours = backbone_of_config(config) if name else None
+    if ours is None:
         raise ValueError(
             f"{model} is {f'a {name}' if name else 'no config with a _class_name'}; planned can be "
-            f"{', '.join(_MODELS)}"
+            f"{stock_names()}"
         )
-    return {**config, "_class_name": name}
+    if name == ours.__name__:
+        return {"attention": "mhla", **config}  # its default
+    return {**config, "_class_name": ours.stock.__name__}
 
 
-def _softmax_model(config: dict[str, Any]) -> Any:
-    """The model with softmax attention in every layer, on the meta device."""
-    model_class = _MODELS[config["_class_name"]][0]
-    known = inspect.signature(model_class).parameters
-    arguments = {**config, "attention": "softmax", "mhla_config": None}
+def _stock_model(config: dict[str, Any]) -> Any:
+    """Our form of a model with its stock attention in every layer, on the meta device."""
+    ours = backbone_of_config(config)
+    assert ours is not None
+    known = inspect.signature(ours.__init__).parameters
+    arguments = {**config, "attention": ours.stock_attention, "mhla_config": None}
     with torch.device("meta"):
-        return model_class(**{key: value for key, value in arguments.items() if key in known})
+        return ours(**{key: value for key, value in arguments.items() if key in known})
 
 
-def _mhla_settings(stored: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What the stored config says of MHLA; a softmax model becomes linear throughout."""
+def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Read what the stored config says of MHLA; a stock model becomes linear throughout."""
+    num_layers, stock = model.config.num_layers, model.stock_attention
     mhla = MHLAConfig.from_dict(dict(stored.get("mhla_config") or {}))
-    kinds = layer_attention(stored.get("attention", "softmax"), mhla.layers, config.num_layers)
-    if set(kinds) == {"softmax"}:
-        return {"linear_layers": config.num_layers, "blocks": None, "gate": False, "cpe": False}
-    # The grid that a number of blocks in all is divided over.
-    grid = stored.get("sample_grid") or (config.sample_size // config.patch_size,) * 2
+    kinds = layer_attention(stored.get("attention", stock), mhla.layers, num_layers, stock=stock)
+    if set(kinds) == {stock}:
+        return {"linear_layers": num_layers, "blocks": None, "gate": False, "cpe": False}
     return {
-        "linear_layers": config.num_layers - kinds.count("softmax"),
-        "blocks": mhla.layout(tuple(grid)).blocks if "mhla" in kinds else None,
+        "linear_layers": num_layers - kinds.count(stock),
+        "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
     }
 
 
 @torch.no_grad()
-def _count_flops(model: Any, inputs: _Inputs, latent: tuple[int, ...]) -> tuple[int, dict[str, int]]:
-    """FLOPs of the whole model, and of the parts of its first layer."""
+def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
+    """Count the whole model and the parts of its first layer, without the operators of self-attention."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs(model.config, latent))
+        model(**model.example_inputs(grid))
     layers = next(name for name, part in model.named_children() if isinstance(part, nn.ModuleList))
     prefix = f"{type(model).__name__}.{layers}.0."
-    parts = {
+    counts = {
         name.removeprefix(prefix): sum(operators.values())
         for name, operators in counter.get_flop_counts().items()
-        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        if name.startswith(prefix)
     }
-    return counter.get_total_flops(), parts
+    projections = sum(counts[f"attn1.{name}"] for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    operators = model.config.num_layers * (counts["attn1"] - projections)
+    return {
+        "layer": {name: flops for name, flops in counts.items() if "." not in name and name != "attn1"},
+        "projections": projections,
+        "rest": counter.get_total_flops() - operators,
+    }
 
 
 def token_grid(
-    patch_size: tuple[int, ...], height: int, width: int, frames: int | None = None, *, vae_stride: int = 8
+    patch_size: tuple[int, ...],
+    height: int,
+    width: int,
+    frames: int | None = None,
+    *,
+    vae_stride: int = 8,
+    frame_stride: int = 4,
 ) -> tuple[int, ...]:
-    """Tokens along each axis: ``(H, W)`` for images, ``(F, H, W)`` for video.
+    """Return the tokens along each axis: ``(H, W)`` for images, ``(F, H, W)`` for video.
 
     The autoencoder makes one latent of ``vae_stride`` pixels each way and, for video, of the first frame and
-    then of 4 frames each.
+    then of ``frame_stride`` frames each.
 
     Raises:
         ValueError: for sizes that do not divide, naming the nearest that do; for an image with frames and a
@@ -337,9 +312,9 @@ def token_grid(
         for name, pixels, patch in zip(("height", "width"), (height, width), patch_size[-2:], strict=True)
     ]
     if frames is not None:
-        unit = _WAN_FRAME_STRIDE * patch_size[0]
-        reason = f"the autoencoder's {_WAN_FRAME_STRIDE} frames x patch {patch_size[0]}"
-        along.insert(0, _tokens("frames", frames, unit, reason, lead=_WAN_FRAME_STRIDE - 1))
+        unit = frame_stride * patch_size[0]
+        reason = f"the autoencoder's {frame_stride} frames x patch {patch_size[0]}"
+        along.insert(0, _tokens("frames", frames, unit, reason, lead=frame_stride - 1))
     return tuple(along)
 
 

@@ -53,6 +53,10 @@ def make_dit(**settings: Any) -> MHLADiTTransformer2DModel:
     return model
 
 
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
 def analyze_dit(model: MHLADiTTransformer2DModel, **kwargs: Any) -> Analysis:
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.tensor([0, 3])
     return analyze(model, lambda: model(x, timestep=t, class_labels=y), **kwargs)
@@ -92,22 +96,24 @@ def test_positions_turn_the_matrix_and_not_its_entropy() -> None:
 
 def test_every_kind_of_layer_is_found_and_hooks_are_gone() -> None:
     model = make_dit(mixing_per_head=True, constraint="softmax")
+    before = hooks(model)
     found = analyze_dit(model)
     assert [layer.kind for layer in found.layers] == ["mhla", "softmax", "linear"]
     assert [layer.mixing is not None for layer in found.layers] == [True, False, False]
     assert all(layer.num_tokens == 64 for layer in found.layers)
     assert found.layers[0].mixing is not None
     assert found.layers[0].mixing.row_sum_maximum == pytest.approx(1)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
     mean = found.mean("mhla")
     assert mean.rank == pytest.approx(sum(layer.matrices["mhla"].rank for layer in found.layers) / 3)
 
 
 def test_too_many_tokens_are_refused_and_hooks_are_gone() -> None:
     model = make_dit()
+    before = hooks(model)
     with pytest.raises(ValueError, match=r"attn1.processor has 64 tokens, more than max_tokens = 63"):
         analyze_dit(model, max_tokens=63)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
 
 
 def test_a_model_without_attention_is_refused() -> None:

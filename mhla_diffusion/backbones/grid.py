@@ -33,6 +33,12 @@ def receive_grid(attn: nn.Module) -> None:
     attn.register_forward_pre_hook(_hand_over_grid, with_kwargs=True)
 
 
+def find_grid(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
+    """Return the grid that rides on the arguments of an attention layer."""
+    carriers = [value[-1] for value in (*args, *kwargs.values()) if _carries_grid(value)]
+    return tuple(map(operator.index, carriers[0].shape[:-1])) if carriers else kwargs.get("grid")
+
+
 def token_grid(sizes: Sequence[int], patch_size: Sequence[int]) -> Grid:
     """Return the tokens along each axis.
 
@@ -59,8 +65,7 @@ def _append_grid(
 def _hand_over_grid(
     attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    carriers = [value[-1] for value in (*args, *kwargs.values()) if _carries_grid(value)]
-    grid = tuple(map(operator.index, carriers[0].shape[:-1])) if carriers else kwargs.get("grid")
+    grid = find_grid(args, kwargs)
     rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
     if isinstance(attn.processor, MHLA):
         rest["grid"] = grid

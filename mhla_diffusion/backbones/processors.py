@@ -62,13 +62,13 @@ class MHLAAttnProcessor(MHLA):
         config = self._parallel_config and self._parallel_config.context_parallel_config
         attend = functools.partial(
             super().__call__, grid=grid, key_grid=key_grid, key_mask=key_mask,
-            rotary_emb=None if rotary_emb is None else _pairs(rotary_emb),
+            rotary_emb=None if rotary_emb is None else rotary_pairs(rotary_emb),
             group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
 
         def between_projections(q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
-            q, k = _split_heads(q, attn.norm_q, attn.heads), _split_heads(k, attn.norm_k, attn.heads)
-            return attend(q, k, _split_heads(v, None, attn.heads), hidden_states=hidden_states)
+            q, k = split_heads(q, attn.norm_q, attn.heads), split_heads(k, attn.norm_k, attn.heads)
+            return attend(q, k, split_heads(v, None, attn.heads), hidden_states=hidden_states)
 
         projected = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
@@ -109,7 +109,7 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+def split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
     weight = getattr(norm, "weight", None)
     if norm is not None and weight is not None and weight.shape[-1] == x.shape[-1]:
@@ -118,7 +118,7 @@ def _split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _pairs(rotary_emb: RotaryEmbedding) -> RotaryEmbedding:
+def rotary_pairs(rotary_emb: RotaryEmbedding) -> RotaryEmbedding:
     """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]``."""
     cos, sin = rotary_emb
     if cos.ndim == 4 and cos.shape[2] == 1:

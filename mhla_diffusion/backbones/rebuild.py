@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, dict[str, list[str]]]:
     """Build a model of class ``target`` with the config and the weights of ``model``, but for ``changes``.
 
-    It is built on the meta device and takes the tensors of ``model`` over, so that there is no second copy of
+    It is built without weights and takes the tensors of ``model`` over, so that there is no second copy of
     them at any time. Mixing matrices are resized to the new blocks, and what the new config asks for beyond
     the old is at its start.
 
@@ -33,7 +34,7 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     # The config of an old checkpoint has more fields than the class takes.
     known = inspect.signature(target.__init__).parameters
     arguments = {key: value for key, value in model.config.items() if key in known}
-    with torch.device("meta"):
+    with init_empty_weights():  # tables, such as those of positions, are made
         rebuilt = target(**{**arguments, **changes}).train(model.training)
     for processor in _mhla_modules(rebuilt).values():
         processor.to_empty(device=model.device)
@@ -44,7 +45,9 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     _resize_mixing(model, rebuilt, source)
     # Assigning takes the tensor itself, and its dtype.
     outcome = rebuilt.load_state_dict(source, strict=False, assign=True)
-    _take_buffers(model, rebuilt)
+    for module in rebuilt.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(model.device)
     new = sorted(outcome.missing_keys)
     dropped = sorted(set(model.state_dict()) - set(source))
     assert not outcome.unexpected_keys, outcome
@@ -93,10 +96,3 @@ def _resize_mixing(model: Any, rebuilt: Any, source: dict[str, Tensor]) -> None:
         source[f"{name}.mixing"] = after.mixing.to(before.mixing.dtype)
         if after.blocks != before.blocks:
             logger.info("%s: mixing resized, blocks %s to %s", name, before.blocks, after.blocks)
-
-
-def _take_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
-    """Take over what is computed when a model is made and not in its state dict, such as rotary tables."""
-    for name, buffer in model.named_buffers():
-        path, _, leaf = name.rpartition(".")
-        rebuilt.get_submodule(path)._buffers[leaf] = buffer

@@ -9,45 +9,41 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from torch import Tensor
 
-from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
+from mhla_diffusion import MHLA, MHLAConfig
 
-SETTINGS: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 2, "sample_size": 8,
-    "patch_size": 2, "num_embeds_ada_norm": 4, "mhla_config": {"blocks": 4, "gate": True},
-}  # fmt: skip
+from .cases import CASES, Case, sample
 
-
-def make(seed: int = 0) -> tuple[MHLADiTTransformer2DModel, dict[str, Tensor]]:
-    torch.manual_seed(seed)
-    model = MHLADiTTransformer2DModel(**SETTINGS)
-    for parameter in model.parameters():
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.2)
-    inputs = {
-        "hidden_states": torch.randn(2, 3, 4, 16), "timestep": torch.tensor([10, 500]),
-        "class_labels": torch.tensor([0, 3]),
-    }  # fmt: skip
-    return model, inputs
+# What stock classes, or ours, say of how their tokens are spread.
+PLANNED = [name for name, case in CASES.items() if case.model._cp_plan]
 
 
-def compare(rank: int) -> None:
-    model, inputs = make()
-    expected = model(**inputs).sample
+def compare(rank: int, name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.make(mhla={"gate": True})
+    # Of 2 x 8 tokens in 2 x 2 blocks each rank has one row of every block.
+    inputs = case.inputs(model, case.grids[1])
+    expected = sample(model, inputs)
     cotangent = torch.randn_like(expected)
     references = torch.autograd.grad(expected, list(model.parameters()), cotangent)
     # diffusers 0.42 divides by the number of accelerators to find this rank's device, even on a CPU.
     torch.accelerator.device_count = lambda: 1
-    # On a grid of 2 x 8 in 2 x 2 blocks each rank has one row of every block.
+    assert dist.get_world_size() == 2
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    found = model(**inputs).sample
+    tokens: list[int] = []
+    getattr(model, case.layers)[1].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    found = sample(model, inputs)
+    assert tokens == [inputs["hidden_states"][0, 0].numel() // 4 // 2], "each rank has half of them"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(found, list(model.parameters()), cotangent)
-    for gradient, reference in zip(gradients, references, strict=True):
-        total = gradient.clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(total, reference, rtol=1e-3, atol=1e-4)
+    gradients = torch.autograd.grad(found, list(model.parameters()), cotangent, allow_unused=True)
+    for (parameter, _), gradient, reference in zip(
+        model.named_parameters(), gradients, references, strict=True
+    ):
+        if ".processor." in parameter:
+            total = gradient.clone()
+            dist.all_reduce(total)
+            torch.testing.assert_close(total, reference, rtol=1e-3, atol=1e-4)
 
 
 def compare_unequal_shares(rank: int) -> None:
@@ -61,22 +57,26 @@ def compare_unequal_shares(rank: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def compare_both(rank: int) -> None:
-    compare(rank)
-    compare_unequal_shares(rank)
+@pytest.mark.parametrize("name", PLANNED)
+def test_two_ranks_equal_one_process(run_processes: Callable[..., None], name: str) -> None:
+    run_processes(compare, 2, name)
 
 
-def test_two_ranks_equal_one_process(run_processes: Callable[..., None]) -> None:
-    run_processes(compare_both, 2)
+def test_two_unequal_shares_equal_the_whole(run_processes: Callable[..., None]) -> None:
+    run_processes(compare_unequal_shares, 2)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"attention": ["mhla", "softmax"]}, {"mhla_config": {"blocks": 4, "cpe": "zero"}},
-     {"mhla_config": {"blocks": 4, "normalizer": "official"}}],
-    ids=str,
-)  # fmt: skip
-def test_what_needs_the_tokens_of_other_ranks_is_refused(change: dict[str, Any]) -> None:
-    model = MHLADiTTransformer2DModel(**{**SETTINGS, **change})
+    [
+        lambda case: {"attention": ["mhla", case.stock_kind]},
+        lambda case: {"mhla": {"cpe": "zero"}},
+        lambda case: {"mhla": {"normalizer": "official"}},
+    ],
+    ids=["stock layer", "cpe", "official"],
+)
+def test_what_needs_the_tokens_of_other_ranks_is_refused(
+    case: Case, change: Callable[[Case], dict[str, Any]]
+) -> None:
     with pytest.raises(ValueError, match="context parallelism needs linear attention in every layer"):
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        case.make(**change(case)).enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
