@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .attention import MHLA
-from .evaluation.optional import require
 from .files.writing import require_absent, write_file
 from .ops import (
     BlockLayout,
@@ -36,6 +35,7 @@ from .ops import (
     mhla_reference,
     recommended_layout,
 )  # fmt: skip
+from .optional import require
 
 FILE_NAMES = ("report.json", "report.html")
 

@@ -19,7 +19,7 @@ from .benchmark import interleaved, machine, markdown_table, spread
 from .evaluation import evaluate_images, evaluate_videos, frechet_distance
 from .evaluation.files import open_images
 from .evaluation.image_features import INCEPTION
-from .evaluation.optional import require
+from .optional import require
 
 
 def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 16) -> str:

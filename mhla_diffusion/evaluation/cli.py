@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..optional import require
 from .fid import compute_statistics, evaluate_images
 from .frechet import require_new_npz
 from .fvd import evaluate_videos
-from .optional import require
 from .report import Report, require_no_report
 from .side_by_side import compare_reports
 from .vbench import export_vbench

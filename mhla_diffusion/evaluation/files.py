@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..files.manifest import MANIFEST, read_manifest
-from .optional import require
+from ..optional import require
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..files.writing import require_absent, write_file
-from .optional import require
+from ..optional import require
 
 Array = NDArray[np.float64]
 

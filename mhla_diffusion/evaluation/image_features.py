@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..optional import require
 from .features import (
     FeatureExtractor,
     PublishedWeights,
@@ -25,7 +26,6 @@ from .features import (
     resolve_name,
 )
 from .files import Pixels
-from .optional import require
 
 NAMES = ("auto", "inception", "inception_adm", "dinov2", "clip", "efficientnet_lite0")
 

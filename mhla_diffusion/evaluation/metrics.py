@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..optional import require
 from .features import FeatureExtractor
 from .frechet import Array, FeatureStatistics, frechet_distance
 from .neighbours import MIN_SAMPLES, Neighbourhoods, find_neighbourhoods
-from .optional import require
 from .report import Score
 from .resampling import (
     Features,

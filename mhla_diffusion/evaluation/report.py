@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files.writing import require_absent, write_file
+from ..optional import require
 from .frechet import FeatureStatistics
 from .grid import Picture
-from .optional import require
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")

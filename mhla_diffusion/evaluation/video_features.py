@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..optional import require
 from .features import (
     FeatureExtractor,
     PublishedWeights,
@@ -25,7 +26,6 @@ from .features import (
     resolve_name,
 )
 from .files import Pixels
-from .optional import require
 
 NAMES = ("auto", "i3d", "cdfvd_i3d", "cdfvd_videomae", "videomae", "transnetv2")
 
