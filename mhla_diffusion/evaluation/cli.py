@@ -13,8 +13,8 @@ from .fid import compute_statistics, evaluate_images
 from .frechet import require_new_npz
 from .fvd import evaluate_videos
 from .report import Report, require_no_report
+from .sets.vbench import export_vbench
 from .side_by_side import compare_reports
-from .vbench import export_vbench
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .features import FeatureExtractor
-from .files import SampleKind, SampleSet, holds_samples, holds_statistics
 from .frechet import FeatureStatistics
-from .grid import Picture, choose_rows, common_classes, take_pictures
+from .grid import Picture, choose_rows, take_pictures
 from .measure import Pass, PassSettings, measure
 from .metrics import METRICS, Comparison, Measured, choose_metrics
 from .neighbours import Neighbourhoods
-from .report import Neighbours, PictureRow, Report, Score, SetSummary
+from .report import Neighbours, PictureRow, Report, Score
+from .sets.samples import (
+    SampleKind,
+    SampleSet,
+    SetSummary,
+    common_classes,
+    holds_samples,
+    holds_statistics,
+)
 
 logger = logging.getLogger(__name__)
 

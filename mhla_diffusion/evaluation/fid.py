@@ -8,11 +8,11 @@ from pathlib import Path
 
 from .compare import BOOTSTRAP, CompareSettings, compare
 from .features import FeatureExtractor, load_extractors
-from .files import open_images
 from .frechet import FeatureStatistics
 from .image_features import load_extractor
 from .measure import PassSettings, measure
 from .report import Report
+from .sets.images import open_images
 
 
 def evaluate_images(

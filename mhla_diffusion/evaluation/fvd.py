@@ -11,8 +11,8 @@ from .features import FeatureExtractor, load_extractors
 from .image_features import load_extractor
 from .measure import PassSettings
 from .report import Report
+from .sets.videos import open_videos
 from .video_features import load_video_extractor
-from .video_sets import open_videos
 
 
 def evaluate_videos(

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from .files import Pixels, SampleSet
+from .sets.samples import Pixels, SampleSet, common_classes
 
 T = TypeVar("T")
 
@@ -48,22 +48,6 @@ class GridRow:
     label: str | None
     real: list[int] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
-
-
-def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[str], list[str]] | None:
-    """The class of each sample of both sets, None when the sets have no class in common.
-
-    Classes are matched by name when the sets have names in common, else by id.
-    """
-    if real is None or real.labels is None or generated.labels is None:
-        return None
-    by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
-    names = real.class_names | generated.class_names
-    classes = []
-    for samples in (real, generated):
-        known = samples.class_names if by_name else names
-        classes.append([known.get(label, f"class {label}") for label in samples.labels or ()])
-    return None if set(classes[0]).isdisjoint(classes[1]) else (classes[0], classes[1])
 
 
 def choose_rows(real: SampleSet | None, generated: SampleSet) -> list[GridRow]:

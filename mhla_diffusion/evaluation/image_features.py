@@ -25,7 +25,7 @@ from .features import (
     load_pretrained,
     resolve_name,
 )
-from .files import Pixels
+from .sets.samples import Pixels
 
 NAMES = ("auto", "inception", "inception_adm", "dinov2", "clip", "efficientnet_lite0")
 

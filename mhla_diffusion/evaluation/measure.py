@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from .features import FeatureExtractor, file_sha256
-from .files import Pixels, SampleKind, SampleSet
 from .frechet import FeatureStatistics, RunningStatistics
 from .metrics import Measured
-from .report import SetSummary, SkippedFile
+from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)

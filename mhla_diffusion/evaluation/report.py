@@ -13,6 +13,7 @@ from ..files.writing import require_absent, write_file
 from ..optional import require
 from .frechet import FeatureStatistics
 from .grid import Picture
+from .sets.samples import SetSummary
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
@@ -65,39 +66,6 @@ def decimals(spread: float) -> int:
     if spread <= 0 or not math.isfinite(spread):
         return 4
     return min(6, max(2, 1 - math.floor(math.log10(spread))))
-
-
-@dataclass(frozen=True)
-class SkippedFile:
-    """A file that could not be read, and why."""
-
-    file: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class SetSummary:
-    """What was scored.
-
-    Args:
-        source: folder or file.
-        count: samples that were scored; None when statistics do not state it.
-        fingerprint: hash of these samples; None when statistics do not state it.
-        skipped: files that could not be read.
-        duplicates: scored samples with the same pixels as one before.
-        copies: of generated samples, how many different ones have the same pixels as a real one.
-        unlisted: samples in the folder that its manifest does not list, and that were left out.
-        manifest: what the manifest says of the whole set.
-    """
-
-    source: str
-    count: int | None
-    fingerprint: str | None
-    skipped: list[SkippedFile] = field(default_factory=list)
-    duplicates: int = 0
-    copies: int = 0
-    unlisted: int = 0
-    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .features import (
     load_pretrained,
     resolve_name,
 )
-from .files import Pixels
+from .sets.samples import Pixels
 
 NAMES = ("auto", "i3d", "cdfvd_i3d", "cdfvd_videomae", "videomae", "transnetv2")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhla_diffusion.evaluation.files import holds_statistics, open_images, read_image
+from mhla_diffusion.evaluation.sets.images import open_images, read_image
+from mhla_diffusion.evaluation.sets.samples import holds_statistics
 
 GRAY = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
 RGB = np.stack([GRAY, GRAY + 5, 255 - GRAY], axis=-1)

@@ -26,8 +26,8 @@ from mhla_diffusion.evaluation import (
     frechet_distance,
     load_video_extractor,
 )
-from mhla_diffusion.evaluation.vbench import export_vbench
-from mhla_diffusion.evaluation.video_sets import open_videos, read_clip
+from mhla_diffusion.evaluation.sets.vbench import export_vbench
+from mhla_diffusion.evaluation.sets.videos import open_videos, read_clip
 from mhla_diffusion.files.videos import UnreadableVideoError, write_video
 from tests.processes import run_script
 

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .video_sets import open_videos
+from .videos import open_videos
 
 
 def export_vbench(generated: str | Path, out: str | Path) -> int:

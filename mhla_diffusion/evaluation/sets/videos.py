@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.videos import clip_indices, open_video
-from .files import IMAGES, Folder, Pixels, SampleKind, SampleSet
+from ...files.videos import clip_indices, open_video
+from .images import IMAGES
+from .samples import Folder, Pixels, SampleKind, SampleSet
 
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 
@@ -54,7 +55,7 @@ class ArrayVideos:
 
     Args:
         path: of the file.
-        kind: see :class:`~mhla_diffusion.evaluation.files.SampleKind`.
+        kind: see :class:`~mhla_diffusion.evaluation.sets.samples.SampleKind`.
         indices: maps the name of a video and the number of its frames to those of its clip.
 
     Raises:
