@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .benchmark import interleaved, machine, markdown_table, spread
 from .evaluation import evaluate_images, evaluate_videos, frechet_distance
-from .evaluation.image_features import INCEPTION
+from .evaluation.networks.images import INCEPTION
 from .evaluation.sets.images import open_images
 from .optional import require
 

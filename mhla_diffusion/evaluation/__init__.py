@@ -6,18 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .features import FeatureExtractor
     from .fid import compute_statistics, evaluate_images
     from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
     from .fvd import evaluate_videos
-    from .image_features import load_extractor
+    from .networks.extractor import FeatureExtractor
+    from .networks.images import load_extractor
+    from .networks.videos import load_video_extractor
     from .report import Report, Score
     from .side_by_side import SideBySide, compare_reports
-    from .video_features import load_video_extractor
 
 # Resolved on first use: importing this costs nothing until something is computed.
 _HOMES = {
-    "FeatureExtractor": ".features",
+    "FeatureExtractor": ".networks.extractor",
     "FeatureStatistics": ".frechet",
     "Report": ".report",
     "RunningStatistics": ".frechet",
@@ -28,8 +28,8 @@ _HOMES = {
     "evaluate_images": ".fid",
     "evaluate_videos": ".fvd",
     "frechet_distance": ".frechet",
-    "load_extractor": ".image_features",
-    "load_video_extractor": ".video_features",
+    "load_extractor": ".networks.images",
+    "load_video_extractor": ".networks.videos",
 }
 
 __all__ = [

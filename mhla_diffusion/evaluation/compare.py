@@ -17,12 +17,12 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .features import FeatureExtractor
 from .frechet import FeatureStatistics
 from .grid import Picture, choose_rows, take_pictures
 from .measure import Pass, PassSettings, measure
 from .metrics import METRICS, Comparison, Measured, choose_metrics
 from .neighbours import Neighbourhoods
+from .networks.extractor import FeatureExtractor
 from .report import Neighbours, PictureRow, Report, Score
 from .sets.samples import (
     SampleKind,

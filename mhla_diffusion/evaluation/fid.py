@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from .compare import BOOTSTRAP, CompareSettings, compare
-from .features import FeatureExtractor, load_extractors
 from .frechet import FeatureStatistics
-from .image_features import load_extractor
 from .measure import PassSettings, measure
+from .networks.extractor import FeatureExtractor, load_extractors
+from .networks.images import load_extractor
 from .report import Report
 from .sets.images import open_images
 

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from .compare import BOOTSTRAP, CompareSettings, compare
-from .features import FeatureExtractor, load_extractors
-from .image_features import load_extractor
 from .measure import PassSettings
+from .networks.extractor import FeatureExtractor, load_extractors
+from .networks.images import load_extractor
+from .networks.videos import load_video_extractor
 from .report import Report
 from .sets.videos import open_videos
-from .video_features import load_video_extractor
 
 
 def evaluate_videos(

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..optional import require
-from .features import FeatureExtractor
 from .frechet import Array, FeatureStatistics, frechet_distance
 from .neighbours import MIN_SAMPLES, Neighbourhoods, find_neighbourhoods
+from .networks.extractor import FeatureExtractor
 from .report import Score
 from .resampling import (
     Features,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.evaluation import FeatureExtractor
-from mhla_diffusion.evaluation.image_features import clean_resize
+from mhla_diffusion.evaluation.networks.images import clean_resize
 
 
 def _mean_colours(images: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from cleanfid.resize import build_resizer
 from torch import Tensor, nn
 
-from mhla_diffusion.evaluation import image_features, load_extractor
-from mhla_diffusion.evaluation.features import file_sha256
+from mhla_diffusion.evaluation import load_extractor
+from mhla_diffusion.evaluation.networks import images as image_networks
+from mhla_diffusion.evaluation.networks.extractor import file_sha256
 
 
 class _StandInLayers(nn.Module):
@@ -56,8 +57,8 @@ def test_other_weights_than_the_official_ones_are_not_called_fid(weights: Path) 
 
 
 def test_the_official_weights_give_clean_fid(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = dataclasses.replace(image_features.INCEPTION, sha256=file_sha256(weights))
-    monkeypatch.setattr(image_features, "INCEPTION", published)
+    published = dataclasses.replace(image_networks.INCEPTION, sha256=file_sha256(weights))
+    monkeypatch.setattr(image_networks, "INCEPTION", published)
     extractor = load_extractor("inception", weights=weights, device="cpu")
     assert (extractor.score_name, extractor.caution) == ("fid_clean", None)
 
@@ -84,8 +85,8 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 def test_a_damaged_copy_where_clean_fid_keeps_it_is_refused(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published = dataclasses.replace(image_features.INCEPTION, folder=weights.parent, file=weights.name)
-    monkeypatch.setattr(image_features, "INCEPTION", published)
+    published = dataclasses.replace(image_networks.INCEPTION, folder=weights.parent, file=weights.name)
+    monkeypatch.setattr(image_networks, "INCEPTION", published)
     with pytest.raises(ValueError, match=r"only a part of it \(sha256 .*remove it"):
         load_extractor("auto", device="cpu")
 
@@ -101,8 +102,8 @@ def test_auto_takes_inception_when_its_weights_are_given(
 def test_auto_falls_back_to_efficientnet_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    published = dataclasses.replace(image_features.INCEPTION, folder=tmp_path)
-    monkeypatch.setattr(image_features, "INCEPTION", published)
+    published = dataclasses.replace(image_networks.INCEPTION, folder=tmp_path)
+    monkeypatch.setattr(image_networks, "INCEPTION", published)
     with caplog.at_level(logging.INFO):
         extractor = load_extractor("auto", device="cpu")
     assert extractor.score_name == "fd_efficientnet_lite0"

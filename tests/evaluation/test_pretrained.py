@@ -27,8 +27,8 @@ from transformers import (
 
 from mhla_diffusion.benchmark_evaluation import write_random_inception
 from mhla_diffusion.evaluation import compute_statistics, evaluate_images, load_extractor
-from mhla_diffusion.evaluation.features import load_extractors
-from mhla_diffusion.evaluation.image_features import INCEPTION, INCEPTION_ADM
+from mhla_diffusion.evaluation.networks.extractor import load_extractors
+from mhla_diffusion.evaluation.networks.images import INCEPTION, INCEPTION_ADM
 
 MakePixels = Callable[..., np.ndarray]
 WriteFolder = Callable[..., Path]

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..optional import require
-from .features import (
+from ...optional import require
+from ..sets.samples import Pixels
+from .extractor import (
     FeatureExtractor,
     PublishedWeights,
     default_device,
@@ -25,7 +26,6 @@ from .features import (
     load_pretrained,
     resolve_name,
 )
-from .sets.samples import Pixels
 
 NAMES = ("auto", "i3d", "cdfvd_i3d", "cdfvd_videomae", "videomae", "transnetv2")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from .sets.samples import Pixels
+from ..sets.samples import Pixels
 
 logger = logging.getLogger(__name__)
 

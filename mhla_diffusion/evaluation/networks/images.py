@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..optional import require
-from .features import (
+from ...optional import require
+from ..sets.samples import Pixels
+from .extractor import (
     FeatureExtractor,
     PublishedWeights,
     default_device,
@@ -25,7 +26,6 @@ from .features import (
     load_pretrained,
     resolve_name,
 )
-from .sets.samples import Pixels
 
 NAMES = ("auto", "inception", "inception_adm", "dinov2", "clip", "efficientnet_lite0")
 
