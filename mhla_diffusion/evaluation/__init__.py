@@ -7,27 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .fid import compute_statistics, evaluate_images
-    from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
     from .fvd import evaluate_videos
     from .networks.extractor import FeatureExtractor
     from .networks.images import load_extractor
     from .networks.videos import load_video_extractor
-    from .report import Report, Score
+    from .report import Report
+    from .scores.frechet import FeatureStatistics, RunningStatistics, frechet_distance
+    from .scores.score import Score
     from .side_by_side import SideBySide, compare_reports
 
 # Resolved on first use: importing this costs nothing until something is computed.
 _HOMES = {
     "FeatureExtractor": ".networks.extractor",
-    "FeatureStatistics": ".frechet",
+    "FeatureStatistics": ".scores.frechet",
     "Report": ".report",
-    "RunningStatistics": ".frechet",
-    "Score": ".report",
+    "RunningStatistics": ".scores.frechet",
+    "Score": ".scores.score",
     "SideBySide": ".side_by_side",
     "compare_reports": ".side_by_side",
     "compute_statistics": ".fid",
     "evaluate_images": ".fid",
     "evaluate_videos": ".fvd",
-    "frechet_distance": ".frechet",
+    "frechet_distance": ".scores.frechet",
     "load_extractor": ".networks.images",
     "load_video_extractor": ".networks.videos",
 }

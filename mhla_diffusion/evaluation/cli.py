@@ -10,9 +10,9 @@ from typing import Any
 
 from ..optional import require
 from .fid import compute_statistics, evaluate_images
-from .frechet import require_new_npz
 from .fvd import evaluate_videos
 from .report import Report, require_no_report
+from .scores.frechet import require_new_npz
 from .sets.vbench import export_vbench
 from .side_by_side import compare_reports
 

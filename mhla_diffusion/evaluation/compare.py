@@ -17,13 +17,14 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .frechet import FeatureStatistics
 from .grid import Picture, choose_rows, take_pictures
 from .measure import Pass, PassSettings, measure
-from .metrics import METRICS, Comparison, Measured, choose_metrics
-from .neighbours import Neighbourhoods
 from .networks.extractor import FeatureExtractor
-from .report import Neighbours, PictureRow, Report, Score
+from .report import Neighbours, PictureRow, Report
+from .scores.frechet import FeatureStatistics
+from .scores.metrics import METRICS, Comparison, Measured, choose_metrics
+from .scores.neighbours import Neighbourhoods
+from .scores.score import Score
 from .sets.samples import (
     SampleKind,
     SampleSet,

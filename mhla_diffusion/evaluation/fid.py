@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from .compare import BOOTSTRAP, CompareSettings, compare
-from .frechet import FeatureStatistics
 from .measure import PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
 from .networks.images import load_extractor
 from .report import Report
+from .scores.frechet import FeatureStatistics
 from .sets.images import open_images
 
 

@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .frechet import FeatureStatistics, RunningStatistics
-from .metrics import Measured
 from .networks.extractor import FeatureExtractor, file_sha256
+from .scores.frechet import FeatureStatistics, RunningStatistics
+from .scores.metrics import Measured
 from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..files.writing import require_absent, write_file
-from .report import SCHEMA_VERSION, Score, decimals, render
+from .report import SCHEMA_VERSION, render
+from .scores.score import Score, decimals
 
 FILE_NAMES = ("comparison.md", "comparison.html")
 

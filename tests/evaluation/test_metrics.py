@@ -15,10 +15,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from mhla_diffusion.evaluation import FeatureExtractor, FeatureStatistics, evaluate_images, frechet_distance
-from mhla_diffusion.evaluation.metrics import METRICS, Comparison, Measured
-from mhla_diffusion.evaluation.neighbours import find_neighbourhoods
-from mhla_diffusion.evaluation.report import Score
-from mhla_diffusion.evaluation.resampling import (
+from mhla_diffusion.evaluation.scores.metrics import METRICS, Comparison, Measured
+from mhla_diffusion.evaluation.scores.neighbours import find_neighbourhoods
+from mhla_diffusion.evaluation.scores.resampling import (
     draw_replicates,
     extrapolate,
     frechet_of_features,
@@ -26,6 +25,7 @@ from mhla_diffusion.evaluation.resampling import (
     gaussian,
     kernel_replicates,
 )
+from mhla_diffusion.evaluation.scores.score import Score
 
 DIMENSION = 12
 

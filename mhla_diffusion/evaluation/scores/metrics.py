@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..optional import require
+from ...optional import require
+from ..networks.extractor import FeatureExtractor
 from .frechet import Array, FeatureStatistics, frechet_distance
 from .neighbours import MIN_SAMPLES, Neighbourhoods, find_neighbourhoods
-from .networks.extractor import FeatureExtractor
-from .report import Score
 from .resampling import (
     Features,
     Gaussian,
@@ -29,6 +28,7 @@ from .resampling import (
     kernel_replicates,
     means,
 )
+from .score import Score
 
 INCEPTION_SCORE_CHUNK = 5_000
 KID_SUBSET = 1_000

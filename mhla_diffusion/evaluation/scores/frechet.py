@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..files.writing import require_absent, write_file
-from ..optional import require
+from ...files.writing import require_absent, write_file
+from ...optional import require
 
 Array = NDArray[np.float64]
 
