@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from .networks.extractor import FeatureExtractor
     from .networks.images import load_extractor
     from .networks.videos import load_video_extractor
-    from .report import Report
+    from .pages.comparison import SideBySide, compare_reports
+    from .pages.report import Report
     from .scores.frechet import FeatureStatistics, RunningStatistics, frechet_distance
     from .scores.score import Score
-    from .side_by_side import SideBySide, compare_reports
 
 # Resolved on first use: importing this costs nothing until something is computed.
 _HOMES = {
     "FeatureExtractor": ".networks.extractor",
     "FeatureStatistics": ".scores.frechet",
-    "Report": ".report",
+    "Report": ".pages.report",
     "RunningStatistics": ".scores.frechet",
     "Score": ".scores.score",
-    "SideBySide": ".side_by_side",
-    "compare_reports": ".side_by_side",
+    "SideBySide": ".pages.comparison",
+    "compare_reports": ".pages.comparison",
     "compute_statistics": ".fid",
     "evaluate_images": ".fid",
     "evaluate_videos": ".fvd",

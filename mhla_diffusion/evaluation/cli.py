@@ -11,10 +11,10 @@ from typing import Any
 from ..optional import require
 from .fid import compute_statistics, evaluate_images
 from .fvd import evaluate_videos
-from .report import Report, require_no_report
+from .pages.comparison import compare_reports
+from .pages.report import Report, require_no_report
 from .scores.frechet import require_new_npz
 from .sets.vbench import export_vbench
-from .side_by_side import compare_reports
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .grid import Picture, choose_rows, take_pictures
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor
-from .report import Neighbours, PictureRow, Report
+from .pages.pictures import show
+from .pages.report import Report
 from .scores.frechet import FeatureStatistics
 from .scores.metrics import METRICS, Comparison, Measured, choose_metrics
 from .scores.neighbours import Neighbourhoods
@@ -40,7 +39,6 @@ logger = logging.getLogger(__name__)
 MIN_SAMPLES = 2048
 
 BOOTSTRAP = 20
-SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def compare(
             assert first is not None
             flags += _sample_flags(kind, max(e.dimension for e in extractors), first, second)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
+            pictures, neighbours = show(real_set, generated_set, first, second, found)
             report = Report(
                 scores=scores,
                 real=first.summary,
@@ -107,7 +106,8 @@ def compare(
                 protocol=_protocol(kind, extractors, settings, [name for name, _ in chosen]),
                 real_statistics=first.measured[extractors[0].name].statistics,
                 kind=kind.name,
-                **_pictures(real_set, generated_set, first, second, found),
+                pictures=pictures,
+                neighbours=neighbours,
             )
     # Every process returns the report of the first.
     (report,) = broadcast_object_list([report])
@@ -146,46 +146,6 @@ def _scores(
 def _labelled(found: Pass, extractor: FeatureExtractor, classes: list[str] | None) -> Measured:
     measured = found.measured[extractor.name]
     return measured if classes is None else replace(measured, labels=[classes[i] for i in found.indices])
-
-
-def _pictures(
-    real_set: SampleSet | None,
-    generated_set: SampleSet,
-    real: Pass,
-    generated: Pass,
-    found: Neighbourhoods | None,
-) -> dict[str, Any]:
-    """What the page shows: both sets side by side, nearest neighbours, and extremes of realism."""
-    rows = choose_rows(real_set, generated_set)
-    closest: list[tuple[int, int]] = []
-    order: list[int] = []
-    if found is not None:
-        closest = [
-            (generated.indices[i], real.indices[found.nearest[i]])
-            for i in np.argsort(found.distance, kind="stable")[:SHOWN]
-        ]
-        order = [generated.indices[i] for i in np.argsort(-found.realism, kind="stable")]
-    best, worst = order[:SHOWN], order[::-1][:SHOWN]
-    shown_real = {i for row in rows for i in row.real} | {j for _, j in closest}
-    shown = {i for row in rows for i in row.generated} | {i for i, _ in closest} | {*best, *worst}
-    of_real, of_generated = take_pictures(real_set, shown_real), take_pictures(generated_set, shown)
-
-    def those(pictures: dict[int, Picture], indices: Sequence[int]) -> list[Picture]:
-        return [pictures[i] for i in indices if i in pictures]
-
-    neighbours = None
-    if found is not None:
-        neighbours = Neighbours(
-            closest=[(of_generated[i], of_real[j]) for i, j in closest if i in of_generated and j in of_real],
-            best=those(of_generated, best),
-            worst=those(of_generated, worst),
-            realism=float(np.median(found.realism)),
-        )
-    pictures = [
-        PictureRow(row.label, real=those(of_real, row.real), generated=those(of_generated, row.generated))
-        for row in rows
-    ]
-    return {"pictures": pictures, "neighbours": neighbours}
 
 
 def _known(

@@ -10,7 +10,7 @@ from .compare import BOOTSTRAP, CompareSettings, compare
 from .measure import PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
 from .networks.images import load_extractor
-from .report import Report
+from .pages.report import Report
 from .scores.frechet import FeatureStatistics
 from .sets.images import open_images
 

@@ -11,7 +11,7 @@ from .measure import PassSettings
 from .networks.extractor import FeatureExtractor, load_extractors
 from .networks.images import load_extractor
 from .networks.videos import load_video_extractor
-from .report import Report
+from .pages.report import Report
 from .sets.videos import open_videos
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files.writing import require_absent, write_file
+from ...files.writing import require_absent, write_file
+from ..scores.score import Score, decimals
 from .report import SCHEMA_VERSION, render
-from .scores.score import Score, decimals
 
 FILE_NAMES = ("comparison.md", "comparison.html")
 

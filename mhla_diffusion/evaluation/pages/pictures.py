@@ -1,4 +1,4 @@
-"""Which images and clips a report shows side by side."""
+"""Pictures of a report: which images and clips stand side by side, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from .sets.samples import Pixels, SampleSet, common_classes
+from ..measure import Pass
+from ..scores.neighbours import Neighbourhoods
+from ..sets.samples import Pixels, SampleSet, common_classes
 
 T = TypeVar("T")
 
@@ -21,6 +23,7 @@ PER_CLASS = 6
 PER_SET = {"image": 48, "video": 12}
 THUMBNAIL_SIZE = 160
 FRAME_MILLISECONDS = 125
+SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,83 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class PictureRow:
+    """Real and generated samples of one class, or of the whole sets (``label`` None)."""
+
+    label: str | None
+    real: list[Picture]
+    generated: list[Picture]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Generated samples in the space of features.
+
+    Args:
+        closest: those nearest to a real sample, each with it; copies show here.
+        best, worst: those of the highest and the lowest realism.
+        realism: the median of all; 1 and more is as near to real samples as these are to each other.
+    """
+
+    closest: list[tuple[Picture, Picture]]
+    best: list[Picture]
+    worst: list[Picture]
+    realism: float
+
+
+@dataclass(frozen=True)
 class GridRow:
     """Indices of samples that are shown together: one class, or a whole set when classes are not known."""
 
     label: str | None
     real: list[int] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+
+
+def show(
+    real_set: SampleSet | None,
+    generated_set: SampleSet,
+    real: Pass,
+    generated: Pass,
+    found: Neighbourhoods | None,
+) -> tuple[list[PictureRow], Neighbours | None]:
+    """Encode what the page shows: both sets side by side, nearest neighbours, and extremes of realism.
+
+    Args:
+        real_set, generated_set: the sets; the real one None when it is known by its statistics alone.
+        real, generated: what a pass over each found.
+        found: neighbourhoods of the samples that were scored; None when no score needed them.
+    """
+    rows = choose_rows(real_set, generated_set)
+    closest: list[tuple[int, int]] = []
+    order: list[int] = []
+    if found is not None:
+        closest = [
+            (generated.indices[i], real.indices[found.nearest[i]])
+            for i in np.argsort(found.distance, kind="stable")[:SHOWN]
+        ]
+        order = [generated.indices[i] for i in np.argsort(-found.realism, kind="stable")]
+    best, worst = order[:SHOWN], order[::-1][:SHOWN]
+    shown_real = {i for row in rows for i in row.real} | {j for _, j in closest}
+    shown = {i for row in rows for i in row.generated} | {i for i, _ in closest} | {*best, *worst}
+    of_real, of_generated = take_pictures(real_set, shown_real), take_pictures(generated_set, shown)
+
+    def those(pictures: dict[int, Picture], indices: Sequence[int]) -> list[Picture]:
+        return [pictures[i] for i in indices if i in pictures]
+
+    neighbours = None
+    if found is not None:
+        neighbours = Neighbours(
+            closest=[(of_generated[i], of_real[j]) for i, j in closest if i in of_generated and j in of_real],
+            best=those(of_generated, best),
+            worst=those(of_generated, worst),
+            realism=float(np.median(found.realism)),
+        )
+    pictures = [
+        PictureRow(row.label, real=those(of_real, row.real), generated=those(of_generated, row.generated))
+        for row in rows
+    ]
+    return pictures, neighbours
 
 
 def choose_rows(real: SampleSet | None, generated: SampleSet) -> list[GridRow]:

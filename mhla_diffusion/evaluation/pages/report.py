@@ -8,41 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.writing import require_absent, write_file
-from ..optional import require
-from .grid import Picture
-from .scores.frechet import FeatureStatistics
-from .scores.score import Score, decimals
-from .sets.samples import SetSummary
+from ...files.writing import require_absent, write_file
+from ...optional import require
+from ..scores.frechet import FeatureStatistics
+from ..scores.score import Score, decimals
+from ..sets.samples import SetSummary
+from .pictures import Neighbours, PictureRow
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
 SAMPLES = 12
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """Real and generated samples of one class, or of the whole sets (``label`` None)."""
-
-    label: str | None
-    real: list[Picture]
-    generated: list[Picture]
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Generated samples in the space of features.
-
-    Args:
-        closest: those nearest to a real sample, each with it; copies show here.
-        best, worst: those of the highest and the lowest realism.
-        realism: the median of all; 1 and more is as near to real samples as these are to each other.
-    """
-
-    closest: list[tuple[Picture, Picture]]
-    best: list[Picture]
-    worst: list[Picture]
-    realism: float
 
 
 @dataclass(frozen=True)
@@ -133,14 +108,14 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill one of the pages beside this file.
+    """Fill one of the templates.
 
     Raises:
         ImportError: when jinja2 is not installed.
     """
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader(__package__, "")
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader(__package__)
     )
     return environment.get_template(template).render(**values)
 
