@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .fid import compute_statistics, evaluate_images
-    from .fvd import evaluate_videos
+    from .evaluate import compute_statistics, evaluate_images, evaluate_videos
     from .networks.extractor import FeatureExtractor
     from .networks.images import load_extractor
     from .networks.videos import load_video_extractor
@@ -25,9 +24,9 @@ _HOMES = {
     "Score": ".scores.score",
     "SideBySide": ".pages.comparison",
     "compare_reports": ".pages.comparison",
-    "compute_statistics": ".fid",
-    "evaluate_images": ".fid",
-    "evaluate_videos": ".fvd",
+    "compute_statistics": ".evaluate",
+    "evaluate_images": ".evaluate",
+    "evaluate_videos": ".evaluate",
     "frechet_distance": ".scores.frechet",
     "load_extractor": ".networks.images",
     "load_video_extractor": ".networks.videos",

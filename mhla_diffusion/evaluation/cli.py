@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optional import require
-from .fid import compute_statistics, evaluate_images
-from .fvd import evaluate_videos
+from .evaluate import compute_statistics, evaluate_images, evaluate_videos
 from .pages.comparison import compare_reports
 from .pages.report import Report, require_no_report
 from .scores.frechet import require_new_npz

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...optional import require
 from ..networks.extractor import FeatureExtractor
+from ..sets.samples import SampleSet, common_classes
 from .frechet import Array, FeatureStatistics, frechet_distance
 from .neighbours import MIN_SAMPLES, Neighbourhoods, find_neighbourhoods
 from .resampling import (
@@ -278,23 +279,17 @@ METRICS = {
 def choose_metrics(
     asked: str | Sequence[str],
     extractors: Sequence[FeatureExtractor],
-    *,
-    real_samples: bool,
-    spatial_statistics: bool,
-    classes: bool,
-    prompts: bool,
-    smallest: int,
+    real: SampleSet | None,
+    generated: SampleSet,
+    known: FeatureStatistics | None = None,
 ) -> list[tuple[str, FeatureExtractor]]:
-    """Which scores are computed with which extractor.
+    """Choose the scores that are computed, and the extractor of each.
 
     Args:
         asked: names out of ``METRICS``, or ``"auto"``: every score that all is there for.
         extractors: that were loaded.
-        real_samples: whether the real samples are there, not only their statistics.
-        spatial_statistics: whether statistics of the real samples have those of sFID.
-        classes: whether both sets have classes in common.
-        prompts: whether the generated samples have prompts.
-        smallest: number of samples in the smaller set.
+        real, generated: the sets; the real one None when it is known by its statistics alone.
+        known: statistics of the real set that were given, if any.
 
     Raises:
         ValueError: for an unknown name, or one that something is missing for; the message says what.
@@ -302,6 +297,7 @@ def choose_metrics(
     names = list(METRICS) if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {', '.join(METRICS)}")
+    smallest = min(len(samples.names) for samples in (real, generated) if samples is not None)
     chosen = []
     for name in names:
         metric = METRICS[name]
@@ -313,13 +309,13 @@ def choose_metrics(
         ]
         if not fit:
             missing = f"the extractor {'clip' if metric.needs_texts else 'inception_adm'}"
-        elif metric.needs_real and not real_samples:
+        elif metric.needs_real and real is None:
             missing = "the real samples, not their statistics"
-        elif name == "sfid" and not spatial_statistics:
+        elif name == "sfid" and known is not None and known.spatial is None:
             missing = "statistics with mu_s and sigma_s, or the real samples"
-        elif metric.needs_classes and not classes:
+        elif metric.needs_classes and common_classes(real, generated) is None:
             missing = "classes in both sets: subfolders, labels in an npz or class ids in a manifest"
-        elif metric.needs_texts and not prompts:
+        elif metric.needs_texts and not generated.prompts:
             missing = "prompts in the manifest.json of the generated images"
         elif smallest < metric.min_samples:
             missing = f"at least {metric.min_samples} samples in each set, and there are {smallest}"
