@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -50,3 +52,18 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert len(imports) > 15
     order = list(TopologicalSorter(imports).static_order())  # raises CycleError
     assert order.index(f"{ROOM}.sets.samples") < order.index(f"{ROOM}.evaluate")
+
+
+def test_importing_evaluation_imports_none_of_what_it_needs_later() -> None:
+    code = (
+        "import sys, mhla_diffusion.evaluation\n"
+        "heavy = {'torch', 'torchvision', 'cleanfid', 'efficientnet_lite_pytorch', 'jinja2', 'scipy'}\n"
+        "heavy.add('diffusers')\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from mhla_diffusion.evaluation import evaluate_images\n"
+        "rooms = 'backbones', 'pipelines', 'training', 'ops', 'attention'\n"
+        "ours = {'mhla_diffusion.' + room for room in rooms}\n"
+        "found = (heavy - {'torch'} | ours) & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import io
 import json
-import random
 import re
 import threading
 from collections.abc import Callable
@@ -14,49 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import VideoMAEConfig, VideoMAEImageProcessor, VideoMAEModel
+from torch import Tensor
 
 from mhla_diffusion.evaluation import (
     FeatureExtractor,
     FeatureStatistics,
     evaluate_videos,
     frechet_distance,
-    load_video_extractor,
 )
-from mhla_diffusion.evaluation.sets.vbench import export_vbench
-from mhla_diffusion.evaluation.sets.videos import open_videos, read_clip
-from mhla_diffusion.files.videos import UnreadableVideoError, write_video
+from mhla_diffusion.evaluation.sets.videos import read_clip
+from mhla_diffusion.files.videos import write_video
+from tests.evaluation.clips import moving_squares
 from tests.processes import run_script
 
 WriteVideos = Callable[..., Path]
-
-
-def moving_squares(
-    count: int, seed: int, *, frames: int = 12, size: tuple[int, int] = (32, 48)
-) -> np.ndarray:
-    """Bright squares that move straight on, uint8 ``[count, F, H, W, 3]``."""
-    generator = np.random.default_rng(seed)
-    clips = np.zeros((count, frames, *size, 3), np.uint8)
-    for clip in clips:
-        start, step = generator.integers(0, 12, 2), generator.integers(0, 2, 2)
-        colour = generator.integers(80, 256, 3)
-        for number, frame in enumerate(clip):
-            top, left = start + number * step
-            frame[top : top + 8, left : left + 8] = colour
-    return clips
-
-
-@pytest.fixture
-def write_videos(tmp_path: Path) -> WriteVideos:
-    def write(name: str, clips: np.ndarray) -> Path:
-        for index, clip in enumerate(clips):
-            write_video(clip, tmp_path / name / f"{index:04d}.mp4", fps=8)
-        return tmp_path / name
-
-    return write
 
 
 @pytest.fixture
@@ -122,22 +93,6 @@ def test_frames_are_scored_as_images(write_videos: WriteVideos) -> None:
     assert (report.kind, report.real.count, report.generated.count) == ("image", 15, 10)
     assert report.protocol["clips"].startswith("every frame of one clip a video, 5 frames")
     assert report.pictures[0].real[0].name == "0000.mp4#0"
-
-
-def test_a_clip_depends_on_the_seed_and_the_name_alone(write_videos: WriteVideos) -> None:
-    counting = np.broadcast_to(10 * np.arange(24, dtype=np.uint8)[:, None, None, None], (24, 32, 48, 3))
-    folder = write_videos("videos", np.stack([counting] * 8))
-
-    def starts(seed: int) -> list[int]:
-        reads = open_videos(folder, frames=4, seed=seed).readers()
-        return [round(float(read()[0].mean()) / 10) for read in reads]
-
-    first = starts(0)
-    assert len(set(first)) > 3
-    assert first == starts(0)
-    assert first != starts(1)
-    (folder / "0000.mp4").unlink()
-    assert starts(0) == first[1:]
 
 
 def test_short_and_broken_videos_are_named_skipped_and_counted(
@@ -238,144 +193,6 @@ def test_a_folder_without_videos_is_refused(write_videos: WriteVideos, tmp_path:
         evaluate_videos(folder, tmp_path / "nowhere")
 
 
-def test_transnetv2_sees_motion(write_videos: WriteVideos) -> None:
-    extractor = load_video_extractor("transnetv2")
-
-    def moments(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features = extractor(np.stack([extractor.prepare(clip) for clip in clips]))
-        return features.mean(axis=0), np.cov(features, rowvar=False)
-
-    clips, other = moving_squares(20, 0), moving_squares(20, 1)
-    shuffled = np.stack([clip[np.random.default_rng(i).permutation(12)] for i, clip in enumerate(other)])
-    real = moments(clips)
-    assert frechet_distance(*real, *moments(shuffled)) > 3 * frechet_distance(*real, *moments(other))
-
-
-def test_loading_transnetv2_leaves_generators_and_flags_alone() -> None:
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
-
-    def draw() -> tuple[float, float, float]:
-        return torch.rand(()).item(), np.random.rand(), random.random()
-
-    expected = draw()
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    load_video_extractor("transnetv2")
-    assert draw() == expected
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-class _SmallI3D(nn.Module):
-    """Takes what StyleGAN-V's I3D takes: the last frame's 20 x 20 means over colours."""
-
-    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
-        assert x.dtype == torch.uint8
-        assert return_features
-        x = x.float()
-        if rescale:
-            x = x / 127.5 - 1
-        if resize:
-            x = torch.nn.functional.interpolate(x[:, :, -1], size=(20, 20), mode="bilinear")
-        return x.mean(dim=1).flatten(1)
-
-
-def test_i3d_is_called_as_stylegan_v_does(write_videos: WriteVideos, tmp_path: Path) -> None:
-    torch.jit.script(_SmallI3D()).save(str(tmp_path / "i3d.pt"))
-    folder = write_videos("videos", moving_squares(3, 0))
-    report = evaluate_videos(folder, folder, weights=tmp_path / "i3d.pt", frames=12)
-    assert report.scores[0].name == "fvd_i3d"
-    assert "only if the weights given are StyleGAN-V's I3D" in report.scores[0].flags[-1]
-    statistics = report.real_statistics
-    clips = np.stack([read_clip(path, frames=12, stride=1, seed=0) for path in sorted(folder.iterdir())])
-    features = _SmallI3D()(torch.from_numpy(clips.transpose(0, 4, 1, 2, 3)), True, True, True).numpy()
-    np.testing.assert_allclose(statistics.mu, features.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(statistics.sigma, np.cov(features, rowvar=False, ddof=0), atol=1e-6)
-
-
-def test_other_files_are_not_taken_for_i3d(tmp_path: Path) -> None:
-    torch.jit.script(nn.Conv3d(3, 2, 1)).save(str(tmp_path / "conv.pt"))
-    (tmp_path / "part.pt").write_bytes((tmp_path / "conv.pt").read_bytes()[:100])
-    for name in ("conv.pt", "part.pt"):
-        with pytest.raises(ValueError, match=rf"{name} is not StyleGAN-V's I3D or only a part of it"):
-            load_video_extractor("i3d", weights=tmp_path / name)
-
-
-def test_videos_of_an_array_are_those_of_files(tmp_path: Path) -> None:
-    clips = moving_squares(3, 0)
-    np.save(tmp_path / "clips.npy", clips)
-    np.save(tmp_path / "gray.npy", clips[..., :1])
-    videos = open_videos(tmp_path / "clips.npy", frames=12)
-    np.testing.assert_array_equal([read() for read in videos.readers()], clips)
-    gray = [read() for read in open_videos(tmp_path / "gray.npy", frames=12).readers()]
-    np.testing.assert_array_equal(gray, np.repeat(clips[..., :1], 3, axis=-1))
-    starts = {
-        int(np.flatnonzero((clips[i] == read()[0]).all(axis=(1, 2, 3)))[0])
-        for i, read in enumerate(open_videos(tmp_path / "clips.npy", frames=4, seed=1).readers())
-    }
-    assert len(starts) > 1  # clips begin somewhere
-    with pytest.raises(UnreadableVideoError, match="there are 12"):
-        next(iter(open_videos(tmp_path / "clips.npy", frames=13).readers()))()
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (
-            np.zeros((2, 3, 4, 4, 3), np.float32),
-            r"is float32 \[2, 3, 4, 4, 3\]; uint8 \[N, F, H, W, 1 or 3\]",
-        ),
-        (np.zeros((2, 4, 4, 3), np.uint8), r"is uint8 \[2, 4, 4, 3\]"),
-        (np.zeros((0, 3, 4, 4, 3), np.uint8), r"with N > 0"),
-    ],
-)
-def test_arrays_that_are_not_videos_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "array.npy", array)
-    with pytest.raises(ValueError, match=message):
-        open_videos(tmp_path / "array.npy")
-    content = (tmp_path / "array.npy").read_bytes()
-    (tmp_path / "part.npy").write_bytes(content[:60])
-    with pytest.raises(ValueError, match="not a whole npy file"):
-        open_videos(tmp_path / "part.npy")
-
-
-def test_videomae_comes_from_transformers(tmp_path: Path) -> None:
-    config = VideoMAEConfig(
-        image_size=32, patch_size=16, num_frames=4, hidden_size=24, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=32,
-    )  # fmt: skip
-    VideoMAEModel(config).save_pretrained(tmp_path / "videomae")
-    processor = VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path / "videomae")
-    extractor = load_video_extractor("videomae", weights=tmp_path / "videomae", frames=4)
-    clip = moving_squares(1, 0, frames=4, size=(32, 32))[0]
-    features = extractor(extractor.prepare(clip)[None])
-    model = VideoMAEModel.from_pretrained(tmp_path / "videomae").eval()
-    with torch.no_grad():
-        expected = model(processor(list(clip), return_tensors="pt")["pixel_values"]).last_hidden_state.mean(1)
-    np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
-    assert (extractor.score_name, extractor.dimension) == ("fd_videomae", 24)
-    with pytest.raises(ValueError, match="takes clips of 4 frames, got 16"):
-        load_video_extractor("videomae", weights=tmp_path / "videomae")
-
-
-def test_export_for_vbench(write_videos: WriteVideos, tmp_path: Path) -> None:
-    generated = write_videos("made", moving_squares(3, 1))
-    prompts = ["a red/blue  square", "a dot", "a dot"]
-    rows = [{"file": f"{i:04d}.mp4", "prompt": prompt} for i, prompt in enumerate(prompts)]
-    (generated / "manifest.json").write_text(json.dumps({"videos": rows}))
-    assert export_vbench(generated, tmp_path / "vbench") == 3
-    names = ["a dot-0.mp4", "a dot-1.mp4", "a red blue square-0.mp4", "prompts.json"]
-    assert sorted(path.name for path in (tmp_path / "vbench").iterdir()) == names
-    assert (tmp_path / "vbench" / "a dot-1.mp4").read_bytes() == (generated / "0002.mp4").read_bytes()
-    assert json.loads((tmp_path / "vbench" / "prompts.json").read_text())["a dot-1.mp4"] == "a dot"
-    with pytest.raises(ValueError, match="vbench is already there"):
-        export_vbench(generated, tmp_path / "vbench")
-    rows[0] = {"file": "0000.mp4"}
-    (generated / "manifest.json").write_text(json.dumps({"videos": rows}))
-    with pytest.raises(ValueError, match=r"0000\.mp4 has no prompt"):
-        export_vbench(generated, tmp_path / "second")
-    assert not (tmp_path / "second").exists()
-
-
 def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tmp_path: Path) -> None:
     real, generated = write_videos("real", moving_squares(3, 0)), write_videos("made", moving_squares(2, 1))
     rows = [{"file": f"{i:04d}.mp4", "prompt": f"square <{i}>", "seed": i} for i in range(2)]
@@ -397,9 +214,3 @@ def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tm
     assert "<figcaption>square &lt;1&gt;</figcaption>" in page
     assert "Generated videos against real videos" in page
     assert FeatureStatistics.load(tmp_path / "real.npz").sampling == content["protocol"]["clips"]
-
-
-def test_reading_a_clip_of_a_short_video_says_how_many_frames_it_has(write_videos: WriteVideos) -> None:
-    folder = write_videos("videos", moving_squares(1, 0))
-    with pytest.raises(UnreadableVideoError, match=r"need 31, and there are 12"):
-        read_clip(folder / "0000.mp4", frames=16, stride=2, seed=0)

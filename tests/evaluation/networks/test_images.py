@@ -1,4 +1,4 @@
-"""The two extractors: Inception with a stand-in of its interface, EfficientNet-Lite0 with its weights."""
+"""Networks of images: Inception with a stand-in of its interface, EfficientNet-Lite0 with its weights."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -120,18 +119,3 @@ def test_script_explains_bad_input_in_one_line(extra: list[str], message: str, t
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_importing_evaluation_imports_none_of_what_it_needs_later() -> None:
-    code = (
-        "import sys, mhla_diffusion.evaluation\n"
-        "heavy = {'torch', 'torchvision', 'cleanfid', 'efficientnet_lite_pytorch', 'jinja2', 'scipy'}\n"
-        "heavy.add('diffusers')\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "from mhla_diffusion.evaluation import evaluate_images\n"
-        "rooms = 'backbones', 'pipelines', 'training', 'ops', 'attention'\n"
-        "ours = {'mhla_diffusion.' + room for room in rooms}\n"
-        "found = (heavy - {'torch'} | ours) & set(sys.modules)\n"
-        "assert not found, found\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
