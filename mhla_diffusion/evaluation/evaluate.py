@@ -25,7 +25,7 @@ from .pages.report import Report
 from .scores.frechet import FeatureStatistics
 from .scores.metrics import METRICS, Comparison, Measured, choose_metrics
 from .scores.neighbours import Neighbourhoods
-from .scores.score import Score
+from .scores.score import Score, cautions
 from .sets.images import open_images
 from .sets.samples import (
     SampleKind,
@@ -255,6 +255,8 @@ def _evaluate(
             flags += _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
+            for caution in cautions(scores):
+                logger.warning("Caution: %s", caution)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
             report = Report(
                 scores=scores,
@@ -289,11 +291,11 @@ def _scores(
             replicates=settings.bootstrap,
             seed=settings.seed,
         )
-        cautions = flags + ([extractor.caution] if extractor.caution else [])
+        said = flags + ([extractor.caution] if extractor.caution else [])
         for name, its in chosen:
             if its is extractor:
                 score = METRICS[name].compute(sets, name)
-                scores.append(replace(score, flags=[*score.flags, *cautions]))
+                scores.append(replace(score, flags=[*score.flags, *said]))
                 logger.info("%s", scores[-1])
         # A cached property is there once a score has asked for it.
         neighbourhoods = neighbourhoods or sets.__dict__.get("neighbourhoods")

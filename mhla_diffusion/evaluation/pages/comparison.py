@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...files.writing import require_absent, write_file
-from ..scores.score import Score, decimals
+from ..scores.score import Score, cautions, decimals, once
 from .report import SCHEMA_VERSION, render
 
 FILE_NAMES = ("comparison.md", "comparison.html")
@@ -82,8 +82,12 @@ class SideBySide:
     differences: dict[str, list[str]]
     other_versions: dict[str, list[str]]
 
+    def cautions(self) -> list[str]:
+        """Collect what has to be said of the scores, each once; what is of some runs alone names them."""
+        return once({run.name: cautions(run.scores.values()) for run in self.runs})
+
     def to_markdown(self) -> str:
-        """A table to paste."""
+        """Return the content of comparison.md, a table to paste."""
         names = [run.name for run in self.runs]
         lines = [f"| score | {' | '.join(names)} | mean ± std |", "|---" * (len(names) + 2) + "|"]
         for row in self.rows:
@@ -92,10 +96,12 @@ class SideBySide:
         if self.differences:
             lines += ["", "**These runs were not scored in the same way; their scores do not compare:**", ""]
             lines += [f"- {key}: {'; '.join(values)}" for key, values in self.differences.items()]
+        if said := self.cautions():
+            lines += ["", *(f"- {caution}" for caution in said)]
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
-        """One self-contained page.
+        """Return the content of comparison.html, which needs no other file and no network.
 
         Raises:
             ImportError: when jinja2 is not installed.
@@ -116,8 +122,7 @@ class SideBySide:
 def _cell(score: Score | None, best: bool) -> str:
     if score is None:
         return "none"
-    mark = " ⚠" if score.flags else ""
-    return f"**{score.text()}**{mark}" if best else f"{score.text()}{mark}"
+    return f"**{score.text()}**" if best else score.text()
 
 
 def compare_reports(reports: Sequence[str | Path]) -> SideBySide:

@@ -11,7 +11,7 @@ from typing import Any
 from ...files.writing import require_absent, write_file
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
-from ..scores.score import Score, decimals
+from ..scores.score import Score, cautions, decimals
 from ..sets.samples import SetSummary
 from .pictures import Neighbours, PictureRow
 
@@ -42,6 +42,9 @@ class Report:
     real_statistics: FeatureStatistics
     kind: str = "image"
     neighbours: Neighbours | None = None
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.scores), *(f"Caution: {said}" for said in cautions(self.scores))])
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -75,7 +78,7 @@ class Report:
             ImportError: when jinja2 is not installed.
         """
         rest = {key: value for key, value in self.protocol.items() if key != "extractors"}
-        return render("report.html", report=self, rest=rest)
+        return render("report.html", report=self, cautions=cautions(self.scores), rest=rest)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write the report to the folder ``out``, made when it is not there.
@@ -99,11 +102,10 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
     for score in scores:
         limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"
         better = "higher is better" if score.higher_is_better else "lower is better"
-        mark = " ⚠" if score.flags else ""
-        lines.append(f"| {score.name} | {score.text()}{mark} | {limit} | {better} |")
+        lines.append(f"| {score.name} | {score.text()} | {limit} | {better} |")
     counts = ["an unstated number of" if count is None else f"{count:,}" for count in (generated, real)]
     lines += ["", f"{counts[0]} generated against {counts[1]} real {kind}s.", ""]
-    lines += [f"- {flag}" for flag in dict.fromkeys(flag for score in scores for flag in score.flags)]
+    lines += [f"- {said}" for said in cautions(scores)]
     return "\n".join(lines).rstrip() + "\n"
 
 

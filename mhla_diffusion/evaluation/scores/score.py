@@ -1,14 +1,15 @@
-"""Score: a number with all that belongs to it."""
+"""Scores with all that belongs to each, and what has to be said of them together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number, what it is called, and everything that has to be said whenever it is shown.
+    """Number with its name, its interval and its cautions.
 
     Args:
         name: such as ``fid_clean`` or ``recall_efficientnet_lite0``.
@@ -20,7 +21,7 @@ class Score:
         curve: number of samples and score of subsets, for Frechet distances.
         extrapolated: to infinitely many samples along that curve; None when there are too few for it.
         classes: the score of each class, for scores that have one.
-        flags: cautions.
+        flags: cautions, which are shown once below all scores: see :func:`cautions`.
     """
 
     name: str
@@ -35,11 +36,10 @@ class Score:
     flags: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        flags = f" ({' '.join(self.flags)})" if self.flags else ""
-        return f"{self.name} = {self.text()}{flags}"
+        return f"{self.name} = {self.text()}"
 
     def text(self) -> str:
-        """The value and its interval, to as many places as the interval bears."""
+        """Format the value and its interval, to as many places as the interval bears."""
         if self.interval is None:
             return f"{self.value:.{decimals(self.value / 100)}f}"
         low, high = self.interval
@@ -48,7 +48,30 @@ class Score:
 
 
 def decimals(spread: float) -> int:
-    """Decimal places that show two digits of ``spread``, 2 to 6."""
+    """Number of decimal places that show two digits of ``spread``, 2 to 6."""
     if spread <= 0 or not math.isfinite(spread):
         return 4
     return min(6, max(2, 1 - math.floor(math.log10(spread))))
+
+
+def cautions(scores: Collection[Score]) -> list[str]:
+    """Collect the flags of scores, each once; those of some extractors or scores alone name them."""
+    extractors = dict.fromkeys(score.extractor for score in scores)
+    return once(
+        {
+            extractor: once({score.name: score.flags for score in scores if score.extractor == extractor})
+            for extractor in extractors
+        }
+    )
+
+
+def once(said: Mapping[str, Collection[str]]) -> list[str]:
+    """Collect sentences, each once; one that not all say begins with the names of those who do."""
+    names: dict[str, dict[str, None]] = {}
+    for name, sentences in said.items():
+        for sentence in sentences:
+            names.setdefault(sentence, {})[name] = None
+    return [
+        sentence if len(its) == len(said) else f"{', '.join(its)}: {sentence}"
+        for sentence, its in names.items()
+    ]

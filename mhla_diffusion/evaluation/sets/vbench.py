@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
+from ...files.writing import require_new_folder, write_folder
+from .samples import SampleSet
 from .videos import open_videos
 
 
@@ -27,32 +28,34 @@ def export_vbench(generated: str | Path, out: str | Path) -> int:
     Raises:
         ValueError: when ``out`` exists, or a video has no prompt, is missing or has too long a one.
     """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is already there: give a new folder")
+    out = require_new_folder(out)
     videos = open_videos(generated)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    seen: Counter[str] = Counter()
-    prompts = {}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parent:
-        temporary = Path(parent) / out.name
-        temporary.mkdir()
-        for name in videos.names:
-            file, prompt = Path(videos.path) / name, videos.prompts.get(name)
-            if prompt is None:
-                raise ValueError(
-                    f"{name} has no prompt: give a folder whose manifest.json holds one for each"
-                )
-            if not file.is_file():
-                raise ValueError(f"{file} is listed in the manifest and missing")
-            stem = " ".join(prompt.replace("/", " ").split())
-            target = f"{stem}-{seen[stem]}{file.suffix}"
-            if len(target.encode()) > 255:
-                raise ValueError(f"the prompt of {name} is too long for the name of a file: {prompt[:80]}...")
-            shutil.copyfile(file, temporary / target)
-            prompts[target] = prompt
-            seen[stem] += 1
+    folder, targets = Path(videos.path), _targets(videos)
+
+    def write(place: Path) -> None:
+        for name, target in targets.items():
+            shutil.copyfile(folder / name, place / target)
+        prompts = {target: videos.prompts[name] for name, target in targets.items()}
         text = json.dumps(prompts, indent=2, ensure_ascii=False) + "\n"
-        (temporary / "prompts.json").write_text(text, encoding="utf-8")
-        temporary.rename(out)
-    return len(prompts)
+        (place / "prompts.json").write_text(text, encoding="utf-8")
+
+    write_folder(out, write)
+    return len(targets)
+
+
+def _targets(videos: SampleSet) -> dict[str, str]:
+    """Names of files in VBench's layout, by those that the videos have."""
+    seen: Counter[str] = Counter()
+    targets = {}
+    for name in videos.names:
+        file, prompt = Path(videos.path) / name, videos.prompts.get(name)
+        if prompt is None:
+            raise ValueError(f"{name} has no prompt: give a folder whose manifest.json holds one for each")
+        if not file.is_file():
+            raise ValueError(f"{file} is listed in the manifest and missing")
+        stem = " ".join(prompt.replace("/", " ").split())
+        targets[name] = f"{stem}-{seen[stem]}{file.suffix}"
+        seen[stem] += 1
+        if len(targets[name].encode()) > 255:
+            raise ValueError(f"the prompt of {name} is too long for the name of a file: {prompt[:80]}...")
+    return targets

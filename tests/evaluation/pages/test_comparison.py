@@ -66,6 +66,21 @@ def test_runs_of_different_protocols_are_not_compared_silently(make_report: Make
     assert "their scores do not compare" in page
 
 
+def test_cautions_stand_once_below_the_scores(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1), make_report("ccc", 2, count=20)]
+    table = compare_reports(folders)
+    first, second, third = table.cautions()
+    assert first.startswith("Only 30 real images")
+    assert second.startswith(f"{folders[0]}, {folders[1]}: Only 25 generated images")
+    assert third.startswith(f"{folders[2]}: Only 20 generated images")
+    for text in (table.to_markdown(), table.to_html()):
+        last = max(text.index(row.name) for row in table.rows)
+        for caution in (first, second, third):
+            assert text.count(caution) == 1
+            assert text.index(caution) > last
+    assert table.to_markdown().endswith(f"\n- {first}\n- {second}\n- {third}\n")
+
+
 def test_samples_of_runs_stand_side_by_side(make_report: MakeReport) -> None:
     folders = [make_report("a", 0), make_report("bb", 1)]
     samples = [json.loads((folder / "samples.json").read_text()) for folder in folders]
@@ -98,6 +113,7 @@ def test_the_command_takes_folders_one_after_the_other(make_report: MakeReport, 
     result = run_script(*command)
     assert result.returncode == 0, result.stderr
     assert "| fd_mean_colours |" in result.stderr
+    assert result.stderr.count("Only 30 real images") == 1
     assert (tmp_path / "comparison.html").is_file()
     again = run_script(*command)
     assert again.returncode == 1

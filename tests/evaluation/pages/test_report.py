@@ -71,6 +71,18 @@ def test_html_is_one_file_with_the_score_and_both_grids(report: Report) -> None:
     assert "runs/&lt;digits&gt;" in html
 
 
+def test_cautions_stand_once_below_the_scores(report: Report) -> None:
+    flags = report.scores[0].flags
+    assert len(report.scores) > 5
+    assert all(score.flags == flags for score in report.scores)
+    for text in (str(report), report.to_markdown(), report.to_html()):
+        last = max(text.index(score.name) for score in report.scores)
+        for flag in flags:
+            assert text.count(flag) == 1
+            assert text.index(flag) > last
+    assert str(report).splitlines()[-2:] == [f"Caution: {flag}" for flag in flags]
+
+
 def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report.save(out)
@@ -98,7 +110,13 @@ def test_script_scores_and_saves_statistics(
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["scores"][0]["name"] == "fd_efficientnet_lite0"
     assert content["scores"][0]["value"] > 0
-    assert "does not compare with published FID" in content["scores"][0]["flags"][-1]
+    flags = content["scores"][0]["flags"]
+    assert "does not compare with published FID" in flags[-1]
+    assert result.stderr.count(" = ") == len(content["scores"])
+    last = result.stderr.rindex(" = ")
+    for flag in flags:
+        assert result.stderr.count(flag) == 1
+        assert result.stderr.index(flag) > last
     assert "evaluate.py image --real" in content["protocol"]["command"]
     with np.load(tmp_path / "real.npz") as statistics:
         assert (statistics["mu"].shape, int(statistics["n"])) == ((1280,), 4)

@@ -24,7 +24,7 @@ def test_export_for_vbench(write_videos: WriteVideos, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "vbench").iterdir()) == names
     assert (tmp_path / "vbench" / "a dot-1.mp4").read_bytes() == (generated / "0002.mp4").read_bytes()
     assert json.loads((tmp_path / "vbench" / "prompts.json").read_text())["a dot-1.mp4"] == "a dot"
-    with pytest.raises(ValueError, match="vbench is already there"):
+    with pytest.raises(ValueError, match="vbench is there already"):
         export_vbench(generated, tmp_path / "vbench")
     rows[0] = {"file": "0000.mp4"}
     (generated / "manifest.json").write_text(json.dumps({"videos": rows}))
