@@ -199,7 +199,7 @@ def compute_statistics(
     num_workers: int | None = None,
     device: str | None = None,
 ) -> FeatureStatistics:
-    """Mean and covariance of the features of a set of images; arguments as for ``evaluate_images``.
+    """Compute mean and covariance of the features of a set of images; arguments as for ``evaluate_images``.
 
     ``compute_statistics(...).save("cifar10.npz")`` gives a file to pass as ``real`` from then on.
 
@@ -281,7 +281,7 @@ def _scores(
     settings: _Settings,
     flags: list[str],
 ) -> tuple[list[Score], Neighbourhoods | None]:
-    """All scores, and the neighbourhoods when scores needed them."""
+    """Compute all scores, and the neighbourhoods when scores need them."""
     scores, neighbourhoods = [], None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
         sets = Comparison(
@@ -310,7 +310,7 @@ def _labelled(found: Pass, extractor: FeatureExtractor, classes: list[str] | Non
 def _known(
     path: Path, kind: SampleKind, extractors: Sequence[FeatureExtractor], *, trust: bool
 ) -> tuple[FeatureStatistics, list[str]]:
-    """Statistics from a file, refused unless they are of this extractor and the same frames of videos."""
+    """Load statistics, refused unless they are of this extractor and the same frames of videos."""
     if len(extractors) > 1:
         raise ValueError(f"{path} has the statistics of one extractor: ask for that one, or give the samples")
     extractor = extractors[0]
@@ -343,7 +343,7 @@ def _known(
 
 
 def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, found: Pass | None) -> Pass:
-    """Statistics in the place of a set that was passed over, or of its own statistics."""
+    """Put statistics in the place of a set that was passed over, or of its own statistics."""
     if found is None:
         return Pass({extractor.name: Measured(known)}, SetSummary(str(path), known.count, known.fingerprint))
     measured = {
@@ -354,7 +354,7 @@ def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, fo
 
 
 def _sample_flags(kind: SampleKind, dimension: int, real: Pass, generated: Pass) -> list[str]:
-    """What has to be said when a set is too small for its covariance, or its size not known."""
+    """Cautions when a set is too small for its covariance, or its size not known."""
     needed = max(MIN_SAMPLES, dimension + 1)
     flags = []
     for title, count in (("real", real.summary.count), ("generated", generated.summary.count)):
@@ -374,7 +374,7 @@ def _protocol(
     settings: _Settings,
     metrics: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything besides the samples that a score depends on."""
+    """Protocol: everything besides the samples that a score depends on."""
     packages = [package for extractor in extractors for package in extractor.packages]
     return {
         "extractors": {extractor.name: _describe(extractor) for extractor in extractors},

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How a set is passed over.
+    """Settings of a pass over a set.
 
     Args:
         batch_size: samples in one forward pass; changes the score by rounding only.
@@ -59,7 +59,7 @@ class PassSettings:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over a set found.
+    """Result of one pass over a set.
 
     Args:
         measured: by the name of the extractor.
@@ -76,7 +76,7 @@ class Pass:
 
 @dataclass
 class _Row:
-    """A sample on its way: first what to compute features from, then the features, by extractor."""
+    """Sample on its way: first what to compute features from, then the features, by extractor."""
 
     name: str
     digest: bytes = b""
@@ -168,7 +168,7 @@ def _refuse_too_many(samples: SampleSet, skipped: list[SkippedFile], share: floa
 
 
 class _Collected:
-    """What one extractor gave so far."""
+    """Features and statistics that one extractor gave so far."""
 
     def __init__(self, extractor: FeatureExtractor, scratch: Path | None, title: str) -> None:
         self.extractor = extractor
@@ -177,7 +177,7 @@ class _Collected:
         self.place = None if scratch is None else scratch / f"{title}-{extractor.name}"
 
     def add(self, rows: list[Row]) -> None:
-        """Rows of one batch."""
+        """Add the rows of one batch."""
         for output in self.extractor.outputs if rows else ():
             values = np.stack([row[output] for row in rows])
             if output != "logits":
@@ -191,7 +191,7 @@ class _Collected:
                 self.files[output].append(values)
 
     def finish(self, summary: SetSummary, kind: SampleKind, prompts: list[str | None]) -> Measured:
-        """Statistics and features of the whole set."""
+        """Return statistics and features of the whole set."""
         spatial, running = self.running.get("spatial"), self.running["features"]
         statistics = FeatureStatistics(
             running.mean,
@@ -212,7 +212,7 @@ def _rows(
     settings: PassSettings,
     cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
-    """All samples in the order of the set, with features, batches of every process one after the other."""
+    """Yield all samples with features, in the order of the set: batches of one process after the other."""
     state = PartialState()
     own = _own_batches(samples, extractors, settings, cache)
     rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
@@ -230,7 +230,7 @@ def _own_batches(
     settings: PassSettings,
     cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
-    """This process's batches; threads prepare the next one while one is used."""
+    """Yield this process's batches; threads prepare the next one while one is used."""
     state = PartialState()
     protocols = {extractor.name: _cache_protocol(extractor, samples.kind) for extractor in extractors}
     readers = zip(samples.names, samples.readers(), strict=True)
@@ -307,7 +307,7 @@ def _add_features(rows: list[_Row], extractors: Sequence[FeatureExtractor]) -> N
 
 
 def _cache_protocol(extractor: FeatureExtractor, kind: SampleKind) -> str:
-    """Everything besides the file that features depend on."""
+    """Return everything besides the file that features depend on."""
     parts = (extractor.name, extractor.weights_sha256, extractor.resize, extractor.normalization)
     return "\n".join((*parts, kind.conversion, kind.sampling or ""))
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network and what belongs to it. Own extractors can be given to ``evaluate_images`` or ``_videos``.
+    """Network and what belongs to it. Own extractors can be given to ``evaluate_images`` or ``_videos``.
 
     Args:
         name: what statistics files and reports call it.
@@ -66,11 +66,11 @@ class FeatureExtractor:
     embed_texts: Callable[[Sequence[str]], tuple[NDArray[np.float32], int]] | None = None
 
     def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Features ``[B, d]`` of prepared samples ``[B, ...]``."""
+        """Return features ``[B, d]`` of prepared samples ``[B, ...]``."""
         return self.extract(batch)["features"]
 
     def extract(self, batch: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-        """Every output for prepared samples ``[B, ...]``, by its name."""
+        """Return every output for prepared samples ``[B, ...]``, by its name."""
         samples = torch.from_numpy(batch).to(self.device)
         if samples.shape[1] == 3:  # channels last make convolutions on a CPU 1.6 times as fast
             last = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -82,7 +82,7 @@ class FeatureExtractor:
         return {name: values.float().cpu().numpy() for name, values in outputs.items()}
 
     def full_name(self, metric: str) -> str:
-        """What a score of this extractor is called: ``fid_clean``, ``kid_clean``, ``recall_clean``, ..."""
+        """Return the name of a score of this extractor: ``fid_clean``, ``kid_clean``, ..."""
         _, underscore, rest = self.score_name.partition("_")
         return self.score_name if metric == "frechet" else metric + underscore + rest
 
@@ -118,7 +118,7 @@ def resolve_name(
     packaged: str,
     choose: Callable[[str | Path | None], tuple[str, str]],
 ) -> tuple[str, str | Path | None]:
-    """The extractor that a name means, and its weights.
+    """Return the extractor that a name means, and its weights.
 
     ``"dinov2=folder"`` is the extractor dinov2 with the weights in folder, ``"auto"`` is what ``choose``
     says, with its reason.
@@ -142,13 +142,13 @@ def resolve_name(
 
 
 def default_device() -> str:
-    """A GPU when there is one."""
+    """Return a GPU when there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """A file of weights as its authors publish it.
+    """File of weights as its authors publish it.
 
     Args:
         network: what it holds, in words.
@@ -168,11 +168,11 @@ class PublishedWeights:
 
     @property
     def path(self) -> Path:
-        """Where it is kept."""
+        """Path that it is kept at."""
         return (self.folder or Path(torch.hub.get_dir()) / "checkpoints") / self.file
 
     def get(self, given: str | Path | None, load: Callable[[Path], Any]) -> tuple[Path, str]:
-        """The file that was given, else this one, downloaded when it is not there; and its hash.
+        """Return the file that was given, else this one, downloaded when it is not there; and its hash.
 
         Args:
             load: called with a new download; raises ValueError when it is not whole.
@@ -213,7 +213,7 @@ class PublishedWeights:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -222,7 +222,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def load_pretrained(classes: Sequence[Any], source: str) -> tuple[list[Any], str]:
-    """Loaded parts of transformers, and the hash of the weights.
+    """Load parts of transformers, and hash the weights.
 
     Raises:
         ValueError: when they are not there.

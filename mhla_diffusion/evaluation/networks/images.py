@@ -132,7 +132,7 @@ def _inception(weights: str | Path | None, device: str) -> FeatureExtractor:
 
 
 def _load_torchscript_inception(path: Path, device: str) -> nn.Module:
-    """clean-fid's wrapper, which normalises and calls the layers, around the torchscript in ``path``."""
+    """Load clean-fid's wrapper, which normalises and calls the layers, around the torchscript in ``path``."""
     wrapper = require("cleanfid.inception_torchscript").InceptionV3W
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +210,7 @@ def _channels_first(pixels: Pixels) -> Pixels:
 
 
 class _DINOv2(nn.Module):
-    """The class token ``[B, d]`` after the last norm, of images ``[B, 3, 224, 224]`` in [0, 255]."""
+    """Class token ``[B, d]`` after the last norm, of images ``[B, 3, 224, 224]`` in [0, 255]."""
 
     mean: Tensor
     std: Tensor
@@ -260,7 +260,7 @@ class _CLIPImages(nn.Module):
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers 5 gives an output with the projection as ``pooler_output``, older ones the tensor."""
+    """Projection: ``pooler_output`` of what transformers 5 gives, the tensor that older ones give."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 

@@ -22,7 +22,7 @@ _HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals")
 
 @dataclass(frozen=True)
 class Run:
-    """One report.
+    """Report that is compared.
 
     Args:
         name: the path that was given.
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One score in all runs; None where a run has it not.
+    """Score in all runs; None where a run has it not.
 
     Args:
         name: of the score.
@@ -59,7 +59,7 @@ class ScoreRow:
     std: float | None
 
     def summary(self) -> str:
-        """Mean and standard deviation over the runs."""
+        """Format mean and standard deviation over the runs; empty when they are None."""
         if self.mean is None or self.std is None:
             return ""
         places = decimals(self.std)
@@ -198,7 +198,7 @@ def _row(name: str, runs: Sequence[Run], *, comparable: bool) -> ScoreRow:
 
 
 def _meets(score: Score, top: Score) -> bool:
-    """Whether two intervals have a value in common; without intervals, whether the values are equal."""
+    """Check that two intervals have a value in common; without intervals, that the values are equal."""
     low, high = score.interval or (score.value, score.value)
     top_low, top_high = top.interval or (top.value, top.value)
     return low <= top_high and top_low <= high

@@ -28,7 +28,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample on the page.
+    """Sample on the page.
 
     Args:
         name: of its file.
@@ -186,6 +186,6 @@ def _members(classes: list[str], samples: SampleSet) -> dict[str, list[int]]:
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` of ``items``, evenly spaced."""
+    """Choose at most ``count`` of ``items``, evenly spaced."""
     places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[place] for place in places]

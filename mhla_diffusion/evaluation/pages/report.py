@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON for programs and as one self-contained page for people."""
+"""Report of an evaluation, as JSON for programs and as one self-contained page for people."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Report:
         return "\n".join([*map(str, self.scores), *(f"Caution: {said}" for said in cautions(self.scores))])
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of report.json."""
+        """Return the content of report.json."""
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
@@ -59,11 +59,11 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """The content of report.md, a table to paste."""
+        """Return the content of report.md, a table to paste."""
         return scores_table(self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind)
 
     def samples(self) -> list[dict[str, Any]]:
-        """The content of samples.json, for comparisons: a few generated samples, of each class as many."""
+        """Return the content of samples.json: a few generated samples, of each class as many."""
         each = max(1, SAMPLES // len(self.pictures))
         return [
             {"label": row.label, **asdict(picture)}
@@ -72,7 +72,7 @@ class Report:
         ]
 
     def to_html(self) -> str:
-        """The content of report.html, which needs no other file and no network.
+        """Return the content of report.html, which needs no other file and no network.
 
         Raises:
             ImportError: when jinja2 is not installed.
@@ -97,7 +97,7 @@ class Report:
 
 
 def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:
-    """Markdown: a row a score with its interval, then what has to be said beside them."""
+    """Return Markdown: a row a score with its interval, then what has to be said of them."""
     lines = ["| score | value [95 % interval] | N to infinity | |", "|---|---|---|---|"]
     for score in scores:
         limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"

@@ -64,7 +64,7 @@ class RunningStatistics:
 
     @property
     def covariance(self) -> Array:
-        """``C / (N - ddof)``, ``[d, d]``.
+        """Covariance ``C / (N - ddof)``, ``[d, d]``.
 
         Raises:
             ValueError: with fewer than two features, which have no covariance.
@@ -76,7 +76,7 @@ class RunningStatistics:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The Gaussian that stands for a set of samples, and where its features came from.
+    """Gaussian that stands for a set of samples, and where its features came from.
 
     Args:
         mu: mean, ``[d]``.
@@ -174,7 +174,7 @@ def require_new_npz(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
-    """Squared Frechet (2-Wasserstein) distance between two Gaussians, the "FID" of their features.
+    """Return the squared Frechet (2-Wasserstein) distance between two Gaussians, the "FID" of their features.
 
         ||mu1 - mu2||^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))        Dowson and Landau (1982)
 
@@ -211,7 +211,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
 
 def _trace_of_root(sigma1: Array, sigma2: Array) -> float:
-    """``tr((S1 S2)^(1/2))``."""
+    """Return ``tr((S1 S2)^(1/2))``."""
     a, b = _regular_factor(sigma1), _regular_factor(sigma2)
     if a is None or b is None:
         return float(np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum())
@@ -226,13 +226,13 @@ def _trace_of_root(sigma1: Array, sigma2: Array) -> float:
 
 
 def _pivot_ratio(factor: Array) -> float:
-    """The smallest pivot of a Cholesky factor over the largest."""
+    """Return the smallest pivot of a Cholesky factor over the largest."""
     pivots = np.square(factor.diagonal())
     return float(pivots.min() / pivots.max())
 
 
 def _regular_factor(sigma: Array) -> Array | None:
-    """The Cholesky factor, None when the matrix is singular or rounding makes it so."""
+    """Return the Cholesky factor, None when the matrix is singular or rounding makes it so."""
     try:
         lower = np.linalg.cholesky(sigma).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
@@ -246,7 +246,7 @@ def _require_symmetric(sigma: Array) -> None:
 
 
 def _factor(sigma: Array) -> Array:
-    """``A`` ``[d, rank]`` with ``sigma = A A^T``, by Cholesky with complete pivoting (LAPACK pstrf)."""
+    """Return ``A`` ``[d, rank]`` with ``sigma = A A^T``, by pivoted Cholesky (LAPACK pstrf)."""
     if not sigma.any():
         return np.zeros((len(sigma), 0))
     lower, pivots, rank, _ = require("scipy.linalg.lapack").dpstrf(sigma, lower=1)

@@ -37,7 +37,7 @@ KID_SUBSET = 1_000
 
 @dataclass(frozen=True)
 class Measured:
-    """The features that one extractor gives of one set.
+    """Features that one extractor gives of one set.
 
     Args:
         statistics: mean and covariance of each output that has some, by its name.
@@ -58,7 +58,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets that one extractor has seen, and how to find the spread of their scores.
+    """Pair of sets that one extractor has seen, and how to find the spread of their scores.
 
     Args:
         extractor: of the features.
@@ -75,7 +75,7 @@ class Comparison:
 
     @cached_property
     def drawn(self) -> Replicates:
-        """The bootstrap's draws, the same for every score."""
+        """Draws of the bootstrap, the same for every score."""
         real = self.real.features.get("features")
         return draw_replicates(
             None if real is None else len(real),
@@ -86,11 +86,11 @@ class Comparison:
 
     @cached_property
     def neighbourhoods(self) -> Neighbourhoods:
-        """See :func:`find_neighbourhoods`."""
+        """Neighbourhoods of both sets; see :func:`find_neighbourhoods`."""
         return find_neighbourhoods(self.real.features["features"], self.generated.features["features"])
 
     def score(self, metric: str, value: float, replicates: Array | None = None, **more: object) -> Score:
-        """A score under its full name, with its interval."""
+        """Return a score under its full name, with its interval."""
         return Score(
             name=self.extractor.full_name(metric),
             value=value,
@@ -128,7 +128,7 @@ def _frechet(sets: Comparison, metric: str, output: str) -> Score:
 
 
 def _per_class(sets: Comparison, metric: str) -> Score:
-    """The mean of the distances of the classes that both sets have."""
+    """Mean of the distances of the classes that both sets have."""
     real, generated = (np.asarray(measured.labels) for measured in (sets.real, sets.generated))
     x, y = sets.real.features["features"], sets.generated.features["features"]
     ddof, drawn = sets.extractor.ddof, sets.drawn
@@ -148,7 +148,7 @@ def _per_class(sets: Comparison, metric: str) -> Score:
 
 
 def _kernel_distance(sets: Comparison, metric: str) -> Score:
-    """torch-fidelity's mean over 100 subsets; the interval is that of the estimate on all samples."""
+    """Mean over torch-fidelity's 100 subsets; the interval is that of the estimate on all samples."""
     real, generated = sets.real.features["features"], sets.generated.features["features"]
     fidelity = require("torch_fidelity.metric_kid")
     size = min(KID_SUBSET, len(real), len(generated))
@@ -160,7 +160,7 @@ def _kernel_distance(sets: Comparison, metric: str) -> Score:
 
 
 def _inception_score(sets: Comparison, metric: str) -> Score:
-    """The mean over consecutive chunks of 5,000 (ADM), a shorter last one included."""
+    """Mean over consecutive chunks of 5,000 (ADM), a shorter last one included."""
     fidelity = require("torch_fidelity.metric_isc")
     logits = sets.generated.features["logits"]
     scores, spread = [], []
@@ -179,7 +179,7 @@ def _inception_score(sets: Comparison, metric: str) -> Score:
 
 
 def _neighbourhood(sets: Comparison, metric: str) -> Score:
-    """A mean over generated samples, or over real ones; the balls stay as they are in its replicates."""
+    """Mean over generated samples, or over real ones; the balls stay as they are in its replicates."""
     values: Array = getattr(sets.neighbourhoods, metric)
     counts = sets.drawn.real if metric in ("recall", "coverage") else sets.drawn.generated
     assert counts is not None
@@ -187,7 +187,7 @@ def _neighbourhood(sets: Comparison, metric: str) -> Score:
 
 
 def _clip_score(sets: Comparison, metric: str) -> Score:
-    """The mean of ``100 max(cos, 0)`` of an image and its text (Hessel et al. 2021, as torchmetrics)."""
+    """Mean of ``100 max(cos, 0)`` of an image and its text (Hessel et al. 2021, as torchmetrics)."""
     assert sets.extractor.embed_texts is not None
     images = sets.generated.features["features"]
     missing = sum(prompt is None for prompt in sets.generated.prompts)
@@ -209,7 +209,7 @@ def _clip_score(sets: Comparison, metric: str) -> Score:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a score is computed and what it needs.
+    """Metric: how a score is computed and what it needs.
 
     Args:
         compute: takes the sets and the metric's name.

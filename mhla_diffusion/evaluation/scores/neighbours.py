@@ -27,7 +27,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """One value a sample; the mean over samples is the score.
+    """Values of every sample; the mean over samples is the score.
 
     Args:
         precision: whether a generated sample lies in the ball of a real one, ``[M]``.
@@ -90,7 +90,7 @@ def find_neighbourhoods(real: NDArray[np.float32], generated: NDArray[np.float32
 
 
 def _radii(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances ``[N]`` to the third and to the fifth nearest other sample."""
+    """Return distances ``[N]`` to the third and to the fifth nearest other sample."""
     found = []
     for rows in features.split(ROWS):
         distance = torch.cdist(rows, features)

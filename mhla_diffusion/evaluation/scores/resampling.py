@@ -30,7 +30,7 @@ KERNEL_SAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Replicates:
-    """How often each sample is drawn in each replicate: ``real`` ``[N, R]`` and ``generated`` ``[M, R]``.
+    """Number of times that each sample is drawn: ``real`` ``[N, R]`` and ``generated`` ``[M, R]``.
 
     ``real`` is None when the real samples are not known, but only their statistics: these stay the same.
     """
@@ -40,7 +40,7 @@ class Replicates:
 
     @property
     def count(self) -> int:
-        """R."""
+        """Number of replicates, R."""
         return self.generated.shape[1]
 
 
@@ -55,7 +55,7 @@ def draw_replicates(num_real: int | None, num_generated: int, *, count: int, see
 
 
 def interval(value: float, replicates: Array) -> tuple[float, float] | None:
-    """95 %: ``value`` plus and minus 1.96 standard deviations of its replicates; None without any.
+    """Return ``value`` plus and minus 1.96 standard deviations of its replicates (95 %); None without any.
 
     Replicates that are not finite, as of a set that was drawn as one sample alone, are left out.
     """
@@ -67,20 +67,20 @@ def interval(value: float, replicates: Array) -> tuple[float, float] | None:
 
 
 def means(values: Array, counts: Array) -> Array:
-    """The mean of ``values`` ``[N]`` in each replicate ``[N, R]``."""
+    """Return the mean of ``values`` ``[N]`` in each replicate ``[N, R]``."""
     return values @ counts / counts.sum(axis=0)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance, ``[d]`` and ``[d, d]``."""
+    """Gaussian of mean and covariance, ``[d]`` and ``[d, d]``."""
 
     mu: Array
     sigma: Array
 
 
 def gaussian(features: Features, *, ddof: int, counts: Array | None = None) -> Gaussian:
-    """Of features ``[N, d]``, each taken as often as ``counts`` ``[N]`` says."""
+    """Return mean and covariance of features ``[N, d]``, each taken as often as ``counts`` ``[N]`` says."""
     running = RunningStatistics(features.shape[1], ddof=ddof)
     for start in range(0, len(features), ROWS):
         rows = np.asarray(features[start : start + ROWS])
@@ -91,7 +91,7 @@ def gaussian(features: Features, *, ddof: int, counts: Array | None = None) -> G
 def frechet_replicates(
     real: Features | None, known: Gaussian, generated: Features, drawn: Replicates, *, ddof: int
 ) -> Array:
-    """The Frechet distance in each replicate, ``[R]``; ``known`` stands for ``real`` when that is None."""
+    """Return the Frechet distance in each replicate, ``[R]``; ``known`` for ``real`` when that is None."""
     return np.array(
         [
             _distance(
@@ -104,7 +104,7 @@ def frechet_replicates(
 
 
 def class_replicates(real: Features, generated: Features, drawn: Replicates, *, ddof: int) -> Array:
-    """The Frechet distance of one class in each replicate of the whole sets, ``[R]``.
+    """Return the Frechet distance of one class in each replicate of the whole sets, ``[R]``.
 
     NaN where fewer than two of its samples were drawn.
     """
@@ -123,7 +123,7 @@ def class_replicates(real: Features, generated: Features, drawn: Replicates, *, 
 def _distance(
     real: Features | None, known: Gaussian, generated: Features, a: Array | None, b: Array, ddof: int
 ) -> float:
-    """Of sets that have each sample as often as the counts ``a`` and ``b`` say."""
+    """Return the Frechet distance of sets with each sample as often as the counts ``a`` and ``b`` say."""
     if real is not None:
         assert a is not None
         return frechet_of_features(real, generated, ddof=ddof, counts=(a, b))
@@ -134,7 +134,7 @@ def _distance(
 def frechet_of_features(
     real: Features, generated: Features, *, ddof: int, counts: tuple[Array, Array] | None = None
 ) -> float:
-    """The Frechet distance of two sets of features ``[N, d]`` and ``[M, d]``.
+    """Return the Frechet distance of two sets of features ``[N, d]`` and ``[M, d]``.
 
     With no more different samples than dimensions the features themselves are factors of the covariances, and
     the trace is the sum of the singular values of their ``N x M`` products (see ``frechet_distance``).
@@ -150,7 +150,7 @@ def frechet_of_features(
 
 
 def _centred(features: Features, counts: Array, ddof: int) -> tuple[Array, Array]:
-    """The mean ``[d]``, and rows ``[n, d]`` whose products add up to the covariance."""
+    """Return the mean ``[d]``, and rows ``[n, d]`` whose products add up to the covariance."""
     taken = counts > 0
     x, w = features[taken].astype(np.float64), counts[taken]
     mu = w @ x / w.sum()
@@ -160,7 +160,7 @@ def _centred(features: Features, counts: Array, ddof: int) -> tuple[Array, Array
 def frechet_curve(
     real: Features | None, known: Gaussian, generated: Features, *, ddof: int, seed: int
 ) -> list[tuple[int, float]]:
-    """The Frechet distance of random subsets of half to all samples, against their number.
+    """Return the Frechet distance of random subsets of half to all samples, against their number.
 
     Of both sets the same share is taken, so that the bias of both falls as 1 / N. Of real samples that are
     known by their statistics alone all are taken, and their part of the bias stays.
@@ -168,7 +168,7 @@ def frechet_curve(
     rng = np.random.default_rng(seed)
 
     def choose(size: int, share: float) -> Array:
-        """1 for the samples of a subset."""
+        """Draw a subset: 1 for its samples, else 0."""
         return (rng.permutation(size) < round(share * size)).astype(np.float64)
 
     curve = []
@@ -180,7 +180,7 @@ def frechet_curve(
 
 
 def extrapolate(curve: list[tuple[int, float]]) -> float:
-    """The value at infinitely many samples, of a line in 1 / N (Chong and Forsyth 2020)."""
+    """Return the value at infinitely many samples, of a line in 1 / N (Chong and Forsyth 2020)."""
     counts, values = np.array(curve).T
     return float(np.polynomial.Polynomial.fit(1 / counts, values, 1)(0.0))
 
@@ -188,7 +188,7 @@ def extrapolate(curve: list[tuple[int, float]]) -> float:
 def kernel_replicates(
     real: Features, generated: Features, drawn: Replicates, kernel: Callable[..., Array], *, seed: int
 ) -> Array:
-    """The unbiased squared maximum mean discrepancy in each replicate, ``[R]``.
+    """Return the unbiased squared maximum mean discrepancy in each replicate, ``[R]``.
 
     Pairs of a sample with itself are left out, also where it was drawn twice, as the estimate would be biased
     by them.
@@ -212,7 +212,7 @@ def _at_most(features: Features, counts: Array, rng: np.random.Generator) -> tup
 def _kernel_sum(
     x: Features, y: Features, a: Array, b: Array, kernel: Callable[..., Array], *, distinct: bool
 ) -> Array:
-    """``sum_ij a_i b_j k(x_i, y_j)`` of each replicate, without ``i = j`` when ``distinct``."""
+    """Return ``sum_ij a_i b_j k(x_i, y_j)`` of each replicate, without ``i = j`` when ``distinct``."""
     total = np.zeros(a.shape[1])
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)

@@ -76,7 +76,7 @@ class NpzImages:
 
 @dataclass
 class DatasetImages:
-    """The images of a Hugging Face dataset: column ``image``, and ``label`` as class ids when there.
+    """Images of a Hugging Face dataset: column ``image``, and ``label`` as class ids when there.
 
     Args:
         path: as it was asked for, in reports.
@@ -144,7 +144,7 @@ IMAGES = SampleKind(
 
 
 def open_images(path: str | Path) -> SampleSet:
-    """The images in a folder, in an npz of the ADM layout or in a dataset; none is decoded yet.
+    """Open the images in a folder, in an npz of the ADM layout or in a dataset; none is decoded yet.
 
     Args:
         path: folder of images, npz, folder that ``datasets`` saved, or ``hf://name`` or ``hf://name:split``
@@ -177,12 +177,12 @@ def _load_dataset(name: str, split: str) -> Any:
 
 
 def _repeat_gray(pixels: Pixels) -> Pixels:
-    """``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]`` as ``[H, W, 3]``."""
+    """Return ``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]`` as ``[H, W, 3]``."""
     return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
 
 
 def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array; leaves the stream at its first element."""
+    """Return shape and type of an array; leaves the stream at its first element."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)

@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class SampleKind:
-    """What a set is of: images, or clips of videos.
+    """Kind of samples: images, or clips of videos.
 
     Args:
         name: of one sample, ``"image"`` or ``"video"``; with an s, the key of their rows in a manifest.
@@ -43,11 +43,11 @@ class SampleKind:
 
 
 class SampleSet(Protocol):
-    """An ordered, finite set of samples that are read one by one."""
+    """Ordered, finite set of samples that are read one by one."""
 
     @property
     def path(self) -> Path | str:
-        """Where it is, as it was asked for."""
+        """Path of the set, as it was asked for."""
         ...
 
     kind: SampleKind
@@ -65,17 +65,17 @@ class SampleSet(Protocol):
     """Samples in the folder that its manifest does not list, and that are left out."""
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
-        """For each name a function that reads the sample, and may be called in any thread."""
+        """Yield for each name a function that reads the sample, and may be called in any thread."""
         ...
 
     def file(self, name: str) -> Path | None:
-        """The file of a sample, None when it has none of its own."""
+        """Return the file of a sample, None when it has none of its own."""
         ...
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that could not be read, and why."""
+    """File that could not be read, and why."""
 
     file: str
     reason: str
@@ -83,7 +83,7 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """What was scored.
+    """Summary of a set that was scored.
 
     Args:
         source: folder or file.
@@ -108,7 +108,7 @@ class SetSummary:
 
 @dataclass
 class Folder:
-    """All samples below a folder, sorted by path, or those that its manifest.json lists, in its order.
+    """Samples below a folder, sorted by path, or those that its manifest.json lists, in its order.
 
     Class ids come from the manifest, else from the subfolders in the order of their names (as torchvision's
     ImageFolder), when there are at least two and no sample lies outside them.
@@ -176,7 +176,7 @@ class Folder:
 
 
 def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[str], list[str]] | None:
-    """The class of each sample of both sets, None when the sets have no class in common.
+    """Return the class of each sample of both sets, None when the sets have no class in common.
 
     Classes are matched by name when the sets have names in common, else by id.
     """
@@ -192,12 +192,12 @@ def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[s
 
 
 def holds_statistics(path: str | Path) -> bool:
-    """Whether ``path`` is an npz with ``mu`` and ``sigma``."""
+    """Check that ``path`` is an npz with ``mu`` and ``sigma``."""
     return _npz_has(path, "mu", "sigma")
 
 
 def holds_samples(path: str | Path) -> bool:
-    """Whether ``path`` is something else than an npz of statistics alone, such as ADM's reference batches."""
+    """Check that ``path`` is not an npz of statistics alone; ADM's reference batches hold images too."""
     return _npz_has(path, "arr_0") or not holds_statistics(path)
 
 
@@ -210,7 +210,7 @@ def _npz_has(path: str | Path, *arrays: str) -> bool:
 
 
 def _find_files(folder: Path, extensions: tuple[str, ...]) -> Iterator[str]:
-    """Paths of files relative to ``folder``, without hidden ones; links are followed, loops not."""
+    """Yield paths of files relative to ``folder``, without hidden ones; links are followed, loops not."""
     for root, directories, files in os.walk(folder, followlinks=True):
         here = Path(os.path.realpath(root))
         directories[:] = [

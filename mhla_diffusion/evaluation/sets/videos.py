@@ -23,7 +23,7 @@ EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 def open_videos(
     path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0, frame_wise: bool = False
 ) -> SampleSet:
-    """The videos in a folder or npy, a clip of each, or when ``frame_wise`` its frames; none is decoded yet.
+    """Open the videos in a folder or npy, a clip of each or, when ``frame_wise``, its frames; decode none.
 
     Raises:
         ValueError: when there is nothing at ``path``, no video in it, or a clip has no frames.
@@ -104,7 +104,7 @@ class ArrayVideos:
 
 @dataclass
 class FramesOfVideos:
-    """The frames of a clip of each video, as images: ``name.mp4#0``, ``name.mp4#1``, ..."""
+    """Frames of a clip of each video, as images: ``name.mp4#0``, ``name.mp4#1``, ..."""
 
     videos: Folder | ArrayVideos
     frames: int
@@ -141,7 +141,7 @@ class FramesOfVideos:
 
 
 class _Once:
-    """A clip that several threads want frames of."""
+    """Clip that several threads want frames of."""
 
     def __init__(self, read: Callable[[], Pixels]) -> None:
         self.read, self.lock = read, threading.Lock()
@@ -155,7 +155,7 @@ class _Once:
 
 
 def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:
-    """One clip of a video, uint8 ``[F, H, W, 3]``.
+    """Read one clip of a video, uint8 ``[F, H, W, 3]``.
 
     Raises:
         UnreadableVideoError: when it cannot be decoded or is too short.
@@ -165,6 +165,6 @@ def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:
 
 
 def _indices(name: str, num_frames: int, *, frames: int, stride: int, seed: int) -> list[int]:
-    """The frames of a clip from a random one."""
+    """Choose the frames of a clip from a random one."""
     start = random.Random(f"{seed} {name}").random()
     return clip_indices(num_frames, length=frames, step=stride, start=start)
