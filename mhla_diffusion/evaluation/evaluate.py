@@ -255,8 +255,6 @@ def _evaluate(
             flags += _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
-            for caution in cautions(scores):
-                logger.warning("Caution: %s", caution)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
             report = Report(
                 scores=scores,
@@ -281,7 +279,7 @@ def _scores(
     settings: _Settings,
     flags: list[str],
 ) -> tuple[list[Score], Neighbourhoods | None]:
-    """Compute all scores, and the neighbourhoods when scores need them."""
+    """Compute all scores, and neighbourhoods when scores need them; log the scores, then their cautions."""
     scores, neighbourhoods = [], None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
         sets = Comparison(
@@ -299,6 +297,8 @@ def _scores(
                 logger.info("%s", scores[-1])
         # A cached property is there once a score has asked for it.
         neighbourhoods = neighbourhoods or sets.__dict__.get("neighbourhoods")
+    for caution in cautions(scores):
+        logger.warning("Caution: %s", caution)
     return scores, neighbourhoods
 
 

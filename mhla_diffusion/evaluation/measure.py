@@ -108,63 +108,77 @@ def measure(
         ValueError: when fewer than two samples or less than ``1 - max_skipped`` of them can be read, or
             features are not finite.
     """
-    collected = [_Collected(extractor, scratch, title) for extractor in extractors]
-    fingerprint = hashlib.sha256()
-    skipped: list[SkippedFile] = []
-    indices: list[int] = []
-    digests: list[bytes] = []
-    main = PartialState().is_main_process
+    found = _Found(samples, [_Collected(extractor, scratch, title) for extractor in extractors], title)
+    shown = PartialState().is_main_process
     with (
         nullcontext() if settings.cache is None else closing(FeatureCache(settings.cache)) as cache,
-        tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not main) as progress,
+        tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not shown) as progress,
     ):
-        first = 0
         for rows in _rows(samples, extractors, settings, cache):
-            for index, row in enumerate(rows, first):
-                if row.error is None:
-                    indices.append(index)
-                    digests.append(row.digest)
-                    fingerprint.update(row.digest)
-                else:
-                    skipped.append(SkippedFile(row.name, row.error))
-                    if main:
-                        logger.warning("%s: skipped %s: %s", title, row.name, row.error)
-            first += len(rows)
-            _refuse_too_many(samples, skipped, settings.max_skipped)
-            if main:
-                good = [row for row in rows if row.error is None]
-                for part in collected:
-                    part.add([row.features[part.extractor.name] for row in good])
+            found.add(rows, settings.max_skipped)
             progress.update(len(rows))
-    if len(indices) < 2:
-        cause = f" (the first that is not, {skipped[0].file}: {skipped[0].reason})" if skipped else ""
-        raise ValueError(
-            f"{samples.path} has {len(indices)} readable {samples.kind.name}(s) of "
-            f"{len(samples.names)}{cause}; a covariance needs at least 2"
-        )
-    summary = SetSummary(
-        source=str(samples.path),
-        count=len(indices),
-        fingerprint=fingerprint.hexdigest(),
-        skipped=skipped,
-        duplicates=len(digests) - len(set(digests)),
-        unlisted=samples.unlisted,
-        manifest=samples.manifest,
-    )
-    measured = {}
-    if main:
-        prompts = [samples.prompts.get(samples.names[index]) for index in indices]
-        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in collected}
-    return Pass(measured, summary, indices, digests)
+    return found.finish()
 
 
-def _refuse_too_many(samples: SampleSet, skipped: list[SkippedFile], share: float) -> None:
-    if len(skipped) > share * len(samples.names) and len(skipped) < len(samples.names) - 1:
-        raise ValueError(
-            f"{len(skipped)} of the {len(samples.names):,} {samples.kind.name}s in {samples.path} could not "
-            f"be read, more than the share max_skipped = {share:g}; the first, {skipped[0].file}: "
-            f"{skipped[0].reason}. Mend the set, or score the rest by a larger max_skipped"
+class _Found:
+    """Samples that were read so far, and those that could not be."""
+
+    def __init__(self, samples: SampleSet, collected: list[_Collected], title: str) -> None:
+        self.samples, self.collected, self.title = samples, collected, title
+        self.main = PartialState().is_main_process
+        self.fingerprint = hashlib.sha256()
+        self.skipped: list[SkippedFile] = []
+        self.indices: list[int] = []
+        self.digests: list[bytes] = []
+
+    def add(self, rows: list[_Row], max_skipped: float) -> None:
+        """Add the next rows of the set."""
+        for index, row in enumerate(rows, len(self.indices) + len(self.skipped)):
+            if row.error is None:
+                self.indices.append(index)
+                self.digests.append(row.digest)
+                self.fingerprint.update(row.digest)
+            else:
+                self.skipped.append(SkippedFile(row.name, row.error))
+                if self.main:
+                    logger.warning("%s: skipped %s: %s", self.title, row.name, row.error)
+        self._refuse_too_many_skipped(max_skipped)
+        if self.main:
+            good = [row for row in rows if row.error is None]
+            for part in self.collected:
+                part.add([row.features[part.extractor.name] for row in good])
+
+    def _refuse_too_many_skipped(self, share: float) -> None:
+        samples, skipped = self.samples, self.skipped
+        if len(skipped) > share * len(samples.names) and len(skipped) < len(samples.names) - 1:
+            raise ValueError(
+                f"{len(skipped)} of the {len(samples.names):,} {samples.kind.name}s in {samples.path} could "
+                f"not be read, more than the share max_skipped = {share:g}; the first, {skipped[0].file}: "
+                f"{skipped[0].reason}. Mend the set, or score the rest by a larger max_skipped"
+            )
+
+    def finish(self) -> Pass:
+        """Return what the whole pass found."""
+        samples, skipped = self.samples, self.skipped
+        if len(self.indices) < 2:
+            cause = f" (the first that is not, {skipped[0].file}: {skipped[0].reason})" if skipped else ""
+            raise ValueError(
+                f"{samples.path} has {len(self.indices)} readable {samples.kind.name}(s) of "
+                f"{len(samples.names)}{cause}; a covariance needs at least 2"
+            )
+        summary = SetSummary(
+            source=str(samples.path),
+            count=len(self.indices),
+            fingerprint=self.fingerprint.hexdigest(),
+            skipped=skipped,
+            duplicates=len(self.digests) - len(set(self.digests)),
+            unlisted=samples.unlisted,
+            manifest=samples.manifest,
         )
+        prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
+        parts = self.collected if self.main else []
+        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in parts}
+        return Pass(measured, summary, self.indices, self.digests)
 
 
 class _Collected:

@@ -297,33 +297,44 @@ def choose_metrics(
     names = list(METRICS) if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {', '.join(METRICS)}")
-    smallest = min(len(samples.names) for samples in (real, generated) if samples is not None)
     chosen = []
     for name in names:
         metric = METRICS[name]
-        missing = None
         fit = [
             extractor
             for extractor in extractors
             if metric.output in extractor.outputs and (extractor.embed_texts or not metric.needs_texts)
         ]
-        if not fit:
-            missing = f"the extractor {'clip' if metric.needs_texts else 'inception_adm'}"
-        elif metric.needs_real and real is None:
-            missing = "the real samples, not their statistics"
-        elif name == "sfid" and known is not None and known.spatial is None:
-            missing = "statistics with mu_s and sigma_s, or the real samples"
-        elif metric.needs_classes and common_classes(real, generated) is None:
-            missing = "classes in both sets: subfolders, labels in an npz or class ids in a manifest"
-        elif metric.needs_texts and not generated.prompts:
-            missing = "prompts in the manifest.json of the generated images"
-        elif smallest < metric.min_samples:
-            missing = f"at least {metric.min_samples} samples in each set, and there are {smallest}"
+        missing = _missing(metric, fit, real, generated, known)
         if missing and asked != "auto":
             raise ValueError(f"{name} needs {missing}")
         if not missing:
             chosen += [(name, extractor) for extractor in fit]
     return chosen
+
+
+def _missing(
+    metric: Metric,
+    fit: Sequence[FeatureExtractor],
+    real: SampleSet | None,
+    generated: SampleSet,
+    known: FeatureStatistics | None,
+) -> str | None:
+    """Return what a metric needs and is not there, in words; None when all is."""
+    smallest = min(len(samples.names) for samples in (real, generated) if samples is not None)
+    if not fit:
+        return f"the extractor {'clip' if metric.needs_texts else 'inception_adm'}"
+    if metric.needs_real and real is None:
+        return "the real samples, not their statistics"
+    if metric.output == "spatial" and known is not None and known.spatial is None:
+        return "statistics with mu_s and sigma_s, or the real samples"
+    if metric.needs_classes and common_classes(real, generated) is None:
+        return "classes in both sets: subfolders, labels in an npz or class ids in a manifest"
+    if metric.needs_texts and not generated.prompts:
+        return "prompts in the manifest.json of the generated images"
+    if smallest < metric.min_samples:
+        return f"at least {metric.min_samples} samples in each set, and there are {smallest}"
+    return None
 
 
 def _tensor(features: NDArray[np.float32]) -> torch.Tensor:
