@@ -13,4 +13,4 @@ from mhla_diffusion.optional import require
 def test_a_missing_package_says_what_to_install(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(ImportError, match=rf"'decord' .* pip install mhla-diffusion\[{extra}\]"):
-        require("decord.bridge", extra)
+        require("decord.absent", extra)
