@@ -30,7 +30,6 @@ from .attention import MHLA, MHLAConfig
 from .backbones import backbone_of_config, convert_to_mhla, stock_names
 from .backbones.grid import find_grid, token_grid
 from .backbones.processors import rotary_pairs, split_heads
-from .evaluation.optional import require
 from .files.writing import require_absent, write_file
 from .hub import component_subfolder, load_component_config
 from .ops import (
@@ -41,6 +40,7 @@ from .ops import (
     mhla_reference,
     recommended_layout,
 )  # fmt: skip
+from .optional import require
 
 # Most of diffusers' newer models have a class of their own, with this mixin.
 _ATTENTION_LAYERS = (Attention, AttentionModuleMixin)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .benchmark import interleaved, machine, markdown_table, spread
 from .evaluation import evaluate_images, evaluate_videos, frechet_distance
-from .evaluation.files import open_images
-from .evaluation.image_features import INCEPTION
-from .evaluation.optional import require
+from .evaluation.networks.images import INCEPTION
+from .evaluation.sets.images import open_images
+from .optional import require
 
 
 def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 16) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,27 +70,49 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_installed_wheel_imports_and_is_light(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run_installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """``run_installed(program)``: in a process that finds the wheel, and the repository nowhere."""
+    site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    program = f"""
+        archive.extractall(site)
+    start = f"""
 import sys
-sys.path = [{str(tmp_path / "site")!r}] + [p for p in sys.path if p != {str(ROOT)!r}]
+sys.path = [{str(site)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
+import mhla_diffusion
+assert mhla_diffusion.__file__.startswith({str(site)!r}), mhla_diffusion.__file__
+"""
+
+    def run(program: str) -> None:
+        command = [sys.executable, "-c", start + program]
+        result = subprocess.run(command, cwd=site, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    return run
+
+
+def test_the_installed_wheel_imports_and_is_light(run_installed: Callable[[str], None]) -> None:
+    run_installed(f"""
 from diffusers import DiTPipeline
 before = set(sys.modules)
-import mhla_diffusion
 from mhla_diffusion import {", ".join(PUBLIC_NAMES)}
-assert mhla_diffusion.__file__.startswith({str(tmp_path)!r}), mhla_diffusion.__file__
 assert MHLAPipeline.__module__ == "mhla_diffusion.pipelines.auto"
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 heavy = {{"triton", "torchvision", "decord", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()
-"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+""")
+
+
+def test_the_installed_wheel_has_the_pages_of_an_evaluation(run_installed: Callable[[str], None]) -> None:
+    report = str(ROOT / "tests" / "saved" / "report-image" / "report")
+    run_installed(f"""
+from mhla_diffusion.evaluation import compare_reports
+page = compare_reports([{report!r}] * 2).to_html()
+assert page.startswith("<!doctype html>") and "--paper" in page, page[:200]
+""")
 
 
 def test_import_reads_nothing_until_it_is_used() -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.evaluation import compare_reports, evaluate_images, evaluate_videos
-from mhla_diffusion.evaluation.image_features import load_extractor
-from mhla_diffusion.evaluation.video_features import load_video_extractor
+from mhla_diffusion.evaluation.networks.images import load_extractor
+from mhla_diffusion.evaluation.networks.videos import load_video_extractor
 from mhla_diffusion.pipelines.generation import generate_images
 from tests.processes import run_script
 

@@ -6,30 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .features import FeatureExtractor
-    from .fid import compute_statistics, evaluate_images
-    from .frechet import FeatureStatistics, RunningStatistics, frechet_distance
-    from .fvd import evaluate_videos
-    from .image_features import load_extractor
-    from .report import Report, Score
-    from .side_by_side import SideBySide, compare_reports
-    from .video_features import load_video_extractor
+    from .evaluate import compute_statistics, evaluate_images, evaluate_videos
+    from .networks.extractor import FeatureExtractor
+    from .networks.images import load_extractor
+    from .networks.videos import load_video_extractor
+    from .pages.comparison import SideBySide, compare_reports
+    from .pages.report import Report
+    from .scores.frechet import FeatureStatistics, RunningStatistics, frechet_distance
+    from .scores.score import Score
 
 # Resolved on first use: importing this costs nothing until something is computed.
 _HOMES = {
-    "FeatureExtractor": ".features",
-    "FeatureStatistics": ".frechet",
-    "Report": ".report",
-    "RunningStatistics": ".frechet",
-    "Score": ".report",
-    "SideBySide": ".side_by_side",
-    "compare_reports": ".side_by_side",
-    "compute_statistics": ".fid",
-    "evaluate_images": ".fid",
-    "evaluate_videos": ".fvd",
-    "frechet_distance": ".frechet",
-    "load_extractor": ".image_features",
-    "load_video_extractor": ".video_features",
+    "FeatureExtractor": ".networks.extractor",
+    "FeatureStatistics": ".scores.frechet",
+    "Report": ".pages.report",
+    "RunningStatistics": ".scores.frechet",
+    "Score": ".scores.score",
+    "SideBySide": ".pages.comparison",
+    "compare_reports": ".pages.comparison",
+    "compute_statistics": ".evaluate",
+    "evaluate_images": ".evaluate",
+    "evaluate_videos": ".evaluate",
+    "frechet_distance": ".scores.frechet",
+    "load_extractor": ".networks.images",
+    "load_video_extractor": ".networks.videos",
 }
 
 __all__ = [

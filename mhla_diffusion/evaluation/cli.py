@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .fid import compute_statistics, evaluate_images
-from .frechet import require_new_npz
-from .fvd import evaluate_videos
-from .optional import require
-from .report import Report, require_no_report
-from .side_by_side import compare_reports
-from .vbench import export_vbench
+from ..optional import require
+from .evaluate import compute_statistics, evaluate_images, evaluate_videos
+from .pages.comparison import compare_reports
+from .pages.report import Report, require_no_report
+from .scores.frechet import require_new_npz
+from .sets.vbench import export_vbench
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,10 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .features import FeatureExtractor, file_sha256
-from .files import Pixels, SampleKind, SampleSet
-from .frechet import FeatureStatistics, RunningStatistics
-from .metrics import Measured
-from .report import SetSummary, SkippedFile
+from .networks.extractor import FeatureExtractor, file_sha256
+from .scores.frechet import FeatureStatistics, RunningStatistics
+from .scores.metrics import Measured
+from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How a set is passed over.
+    """Settings of a pass over a set.
 
     Args:
         batch_size: samples in one forward pass; changes the score by rounding only.
@@ -60,7 +59,7 @@ class PassSettings:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over a set found.
+    """Result of one pass over a set.
 
     Args:
         measured: by the name of the extractor.
@@ -77,7 +76,7 @@ class Pass:
 
 @dataclass
 class _Row:
-    """A sample on its way: first what to compute features from, then the features, by extractor."""
+    """Sample on its way: first what to compute features from, then the features, by extractor."""
 
     name: str
     digest: bytes = b""
@@ -109,67 +108,81 @@ def measure(
         ValueError: when fewer than two samples or less than ``1 - max_skipped`` of them can be read, or
             features are not finite.
     """
-    collected = [_Collected(extractor, scratch, title) for extractor in extractors]
-    fingerprint = hashlib.sha256()
-    skipped: list[SkippedFile] = []
-    indices: list[int] = []
-    digests: list[bytes] = []
-    main = PartialState().is_main_process
+    found = _Found(samples, [_Collected(extractor, scratch, title) for extractor in extractors], title)
+    shown = PartialState().is_main_process
     with (
         nullcontext() if settings.cache is None else closing(FeatureCache(settings.cache)) as cache,
-        tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not main) as progress,
+        tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not shown) as progress,
     ):
-        first = 0
         for rows in _rows(samples, extractors, settings, cache):
-            for index, row in enumerate(rows, first):
-                if row.error is None:
-                    indices.append(index)
-                    digests.append(row.digest)
-                    fingerprint.update(row.digest)
-                else:
-                    skipped.append(SkippedFile(row.name, row.error))
-                    if main:
-                        logger.warning("%s: skipped %s: %s", title, row.name, row.error)
-            first += len(rows)
-            _refuse_too_many(samples, skipped, settings.max_skipped)
-            if main:
-                good = [row for row in rows if row.error is None]
-                for part in collected:
-                    part.add([row.features[part.extractor.name] for row in good])
+            found.add(rows, settings.max_skipped)
             progress.update(len(rows))
-    if len(indices) < 2:
-        cause = f" (the first that is not, {skipped[0].file}: {skipped[0].reason})" if skipped else ""
-        raise ValueError(
-            f"{samples.path} has {len(indices)} readable {samples.kind.name}(s) of "
-            f"{len(samples.names)}{cause}; a covariance needs at least 2"
-        )
-    summary = SetSummary(
-        source=str(samples.path),
-        count=len(indices),
-        fingerprint=fingerprint.hexdigest(),
-        skipped=skipped,
-        duplicates=len(digests) - len(set(digests)),
-        unlisted=samples.unlisted,
-        manifest=samples.manifest,
-    )
-    measured = {}
-    if main:
-        prompts = [samples.prompts.get(samples.names[index]) for index in indices]
-        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in collected}
-    return Pass(measured, summary, indices, digests)
+    return found.finish()
 
 
-def _refuse_too_many(samples: SampleSet, skipped: list[SkippedFile], share: float) -> None:
-    if len(skipped) > share * len(samples.names) and len(skipped) < len(samples.names) - 1:
-        raise ValueError(
-            f"{len(skipped)} of the {len(samples.names):,} {samples.kind.name}s in {samples.path} could not "
-            f"be read, more than the share max_skipped = {share:g}; the first, {skipped[0].file}: "
-            f"{skipped[0].reason}. Mend the set, or score the rest by a larger max_skipped"
+class _Found:
+    """Samples that were read so far, and those that could not be."""
+
+    def __init__(self, samples: SampleSet, collected: list[_Collected], title: str) -> None:
+        self.samples, self.collected, self.title = samples, collected, title
+        self.main = PartialState().is_main_process
+        self.fingerprint = hashlib.sha256()
+        self.skipped: list[SkippedFile] = []
+        self.indices: list[int] = []
+        self.digests: list[bytes] = []
+
+    def add(self, rows: list[_Row], max_skipped: float) -> None:
+        """Add the next rows of the set."""
+        for index, row in enumerate(rows, len(self.indices) + len(self.skipped)):
+            if row.error is None:
+                self.indices.append(index)
+                self.digests.append(row.digest)
+                self.fingerprint.update(row.digest)
+            else:
+                self.skipped.append(SkippedFile(row.name, row.error))
+                if self.main:
+                    logger.warning("%s: skipped %s: %s", self.title, row.name, row.error)
+        self._refuse_too_many_skipped(max_skipped)
+        if self.main:
+            good = [row for row in rows if row.error is None]
+            for part in self.collected:
+                part.add([row.features[part.extractor.name] for row in good])
+
+    def _refuse_too_many_skipped(self, share: float) -> None:
+        samples, skipped = self.samples, self.skipped
+        if len(skipped) > share * len(samples.names) and len(skipped) < len(samples.names) - 1:
+            raise ValueError(
+                f"{len(skipped)} of the {len(samples.names):,} {samples.kind.name}s in {samples.path} could "
+                f"not be read, more than the share max_skipped = {share:g}; the first, {skipped[0].file}: "
+                f"{skipped[0].reason}. Mend the set, or score the rest by a larger max_skipped"
+            )
+
+    def finish(self) -> Pass:
+        """Return what the whole pass found."""
+        samples, skipped = self.samples, self.skipped
+        if len(self.indices) < 2:
+            cause = f" (the first that is not, {skipped[0].file}: {skipped[0].reason})" if skipped else ""
+            raise ValueError(
+                f"{samples.path} has {len(self.indices)} readable {samples.kind.name}(s) of "
+                f"{len(samples.names)}{cause}; a covariance needs at least 2"
+            )
+        summary = SetSummary(
+            source=str(samples.path),
+            count=len(self.indices),
+            fingerprint=self.fingerprint.hexdigest(),
+            skipped=skipped,
+            duplicates=len(self.digests) - len(set(self.digests)),
+            unlisted=samples.unlisted,
+            manifest=samples.manifest,
         )
+        prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
+        parts = self.collected if self.main else []
+        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in parts}
+        return Pass(measured, summary, self.indices, self.digests)
 
 
 class _Collected:
-    """What one extractor gave so far."""
+    """Features and statistics that one extractor gave so far."""
 
     def __init__(self, extractor: FeatureExtractor, scratch: Path | None, title: str) -> None:
         self.extractor = extractor
@@ -178,7 +191,7 @@ class _Collected:
         self.place = None if scratch is None else scratch / f"{title}-{extractor.name}"
 
     def add(self, rows: list[Row]) -> None:
-        """Rows of one batch."""
+        """Add the rows of one batch."""
         for output in self.extractor.outputs if rows else ():
             values = np.stack([row[output] for row in rows])
             if output != "logits":
@@ -192,7 +205,7 @@ class _Collected:
                 self.files[output].append(values)
 
     def finish(self, summary: SetSummary, kind: SampleKind, prompts: list[str | None]) -> Measured:
-        """Statistics and features of the whole set."""
+        """Return statistics and features of the whole set."""
         spatial, running = self.running.get("spatial"), self.running["features"]
         statistics = FeatureStatistics(
             running.mean,
@@ -213,7 +226,7 @@ def _rows(
     settings: PassSettings,
     cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
-    """All samples in the order of the set, with features, batches of every process one after the other."""
+    """Yield all samples with features, in the order of the set: batches of one process after the other."""
     state = PartialState()
     own = _own_batches(samples, extractors, settings, cache)
     rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
@@ -231,7 +244,7 @@ def _own_batches(
     settings: PassSettings,
     cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
-    """This process's batches; threads prepare the next one while one is used."""
+    """Yield this process's batches; threads prepare the next one while one is used."""
     state = PartialState()
     protocols = {extractor.name: _cache_protocol(extractor, samples.kind) for extractor in extractors}
     readers = zip(samples.names, samples.readers(), strict=True)
@@ -308,7 +321,7 @@ def _add_features(rows: list[_Row], extractors: Sequence[FeatureExtractor]) -> N
 
 
 def _cache_protocol(extractor: FeatureExtractor, kind: SampleKind) -> str:
-    """Everything besides the file that features depend on."""
+    """Return everything besides the file that features depend on."""
     parts = (extractor.name, extractor.weights_sha256, extractor.resize, extractor.normalization)
     return "\n".join((*parts, kind.conversion, kind.sampling or ""))
 

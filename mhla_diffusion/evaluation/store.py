@@ -1,4 +1,4 @@
-"""Where features stay: on disk for the time of a run, and in a cache from one run to the next."""
+"""Features on disk for the time of a run, and in a cache from one run to the next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, NDArray[np.float32]]
 
 
 class FeatureFile:
-    """Features that are written row by row and read as one array, without being held in memory."""
+    """File of features that are written row by row and read as one array, without being held in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,20 +31,20 @@ class FeatureFile:
             file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
 
     def read(self) -> NDArray[np.float32]:
-        """All rows, ``[N, d]``; the system reads the parts that are used. Changes stay in memory."""
+        """Read all rows, ``[N, d]``; the system reads the parts that are used. Changes stay in memory."""
         return np.memmap(self.path, np.float32, mode="c").reshape(-1, self._dimension)
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """What is known of a sample from an earlier run: the hash of its pixels and its features."""
+    """Record of a sample from an earlier run: the hash of its pixels and its features."""
 
     digest: bytes
     features: Row
 
 
 class FeatureCache:
-    """Features from earlier runs, by the hash of the file and everything that they depend on besides it.
+    """Cache of features, by the hash of the file and everything that they depend on besides it.
 
     A SQLite file in ``folder``: what was stored is there after a crash, nothing else, and several processes
     may use it at once.
@@ -67,7 +67,7 @@ class FeatureCache:
             raise ValueError(f"{path} is not a cache of features ({error}): remove it") from error
 
     def find(self, protocol: str, sample: str) -> CachedSample | None:
-        """What is stored of a sample, if anything."""
+        """Find what is stored of a sample; None when nothing is."""
         query = "SELECT output, digest, data FROM features WHERE protocol = ? AND sample = ?"
         with self._lock:
             found = self._connection.execute(query, (protocol, sample)).fetchall()

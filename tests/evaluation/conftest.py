@@ -1,4 +1,4 @@
-"""A small real extractor and small real image files."""
+"""A small real extractor and small real files of images and videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.evaluation import FeatureExtractor
-from mhla_diffusion.evaluation.image_features import clean_resize
+from mhla_diffusion.evaluation.networks.images import clean_resize
+from mhla_diffusion.files.videos import write_video
 
 
 def _mean_colours(images: Tensor) -> Tensor:
@@ -73,5 +74,17 @@ def write_manifest() -> Callable[..., None]:
         ]
         manifest = {"model": "runs/<digits>", "num_inference_steps": 20, "images": rows}
         (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return write
+
+
+@pytest.fixture
+def write_videos(tmp_path: Path) -> Callable[..., Path]:
+    """``write_videos(name, clips)``: MP4 files of clips uint8 ``[count, F, H, W, 3]``."""
+
+    def write(name: str, clips: np.ndarray) -> Path:
+        for index, clip in enumerate(clips):
+            write_video(clip, tmp_path / name / f"{index:04d}.mp4", fps=8)
+        return tmp_path / name
 
     return write

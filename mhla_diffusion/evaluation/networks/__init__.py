@@ -1,0 +1,1 @@
+"""Networks whose features are scored, with everything about them that changes a score."""

@@ -1,0 +1,1 @@
+"""Pages: scores and samples as JSON, Markdown and self-contained HTML."""

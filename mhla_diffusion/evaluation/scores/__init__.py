@@ -1,0 +1,1 @@
+"""Scores of features: what each is, how it is computed, and how far it would differ with other samples."""

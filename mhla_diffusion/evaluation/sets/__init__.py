@@ -1,0 +1,1 @@
+"""Sets that are scored: images or videos in files, read one by one."""

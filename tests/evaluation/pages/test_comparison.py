@@ -1,0 +1,120 @@
+"""Several reports in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mhla_diffusion.evaluation import FeatureExtractor, compare_reports, evaluate_images
+from tests.processes import run_script
+
+MakeReport = Callable[..., Path]
+
+
+@pytest.fixture
+def make_report(
+    extractor: FeatureExtractor,
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> MakeReport:
+    real = write_folder("real", make_pixels(30))
+
+    def make(
+        name: str, brightness: int, count: int = 25, resize: str = "16 x 16", **settings: object
+    ) -> Path:
+        generated = write_folder(f"{name}-images", make_pixels(count, seed=len(name), brightness=brightness))
+        report = evaluate_images(
+            real, generated, extractor=dataclasses.replace(extractor, resize=resize), **settings
+        )
+        report.save(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def test_runs_of_one_protocol_are_ranked_and_averaged(make_report: MakeReport) -> None:
+    folders = [make_report("good", 0), make_report("better?", 1, bootstrap=30), make_report("bad", 40)]
+    table = compare_reports(folders)
+    assert table.differences == {}
+    row = table.rows[0]
+    assert row.name == "fd_mean_colours"
+    values = [json.loads((folder / "report.json").read_text())["scores"][0]["value"] for folder in folders]
+    assert [score.value for score in row.scores if score] == values
+    assert row.best == [0, 1]
+    assert row.mean == pytest.approx(np.mean(values))
+    assert row.std == pytest.approx(np.std(values, ddof=1))
+    text = table.to_markdown()
+    assert "do not compare" not in text
+    assert f"**{row.scores[0].text()}**" in text  # type: ignore[union-attr]
+
+
+def test_runs_of_different_protocols_are_not_compared_silently(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1, count=20), make_report("ccc", 2, resize="8 x 8")]
+    table = compare_reports(folders)
+    assert table.differences["generated.count"] == ["25", "20", "25"]
+    assert table.differences["extractors.mean_colours.resize"] == ["16 x 16", "16 x 16", "8 x 8"]
+    assert all(row.best == [] and row.mean is None for row in table.rows)
+    assert "were not scored in the same way" in table.to_markdown()
+    page = table.to_html()
+    assert 'class="card alarm" role="alert"' in page
+    assert "their scores do not compare" in page
+
+
+def test_cautions_stand_once_below_the_scores(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1), make_report("ccc", 2, count=20)]
+    table = compare_reports(folders)
+    first, second, third = table.cautions()
+    assert first.startswith("Only 30 real images")
+    assert second.startswith(f"{folders[0]}, {folders[1]}: Only 25 generated images")
+    assert third.startswith(f"{folders[2]}: Only 20 generated images")
+    for text in (table.to_markdown(), table.to_html()):
+        last = max(text.index(row.name) for row in table.rows)
+        for caution in (first, second, third):
+            assert text.count(caution) == 1
+            assert text.index(caution) > last
+    assert table.to_markdown().endswith(f"\n- {first}\n- {second}\n- {third}\n")
+
+
+def test_samples_of_runs_stand_side_by_side(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1)]
+    samples = [json.loads((folder / "samples.json").read_text()) for folder in folders]
+    assert [len(its) for its in samples] == [12, 12]
+    page = compare_reports(folders).to_html()
+    for its in samples:
+        assert all(sample["data_uri"] in page for sample in its)
+    (folders[1] / "samples.json").unlink()
+    page = compare_reports(folders).to_html()
+    assert samples[0][0]["data_uri"] in page
+    assert "No samples.json beside this report." in page
+
+
+def test_what_is_no_report_is_refused(make_report: MakeReport, tmp_path: Path) -> None:
+    folder = make_report("a", 0)
+    with pytest.raises(ValueError, match="two reports or more are compared, got 1"):
+        compare_reports([folder])
+    with pytest.raises(ValueError, match="nowhere is not a report"):
+        compare_reports([folder, tmp_path / "nowhere"])
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.json").write_text(json.dumps({"schema_version": 1, "scores": []}))
+    with pytest.raises(ValueError, match="schema_version 1, not 2: score the samples again"):
+        compare_reports([folder, old])
+
+
+def test_the_command_takes_folders_one_after_the_other(make_report: MakeReport, tmp_path: Path) -> None:
+    folders = [make_report("a", 0), make_report("bb", 30)]
+    command = ["evaluate", "compare", *folders, "--out", tmp_path]
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
+    assert "| fd_mean_colours |" in result.stderr
+    assert result.stderr.count("Only 30 real images") == 1
+    assert (tmp_path / "comparison.html").is_file()
+    again = run_script(*command)
+    assert again.returncode == 1
+    assert "already there" in again.stderr

@@ -1,0 +1,139 @@
+"""report.json and report.html, and the script that writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mhla_diffusion.evaluation import FeatureExtractor, Report, evaluate_images
+from tests.processes import run_script
+
+
+@pytest.fixture
+def report(
+    extractor: FeatureExtractor,
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: Callable[..., Path],
+    write_manifest: Callable[..., None],
+) -> Report:
+    real = write_folder("real", make_pixels(12), classes=["cat", "<dog>"])
+    generated = write_folder("generated", make_pixels(9, seed=1))
+    write_manifest(generated, [0, 1] * 4)
+    (generated / "0002.png").write_text("no image")
+    return evaluate_images(real, generated, extractor=extractor, max_skipped=0.2)
+
+
+def test_json_holds_scores_counts_and_protocol(report: Report, tmp_path: Path) -> None:
+    report.save(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["schema_version"] == 2
+    assert content["scores"][0]["name"] == "fd_mean_colours"
+    assert content["scores"][0]["value"] == report.scores[0].value
+    assert len(content["scores"][0]["flags"]) == 2
+    assert content["real"]["count"] == 12
+    assert content["generated"]["count"] == 7
+    assert content["generated"]["skipped"][0]["file"] == "0002.png"
+    assert content["generated"]["unlisted"] == 1
+    assert content["generated"]["manifest"]["num_inference_steps"] == 20
+    protocol = content["protocol"]
+    own = protocol["extractors"]["mean_colours"]
+    assert own["weights_sha256"] == "0" * 64
+    assert {"resize", "normalization", "weights", "statistics"} <= set(own)
+    assert {"conversion", "intervals", "scores", "device", "date", "versions"} <= set(protocol)
+    names = ["report.html", "report.json", "report.md", "samples.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_html_is_one_file_with_the_score_and_both_grids(report: Report) -> None:
+    html = report.to_html()
+    assert f"{report.scores[0].value:.2f}" in html
+    assert all(flag in html for flag in report.scores[0].flags)
+    sources: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            sources.extend(str(value) for key, value in attrs if key in ("src", "href"))
+
+    Links().feed(html)
+    # Beside the grids 7 pairs of nearest neighbours, and all as the most and the least realistic.
+    assert len(sources) == 12 + 7 + 2 * 7 + 2 * 7
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|url\(|@import", html)
+    assert "&lt;dog&gt;" in html
+    assert "<dog>" not in html
+    assert "runs/&lt;digits&gt;" in html
+
+
+def test_cautions_stand_once_below_the_scores(report: Report) -> None:
+    flags = report.scores[0].flags
+    assert len(report.scores) > 5
+    assert all(score.flags == flags for score in report.scores)
+    for text in (str(report), report.to_markdown(), report.to_html()):
+        last = max(text.index(score.name) for score in report.scores)
+        for flag in flags:
+            assert text.count(flag) == 1
+            assert text.index(flag) > last
+    assert str(report).splitlines()[-2:] == [f"Caution: {flag}" for flag in flags]
+
+
+def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report.save(out)
+    (out / "report.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"report\.md, .*report\.html, .*samples\.json already there"):
+        report.save(out)
+    assert (out / "report.json").read_text() == "mine"
+    report.save(out, overwrite=True)
+    assert json.loads((out / "report.json").read_text())["schema_version"] == 2
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_script("evaluate", "image", *arguments)
+
+
+def test_script_scores_and_saves_statistics(
+    make_pixels: Callable[..., np.ndarray], write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    real, generated = write_folder("real", make_pixels(4)), write_folder("generated", make_pixels(3, seed=1))
+    result = _run(
+        *("--real", real, "--generated", generated, "--out", tmp_path / "out"),
+        *("--extractor", "efficientnet_lite0", "--save_stats", tmp_path / "real.npz"),
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["scores"][0]["name"] == "fd_efficientnet_lite0"
+    assert content["scores"][0]["value"] > 0
+    flags = content["scores"][0]["flags"]
+    assert "does not compare with published FID" in flags[-1]
+    assert result.stderr.count(" = ") == len(content["scores"])
+    last = result.stderr.rindex(" = ")
+    for flag in flags:
+        assert result.stderr.count(flag) == 1
+        assert result.stderr.index(flag) > last
+    assert "evaluate.py image --real" in content["protocol"]["command"]
+    with np.load(tmp_path / "real.npz") as statistics:
+        assert (statistics["mu"].shape, int(statistics["n"])) == ((1280,), 4)
+        assert statistics["extractor"] == "efficientnet_lite0"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--batchsize", "3"], "unrecognized arguments: --batchsize"),
+        (["--real", "nowhere"], "nowhere is neither a folder of images nor an .npz file"),
+        (["--save_stats", "real.txt"], "does not end in .npz"),
+    ],
+)
+def test_script_explains_bad_input_in_one_line(extra: list[str], message: str, tmp_path: Path) -> None:
+    result = _run("--real", tmp_path, "--generated", tmp_path, "--out", tmp_path / "out", *extra)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
