@@ -31,10 +31,20 @@ def facts(text: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"attention": "mhla in 2 of 2 layers", "blocks": "2 x 2", "also in each layer": "nothing"}),
+        (
+            {},
+            {
+                "attention": "mhla in 2 of 2 layers",
+                "blocks": "2 x 2",
+                "settings that are not the default": "blocks = 4",
+            },
+        ),
         (
             {"mhla_config": {"blocks": (1, 2), "cpe": "zero", "gate": True}},
-            {"blocks": "1 x 2", "also in each layer": "CPE (zero start), gate"},
+            {
+                "blocks": "1 x 2",
+                "settings that are not the default": "blocks = [1, 2], cpe = zero, gate = True",
+            },
         ),
         (
             {"attention": ["softmax", "mhla"]},
