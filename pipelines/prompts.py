@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -214,8 +215,7 @@ def _read_lines(text: str, path: Path) -> Rows:
 
 
 def _read_csv(text: str, path: Path) -> Rows:
-    # Blank lines before the header would become it.
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True, skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         header = [_column(name) for name in reader.fieldnames or ()]
         if "prompt" not in header or len(set(header)) < len(header):
@@ -237,7 +237,7 @@ def _read_csv(text: str, path: Path) -> Rows:
                 values["seed"] = _whole_number(values["seed"], place)
             yield reader.line_num, values
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num} is no CSV ({error})") from error
+        raise ValueError(f"{path} line {reader.reader.line_num} is no CSV ({error})") from error
 
 
 def _whole_number(text: str, place: str) -> int:

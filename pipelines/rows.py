@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -79,7 +79,10 @@ def prompt_rows(
 def _check_names(rows: list[dict[str, Any]], prompts: list[Prompt]) -> None:
     """No two files of one name, on file systems either that do not tell capitals from small letters."""
     seen: dict[str, int] = {}
+    folders = {str(parent).casefold() for row in rows for parent in PurePosixPath(row["file"]).parents}
     for i, row in enumerate(rows):
+        if row["file"].casefold() in folders:
+            raise prompts[i].error(f"file {row['file']!r} is a folder of others: give it another name")
         first = seen.setdefault(row["file"].casefold(), i)
         if first != i:
             other = prompts[first].origin or f"sample {first}"

@@ -129,9 +129,8 @@ def sample(
         NotFiniteError: when NaN or infinity came out; as early as after the first step that made it.
     """
     files = " to ".join(dict.fromkeys((rows[0]["file"], rows[-1]["file"])))
-    parameters, watch = call_parameters(pipeline), {}
-    if "callback_on_step_end" in parameters:
-        known = getattr(pipeline, "_callback_tensor_inputs", ())
+    watch, known = {}, getattr(pipeline, "_callback_tensor_inputs", ())
+    if "callback_on_step_end" in call_parameters(pipeline) and "latents" in known:
         watch = {
             "callback_on_step_end": partial(_check_step, files),
             "callback_on_step_end_tensor_inputs": [n for n in ("latents", "prompt_embeds") if n in known],
