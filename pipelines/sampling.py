@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -140,20 +141,36 @@ def sample(
         assert len(images) == 1
         asked["image"] = load_image(str(images[0]))
     generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
-    try:
+    with _remedies(pipeline):
         made = pipeline(
             **asked, **call, **watch,
             generator=generators, output_type="np", return_dict=False,
         )[0]  # fmt: skip
-    except NameError as error:  # diffusers' image-to-video pipelines of Wan do not ask whether it is there
-        if error.name != "ftfy":
-            raise
-        raise ImportError(f"{type(pipeline).__name__} cleans prompts with ftfy: pip install ftfy") from error
     values = np.asarray(made)
     if not np.isfinite(values).all():
         when = "after decoding; the latents were finite after every step" if watch else "in the output"
         raise _not_finite(files, pipeline, when)
     return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+@contextmanager
+def _remedies(pipeline: Any) -> Iterator[None]:
+    """Say what helps against two errors of diffusers that do not say it."""
+    name = type(pipeline).__name__
+    try:
+        yield
+    except NameError as error:  # image-to-video pipelines of Wan do not ask whether it is there
+        if error.name != "ftfy":
+            raise
+        raise ImportError(f"{name} cleans prompts with ftfy: pip install ftfy") from error
+    except ValueError as error:
+        if str(error) != "Invalid sample size":
+            raise
+        size = pipeline.transformer.config.sample_size
+        raise ValueError(
+            f"{name} rounds sizes to those of published models, and knows none for sample_size {size}: give "
+            'the size as it shall be, with options {"use_resolution_binning": false}'
+        ) from error
 
 
 def _check_step(

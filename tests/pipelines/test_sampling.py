@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers.pipelines.wan import pipeline_wan_i2v
 from PIL import Image
 
 from mhla_diffusion import MHLADiTPipeline, MHLAPipeline
@@ -88,11 +89,25 @@ def test_images_of_texts_are_generated_too(sana_pipeline: SanaPipeline, tmp_path
     assert Image.open(tmp_path / "out" / "000003.png").size == (64, 32)
     save_grid(tmp_path / "out", tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").size == (2 * 128, 2 * 64)
+    sana_pipeline.transformer.register_to_config(sample_size=7)
+    with pytest.raises(
+        ValueError, match=r'none for sample_size 7: .* options {"use_resolution_binning": false}'
+    ):
+        generate_images(sana_pipeline, tmp_path / "rounded", prompts=texts, height=32, width=64)
     with pytest.raises(ValueError, match="SanaPipeline makes images of texts: give prompts"):
         generate_images(sana_pipeline, tmp_path / "other", class_labels=[1], num_images=1)
     with pytest.raises(ValueError, match=r"SanaPipeline makes images: use generate_images"):
         generate_videos(sana_pipeline, tmp_path / "other", prompts=texts)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_package_that_is_missing_is_named(
+    make_stock_video_pipeline: MakeStock, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = make_stock_video_pipeline("wan-image")
+    monkeypatch.delattr(pipeline_wan_i2v, "ftfy")
+    with pytest.raises(ImportError, match="pip install ftfy"):
+        generate_videos(pipeline, tmp_path / "out", prompts=["a"], images=pictures, **SMALL)
 
 
 def test_a_wan_pipeline_is_converted_and_generated_from_by_the_scripts(
