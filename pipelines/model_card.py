@@ -12,7 +12,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 
+from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.files.writing import write_file
+
+from .identity import transformers_of
 
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
@@ -129,28 +132,33 @@ def write_model_card(pipeline: CardedPipeline, folder: str | os.PathLike[str], *
 
 def _facts(pipeline: CardedPipeline) -> dict[str, str]:
     """What a reader of the card wants to know, as text."""
-    transformer, config = pipeline.transformer, pipeline.transformer.config
-    # A stock DiT will do for a pipeline.
-    kinds = Counter(getattr(transformer, "layer_attention", ["softmax"] * config.num_layers))
-    attention = ", ".join(f"{kind} in {count} of {config.num_layers} layers" for kind, count in kinds.items())
-    facts = {"attention": attention}
-    if set(kinds) != {"softmax"}:
-        mhla = config.mhla_config
-        parts = [name for name in ("gate", "output_norm", "mixing_per_head") if mhla[name]]
-        if mhla["cpe"]:
-            parts.insert(0, f"CPE ({mhla['cpe']} start)")
-        facts |= {
-            "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
-            "feature map, normalizer": f"{mhla['feature_map']}, {mhla['normalizer']}",
-            "also in each layer": ", ".join(parts) or "nothing",
-        }
-    facts |= {
-        "parameters": f"{sum(p.numel() for p in transformer.parameters()):,}",
-        **pipeline.sizes(),
-        "scheduler": type(pipeline.scheduler).__name__,
-    }
+    facts: dict[str, str] = {}
+    for name, transformer in transformers_of(pipeline).items():
+        suffix = f" ({name})" if facts else ""
+        facts |= {f"{key}{suffix}": value for key, value in _attention(transformer).items()}
+        facts[f"parameters{suffix}"] = f"{sum(p.numel() for p in transformer.parameters()):,}"
+    facts |= {**pipeline.sizes(), "scheduler": type(pipeline.scheduler).__name__}
     training = pipeline.config.training or {"training": "not recorded"}
     return facts | {key.replace("_", " "): str(value) for key, value in _flatten(training).items()}
+
+
+def _attention(transformer: Any) -> dict[str, str]:
+    """What attention a transformer has."""
+    # A stock model will do for a pipeline.
+    kinds = getattr(transformer, "layer_attention", ["softmax"] * transformer.config.num_layers)
+    counts = ", ".join(f"{kind} in {count} of {len(kinds)} layers" for kind, count in Counter(kinds).items())
+    if not hasattr(transformer, "mixing_blocks") or set(kinds) == {"softmax"}:
+        return {"attention": counts}
+    config = MHLAConfig.from_dict(dict(transformer.config.mhla_config)).to_dict()
+    changed = [
+        f"{key} = {config[key]}" for key, value in MHLAConfig().to_dict().items() if config[key] != value
+    ]
+    return {
+        "attention": counts,
+        "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
+        "feature map, normalizer": f"{config['feature_map']}, {config['normalizer']}",
+        "settings that are not the default": ", ".join(changed) or "none",
+    }
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,9 +78,14 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         self.register_to_config(max_sequence_length=max_sequence_length, fps=fps, training=training)
 
     @property
+    def _model(self) -> MHLAWanTransformer3DModel:
+        """The transformer, or the second when it takes all steps."""
+        return self.transformer if self.transformer is not None else self.transformer_2
+
+    @property
     def pixels_per_token(self) -> tuple[int, int, int]:
         """Frames, height and width."""
-        patch = (self.transformer or self.transformer_2).config.patch_size
+        patch = self._model.config.patch_size
         if self.vae is None:
             return tuple(patch)
         factor = self.vae_scale_factor_spatial
@@ -89,7 +94,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
     @property
     def default_size(self) -> tuple[int, int, int]:
         """Frames, height and width of the clips that the model was made for."""
-        grid = (self.transformer or self.transformer_2).config.sample_grid
+        grid = self._model.config.sample_grid
         frames, height, width = (n * p for n, p in zip(grid, self.pixels_per_token, strict=True))
         # An autoencoder of videos makes one latent frame of the first, then one of every four.
         return frames if self.vae is None else frames - self.vae_scale_factor_temporal + 1, height, width
@@ -191,7 +196,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             raise ValueError(
                 f"num_frames, height and width must be multiples of {self.pixels_per_token}, got {size}"
             )
-        shape = (batch_size, self.transformer.config.in_channels, *size)
+        shape = (batch_size, self._model.config.in_channels, *size)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device)
         if tuple(latents.shape) != shape:

@@ -58,12 +58,11 @@ else
     train
     echo "== generating videos: every digit in every direction"
     ways=(right down "up and left" up "down and right" left "up and right" "down and left")
-    prompts=""
     for i in {0..79}; do # each pair once, and no two alike one after the other
-        prompts="$prompts, digit $((i % 10)) moving ${ways[$(((i + i / 40) % 8))]}"
-    done
+        echo "digit $((i % 10)) moving ${ways[$(((i + i / 40) % 8))]}"
+    done > $out/prompts.txt
     $launch scripts/generate.py video --model $out/training/pipeline --out $out/generated \
-        --prompts "[${prompts#, }]" --batch_size 16 --steps 20 --guidance 2.5 --strip $out/strip.png
+        --prompts $out/prompts.txt --batch_size 16 --steps 20 --guidance 2.5 --strip $out/strip.png
     echo "== scoring them"
     score --frames 8
     look="videos: $out/generated/*.mp4; $out/strip.png has the frames of the first eight, a row for each"

@@ -9,8 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SanaImageToVideoPipeline,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLADiTPipeline, MHLADiTTransformer2DModel
 
@@ -114,3 +131,73 @@ def save_as_on_the_hub() -> Callable[[DiTPipeline, Path], None]:
         torch.save({**torch.load(weights), **table}, weights)
 
     return save
+
+
+@pytest.fixture
+def video_vae() -> AutoencoderKLWan:
+    """As Wan's: 4 latent channels, one latent frame of the first and of every four, 8 pixels to one."""
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def make_stock_video_pipeline(text_parts: dict[str, Any], video_vae: AutoencoderKLWan) -> Callable[..., Any]:
+    """``make_stock_video_pipeline(name)``: wan, wan2.2, wan-image, sana_video, sana_video-image."""
+    wan: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "num_layers": 1, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32,
+    }  # fmt: skip
+    sana: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+        "num_layers": 1, "num_cross_attention_heads": 2, "cross_attention_head_dim": 12,
+        "cross_attention_dim": 24, "caption_channels": 16,
+    }  # fmt: skip
+
+    def make(name: str) -> Any:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        parts = {**text_parts, "vae": video_vae, "scheduler": scheduler}
+        if name.startswith("sana_video"):
+            parts["transformer"] = SanaVideoTransformer3DModel(**sana).eval()
+            return (SanaImageToVideoPipeline if name.endswith("image") else SanaVideoPipeline)(**parts)
+        if name == "wan-image":
+            vision = CLIPVisionConfig(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                image_size=16, patch_size=8,
+            )  # fmt: skip
+            size = {"height": 16, "width": 16}
+            return WanImageToVideoPipeline(
+                **parts,
+                transformer=WanTransformer3DModel(
+                    **{**wan, "in_channels": 12}, image_dim=16, added_kv_proj_dim=24
+                ).eval(),
+                image_encoder=CLIPVisionModel(vision).eval(),
+                image_processor=CLIPImageProcessor(size=size, crop_size=size),
+            )
+        parts["transformer"] = WanTransformer3DModel(**wan).eval()
+        if name == "wan2.2":
+            parts |= {"transformer_2": WanTransformer3DModel(**wan).eval(), "boundary_ratio": 0.9}
+        return WanPipeline(**parts)
+
+    return make
+
+
+@pytest.fixture
+def sana_pipeline(text_parts: dict[str, Any]) -> SanaPipeline:
+    """Images of texts, 4 latent channels, 4 pixels to one."""
+    transformer = SanaTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=1,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
+        patch_size=1, sample_size=32,
+    ).eval()  # fmt: skip
+    blocks = ("ResBlock", "ResBlock", "ResBlock")
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(4, 8, 8), decoder_block_out_channels=(4, 8, 8),
+        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(**text_parts, vae=vae, transformer=transformer, scheduler=scheduler)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 
 import mhla_diffusion.pipelines.image
-from mhla_diffusion import MHLADiTPipeline, MHLAPipeline
+from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
 
 MakePipeline = Callable[..., MHLADiTPipeline]
 
@@ -31,10 +32,20 @@ def facts(text: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"attention": "mhla in 2 of 2 layers", "blocks": "2 x 2", "also in each layer": "nothing"}),
+        (
+            {},
+            {
+                "attention": "mhla in 2 of 2 layers",
+                "blocks": "2 x 2",
+                "settings that are not the default": "blocks = 4",
+            },
+        ),
         (
             {"mhla_config": {"blocks": (1, 2), "cpe": "zero", "gate": True}},
-            {"blocks": "1 x 2", "also in each layer": "CPE (zero start), gate"},
+            {
+                "blocks": "1 x 2",
+                "settings that are not the default": "blocks = [1, 2], cpe = zero, gate = True",
+            },
         ),
         (
             {"attention": ["softmax", "mhla"]},
@@ -49,6 +60,47 @@ def test_the_card_states_the_attention(
 ) -> None:
     make_pipeline(**settings).save_pretrained(tmp_path)
     assert facts(card(tmp_path)).items() >= expected.items()
+
+
+def test_the_card_names_every_setting_that_is_not_the_default(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    chosen: dict[str, Any] = {
+        "blocks": [1, 2], "feature_map": "elu", "normalizer": "none", "mixing_init": "uniform",
+        "constraint": "softmax", "mixing_per_head": True, "cpe": "identity", "qk_norm": True, "gate": True,
+        "output_norm": True, "eps": 1e-5, "layers": [1],
+    }  # fmt: skip
+    pipeline = make_pipeline(mhla_config=chosen)
+    stored = MHLAConfig.from_dict(dict(pipeline.transformer.config.mhla_config)).to_dict()
+    stored["key_blocks"] = 3  # of cross-attention, and so not a DiT's
+    pipeline.transformer.register_to_config(mhla_config=stored)
+    pipeline.save_pretrained(tmp_path)
+    named = facts(card(tmp_path))["settings that are not the default"].split(", ")
+    default = MHLAConfig()
+    differ = [f.name for f in dataclasses.fields(MHLAConfig) if stored[f.name] != getattr(default, f.name)]
+    assert {*differ} == {*chosen, "key_blocks"}
+    assert {setting.split(" = ")[0] for setting in named if " = " in setting} == set(differ)
+    assert "qk_norm = True" in named
+
+
+@pytest.mark.parametrize("parts", [["transformer", "transformer_2"], ["transformer_2"]])
+def test_the_card_states_each_of_two_transformers(
+    parts: list[str], make_stock_video_pipeline: Callable[[str], Any], tmp_path: Path
+) -> None:
+    stock = make_stock_video_pipeline("wan2.2")
+    components = {name: part for name, part in stock.components.items() if "transformer" not in name}
+    for name, blocks in zip(["transformer", "transformer_2"], ([1, 1, 2], [1, 2, 2]), strict=True):
+        if name in parts:
+            components[name] = convert_to_mhla(getattr(stock, name), {"blocks": blocks})
+    MHLAWanPipeline(**components, boundary_ratio=0.9).save_pretrained(tmp_path)
+    table = facts(card(tmp_path))
+    if parts == ["transformer_2"]:
+        assert table["blocks"] == "1 x 2 x 2"
+        assert "blocks (transformer_2)" not in table
+    else:
+        assert (table["blocks"], table["blocks (transformer_2)"]) == ("1 x 1 x 2", "1 x 2 x 2")
+        assert table["parameters (transformer_2)"]
+    assert table["size"].startswith("81 frames of 480 x 832 pixels")
 
 
 def test_the_card_states_the_training_and_the_rest(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ SCHEDULERS: list[Any] = [
 
 
 @pytest.fixture
-def make_pipeline(text_parts: dict[str, Any]) -> Callable[..., WanPipeline]:
+def make_pipeline(text_parts: dict[str, Any], video_vae: AutoencoderKLWan) -> Callable[..., WanPipeline]:
     """``make_pipeline(**components)``: a stock pipeline, some of its parts replaced."""
     transformer: dict[str, Any] = {
         "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
@@ -49,12 +49,8 @@ def make_pipeline(text_parts: dict[str, Any]) -> Callable[..., WanPipeline]:
     }  # fmt: skip
 
     def make(**components: Any) -> WanPipeline:
-        vae = AutoencoderKLWan(
-            base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-            temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-        ).eval()  # fmt: skip
         stock = WanTransformer3DModel(**transformer).eval()
-        defaults = {**text_parts, "vae": vae, "scheduler": SCHEDULERS[0], "transformer": stock}
+        defaults = {**text_parts, "vae": video_vae, "scheduler": SCHEDULERS[0], "transformer": stock}
         return WanPipeline(**{**defaults, **components})
 
     return make

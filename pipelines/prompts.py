@@ -1,0 +1,273 @@
+"""Prompts for generation: texts, lists, and files of them with seeds, names and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+from PIL import Image
+
+# Room for "-12.mp4" below the 255 bytes that file systems allow.
+_MAX_NAME = 240
+_MAX_SEED = 2**63 - 1
+_VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to generate from, and what goes with it.
+
+    Args:
+        prompt: the text.
+        seed: of its first sample; by default seeds are counted through the whole run.
+        negative_prompt: what the samples should not show.
+        file: name of the sample in the folder of the run, in a subfolder if wanted (``"cats/first"``); by
+            default a number.
+        image: the picture that a video begins with.
+        origin: where it was read, for messages.
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names it and where it was read.
+    """
+
+    prompt: str
+    seed: int | None = None
+    negative_prompt: str | None = None
+    file: str | None = None
+    image: str | os.PathLike[str] | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt", "file"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "prompt" or value is not None):
+                raise self.error(f"{name} must be a text, got {value!r}")
+        if not self.prompt.strip():
+            raise self.error("the prompt is empty")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= _MAX_SEED):
+            raise self.error(f"seed must be a whole number from 0 to {_MAX_SEED}, got {self.seed!r}")
+        if self.file is not None:
+            self._check_name(self.file)
+
+    def error(self, problem: str) -> ValueError:
+        """Return an error that says which prompt it is about."""
+        return ValueError(f"{self.origin or f'prompt {str(self.prompt)[:40]!r}'}: {problem}")
+
+    def file_name(self, extension: str, repetition: int | None = None) -> str | None:
+        """Name of a sample's file: as asked for, with its extension; of several, with their number.
+
+        Raises:
+            ValueError: when the name has the extension of another kind of file.
+        """
+        if self.file is None:
+            return None
+        path = PurePosixPath(self.file)
+        found = path.suffix.lower()
+        if found != extension and found in {*Image.registered_extensions(), *_VIDEO_EXTENSIONS}:
+            raise self.error(f"file {self.file!r} must end in {extension} or have no such ending")
+        stem = path.name[: -len(extension)] if found == extension else path.name
+        number = "" if repetition is None else f"-{repetition}"
+        return str(path.with_name(f"{stem}{number}{extension}"))
+
+    def _check_name(self, name: str) -> None:
+        parts = name.split("/")
+        problem = None
+        if PureWindowsPath(name).anchor or "\\" in name or any(part in ("", ".", "..") for part in parts):
+            problem = "must be a path below the folder of the run, with / between its parts and no . or .."
+        elif any(part.startswith(".") for part in parts):
+            problem = "would be hidden: no part of it may begin with a dot"
+        elif not name.isprintable():
+            problem = "holds characters that cannot be printed"
+        elif any(len(part.encode()) > _MAX_NAME for part in parts):
+            problem = f"is too long: at most {_MAX_NAME} bytes in each part"
+        if problem:
+            raise self.error(f"file {name!r} {problem}")
+
+
+def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None = None) -> list[Prompt]:
+    """Read prompts as the command line takes them.
+
+    Each value is one of these:
+
+    - a file: ``.txt`` with one prompt a line, ``.csv`` with a header, or ``.jsonl`` with an object a line.
+      The columns are prompt and, if need be, seed, negative_prompt, file and image, a path inside ``images``
+      or else inside the folder of the file. Empty lines are skipped;
+    - a list in brackets, of one text, ``[a red car]``, or of several in quotes, ``["a car", "wind, rain"]``;
+    - any other text is a prompt, its commas included.
+
+    Args:
+        values: as above.
+        images: folder of pictures; those that no column names are taken as :func:`with_images` does.
+
+    Raises:
+        ValueError: for brackets whose commas may be those of one text or of a list, and for files that
+            cannot be read, naming the line.
+    """
+    prompts: list[Prompt] = []
+    for value in values:
+        if Path(value).suffix.lower() in _READERS:
+            prompts += _read_file(Path(value), None if images is None else Path(images))
+        elif value.strip().startswith("[") and value.strip().endswith("]"):
+            prompts += [Prompt(text) for text in _texts_in_brackets(value.strip())]
+        else:
+            prompts.append(Prompt(value))
+    if not prompts:
+        raise ValueError(f"there is no prompt in {', '.join(values) or 'an empty list'}")
+    named = any(prompt.image is not None for prompt in prompts)
+    return prompts if images is None or named else with_images(prompts, images)
+
+
+def with_images(prompts: Sequence[Prompt], folder: str | os.PathLike[str]) -> list[Prompt]:
+    """Give each prompt a picture of a folder, in the order of the pictures' names.
+
+    A single prompt goes with all pictures, and a single picture with all prompts.
+
+    Raises:
+        ValueError: when there are otherwise not as many pictures as prompts.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of images")
+    files = sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.suffix.lower() in Image.registered_extensions() and path.is_file() and path.name[0] != "."
+    )
+    count = max(len(files), len(prompts))
+    if not files or {len(files), len(prompts)} - {1, count}:
+        raise ValueError(
+            f"{folder} holds {len(files)} images, and there are {len(prompts)} prompts: give as many of "
+            "both, or one of either, or name the images in the column image of a file of prompts"
+        )
+    return [replace(prompts[i % len(prompts)], image=files[i % len(files)]) for i in range(count)]
+
+
+def _texts_in_brackets(value: str) -> list[str]:
+    """The texts of a YAML list, where no comma can be one of a text."""
+    try:
+        node = yaml.compose(value)
+    except yaml.YAMLError:
+        node = None
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    texts = all(isinstance(item, yaml.ScalarNode) for item in items)
+    quoted = texts and all(item.style in ("'", '"') for item in items)
+    if node is None or not texts or not (quoted or len(items) == 1):
+        raise ValueError(
+            f"{value[:80]} may be one prompt or several. Give a prompt without brackets (its commas are "
+            "part of it, and --prompts may be repeated), a list with each prompt in quotes, "
+            '["...", "..."], or a file'
+        )
+    return [item.value for item in items]
+
+
+def _read_file(path: Path, images: Path | None) -> list[Prompt]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of prompts ({', '.join(_READERS)})")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8: store the file as UTF-8") from error
+    prompts = []
+    for line, row in _READERS[path.suffix.lower()](text, path):
+        origin = f"{path} line {line}"
+        if unknown := sorted(row.keys() - set(_COLUMNS)):
+            raise ValueError(
+                f"{origin}: unknown {', '.join(map(repr, unknown))}; the columns are {', '.join(_COLUMNS)}"
+            )
+        values = {key: value for key, value in row.items() if value is not None}
+        if "prompt" not in values:
+            raise ValueError(f"{origin} has no prompt")
+        if "image" in values:
+            values["image"] = _image_inside(images or path.parent, values["image"], origin)
+        prompts.append(Prompt(**values, origin=origin))
+    return prompts
+
+
+def _image_inside(folder: Path, name: Any, origin: str) -> Path:
+    """The picture of a column, which may come from a stranger: it stays inside the folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{origin}: image must be a path, got {name!r}")
+    path = Path(os.path.abspath(folder / name))
+    if not path.is_relative_to(os.path.abspath(folder)):
+        raise ValueError(
+            f"{origin}: image {name!r} lies outside of {folder}: say which folder holds the images"
+        )
+    if not path.is_file():
+        raise ValueError(f"{origin}: there is no image {name!r} in {folder}")
+    return path
+
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _read_lines(text: str, path: Path) -> Rows:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _read_csv(text: str, path: Path) -> Rows:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        header = [_column(name) for name in reader.fieldnames or ()]
+        if "prompt" not in header or len(set(header)) < len(header):
+            raise ValueError(
+                f"{path} line 1 must be a header with a column prompt, and each column once; got "
+                f"{', '.join(header) or 'nothing'}"
+            )
+        reader.fieldnames = header
+        for row in reader:
+            place = f"{path} line {reader.line_num}"
+            if None in row:
+                raise ValueError(
+                    f'{place} has more fields than the header: put texts with commas in quotes, "..."'
+                )
+            values: dict[str, Any] = {key: value or None for key, value in row.items()}
+            if not any(values.values()):
+                continue
+            if values.get("seed"):
+                values["seed"] = _whole_number(values["seed"], place)
+            yield reader.line_num, values
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.reader.line_num} is no CSV ({error})") from error
+
+
+def _whole_number(text: str, place: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{place}: seed must be a whole number, got {text!r}") from None
+
+
+def _read_jsonl(text: str, path: Path) -> Rows:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{path} line {number} must be an object, {{"prompt": "..."}}, got {line[:40]}')
+        yield number, {_column(key): value for key, value in row.items()}
+
+
+def _column(name: str) -> str:
+    """A column's name, however its words are joined."""
+    return name.strip().lower().replace(" ", "_").replace("file_name", "file").replace("filename", "file")
+
+
+_READERS: dict[str, Callable[[str, Path], Rows]] = {
+    ".txt": _read_lines,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}
+_COLUMNS = ("prompt", "seed", "negative_prompt", "file", "image")

@@ -1,0 +1,214 @@
+"""Calling any pipeline of diffusers: what it takes is read off the signature of its call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.utils import load_image
+from numpy.typing import NDArray
+from torch import Tensor
+
+Kind = Literal["images", "videos"]
+
+DEFAULT_FPS = 16.0
+
+# The number of frames, as pipelines call it.
+_FRAMES = ("num_frames", "frames")
+# What comes from the rows, and how results come back.
+_OURS = (
+    "prompt", "negative_prompt", "class_labels", "image", "generator", "output_type", "return_dict",
+    "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)  # fmt: skip
+
+
+class NotFiniteError(ValueError):
+    """Samples that hold NaN or infinity; the message says since when, and what may have made them."""
+
+
+def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of a pipeline's call, those included that it hands on to its base class."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for owner in type(pipeline).__mro__:
+        if "__call__" in vars(owner):
+            found = inspect.signature(vars(owner)["__call__"]).parameters
+            parameters = {**found, **parameters}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()):
+                break
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name != "self" and parameter.kind not in variadic
+    }
+
+
+def output_kind(pipeline: Any) -> Kind:
+    """Return what a pipeline makes: videos when its call takes a number of frames."""
+    return "videos" if any(name in call_parameters(pipeline) for name in _FRAMES) else "images"
+
+
+def call_arguments(
+    pipeline: Any,
+    rows: Sequence[dict[str, Any]],
+    given: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the arguments that all calls share, by the names that this pipeline has for them.
+
+    Args:
+        rows: what there shall be, see :func:`sample`.
+        given: num_inference_steps, guidance_scale, height, width, num_frames, frame_rate; None for the
+            pipeline's own default.
+        options: more arguments of the pipeline's call.
+
+    Raises:
+        ValueError: for an argument that the pipeline does not take, and when it needs one that is not given.
+    """
+    parameters, options, name = call_parameters(pipeline), dict(options or {}), type(pipeline).__name__
+    allowed = parameters.keys() - set(_OURS)
+    if unknown := sorted(options.keys() - allowed):
+        raise ValueError(
+            f"options {', '.join(unknown)} cannot be given to {name}; those that can are "
+            f"{', '.join(sorted(allowed))}"
+        )
+    frames = next((frames for frames in _FRAMES if frames in parameters), "num_frames")
+    named = {frames if key == "num_frames" else key: value for key, value in given.items()}
+    call: dict[str, Any] = {
+        key: parameters[key].default
+        for key in ("num_inference_steps", "guidance_scale", "frame_rate")
+        if key in parameters
+    }
+    call |= options | {key: value for key, value in named.items() if value is not None}
+    asked = {*call, *conditions(rows)} | ({"image"} & rows[0].keys())
+    if unknown := sorted(asked - parameters.keys()):
+        raise ValueError(f"{name} takes no {', '.join(unknown)}")
+    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := sorted(required - asked):
+        remedy = ": give a folder of images, or a file of prompts with a column image"
+        raise ValueError(f"{name} needs {', '.join(missing)}{remedy if 'image' in missing else ''}")
+    return call
+
+
+def conditions(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return what rows of a manifest ask for, as arguments of a call; without the picture."""
+    if "class_id" in rows[0]:
+        return {"class_labels": [row["class_id"] for row in rows]}
+    asked = {"prompt": [row["prompt"] for row in rows]}
+    if any("negative_prompt" in row for row in rows):
+        asked["negative_prompt"] = [row.get("negative_prompt", "") for row in rows]
+    return asked
+
+
+def frames_per_second(pipeline: Any, call: Mapping[str, Any], fps: float | None) -> float:
+    """Frames per second of the videos: as asked, else as the pipeline states, else 16."""
+    return float(fps or call.get("frame_rate") or pipeline.config.get("fps") or DEFAULT_FPS)
+
+
+def sample(
+    pipeline: Any, rows: Sequence[dict[str, Any]], call: Mapping[str, Any], images: Sequence[Path | None]
+) -> NDArray[np.uint8]:
+    """Make what the rows of a manifest say, in one call.
+
+    Args:
+        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt.
+        call: see :func:`call_arguments`.
+        images: of each row the picture to begin with, or None. With pictures one row at a time, as diffusers'
+            image-to-video pipelines take one image.
+
+    Returns:
+        Images ``[B, H, W, C]`` or videos ``[B, F, H, W, C]``.
+
+    Raises:
+        NotFiniteError: when NaN or infinity came out; as early as after the first step that made it.
+    """
+    files = " to ".join(dict.fromkeys((rows[0]["file"], rows[-1]["file"])))
+    watch, known = {}, getattr(pipeline, "_callback_tensor_inputs", ())
+    if "callback_on_step_end" in call_parameters(pipeline) and "latents" in known:
+        watch = {
+            "callback_on_step_end": partial(_check_step, files),
+            "callback_on_step_end_tensor_inputs": [n for n in ("latents", "prompt_embeds") if n in known],
+        }
+    asked: dict[str, Any] = dict(conditions(rows))
+    if images[0] is not None:
+        assert len(images) == 1
+        asked["image"] = load_image(str(images[0]))
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
+    with _remedies(pipeline):
+        made = pipeline(
+            **asked, **call, **watch,
+            generator=generators, output_type="np", return_dict=False,
+        )[0]  # fmt: skip
+    values = np.asarray(made)
+    if not np.isfinite(values).all():
+        when = "after decoding; the latents were finite after every step" if watch else "in the output"
+        raise _not_finite(files, pipeline, when)
+    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+@contextmanager
+def _remedies(pipeline: Any) -> Iterator[None]:
+    """Say what helps against two errors of diffusers that do not say it."""
+    name = type(pipeline).__name__
+    try:
+        yield
+    except NameError as error:  # image-to-video pipelines of Wan do not ask whether it is there
+        if error.name != "ftfy":
+            raise
+        raise ImportError(f"{name} cleans prompts with ftfy: pip install ftfy") from error
+    except ValueError as error:
+        if str(error) != "Invalid sample size":
+            raise
+        size = pipeline.transformer.config.sample_size
+        raise ValueError(
+            f"{name} rounds sizes to those of published models, and knows none for sample_size {size}: give "
+            'the size as it shall be, with options {"use_resolution_binning": false}'
+        ) from error
+
+
+def _check_step(
+    files: str, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    if not torch.isfinite(tensors["latents"]).all():
+        when = f"in the latents after step {step + 1} of {len(pipeline.scheduler.timesteps)}"
+        embeds = tensors.get("prompt_embeds")
+        if embeds is not None and not torch.isfinite(embeds).all():
+            when = f"in what text_encoder made of the prompts, seen {when}"
+        raise _not_finite(files, pipeline, when)
+    return tensors
+
+
+def _not_finite(files: str, pipeline: Any, when: str) -> NotFiniteError:
+    weights = _not_finite_weights(pipeline)
+    why = (
+        f"{weights} has weights that are not finite: store the model again, or take an earlier checkpoint"
+        if weights
+        else "all weights are finite, so that a number grew too large: try dtype float32 or bfloat16"
+    )
+    return NotFiniteError(f"{files}: NaN or infinity {when}. {why}. No file of this batch was written")
+
+
+def _not_finite_weights(pipeline: Any) -> str | None:
+    """Name of the first weight that is not finite, looking at components in the order in which they run."""
+    order = (pipeline.model_cpu_offload_seq or "").split("->")
+    names = sorted(pipeline.components, key=lambda name: order.index(name) if name in order else len(order))
+    for name in names:
+        part = pipeline.components[name]
+        for key, value in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            if isinstance(value, Tensor) and not _is_finite(value):
+                return f"{name} ({key})"
+    return None
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """False for NaN and infinity, as far as can be seen: not in what is quantised, or not in memory."""
+    if hasattr(weight, "__tensor_flatten__") or weight.is_meta or not weight.is_floating_point():
+        return True
+    return bool(torch.isfinite(weight.float()).all())  # fp8 has no isfinite

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhla_diffusion.pipelines.prompts import Prompt, read_prompts
+
+
+def texts(*values: str) -> list[str]:
+    return [prompt.prompt for prompt in read_prompts(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["a beach, waves"], ["a beach, waves"]),
+        (["a", "b, c"], ["a", "b, c"]),
+        (["[a red car]"], ["a red car"]),
+        (['["a beach, waves", "b"]'], ["a beach, waves", "b"]),
+        (["['a, b', \"c\"]", "d"], ["a, b", "c", "d"]),
+        (["[close-up] of a cat, [4k] wide"], ["[close-up] of a cat, [4k] wide"]),
+        (["a: b, {c}"], ["a: b, {c}"]),
+        (["[1]"], ["1"]),
+        (['["[a] b [c]"]'], ["[a] b [c]"]),
+    ],
+)
+def test_a_prompt_is_one_prompt_unless_a_list_is_plain_to_see(values: list[str], expected: list[str]) -> None:
+    assert texts(*values) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[a beach in spring, waves lapping on sand]", '["a", b]', "[a: b]", "[[a], [b]]", "[a] b [c]", "[*a]"],
+)
+def test_brackets_that_may_be_one_prompt_or_several_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"may be one prompt or several\. Give a prompt without brackets"):
+        read_prompts([value])
+
+
+@pytest.mark.parametrize("values", [[], ["[]"]])
+def test_no_prompt_at_all_is_refused(values: list[str]) -> None:
+    with pytest.raises(ValueError, match="there is no prompt"):
+        read_prompts(values)
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa beach, waves\r\n\r\n  [sand, sea] \u2028 é\n".encode())
+    prompts = read_prompts([str(path)])
+    assert [prompt.prompt for prompt in prompts] == ["a beach, waves", "[sand, sea] \u2028 é"]
+    assert prompts[1].origin == f"{path} line 3"
+
+
+def test_tables_have_columns_for_what_goes_with_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a, b", "seed": 4, "negative_prompt": "rain", "file": "x/y.mp4", "image": "a.png"},
+        {"prompt": "c"},
+    ]
+    table = tmp_path / "t.csv"
+    table.write_text('Prompt,seed,negative prompt,file_name,image\n"a, b",4,rain,x/y.mp4,a.png\n\nc,,,,\n')
+    lines = tmp_path / "t.jsonl"
+    lines.write_text("\n\n".join(map(json.dumps, rows)))
+    for path, last in ((table, 4), (lines, 3)):
+        first, second = read_prompts([str(path)])
+        assert (first.prompt, first.seed, first.negative_prompt, first.file) == ("a, b", 4, "rain", "x/y.mp4")
+        assert first.image == tmp_path / "a.png"
+        assert second == Prompt("c", origin=f"{path} line {last}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text\na\n", "line 1 must be a header with a column prompt, .* got text"),
+        ("a.csv", "prompt,prompt\na,b\n", "each column once"),
+        ("a.csv", "", "got nothing"),
+        ("a.csv", "prompt,seed\na,1\nb, c, 2\n", "line 3 has more fields than the header"),
+        ("a.csv", "prompt,seed\na,1.5\n", "line 2: seed must be a whole number, got '1.5'"),
+        ("a.csv", "prompt,seed\na,-1\n", "line 2: seed must be a whole number from 0 to"),
+        ("a.csv", "prompt,seed\na,1\n,2\n", "line 3 has no prompt"),
+        ("a.csv", "prompt,sed\na,1\n", "line 2: unknown 'sed'; the columns are prompt, seed, neg"),
+        ("a.csv", 'prompt\n"a\nb\n', "line 3 is no CSV"),
+        ("a.csv", "prompt,image\na,../a.png\n", "line 2: image '../a.png' lies outside of"),
+        ("a.csv", "prompt,image\na,/etc/passwd\n", "lies outside of .*: say which folder"),
+        ("a.csv", "prompt,image\na,.\n", "there is no image '.'"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n"b"\n', "line 2 must be an object"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1: prompt must be a text, got 3"),
+        ("a.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed must be a whole number .* got True"),
+        ("a.jsonl", '{"prompt": "a", "image": 3}\n', "line 1: image must be a path, got 3"),
+        ("a.jsonl", '{"prompt": " "}\n', "line 1: the prompt is empty"),
+        ("a.txt", b"a\nb\n\xff\n", "line 3 is not UTF-8"),
+        ("a.txt", "\n", "there is no prompt in"),
+    ],
+)
+def test_a_faulty_file_is_refused_by_its_line(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompts([str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_not_taken_for_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file of prompts"):
+        read_prompts([str(tmp_path / "my prompts.txt")])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/a", "../a", "a/../../b", "a//b", "./a", "C:a", "C:\\a", "a\\b", "", ".hidden", "a/.b", "a\nb",
+        "a\0", "x" * 241,
+    ],
+)  # fmt: skip
+def test_names_of_files_stay_inside_the_folder(file: str) -> None:
+    with pytest.raises(ValueError, match="prompt 'a': file "):
+        Prompt("a", file=file)
+
+
+@pytest.mark.parametrize(
+    ("file", "repetition", "expected"),
+    [
+        ("x", None, "x.mp4"),
+        ("x.MP4", None, "x.mp4"),
+        ("v1.5 of x", None, "v1.5 of x.mp4"),
+        ("a/x.mp4", 3, "a/x-3.mp4"),
+        ("été, à la mer", 0, "été, à la mer-0.mp4"),
+    ],
+)
+def test_names_get_their_extension_and_number(file: str, repetition: int | None, expected: str) -> None:
+    assert Prompt("a", file=file).file_name(".mp4", repetition) == expected
