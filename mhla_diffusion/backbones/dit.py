@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
@@ -37,6 +38,9 @@ class _FirstBlock(BasicTransformerBlock):
         if hidden_states is None:
             return self.norm1.emb(**kwargs)
         return super().forward(hidden_states, *args, **kwargs)
+
+
+TransformerBlockRegistry.register(_FirstBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
@@ -153,6 +157,10 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         conditioning = self.transformer_blocks[0](
             None, timestep=timestep, class_labels=class_labels, hidden_dtype=hidden_states.dtype
         )
+        if conditioning is None:  # diffusers' LayerSkipConfig: the block is skipped, its embedding is not
+            conditioning = self.transformer_blocks[0].norm1.emb(
+                timestep, class_labels, hidden_dtype=hidden_states.dtype
+            )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(

@@ -6,7 +6,8 @@ import functools
 
 import torch
 from diffusers import ParallelConfig
-from diffusers.models.attention_processor import Attention
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,7 +71,7 @@ class MHLAAttnProcessor(MHLA):
             q, k = split_heads(q, attn.norm_q, attn.heads), split_heads(k, attn.norm_k, attn.heads)
             return attend(q, k, split_heads(v, None, attn.heads), hidden_states=hidden_states)
 
-        projected = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states
+        projected = *_project(attn, hidden_states, source), hidden_states
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
         if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
@@ -109,6 +110,14 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def _project(attn: Attention, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, N, D]``, from one layer where ``fuse_qkv_projections`` made it."""
+    if getattr(attn, "fused_projections", False) and source is hidden_states:
+        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return q, k, v
+    return attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+
+
 def split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
     weight = getattr(norm, "weight", None)
@@ -124,3 +133,8 @@ def rotary_pairs(rotary_emb: RotaryEmbedding) -> RotaryEmbedding:
     if cos.ndim == 4 and cos.shape[2] == 1:
         return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
     return cos, sin
+
+
+# diffusers skips attention by the class of the processor. Here too the layer then returns its input.
+_skipped = AttentionProcessorRegistry.get(AttnProcessor2_0).skip_processor_output_fn
+AttentionProcessorRegistry.register(MHLAAttnProcessor, AttentionProcessorMetadata(_skipped))

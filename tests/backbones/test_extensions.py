@@ -1,0 +1,169 @@
+"""What diffusers and peft do to a stock model: caches, skipped layers, fused projections, LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    LayerSkipConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import SeaCacheConfig, apply_layer_skip
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor
+
+from mhla_diffusion import convert_to_mhla
+
+from .cases import CASES, EVERY_PART, Case, sample
+
+CACHED = [name for name, case in CASES.items() if issubclass(case.model, CacheMixin)]
+WITH_LORA = [name for name, case in CASES.items() if hasattr(case.model, "add_adapter")]
+FUSED = [name for name, case in CASES.items() if issubclass(case.model, AttentionMixin)]
+
+CACHES: dict[str, Callable[[], Any]] = {
+    "FirstBlockCache": lambda: FirstBlockCacheConfig(threshold=100.0),
+    "MagCache": lambda: MagCacheConfig(
+        num_inference_steps=4, retention_ratio=0.25, threshold=10.0, mag_ratios=[1.0] * 4
+    ),
+    "PyramidAttentionBroadcast": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500,
+        spatial_attention_block_identifiers=("blocks.*.attn1", "transformer_blocks.*.attn1"),
+    ),
+    "FasterCache": lambda: FasterCacheConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500, tensor_format="BFCHW",
+        attention_weight_callback=lambda _: 0.5,
+        spatial_attention_block_identifiers=("blocks.*.attn1", "transformer_blocks.*.attn1"),
+    ),
+    "TaylorSeer": lambda: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32,
+        cache_identifiers=[r".*blocks\.\d+\.attn1"],
+    ),
+    "SeaCache": lambda: SeaCacheConfig(threshold=1e6),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def with_cache(case: Case, model: Any, cache: Any) -> list[Tensor] | str:
+    """The outputs of four steps, with the cache and without; or why it cannot be."""
+    batches = [case.inputs(model, case.grids[3]) for _ in range(4)]
+    for i, batch in enumerate(batches):  # steps that differ, so that what is old shows
+        batch["hidden_states"] = batch["hidden_states"] * (1 + i)
+    try:
+        model.enable_cache(cache)
+        outputs = []
+        for i, batch in enumerate(batches):
+            with model.cache_context("cond", step_index=i, sigma=1 - i / 4, num_inference_steps=4):
+                outputs.append(sample(model, batch))
+        model.disable_cache()
+    except Exception as error:  # whatever the installed diffusers raises
+        return f"{type(error).__name__}: {error}"
+    return outputs + [sample(model, batch) for batch in batches]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CACHED)
+def test_what_caches_take_of_the_stock_model_they_take_of_ours(name: str, cache: str) -> None:
+    case = CASES[name]
+    settings = {"num_layers": 4, "out_channels": case.settings["in_channels"]}
+    of_stock = with_cache(case, case.stock(**settings), CACHES[cache]())
+    model = case.make(**settings, attention=["mhla", case.stock_kind, "mhla", "mhla"], mhla=EVERY_PART)
+    plain = [sample(model, case.inputs(model, case.grids[3]))]
+    found = with_cache(case, model, CACHES[cache]())
+    if isinstance(of_stock, str):
+        assert isinstance(found, str), f"ours takes what stock refuses: {of_stock}"
+        pytest.skip(f"the stock model takes no {cache}: {of_stock[:80]}")
+    assert not isinstance(found, str), found
+    assert all(output.isfinite().all() for output in found)
+    assert torch.equal(found[0], plain[0]), "nothing is cached yet at the first step"
+    from_cache = [
+        [i for i in range(4) if not torch.equal(outputs[i], outputs[4 + i])] for outputs in (found, of_stock)
+    ]
+    assert from_cache[0] == from_cache[1] != []
+
+
+@pytest.mark.parametrize("mode", ["blocks", "attention", "feed-forward"])
+@torch.no_grad()
+def test_layers_are_skipped_as_in_the_stock_model(case: Case, mode: str) -> None:
+    skip = {"skip_attention": mode != "feed-forward", "skip_ff": mode != "attention"}
+
+    def skipped(model: Any) -> Tensor | str:
+        inputs = case.inputs(model)
+        before = sample(model, inputs)
+        try:
+            apply_layer_skip(model, LayerSkipConfig(indices=[0, 1], fqn=case.layers, **skip))
+            after = sample(model, inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        assert not torch.equal(before, after) or mode == "feed-forward"
+        return after
+
+    of_stock = skipped(case.stock())
+    found = skipped(case.make(attention=["mhla", case.stock_kind]))
+    if isinstance(of_stock, str):
+        pytest.skip(f"the stock model's cannot be skipped: {of_stock[:80]}")
+    assert isinstance(found, Tensor), found
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_fused_projections_change_no_output(name: str) -> None:
+    case = CASES[name]
+    model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
+    inputs = case.inputs(model, case.grids[3])
+    expected = sample(model, inputs)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(sample(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    if getattr(getattr(model, case.layers)[0].attn1, "fused_projections", False):
+        calls: list[int] = []
+        getattr(model, case.layers)[0].attn1.to_qkv.register_forward_hook(lambda *_: calls.append(1))
+        sample(model, inputs)
+        assert calls, "the fused layer is what runs"
+        with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+            convert_to_mhla(model, case.config())
+    model.unfuse_qkv_projections()
+    assert torch.equal(sample(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", WITH_LORA)
+def test_adapters_are_trained_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    case = CASES[name]
+    model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
+    inputs = case.inputs(model, case.grids[3])
+    plain = sample(model, inputs).detach()
+    targets = ["attn1.to_q", "attn1.to_v", "attn1.processor.gate"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets), adapter_name="style")
+    assert torch.equal(sample(model, inputs), plain), "an adapter starts as nothing"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    for _ in range(2):
+        sample(model, inputs).square().mean().backward()
+        optimizer.step()
+    adapted = sample(model, inputs).detach()
+    assert not torch.equal(adapted, plain)
+    model.save_lora_adapter(tmp_path, adapter_name="style")
+    model.disable_adapters()
+    assert torch.equal(sample(model, inputs), plain)
+    with pytest.raises(ValueError, match="merge or unload its adapters"):
+        convert_to_mhla(model, case.config())
+    other = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
+    model.delete_adapters("style")
+    other.load_state_dict(
+        {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
+    )
+    other.load_lora_adapter(
+        tmp_path, adapter_name="style", prefix=None, weight_name="pytorch_lora_weights.safetensors"
+    )
+    torch.testing.assert_close(sample(other, inputs), adapted, rtol=1e-4, atol=1e-4)
