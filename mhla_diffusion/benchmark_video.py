@@ -152,8 +152,9 @@ def loading(
         ValueError: when there are no videos, or they are not as they should be.
         ImportError: without the ``train`` extra.
     """
-    from .training.stream import BatchShare, SampleStream
-    from .training.video_data import VideoDataConfig, VideoSamples, open_videos, read_captions
+    from .training.data.captions import read_captions
+    from .training.data.stream import BatchShare, SampleStream
+    from .training.data.videos import VideoDataConfig, VideoSamples, open_videos
 
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     config = VideoDataConfig("folder", path=str(path), frames=frames, sizes=(size,))

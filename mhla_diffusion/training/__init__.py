@@ -2,15 +2,16 @@
 
 from .adapters import LoraConfig
 from .config import changeable, parse_config, run_script
-from .data import DataConfig
+from .data.images import DataConfig
+from .data.latents import LatentCacheConfig, cache_latents
+from .data.toys import MovingDigitsConfig
+from .data.video_latents import VideoLatentCacheConfig, cache_video_latents
+from .data.videos import VideoDataConfig
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
-from .latents import LatentCacheConfig, cache_latents
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .text import TextConfig
 from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig, TrainingTask
 from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
-from .video_data import MovingDigitsConfig, VideoDataConfig
-from .video_latents import VideoLatentCacheConfig, cache_video_latents
 
 __all__ = [
     "DDPM",

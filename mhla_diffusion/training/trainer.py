@@ -1,7 +1,7 @@
 """The training loop, on accelerate, for any model, objective and kind of data.
 
 What is particular to images or video is behind :class:`TrainingTask` and
-:class:`~mhla_diffusion.training.stream.SampleSource`.
+:class:`~mhla_diffusion.training.data.stream.SampleSource`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ..files.writing import commit, remove_unfinished, start_writing, write_fold
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
+from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
-from .stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 
 logger = logging.getLogger(__name__)
 

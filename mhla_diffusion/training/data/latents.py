@@ -16,9 +16,9 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..hub import component_subfolder
-from .config import as_dict
-from .data import DataConfig, ImageSamples, open_images
+from ...hub import component_subfolder
+from ..config import as_dict
+from .images import DataConfig, ImageSamples, open_images
 from .shards import Shards, write_shards
 from .stream import SampleSource, UnreadableSampleError
 

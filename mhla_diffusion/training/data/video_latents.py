@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
-from ..hub import component_subfolder
-from .config import as_dict
+from ...hub import component_subfolder
+from ..config import as_dict
+from ..text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
 from .latents import readable
 from .shards import Shards, write_shards
-from .text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
-from .video_data import VideoDataConfig, VideoSamples, open_videos
+from .videos import VideoDataConfig, VideoSamples, open_videos
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files.writing import write_file
+from ...files.writing import write_file
 from .stream import UnreadableSampleError
 
 _RECORD = "cache.json"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from mhla_diffusion.training import DataConfig
-from mhla_diffusion.training.data import ImageSamples, open_images
-from mhla_diffusion.training.stream import UnreadableSampleError
+from mhla_diffusion.training.data.images import ImageSamples, open_images
+from mhla_diffusion.training.data.stream import UnreadableSampleError
 
 GENERATOR = torch.Generator
 

@@ -12,15 +12,10 @@ import torch
 
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
-from mhla_diffusion.training.stream import BatchShare, SampleStream
-from mhla_diffusion.training.video_data import (
-    MovingDigits,
-    VideoSamples,
-    direction,
-    open_videos,
-    prepare_clip,
-    read_captions,
-)
+from mhla_diffusion.training.data.captions import read_captions
+from mhla_diffusion.training.data.stream import BatchShare, SampleStream
+from mhla_diffusion.training.data.toys import MovingDigits, direction
+from mhla_diffusion.training.data.videos import VideoSamples, open_videos, prepare_clip
 
 
 @pytest.fixture

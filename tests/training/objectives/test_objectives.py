@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from mhla_diffusion.training import DDPM, FlowMatching, ObjectiveConfig, build_objective
-from mhla_diffusion.training.objectives import discretized_gaussian_nll, normal_kl
-from mhla_diffusion.training.stream import FOR_LOSS, sample_generator
+from mhla_diffusion.training.data.stream import FOR_LOSS, sample_generator
+from mhla_diffusion.training.objectives.ddpm import discretized_gaussian_nll, normal_kl
 
 
 class Recorder:

@@ -1,0 +1,1 @@
+"""Data of training: images, videos, captions, caches of latents, and the stream of samples."""

@@ -1,0 +1,126 @@
+"""What a diffusion model is trained to predict, and the scheduler that samples from what it learnt.
+
+An objective sees a model, clean samples and one random generator per sample, and returns one loss per sample:
+nothing here knows images from video.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+Denoiser = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which objective, and its settings.
+
+    Args:
+        name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
+        prediction_type: flow only. What the model returns, by diffusers' names: ``"flow_prediction"``, the
+            velocity, or ``"sample"``, the clean sample, for models on pixels whose patches hold about as many
+            numbers as a token is wide, or more.
+        weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
+            ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
+            losses at even times, ``"none"`` does neither.
+        logit_mean, logit_std: of ``logit(t)`` in ``logit_normal``; a higher mean means noisier samples.
+        mode_scale: of ``mode``.
+        shift: flow only. Moves times towards noise, ``s t / (1 + (s - 1) t)``; the saved scheduler has the
+            same shift.
+
+    Raises:
+        ValueError: for a scale or shift that is not positive, or a flow setting given to ``ddpm``.
+    """
+
+    name: Literal["flow", "ddpm"] = "flow"
+    prediction_type: Literal["flow_prediction", "sample"] = "flow_prediction"
+    weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("logit_std", "shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
+        flow_only = [field for field in fields(self) if field.name != "name"]
+        given = [field.name for field in flow_only if getattr(self, field.name) != field.default]
+        if self.name == "ddpm" and given:
+            raise ValueError(
+                f"objective.{given[0]} is for objective.name flow alone; remove it, or set the name to flow"
+            )
+
+
+class Objective(ABC):
+    """One loss per sample, for any model called as ``model(noisy, timestep=..., **conditioning)``."""
+
+    predicts_variance: bool
+    """Whether the model has 2C output channels: the prediction, then its variance."""
+
+    def loss(
+        self,
+        model: Denoiser,
+        samples: Tensor,
+        conditioning: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """The loss at times and noise drawn from each sample's own generator.
+
+        Args:
+            model: returns a tuple whose first element is the prediction when ``return_dict=False``.
+            samples: clean data ``[B, C, ...]``, about unit scale.
+            conditioning: further keyword arguments of the model, each with B rows.
+            generators: B generators on the CPU.
+
+        Returns:
+            ``[B]``, the mean over the values of each sample.
+        """
+        times = torch.cat([self.draw_time(generator) for generator in generators]).to(samples.device)
+        noise = randn_tensor(
+            tuple(samples.shape), generator=list(generators), device=samples.device, dtype=samples.dtype
+        )
+        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+
+    @abstractmethod
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """One time, ``[1]``."""
+
+    @abstractmethod
+    def loss_at(
+        self,
+        model: Denoiser,
+        samples: Tensor,
+        conditioning: Mapping[str, Any],
+        *,
+        times: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """The loss ``[B]`` at given times ``[B]`` and standard normal noise of the samples' shape."""
+
+    @abstractmethod
+    def scheduler(self) -> Any:
+        """The diffusers scheduler that samples from a model trained on this objective."""
+
+    def out_channels(self, in_channels: int) -> int:
+        """How many channels the model must return."""
+        return in_channels * (2 if self.predicts_variance else 1)
+
+
+def as_column(values: Tensor, samples: Tensor) -> Tensor:
+    """``[B]`` to ``[B, 1, ...]``."""
+    return values.view(-1, *[1] * (samples.ndim - 1))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """``[B, ...]`` to ``[B]``."""
+    return x.flatten(1).mean(1)
