@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from mhla_diffusion.files.writing import require_new_folder, write_folder
-from mhla_diffusion.training.data.images import DataConfig, open_images
+from mhla_diffusion.training.data import DataConfig, open_images
 
 
 def main(data: DataConfig, out: str, num: int | None = None) -> None:

@@ -2,11 +2,13 @@
 
 from .adapters import LoraConfig
 from .config import changeable, parse_config, run_script
-from .data.images import DataConfig
-from .data.latents import LatentCacheConfig, cache_latents
-from .data.toys import MovingDigitsConfig
-from .data.video_latents import VideoLatentCacheConfig, cache_video_latents
-from .data.videos import VideoDataConfig
+from .data import DataConfig, MovingDigitsConfig, VideoDataConfig
+from .data.encoding import (
+    LatentCacheConfig,
+    VideoLatentCacheConfig,
+    cache_latents,
+    cache_video_latents,
+)
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .text import TextConfig

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ..files.writing import write_file
+
 _CHANGEABLE = "changeable"
 
 ConfigT = TypeVar("ConfigT")
@@ -101,7 +103,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def write_config(config: Any, path: Path) -> None:
     """Write a config as the YAML file that gives it again."""
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_file(path, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
@@ -133,17 +135,17 @@ def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
-    """Where a config differs from a saved one in a field that is not :func:`changeable`.
+    """List where a config differs from a saved one in a field that is not :func:`changeable`.
 
     Args:
-        saved: what :func:`as_dict` gave.
+        saved: what :func:`as_dict` gave. Fields that it lacks had their defaults.
         config: a dataclass.
 
     Returns:
         One line per key, ``key: old -> new``.
     """
     free = _changeable_keys(config)
-    old, new = flat_dict(saved), flat_dict(as_dict(config))
+    old, new = flat_dict(_with_later_fields(saved, config)), flat_dict(as_dict(config))
     return [
         f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
         for key in [*new, *(key for key in old if key not in new)]
@@ -155,6 +157,20 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return as_dict(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_later_fields(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """A saved config with the defaults of the fields that it does not have."""
+    filled = dict(saved)
+    for field in dataclasses.fields(config):
+        old, value = saved.get(field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and isinstance(old, Mapping):
+            filled[field.name] = _with_later_fields(old, value)
+        elif field.name not in saved and field.default is not dataclasses.MISSING:
+            filled[field.name] = _plain(field.default)
+        elif field.name not in saved and field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = _plain(field.default_factory())
+    return filled
 
 
 def _changeable_keys(config: Any, prefix: str = "") -> set[str]:

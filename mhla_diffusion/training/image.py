@@ -21,8 +21,7 @@ from ..backbones.image import MHLADiTTransformer2DModel
 from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from
-from .data.images import DataConfig, ImageSamples, open_images
-from .data.latents import CachedLatents
+from .data import CachedLatents, DataConfig, ImageSamples, open_images
 from .objectives import Objective, build_objective
 from .trainer import RunConfig, SampleSheetConfig, Trainer
 

@@ -21,8 +21,8 @@ from ..backbones.video import MHLAWanTransformer3DModel
 from ..hub import component_subfolder
 from .checkpoints import find_checkpoint
 from .config import as_dict, changeable, require_shape_or_init_from
-from .data.video_latents import CachedVideoLatents, load_video_vae
-from .data.videos import VideoDataConfig, VideoSamples, open_videos
+from .data import CachedVideoLatents, VideoDataConfig, VideoSamples, open_videos
+from .data.latents import load_video_vae
 from .objectives import Objective, build_objective
 from .text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
 from .trainer import RunConfig, SampleSheetConfig, Trainer

@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,20 @@ logger = logging.getLogger(__name__)
 _CAPTION_FILES = ("captions.csv", "captions.jsonl")
 
 
-@dataclass(frozen=True)
-class VideoFile:
-    """A file, or a part of one, and its caption.
-
-    Args:
-        path: of the file.
-        caption: what it shows.
-        first, last: frames that the part begins and ends with; to the end when None.
-    """
-
-    path: Path
-    caption: str
-    first: int = 0
-    last: int | None = None
-
-
-def read_captions(folder: Path, captions: str | None = None) -> list[VideoFile]:
-    """The videos that a file of captions lists. Those that are missing stay in, to be named when skipped.
+def read_captions(folder: Path, captions: str | None = None) -> list[tuple[Path, str]]:
+    """Read which files a list of captions names. Those that are missing stay in, to be named when skipped.
 
     Args:
         folder: that paths are relative to.
-        captions: CSV or JSONL; ``captions.csv`` or ``captions.jsonl`` in the folder by default.
+        captions: CSV with the columns path and caption, or JSONL with these keys; ``captions.csv`` or
+            ``captions.jsonl`` in the folder by default.
+
+    Returns:
+        Path and caption of each.
 
     Raises:
-        ValueError: when there is no such file, a line is not as it should be (its number is named), or none
-            of the videos exists.
+        ValueError: when there is no such list, a line is not as it should be (its number is named), or none
+            of the files exists.
     """
     found = [folder / name for name in _CAPTION_FILES if (folder / name).is_file()]
     path = Path(captions) if captions else next(iter(found), folder / _CAPTION_FILES[0])
@@ -50,19 +37,18 @@ def read_captions(folder: Path, captions: str | None = None) -> list[VideoFile]:
         )
     rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
     if not rows:
-        raise ValueError(f"{path} lists no videos")
-    files = [VideoFile(folder / name, caption) for _, name, caption in rows]
-    missing = [(n, file.path) for (n, *_), file in zip(rows, files, strict=True) if not file.path.is_file()]
-    if len(missing) == len(files):
+        raise ValueError(f"{path} lists no files")
+    missing = [(n, folder / name) for n, name, _ in rows if not (folder / name).is_file()]
+    if len(missing) == len(rows):
         raise ValueError(
-            f"none of the {len(files)} videos in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
+            f"none of the {len(rows)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
             f"paths are relative to {folder}"
         )
     for n, file in missing[:10]:
         logger.warning("%s, line %d: no such file %s", path, n, file)
     if missing:
-        logger.warning("%d of %d videos are missing and will be skipped", len(missing), len(files))
-    return files
+        logger.warning("%d of %d files are missing and will be skipped", len(missing), len(rows))
+    return [(folder / name, caption) for _, name, caption in rows]
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -1,64 +1,43 @@
-"""Images encoded once by an autoencoder: written by scripts/cache_latents.py image, read by the trainer.
+"""Latents that scripts/cache_latents.py wrote, as samples for training; see :mod:`.encoding`.
 
-A row of the cache is ``mean`` and ``std`` float16 ``[C, h, w]`` and ``label`` int64; see :mod:`.shards`.
+Rows of images are ``mean`` and ``std`` float16 ``[C, h, w]`` and ``label`` int64. Rows of clips are
+``latents`` float16 ``[C, f, h, w]``, scaled as Wan's pipeline scales them, and ``text``
+``[L, text_dim]``, the embeddings of the caption without the zeros that fill them up. See :mod:`.shards`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from torch.nn import functional as F
 
 from ...hub import component_subfolder
-from ..config import as_dict
-from .images import DataConfig, ImageSamples, open_images
-from .shards import Shards, write_shards
-from .stream import SampleSource, UnreadableSampleError
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LatentCacheConfig:
-    """What to encode, and how.
-
-    Args:
-        output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKL, or of a pipeline that has one.
-        data: the images; with ``flip`` both the image and its mirror image are stored.
-        size: side of the images in pixels.
-        batch_size: images encoded at a time.
-        shard_size: images per file.
-    """
-
-    output_dir: str
-    vae: str
-    data: DataConfig
-    size: int = 256
-    batch_size: int = 16
-    shard_size: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("size", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+from ..text import TextConfig
+from .images import ImageSource
+from .shards import Shards
+from .videos import VideoSource
 
 
 def load_vae(path: str) -> Any:
-    """An autoencoder by the folder or hub id of itself or of a pipeline."""
+    """Load an autoencoder by the folder or hub id of itself or of a pipeline."""
     vae = AutoencoderKL.from_pretrained(path, subfolder=component_subfolder(path, "vae"))
     return vae.eval().requires_grad_(False)
 
 
+def load_video_vae(path: str) -> Any:
+    """Load an autoencoder of videos, from where :func:`load_vae` does, in fp32 as Wan's runs."""
+    vae = AutoencoderKLWan.from_pretrained(
+        path, subfolder=component_subfolder(path, "vae"), dtype=torch.float32
+    )
+    return vae.eval().requires_grad_(False)
+
+
 class CachedLatents:
-    """The samples in a cache: ``(mean + std noise - shift) scaling``, as the autoencoder's pipeline scales.
+    """Samples of a cache of images: ``(mean + std noise - shift) scaling``, as the pipeline scales.
 
     Raises:
         ValueError: when there is no cache, or it is not finished.
@@ -84,62 +63,62 @@ class CachedLatents:
         return {"samples": (latents - self._shift) * self._scaling, "class_labels": int(row["label"])}
 
     def load_vae(self) -> AutoencoderKL:
-        """The autoencoder that the cache was made with."""
+        """Load the autoencoder that the cache was made with."""
         return load_vae(self.vae)
 
 
-def cache_latents(config: LatentCacheConfig) -> None:
-    """Encode a data set; see :func:`.shards.write_shards`.
+@dataclass(frozen=True)
+class ImageLatents(ImageSource):
+    """Folder that scripts/cache_latents.py image wrote."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        if self.flip:
+            raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
+
+    def open(self) -> CachedLatents:
+        return CachedLatents(self.path)
+
+
+class CachedVideoLatents:
+    """Samples of a cache of clips.
+
+    Attributes:
+        sizes: frames, height and width of the latents, each once.
+        buckets: for each row the number of its size; None when there is one.
+        channels: of the latents.
+        vae, text, fps: what the cache was made with.
 
     Raises:
-        ValueError: when ``output_dir`` holds another cache, with the keys that differ.
+        ValueError: when there is no cache, or it is not finished.
     """
-    images = ImageSamples(open_images(config.data), channels=3, size=config.size)
-    vae = load_vae(config.vae).to(PartialState().device)
-    keep = ("vae", "data", "size", "shard_size")
-    record = {
-        "config": {key: value for key, value in as_dict(config).items() if key in keep},
-        "class_names": images.class_names,
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
-    }
-    write_shards(
-        Path(config.output_dir),
-        record,
-        num_samples=len(images),
-        shard_size=config.shard_size,
-        make_rows=lambda rows: _encode(vae, images, rows, config),
-    )
+
+    def __init__(self, path: str | Path) -> None:
+        self.shards = Shards(path)
+        config = self.shards.record["config"]
+        self.vae: str = config["vae"]
+        self.text = TextConfig(**config["text"])
+        self.fps: float | None = config["data"]["fps"]
+        shapes = [self.shards.shape(index, "latents") for index in range(len(self.shards))]
+        self.channels = shapes[0][0]
+        self.sizes = sorted({shape[1:] for shape in shapes})
+        self.buckets = [self.sizes.index(shape[1:]) for shape in shapes] if len(self.sizes) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        row = self.shards.read(index, ("latents", "text"))
+        missing = self.text.max_length - len(row["text"])
+        return {"samples": row["latents"].float(), "text": F.pad(row["text"], (0, 0, 0, missing))}
 
 
-@torch.no_grad()
-def _encode(
-    vae: Any, images: ImageSamples, rows: range, config: LatentCacheConfig
-) -> list[dict[str, Tensor]]:
-    """Mean, std and label of some images, and of their mirror images with ``data.flip``."""
-    samples = list(readable(images, rows))
-    pixels = [sample["samples"] for sample in samples]
-    labels = [torch.tensor(sample["class_labels"]) for sample in samples]
-    if config.data.flip:
-        pixels = [view for image in pixels for view in (image, image.flip(-1))]
-        labels = [label for label in labels for _ in range(2)]
-    encoded: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(pixels), config.batch_size):
-        batch = torch.stack(pixels[start : start + config.batch_size])
-        posterior = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist
-        encoded += zip(posterior.mean.half().cpu(), posterior.std.half().cpu(), strict=True)
-    return [
-        {"mean": mean, "std": std, "label": label} for (mean, std), label in zip(encoded, labels, strict=True)
-    ]
+@dataclass(frozen=True)
+class VideoLatents(VideoSource):
+    """Folder that scripts/cache_latents.py video wrote."""
 
+    path: str
 
-def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[dict[str, Any]]:
-    """The samples that can be decoded, each drawn ``draws`` times; the others are named."""
-    skipped = 0
-    for row in rows:
-        try:
-            # What is drawn depends on the row alone, so that any process writes the same.
-            yield dict(source.load(row // draws, torch.Generator().manual_seed(row)))
-        except UnreadableSampleError as error:
-            skipped += 1
-            logger.warning("skipped, number %d of this file: %s", skipped, error)
+    def open(self) -> CachedVideoLatents:
+        return CachedVideoLatents(self.path)

