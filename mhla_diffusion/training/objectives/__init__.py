@@ -10,5 +10,5 @@ __all__ = ["DDPM", "FlowMatching", "Objective", "ObjectiveConfig", "build_object
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config names."""
+    """Build the objective that a config names."""
     return DDPM() if config.name == "ddpm" else FlowMatching(config)

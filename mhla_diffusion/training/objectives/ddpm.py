@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .objective import NUM_TRAIN_TIMESTEPS, Denoiser, Objective, as_column, mean_flat
+from .objective import NUM_TRAIN_TIMESTEPS, Objective, as_column, mean_flat
 
 
 class DDPM(Objective):
@@ -43,25 +41,19 @@ class DDPM(Objective):
     def draw_time(self, generator: torch.Generator) -> Tensor:
         return torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
 
-    def loss_at(
-        self,
-        model: Denoiser,
-        samples: Tensor,
-        conditioning: Mapping[str, Any],
-        *,
-        times: Tensor,
-        noise: Tensor,
-    ) -> Tensor:
-        noisy = self._at("signal", times, samples) * samples + self._at("noise", times, samples) * noise
-        prediction = model(noisy, timestep=times, return_dict=False, **conditioning)[0].float()
+    def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        return self._at("signal", times, samples) * samples + self._at("noise", times, samples) * noise
+
+    def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
         eps, v = prediction.chunk(2, dim=1)
+        noisy = self.noisy(samples, times, noise)
         bound = self.variational_bound(samples, noisy, times, eps=eps.detach(), v=v)
         return mean_flat((eps - noise) ** 2) + bound
 
     def variational_bound(
         self, samples: Tensor, noisy: Tensor, times: Tensor, *, eps: Tensor, v: Tensor
     ) -> Tensor:
-        """The term of the bound at each sample's time, in bits per dimension, ``[B]``.
+        """Return the term of the bound at each sample's time, in bits per dimension, ``[B]``.
 
         ``KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))``, and ``-log p(x_0 | x_1)`` at t = 0.
         """

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from .objective import NUM_TRAIN_TIMESTEPS, Denoiser, Objective, ObjectiveConfig, as_column, mean_flat
+from .objective import NUM_TRAIN_TIMESTEPS, Objective, ObjectiveConfig, as_column, mean_flat
 
 
 class FlowMatching(Objective):
@@ -45,22 +42,16 @@ class FlowMatching(Objective):
         # The scheduler never asks for less noise than this, and sigma_sqrt has no bound at 0.
         return time.clamp(1 / NUM_TRAIN_TIMESTEPS, 1)
 
-    def loss_at(
-        self,
-        model: Denoiser,
-        samples: Tensor,
-        conditioning: Mapping[str, Any],
-        *,
-        times: Tensor,
-        noise: Tensor,
-    ) -> Tensor:
+    def timestep(self, times: Tensor) -> Tensor:
+        return NUM_TRAIN_TIMESTEPS * times
+
+    def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         t = as_column(times, samples)
-        noisy = (1 - t) * samples + t * noise
-        prediction = model(
-            noisy, timestep=NUM_TRAIN_TIMESTEPS * times, return_dict=False, **conditioning
-        )[0].float()  # fmt: skip
+        return (1 - t) * samples + t * noise
+
+    def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
         if self.config.prediction_type == "sample":
-            error = (samples - prediction) / t.clamp_min(self.LEAST_TIME)
+            error = (samples - prediction) / as_column(times, samples).clamp_min(self.LEAST_TIME)
         else:
             error = prediction - (noise - samples)
         weighting = compute_loss_weighting_for_sd3(self.config.weighting_scheme, times)

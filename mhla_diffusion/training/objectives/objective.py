@@ -74,7 +74,7 @@ class Objective(ABC):
         conditioning: Mapping[str, Any],
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        """The loss at times and noise drawn from each sample's own generator.
+        """Return the loss at times and noise drawn from each sample's own generator.
 
         Args:
             model: returns a tuple whose first element is the prediction when ``return_dict=False``.
@@ -85,17 +85,17 @@ class Objective(ABC):
         Returns:
             ``[B]``, the mean over the values of each sample.
         """
+        times, noise = self.draw(samples, generators)
+        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+
+    def draw(self, samples: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Draw a time ``[B]`` and standard normal noise for each sample, from its own generator."""
         times = torch.cat([self.draw_time(generator) for generator in generators]).to(samples.device)
         noise = randn_tensor(
             tuple(samples.shape), generator=list(generators), device=samples.device, dtype=samples.dtype
         )
-        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+        return times, noise
 
-    @abstractmethod
-    def draw_time(self, generator: torch.Generator) -> Tensor:
-        """One time, ``[1]``."""
-
-    @abstractmethod
     def loss_at(
         self,
         model: Denoiser,
@@ -105,22 +105,47 @@ class Objective(ABC):
         times: Tensor,
         noise: Tensor,
     ) -> Tensor:
-        """The loss ``[B]`` at given times ``[B]`` and standard normal noise of the samples' shape."""
+        """Return the loss ``[B]`` at given times ``[B]`` and standard normal noise of the samples' shape."""
+        noisy = self.noisy(samples, times, noise)
+        prediction = self.predict(model, noisy, times, conditioning)
+        return self.loss_of(prediction, samples, times=times, noise=noise)
+
+    def predict(
+        self, model: Denoiser, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what a model, the trained one or another, makes of noisy samples, in fp32."""
+        return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
+
+    def timestep(self, times: Tensor) -> Tensor:
+        """Return what the model is given for times ``[B]``."""
+        return times
+
+    @abstractmethod
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """Draw one time, ``[1]``."""
+
+    @abstractmethod
+    def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """Return the samples with the noise that they have at their times."""
+
+    @abstractmethod
+    def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss ``[B]`` of what :meth:`predict` gave for ``noisy(samples, times, noise)``."""
 
     @abstractmethod
     def scheduler(self) -> Any:
-        """The diffusers scheduler that samples from a model trained on this objective."""
+        """Return the diffusers scheduler that samples from a model trained on this objective."""
 
     def out_channels(self, in_channels: int) -> int:
-        """How many channels the model must return."""
+        """Return how many channels the model must have as output."""
         return in_channels * (2 if self.predicts_variance else 1)
 
 
 def as_column(values: Tensor, samples: Tensor) -> Tensor:
-    """``[B]`` to ``[B, 1, ...]``."""
+    """View ``[B]`` as ``[B, 1, ...]``."""
     return values.view(-1, *[1] * (samples.ndim - 1))
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """``[B, ...]`` to ``[B]``."""
+    """Return the mean of each sample, ``[B, ...]`` to ``[B]``."""
     return x.flatten(1).mean(1)

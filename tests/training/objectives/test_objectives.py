@@ -130,6 +130,22 @@ def test_the_loss_of_a_sample_depends_on_its_own_generator_alone() -> None:
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_a_second_model_can_be_asked_of_the_very_sample_that_the_loss_was_of(name: str) -> None:
+    samples, _ = samples_and_noise()
+    objective = build_objective(ObjectiveConfig(name=name))  # type: ignore[arg-type]
+    student = Recorder(torch.full((4, objective.out_channels(2), 3, 3), 0.1))
+    teacher = Recorder(torch.full((4, objective.out_channels(2), 3, 3), 0.2))
+    labels = {"class_labels": torch.arange(4)}
+    loss = objective.loss(student, samples, labels, [sample_generator(0, k, FOR_LOSS) for k in range(4)])
+    times, noise = objective.draw(samples, [sample_generator(0, k, FOR_LOSS) for k in range(4)])
+    target = objective.predict(teacher, objective.noisy(samples, times, noise), times, labels)
+    assert torch.equal(teacher.noisy, student.noisy)
+    assert torch.equal(teacher.timestep, student.timestep)
+    assert torch.equal(target, teacher.output)
+    assert torch.equal(objective.loss_of(student.output, samples, times=times, noise=noise), loss)
+
+
 def ddpm_by_hand(x0: float, noise: float, t: int, eps: float, v: float) -> float:
     """One value's loss from the scalar chain, in float64, without any closed form of the posterior."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
