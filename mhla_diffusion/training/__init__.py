@@ -11,8 +11,10 @@ from .data.encoding import (
 )
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
+from .run import train
+from .task import TrainingTask
 from .text import TextConfig
-from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig, TrainingTask
+from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig
 from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "changeable",
     "parse_config",
     "run_script",
+    "train",
     "train_image",
     "train_video",
 ]

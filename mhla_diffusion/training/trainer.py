@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,18 +22,18 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, remove_unfinished, start_writing, write_folder
+from ..files.writing import commit, remove_unfinished, start_writing, write_file, write_folder
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
 
@@ -159,54 +159,13 @@ class RunConfig:
     trainable: Literal["all", "attention"] = "all"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+        """Build the model, on the CPU in fp32, the data and the task.
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSheetConfig:
-    """Pictures during training, of the averaged weights.
-
-    Args:
-        every: steps between them, 0 for none.
-        guidance_scale: strength of classifier-free guidance; 1 for none.
-        num_inference_steps: of the scheduler.
-        seed: of the noise, the same each time.
-    """
-
-    every: int = changeable(0)
-    guidance_scale: float = changeable(4.0)
-    num_inference_steps: int = changeable(50)
-    seed: int = changeable(0)
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
-
-
-class TrainingTask(Protocol):
-    """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
-
-    @property
-    def sample_every(self) -> int:
-        """Steps between sample grids, 0 for none."""
-        ...
-
-    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """The model's keyword arguments for a batch on the device, its ``"samples"`` taken out.
-
-        Some samples get the unconditional ones, for guidance.
+        Raises:
+            ValueError: when parts of the config do not fit together, or the data is not what it should be.
         """
-        ...
-
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        """A picture of samples, the same in every process.
-
-        Every process calls it, as a sharded model needs. It must not draw from the global generators.
-        """
-        ...
-
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        """Write the finished pipeline; ``training`` are the facts for its model card."""
-        ...
+        raise NotImplementedError
 
 
 class Trainer:
@@ -322,7 +281,7 @@ class Trainer:
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
                     self._log(grad_norm, throughput)
-                if self.task.sample_every and self._due(self.task.sample_every):
+                if self.task.sampling.every and self._due(self.task.sampling.every):
                     self._save_samples()
                 if stop or self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
@@ -378,7 +337,7 @@ class Trainer:
         conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
         samples = conditioning.pop("samples")
         generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
-        conditioning = self.task.condition(conditioning, generators)
+        conditioning = self.task.conditioning.arguments(conditioning, generators)
         return self.objective.loss(self.model, samples, conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
@@ -421,12 +380,10 @@ class Trainer:
             self.model.train()
 
     def _save_samples(self) -> None:
-        stem = self.output_dir / "samples" / f"step-{self.progress.step:08d}"
         with self._averaged_weights() as model:
             images = self.task.sample(model, self.accelerator.device)
         if self.accelerator.is_main_process:
-            stem.parent.mkdir(exist_ok=True)
-            images.save(stem.with_suffix(".png"))
+            write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
         pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
