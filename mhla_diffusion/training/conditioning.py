@@ -1,4 +1,4 @@
-"""Conditioning: what the model is told of a sample, and what it is told instead for guidance.
+"""Conditioning: what a model is told of a sample, and what it is told instead for guidance.
 
 With a probability of ``dropout``, drawn from the sample's own generator, a sample is trained without its
 condition (Ho and Salimans 2022, classifier-free guidance).
@@ -18,7 +18,7 @@ from .text import embed_caption
 
 
 class Conditioning(Protocol):
-    """From the columns of a batch to arguments of the model."""
+    """Way from the columns of a batch to arguments of the model."""
 
     def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Return the model's keyword arguments, each with B rows.
@@ -114,5 +114,5 @@ def require_probability(name: str, value: float) -> None:
 
 
 def _draw(generators: Sequence[torch.Generator], probability: float) -> Tensor:
-    """Bool ``[B]``, on the CPU."""
+    """Draw what is dropped, bool ``[B]`` on the CPU."""
     return torch.stack([torch.rand((), generator=generator) for generator in generators]) < probability

@@ -27,7 +27,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def changeable(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field that a resumed run may change, because no step already taken depends on it."""
+    """Return a dataclass field that a resumed run may change, because no step already taken depends on it."""
     return dataclasses.field(default=default, metadata={_CHANGEABLE: True}, **kwargs)
 
 
@@ -97,7 +97,7 @@ def run_script(
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, as they stand in YAML and JSON."""
+    """Return a config as plain values, as they stand in YAML and JSON."""
     return {name: _plain(getattr(config, name)) for name in (f.name for f in dataclasses.fields(config))}
 
 
@@ -124,7 +124,7 @@ def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
 
 
 def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to one, its keys dotted."""
+    """Flatten nested mappings to one, its keys dotted."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -160,7 +160,7 @@ def _plain(value: Any) -> Any:
 
 
 def _with_later_fields(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """A saved config with the defaults of the fields that it does not have."""
+    """Return a saved config with the defaults of the fields that it does not have."""
     filled = dict(saved)
     for field in dataclasses.fields(config):
         old, value = saved.get(field.name), getattr(config, field.name)
@@ -198,7 +198,7 @@ def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) ->
 
 
 def _given_keys(arguments: Sequence[str] | None) -> list[str]:
-    """The dotted keys on the command line and in its YAML files."""
+    """Return the dotted keys on the command line and in its YAML files."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     known, rest = parser.parse_known_args(arguments)

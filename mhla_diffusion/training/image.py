@@ -22,7 +22,7 @@ from .trainer import RunConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer: either ``init_from``, or a shape for a new one.
+    """Transformer: either ``init_from``, or a shape for a new one.
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
@@ -81,7 +81,7 @@ class SamplingConfig(SampleSheetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTrainingConfig(RunConfig):
-    """A training run; see also :class:`RunConfig`.
+    """Training run; see also :class:`RunConfig`.
 
     Args:
         model: see :class:`ModelConfig`.

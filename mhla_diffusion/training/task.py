@@ -1,4 +1,4 @@
-"""What a run trains for: how samples are conditioned, shown on the way, and wrapped into a pipeline."""
+"""Task of a run: how samples are conditioned, shown on the way, and wrapped into a pipeline."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ class TrainingTask:
 
 
 def _pictures(output: Any) -> list[Image.Image]:
-    """The images of a pipeline's output, or the frames of its first video."""
+    """Return the images of a pipeline's output, or the frames of its first video."""
     return output.frames[0] if hasattr(output, "frames") else output.images

@@ -1,6 +1,6 @@
-"""The training loop, on accelerate, for any model, objective and kind of data.
+"""Training loop, on accelerate, for any model, objective and kind of data.
 
-What is particular to images or video is behind :class:`TrainingTask` and
+What is particular to images or video is behind :class:`~mhla_diffusion.training.task.TrainingTask` and
 :class:`~mhla_diffusion.training.data.stream.SampleSource`.
 """
 
@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train.
+    """Settings of the training loop.
 
     Args:
         batch_size: samples per optimizer step over all processes; divides by processes x accumulation steps.
@@ -143,7 +143,7 @@ def _warn_of_idle_cores(num_processes: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every kind of training run has.
+    """Config of a training run, the part that every kind has.
 
     Args:
         trainer: see :class:`TrainerConfig`.
@@ -314,7 +314,7 @@ class Trainer:
         )
 
     def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
-        """One optimizer step; returns the norm of the gradient before it was clipped."""
+        """Take one optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
         losses = []
         for _ in range(self.share.micro_batches):
@@ -341,7 +341,7 @@ class Trainer:
         return self.objective.loss(self.model, samples, conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
-        """The signal that any process received, as all must stop after the same step."""
+        """Return the signal that any process received, as all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return request.signal
         return int(
@@ -368,7 +368,7 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[Any]:
-        """The model with the averaged weights, in eval mode, inside the with block."""
+        """Give the model with the averaged weights, in eval mode, inside the with block."""
         parameters = self._parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -439,7 +439,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _facts(self, num_unreadable: int) -> dict[str, Any]:
-        """What a model card should say of this run, in the card's words."""
+        """Return what a model card should say of this run, in the card's words."""
         config, optim = self.config, self.config.optimizer
         facts = {
             "data": f"{len(self.source):,} samples",
@@ -453,6 +453,6 @@ class Trainer:
         return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        """The trained ones, which are those that are averaged."""
+        """Return the trained ones, which are those that are averaged."""
         model = self.accelerator.unwrap_model(self.model)
         return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -16,7 +16,6 @@ from .config import changeable, require_shape_or_init_from
 from .data import CachedVideoLatents, VideoDataConfig, VideoSamples
 from .data.latents import load_video_vae
 from .data.stream import SampleSource
-from .data.videos import CaptionedVideos
 from .objectives import Objective
 from .run import new_or_loaded, train
 from .task import SampleSheetConfig, TrainingTask
@@ -26,7 +25,7 @@ from .trainer import RunConfig
 
 @dataclass(frozen=True)
 class VideoModelConfig:
-    """The transformer: either ``init_from``, or a shape for a new one.
+    """Transformer: either ``init_from``, or a shape for a new one.
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training.
@@ -75,7 +74,7 @@ class VideoSamplingConfig(SampleSheetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoTrainingConfig(RunConfig):
-    """A training run; see also :class:`RunConfig`.
+    """Training run; see also :class:`RunConfig`.
 
     Args:
         model: see :class:`VideoModelConfig`.
@@ -100,23 +99,21 @@ class VideoTrainingConfig(RunConfig):
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        opened = open_source(self)
-        latents = opened if isinstance(opened, CachedVideoLatents) else None
+        source = self.data.open()
+        latents = source if isinstance(source, CachedVideoLatents) else None
+        if latents is not None:
+            _check_text(latents, self)
         parts = build_parts(self, objective, latents)
         sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
         model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
-        if isinstance(opened, CachedVideoLatents):
-            _check_channels(model, opened)
-            source: SampleSource = opened
+        if latents is None:
+            source = VideoSamples(source, self.data, channels=model.config.in_channels)
+            warn_of_long_captions(source.captions, parts.tokenizer, self.text.max_length)
         else:
-            source = VideoSamples(opened, self.data, channels=model.config.in_channels)
-            warn_of_long_captions(opened.captions, parts.tokenizer, self.text.max_length)
+            _check_channels(latents, model)
         conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
-        return (
-            model,
-            source,
-            TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title),
-        )
+        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
+        return model, source, task
 
 
 def build_parts(
@@ -177,22 +174,15 @@ def _check_patches(patch: tuple[int, ...], sizes: Sequence[tuple[int, ...]]) -> 
             )
 
 
-def open_source(config: VideoTrainingConfig) -> CaptionedVideos | CachedVideoLatents:
-    """Open the data of a run.
-
-    Raises:
-        ValueError: when there is none, or its texts are of another encoder.
-    """
-    source = config.data.open()
-    if isinstance(source, CachedVideoLatents) and source.text != config.text:
+def _check_text(latents: CachedVideoLatents, config: VideoTrainingConfig) -> None:
+    if latents.text != config.text:
         raise ValueError(
-            f"the captions in {config.data.path} were encoded with {source.text}: set text to the same, got "
+            f"the captions in {config.data.path} were encoded with {latents.text}: set text to the same, got "
             f"{config.text}"
         )
-    return source
 
 
-def _check_channels(model: Any, latents: CachedVideoLatents) -> None:
+def _check_channels(latents: CachedVideoLatents, model: Any) -> None:
     if model.config.in_channels != latents.channels:
         raise ValueError(
             f"{latents.shards.path} holds latents of {latents.channels} channels, but model.in_channels is "

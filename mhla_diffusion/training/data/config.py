@@ -10,11 +10,11 @@ from .videos import CaptionedVideos, VideoSource
 
 
 class DataConfig(SourceConfig, kind=ImageSource):
-    """Where the images come from, and their settings."""
+    """Source of images, and its settings."""
 
 
 class VideoDataConfig(SourceConfig, kind=VideoSource):
-    """Where the clips come from, and their settings."""
+    """Source of clips, and its settings."""
 
 
 def open_images(config: DataConfig) -> LabelledImages:

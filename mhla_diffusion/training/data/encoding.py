@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LatentCacheConfig:
-    """What to encode, and how.
+    """Cache to be made: what is encoded, and how.
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
@@ -84,7 +84,7 @@ def cache_latents(config: LatentCacheConfig) -> None:
 def _encode_images(
     vae: Any, images: ImageSamples, rows: range, config: LatentCacheConfig
 ) -> list[dict[str, Tensor]]:
-    """Mean, std and label of some images, and of their mirror images with ``data.flip``."""
+    """Encode some images: mean, std and label of each, and of their mirror images with ``data.flip``."""
     samples = list(readable(images, rows))
     pixels = [sample["samples"] for sample in samples]
     labels = [torch.tensor(sample["class_labels"]) for sample in samples]
@@ -103,7 +103,7 @@ def _encode_images(
 
 @dataclass(frozen=True)
 class VideoLatentCacheConfig:
-    """What to encode, and how.
+    """Cache to be made: what is encoded, and how.
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
@@ -160,7 +160,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
 
 @torch.no_grad()
 def _encode_clip(parts: MHLAWanPipeline, sample: dict[str, Any]) -> dict[str, Tensor]:
-    """Latents by their mode, as Wan's own training has them, and the text."""
+    """Encode a clip, its latents by their mode, as Wan's own training has them, and the text."""
     vae = parts.vae
     clip = sample["samples"][None].to(vae.device, vae.dtype)
     mean, std = (
@@ -189,7 +189,7 @@ def _check_sizes(data: VideoDataConfig, vae: Any) -> None:
 
 
 def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[dict[str, Any]]:
-    """The samples that can be decoded, each drawn ``draws`` times; the others are named."""
+    """Load the samples that can be decoded, each drawn ``draws`` times; the others are named."""
     skipped = 0
     for row in rows:
         try:

@@ -33,11 +33,11 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return what to call an image in a message."""
         ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image and its class."""
+        """Read an image and its class."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A data set computed once and kept in files: written by several processes, resumably, and read row by row.
+"""Data set computed once and kept in files: written by several processes, resumably, and read row by row.
 
 A cache is a folder of ``latents-00000.safetensors`` and so on, each with the tensors of some rows, named
 ``<row in the file>.<name>``, and ``cache.json``, a record of what it was made from.
@@ -31,7 +31,7 @@ Row = Mapping[str, Tensor]
 
 
 class Shards:
-    """The rows of a finished cache.
+    """Rows of a finished cache.
 
     Attributes:
         record: what it was made from.
@@ -65,7 +65,7 @@ class Shards:
         return {**self.__dict__, "_open": {}}
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of a row.
+        """Read some tensors of a row.
 
         Raises:
             UnreadableSampleError: when its file is damaged.
@@ -78,7 +78,7 @@ class Shards:
             raise UnreadableSampleError(f"{self.files[shard]}, row {row}: {error}") from error
 
     def shape(self, index: int, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         shard, row = self._locate(index)
         return tuple(self._file(shard).get_slice(f"{row}.{name}").get_shape())
 

@@ -18,7 +18,7 @@ from docstring_parser import parse as parse_docstring
 
 
 class Source(ABC):
-    """A place where data comes from, as a dataclass of its settings."""
+    """Place where data comes from, as a dataclass of its settings."""
 
     @abstractmethod
     def open(self) -> Any:
@@ -32,14 +32,15 @@ class Source(ABC):
     def by_name(cls) -> dict[str, type[Source]]:
         """Return every source of this kind under its name.
 
-        That is the class's own in snake case, without the medium: ``FolderImages`` is folder.
+        That is the class's own in snake case, without the word of its kind: ``FolderImages``, an
+        ``ImageSource``, is folder.
         """
-        return {_name(source): source for source in _concrete(cls)}
+        return {_name(source, cls.__name__.removesuffix("Source")): source for source in _concrete(cls)}
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One of the sources of a kind, and its settings.
+    """Choice of one source of a kind, and its settings.
 
     A subclass, ``class DataConfig(SourceConfig, kind=ImageSource)``, is a frozen dataclass with the field
     ``source`` and those of every source of its kind. A setting that a source must be given is None when it
@@ -105,13 +106,13 @@ def _concrete(kind: type) -> Iterator[type]:
         yield from _concrete(source)
 
 
-def _name(source: type) -> str:
-    words = re.sub(r"Images?|Videos?", "", source.__name__)
+def _name(source: type, kind: str) -> str:
+    words = re.sub(f"{kind}s?", "", source.__name__)
     return re.sub(r"(?<!^)(?=[A-Z])", "_", words).lower()
 
 
 def _settings(kind: type[Source]) -> dict[str, tuple[Any, Field[Any]]]:
-    """Type and field of each setting of all sources, the required ones first."""
+    """Collect type and field of each setting of all sources, the required ones first."""
     found: dict[str, tuple[Any, Field[Any]]] = {}
     for source in kind.by_name().values():
         hints = get_type_hints(source)
@@ -139,7 +140,7 @@ def _optional(setting: Field[Any]) -> Any:
 
 
 def _takers(kind: type[Source], setting: str) -> list[str]:
-    """The sources that take a setting."""
+    """List the sources that take a setting."""
     return [name for name, source in kind.by_name().items() if setting in source.__dataclass_fields__]  # type: ignore[attr-defined]
 
 

@@ -107,7 +107,7 @@ class MovingDigits:
         self.captions = [self._caption(number) for number in range(config.num_clips)]
 
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
-        """The clip from its beginning, whatever ``fps`` and ``start``."""
+        """Draw the clip from its beginning, whatever ``fps`` and ``start``."""
         choice, position, angle = self._draw(index)
         room = np.array(self.size) - self.config.digit_size
         # As in the standard recipe, positions are a share of the room on each axis.
@@ -125,7 +125,7 @@ class MovingDigits:
         return frames
 
     def _draw(self, index: int) -> tuple[Any, Any, Any]:
-        """Which digits, where they start ``[n, 2]`` in 0 to 1 (row, column), and the angles ``[n]``."""
+        """Draw which digits, where they start ``[n, 2]`` in 0 to 1 (row, column), and the angles ``[n]``."""
         random, n = np.random.default_rng(index), self.config.digits
         choice, position = random.integers(len(self._labels), size=n), random.random((n, 2))
         turn = random.random(n) if self.config.bounce else random.integers(8, size=n) / 8
@@ -155,7 +155,7 @@ class MovingDigits:
 
 
 def direction(angle: float) -> str:
-    """The eighth of the compass that an angle is nearest to: 0 is right, pi / 2 down."""
+    """Name the eighth of the compass that an angle is nearest to: 0 is right, pi / 2 down."""
     names = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
     return names[round(angle / (math.pi / 4)) % 8]
 

@@ -30,7 +30,7 @@ class CaptionedVideos(Protocol):
     captions: list[str]
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
-        """A clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
+        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
 
         Raises:
             UnreadableVideoError: when it cannot be decoded or is too short.
@@ -40,7 +40,7 @@ class CaptionedVideos(Protocol):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A file, or a part of one, and its caption.
+    """File, or a part of one, and its caption.
 
     Args:
         path: of the file.
@@ -205,7 +205,7 @@ class _Shapes:
 
 
 def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """For each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
+    """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
     # One worker at least: a reader in this process would make later workers hang.
     loader: Any = DataLoader(_Shapes(videos), batch_size=None, num_workers=1)  # type: ignore[arg-type]
     ratios = [math.log(width / height) for height, width in sizes]

@@ -1,4 +1,4 @@
-"""What a diffusion model is trained to predict, and the scheduler that samples from what it learnt.
+"""Objective: what a diffusion model is trained to predict, and the scheduler that samples from it.
 
 An objective sees a model, clean samples and one random generator per sample, and returns one loss per sample:
 nothing here knows images from video.
@@ -22,7 +22,7 @@ Denoiser = Callable[..., Any]
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which objective, and its settings.
+    """Name of an objective, and its settings.
 
     Args:
         name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
@@ -62,10 +62,10 @@ class ObjectiveConfig:
 
 
 class Objective(ABC):
-    """One loss per sample, for any model called as ``model(noisy, timestep=..., **conditioning)``."""
+    """Loss of each sample, for any model called as ``model(noisy, timestep=..., **conditioning)``."""
 
     predicts_variance: bool
-    """Whether the model has 2C output channels: the prediction, then its variance."""
+    """True when the model has 2C output channels: the prediction, then its variance."""
 
     def loss(
         self,

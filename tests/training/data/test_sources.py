@@ -29,7 +29,7 @@ class CatSource(Source):
 
 
 @dataclass(frozen=True)
-class StreetImages(CatSource):
+class StreetCats(CatSource):
     """Cats of a street.
 
     Args:
