@@ -145,7 +145,7 @@ def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
         One line per key, ``key: old -> new``.
     """
     free = _changeable_keys(config)
-    old, new = flat_dict(_with_later_fields(saved, config)), flat_dict(as_dict(config))
+    old, new = flat_dict(with_later_fields(saved, config)), flat_dict(as_dict(config))
     return [
         f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
         for key in [*new, *(key for key in old if key not in new)]
@@ -159,13 +159,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _with_later_fields(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return a saved config with the defaults of the fields that it does not have."""
+def with_later_fields(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Return a config that :func:`as_dict` gave, with the defaults of the fields that came later."""
     filled = dict(saved)
     for field in dataclasses.fields(config):
         old, value = saved.get(field.name), getattr(config, field.name)
         if dataclasses.is_dataclass(value) and isinstance(old, Mapping):
-            filled[field.name] = _with_later_fields(old, value)
+            filled[field.name] = with_later_fields(old, value)
         elif field.name not in saved and field.default is not dataclasses.MISSING:
             filled[field.name] = _plain(field.default)
         elif field.name not in saved and field.default_factory is not dataclasses.MISSING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
-from ..config import as_dict
 from ..text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
 from .images import ImageSamples
@@ -64,18 +62,16 @@ def cache_latents(config: LatentCacheConfig) -> None:
     """
     images = ImageSamples(open_images(config.data), channels=3, size=config.size)
     vae = load_vae(config.vae).to(PartialState().device)
-    keep = ("vae", "data", "size", "shard_size")
-    record = {
-        "config": {key: value for key, value in as_dict(config).items() if key in keep},
+    facts = {
         "class_names": images.class_names,
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor or 0.0,
     }
     write_shards(
-        Path(config.output_dir),
-        record,
+        config,
+        keep=("vae", "data", "size", "shard_size"),
+        facts=facts,
         num_samples=len(images),
-        shard_size=config.shard_size,
         make_rows=lambda rows: _encode_images(vae, images, rows, config),
     )
 
@@ -146,12 +142,10 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=config.text.max_length,
     )
-    keep = ("vae", "data", "text", "clips", "shard_size")
     write_shards(
-        Path(config.output_dir),
-        {"config": {key: value for key, value in as_dict(config).items() if key in keep}},
+        config,
+        keep=("vae", "data", "text", "clips", "shard_size"),
         num_samples=len(videos) * config.clips,
-        shard_size=config.shard_size,
         make_rows=lambda rows: [
             _encode_clip(parts, sample) for sample in readable(videos, rows, draws=config.clips)
         ],
