@@ -152,13 +152,14 @@ def loading(
         ValueError: when there are no videos, or they are not as they should be.
         ImportError: without the ``train`` extra.
     """
-    from .training.stream import BatchShare, SampleStream
-    from .training.video_data import VideoDataConfig, VideoSamples, open_videos, read_captions
+    from .training.data import VideoDataConfig, VideoSamples, open_videos
+    from .training.data.captions import read_captions
+    from .training.data.stream import BatchShare, SampleStream
 
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     config = VideoDataConfig("folder", path=str(path), frames=frames, sizes=(size,))
     source = VideoSamples(open_videos(config), config, channels=3)
-    files = [file.path for file in read_captions(path)]
+    files = [file for file, _ in read_captions(path)]
 
     def trainer() -> None:
         stream = SampleStream(source, BatchShare(4), range(clips // 4), seed=0, num_workers=workers)

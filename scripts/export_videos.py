@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from mhla_diffusion.files.videos import require_video_writer, write_video
 from mhla_diffusion.files.writing import require_new_folder, write_folder
-from mhla_diffusion.training.stream import UnreadableSampleError
-from mhla_diffusion.training.video_data import VideoDataConfig, VideoSamples, open_videos
+from mhla_diffusion.training.data import VideoDataConfig, VideoSamples, open_videos
+from mhla_diffusion.training.data.stream import UnreadableSampleError
 
 
 def main(data: VideoDataConfig, out: str, num: int | None = None, gray: bool = False) -> None:

@@ -2,15 +2,20 @@
 
 from .adapters import LoraConfig
 from .config import changeable, parse_config, run_script
-from .data import DataConfig
+from .data import DataConfig, MovingDigitsConfig, VideoDataConfig
+from .data.encoding import (
+    LatentCacheConfig,
+    VideoLatentCacheConfig,
+    cache_latents,
+    cache_video_latents,
+)
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
-from .latents import LatentCacheConfig, cache_latents
 from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
+from .run import train
+from .task import TrainingTask
 from .text import TextConfig
-from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig, TrainingTask
+from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig
 from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
-from .video_data import MovingDigitsConfig, VideoDataConfig
-from .video_latents import VideoLatentCacheConfig, cache_video_latents
 
 __all__ = [
     "DDPM",
@@ -41,6 +46,7 @@ __all__ = [
     "changeable",
     "parse_config",
     "run_script",
+    "train",
     "train_image",
     "train_video",
 ]

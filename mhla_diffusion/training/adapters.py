@@ -1,4 +1,4 @@
-"""Which weights are trained: all, those of self-attention, or these and low-rank adapters on the rest."""
+"""Weights that are trained: all, those of self-attention, or these and low-rank adapters on the rest."""
 
 from __future__ import annotations
 

@@ -23,19 +23,19 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` optimizer steps is kept."""
+    """Return where the checkpoint after ``step`` optimizer steps is kept."""
     return output_dir / _FOLDER / f"step-{step:08d}"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """List the whole checkpoints of a run, oldest first."""
     folder = output_dir / _FOLDER
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """After how many optimizer steps a checkpoint was written."""
+    """Return after how many optimizer steps a checkpoint was written."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
@@ -54,7 +54,7 @@ def write_record(folder: Path, *, config: Mapping[str, Any], num_processes: int)
 
 
 def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path | None:
-    """Where a run goes on from, None for a new one. Changes nothing.
+    """Find where a run goes on from, None for a new one. Changes nothing.
 
     Args:
         output_dir: of the run that is about to start.
@@ -94,7 +94,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
 
 def saved_num_processes(checkpoint: Path) -> int:
-    """How many processes wrote a checkpoint."""
+    """Return how many processes wrote a checkpoint."""
     return json.loads((checkpoint / _RECORD).read_text())["num_processes"]
 
 

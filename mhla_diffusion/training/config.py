@@ -19,13 +19,15 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ..files.writing import write_file
+
 _CHANGEABLE = "changeable"
 
 ConfigT = TypeVar("ConfigT")
 
 
 def changeable(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field that a resumed run may change, because no step already taken depends on it."""
+    """Return a dataclass field that a resumed run may change, because no step already taken depends on it."""
     return dataclasses.field(default=default, metadata={_CHANGEABLE: True}, **kwargs)
 
 
@@ -95,13 +97,13 @@ def run_script(
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, as they stand in YAML and JSON."""
+    """Return a config as plain values, as they stand in YAML and JSON."""
     return {name: _plain(getattr(config, name)) for name in (f.name for f in dataclasses.fields(config))}
 
 
 def write_config(config: Any, path: Path) -> None:
     """Write a config as the YAML file that gives it again."""
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_file(path, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
@@ -122,7 +124,7 @@ def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
 
 
 def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to one, its keys dotted."""
+    """Flatten nested mappings to one, its keys dotted."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -133,17 +135,17 @@ def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
-    """Where a config differs from a saved one in a field that is not :func:`changeable`.
+    """List where a config differs from a saved one in a field that is not :func:`changeable`.
 
     Args:
-        saved: what :func:`as_dict` gave.
+        saved: what :func:`as_dict` gave. Fields that it lacks had their defaults.
         config: a dataclass.
 
     Returns:
         One line per key, ``key: old -> new``.
     """
     free = _changeable_keys(config)
-    old, new = flat_dict(saved), flat_dict(as_dict(config))
+    old, new = flat_dict(with_later_fields(saved, config)), flat_dict(as_dict(config))
     return [
         f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
         for key in [*new, *(key for key in old if key not in new)]
@@ -155,6 +157,20 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return as_dict(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def with_later_fields(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Return a config that :func:`as_dict` gave, with the defaults of the fields that came later."""
+    filled = dict(saved)
+    for field in dataclasses.fields(config):
+        old, value = saved.get(field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and isinstance(old, Mapping):
+            filled[field.name] = with_later_fields(old, value)
+        elif field.name not in saved and field.default is not dataclasses.MISSING:
+            filled[field.name] = _plain(field.default)
+        elif field.name not in saved and field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = _plain(field.default_factory())
+    return filled
 
 
 def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
@@ -182,7 +198,7 @@ def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) ->
 
 
 def _given_keys(arguments: Sequence[str] | None) -> list[str]:
-    """The dotted keys on the command line and in its YAML files."""
+    """Return the dotted keys on the command line and in its YAML files."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     known, rest = parser.parse_known_args(arguments)

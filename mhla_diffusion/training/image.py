@@ -1,37 +1,28 @@
-"""Training class-conditional image models: a config becomes a model, data and a task for the trainer."""
+"""Training class-conditional image models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-import torch
-from accelerate.utils import set_seed
-from diffusers import AutoencoderKL
-from diffusers.utils import make_image_grid
-from PIL import Image
-from torch import Tensor
 
 from mhla_diffusion.pipelines import MHLADiTPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLADiTTransformer2DModel
-from ..hub import component_subfolder
-from .checkpoints import find_checkpoint
-from .config import as_dict, changeable, require_shape_or_init_from
-from .data import DataConfig, ImageSamples, open_images
-from .latents import CachedLatents
-from .objectives import Objective, build_objective
-from .trainer import RunConfig, SampleSheetConfig, Trainer
-
-ImageSource = ImageSamples | CachedLatents
+from .conditioning import ClassLabels, require_probability
+from .config import changeable, require_shape_or_init_from
+from .data import CachedLatents, DataConfig, ImageSamples
+from .data.stream import SampleSource
+from .objectives import Objective
+from .run import new_or_loaded, train
+from .task import SampleSheetConfig, TrainingTask
+from .trainer import RunConfig
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer: either ``init_from``, or a shape for a new one.
+    """Transformer: either ``init_from``, or a shape for a new one.
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
@@ -84,10 +75,13 @@ class SamplingConfig(SampleSheetConfig):
         if not self.class_labels:
             raise ValueError("sampling.class_labels must name at least one class")
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"class_labels": [label] * self.images_per_class} for label in self.class_labels]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTrainingConfig(RunConfig):
-    """A training run; see also :class:`RunConfig`.
+    """Training run; see also :class:`RunConfig`.
 
     Args:
         model: see :class:`ModelConfig`.
@@ -105,85 +99,32 @@ class ImageTrainingConfig(RunConfig):
     class_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
+        require_probability("class_dropout", self.class_dropout)
 
-
-@dataclass
-class ImageTask:
-    """Class labels, sample grids and the pipeline; see :class:`~.trainer.TrainingTask`."""
-
-    objective: Objective
-    sampling: SamplingConfig
-    class_dropout: float
-    null_label: int
-    class_names: list[str]
-    data_name: str
-    vae: AutoencoderKL | None = None
-
-    @property
-    def sample_every(self) -> int:
-        return self.sampling.every
-
-    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        labels = batch["class_labels"]
-        draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
-        dropped = (draws < self.class_dropout).to(labels.device)
-        return {"class_labels": labels.masked_fill(dropped, self.null_label)}
-
-    def pipeline(self, model: Any, training: Mapping[str, Any] | None = None) -> MHLADiTPipeline:
-        """The model with its scheduler, autoencoder and class names."""
-        return MHLADiTPipeline(
-            transformer=model,
-            scheduler=self.objective.scheduler(),
-            vae=self.vae,
-            id2label=dict(enumerate(self.class_names)),
-            training=dict(training) if training else None,
+    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+        model = build_model(self.model, objective)
+        source = build_source(self.data, model)
+        classes = model.config.num_embeds_ada_norm
+        if outside := [label for label in self.sampling.class_labels if not 0 <= label < classes]:
+            raise ValueError(f"sampling.class_labels must be 0 to {classes - 1}, got {outside[0]}")
+        pipeline = partial(
+            MHLADiTPipeline,
+            scheduler=objective.scheduler(),
+            vae=source.load_vae() if isinstance(source, CachedLatents) else None,
+            id2label=dict(enumerate(source.class_names)),
         )
-
-    @torch.no_grad()
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        sampling = self.sampling
-        pipeline = self.pipeline(model).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        rows = [
-            pipeline(
-                class_labels=[label] * sampling.images_per_class,
-                guidance_scale=sampling.guidance_scale,
-                num_inference_steps=sampling.num_inference_steps,
-                generator=torch.Generator().manual_seed(sampling.seed),
-            ).images
-            for label in sampling.class_labels
-        ]
-        images = [image for row in rows for image in row]
-        return make_image_grid(images, rows=len(rows), cols=sampling.images_per_class)
-
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        facts = {
-            **training,
-            "data": f"{self.data_name}, {training['data']} of {len(self.class_names)} classes",
-            "class dropout": self.class_dropout,
-        }
-        self.pipeline(model, facts).save_pretrained(folder)
+        conditioning = ClassLabels(source.class_names, null_label=classes, dropout=self.class_dropout)
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
 
 
 def build_model(config: ModelConfig, objective: Objective) -> Any:
-    """A new transformer, or the one that ``init_from`` names, in fp32.
+    """Build a new transformer, or load the one that ``init_from`` names, in fp32.
 
     Raises:
         ValueError: when a loaded model does not have the output channels that the objective needs.
     """
-    if config.init_from is None:
-        arguments = as_dict(config)
-        del arguments["init_from"]
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        arguments["mhla_config"] = arguments.pop("mhla", None)
-        return MHLADiTTransformer2DModel(
-            **arguments, out_channels=objective.out_channels(config.in_channels or 0)
-        )
-    subfolder = component_subfolder(config.init_from, "transformer")
-    model = MHLADiTTransformer2DModel.from_pretrained(
-        config.init_from, subfolder=subfolder, dtype=torch.float32
+    model = new_or_loaded(
+        MHLADiTTransformer2DModel, config, out_channels=objective.out_channels(config.in_channels or 0)
     )
     expected, found = objective.out_channels(model.config.in_channels), model.out_channels
     if found != expected:
@@ -194,24 +135,19 @@ def build_model(config: ModelConfig, objective: Objective) -> Any:
     return model
 
 
-def build_source(config: DataConfig, model: Any) -> ImageSource:
-    """The data, in the shape and with the classes that the model has.
+def build_source(config: DataConfig, model: Any) -> ImageSamples | CachedLatents:
+    """Open the data, in the shape and with the classes that the model has.
 
     Raises:
         ValueError: when they do not fit.
     """
-    shape = model.config
-    if config.source == "latents":
-        assert config.path is not None
-        latents = CachedLatents(config.path)
+    shape, source = model.config, config.open()
+    if isinstance(source, CachedLatents):
         expected = (shape.in_channels, shape.sample_size, shape.sample_size)
-        if latents.shape != expected:
-            raise ValueError(f"{config.path} holds latents {latents.shape}, but the model takes {expected}")
-        source: ImageSource = latents
+        if source.shape != expected:
+            raise ValueError(f"{config.path} holds latents {source.shape}, but the model takes {expected}")
     else:
-        source = ImageSamples(
-            open_images(config), channels=shape.in_channels, size=shape.sample_size, flip=config.flip
-        )
+        source = ImageSamples(source, channels=shape.in_channels, size=shape.sample_size, flip=config.flip)
     classes = len(source.class_names)
     if classes > shape.num_embeds_ada_norm:
         raise ValueError(
@@ -222,37 +158,5 @@ def build_source(config: DataConfig, model: Any) -> ImageSource:
 
 
 def train_image(config: ImageTrainingConfig, *, resume: str | None = None) -> int:
-    """Train, and leave ``<output_dir>/pipeline``.
-
-    Args:
-        config: of the run.
-        resume: ``"latest"`` or the folder of a checkpoint.
-
-    Returns:
-        0, or the number of the signal after which it stopped.
-
-    Raises:
-        ValueError: before any work, when parts of the config do not fit together, the data is not what it
-            should be, or the output folder holds another run.
-    """
-    checkpoint = find_checkpoint(Path(config.output_dir), resume, config)
-    set_seed(config.trainer.seed)
-    objective = build_objective(config.objective)
-    model = build_model(config.model, objective)
-    source = build_source(config.data, model)
-    classes = model.config.num_embeds_ada_norm
-    if outside := [label for label in config.sampling.class_labels if not 0 <= label < classes]:
-        raise ValueError(f"sampling.class_labels must be 0 to {classes - 1}, got {outside[0]}")
-    task = ImageTask(
-        objective=objective,
-        sampling=config.sampling,
-        class_dropout=config.class_dropout,
-        null_label=classes,
-        class_names=source.class_names,
-        data_name=config.data.path or config.data.source,
-        vae=source.load_vae() if isinstance(source, CachedLatents) else None,
-    )
-    trainer = Trainer(
-        model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
-    )
-    return trainer.train()
+    """Train an image model; see :func:`.run.train`."""
+    return train(config, resume=resume)

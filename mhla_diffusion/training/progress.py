@@ -1,4 +1,4 @@
-"""What a run knows of itself while it goes: how far it is, how fast, and whether it was asked to stop."""
+"""Progress of a run: how far it is, how fast, and whether it was asked to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The step, and the loss since the last log line; part of every checkpoint."""
+    """Count of the steps, and the loss since the last log line; part of every checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -39,7 +39,7 @@ class Progress:
         self._loss_sum = self._loss_sum.to(loss.device) + loss.double()
 
     def mean_loss(self) -> float:
-        """Over the steps of this interval.
+        """Return the mean over the steps of this interval.
 
         Raises:
             FloatingPointError: when it is not finite.
@@ -67,7 +67,7 @@ class Throughput:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step."""
+        """Time one step."""
         started = time.perf_counter()
         yield
         self._steps += 1
@@ -75,13 +75,13 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch, inside a step."""
+        """Time the wait for a batch, inside a step."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     def take(self) -> tuple[float, float]:
-        """Steps per second since the last call, and the share of the time that was spent waiting for data."""
+        """Return steps per second since the last call, and the share of the time spent waiting for data."""
         seconds = max(self._seconds, 1e-9)
         rate, share = self._steps / seconds, self._waited / seconds
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
@@ -89,7 +89,7 @@ class Throughput:
 
 
 class MetricsFile:
-    """One JSON object per line, in the order of the steps."""
+    """File of one JSON object per line, in the order of the steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -24,7 +24,7 @@ _MINILM = "minilm"
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What turns captions into embeddings; it is not trained.
+    """Text encoder, which is not trained.
 
     Args:
         encoder: folder or hub id of a model of transformers and its tokenizer, such as
@@ -42,7 +42,7 @@ class TextConfig:
 
 
 def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
-    """The tokenizer and the frozen encoder of a config.
+    """Load the tokenizer and the frozen encoder of a config.
 
     Raises:
         ValueError: when the encoder takes fewer tokens than ``max_length``.
@@ -67,7 +67,7 @@ def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def embed_caption(parts: MHLAWanPipeline, caption: str, device: torch.device) -> Tensor:
-    """``[1, max_length, text_dim]``, as the pipeline makes it: zeros fill up."""
+    """Embed a caption, ``[1, max_length, text_dim]``, as the pipeline does: zeros fill up."""
     return parts.encode_prompt(
         caption,
         do_classifier_free_guidance=False,
@@ -77,7 +77,7 @@ def embed_caption(parts: MHLAWanPipeline, caption: str, device: torch.device) ->
 
 
 def warn_of_long_captions(captions: Sequence[str], tokenizer: Any, max_length: int) -> int:
-    """Say which captions are cut; returns how many."""
+    """Warn of captions that are cut; returns how many."""
     long = long_prompts(captions, tokenizer, max_length)
     if long:
         logger.warning(

@@ -1,7 +1,7 @@
-"""The training loop, on accelerate, for any model, objective and kind of data.
+"""Training loop, on accelerate, for any model, objective and kind of data.
 
-What is particular to images or video is behind :class:`TrainingTask` and
-:class:`~mhla_diffusion.training.stream.SampleSource`.
+What is particular to images or video is behind :class:`~mhla_diffusion.training.task.TrainingTask` and
+:class:`~mhla_diffusion.training.data.stream.SampleSource`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,18 +22,18 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, remove_unfinished, start_writing, write_folder
+from ..files.writing import commit, remove_unfinished, start_writing, write_file, write_folder
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
+from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
-from .stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train.
+    """Settings of the training loop.
 
     Args:
         batch_size: samples per optimizer step over all processes; divides by processes x accumulation steps.
@@ -143,7 +143,7 @@ def _warn_of_idle_cores(num_processes: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every kind of training run has.
+    """Config of a training run, the part that every kind has.
 
     Args:
         trainer: see :class:`TrainerConfig`.
@@ -159,54 +159,13 @@ class RunConfig:
     trainable: Literal["all", "attention"] = "all"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+        """Build the model, on the CPU in fp32, the data and the task.
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSheetConfig:
-    """Pictures during training, of the averaged weights.
-
-    Args:
-        every: steps between them, 0 for none.
-        guidance_scale: strength of classifier-free guidance; 1 for none.
-        num_inference_steps: of the scheduler.
-        seed: of the noise, the same each time.
-    """
-
-    every: int = changeable(0)
-    guidance_scale: float = changeable(4.0)
-    num_inference_steps: int = changeable(50)
-    seed: int = changeable(0)
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
-
-
-class TrainingTask(Protocol):
-    """What differs between kinds of data: conditioning, samples on the way, the pipeline at the end."""
-
-    @property
-    def sample_every(self) -> int:
-        """Steps between sample grids, 0 for none."""
-        ...
-
-    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """The model's keyword arguments for a batch on the device, its ``"samples"`` taken out.
-
-        Some samples get the unconditional ones, for guidance.
+        Raises:
+            ValueError: when parts of the config do not fit together, or the data is not what it should be.
         """
-        ...
-
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        """A picture of samples, the same in every process.
-
-        Every process calls it, as a sharded model needs. It must not draw from the global generators.
-        """
-        ...
-
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        """Write the finished pipeline; ``training`` are the facts for its model card."""
-        ...
+        raise NotImplementedError
 
 
 class Trainer:
@@ -322,7 +281,7 @@ class Trainer:
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
                     self._log(grad_norm, throughput)
-                if self.task.sample_every and self._due(self.task.sample_every):
+                if self.task.sampling.every and self._due(self.task.sampling.every):
                     self._save_samples()
                 if stop or self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
@@ -355,7 +314,7 @@ class Trainer:
         )
 
     def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
-        """One optimizer step; returns the norm of the gradient before it was clipped."""
+        """Take one optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
         losses = []
         for _ in range(self.share.micro_batches):
@@ -378,11 +337,11 @@ class Trainer:
         conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
         samples = conditioning.pop("samples")
         generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
-        conditioning = self.task.condition(conditioning, generators)
+        conditioning = self.task.conditioning.arguments(conditioning, generators)
         return self.objective.loss(self.model, samples, conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
-        """The signal that any process received, as all must stop after the same step."""
+        """Return the signal that any process received, as all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return request.signal
         return int(
@@ -409,7 +368,7 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[Any]:
-        """The model with the averaged weights, in eval mode, inside the with block."""
+        """Give the model with the averaged weights, in eval mode, inside the with block."""
         parameters = self._parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -421,12 +380,10 @@ class Trainer:
             self.model.train()
 
     def _save_samples(self) -> None:
-        stem = self.output_dir / "samples" / f"step-{self.progress.step:08d}"
         with self._averaged_weights() as model:
             images = self.task.sample(model, self.accelerator.device)
         if self.accelerator.is_main_process:
-            stem.parent.mkdir(exist_ok=True)
-            images.save(stem.with_suffix(".png"))
+            write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
         pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -482,7 +439,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _facts(self, num_unreadable: int) -> dict[str, Any]:
-        """What a model card should say of this run, in the card's words."""
+        """Return what a model card should say of this run, in the card's words."""
         config, optim = self.config, self.config.optimizer
         facts = {
             "data": f"{len(self.source):,} samples",
@@ -496,6 +453,6 @@ class Trainer:
         return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        """The trained ones, which are those that are averaged."""
+        """Return the trained ones, which are those that are averaged."""
         model = self.accelerator.unwrap_model(self.model)
         return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,36 +1,31 @@
-"""Training text-to-video models: a config becomes a model, data and a task for the trainer."""
+"""Training text-to-video models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-import torch
-from accelerate.utils import set_seed
-from diffusers.utils import make_image_grid
-from PIL import Image
-from torch import Tensor
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
-from ..hub import component_subfolder
-from .checkpoints import find_checkpoint
-from .config import as_dict, changeable, require_shape_or_init_from
-from .objectives import Objective, build_objective
-from .text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
-from .trainer import RunConfig, SampleSheetConfig, Trainer
-from .video_data import VideoDataConfig, VideoSamples, open_videos
-from .video_latents import CachedVideoLatents, load_video_vae
+from .conditioning import Captions, require_probability
+from .config import changeable, require_shape_or_init_from
+from .data import CachedVideoLatents, VideoDataConfig, VideoSamples
+from .data.latents import load_video_vae
+from .data.stream import SampleSource
+from .objectives import Objective
+from .run import new_or_loaded, train
+from .task import SampleSheetConfig, TrainingTask
+from .text import TextConfig, load_text_encoder, warn_of_long_captions
+from .trainer import RunConfig
 
 
 @dataclass(frozen=True)
 class VideoModelConfig:
-    """The transformer: either ``init_from``, or a shape for a new one.
+    """Transformer: either ``init_from``, or a shape for a new one.
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training.
@@ -73,10 +68,13 @@ class VideoSamplingConfig(SampleSheetConfig):
         if self.every and not self.prompts:
             raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"prompt": prompt} for prompt in self.prompts]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoTrainingConfig(RunConfig):
-    """A training run; see also :class:`RunConfig`.
+    """Training run; see also :class:`RunConfig`.
 
     Args:
         model: see :class:`VideoModelConfig`.
@@ -96,89 +94,32 @@ class VideoTrainingConfig(RunConfig):
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        require_probability("caption_dropout", self.caption_dropout)
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
-
-@dataclass
-class VideoTask:
-    """Captions, sample sheets and the pipeline; see :class:`~.trainer.TrainingTask`.
-
-    Args:
-        parts: a pipeline without a transformer.
-        sampling, caption_dropout: of the config.
-        data_name: what the model card calls the data.
-    """
-
-    parts: MHLAWanPipeline
-    sampling: VideoSamplingConfig
-    caption_dropout: float
-    data_name: str
-
-    def __post_init__(self) -> None:
-        # Of one caption at a time, so that an embedding does not depend on what is beside it in a batch.
-        self._embed = lru_cache(maxsize=4096)(partial(embed_caption, self.parts))
-
-    @property
-    def sample_every(self) -> int:
-        return self.sampling.every
-
-    def condition(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        device = self.parts.text_encoder.device
-        texts = (
-            [self._embed(caption, device) for caption in batch["caption"]]
-            if "caption" in batch
-            else batch["text"].split(1)
-        )
-        dropped = [torch.rand((), generator=generator) < self.caption_dropout for generator in generators]
-        embeddings = [
-            self._embed("", device).to(text.device) if drop else text
-            for drop, text in zip(dropped, texts, strict=True)
-        ]
-        return {"encoder_hidden_states": torch.cat(embeddings)}
-
-    def pipeline(self, model: Any, training: Mapping[str, Any] | None = None) -> MHLAWanPipeline:
-        """The model with its scheduler and text encoder."""
-        config = self.parts.config
-        return MHLAWanPipeline(
-            **self.parts.components | {"transformer": model},
-            max_sequence_length=config.max_sequence_length,
-            fps=config.fps,
-            training=dict(training) if training else None,
-        )
-
-    @torch.no_grad()
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        sampling = self.sampling
-        pipeline = self.pipeline(model).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        rows = [
-            pipeline(
-                prompt,
-                guidance_scale=sampling.guidance_scale,
-                num_inference_steps=sampling.num_inference_steps,
-                generator=torch.Generator().manual_seed(sampling.seed),
-                output_type="pil",
-            ).frames[0]
-            for prompt in sampling.prompts
-        ]
-        return make_image_grid([frame for row in rows for frame in row], rows=len(rows), cols=len(rows[0]))
-
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        facts = {
-            **training,
-            "data": f"{self.data_name}, {training['data']}",
-            "caption dropout": self.caption_dropout,
-        }
-        self.pipeline(model, facts).save_pretrained(folder)
+    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+        source = self.data.open()
+        latents = source if isinstance(source, CachedVideoLatents) else None
+        if latents is not None:
+            _check_text(latents, self)
+        parts = build_parts(self, objective, latents)
+        sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
+        model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
+        if latents is None:
+            source = VideoSamples(source, self.data, channels=model.config.in_channels)
+            warn_of_long_captions(source.captions, parts.tokenizer, self.text.max_length)
+        else:
+            _check_channels(latents, model)
+        conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
+        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
+        return model, source, task
 
 
 def build_parts(
     config: VideoTrainingConfig, objective: Objective, latents: CachedVideoLatents | None
 ) -> MHLAWanPipeline:
-    """The pipeline that is trained, without its transformer."""
+    """Build the pipeline that is trained, without its transformer."""
     tokenizer, text_encoder = load_text_encoder(config.text)
     return MHLAWanPipeline(
         tokenizer=tokenizer,
@@ -190,8 +131,15 @@ def build_parts(
     )
 
 
+def with_transformer(parts: MHLAWanPipeline) -> Callable[..., MHLAWanPipeline]:
+    """Return what makes such a pipeline of a transformer and the facts of its training."""
+    others = {name: part for name, part in parts.components.items() if name != "transformer"}
+    config = parts.config
+    return partial(MHLAWanPipeline, **others, max_sequence_length=config.max_sequence_length, fps=config.fps)
+
+
 def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tuple[int, ...]]) -> Any:
-    """A new transformer, or the one that ``init_from`` names, in fp32.
+    """Build a new transformer, or load the one that ``init_from`` names, in fp32.
 
     Args:
         config: of the model.
@@ -201,28 +149,19 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
     Raises:
         ValueError: when samples do not divide into patches, or a loaded model does not fit the text encoder.
     """
-    if config.init_from is not None:
-        subfolder = component_subfolder(config.init_from, "transformer")
-        model = MHLAWanTransformer3DModel.from_pretrained(
-            config.init_from, subfolder=subfolder, dtype=torch.float32
+    arguments: dict[str, Any] = {}
+    if config.patch_size is not None:
+        _check_patches(config.patch_size, sizes)
+        grid = tuple(side // p for side, p in zip(sizes[0], config.patch_size, strict=True))
+        arguments = {"out_channels": config.in_channels, "text_dim": text_dim, "sample_grid": grid}
+    model = new_or_loaded(MHLAWanTransformer3DModel, config, **arguments)
+    if model.config.text_dim != text_dim:
+        raise ValueError(
+            f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
+            f"gives {text_dim}: use the text encoder that it was trained with"
         )
-        if model.config.text_dim != text_dim:
-            raise ValueError(
-                f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
-                f"gives {text_dim}: use the text encoder that it was trained with"
-            )
-        _check_patches(tuple(model.config.patch_size), sizes)
-        return model
-    arguments = {name: value for name, value in as_dict(config).items() if value is not None}
-    arguments["mhla_config"] = arguments.pop("mhla", None)
-    patch = tuple(arguments["patch_size"])
-    _check_patches(patch, sizes)
-    return MHLAWanTransformer3DModel(
-        **arguments,
-        out_channels=config.in_channels,
-        text_dim=text_dim,
-        sample_grid=tuple(side // p for side, p in zip(sizes[0], patch, strict=True)),
-    )
+    _check_patches(tuple(model.config.patch_size), sizes)
+    return model
 
 
 def _check_patches(patch: tuple[int, ...], sizes: Sequence[tuple[int, ...]]) -> None:
@@ -235,25 +174,15 @@ def _check_patches(patch: tuple[int, ...], sizes: Sequence[tuple[int, ...]]) -> 
             )
 
 
-def open_latents(config: VideoTrainingConfig) -> CachedVideoLatents | None:
-    """The cache that a config names, None for videos.
-
-    Raises:
-        ValueError: when there is none, or its texts are of another encoder.
-    """
-    if config.data.source != "latents":
-        return None
-    assert config.data.path is not None
-    latents = CachedVideoLatents(config.data.path)
+def _check_text(latents: CachedVideoLatents, config: VideoTrainingConfig) -> None:
     if latents.text != config.text:
         raise ValueError(
             f"the captions in {config.data.path} were encoded with {latents.text}: set text to the same, got "
             f"{config.text}"
         )
-    return latents
 
 
-def _check_channels(model: Any, latents: CachedVideoLatents) -> None:
+def _check_channels(latents: CachedVideoLatents, model: Any) -> None:
     if model.config.in_channels != latents.channels:
         raise ValueError(
             f"{latents.shards.path} holds latents of {latents.channels} channels, but model.in_channels is "
@@ -262,41 +191,5 @@ def _check_channels(model: Any, latents: CachedVideoLatents) -> None:
 
 
 def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> int:
-    """Train, and leave ``<output_dir>/pipeline``.
-
-    Args:
-        config: of the run.
-        resume: ``"latest"`` or the folder of a checkpoint.
-
-    Returns:
-        0, or the number of the signal after which it stopped.
-
-    Raises:
-        ValueError: before any work, when parts of the config do not fit together, the data is not what it
-            should be, or the output folder holds another run.
-    """
-    checkpoint = find_checkpoint(Path(config.output_dir), resume, config)
-    set_seed(config.trainer.seed)
-    objective, latents = build_objective(config.objective), open_latents(config)
-    parts = build_parts(config, objective, latents)
-    sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
-    model = build_model(config.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
-    source: VideoSamples | CachedVideoLatents
-    if latents is None:
-        source = VideoSamples(open_videos(config.data), config.data, channels=model.config.in_channels)
-        warn_of_long_captions(source.captions, parts.tokenizer, config.text.max_length)
-    else:
-        _check_channels(model, latents)
-        source = latents
-    task = VideoTask(
-        parts=parts,
-        sampling=config.sampling,
-        caption_dropout=config.caption_dropout,
-        data_name=config.data.path or config.data.source,
-    )
-    trainer = Trainer(
-        model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
-    )
-    if latents is None:  # the texts of latents are there, and a large encoder needs the room
-        parts.text_encoder.to(trainer.accelerator.device)
-    return trainer.train()
+    """Train a video model; see :func:`.run.train`."""
+    return train(config, resume=resume)

@@ -127,6 +127,16 @@ def test_changes_that_a_resumed_run_may_make(write_settings: Callable[[], Path])
     assert any(line.startswith("model.mhla") for line in lines)
 
 
+def test_a_field_that_was_not_there_yet_had_its_default(write_settings: Callable[[], Path]) -> None:
+    config = parse("--config", str(write_settings()))
+    saved = as_dict(config)
+    for section, key in (("data", "split"), ("trainer", "optimizer"), ("objective", "mode_scale")):
+        del saved[section][key]
+    lines = forbidden_changes(saved, config)
+    assert [line for line in lines if not line.startswith("trainer.optimizer")] == []
+    assert "trainer.optimizer.learning_rate: 0.0001 -> 0.01" in lines, "it was not the default"
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     config_class = ImageTrainingConfig if path.stem.startswith("image_") else VideoTrainingConfig

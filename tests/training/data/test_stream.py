@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_diffusion.training.stream import BatchShare, SampleStream, StreamSampler, UnreadableSampleError
+from mhla_diffusion.training.data.stream import BatchShare, SampleStream, StreamSampler, UnreadableSampleError
 
 
 class Numbers:

@@ -1,0 +1,26 @@
+"""Data of training: images, videos, captions, caches of latents, and the stream of samples."""
+
+from __future__ import annotations
+
+from .config import DataConfig, VideoDataConfig, open_images, open_videos
+from .images import ImageSamples, ImageSource
+from .latents import CachedLatents, CachedVideoLatents
+from .sources import Source, SourceConfig
+from .toys import MovingDigitsConfig
+from .videos import VideoSamples, VideoSource
+
+__all__ = [
+    "CachedLatents",
+    "CachedVideoLatents",
+    "DataConfig",
+    "ImageSamples",
+    "ImageSource",
+    "MovingDigitsConfig",
+    "Source",
+    "SourceConfig",
+    "VideoDataConfig",
+    "VideoSamples",
+    "VideoSource",
+    "open_images",
+    "open_videos",
+]

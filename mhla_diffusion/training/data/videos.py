@@ -1,0 +1,216 @@
+"""Captioned videos from files and from moving digits, as samples for training.
+
+A sample is ``{"samples": float32 [C, F, H, W] in [-1, 1], "caption": str}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torchvision.transforms.v2.functional as tvf
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
+from .captions import read_captions
+from .sources import Source, SourceConfig
+from .stream import UnreadableSampleError
+
+
+@runtime_checkable
+class CaptionedVideos(Protocol):
+    """Videos that are read clip by clip."""
+
+    captions: list[str]
+
+    def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
+        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
+
+        Raises:
+            UnreadableVideoError: when it cannot be decoded or is too short.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """File, or a part of one, and its caption.
+
+    Args:
+        path: of the file.
+        caption: what it shows.
+        first, last: frames that the part begins and ends with; to the end when None.
+    """
+
+    path: Path
+    caption: str
+    first: int = 0
+    last: int | None = None
+
+
+class VideoFiles:
+    """Videos in files. Each is opened, read and closed by whoever loads the sample."""
+
+    def __init__(self, files: Sequence[VideoFile], *, decoder: Decoder = "auto") -> None:
+        self.files, self.decoder = list(files), decoder
+        self.captions = [file.caption for file in self.files]
+
+    def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
+        file = self.files[index]
+        reader = open_video(file.path, decoder=self.decoder)
+        last = reader.num_frames - 1 if file.last is None else file.last
+        try:
+            step = 1.0 if fps is None else reader.fps / fps
+            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start)
+        except UnreadableVideoError as error:
+            raise UnreadableVideoError(f"{file.path}: {error}") from error
+        return reader.read([file.first + i for i in indices])
+
+
+class VideoSource(Source):
+    """Kind of source whose ``open()`` gives :class:`CaptionedVideos`, or samples that are ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource(VideoSource):
+    """Videos that clips are taken out of.
+
+    Args:
+        frames: of a clip.
+        sizes: height and width in pixels. With several, each clip goes to the one nearest to its own shape,
+            and a batch has clips of one size. A clip is resized to cover its size and cropped at the centre.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    frames: int = 16
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"data.frames must be positive, got {self.frames}")
+        if not self.sizes or any(min(size) < 1 for size in self.sizes):
+            raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(ClipSource):
+    """Videos in files.
+
+    Args:
+        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+        decoder: see :func:`mhla_diffusion.files.videos.open_video`.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    fps: float | None = None
+    decoder: Decoder = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"data.fps must be positive, got {self.fps}")
+
+
+@dataclass(frozen=True)
+class FolderVideos(FileSource):
+    """Videos in a folder with a file of captions.
+
+    Args:
+        path: of the folder.
+        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
+            folder. captions.csv or captions.jsonl in it by default.
+    """
+
+    path: str
+    captions: str | None = None
+
+    def open(self) -> VideoFiles:
+        files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
+        return VideoFiles(files, decoder=self.decoder)
+
+
+class VideoSamples:
+    """Clips of a fixed number of frames, resized, cropped and scaled to [-1, 1].
+
+    Args:
+        videos: where they come from.
+        config: of a :class:`ClipSource`; says what a clip is.
+        channels: 1 (gray) or 3 (RGB).
+
+    Attributes:
+        buckets: which of the sizes each video goes to; None when there is one size.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+
+    def __init__(self, videos: CaptionedVideos, config: SourceConfig, *, channels: int) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"videos have 1 or 3 channels, but model.in_channels is {channels}")
+        self.videos, self.config, self.channels = videos, config, channels
+        self.captions = videos.captions
+        self.buckets = _nearest_sizes(videos, config.sizes) if len(config.sizes) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        config, start = self.config, float(torch.rand((), generator=generator))
+        try:
+            frames = self.videos.read(index, length=config.frames, fps=config.fps, start=start)
+        except UnreadableVideoError as error:
+            raise UnreadableSampleError(str(error)) from error
+        size = config.sizes[self.buckets[index] if self.buckets else 0]
+        clip = prepare_clip(frames, size=size, channels=self.channels)
+        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": self.captions[index]}
+
+
+def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Tensor:
+    """Resize uint8 ``[F, H, W, 3]`` or ``[F, H, W]`` to cover ``size``, crop: ``[F, C, *size]``, 0 to 255."""
+    clip = torch.from_numpy(frames).unsqueeze(-1) if frames.ndim == 3 else torch.from_numpy(frames)
+    clip = clip.movedim(-1, 1)
+    if clip.shape[1] != channels:
+        clip = tvf.rgb_to_grayscale(clip) if channels == 1 else clip.expand(-1, 3, -1, -1)
+    scale = max(size[0] / clip.shape[2], size[1] / clip.shape[3])
+    cover = [max(side, round(scale * old)) for side, old in zip(size, clip.shape[2:], strict=True)]
+    if cover != list(clip.shape[2:]):
+        clip = tvf.resize(clip, cover, tvf.InterpolationMode.BICUBIC, antialias=True)
+    return tvf.center_crop(clip, list(size)).float()
+
+
+class _Shapes:
+    """Height and width of each video, read by a DataLoader: readers stay in its workers."""
+
+    def __init__(self, videos: CaptionedVideos) -> None:
+        self.videos = videos
+
+    def __len__(self) -> int:
+        return len(self.videos.captions)
+
+    def __getitem__(self, index: int) -> tuple[int, ...] | None:
+        try:
+            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
+        except UnreadableVideoError:
+            return None  # named, skipped and counted when its turn comes
+
+
+def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
+    # One worker at least: a reader in this process would make later workers hang.
+    loader: Any = DataLoader(_Shapes(videos), batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    ratios = [math.log(width / height) for height, width in sizes]
+    nearest = []
+    for shape in tqdm(loader, desc="shapes", unit="video"):
+        ratio = ratios[0] if shape is None else math.log(shape[1] / shape[0])
+        nearest.append(min(range(len(sizes)), key=lambda i: abs(ratios[i] - ratio)))
+    return nearest

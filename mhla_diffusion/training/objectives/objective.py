@@ -1,0 +1,151 @@
+"""Objective: what a diffusion model is trained to predict, and the scheduler that samples from it.
+
+An objective sees a model, clean samples and one random generator per sample, and returns one loss per sample:
+nothing here knows images from video.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+Denoiser = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Name of an objective, and its settings.
+
+    Args:
+        name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
+        prediction_type: flow only. What the model returns, by diffusers' names: ``"flow_prediction"``, the
+            velocity, or ``"sample"``, the clean sample, for models on pixels whose patches hold about as many
+            numbers as a token is wide, or more.
+        weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
+            ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
+            losses at even times, ``"none"`` does neither.
+        logit_mean, logit_std: of ``logit(t)`` in ``logit_normal``; a higher mean means noisier samples.
+        mode_scale: of ``mode``.
+        shift: flow only. Moves times towards noise, ``s t / (1 + (s - 1) t)``; the saved scheduler has the
+            same shift.
+
+    Raises:
+        ValueError: for a scale or shift that is not positive, or a flow setting given to ``ddpm``.
+    """
+
+    name: Literal["flow", "ddpm"] = "flow"
+    prediction_type: Literal["flow_prediction", "sample"] = "flow_prediction"
+    weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("logit_std", "shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
+        flow_only = [field for field in fields(self) if field.name != "name"]
+        given = [field.name for field in flow_only if getattr(self, field.name) != field.default]
+        if self.name == "ddpm" and given:
+            raise ValueError(
+                f"objective.{given[0]} is for objective.name flow alone; remove it, or set the name to flow"
+            )
+
+
+class Objective(ABC):
+    """Loss of each sample, for any model called as ``model(noisy, timestep=..., **conditioning)``."""
+
+    predicts_variance: bool
+    """True when the model has 2C output channels: the prediction, then its variance."""
+
+    def loss(
+        self,
+        model: Denoiser,
+        samples: Tensor,
+        conditioning: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Return the loss at times and noise drawn from each sample's own generator.
+
+        Args:
+            model: returns a tuple whose first element is the prediction when ``return_dict=False``.
+            samples: clean data ``[B, C, ...]``, about unit scale.
+            conditioning: further keyword arguments of the model, each with B rows.
+            generators: B generators on the CPU.
+
+        Returns:
+            ``[B]``, the mean over the values of each sample.
+        """
+        times, noise = self.draw(samples, generators)
+        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+
+    def draw(self, samples: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Draw a time ``[B]`` and standard normal noise for each sample, from its own generator."""
+        times = torch.cat([self.draw_time(generator) for generator in generators]).to(samples.device)
+        noise = randn_tensor(
+            tuple(samples.shape), generator=list(generators), device=samples.device, dtype=samples.dtype
+        )
+        return times, noise
+
+    def loss_at(
+        self,
+        model: Denoiser,
+        samples: Tensor,
+        conditioning: Mapping[str, Any],
+        *,
+        times: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """Return the loss ``[B]`` at given times ``[B]`` and standard normal noise of the samples' shape."""
+        noisy = self.noisy(samples, times, noise)
+        prediction = self.predict(model, noisy, times, conditioning)
+        return self.loss_of(prediction, samples, times=times, noise=noise)
+
+    def predict(
+        self, model: Denoiser, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what a model, the trained one or another, makes of noisy samples, in fp32."""
+        return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
+
+    def timestep(self, times: Tensor) -> Tensor:
+        """Return what the model is given for times ``[B]``."""
+        return times
+
+    @abstractmethod
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """Draw one time, ``[1]``."""
+
+    @abstractmethod
+    def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """Return the samples with the noise that they have at their times."""
+
+    @abstractmethod
+    def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss ``[B]`` of what :meth:`predict` gave for ``noisy(samples, times, noise)``."""
+
+    @abstractmethod
+    def scheduler(self) -> Any:
+        """Return the diffusers scheduler that samples from a model trained on this objective."""
+
+    def out_channels(self, in_channels: int) -> int:
+        """Return how many channels the model must have as output."""
+        return in_channels * (2 if self.predicts_variance else 1)
+
+
+def as_column(values: Tensor, samples: Tensor) -> Tensor:
+    """View ``[B]`` as ``[B, 1, ...]``."""
+    return values.view(-1, *[1] * (samples.ndim - 1))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Return the mean of each sample, ``[B, ...]`` to ``[B]``."""
+    return x.flatten(1).mean(1)

@@ -1,0 +1,56 @@
+"""Runs: a config becomes a model, data and a task, and these go to the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from ..hub import component_subfolder
+from .checkpoints import find_checkpoint
+from .config import as_dict
+from .objectives import build_objective
+from .trainer import RunConfig, Trainer
+
+
+def train(config: RunConfig, *, resume: str | None = None) -> int:
+    """Train, and leave ``<output_dir>/pipeline``.
+
+    Args:
+        config: of the run.
+        resume: ``"latest"`` or the folder of a checkpoint.
+
+    Returns:
+        0, or the number of the signal after which it stopped.
+
+    Raises:
+        ValueError: before any work, when parts of the config do not fit together, the data is not what it
+            should be, or the output folder holds another run.
+    """
+    checkpoint = find_checkpoint(Path(config.output_dir), resume, config)
+    set_seed(config.trainer.seed)
+    objective = build_objective(config.objective)
+    model, source, task = config.build(objective)
+    trainer = Trainer(
+        model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
+    )
+    task.conditioning.to(trainer.accelerator.device)
+    return trainer.train()
+
+
+def new_or_loaded(model_class: Any, config: Any, **arguments: Any) -> Any:
+    """Build a transformer of a class, or load the one that ``init_from`` names, in fp32.
+
+    Args:
+        model_class: of the backbones.
+        config: fields of its own, ``mhla`` and ``init_from``; those that are None are left to the class.
+        arguments: further ones, of a new model.
+    """
+    if config.init_from is not None:
+        subfolder = component_subfolder(config.init_from, "transformer")
+        return model_class.from_pretrained(config.init_from, subfolder=subfolder, dtype=torch.float32)
+    shape = {name: value for name, value in as_dict(config).items() if value is not None}
+    mhla_config = shape.pop("mhla", None)
+    return model_class(**shape, mhla_config=mhla_config, **arguments)
