@@ -47,18 +47,6 @@ def test_every_weight_carries_over_and_what_is_new_is_reported(
     assert stock.state_dict().keys() == before.keys(), "the model given is as it was"
 
 
-def test_no_layer_named_is_the_same_function(make_stock: MakeStock, make_inputs: MakeInputs) -> None:
-    stock = make_stock()
-    model = convert_to_mhla(stock, MHLAConfig(layers=()))
-    assert torch.equal(model(**make_inputs()).sample, stock(**make_inputs()).sample)
-    assert model(**make_inputs((4, 16))).sample.shape == (2, 6, 4, 16)
-
-
-def test_layers_named_alone_are_converted(make_stock: MakeStock) -> None:
-    model = convert_to_mhla(make_stock(num_layers=3), {"blocks": 4, "layers": [0, 2]})
-    assert model.layer_attention == ["mhla", "softmax", "mhla"]
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_dtypes_and_mode_are_kept(make_stock: MakeStock, training: bool) -> None:
     stock = make_stock().to(torch.bfloat16).train(training)

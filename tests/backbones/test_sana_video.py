@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,50 +84,3 @@ def test_a_layer_is_the_operator_on_turned_features() -> None:
     torch.testing.assert_close(
         attn(x, rotary_emb=rotary_emb, grid=grid), attn.to_out[0](out), rtol=1e-4, atol=1e-4
     )
-
-
-def test_checkpointed_gradients_on_mixed_sizes_are_the_plain_ones() -> None:
-    model = make_model().train()
-    sizes = [(3, 6, 10), (1, 4, 4), (2, 8, 6)]
-
-    def gradients() -> list[Tensor]:
-        torch.manual_seed(0)
-        model.zero_grad()
-        sum(model(**make_inputs(size)).sample.square().mean() for size in sizes).backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    plain = gradients()
-    model.enable_gradient_checkpointing()
-    for a, b in zip(plain, gradients(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_saving_and_loading_restore_the_function(tmp_path: Path) -> None:
-    model = make_model(mhla_config={**MHLA_CONFIG, "layers": [0, 2]}).eval()
-    assert model.layer_attention == ["mhla", "linear", "mhla"]
-    model.save_pretrained(tmp_path)
-    loaded = MHLASanaVideoTransformer3DModel.from_pretrained(tmp_path)
-    inputs = make_inputs()
-    assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
-    make_stock().save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match=r"diffusers\.SanaVideoTransformer3DModel and call"):
-        MHLASanaVideoTransformer3DModel.from_pretrained(tmp_path / "stock", mhla_config=MHLA_CONFIG)
-
-
-def test_half_precision_runs() -> None:
-    model = make_model().to(torch.bfloat16)
-    out = model(**make_inputs(dtype=torch.bfloat16)).sample
-    assert (out.dtype, out.isfinite().all()) == (torch.bfloat16, True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attention": "softmax"}, "attention must be one of mhla, linear, got 'softmax'"),
-        ({"attention": ["mhla"]}, "attention names 1 layers, but the model has 3"),
-        ({"mhla_config": {"layers": [3]}}, "names layer 3, but the layers are 0 to 2"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_model(**settings)
