@@ -36,10 +36,11 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     arguments = {key: value for key, value in model.config.items() if key in known}
     with init_empty_weights():  # tables, such as those of positions, are made
         rebuilt = target(**{**arguments, **changes}).train(model.training)
+    device, dtype = model.device, model.dtype  # each of which walks over the whole model
     for processor in _mhla_modules(rebuilt).values():
-        processor.to_empty(device=model.device)
+        processor.to_empty(device=device)
         processor.reset_parameters()
-        processor.to(model.dtype)
+        processor.to(dtype)
     taken = rebuilt.state_dict()
     source = {key: value for key, value in model.state_dict().items() if key in taken or _is_stock(key)}
     _resize_mixing(model, rebuilt, source)
@@ -47,7 +48,7 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     outcome = rebuilt.load_state_dict(source, strict=False, assign=True)
     for module in rebuilt.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(model.device)
+            module._buffers[name] = buffer.to(device)
     new = sorted(outcome.missing_keys)
     dropped = sorted(set(model.state_dict()) - set(source))
     assert not outcome.unexpected_keys, outcome
