@@ -11,25 +11,28 @@ python scripts/benchmark.py frechet
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, else tells its steps
-
 from jsonargparse import auto_cli
 
-from mhla_diffusion import benchmark, benchmark_evaluation, benchmark_video
+from mhla_diffusion.benchmarks.evaluation import evaluation
+from mhla_diffusion.benchmarks.evaluation_video import evaluation_video
+from mhla_diffusion.benchmarks.frechet import frechet
+from mhla_diffusion.benchmarks.layer import layer
+from mhla_diffusion.benchmarks.loading import loading
+from mhla_diffusion.benchmarks.model import model
+from mhla_diffusion.benchmarks.operator import operator
 
 if __name__ == "__main__":
     commands: dict[str, Any] = {
-        "operator": benchmark.operator,
-        "model": benchmark.model,
-        "layer": benchmark_video.layer,
-        "loading": benchmark_video.loading,
-        "evaluation": benchmark_evaluation.evaluation,
-        "evaluation_video": benchmark_evaluation.evaluation_video,
-        "frechet": benchmark_evaluation.frechet,
+        "operator": operator,
+        "model": model,
+        "layer": layer,
+        "loading": loading,
+        "evaluation": evaluation,
+        "evaluation_video": evaluation_video,
+        "frechet": frechet,
     }
     try:
         print(auto_cli(commands, as_positional=False, allow_abbrev=False))
