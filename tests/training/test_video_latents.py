@@ -27,7 +27,6 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.video import VideoTask, build_parts, open_latents
 from mhla_diffusion.training.video_data import VideoSamples, open_videos
 from mhla_diffusion.training.video_latents import CachedVideoLatents
-from tests.processes import run_script
 
 
 @pytest.fixture
@@ -170,9 +169,3 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(config: VideoLatentCacheCo
 def test_settings_that_latents_bring_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))} is for data.source folder or films"):
         VideoDataConfig("latents", path="x", **setting)
-
-
-def test_the_script_says_what_can_be_encoded() -> None:
-    result = run_script("cache_latents", "audio")
-    assert result.returncode == 1
-    assert "say what to encode, image or video, got 'audio'" in result.stderr
