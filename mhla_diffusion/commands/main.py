@@ -64,6 +64,12 @@ MHLA = Command(
             "train-image": Command("train a class-conditional image model"),
             "train-video": Command("train a text-to-video model"),
         },
+        "use": {
+            "generate": Command(
+                "generate into a folder with a manifest; interrupted, it goes on",
+                _lines(image="images of classes", video="videos of texts"),
+            ),
+        },
         "judge": {
             "evaluate": Command(
                 "score images or videos against real ones",

@@ -28,6 +28,8 @@ SCRIPTS = {
     "evaluate video": "evaluate video",
     "export_images": "export images",
     "export_videos": "export videos",
+    "generate image": "generate image",
+    "generate video": "generate video",
     "plan": "plan",
     "train_image": "train-image",
     "train_video": "train-video",
@@ -92,9 +94,7 @@ def test_a_script_is_its_command(
 
 
 def test_every_script_is_compared() -> None:
-    assert {script.split()[0] for script in SCRIPTS} == {path.stem for path in ROOT.glob("scripts/*.py")} - {
-        "generate"
-    }
+    assert {script.split()[0] for script in SCRIPTS} == {path.stem for path in ROOT.glob("scripts/*.py")}
 
 
 def test_python_m_is_the_command() -> None:
@@ -127,6 +127,8 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         ("benchmark operater", "did you mean operator?", 2),
         (f"plan {DIT} --heigth 9", "--heigth 9, did you mean --height? see mhla plan --help", 2),
         (f"plan {DIT} 9", "unrecognized arguments: 9; see mhla plan --help", 2),
+        ("generate video --model nowhere --out OUT --prompts [a]", "nowhere", 1),
+        ("generate image --model nowhere --out OUT --num 1 --clases 0", "did you mean --classes?", 2),
         ("plan --model DiT-S/2", "the following arguments are required: height, width; see", 2),
         ("plan --model DiT-S/2 --height tall --width 9", 'Expected a <class \'int\'>', 2),
         (f"plan {DIT} --dtype int8", "int8", 2),
