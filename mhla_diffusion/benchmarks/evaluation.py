@@ -13,7 +13,7 @@ from ..evaluation.files import open_images
 from ..evaluation.image_features import INCEPTION
 from ..evaluation.optional import require
 from .random_weights import write_random_inception
-from .timing import race
+from .timing import check_at_least, race
 
 
 def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 16) -> str:
@@ -31,6 +31,7 @@ def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 
         ValueError: when a folder holds no images.
         ImportError: without the ``eval`` extra.
     """
+    check_at_least(1, repeats=repeats, batch_size=batch_size)
     count = sum(len(open_images(folder).names) for folder in (real, generated))
     with tempfile.TemporaryDirectory() as folder:
         weights, script = Path(folder) / "inception.pth", Path(folder) / INCEPTION.file

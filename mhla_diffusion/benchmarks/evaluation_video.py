@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluation import evaluate_videos
 from ..evaluation.optional import require
 from .random_weights import write_random_i3d
-from .timing import race
+from .timing import check_at_least, race
 
 
 def evaluation_video(
@@ -28,8 +28,11 @@ def evaluation_video(
         A table in Markdown.
 
     Raises:
+        ValueError: for a number that is too small.
         ImportError: without the ``eval`` extra.
     """
+    check_at_least(1, repeats=repeats, batch_size=batch_size)
+    check_at_least(2, clips=clips)
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "i3d.pt"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..evaluation import frechet_distance
 from ..evaluation.optional import require
-from .timing import machine, markdown_table
+from .timing import check_at_least, machine, markdown_table
 
 
 def frechet(dimension: int = 2048, samples: int = 10_000) -> str:
@@ -22,7 +22,13 @@ def frechet(dimension: int = 2048, samples: int = 10_000) -> str:
 
     Returns:
         A table in Markdown.
+
+    Raises:
+        ValueError: for a number that is too small.
+        ImportError: without the ``eval`` extra.
     """
+    check_at_least(2, samples=samples)
+    check_at_least(8, dimension=dimension)
     generator = np.random.default_rng(0)
     flat, decaying = np.ones(dimension), np.logspace(0, -3, dimension)
     cases = {

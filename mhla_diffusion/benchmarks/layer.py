@@ -17,6 +17,7 @@ from ..backbones import MHLAWanTransformer3DModel
 from ..files.writing import write_file
 from .timing import (
     PASSES,
+    check_at_least,
     check_choices,
     default_device,
     interleaved,
@@ -65,6 +66,7 @@ def layer(
         ValueError: for a choice that does not exist, or blocks that do not fit the grid.
     """
     check_choices(passes=(passes, PASSES))
+    check_at_least(1, heads=heads, head_dim=head_dim, ffn_dim=ffn_dim, repeats=repeats)
     device = device or default_device()
     steps = {name: _layer_steps(name, grid, blocks, heads, head_dim, ffn_dim, device) for name in ATTENTIONS}
     records: list[dict[str, Any]] = []

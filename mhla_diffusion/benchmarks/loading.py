@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from ..files.videos import clip_indices, open_video
-from .timing import interleaved, markdown_table, spread
+from .timing import check_at_least, interleaved, markdown_table, spread
 
 
 def loading(
@@ -39,6 +39,8 @@ def loading(
     from ..training.stream import BatchShare, SampleStream
     from ..training.video_data import VideoDataConfig, VideoSamples, open_videos, read_captions
 
+    check_at_least(1, frames=frames, repeats=repeats)
+    check_at_least(4, clips=clips)
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     config = VideoDataConfig("folder", path=str(path), frames=frames, sizes=(size,))
     source = VideoSamples(open_videos(config), config, channels=3)

@@ -17,6 +17,7 @@ from ..backbones import MHLADiTTransformer2DModel
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from .timing import (
+    check_at_least,
     check_choices,
     default_device,
     interleaved,
@@ -62,10 +63,12 @@ def model(
         A table in Markdown.
 
     Raises:
-        ValueError: for a choice that does not exist.
+        ValueError: for a choice that does not exist, or a number that is too small.
         ModuleNotFoundError: for a drawing without matplotlib.
     """
     check_choices(attentions=(attentions, ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
+    check_at_least(16, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+    check_at_least(1, layers=layers, heads=heads, head_dim=head_dim, batch_size=batch_size, repeats=repeats)
     if out is not None:
         require_plots()
     device = device or default_device()

@@ -21,6 +21,7 @@ from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
 from .timing import (
     PASSES,
     best,
+    check_at_least,
     check_choices,
     default_device,
     interleaved,
@@ -122,6 +123,7 @@ def operator(
     """
     check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
     check_choices(peers=(peers, PEERS))
+    check_at_least(1, repeats=repeats)
     if scaling and out is not None:
         require_plots()
     device = device or default_device()

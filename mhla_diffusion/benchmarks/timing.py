@@ -151,6 +151,17 @@ def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")
 
 
+def check_at_least(least: int, **values: int) -> None:
+    """Check ``name=value``.
+
+    Raises:
+        ValueError: when a value is smaller than ``least``.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def race(calls: dict[str, Callable[[], float]], count: int, unit: str, repeats: int) -> str:
     """A table of calls that return a distance, each of ours before its alternative."""
     scores: dict[str, float] = {}

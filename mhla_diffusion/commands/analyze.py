@@ -42,7 +42,9 @@ def report(
 
     require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
     subfolder = component_subfolder(model, "transformer")
-    stored = DiTTransformer2DModel.load_config(model, subfolder=subfolder)["_class_name"]
+    stored = DiTTransformer2DModel.load_config(model, subfolder=subfolder).get(
+        "_class_name", "config of no class"
+    )
     classes = (MHLADiTTransformer2DModel, DiTTransformer2DModel)
     model_class = next((c for c in classes if c.__name__ == stored), None)
     if model_class is None:

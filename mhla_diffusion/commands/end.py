@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pickle
 import re
 import signal
+import struct
 import sys
+import zipfile
 from collections.abc import Callable
 
 
@@ -42,6 +45,15 @@ def exit_code(call: Callable[[], int | None]) -> int:
         return _tell(how_to_install(error.name) if error.name else error, 1)
     except (OSError, ValueError, ImportError) as error:
         return _tell(error, 1)
+    except _broken_file_errors() as error:
+        return _tell(f"a file is broken: {error}", 1)
+
+
+def _broken_file_errors() -> tuple[type[Exception], ...]:
+    """What the readers of weights and archives raise for a file that is none, or only a part of one."""
+    safetensors = sys.modules.get("safetensors")
+    of_safetensors = (safetensors.SafetensorError,) if safetensors else ()
+    return (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, *of_safetensors)
 
 
 def how_to_install(module: str) -> str:

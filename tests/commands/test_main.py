@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -141,10 +142,15 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         ("evaluate image --real nowhere --generated nowhere --out OUT --metrik kid", "mean --metrics?", 2),
         ("evaluate vbench --generated nowhere --out OUT", "nowhere", 1),
         ("convert --model nowhere --out OUT", "nowhere", 1),
+        ("convert --from official-wan-mhla --model WEIGHTS --out OUT", "a file is broken: ", 1),
         ("convert --from official-wan-mhla --model nowhere.safetensors --out OUT", "nowhere.safetensors", 1),
         ("convert --model nowhere --out OUT --mhla.blocks 0", "blocks must be an integer >= 1", 1),
         ("analyze --model nowhere --out OUT", "nowhere", 1),
+        ("analyze --model FOLDER --out OUT", "folder holds a config of no class; this command knows", 1),
         ("benchmark operator --shapes [2k]", "shapes must be of 1k, 4k, 16k, wan, 1M, got '2k'", 1),
+        ("benchmark operator --repeats 0", "repeats must be at least 1, got 0", 1),
+        ("benchmark model --sizes [256,8]", "sizes[1] must be at least 16, got 8", 1),
+        ("benchmark frechet --dimension 0", "dimension must be at least 8, got 0", 1),
         ("benchmark loading --path nowhere", "nowhere", 1),
         ("export images --data.source mnist --num 0 --out OUT", "num must be 1 to 5000", 1),
         ("export videos --data.source folder --data.path nowhere --out OUT", "nowhere", 1),
@@ -175,11 +181,14 @@ def test_bad_input_ends_in_one_line(
     (tmp_path / "broken.yaml").write_text("trainer: {\n")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     (tmp_path / "list.yaml").write_text("- trainer\n")
+    (tmp_path / "weights.safetensors").write_bytes(b"half")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
     places = {
         "BROKEN": "broken.yaml",
         "BINARY": "binary.yaml",
         "LIST": "list.yaml",
+        "WEIGHTS": "weights.safetensors",
         "FOLDER": "folder",
         "OUT": "out",
     }
@@ -250,12 +259,14 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(ImportError("pip install it")) == 1
     assert raising(ValueError("several changes:\n  a: 1 -> 2\n  b: 3 -> 4")) == 1
     assert raising(OSError()) == 1
+    assert raising(zipfile.BadZipFile("no zip")) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: no",
         "error: interrupted",
         "error: pip install it",
         "error: several changes: a: 1 -> 2; b: 3 -> 4",
         "error: OSError",
+        "error: a file is broken: no zip",
     ]
 
 
