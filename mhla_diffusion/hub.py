@@ -31,17 +31,26 @@ class _StoredModel(ConfigMixin):
     config_name = "config.json"
 
 
-def load_component_config(path: str, component: str) -> dict[str, Any]:
-    """Read the config of a model, or of a component where ``path`` holds a pipeline.
+def load_config(path: str, **place: Any) -> dict[str, Any]:
+    """Read the config of a model of any class, as it is stored.
 
     Args:
         path: folder, config.json or hub id.
-        component: its name in a pipeline, such as ``"transformer"``.
+        place: subfolder, revision, ... as for ``from_pretrained``.
 
     Raises:
         OSError: when there is none.
     """
-    return _StoredModel.load_config(path, subfolder=component_subfolder(path, component))
+    return _StoredModel.load_config(path, **place)
+
+
+def load_component_config(path: str, component: str) -> dict[str, Any]:
+    """Read the config of a model, or of the component of that name where ``path`` holds a pipeline.
+
+    Raises:
+        OSError: when there is none.
+    """
+    return load_config(path, subfolder=component_subfolder(path, component))
 
 
 def locate_subfolder(path: str, subfolder: str, arguments: dict[str, Any]) -> str:

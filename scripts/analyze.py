@@ -1,52 +1,6 @@
-"""Rank, entropy and mixing of a model's attention: python scripts/analyze.py --model DIR --out DIR"""
+"""``mhla analyze`` in a copy of the repository: python scripts/analyze.py --model DIR --out DIR"""
 
-from __future__ import annotations
-
-import logging
-import sys
-from pathlib import Path
-
-from jsonargparse import auto_cli
-
-from mhla_diffusion.analysis import FILE_NAMES, analyze_stored
-from mhla_diffusion.files.writing import require_absent
-
-
-def main(
-    model: str,
-    out: str,
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    timestep: int = 500,
-    batch_size: int = 2,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Write report.html and report.json about the attention of a transformer, on noise.
-
-    Args:
-        model: folder or hub id of a transformer that has an MHLA form, stock or ours, or of its pipeline.
-        out: folder for the report.
-        height: of the latents; the model's own by default.
-        width: of the latents; the height by default.
-        frames: of the latents, for models of videos; the model's own by default.
-        timestep: 0 to 999.
-        batch_size: samples, of random conditions.
-        seed: of the latents and conditions.
-        overwrite: replace a report that is already there.
-    """
-    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-    analysis = analyze_stored(
-        model, height=height, width=width, frames=frames, timestep=timestep, batch_size=batch_size, seed=seed
-    )
-    analysis.save(out, overwrite=overwrite)
-    logging.info("Report: %s", Path(out) / "report.html")
-
+from mhla_diffusion.commands.main import run
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        auto_cli(main, as_positional=False, allow_abbrev=False)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run("analyze")

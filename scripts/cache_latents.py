@@ -1,48 +1,9 @@
-"""Encode a data set with an autoencoder, for training on latents.
+"""``mhla cache-latents`` in a copy of the repository.
 
-    accelerate launch scripts/cache_latents.py image --vae stabilityai/sd-vae-ft-ema --size 256 \
-        --output_dir latents/imagenet256 --data.source folder --data.path imagenet/train --data.flip true
-    accelerate launch scripts/cache_latents.py video --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --text.encoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data.source folder --data.path clips --data.fps 16 \
-        --data.frames 81 --data.sizes "[[480, 832]]" --output_dir latents/clips
-
-Start it again to finish what was interrupted.
+accelerate launch scripts/cache_latents.py image|video ...
 """
 
-from __future__ import annotations
-
-import logging
-import sys
-from typing import Any
-
-from mhla_diffusion.training import (
-    LatentCacheConfig,
-    VideoLatentCacheConfig,
-    cache_latents,
-    cache_video_latents,
-    parse_config,
-)
-
-COMMANDS: dict[str, tuple[Any, Any]] = {
-    "image": (LatentCacheConfig, cache_latents),
-    "video": (VideoLatentCacheConfig, cache_video_latents),
-}
-
-
-def main() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
-    command, *arguments = sys.argv[1:] or [""]
-    if command not in COMMANDS:
-        raise SystemExit(f"error: say what to encode, {' or '.join(COMMANDS)}, got {command!r}\n\n{__doc__}")
-    config_class, cache = COMMANDS[command]
-    config, _ = parse_config(config_class, arguments, description=__doc__ or "")
-    try:
-        cache(config)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-
+from mhla_diffusion.commands.main import run
 
 if __name__ == "__main__":
-    main()
+    run("cache-latents")

@@ -1,67 +1,9 @@
-"""Turn a stock softmax model into an MHLA model, or read a checkpoint of the public MHLA code.
+"""``mhla convert`` in a copy of the repository.
 
-python scripts/convert.py --model facebook/DiT-XL-2-256 --out DIR [--mhla.blocks 16 --mhla.cpe zero]
-python scripts/convert.py --from official-wan-mhla --model CHECKPOINT --out DIR
+python scripts/convert.py --model facebook/DiT-XL-2-256 --out DIR
 """
 
-from __future__ import annotations
-
-import logging
-import re
-import sys
-from typing import Any, Literal
-
-from diffusers import DiTTransformer2DModel
-from jsonargparse import auto_cli
-
-from mhla_diffusion import MHLAConfig, MHLAPipeline, convert_to_mhla
-from mhla_diffusion.backbones.official import load_official_wan
-from mhla_diffusion.files.writing import require_new_folder, write_folder
-
-
-def main(
-    model: str,
-    out: str,
-    mhla: MHLAConfig = MHLAConfig(),  # noqa: B008 (frozen)
-    subfolder: str | None = None,
-    revision: str | None = None,
-    only_transformer: bool = False,
-    source: Literal["diffusers", "official-wan-mhla"] = "diffusers",
-    normalizer: Literal["none", "official"] = "none",
-) -> None:
-    """Turn a stock softmax model into an MHLA model, or read a checkpoint of the public MHLA code.
-
-    Args:
-        model: folder or hub id of a DiT or Wan pipeline; with only_transformer, of a DiT transformer; with
-            ``--from official-wan-mhla`` a file or folder of weights.
-        out: a folder that does not exist yet.
-        mhla: what the attention becomes; not for official-wan-mhla, whose weights say it.
-        subfolder: where the model lies in the folder or repository.
-        revision: branch, tag or commit on the hub.
-        only_transformer: the source is a transformer alone, not a pipeline.
-        source: what the model is; also written ``--from``.
-        normalizer: of official-wan-mhla: official for runs with a denominator.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    target = require_new_folder(out)
-    place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if source == "official-wan-mhla":
-        converted: Any = load_official_wan(model, normalizer=normalizer)
-        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
-    else:
-        use = "it is a start for fine-tuning"
-        if only_transformer:
-            converted = convert_to_mhla(DiTTransformer2DModel.from_pretrained(model, **place), mhla)
-        else:
-            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
-    write_folder(target, converted.save_pretrained)
-    logging.info("saved %s; %s", out, use)
-
+from mhla_diffusion.commands.main import run
 
 if __name__ == "__main__":
-    try:
-        # "from" is a word of Python, and cannot be a parameter.
-        arguments = [re.sub(r"^--from(?==|$)", "--source", argument) for argument in sys.argv[1:]]
-        auto_cli(main, args=arguments, as_positional=False, allow_abbrev=False)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run("convert")

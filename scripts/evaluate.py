@@ -1,6 +1,9 @@
-"""Score generated images or videos: python scripts/evaluate.py image --real DIR --generated DIR --out DIR"""
+"""``mhla evaluate`` in a copy of the repository.
 
-from mhla_diffusion.evaluation.cli import main
+python scripts/evaluate.py image --real DIR --generated DIR --out DIR
+"""
+
+from mhla_diffusion.commands.main import run
 
 if __name__ == "__main__":
-    main()
+    run("evaluate")

@@ -1,17 +1,9 @@
-"""Train a text-to-video model.
+"""``mhla train-video`` in a copy of the repository.
 
-    accelerate launch scripts/train_video.py --config configs/video_wan_moving_mnist.yaml
-    accelerate launch scripts/train_video.py --config FILE --lora.rank 16 --resume latest
-
-Exit codes: 0 when trained to the end; 130 (Ctrl-C) or 143 (SIGTERM) when stopped, after saving a checkpoint
-that ``--resume latest`` goes on from; 1 for an error.
+accelerate launch scripts/train_video.py --config configs/video_wan_moving_mnist.yaml
 """
 
-from __future__ import annotations
-
-import sys
-
-from mhla_diffusion.training import VideoTrainingConfig, run_script, train_video
+from mhla_diffusion.commands.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_script(VideoTrainingConfig, train_video, description=__doc__ or ""))
+    run("train-video")

@@ -24,7 +24,7 @@ _SERVER.set_forkserver_preload(
         "diffusers.loaders.peft",
         "mhla_diffusion.pipelines.auto",
         "mhla_diffusion.training",
-        "mhla_diffusion.evaluation.cli",
+        "mhla_diffusion.commands.evaluate",
     ]
 )
 

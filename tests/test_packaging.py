@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -56,7 +57,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
         (commands,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
-        assert "mhla-evaluate = mhla_diffusion.evaluation.cli:main" in archive.read(commands).decode()
+        assert archive.read(commands).decode().split("\n")[:3] == [
+            "[console_scripts]",
+            "mhla = mhla_diffusion.commands.main:main",
+            "mhla-evaluate = mhla_diffusion.commands.main:evaluate",
+        ]
     content = {name for name in names if ".dist-info/" not in name}
     expected = {
         str(Path("mhla_diffusion") / path.relative_to(ROOT / "mhla_diffusion"))
@@ -113,6 +118,36 @@ from mhla_diffusion.evaluation import compare_reports
 page = compare_reports([{report!r}] * 2).to_html()
 assert page.startswith("<!doctype html>") and "--paper" in page, page[:200]
 """)
+
+
+def test_the_installed_commands_run(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    for command, expected in [
+        (["mhla", "--version"], "mhla 0.1.0\n"),
+        (["mhla", "--help"], "usage: mhla COMMAND ..."),
+        (["mhla", "benchmark", "frechet", "--help"], "usage: mhla benchmark frechet "),
+        (["mhla-evaluate", "--help"], "usage: mhla-evaluate COMMAND ..."),
+        (["mhla-evaluate", "compare", "--help"], "usage: mhla-evaluate compare "),
+    ]:
+        script = site / "bin" / command[0]
+        run = subprocess.run(
+            [script, *command[1:]], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith(expected)
 
 
 def test_import_reads_nothing_until_it_is_used() -> None:

@@ -339,11 +339,13 @@ def test_the_script_prints_a_table_of_at_most_100_columns(
     assert max(map(len, table.splitlines())) <= 100
 
 
-def test_the_script_says_what_is_wrong_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_says_what_is_wrong_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_script(monkeypatch, "--model", "DiT-S/2", *SIZE)
-    # A text as exit code goes to stderr, and the status is 1.
-    assert exit_.value.code == "error: an image model has no frames, got frames=81; leave it out"
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: an image model has no frames, got frames=81; leave it out\n"
 
 
 def test_an_unknown_option_of_the_script_is_refused(

@@ -32,7 +32,11 @@ def changeable(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
 
 
 def parse_config(
-    config_class: type[ConfigT], arguments: Sequence[str] | None = None, *, description: str = ""
+    config_class: type[ConfigT],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    prog: str | None = None,
 ) -> tuple[ConfigT, str | None]:
     """Read ``--config FILE [--key.of.it value ...] [--resume latest|PATH]``.
 
@@ -40,14 +44,16 @@ def parse_config(
         config_class: a dataclass; its fields may be dataclasses.
         arguments: of the command line; the process's own by default.
         description: for ``--help``.
+        prog: what stands before the arguments, for ``--help``; the name of the script by default.
 
     Returns:
         The config, and what to resume from.
 
     Raises:
-        SystemExit: after a message that names the key and what is allowed.
+        ValueError: naming the key and what is allowed.
+        OSError: when a file cannot be read.
     """
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the run")
     parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
     parser.add_class_arguments(config_class)
@@ -57,7 +63,7 @@ def parse_config(
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
         return config_class(**{name: values[name] for name in names}), values["resume"]
     except (ArgumentError, ValueError, TypeError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(str(error)) from error
 
 
 def run_script(
@@ -66,20 +72,23 @@ def run_script(
     arguments: Sequence[str] | None = None,
     *,
     description: str = "",
+    prog: str | None = None,
 ) -> int:
-    """A training script: read the config, train, and turn what comes of it into an exit code.
+    """Read the config, train, and return the exit code.
 
     Args:
         config_class: of the run.
         train: called with the config and ``resume=``; returns the number of the signal that stopped it, or 0.
         arguments: of the command line; the process's own by default.
         description: for ``--help``.
+        prog: what stands before the arguments, for ``--help``; the name of the script by default.
 
     Returns:
         0, or 128 and the number of the signal.
 
     Raises:
-        SystemExit: after a message, for an error of the user's.
+        ValueError: for a config that :func:`parse_config` refuses; and what ``train`` raises.
+        OSError: when its file cannot be read.
     """
     logging.basicConfig(
         # One voice: the other processes speak up for warnings alone.
@@ -88,11 +97,8 @@ def run_script(
         datefmt="%H:%M:%S",
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    config, resume = parse_config(config_class, arguments, description=description)
-    try:
-        stopped_by = train(config, resume=resume)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    config, resume = parse_config(config_class, arguments, description=description, prog=prog)
+    stopped_by = train(config, resume=resume)
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -186,7 +192,7 @@ def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
 
 def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) -> None:
     """jsonargparse refuses unknown keys too, but does not name the known ones."""
-    allowed = [*_dotted_keys(config_class), "resume", "help"]
+    allowed = [*_dotted_keys(config_class), "resume", "help", "print_config"]
     for key in _given_keys(arguments):
         if key in allowed or any(name.startswith(f"{key}.") for name in allowed):
             continue
@@ -199,13 +205,20 @@ def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) ->
 
 def _given_keys(arguments: Sequence[str] | None) -> list[str]:
     """Return the dotted keys on the command line and in its YAML files."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     known, rest = parser.parse_known_args(arguments)
     keys = [token[2:].split("=", 1)[0] for token in rest if token.startswith("--")]
     for path in known.config:
-        values = yaml.safe_load(path.read_text()) if path.is_file() else None
-        keys += flat_dict(values) if isinstance(values, dict) else []
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}" if mark else ""
+            raise ValueError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from error
+        if not isinstance(values, (dict, types.NoneType)):
+            raise ValueError(f"{path} must map keys to values, got a {type(values).__name__}")
+        keys += flat_dict(values or {})
     return keys
 
 

@@ -67,13 +67,13 @@ def test_unknown_keys_in_the_file_and_on_the_command_line(
     settings: dict[str, Any], write_settings: Callable[[], Path], section: str, key: str, message: str
 ) -> None:
     dotted = f"{section}.{key}" if section else key
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         parse("--config", str(write_settings()), f"--{dotted}", "3")
     place = settings
     for name in section.split(".") if section else []:
         place = place[name]
     place[key] = 3
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         parse("--config", str(write_settings()))
 
 
@@ -101,7 +101,7 @@ def test_values_that_are_not_allowed(write_settings: Callable[[], Path], overrid
         wandb_installed = pytest.importorskip("importlib.util").find_spec("wandb") is not None
         if wandb_installed:
             pytest.skip("wandb is installed")
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         parse("--config", str(write_settings()), override)
 
 

@@ -13,7 +13,7 @@ from cdfvd.third_party.VideoMAEv2 import utils as cdfvd_videomae
 from cdfvd.third_party.VideoMAEv2 import videomaev2_finetune
 from torch import nn
 
-from mhla_diffusion.benchmark_evaluation import write_random_i3d
+from mhla_diffusion.benchmarks.random_weights import write_random_i3d
 from mhla_diffusion.evaluation import evaluate_videos, frechet_distance, load_video_extractor
 
 

@@ -25,7 +25,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from mhla_diffusion.benchmark_evaluation import write_random_inception
+from mhla_diffusion.benchmarks.random_weights import write_random_inception
 from mhla_diffusion.evaluation import compute_statistics, evaluate_images, load_extractor
 from mhla_diffusion.evaluation.networks.extractor import load_extractors
 from mhla_diffusion.evaluation.networks.images import INCEPTION, INCEPTION_ADM

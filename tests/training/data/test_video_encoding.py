@@ -28,7 +28,6 @@ from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
 from mhla_diffusion.training.data.latents import CachedVideoLatents
 from mhla_diffusion.training.video import build_parts
-from tests.processes import run_script
 
 
 @pytest.fixture
@@ -168,9 +167,3 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(config: VideoLatentCacheCo
 def test_settings_that_latents_bring_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))} is for data.source folder or films"):
         VideoDataConfig("latents", path="x", **setting)
-
-
-def test_the_script_says_what_can_be_encoded() -> None:
-    result = run_script("cache_latents", "audio")
-    assert result.returncode == 1
-    assert "say what to encode, image or video, got 'audio'" in result.stderr

@@ -1,27 +1,37 @@
-"""Speed and memory of MHLA beside its alternatives, measured in turn in one run."""
+"""The operator beside softmax attention, plain linear attention and the convention of the public code."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from .backbones import MHLADiTTransformer2DModel
-from .files.writing import write_file
-from .ops import BlockLayout, locality_mixing, mhla, mhla_reference, recommended_layout
+from ..files.writing import write_file
+from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
+from .timing import (
+    PASSES,
+    best,
+    check_at_least,
+    check_choices,
+    default_device,
+    interleaved,
+    machine,
+    markdown_table,
+    peak_bytes,
+    plot,
+    require_plots,
+    spread,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,31 +68,6 @@ SHAPES = {
     "1M": Shape(64, 1, (1024, 1024), (16, 16)),
 }
 PEERS = ("mhla", "softmax", "linear", "convolution")
-PASSES = ("forward", "forward + backward")
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Plain linear attention as people write it: two products, and a denominator."""
-    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
-    return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
-
-
-def convolution_mhla(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout) -> Tensor:
-    """MHLA in the way of the public reference code, convention ``official``.
-
-    Queries and keys with and without positions and values are concatenated in float32 and put in blocks
-    together; mixing is a 1x1 convolution with the blocks as channels.
-    """
-    (q, k), dtype = (F.relu(x) + 1e-6 for x in (q, k)), v.dtype
-    packed = layout.pack(torch.cat((q, k, v, q, k), 1).float())
-    q, k, v, q_rotated, k_rotated = packed.chunk(5, 1)  # [B, H, M, n, d]
-    weight = mixing.float()[..., None, None]
-    summaries = F.conv2d((k_rotated.transpose(-1, -2) @ v).flatten(0, 1), weight).view(
-        *q.shape[:3], -1, v.shape[-1]
-    )
-    own = (q @ k.sum(-2).unsqueeze(-1)).flatten(0, 1)
-    out = q_rotated @ summaries / F.conv2d(own, weight).view(*q.shape[:-1], 1)
-    return layout.unpack(out).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -133,11 +118,15 @@ def operator(
 
     Raises:
         ValueError: for a choice that does not exist.
+        ModuleNotFoundError: for a drawing without matplotlib.
         RuntimeError: when MHLA does not equal its reference.
     """
     check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
     check_choices(peers=(peers, PEERS))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_at_least(1, repeats=repeats)
+    if scaling and out is not None:
+        require_plots()
+    device = device or default_device()
     for name in shapes:
         check(SHAPES[name], device)
     record: dict[str, Any] = {"machine": machine(device), "measurements": []}
@@ -160,7 +149,7 @@ def operator(
         write_file(out / "operator.md", text)
         write_file(out / "operator.json", json.dumps(record, indent=2))
         if scaling:
-            write_file(out / "scaling.png", _plot(times, "tokens", "seconds"))
+            write_file(out / "scaling.png", plot(times, "tokens", "seconds"))
     return text
 
 
@@ -205,7 +194,7 @@ def measure_rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
     a, target = torch.randn(2, 2048, 2048, device=device).to(dtype)
     source = torch.empty(2**28 // dtype.itemsize, device=device, dtype=dtype).fill_(1)
     copy = torch.empty_like(source)
-    product, copying = _best([lambda: torch.mm(a, a, out=target), lambda: copy.copy_(source)], device, 7)
+    product, copying = best([lambda: torch.mm(a, a, out=target), lambda: copy.copy_(source)], device, 7)
     return 2 * 2048**3 / product, 2 * 2**28 / copying
 
 
@@ -217,7 +206,7 @@ def measure_scaling(device: str, most: int = 2**20) -> dict[str, list[tuple[int,
         shape = Shape(64, 1, (side, side), (side // 32, side // 32))
         inputs = _inputs(shape, torch.float32, device)
         calls = [_calls("mhla", shape, inputs, passes) for passes in PASSES]
-        for name, seconds in zip(PASSES, _best(calls, device, 5), strict=True):
+        for name, seconds in zip(PASSES, best(calls, device, 5), strict=True):
             times[name].append((side**2, seconds))
     return times
 
@@ -226,23 +215,6 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     """The slope of a straight line through the logarithms, by least squares."""
     x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
     return statistics.linear_regression(x, y).slope
-
-
-def machine(device: str) -> str:
-    """What the times were measured on."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{name}; torch {torch.__version__}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _measure_shape(
@@ -310,70 +282,28 @@ def _calls(peer: str, shape: Shape, inputs: tuple[Tensor, ...], passes: str) -> 
     return lambda: torch.autograd.grad(forward(), wanted, gradient)
 
 
-def interleaved(
-    calls: Sequence[Callable[[], Any]], device: str, repeats: int, seconds: float = math.inf
-) -> list[list[float]]:
-    """Seconds of each call's runs, the calls taking turns; slow ones get fewer, at least one."""
-    times: list[list[float]] = [[] for _ in calls]
-    spent = [0.0] * len(calls)
-    for turn in range(repeats + 1):
-        for i, call in enumerate(calls):
-            if times[i] and spent[i] * (turn + 1) / turn > seconds:
-                continue
-            elapsed = _time(call, device)
-            spent[i] += elapsed
-            if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
-                times[i].append(elapsed)
-    return times
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain linear attention as people write it: two products, and a denominator."""
+    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+    return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
 
 
-def _best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
-    return [min(times) for times in interleaved(calls, device, repeats)]
+def convolution_mhla(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout) -> Tensor:
+    """MHLA in the way of the public reference code, convention ``official``.
 
-
-def _time(call: Callable[[], Any], device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def spread(times: Sequence[float]) -> float | None:
-    if len(times) < 3:
-        return None
-    quartiles = statistics.quantiles(times, n=4)
-    return (quartiles[2] - quartiles[0]) / statistics.median(times)
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most that is allocated during a call, beyond what it returns."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        return torch.cuda.max_memory_allocated() - before - _size(result)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        result = call()
-    current = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak - _size(result)
-
-
-def _size(result: Tensor | Iterable[Tensor]) -> int:
-    tensors = [result] if isinstance(result, Tensor) else result
-    return sum(x.untyped_storage().nbytes() for x in tensors)
+    Queries and keys with and without positions and values are concatenated in float32 and put in blocks
+    together; mixing is a 1x1 convolution with the blocks as channels.
+    """
+    (q, k), dtype = (F.relu(x) + 1e-6 for x in (q, k)), v.dtype
+    packed = layout.pack(torch.cat((q, k, v, q, k), 1).float())
+    q, k, v, q_rotated, k_rotated = packed.chunk(5, 1)  # [B, H, M, n, d]
+    weight = mixing.float()[..., None, None]
+    summaries = F.conv2d((k_rotated.transpose(-1, -2) @ v).flatten(0, 1), weight).view(
+        *q.shape[:3], -1, v.shape[-1]
+    )
+    own = (q @ k.sum(-2).unsqueeze(-1)).flatten(0, 1)
+    out = q_rotated @ summaries / F.conv2d(own, weight).view(*q.shape[:-1], 1)
+    return layout.unpack(out).to(dtype)
 
 
 def _operator_table(results: Sequence[Measurement]) -> str:
@@ -403,144 +333,3 @@ def _operator_table(results: Sequence[Measurement]) -> str:
             ]
         )  # fmt: skip
     return markdown_table(lines)
-
-
-MODEL_ATTENTIONS = ("mhla", "linear", "softmax")
-
-
-def model(
-    sizes: Sequence[int] = (256, 512, 1024, 2048),
-    attentions: Sequence[str] = MODEL_ATTENTIONS,
-    layers: int = 12,
-    heads: int = 6,
-    head_dim: int = 64,
-    batch_size: int = 1,
-    dtype: str = "float32",
-    repeats: int = 5,
-    seconds: float = 120,
-    out: Path | None = None,
-    device: str | None = None,
-) -> str:
-    """A denoising step and a training step of a DiT with MHLA, plain linear and softmax attention.
-
-    DiT-S/2 by default, random weights. MHLA has the blocks that are recommended for the size.
-
-    Args:
-        sizes: of the square images, in pixels; latents have an eighth of that, tokens a sixteenth.
-        attentions: of mhla, linear, softmax.
-        layers, heads, head_dim: of the model; DiT-XL/2 has 28, 16, 72.
-        batch_size: images in a step.
-        dtype: float32, or bfloat16 for autocast.
-        repeats: interleaved runs, of which the median counts.
-        seconds: one attention at one size takes no more runs than fit into this, and one at least.
-        out: folder for model.json, model.md and model.png.
-        device: cpu or cuda; a GPU where there is one.
-
-    Returns:
-        A table in Markdown.
-
-    Raises:
-        ValueError: for a choice that does not exist.
-    """
-    check_choices(attentions=(attentions, MODEL_ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    records = []
-    for size in tqdm(sizes, desc="sizes", disable=None):
-        grid = (size // 16, size // 16)
-        steps: list[Callable[[], Any]] = []
-        for attention in attentions:
-            dit = MHLADiTTransformer2DModel(
-                num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
-                sample_size=size // 8, attention=attention, out_channels=8,
-                mhla_config={"blocks": recommended_layout(grid).blocks},
-            ).to(device)  # fmt: skip
-            steps += _model_steps(dit, size // 8, batch_size, getattr(torch, dtype), device)
-        times = interleaved(steps, device, repeats, seconds)
-        for i, attention in enumerate(attentions):
-            denoising, training = times[2 * i : 2 * i + 2]
-            records.append(
-                {
-                    "size": size, "tokens": math.prod(grid), "attention": attention,
-                    "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
-                    "denoising": statistics.median(denoising), "training": statistics.median(training),
-                    "spread": {"denoising": spread(denoising), "training": spread(training)},
-                }
-            )  # fmt: skip
-    text = f"{machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
-    if out is not None:
-        write_file(out / "model.md", text)
-        record = {"machine": machine(device), "dtype": dtype, "measurements": records}
-        write_file(out / "model.json", json.dumps(record, indent=2))
-        lines = {
-            f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
-            for attention in attentions
-            for step in ("denoising", "training")
-        }
-        write_file(out / "model.png", _plot(lines, "image size, pixels", "seconds a step"))
-    return text
-
-
-def _model_steps(
-    dit: nn.Module, side: int, batch_size: int, dtype: torch.dtype, device: str
-) -> list[Callable[[], Any]]:
-    """A denoising step, and a training step with AdamW."""
-    latents = torch.randn(batch_size, 4, side, side, device=device)
-    arguments = {
-        "timestep": torch.full((batch_size,), 500, device=device),
-        "class_labels": torch.zeros(batch_size, dtype=torch.long, device=device),
-    }
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=0.0)
-
-    def forward() -> Tensor:
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            return dit(latents, **arguments).sample
-
-    def train() -> None:
-        forward().float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return [torch.no_grad()(forward), train]
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the head, as a table in Markdown."""
-    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rows])
-
-
-def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -> str:
-    """Markdown: milliseconds of each attention at each size, in a denoising and a training step."""
-    lines = [["size", "tokens", "M", "step", *(f"{a}, ms" for a in attentions)]]
-    by_size: dict[int, list[dict[str, Any]]] = {}
-    for record in records:
-        by_size.setdefault(record["size"], []).append(record)
-    for size, group in by_size.items():
-        blocks = next((str(r["blocks"]) for r in group if r["blocks"]), "-")
-        for step in ("denoising", "training"):
-            cells = [f"{1e3 * r[step]:,.0f}" for r in group]
-            lines.append([f"{size}", f"{group[0]['tokens']:,}", blocks, step, *cells])
-    return markdown_table(lines)
-
-
-def _plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:
-    """A PNG of lines on two logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
-    for name, (chosen, allowed) in choices.items():
-        for value in chosen:
-            if value not in allowed:
-                raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says; its times are not tested."""
+"""The benchmark of the operator measures what it says; its times are not tested."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_diffusion import benchmark
-from mhla_diffusion.benchmark import Shape, convolution_mhla, linear_attention, peak_bytes, slope
+from mhla_diffusion.benchmarks import operator
+from mhla_diffusion.benchmarks.operator import Shape, convolution_mhla, linear_attention, slope
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_reference
 
 TINY = {"tiny": Shape(8, 2, (6, 4), (3, 2)), "ragged": Shape(8, 1, (5, 3), (2, 2))}
@@ -19,7 +19,7 @@ TINY = {"tiny": Shape(8, 2, (6, 4), (3, 2)), "ragged": Shape(8, 1, (5, 3), (2, 2
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SHAPES", TINY)
+    monkeypatch.setattr(operator, "SHAPES", TINY)
 
 
 def test_peers_are_what_they_are_called() -> None:
@@ -33,22 +33,22 @@ def test_peers_are_what_they_are_called() -> None:
 
 
 def test_operator_writes_a_row_for_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "measure_rates", lambda dtype, device: (1e12, 1e12))
-    monkeypatch.setattr(benchmark, "measure_scaling", lambda device: {"forward": [(1024, 1.0), (4096, 4.0)]})
-    text = benchmark.operator(["tiny"], repeats=3, out=tmp_path, device="cpu")
+    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device: (1e12, 1e12))
+    monkeypatch.setattr(operator, "measure_scaling", lambda device: {"forward": [(1024, 1.0), (4096, 4.0)]})
+    text = operator.operator(["tiny"], repeats=3, out=tmp_path, device="cpu")
     rows = [line for line in text.splitlines() if line.startswith("| d 8, H 2, N 24, M 6")]
     assert len(rows) == 4, "float32 and bfloat16, forward and with backward"
     assert "slope of log time over log tokens 1.000" in text
     record = json.loads((tmp_path / "operator.json").read_text())
-    assert len(record["measurements"]) == 4 * len(benchmark.PEERS)
+    assert len(record["measurements"]) == 4 * len(operator.PEERS)
     assert all(row["seconds"] > 0 for row in record["measurements"])
     assert (tmp_path / "operator.md").read_text() == text
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_softmax_attention_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "measure_rates", lambda dtype, device: (1.0, 1e12))
-    text = benchmark.operator(["tiny"], ["float32"], ["forward"], repeats=1, scaling=False, device="cpu")
+    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device: (1.0, 1e12))
+    text = operator.operator(["tiny"], ["float32"], ["forward"], repeats=1, scaling=False, device="cpu")
     assert text.splitlines()[-1].split(" | ")[6] == "-"
 
 
@@ -58,38 +58,17 @@ def test_nothing_is_timed_that_is_not_right(monkeypatch: pytest.MonkeyPatch, wro
         out = mhla(q, k, v, mixing, layout)
         return 1.001 * out if wrong == "output" else out + 0.001 * (k - k.detach())
 
-    monkeypatch.setattr(benchmark, "mhla", broken)
+    monkeypatch.setattr(operator, "mhla", broken)
     name = {"output": "output", "gradient": "k"}[wrong]
     with pytest.raises(RuntimeError, match=f"{name} differs from the reference by .*no times are given"):
-        benchmark.check(TINY["ragged"], "cpu", rows=4)
+        operator.check(TINY["ragged"], "cpu", rows=4)
 
 
 def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         for shape in TINY.values():
-            benchmark.check(shape, "cpu", rows=4)
+            operator.check(shape, "cpu", rows=4)
     assert caplog.text.count("equals the reference") == 2
-
-
-def test_memory_beyond_what_is_returned() -> None:
-    def call() -> torch.Tensor:
-        large = torch.zeros(1000)
-        return large[:10].clone()
-
-    assert 4000 <= peak_bytes(call, "cpu") <= 4200
-
-
-def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
-    text = benchmark.model([64, 128], layers=1, heads=2, head_dim=8, repeats=1, out=tmp_path, device="cpu")
-    assert [line.split(" | ")[:4] for line in text.splitlines()[4:]] == [
-        ["| 64", "16", "2", "denoising"],
-        ["| 64", "16", "2", "training"],
-        ["| 128", "64", "4", "denoising"],
-        ["| 128", "64", "4", "training"],
-    ]
-    record = json.loads((tmp_path / "model.json").read_text())
-    assert len(record["measurements"]) == 6
-    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +81,7 @@ def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
 )
 def test_unknown_choices_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        benchmark.operator(**{"shapes": ["tiny"], **arguments})
+        operator.operator(**{"shapes": ["tiny"], **arguments})
 
 
 def test_slope_is_the_exponent() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mhla_diffusion import benchmark_evaluation
+from mhla_diffusion.benchmarks.evaluation_video import evaluation_video
+from mhla_diffusion.benchmarks.frechet import frechet
 
 
 def _cells(text: str) -> list[list[str]]:
@@ -10,13 +11,13 @@ def _cells(text: str) -> list[list[str]]:
 
 
 def test_clips_are_scored_beside_cdfvd_with_one_result() -> None:
-    ours, theirs = _cells(benchmark_evaluation.evaluation_video(clips=2, size=(32, 32), repeats=1))
+    ours, theirs = _cells(evaluation_video(clips=2, size=(32, 32), repeats=1))
     assert (ours[0], theirs[0]) == ("mhla_diffusion", "cd-fvd")
     assert abs(float(ours[4]) - float(theirs[4])) <= 1e-3 * float(theirs[4])
     assert float(ours[5].removesuffix(" x")) > 0
 
 
 def test_the_distance_is_that_of_sqrtm() -> None:
-    rows = _cells(benchmark_evaluation.frechet(dimension=24, samples=200))
+    rows = _cells(frechet(dimension=24, samples=200))
     assert len(rows) == 3
     assert all(float(row[-1]) < 1e-6 for row in rows)

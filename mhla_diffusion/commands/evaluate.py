@@ -1,19 +1,19 @@
-"""The command line: ``mhla-evaluate``, or ``python scripts/evaluate.py`` in a copy of the repository."""
+"""``mhla evaluate``, also ``mhla-evaluate``: scores of images and videos, and comparisons."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..optional import require
-from .evaluate import compute_statistics, evaluate_images, evaluate_videos
-from .pages.comparison import compare_reports
-from .pages.report import Report, require_no_report
-from .scores.frechet import require_new_npz
-from .sets.vbench import export_vbench
+from ..evaluation import Report, compare_reports, compute_statistics, evaluate_images, evaluate_videos
+from ..evaluation.pages.report import require_no_report
+from ..evaluation.scores.frechet import require_new_npz
+from ..evaluation.sets.vbench import export_vbench
+from .parsing import parse_and_call
 
 logger = logging.getLogger(__name__)
 
@@ -78,25 +78,23 @@ def vbench(generated: str, out: str) -> None:
     logger.info("%d videos in %s", export_vbench(generated, out), out)
 
 
-def main() -> None:
-    """Parse and run; what a user got wrong is one line and status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commands = {"image": image, "video": video, "stats": stats, "compare": compare, "vbench": vbench}
-    try:
-        require("jsonargparse").auto_cli(
-            commands, args=_with_list(sys.argv[1:]), as_positional=False, allow_abbrev=False
-        )
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+def main(arguments: Sequence[str], prog: str, name: str) -> None:
+    """Score, or do what else there is."""
+    commands: dict[str, Callable[..., Any]] = {
+        "image": image,
+        "video": video,
+        "stats": stats,
+        "compare": compare,
+        "vbench": vbench,
+    }
+    parse_and_call(commands[name], _with_list(arguments) if name == "compare" else arguments, prog)
 
 
-def _with_list(arguments: list[str]) -> list[str]:
-    """``compare A B C --out D`` as ``compare --reports [A, B, C] --out D``."""
-    if arguments[:1] != ["compare"]:
-        return arguments
-    count = next((i for i, word in enumerate(arguments[1:]) if word.startswith("--")), len(arguments) - 1)
-    reports = arguments[1 : count + 1]
-    return ["compare", *(["--reports", str(reports)] if reports else []), *arguments[count + 1 :]]
+def _with_list(arguments: Sequence[str]) -> list[str]:
+    """Return ``A B C --out D`` as ``--reports [A, B, C] --out D``."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    reports = list(arguments[:count])
+    return [*(["--reports", str(reports)] if reports else []), *arguments[count:]]
 
 
 def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:

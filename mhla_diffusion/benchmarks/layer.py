@@ -1,9 +1,8 @@
-"""Speed of a layer of Wan, and of reading clips, beside their alternatives, measured in turn in one run."""
+"""A layer of Wan with MHLA beside the same with softmax."""
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,11 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import MHLAConfig
-from .backbones import MHLAWanTransformer3DModel
-from .benchmark import PASSES, check_choices, interleaved, machine, markdown_table, peak_bytes, spread
-from .files.videos import clip_indices, open_video
-from .files.writing import write_file
+from ..attention import MHLAConfig
+from ..backbones import MHLAWanTransformer3DModel
+from ..files.writing import write_file
+from .timing import (
+    PASSES,
+    check_at_least,
+    check_choices,
+    default_device,
+    interleaved,
+    machine,
+    markdown_table,
+    peak_bytes,
+    spread,
+)
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.
@@ -58,7 +66,8 @@ def layer(
         ValueError: for a choice that does not exist, or blocks that do not fit the grid.
     """
     check_choices(passes=(passes, PASSES))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_at_least(1, heads=heads, head_dim=head_dim, ffn_dim=ffn_dim, repeats=repeats)
+    device = device or default_device()
     steps = {name: _layer_steps(name, grid, blocks, heads, head_dim, ffn_dim, device) for name in ATTENTIONS}
     records: list[dict[str, Any]] = []
     for name in passes:
@@ -108,7 +117,7 @@ def _layer_steps(
     wanted = [hidden_states, *block.parameters()]
 
     def forward() -> Tensor:
-        return block(hidden_states, text, modulation, rotary_emb, grid)
+        return block(hidden_states, text, modulation, rotary_emb)
 
     return [torch.no_grad()(forward), lambda: torch.autograd.grad(forward(), wanted, gradient)]
 
@@ -123,60 +132,4 @@ def _layer_table(records: Sequence[dict[str, Any]]) -> str:
                 f"{ours['peak_bytes'] / 1e6:,.0f} / {softmax['peak_bytes'] / 1e6:,.0f}",
             ]
         )  # fmt: skip
-    return markdown_table(lines)
-
-
-def loading(
-    path: Path,
-    frames: int = 16,
-    size: tuple[int, int] = (240, 416),
-    clips: int = 200,
-    num_workers: int | None = None,
-    repeats: int = 3,
-) -> str:
-    """Clips per second of the training data, resized and in batches, against a plain loop with decord.
-
-    The loop opens each file, takes the same frames, and does nothing else.
-
-    Args:
-        path: folder of videos with captions, see ``data.source folder`` of the trainer.
-        frames, size: of the clips.
-        clips: read in each run.
-        num_workers: processes that read for the trainer; one for each core by default.
-        repeats: interleaved runs, of which the median counts.
-
-    Returns:
-        A table in Markdown.
-
-    Raises:
-        ValueError: when there are no videos, or they are not as they should be.
-        ImportError: without the ``train`` extra.
-    """
-    from .training.data import VideoDataConfig, VideoSamples, open_videos
-    from .training.data.captions import read_captions
-    from .training.data.stream import BatchShare, SampleStream
-
-    workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    config = VideoDataConfig("folder", path=str(path), frames=frames, sizes=(size,))
-    source = VideoSamples(open_videos(config), config, channels=3)
-    files = [file for file, _ in read_captions(path)]
-
-    def trainer() -> None:
-        stream = SampleStream(source, BatchShare(4), range(clips // 4), seed=0, num_workers=workers)
-        assert sum(len(numbers) for numbers, _ in stream) == clips // 4 * 4
-
-    def loop() -> None:
-        for i in range(clips // 4 * 4):
-            reader = open_video(files[i % len(files)], decoder="decord")
-            reader.read(clip_indices(reader.num_frames, length=frames, start=(i * 0.618) % 1))
-
-    rates = [
-        [clips // 4 * 4 / seconds for seconds in times]
-        for times in interleaved([trainer, loop], "cpu", repeats)
-    ]
-    lines = [
-        ["reader", "clips per second", "spread"],
-        [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", f"{spread(rates[0]) or 0:.0%}"],
-        ["plain decord loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
-    ]  # fmt: skip
     return markdown_table(lines)

@@ -1,0 +1,81 @@
+"""``mhla convert``: a stock model, or a checkpoint of the public MHLA code, into an MHLA model.
+
+python scripts/convert.py --model facebook/DiT-XL-2-256 --out DIR [--mhla.blocks 16 --mhla.cpe zero]
+python scripts/convert.py --from official-wan-mhla --model CHECKPOINT --out DIR
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ..attention import MHLAConfig
+from ..files.writing import require_new_folder, write_folder
+from .parsing import parse_and_call
+
+
+def convert(
+    model: str,
+    out: str,
+    mhla: MHLAConfig = MHLAConfig(),  # noqa: B008 (frozen)
+    subfolder: str | None = None,
+    revision: str | None = None,
+    only_transformer: bool = False,
+    source: Literal["diffusers", "official-wan-mhla"] = "diffusers",
+    normalizer: Literal["none", "official"] = "none",
+) -> None:
+    """Turn a stock model into an MHLA model, or read a checkpoint of the public MHLA code.
+
+    Args:
+        model: folder or hub id of a pipeline whose transformer has an MHLA form; with only_transformer, of
+            such a transformer; with ``--from official-wan-mhla`` a file or folder of weights.
+        out: a folder that does not exist yet.
+        mhla: what the attention becomes; not for official-wan-mhla, whose weights say it.
+        subfolder: where the model lies in the folder or repository.
+        revision: branch, tag or commit on the hub.
+        only_transformer: the source is a transformer alone, not a pipeline.
+        source: what the model is; also written ``--from``.
+        normalizer: of official-wan-mhla: official for runs with a denominator.
+    """
+    # Here, as diffusers takes seconds that ``--help`` has no need of.
+    from .. import MHLAPipeline
+    from ..backbones.official import load_official_wan
+
+    target = require_new_folder(out)
+    place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
+    if source == "official-wan-mhla":
+        converted: Any = load_official_wan(model, normalizer=normalizer)
+        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
+    else:
+        use = "it is a start for fine-tuning"
+        if only_transformer:
+            converted = _convert_transformer(model, mhla, place)
+        else:
+            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
+    write_folder(target, converted.save_pretrained)
+    logging.info("saved %s; %s", out, use)
+
+
+def _convert_transformer(model: str, mhla: MHLAConfig, place: dict[str, Any]) -> Any:
+    """Load a transformer of any class that has an MHLA form, stock or ours, and convert it."""
+    from ..backbones import backbone_of_config, convert_to_mhla, stock_names
+    from ..hub import load_config
+
+    stored = load_config(model, **place)
+    ours = backbone_of_config(stored)
+    if ours is None:
+        raise ValueError(
+            f"{model} holds a {stored.get('_class_name')}, which has no MHLA form; those that have one: "
+            f"{stock_names()}"
+        )
+    loader = ours if stored["_class_name"] == ours.__name__ else ours.stock
+    return convert_to_mhla(loader.from_pretrained(model, **place), mhla)
+
+
+def main(arguments: Sequence[str], prog: str) -> None:
+    """Convert."""
+    # "from" is a word of Python, and cannot be a parameter.
+    arguments = [re.sub(r"^--from(?==|$)", "--source", argument) for argument in arguments]
+    parse_and_call(convert, arguments, prog)

@@ -1,0 +1,86 @@
+"""The one end of all commands: which errors are the user's, how they are told, and the exit codes.
+
+0 when done; 1 for what is wrong with the input, 2 for a command line that asks for what does not exist; 128
+and the number of the signal when stopped. Anything else that is raised is a fault of this project, and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pickle
+import re
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+
+
+class CommandError(Exception):
+    """What the user has to mend, in words, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def exit_code(call: Callable[[], int | None]) -> int:
+    """Return the exit code of a call, after telling an error of the user's in one line on stderr."""
+    try:
+        code = call() or 0
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        return _tell(error, error.code)
+    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return _tell("interrupted", 128 + signal.SIGINT)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            raise
+        return _tell(how_to_install(error.name) if error.name else error, 1)
+    except (OSError, ValueError, ImportError) as error:
+        return _tell(error, 1)
+    except _broken_file_errors() as error:
+        return _tell(f"a file is broken: {error}", 1)
+
+
+def _broken_file_errors() -> tuple[type[Exception], ...]:
+    """What the readers of weights and archives raise for a file that is none, or only a part of one."""
+    safetensors = sys.modules.get("safetensors")
+    of_safetensors = (safetensors.SafetensorError,) if safetensors else ()
+    return (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, *of_safetensors)
+
+
+def how_to_install(module: str) -> str:
+    """Return what to say about a missing module: the command that installs it, by its extra if it has one."""
+    package = module.partition(".")[0]
+    what = package
+    for requirement in _requirements():  # the extras that others include come first
+        name = re.split(r"[^\w.-]", requirement)[0]
+        extra = re.search(r"extra == ['\"](\w+)", requirement)
+        if re.sub("[-_.]", "", name) == package.replace("_", ""):
+            # demo has everything: too much for one package
+            what = name if extra is None or extra[1] == "demo" else f'"mhla-diffusion[{extra[1]}]"'
+            break
+    return f"the package {package} is not installed: pip install {what}"
+
+
+def _requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires("mhla-diffusion") or []
+    except importlib.metadata.PackageNotFoundError:  # a copy that is not installed
+        return []
+
+
+def _tell(error: object, code: int) -> int:
+    # Messages of other libraries have several lines, each a sentence or an item.
+    text = ""
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        text += ("" if not text else " " if text[-1] in ".:;,?!" else "; ") + line
+    print(f"error: {text or type(error).__name__}", file=sys.stderr)
+    return code

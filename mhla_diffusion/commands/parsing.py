@@ -1,0 +1,45 @@
+"""A function's parameters as options of the command line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from .end import CommandError
+
+
+def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> Any:
+    """Call a function with what the command line gives for its parameters, and return what it returns.
+
+    Args:
+        function: with types, and a docstring in Google's style that says what each parameter is.
+        arguments: of the command line.
+        prog: what the user typed before them, for ``--help``.
+
+    Raises:
+        CommandError: when they are not the function's, with code 2.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return auto_cli(
+        function,
+        args=list(arguments),
+        as_positional=False,
+        allow_abbrev=False,
+        prog=prog,
+        parser_class=_Parser,
+    )
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong, where argparse prints all options before it and exits."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        options = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
+        hint = f", did you mean {close[0]}?" if close else ";"
+        raise CommandError(f"{message}{hint} see {self.prog} --help", code=2) from ex

@@ -1,0 +1,15 @@
+"""Memory is that of the call."""
+
+from __future__ import annotations
+
+import torch
+
+from mhla_diffusion.benchmarks.timing import peak_bytes
+
+
+def test_memory_beyond_what_is_returned() -> None:
+    def call() -> torch.Tensor:
+        large = torch.zeros(1000)
+        return large[:10].clone()
+
+    assert 4000 <= peak_bytes(call, "cpu") <= 4200

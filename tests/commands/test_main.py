@@ -1,0 +1,289 @@
+"""``mhla`` and the scripts: what there is, what it costs to ask, and how all of them end."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mhla_diffusion.commands.end import CommandError, exit_code, how_to_install
+from mhla_diffusion.commands.main import MHLA, evaluate, main
+
+ROOT = Path(__file__).parents[2]
+
+COMMANDS = [
+    f"{name} {below}".strip() for name, command in MHLA.commands.items() for below in command.commands or [""]
+]
+SCRIPTS = {
+    "analyze": "analyze",
+    "benchmark operator": "benchmark operator",
+    "cache_latents image": "cache-latents image",
+    "cache_latents video": "cache-latents video",
+    "convert": "convert",
+    "evaluate video": "evaluate video",
+    "export_images": "export images",
+    "export_videos": "export videos",
+    "generate image": "generate image",
+    "generate video": "generate video",
+    "plan": "plan",
+    "train_image": "train-image",
+    "train_video": "train-video",
+}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str, script: str | None = None) -> int:
+    """Run ``mhla words``, or a script, in this process, and return the exit code."""
+    path = ROOT / "scripts" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path) if script else "mhla", *words])
+    try:
+        if script:
+            runpy.run_path(str(path), run_name="__main__")
+        else:
+            main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_help_and_mistakes_import_nothing_that_takes_time() -> None:
+    program = """
+import sys
+from mhla_diffusion.commands.main import main
+for words in (["--help"], ["--version"], ["evaluate", "--help"], ["benchmark"], ["plam"]):
+    sys.argv = ["mhla", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+heavy = {"torch", "diffusers", "transformers", "numpy", "jsonargparse", "tqdm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(f"\n  {name} " in run.stdout for name in MHLA.commands)
+    assert max(map(len, run.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *command.split(), "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: mhla {command} ")
+    assert text.count("  --") > 2
+
+
+@pytest.mark.parametrize(("script", "command"), SCRIPTS.items())
+def test_a_script_is_its_command(
+    script: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *words = script.split()
+    assert call(monkeypatch, *words, "--help", script=name) == 0
+    of_script = capsys.readouterr().out
+    assert of_script.startswith(f"usage: {' '.join([f'{name}.py', *words])} ")
+    assert call(monkeypatch, *command.split(), "--help") == 0
+    of_command = capsys.readouterr().out
+    named = of_command.replace(f"mhla {command}", " ".join([f"{name}.py", *words]))
+    assert of_script.split() == named.split()
+
+
+def test_every_script_is_compared() -> None:
+    assert {script.split()[0] for script in SCRIPTS} == {path.stem for path in ROOT.glob("scripts/*.py")}
+
+
+def test_python_m_is_the_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "mhla_diffusion", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.stdout == "mhla 0.1.0\n"
+
+
+def test_mhla_evaluate_is_the_command_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mhla-evaluate", "compare", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        evaluate()
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: mhla-evaluate compare ")
+
+
+DIT = "--model DiT-S/2 --height 256 --width 256"
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "code"),
+    [
+        ("trian-image", "mhla has no command 'trian-image', did you mean train-image? It has: plan, ", 2),
+        ("train_image", "did you mean train-image?", 2),
+        ("--config", "mhla has no command '--config'. It has: plan, ", 2),
+        ("cache-latents audio", "mhla cache-latents has no command 'audio'. It has: image, video", 2),
+        ("benchmark operater", "did you mean operator?", 2),
+        (f"plan {DIT} --heigth 9", "--heigth 9, did you mean --height? see mhla plan --help", 2),
+        (f"plan {DIT} 9", "unrecognized arguments: 9; see mhla plan --help", 2),
+        ("generate video --model nowhere --out OUT --prompts [a]", "nowhere", 1),
+        ("generate image --model nowhere --out OUT --num 1 --clases 0", "did you mean --classes?", 2),
+        ("plan --model DiT-S/2", "the following arguments are required: height, width; see", 2),
+        ("plan --model DiT-S/2 --height tall --width 9", 'Expected a <class \'int\'>', 2),
+        (f"plan {DIT} --dtype int8", "int8", 2),
+        (f"plan {DIT} --config BROKEN", "mhla plan --help", 2),
+        (f"plan {DIT} --config nowhere.yaml", "nowhere.yaml", 2),
+        (f"plan {DIT} --frames 9", "an image model has no frames, got frames=9; leave it out", 1),
+        ("plan --model nowhere/at/all --height 256 --width 256", "nowhere/at/all", 1),
+        ("evaluate compare nowhere other --out OUT", "nowhere", 1),
+        ("evaluate image --real nowhere --generated nowhere --out OUT", "nowhere", 1),
+        ("evaluate image --real nowhere --generated nowhere --out OUT --metrik kid", "mean --metrics?", 2),
+        ("evaluate vbench --generated nowhere --out OUT", "nowhere", 1),
+        ("convert --model nowhere --out OUT", "nowhere", 1),
+        ("convert --from official-wan-mhla --model WEIGHTS --out OUT", "a file is broken: ", 1),
+        ("convert --from official-wan-mhla --model nowhere.safetensors --out OUT", "nowhere.safetensors", 1),
+        ("convert --model nowhere --out OUT --mhla.blocks 0", "blocks must be an integer >= 1", 1),
+        ("analyze --model nowhere --out OUT", "nowhere", 1),
+        ("analyze --model FOLDER --out OUT", "folder holds a config of no class; this command knows", 1),
+        ("benchmark operator --shapes [2k]", "shapes must be of 1k, 4k, 16k, wan, 1M, got '2k'", 1),
+        ("benchmark operator --repeats 0", "repeats must be at least 1, got 0", 1),
+        ("benchmark model --sizes [256,8]", "sizes[1] must be at least 16, got 8", 1),
+        ("benchmark frechet --dimension 0", "dimension must be at least 8, got 0", 1),
+        ("benchmark loading --path nowhere", "nowhere", 1),
+        ("export images --data.source mnist --num 0 --out OUT", "num must be 1 to 5000", 1),
+        ("export videos --data.source folder --data.path nowhere --out OUT", "nowhere", 1),
+        ("cache-latents image --vae nowhere --output_dir OUT --siz 8", "unknown key siz", 1),
+        ("cache-latents image --vae nowhere --output_dir OUT --data.source mnist", "nowhere", 1),
+        ("train-image --config nowhere.yaml", "File does not exist: ", 1),
+        ("train-image --config", "argument --config: expected one argument", 1),
+        ("train-image --config BROKEN", "broken.yaml, line 2 is not YAML: expected the node content", 1),
+        ("train-image --config BINARY", "binary.yaml is not YAML: 'utf-8' codec can't decode byte 0xff", 1),
+        ("train-image --config FOLDER", "Path is not a file", 1),
+        ("train-image --config LIST", "list.yaml must map keys to values, got a list", 1),
+        ("train-image --config MNIST --trainer.max_step 3", "did you mean trainer.max_steps?", 1),
+        ("train-image --config MNIST --trainer.max_steps many", "Got value: many", 1),
+        ("train-image --config MNIST --trainer.max_steps 0", "max_steps must be 1 or more, got 0", 1),
+        ("train-image --config MNIST stray", "unrecognized arguments: stray", 1),
+        ("train-image --config MNIST --output_dir OUT --resume latest", "OUT", 1),
+        ("train-video", "required", 1),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line(
+    command: str,
+    message: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken.yaml").write_text("trainer: {\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "list.yaml").write_text("- trainer\n")
+    (tmp_path / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    places = {
+        "BROKEN": "broken.yaml",
+        "BINARY": "binary.yaml",
+        "LIST": "list.yaml",
+        "WEIGHTS": "weights.safetensors",
+        "FOLDER": "folder",
+        "OUT": "out",
+    }
+    places = {name: str(tmp_path / place) for name, place in places.items()}
+    places["MNIST"] = str(ROOT / "configs" / "image_dit_mnist.yaml")
+    words = [places.get(word, word) for word in command.split()]
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words) == code
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert places.get(message, message) in lines[-1]
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    assert "Traceback" not in output.err
+    assert "usage:" not in output.err
+    assert not output.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("evaluate",)])
+def test_no_command_at_all_gives_the_help_and_fails(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 2
+    assert capsys.readouterr().err.startswith(f"usage: {' '.join(['mhla', *words])} COMMAND ...")
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call(monkeypatch, "benchmark", "model", "--out", str(tmp_path)) == 1
+    assert (
+        capsys.readouterr().err
+        == 'error: the package matplotlib is not installed: pip install "mhla-diffusion[benchmark]"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("decord", 'pip install "mhla-diffusion[video]"'),
+        ("imageio_ffmpeg.binaries", 'pip install "mhla-diffusion[video]"'),
+        ("datasets", 'pip install "mhla-diffusion[train]"'),
+        ("cleanfid.fid", 'pip install "mhla-diffusion[eval]"'),
+        ("mlxtend.data", "pip install mlxtend"),
+        ("torch", "pip install torch"),
+        ("wandb", "pip install wandb"),
+    ],
+)
+def test_a_package_is_installed_by_its_extra(module: str, command: str) -> None:
+    package = module.partition(".")[0]
+    assert how_to_install(module) == f"the package {package} is not installed: {command}"
+
+
+def raising(error: BaseException) -> int:
+    def call() -> None:
+        raise error
+
+    return exit_code(call)
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 128 + signal.SIGTERM) == 143
+    assert raising(CommandError("no", code=2)) == 2
+    assert raising(KeyboardInterrupt()) == 130
+    assert raising(ImportError("pip install it")) == 1
+    assert raising(ValueError("several changes:\n  a: 1 -> 2\n  b: 3 -> 4")) == 1
+    assert raising(OSError()) == 1
+    assert raising(zipfile.BadZipFile("no zip")) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: no",
+        "error: interrupted",
+        "error: pip install it",
+        "error: several changes: a: 1 -> 2; b: 3 -> 4",
+        "error: OSError",
+        "error: a file is broken: no zip",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="mhla_diffusion.nowhere")]
+)
+def test_a_fault_of_the_project_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        raising(error)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(
+        [sys.executable, "-m", "mhla_diffusion", "--help"], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writing)
+    assert run.returncode == 128 + signal.SIGPIPE
+    assert run.stderr == b""
