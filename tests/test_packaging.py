@@ -83,7 +83,7 @@ from mhla_diffusion import {", ".join(PUBLIC_NAMES)}
 assert mhla_diffusion.__file__.startswith({str(tmp_path)!r}), mhla_diffusion.__file__
 assert MHLAPipeline.__module__ == "mhla_diffusion.pipelines.auto"
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-heavy = {{"triton", "torchvision", "decord", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
+heavy = {{"triton", "torchvision", "av", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()

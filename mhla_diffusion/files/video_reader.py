@@ -55,31 +55,32 @@ class IndexedReader:
             raise UnreadableVideoError(
                 f"{self._path} has the frames 0 to {self.num_frames - 1}, asked were {list(indices)}"
             )
-        with open_stream(self._path) as video:
-            try:
-                found = _read_from_starts(video, self._index, wanted) if len(self._index.starts) else None
-            except _AstrayError:
-                found = None
-        if found is None:
-            found = _read_from_beginning(self._path, wanted)
+        try:
+            found = _read_from_starts(self._path, self._index, wanted)
+        except _AstrayError:
+            found = _read_from_beginning(self._path, self._index, wanted)
         return np.stack([found[index] for index in indices])
 
 
-def _read_from_starts(video: OpenVideo, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
-    """Decode from the nearest start before each frame; neighbouring starts are decoded through."""
-    from av.error import FFmpegError
+def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
+    """Decode from the nearest start before each frame; neighbouring starts are decoded through.
 
+    Raises:
+        _AstrayError: when this does not give the frames that the index promises.
+    """
+    if not len(index.starts):
+        raise _AstrayError
     rows = np.array([index.start_of(frame) for frame in wanted])
     runs = np.cumsum(np.diff(rows, prepend=rows[0]) > 1)
-    picture, found = _Picture(video), dict[int, Frames]()
+    found: dict[int, Frames] = {}
     try:
-        for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
-            members = list(run)
-            start = int(rows[members[0]])
-            frames = _decode_from(video, index, start, last=wanted[members[-1]])
-            ours = {wanted[i] for i in members}
-            found |= {number: picture.pixels(frame) for number, frame in frames if number in ours}
-    except FFmpegError as error:
+        with open_stream(path) as video:
+            picture = _Picture(video)
+            for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
+                members = [wanted[i] for i in run]
+                frames = _decode_from(video, index, index.start_of(members[0]), last=members[-1])
+                found |= {number: picture.pixels(frame) for number, frame in frames if number in members}
+    except UnreadableVideoError as error:
         raise _AstrayError from error
     if len(found) < len(wanted):
         raise _AstrayError
@@ -137,18 +138,25 @@ def _seek(video: OpenVideo, index: VideoIndex, row: int) -> tuple[Iterator[Packe
     raise _AstrayError
 
 
-def _read_from_beginning(path: str, wanted: list[int]) -> dict[int, Frames]:
-    """Decode the whole file up to the last frame, as FFmpeg does, past all that is damaged."""
+def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
+    """Decode the whole file up to the last frame, as FFmpeg does, with all that it conceals.
+
+    Raises:
+        UnreadableVideoError: when frames are lost, so that numbers would mean others.
+    """
     found: dict[int, Frames] = {}
     with open_stream(path) as video:
         picture, numbers = _Picture(video), set(wanted)
         frames = video.decode(enumerate(video.packets()), on_error=lambda: None)
-        for number, (_, frame) in enumerate(frames):
-            if number in numbers:
+        for number, (packet, frame) in enumerate(frames):
+            if number in numbers and packet == index.shown[number]:
                 found[number] = picture.pixels(frame)
             if number == wanted[-1]:
-                return found
-    raise UnreadableVideoError(f"{path} is damaged: it cannot be decoded up to frame {wanted[-1]}")
+                break
+    lost = [number for number in wanted if number not in found]
+    if lost:
+        raise UnreadableVideoError(f"{path} is damaged: the frames up to {lost[0]} are not all there")
+    return found
 
 
 class _Picture:

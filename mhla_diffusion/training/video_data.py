@@ -77,6 +77,7 @@ class VideoDataConfig:
             folder. ``captions.csv`` or ``captions.jsonl`` in it by default.
         frames: of a clip.
         fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+            Where the rate of a file varies, the clip has the frames that it shows at these moments.
         sizes: height and width in pixels. With several, each clip goes to the one nearest to its own shape,
             and a batch has clips of one size. A clip is resized to cover its size and cropped at the centre.
         decoder: see :func:`mhla_diffusion.files.videos.open_video`.
@@ -177,7 +178,8 @@ class VideoFiles:
         last = reader.num_frames - 1 if file.last is None else file.last
         try:
             step = 1.0 if fps is None else reader.fps / fps
-            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start)
+            times = None if fps is None or reader.times is None else reader.times[file.first : last + 1]
+            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start, times=times)
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read([file.first + i for i in indices])
