@@ -214,8 +214,9 @@ def _is_forward(video: OpenVideo) -> bool | None:
     name = _codec(video)
     if context.codec.intra_only or (name in _FORWARD and not context.has_b_frames):
         return True if container in _TIMED | _ORDERED else None
-    # In a transport stream each field of an interlaced frame may be a packet.
-    fields = container == "mpegts" and name == "h264" and context.field_order != _PROGRESSIVE
+    # In a transport stream each field of an interlaced frame may be a packet. PyAV 17 does not tell.
+    progressive = getattr(context, "field_order", None) == _PROGRESSIVE
+    fields = container == "mpegts" and name == "h264" and not progressive
     return False if container in _TIMED and name in _REORDERED and not fields else None
 
 
