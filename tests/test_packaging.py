@@ -104,7 +104,7 @@ before = set(sys.modules)
 from mhla_diffusion import {", ".join(PUBLIC_NAMES)}
 assert MHLAPipeline.__module__ == "mhla_diffusion.pipelines.auto"
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-heavy = {{"triton", "torchvision", "decord", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
+heavy = {{"triton", "torchvision", "av", "datasets", "cleanfid", "jsonargparse", "tensorboard"}} & new
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()

@@ -18,7 +18,7 @@ def loading(
     num_workers: int | None = None,
     repeats: int = 3,
 ) -> str:
-    """Clips per second of the training data, resized and in batches, against a plain loop with decord.
+    """Clips per second of the training data, resized and in batches, against a plain loop.
 
     The loop opens each file, takes the same frames, and does nothing else.
 
@@ -53,7 +53,7 @@ def loading(
 
     def loop() -> None:
         for i in range(clips // 4 * 4):
-            reader = open_video(files[i % len(files)], decoder="decord")
+            reader = open_video(files[i % len(files)])
             reader.read(clip_indices(reader.num_frames, length=frames, start=(i * 0.618) % 1))
 
     rates = [
@@ -63,6 +63,6 @@ def loading(
     lines = [
         ["reader", "clips per second", "spread"],
         [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", f"{spread(rates[0]) or 0:.0%}"],
-        ["plain decord loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
+        ["plain loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
     ]  # fmt: skip
     return markdown_table(lines)

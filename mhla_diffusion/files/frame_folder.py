@@ -1,0 +1,86 @@
+"""Folders of pictures as videos: one picture a frame, as StyleGAN-V and many data sets store them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .video_packets import UnreadableVideoError, file_stamp
+from .video_reader import Frames
+
+_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Modes of Pillow that RGB of 8 bits holds without loss, but for transparency.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+
+
+class FrameFolder:
+    """A folder of pictures of one size as a video.
+
+    Pictures are taken in the order of the numbers in their names (frame_2.png before frame_10.png); files of
+    other kinds and folders in it are passed over.
+
+    Args:
+        path: of the folder.
+
+    Attributes:
+        num_frames: pictures in it.
+        fps: 25, as FFmpeg takes for pictures, which do not say it.
+        times: None, as the rate is constant.
+
+    Raises:
+        UnreadableVideoError: when there are no pictures in it.
+    """
+
+    fps = 25.0
+    times: NDArray[np.float64] | None = None
+
+    def __init__(self, path: str) -> None:
+        names = [name for name in os.listdir(path) if name.lower().endswith(_SUFFIXES)]
+        # Hidden ones are left by writers that were killed, and by macOS.
+        names = sorted((name for name in names if not name.startswith(".")), key=_by_number)
+        if not names:
+            raise UnreadableVideoError(f"{path}: a folder without pictures ({', '.join(_SUFFIXES)})")
+        self._paths = [os.path.join(path, name) for name in names]
+        self._path, self.num_frames = path, len(names)
+
+    def read(self, indices: Sequence[int]) -> Frames:
+        """Return the pictures at ``indices``, uint8 ``[n, H, W, 3]``.
+
+        Raises:
+            UnreadableVideoError: when one is not there, cannot be read, has other values than RGB of 8 bits,
+                or not the size of the others.
+        """
+        if any(not 0 <= index < self.num_frames for index in indices):
+            raise UnreadableVideoError(
+                f"{self._path} has the frames 0 to {self.num_frames - 1}, asked were {list(indices)}"
+            )
+        frames = {index: _read_picture(self._paths[index]) for index in sorted(set(indices))}
+        shapes = {frame.shape: self._paths[index] for index, frame in frames.items()}
+        if len(shapes) > 1:
+            sizes = ", ".join(f"{path} {shape[0]} x {shape[1]}" for shape, path in shapes.items())
+            raise UnreadableVideoError(f"{self._path}: the pictures of a video are of one size, got {sizes}")
+        return np.stack([frames[index] for index in indices])
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key by which numbers in names are compared as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read_picture(path: str) -> Frames:
+    from PIL import Image
+
+    file_stamp(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _MODES:
+                raise UnreadableVideoError(
+                    f"{path}: pixels of mode {image.mode} do not fit into RGB of 8 bits; convert the picture"
+                )
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableVideoError(f"{path} cannot be read ({error})") from error

@@ -1,0 +1,194 @@
+"""Reading the frames of a video by their numbers, through its index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .video_index import VideoIndex, video_index
+from .video_packets import OpenVideo, UnreadableVideoError, open_stream, place_of
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+
+Frames = NDArray[np.uint8]
+
+
+class _AstrayError(Exception):
+    """Decoding did not give the frames that the index promised."""
+
+
+class IndexedReader:
+    """Frames by number, as FFmpeg gives them when it decodes the whole file.
+
+    Nothing is held open between reads, so that readers may cross a fork and be used by several threads.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        num_frames: that are shown.
+        fps: frames per second, the mean where they vary.
+        times: seconds ``[num_frames]`` from the first frame to each, None when the rate is constant.
+
+    Raises:
+        UnreadableVideoError: when it is no video, or only a part of one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._index = path, video_index(path)
+        self.num_frames, self.fps, self.times = self._index.num_frames, self._index.fps, self._index.times
+
+    def read(self, indices: Sequence[int]) -> Frames:
+        """Return the frames at ``indices``, uint8 ``[n, H, W, 3]``, in RGB and upright.
+
+        Raises:
+            UnreadableVideoError: when one is not there or cannot be decoded.
+        """
+        wanted = sorted(set(indices))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
+            raise UnreadableVideoError(
+                f"{self._path} has the frames 0 to {self.num_frames - 1}, asked were {list(indices)}"
+            )
+        try:
+            found = _read_from_starts(self._path, self._index, wanted)
+        except _AstrayError:
+            found = _read_from_beginning(self._path, self._index, wanted)
+        return np.stack([found[index] for index in indices])
+
+
+def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
+    """Decode from the nearest start before each frame; neighbouring starts are decoded through.
+
+    Raises:
+        _AstrayError: when this does not give the frames that the index promises.
+    """
+    if not len(index.starts):
+        raise _AstrayError
+    rows = np.array([index.start_of(frame) for frame in wanted])
+    runs = np.cumsum(np.diff(rows, prepend=rows[0]) > 1)
+    found: dict[int, Frames] = {}
+    try:
+        with open_stream(path) as video:
+            picture = _Picture(video)
+            for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
+                members = [wanted[i] for i in run]
+                frames = _decode_from(video, index, index.start_of(members[0]), last=members[-1])
+                found |= {number: picture.pixels(frame) for number, frame in frames if number in members}
+    except UnreadableVideoError as error:
+        raise _AstrayError from error
+    if len(found) < len(wanted):
+        raise _AstrayError
+    return found
+
+
+def _decode_from(
+    video: OpenVideo, index: VideoIndex, row: int, *, last: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their numbers, from a start to the frame ``last``.
+
+    Raises:
+        _AstrayError: when they do not follow each other as in the index.
+    """
+    first = int(index.starts[row, 1]) if row >= 0 else -1
+    previous = None
+    for packet, frame in video.decode(_packets_from(video, index, row)):
+        number = int(index.frame_of[packet]) if packet >= 0 else -1
+        if number < first:
+            continue  # refers to frames before the start
+        in_order = previous is None or number == previous + 1
+        # Some files call frames starts that refer to others.
+        if frame.is_corrupt or number < 0 or not in_order or (number == first and not frame.key_frame):
+            raise _AstrayError
+        previous = number
+        yield number, frame
+        if number >= last:
+            return
+
+
+def _packets_from(video: OpenVideo, index: VideoIndex, row: int) -> Iterator[tuple[int, Packet]]:
+    """Packets from a start on with their numbers, each held against the index."""
+    start = int(index.starts[row, 0]) if row >= 0 else 0
+    packets, number = video.packets(), 0
+    if start:
+        packets, number = _seek(video, index, row)
+    for packet in packets:
+        if number >= start:
+            if number >= len(index.packets) or tuple(index.packets[number]) != place_of(packet):
+                raise _AstrayError
+            yield number, packet
+        number += 1
+
+
+def _seek(video: OpenVideo, index: VideoIndex, row: int) -> tuple[Iterator[Packet], int]:
+    """Packets from one at or before a start, and the number of the first."""
+    start, _, *moments = index.starts[row].tolist()
+    for moment in moments:
+        video.container.seek(moment, stream=video.stream)
+        packets = video.packets()
+        # The first ones may be parts of packets.
+        first = next((packet for packet in packets if index.number_of(packet) >= 0), None)
+        if first is not None and index.number_of(first) <= start:
+            return chain([first], packets), index.number_of(first)
+    raise _AstrayError
+
+
+def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
+    """Decode the whole file up to the last frame, as FFmpeg does, with all that it conceals.
+
+    Raises:
+        UnreadableVideoError: when frames are lost, so that numbers would mean others.
+    """
+    found: dict[int, Frames] = {}
+    with open_stream(path) as video:
+        picture, numbers = _Picture(video), set(wanted)
+        frames = video.decode(enumerate(video.packets()), on_error=lambda: None)
+        for number, (packet, frame) in enumerate(frames):
+            if number in numbers and packet == index.shown[number]:
+                found[number] = picture.pixels(frame)
+            if number == wanted[-1]:
+                break
+    lost = [number for number in wanted if number not in found]
+    if lost:
+        raise UnreadableVideoError(f"{path} is damaged: the frames up to {lost[0]} are not all there")
+    return found
+
+
+class _Picture:
+    """Frames as pixels: RGB, upright, and of the size of the first when the size changes in a video."""
+
+    def __init__(self, video: OpenVideo) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter, context = VideoReformatter(), video.stream.codec_context
+        self._size = {"width": context.width, "height": context.height}
+
+    def pixels(self, frame: VideoFrame) -> Frames:
+        rgb = self._reformatter.reformat(
+            frame, **self._size, format="rgb24", interpolation="BICUBIC", threads=1
+        ).to_ndarray()
+        return _upright(cast(Frames, rgb), _display_matrix(frame))
+
+
+def _display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
+    """The matrix ``[2, 2]`` that phones store: the place ``(x, y) @ matrix`` is where a pixel is shown."""
+    from av.sidedata.sidedata import Type
+
+    data = cast(Any, frame.side_data).get(Type.DISPLAYMATRIX)
+    return None if data is None else np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2]
+
+
+def _upright(rgb: Frames, matrix: NDArray[np.int32] | None) -> Frames:
+    """Turn and mirror by the nearest quarter turn."""
+    if matrix is None:
+        return rgb
+    (a, b), (c, d) = matrix.tolist()
+    turned = abs(a) < abs(b)
+    rgb = rgb.swapaxes(0, 1) if turned else rgb
+    right, down = (c, b) if turned else (a, d)
+    return rgb[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]

@@ -1,0 +1,319 @@
+"""Frames of every container and codec that FFmpeg writes here, against its own decoding of the whole file."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mhla_diffusion.files import video_index
+from mhla_diffusion.files.videos import UnreadableVideoError, VideoReader, clip_indices, open_video
+
+pytest.importorskip("av")
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+
+COUNT, HEIGHT, WIDTH = 40, 48, 64
+X265 = "keyint=10:min-keyint=10:scenecut=0:bframes=4:b-adapt=0:log-level=error:pools=1"
+CODECS = {
+    "h264": "-c:v libx264 -g 10 -pix_fmt yuv420p",
+    "h264_no_b": "-c:v libx264 -g 10 -bf 0 -pix_fmt yuv420p",
+    "h264_open": "-c:v libx264 -g 10 -x264-params open-gop=1:b-adapt=0:scenecut=0 -pix_fmt yuv420p",
+    "h264_refresh": "-c:v libx264 -g 10 -x264-params intra-refresh=1 -pix_fmt yuv420p",
+    "h264_interlaced": "-c:v libx264 -g 10 -flags +ilme+ildct -x264-params interlaced=1 -pix_fmt yuv420p",
+    "hevc": f"-c:v libx265 -x265-params {X265} -pix_fmt yuv420p",
+    "hevc_closed": f"-c:v libx265 -x265-params {X265}:open-gop=0 -pix_fmt yuv420p",
+    "hevc_default": "-c:v libx265 -x265-params log-level=error:pools=1 -pix_fmt yuv420p",
+    "mpeg4": "-c:v mpeg4 -g 10 -pix_fmt yuv420p",
+    "mpeg4_b": "-c:v mpeg4 -g 10 -bf 2 -pix_fmt yuv420p",
+    "xvid_b": "-c:v libxvid -g 10 -bf 2 -pix_fmt yuv420p",
+    "mpeg2": "-c:v mpeg2video -g 10 -pix_fmt yuv420p",
+    "mpeg2_b": "-c:v mpeg2video -g 10 -bf 2 -pix_fmt yuv420p",
+    "mpeg1_b": "-c:v mpeg1video -g 10 -bf 2 -pix_fmt yuv420p",
+    "msmpeg4": "-c:v msmpeg4 -g 10 -pix_fmt yuv420p",
+    "wmv2": "-c:v wmv2 -g 10 -pix_fmt yuv420p",
+    "vp8": "-c:v libvpx -g 10 -cpu-used 4 -pix_fmt yuv420p",
+    "vp9": "-c:v libvpx-vp9 -g 20 -lag-in-frames 16 -auto-alt-ref 1 -cpu-used 5 -pix_fmt yuv420p",
+    "av1": "-c:v libaom-av1 -g 10 -cpu-used 8 -pix_fmt yuv420p",
+    "svtav1": "-c:v libsvtav1 -g 10 -preset 12 -svtav1-params lp=1 -pix_fmt yuv420p",
+    "vvc": "-c:v libvvenc -pix_fmt yuv420p",
+    "theora": "-c:v libtheora -g 10 -q:v 7 -pix_fmt yuv420p",
+    "flv1": "-c:v flv -g 10 -pix_fmt yuv420p",
+    "h263p": "-c:v h263p -g 10 -pix_fmt yuv420p",
+    "mjpeg": "-c:v mjpeg -pix_fmt yuvj420p",
+    "prores": "-c:v prores",
+    "ffv1": "-c:v ffv1 -g 10 -pix_fmt yuv420p",
+    "huffyuv": "-c:v huffyuv",
+    "png": "-c:v png",
+    "qtrle": "-c:v qtrle -g 10",
+    "default": "",
+}
+CONTAINERS = {
+    "mp4": "h264 h264_no_b h264_open h264_refresh h264_interlaced hevc hevc_closed hevc_default mpeg4 "
+    "mpeg4_b xvid_b mpeg2_b vp9 av1 svtav1",
+    "mov": "h264_open hevc mpeg4_b mjpeg prores qtrle",
+    "mkv": "h264_open hevc mpeg4_b mpeg2 mpeg2_b mpeg1_b vp8 vp9 ffv1 huffyuv theora vvc",
+    "avi": "h264 h264_no_b h264_open mpeg4 mpeg4_b xvid_b mpeg2_b msmpeg4 wmv2 vp8 mjpeg ffv1 huffyuv "
+    "h263p png",
+    "ts": "h264 h264_open h264_refresh h264_interlaced hevc mpeg2_b mpeg4_b",
+    "mpg": "mpeg1_b mpeg2_b h264_open",
+    "webm": "vp8 vp9 av1",
+    "flv": "h264_open flv1",
+    "ogv": "theora vp8",
+    "wmv": "wmv2 h264_open",
+    "3gp": "h264 mpeg4",
+    "mxf": "mpeg2_b",
+    "gif": "default",
+    "apng": "default",
+    "h264": "h264_open",
+}
+ENCODED = [f"{codec}.{container}" for container, codecs in CONTAINERS.items() for codec in codecs.split()]
+# What is made of these without encoding: a part of them, as people cut films.
+CUT = [
+    f"{codec}.{container}"
+    for container in ("mp4", "mov", "mkv", "avi", "ts", "mpg", "flv")
+    for codec in ("h264_open", "hevc", "mpeg4_b", "mpeg2_b")
+    if codec in CONTAINERS[container].split()
+]
+CUTS = {"cut": ("-ss", "0.7"), "part": ("-ss", "0.5", "-t", "0.7")}
+GLUED = ("h264_open.mp4", "hevc.mp4", "h264_open.ts", "mpeg4_b.avi")
+MADE = [*ENCODED, *(f"{cut}-{name}" for cut in CUTS for name in CUT), *(f"glued-{name}" for name in GLUED)]
+
+
+def numbered_frames() -> np.ndarray:
+    """Frames uint8 ``[40, 48, 64, 3]`` of a moving texture, with their numbers in six blocks, one a bit."""
+    texture = np.random.default_rng(5).integers(40, 90, (HEIGHT + COUNT, WIDTH + COUNT, 3), dtype=np.uint8)
+    frames = np.stack([texture[i // 2 : i // 2 + HEIGHT, i : i + WIDTH] for i in range(COUNT)])
+    for i, frame in enumerate(frames):
+        for bit in range(6):
+            row, column = divmod(bit, 3)
+            frame[4 + 20 * row : 20 + 20 * row, 4 + 20 * column : 20 + 20 * column] = (
+                235 if i >> bit & 1 else 16
+            )
+    return frames
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """The numbers that are drawn in frames."""
+    centres = [divmod(bit, 3) for bit in range(6)]
+    blocks = np.stack(
+        [frames[:, 8 + 20 * r : 16 + 20 * r, 8 + 20 * c : 16 + 20 * c].mean((1, 2, 3)) for r, c in centres]
+    )
+    return [int(number) for number in ((blocks > 128) << np.arange(6)[:, None]).sum(0)]
+
+
+def ffmpeg(*arguments: str, data: bytes | None = None) -> bytes:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-threads", "1", "-y", *arguments]
+    return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def encode(path: Path, *options: str, rate: str = "25") -> None:
+    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", rate, "-i", "-")
+    ffmpeg(*source, *options, str(path), data=numbered_frames().tobytes())
+
+
+def decode_whole(path: Path) -> np.ndarray:
+    """What FFmpeg makes of a file: every frame that it shows."""
+    options = ("-map", "0:v:0", "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    return np.frombuffer(ffmpeg("-i", str(path), *options), np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
+
+
+class Zoo:
+    """Videos made by FFmpeg when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = cache(self._make)
+
+    def _make(self, name: str) -> Path:
+        path = self.folder / name
+        kind, _, source = name.rpartition("-")
+        if kind in CUTS:
+            ffmpeg(*CUTS[kind], "-i", str(self.path(source)), "-c", "copy", str(path))
+        elif kind == "glued":
+            parts = self.folder / f"{name}.txt"
+            parts.write_text(f"file '{self.path(f'cut-{source}').name}'\n" * 2)
+            ffmpeg("-f", "concat", "-i", str(parts), "-c", "copy", str(path))
+        else:
+            encode(path, *CODECS[path.stem].split())
+        return path
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray, *, interlaced: bool = False) -> None:
+    """Equal but for the colours of interlaced frames, which FFmpeg's program interpolates field by field."""
+    difference = np.abs(got.astype(int) - expected).max(axis=(1, 2, 3))
+    assert difference.max() <= (48 if interlaced else 2), (numbers(got), numbers(expected), difference)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_frames_are_those_of_decoding_the_whole_file(zoo: Zoo, name: str) -> None:
+    path = zoo.path(name)
+    whole, reader = decode_whole(path), open_video(path)
+    count = len(whole)
+    assert reader.num_frames == count > 8
+    random = np.random.default_rng(0)
+    clips = [range(0, count, stride) for stride in (1, 2, 4, 8)]
+    for stride in (1, 2, 4, 8):
+        first = int(random.integers(count))
+        clips.append(range(first, min(count, first + 4 * stride), stride))
+    clips.append(random.permutation(count)[:4].tolist())
+    for clip in clips:
+        assert_same(reader.read(clip), whole[list(clip)], interlaced="interlaced" in name)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "mpeg4_b.avi", "default.gif", "theora.ogv"])
+def test_every_frame_alone_shows_its_number(zoo: Zoo, name: str) -> None:
+    reader = open_video(zoo.path(name))
+    assert [numbers(reader.read([i]))[0] for i in range(COUNT)] == list(range(COUNT))
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "avi", "flv"])
+@pytest.mark.parametrize("rate", ["24", "30000/1001", "60"])
+def test_frames_per_second_are_those_of_the_file(tmp_path: Path, container: str, rate: str) -> None:
+    encode(tmp_path / f"video.{container}", *CODECS["h264_no_b"].split(), rate=rate)
+    reader = open_video(tmp_path / f"video.{container}")
+    count, _, seconds = rate.partition("/")
+    assert reader.fps == pytest.approx(int(count) / int(seconds or 1), rel=1e-3)
+    assert reader.times is None
+
+
+@pytest.fixture
+def slowing(tmp_path: Path) -> VideoReader:
+    """25 frames a second up to frame 20, then 25 / 4."""
+    path = tmp_path / "slowing.mp4"
+    slow = ("-vf", "setpts='if(lt(N,20),N,20+4*(N-20))/25/TB'", "-fps_mode", "vfr")
+    encode(path, *slow, *CODECS["h264"].split())
+    return open_video(path)
+
+
+def test_a_varying_rate_is_told_by_its_times(slowing: VideoReader) -> None:
+    seconds = [i if i < 20 else 20 + 4 * (i - 20) for i in range(COUNT)]
+    assert slowing.times == pytest.approx(np.array(seconds) / 25, abs=1e-3)
+    assert slowing.fps == pytest.approx(39 / seconds[-1] * 25, rel=1e-3)
+
+
+def test_a_clip_of_a_varying_rate_is_even_in_time(slowing: VideoReader) -> None:
+    step = slowing.fps / 6.25  # four times 1 / 25 of a second
+    chosen = clip_indices(COUNT, length=16, step=step, times=slowing.times)
+    assert chosen == [0, 4, 8, 12, 16, *range(20, 31)]
+    assert numbers(slowing.read(chosen)) == chosen
+
+
+def test_even_times_choose_the_frames_that_steps_choose() -> None:
+    times = np.round(np.arange(100) / 29.97, 3)
+    for step in (1.0, 2.0, 2.5, 29.97 / 8):
+        for start in (0.0, 0.3, 1.0):
+            plain = clip_indices(100, length=16, step=step, start=start)
+            assert (
+                np.abs(
+                    np.subtract(clip_indices(100, length=16, step=step, start=start, times=times), plain)
+                ).max()
+                <= 1
+            )
+
+
+@pytest.mark.parametrize(("options", "turn"), [(("90",), 1), (("180",), 2), (("270",), 3)])
+def test_videos_of_phones_are_upright(zoo: Zoo, tmp_path: Path, options: tuple[str], turn: int) -> None:
+    turned = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation:v:0", *options, "-i", str(zoo.path("h264.mp4")), "-c", "copy", str(turned))
+    plain = open_video(zoo.path("h264.mp4")).read([3, 30])
+    assert np.array_equal(open_video(turned).read([3, 30]), np.rot90(plain, turn, axes=(1, 2)))
+
+
+def test_a_mirrored_video_is_mirrored(zoo: Zoo, tmp_path: Path) -> None:
+    mirrored = tmp_path / "mirrored.mp4"
+    ffmpeg("-display_hflip:v:0", "-i", str(zoo.path("h264.mp4")), "-c", "copy", str(mirrored))
+    plain = open_video(zoo.path("h264.mp4")).read([7])
+    assert np.array_equal(open_video(mirrored).read([7]), plain[:, :, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "film"),
+    [
+        ("h264_open.mp4", "film.mp4"),
+        ("h264.mp4", "film.ts"),
+        ("h264.mp4", "film.flv"),
+        ("hevc.mkv", "film.mkv"),
+        ("vp9.webm", "film.webm"),
+        ("mjpeg.avi", "film.avi"),
+    ],
+)
+def test_long_films_open_without_being_decoded(zoo: Zoo, tmp_path: Path, name: str, film: str) -> None:
+    path = tmp_path / film
+    ffmpeg("-stream_loop", "249", "-i", str(zoo.path(name)), "-c", "copy", str(path))
+    begin = time.process_time()
+    reader = open_video(path)
+    assert reader.num_frames == 250 * COUNT
+    # 10,000 frames take more than this to decode.
+    assert time.process_time() - begin < 1
+    middle = numbers(reader.read(range(4990, 5006)))
+    assert middle == [i % COUNT for i in range(4990, 5006)]
+
+
+def test_a_file_is_indexed_again_when_it_changed(zoo: Zoo, tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(zoo.path("h264.mp4").read_bytes())
+    assert open_video(path).num_frames == COUNT
+    path.write_bytes(zoo.path("cut-h264_open.mp4").read_bytes())
+    assert open_video(path).num_frames == len(decode_whole(path)) < COUNT
+
+
+def test_a_file_is_indexed_once(zoo: Zoo) -> None:
+    path = zoo.path("mpeg4_b.avi")
+    open_video(path)
+    before = video_index._video_index.cache_info()
+    open_video(path)
+    after = video_index._video_index.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 1)
+
+
+def test_threads_read_files_side_by_side(zoo: Zoo) -> None:
+    names = ["h264.mp4", "hevc.mp4", "mpeg4_b.avi", "vp9.webm", "h264.mp4", "default.gif"]
+    readers = [open_video(zoo.path(name)) for name in names]
+    wrong: list[str] = []
+
+    def read(name: str, reader: VideoReader) -> None:
+        for first in range(0, 32, 3):
+            if numbers(reader.read(range(first, first + 8, 2))) != list(range(first, first + 8, 2)):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=read, args=pair) for pair in zip(names, readers, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "mpeg4_b.avi", "mpeg2_b.mpg"])
+def test_damage_gives_the_frames_that_ffmpeg_gives_or_an_error(zoo: Zoo, tmp_path: Path, name: str) -> None:
+    content = bytearray(zoo.path(name).read_bytes())
+    place = len(content) // 3  # MP4 has its table in the second half
+    content[place : place + 300] = bytes(300)
+    path = tmp_path / f"damaged{Path(name).suffix}"
+    path.write_bytes(content)
+    whole, reader = decode_whole(path), open_video(path)
+    assert reader.num_frames == len(whole)
+    for first in range(0, len(whole) - 4, 2):
+        try:
+            frames = reader.read(range(first, first + 4))
+        except UnreadableVideoError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            assert_same(frames, whole[first : first + 4])
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, COUNT], []])
+def test_frames_that_are_not_there_are_refused(zoo: Zoo, indices: list[int]) -> None:
+    with pytest.raises(UnreadableVideoError, match=r"h264\.mp4 has the frames 0 to 39, asked were"):
+        open_video(zoo.path("h264.mp4")).read(indices)
