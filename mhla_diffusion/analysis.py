@@ -214,10 +214,8 @@ def _load(model: str) -> Any:
     stored = load_component_config(model, "transformer")
     ours = backbone_of_config(stored)
     if ours is None:
-        raise ValueError(
-            f"{model} holds a {stored.get('_class_name')}, which cannot be analysed; those that can: "
-            f"{stock_names()}"
-        )
+        name = stored.get("_class_name", "config of no class")
+        raise ValueError(f"{model} holds a {name}, which cannot be analysed; those that can: {stock_names()}")
     if stored["_class_name"] == ours.__name__:
         return ours.from_pretrained(model, subfolder=subfolder).eval()
     stock = ours.stock.from_pretrained(model, subfolder=subfolder).eval()
@@ -293,7 +291,7 @@ def _recording(
             tables = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple)][:1]
             found: dict[str, Any] = {"grid": find_grid(args, kwargs)}
             if tables and isinstance(tables[0][0], Tensor):
-                found["rotary_emb"] = rotary_pairs(tables[0][:2])
+                found["rotary_emb"] = rotary_pairs(tables[0][:2], attn)
             note(name, attn, q, k, found)
 
     handles = []

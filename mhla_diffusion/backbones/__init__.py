@@ -1,18 +1,30 @@
 """diffusers models with MHLA inside. A backbone is named here, and nowhere else."""
 
+from .chrono_edit import MHLAChronoEditTransformer3DModel
 from .convert import convert_to_mhla
 from .dit import MHLADiTTransformer2DModel
+from .ltx_video import MHLALTXVideoTransformer3DModel
+from .pixart import MHLAPixArtTransformer2DModel
 from .processors import MHLAAttnProcessor
 from .registry import BACKBONES, backbone_named, backbone_of, backbone_of_config, stock_names
+from .sana import MHLASanaTransformer2DModel
 from .sana_video import MHLASanaVideoTransformer3DModel
+from .skyreels_v2 import MHLASkyReelsV2Transformer3DModel
 from .wan import MHLAWanTransformer3DModel
+from .wan_vace import MHLAWanVACETransformer3DModel
 
 __all__ = [
     "BACKBONES",
     "MHLAAttnProcessor",
+    "MHLAChronoEditTransformer3DModel",
     "MHLADiTTransformer2DModel",
+    "MHLALTXVideoTransformer3DModel",
+    "MHLAPixArtTransformer2DModel",
+    "MHLASanaTransformer2DModel",
     "MHLASanaVideoTransformer3DModel",
+    "MHLASkyReelsV2Transformer3DModel",
     "MHLAWanTransformer3DModel",
+    "MHLAWanVACETransformer3DModel",
     "backbone_named",
     "backbone_of",
     "backbone_of_config",

@@ -103,11 +103,10 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         plan = self.plan_layers(attention, mhla_config, stock["num_layers"], grid)
         if stock["norm_type"] == _MARKED_NORM_TYPE:
             stock["norm_type"] = _NORM_TYPE
-        super().__init__(**stock)
+        self.build(stock, plan)
         self.transformer_blocks[0].__class__ = _FirstBlock
         for block in self.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-        self.set_attention([block.attn1 for block in self.transformer_blocks], plan)
         self._reset_parameters()
         all_softmax = set(plan.kinds) == {"softmax"}
         self.register_to_config(norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE)

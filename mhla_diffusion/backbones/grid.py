@@ -9,8 +9,9 @@ several grids before one backward, and from several threads.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +21,23 @@ from ..attention import MHLA
 Grid = tuple[int, ...]
 
 
-def send_grid(rope: nn.Module, patch_size: Sequence[int]) -> None:
-    """Append the grid to the rotary tables that a model's ``rope`` returns for ``[B, C, F, H, W]``.
+def send_with_rope(rope: nn.Module, grid_of: Callable[..., Grid]) -> None:
+    """Append the grid to the rotary tables that a model's ``rope`` returns.
 
     It is the shape of a third tensor, ``[*grid, 0]``: hooks that spread or move tensors leave it whole.
+
+    Args:
+        rope: of the model.
+        grid_of: called with the arguments of the rope, such as :func:`grid_of_latents` of some patch.
     """
-    rope.register_forward_hook(functools.partial(_append_grid, patch_size=tuple(patch_size)))
+    rope.register_forward_hook(functools.partial(_append_grid, grid_of=grid_of))
+
+
+def send_as_argument(model: nn.Module, patch_size: Sequence[int], name: str) -> None:
+    """Add the grid of latents ``[B, C, H, W]`` to the dict ``name`` that a model hands to its layers."""
+    position = list(inspect.signature(type(model).forward).parameters).index(name) - 1
+    hook = functools.partial(_add_argument, patch_size=tuple(patch_size), name=name, position=position)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def receive_grid(attn: nn.Module) -> None:
@@ -55,11 +67,32 @@ def token_grid(sizes: Sequence[int], patch_size: Sequence[int]) -> Grid:
     return tuple(size // p for size, p in zip(sizes, patch_size, strict=True))
 
 
+def grid_of_latents(latents: Tensor, *, patch_size: tuple[int, ...]) -> Grid:
+    """Return the grid of latents ``[B, C, F, H, W]``."""
+    return token_grid(latents.shape[2:], patch_size)
+
+
 def _append_grid(
-    rope: nn.Module, args: tuple[Tensor], tables: tuple[Tensor, ...], *, patch_size: tuple[int, ...]
+    rope: nn.Module, args: tuple[Any, ...], tables: tuple[Tensor, ...], *, grid_of: Callable[..., Grid]
 ) -> tuple[Tensor, ...]:
-    grid = token_grid(args[0].shape[2:], patch_size)
-    return *tables, args[0].new_empty(*grid, 0)
+    return *tables, args[0].new_empty(*grid_of(*args), 0)
+
+
+def _add_argument(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    patch_size: tuple[int, ...],
+    name: str,
+    position: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    latents = args[0] if args else kwargs["hidden_states"]
+    given = args[position] if len(args) > position else kwargs.get(name)
+    added = {**(given or {}), "grid": token_grid(latents.shape[2:], patch_size)}
+    if len(args) > position:
+        return (*args[:position], added, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: added}
 
 
 def _hand_over_grid(

@@ -6,20 +6,23 @@ A backbone is one file with one class: see :class:`MHLAModelMixin`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin, TensorParallelConfig
+from torch import Tensor
 
 from ..attention import MHLA, MHLAConfig
 from ..hub import hub_arguments
 from ..ops import recommended_layout
-from .grid import Grid, receive_grid
+from .grid import Grid, grid_of_latents, receive_grid, send_with_rope
 from .processors import MHLAAttnProcessor
 from .rebuild import rebuild
 from .registry import BACKBONES
@@ -75,9 +78,10 @@ class MHLAModelMixin(ModelMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if MHLAModelMixin in cls.__bases__:
-            cls.stock = cls.__bases__[1]
-            BACKBONES[cls.stock] = cls
+        stock = next((base for base in cls.__bases__ if not issubclass(base, MHLAModelMixin)), None)
+        if stock is not None:
+            cls.stock = stock
+            BACKBONES[stock] = cls
             # The name under which diffusers records the class in model_index.json, free of our file layout.
             cls.__module__ = "mhla_diffusion"
 
@@ -107,22 +111,49 @@ class MHLAModelMixin(ModelMixin):
             check_blocks(config, grid)
         return LayerPlan(attention, kinds, config, grid)
 
+    def build(
+        self,
+        stock: dict[str, Any],
+        plan: LayerPlan,
+        layers: Callable[[Any], Sequence[Any]] = lambda model: model.transformer_blocks,
+    ) -> None:
+        """Have the stock class make everything, and set the self-attention of its layers as planned."""
+        self.stock.__init__(self, **stock)
+        self.set_attention([block.attn1 for block in layers(self)], plan)
+
     def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
         for layer, kind in zip(layers, plan.kinds, strict=True):
-            if kind != self.stock_attention:
-                config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
-                processor = MHLAAttnProcessor(
-                    config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
-                    query_dim=layer.to_q.in_features,
-                )  # fmt: skip
-                layer.set_processor(processor)
-            receive_grid(layer)
+            self.set_layer(layer, kind, plan)
         self.register_to_config(
             attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
             mhla_config=plan.config.to_dict(),
         )
+
+    def set_layer(self, layer: Any, kind: str, plan: LayerPlan) -> None:
+        """Put attention of this kind into one self-attention layer."""
+        if kind != self.stock_attention:
+            config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
+            processor = MHLAAttnProcessor(
+                config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
+                query_dim=layer.to_q.in_features,
+            )  # fmt: skip
+            layer.set_processor(processor)
+        receive_grid(layer)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Set the processor of every attention layer but those with MHLA; of all layers by a dict of names.
+
+        Otherwise what diffusers does with one processor for all, as in ``fuse_qkv_projections``, would take
+        the MHLA layers and their weights away.
+        """
+        if not isinstance(processor, dict):
+            processor = {
+                name: known if isinstance(known, MHLA) else processor
+                for name, known in self.attn_processors.items()
+            }
+        super().set_attn_processor(processor)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:
@@ -151,7 +182,7 @@ class MHLAModelMixin(ModelMixin):
 
     def _check_context_parallel(self) -> None:
         mhla = [module for module in self.modules() if isinstance(module, MHLA)]
-        if len(mhla) < len(self.layer_attention) or any(
+        if self.stock_attention in self.layer_attention or any(
             module.cpe is not None or module.config.normalizer == "official" for module in mhla
         ):
             raise ValueError(
@@ -207,6 +238,43 @@ class MHLAModelMixin(ModelMixin):
                 blocks = model.mixing_blocks
                 logger.warning("%s %s in place of %s: the blocks stay %s", name, now, then, blocks)
         return (model, info) if output_loading_info else model
+
+
+class RotaryVideoMixin(MHLAModelMixin):
+    """Stands before models of videos whose ``rope`` is given latents ``[B, C, F, H, W]``, as Wan and its kin.
+
+    Their config has ``sample_grid``, tokens along frames, height and width that the model is made for. Only a
+    number of blocks in all depends on it.
+    """
+
+    vae_stride = (4, 8, 8)
+    layers: ClassVar[str] = "blocks"
+
+    def build_video(
+        self,
+        stock: dict[str, Any],
+        attention: AttentionChoice,
+        mhla_config: ConfigChoice,
+        sample_grid: Sequence[int],
+    ) -> LayerPlan:
+        """Make the model as planned; see :meth:`MHLAModelMixin.build`."""
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
+        self.build(stock, plan, operator.attrgetter(self.layers))
+        send_with_rope(self.rope, functools.partial(grid_of_latents, patch_size=tuple(stock["patch_size"])))
+        self.register_to_config(sample_grid=list(sample_grid))
+        return plan
+
+    @property
+    def default_grid(self) -> Grid:
+        return tuple(self.config.sample_grid)
+
+    def example_latents(
+        self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None
+    ) -> Tensor:
+        """Draw noise ``[B, C, F, H, W]`` that has this grid of tokens."""
+        sizes = [tokens * patch for tokens, patch in zip(grid, self.config.patch_size, strict=True)]
+        channels = channels or self.config.in_channels
+        return torch.randn(batch_size, channels, *sizes, generator=generator)
 
 
 def as_config(mhla_config: ConfigChoice) -> MHLAConfig:

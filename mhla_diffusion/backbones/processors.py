@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from diffusers import ParallelConfig
@@ -63,7 +64,7 @@ class MHLAAttnProcessor(MHLA):
         config = self._parallel_config and self._parallel_config.context_parallel_config
         attend = functools.partial(
             super().__call__, grid=grid, key_grid=key_grid, key_mask=key_mask,
-            rotary_emb=None if rotary_emb is None else rotary_pairs(rotary_emb),
+            rotary_emb=None if rotary_emb is None else rotary_pairs(rotary_emb, attn),
             group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
 
@@ -127,9 +128,12 @@ def split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def rotary_pairs(rotary_emb: RotaryEmbedding) -> RotaryEmbedding:
-    """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]``."""
+def rotary_pairs(rotary_emb: RotaryEmbedding, attn: Any) -> RotaryEmbedding:
+    """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]`` and LTX's ``[B, N, H d]``."""
     cos, sin = rotary_emb
+    if cos.ndim == 3 and cos.shape[-1] == attn.inner_dim:  # for each head its own
+        cos, sin = (table.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for table in (cos, sin))
+        return cos[..., 0::2], sin[..., 1::2]
     if cos.ndim == 4 and cos.shape[2] == 1:
         return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
     return cos, sin

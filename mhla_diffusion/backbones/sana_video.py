@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from diffusers import SanaVideoTransformer3DModel
 
-from .grid import Grid, send_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .grid import Grid
+from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
 from .stock import after
 
 _TEXT_TOKENS = 300  # to which the pipeline pads every prompt
 
 
-class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DModel):
+class MHLASanaVideoTransformer3DModel(RotaryVideoMixin, SanaVideoTransformer3DModel):
     """SanaVideo with MHLA in place of its linear attention.
 
     Takes every argument of :class:`diffusers.SanaVideoTransformer3DModel` and three more. Its registered
@@ -32,7 +32,7 @@ class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DMode
     """
 
     stock_attention = "linear"
-    vae_stride = (4, 8, 8)
+    layers = "transformer_blocks"
     _repeated_blocks = ["SanaVideoTransformerBlock"]  # noqa: RUF012
 
     @after(SanaVideoTransformer3DModel)
@@ -44,25 +44,14 @@ class MHLASanaVideoTransformer3DModel(MHLAModelMixin, SanaVideoTransformer3DMode
         mhla_config: ConfigChoice = None,
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
-        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
-        super().__init__(**stock)
-        send_grid(self.rope, stock["patch_size"])
-        self.set_attention([block.attn1 for block in self.transformer_blocks], plan)
-        self.register_to_config(sample_grid=list(sample_grid))
-
-    @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
+        self.build_video(stock, attention, mhla_config, sample_grid)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        config = self.config
-        sizes = [tokens * patch for tokens, patch in zip(grid, config.patch_size, strict=True)]
+        shape = (batch_size, _TEXT_TOKENS, self.config.caption_channels)
         return {
-            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
+            "hidden_states": self.example_latents(grid, batch_size, generator),
             "timestep": 1000 * torch.rand(batch_size, generator=generator),
-            "encoder_hidden_states": torch.randn(
-                batch_size, _TEXT_TOKENS, config.caption_channels, generator=generator
-            ),
+            "encoder_hidden_states": torch.randn(*shape, generator=generator),
         }

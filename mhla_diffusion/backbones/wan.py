@@ -8,15 +8,27 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from .grid import Grid, send_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .grid import Grid
+from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
 from .stock import after
 
 # The pipelines pad every prompt to 512 tokens; the image encoder gives 257.
 _TEXT_TOKENS, _IMAGE_TOKENS = 512, 257
 
 
-class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
+def wan_conditions(config: Any, batch_size: int, generator: torch.Generator | None) -> dict[str, Any]:
+    """Draw embeddings of text, and of images where the model takes them, as Wan's encoders give them."""
+    text = torch.randn(batch_size, _TEXT_TOKENS, config.text_dim, generator=generator)
+    inputs = {"encoder_hidden_states": text}
+    if config.image_dim is not None:
+        # With positions there are two images, first frame and last, whose tokens are one sequence.
+        tokens = config.pos_embed_seq_len
+        shape = (batch_size, _IMAGE_TOKENS) if tokens is None else (2 * batch_size, tokens // 2)
+        inputs["encoder_hidden_states_image"] = torch.randn(*shape, config.image_dim, generator=generator)
+    return inputs
+
+
+class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
     """Wan (text-to-video and image-to-video) with MHLA, plain linear or softmax attention in each layer.
 
     Takes every argument of :class:`diffusers.WanTransformer3DModel` and three more. Its registered config
@@ -38,7 +50,6 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
-    vae_stride = (4, 8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Wan2.1-1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         "Wan2.1-14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
@@ -53,35 +64,17 @@ class MHLAWanTransformer3DModel(MHLAModelMixin, WanTransformer3DModel):
         mhla_config: ConfigChoice = None,
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
-        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
-        super().__init__(**stock)
-        send_grid(self.rope, stock["patch_size"])
-        self.set_attention([block.attn1 for block in self.blocks], plan)
+        self.build_video(stock, attention, mhla_config, sample_grid)
         self._reset_parameters()
-        self.register_to_config(sample_grid=list(sample_grid))
-
-    @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        config = self.config
-        sizes = [tokens * patch for tokens, patch in zip(grid, config.patch_size, strict=True)]
-        inputs = {
-            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
+        return {
+            "hidden_states": self.example_latents(grid, batch_size, generator),
             "timestep": 1000 * torch.rand(batch_size, generator=generator),
-            "encoder_hidden_states": torch.randn(
-                batch_size, _TEXT_TOKENS, config.text_dim, generator=generator
-            ),
+            **wan_conditions(self.config, batch_size, generator),
         }
-        if config.image_dim is not None:
-            # With positions there are two images, first frame and last, whose tokens are one sequence.
-            tokens = config.pos_embed_seq_len
-            shape = (batch_size, _IMAGE_TOKENS) if tokens is None else (2 * batch_size, tokens // 2)
-            inputs["encoder_hidden_states_image"] = torch.randn(*shape, config.image_dim, generator=generator)
-        return inputs
 
     def _reset_parameters(self) -> None:
         """Xavier, as Wan's authors start, since diffusers has no start of its own.

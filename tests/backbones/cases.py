@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mhla_diffusion import (
+    MHLAChronoEditTransformer3DModel,
     MHLADiTTransformer2DModel,
+    MHLALTXVideoTransformer3DModel,
+    MHLAPixArtTransformer2DModel,
+    MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
+    MHLASkyReelsV2Transformer3DModel,
     MHLAWanTransformer3DModel,
+    MHLAWanVACETransformer3DModel,
 )
 
 Grid = tuple[int, ...]
@@ -88,7 +94,9 @@ class Case:
             else self.make().example_inputs(grid, batch_size=batch_size, generator=generator)
         )
         return {
-            name: value.to(dtype) if value.is_floating_point() and name != "timestep" else value
+            name: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "timestep"
+            else value
             for name, value in inputs.items()
         }
 
@@ -105,6 +113,19 @@ def sample(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, return_dict=False)[0]
 
 
+IMAGE_GRIDS: tuple[Grid, ...] = ((4, 4), (2, 8), (8, 2), (3, 5))
+VIDEO_GRIDS: tuple[Grid, ...] = ((3, 4, 4), (2, 2, 8), (4, 6, 2), (3, 3, 5))
+VIDEO: dict[str, Any] = {"grids": VIDEO_GRIDS, "blocks": (1, 2, 2), "own": {"sample_grid": (3, 4, 4)}}
+WAN: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 4, "num_layers": 2,
+    "text_dim": 10, "freq_dim": 16, "ffn_dim": 40,
+}  # fmt: skip
+SANA: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3, "num_layers": 2,
+    "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24,
+    "caption_channels": 10,
+}  # fmt: skip
+
 CASES = {
     case.name: case
     for case in (
@@ -114,30 +135,36 @@ CASES = {
                 "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "out_channels": 6,
                 "num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 5,
             },
-            grids=((4, 4), (2, 8), (8, 2), (3, 5)),
+            grids=IMAGE_GRIDS,
             blocks=(2, 2),
         ),
         Case(
-            MHLAWanTransformer3DModel,
+            MHLAPixArtTransformer2DModel,
             {
-                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 4,
-                "num_layers": 2, "text_dim": 10, "freq_dim": 16, "ffn_dim": 40,
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 6,
+                "num_layers": 2, "sample_size": 8, "cross_attention_dim": 24, "caption_channels": 10,
             },
-            grids=((3, 4, 4), (2, 2, 8), (4, 6, 2), (3, 3, 5)),
-            blocks=(1, 2, 2),
-            own={"sample_grid": (3, 4, 4)},
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+        ),
+        Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
+        Case(MHLAWanTransformer3DModel, WAN, **VIDEO, layers="blocks"),
+        Case(MHLASkyReelsV2Transformer3DModel, WAN, **VIDEO, layers="blocks"),
+        Case(MHLAChronoEditTransformer3DModel, WAN, **VIDEO, layers="blocks"),
+        Case(
+            MHLAWanVACETransformer3DModel,
+            {**WAN, "vace_layers": [0], "vace_in_channels": 5},
+            **VIDEO,
             layers="blocks",
         ),
+        Case(MHLASanaVideoTransformer3DModel, SANA, **VIDEO),
         Case(
-            MHLASanaVideoTransformer3DModel,
+            MHLALTXVideoTransformer3DModel,
             {
                 "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3,
-                "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 12,
-                "cross_attention_dim": 24, "caption_channels": 10,
+                "num_layers": 2, "cross_attention_dim": 24, "caption_channels": 10,
             },
-            grids=((3, 4, 4), (2, 2, 8), (4, 6, 2), (3, 3, 5)),
-            blocks=(1, 2, 2),
-            own={"sample_grid": (3, 4, 4)},
+            **VIDEO,
         ),
     )
 }  # fmt: skip

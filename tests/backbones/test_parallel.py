@@ -15,7 +15,8 @@ from mhla_diffusion import MHLA, MHLAConfig
 from .cases import CASES, Case, sample
 
 # What stock classes, or ours, say of how their tokens are spread.
-PLANNED = [name for name, case in CASES.items() if case.model._cp_plan]
+# LTX gives a mask of its text, which diffusers 0.42 does not spread: stock LTX fails too.
+PLANNED = [name for name, case in CASES.items() if case.model._cp_plan and name != "LTXVideo"]
 
 
 def compare(rank: int, name: str) -> None:

@@ -96,7 +96,7 @@ def test_a_class_is_a_source_with_flat_keys(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_source_does_not_take_is_refused_by_name(arguments: str, message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         parse(*arguments.split())
 
 

@@ -1,0 +1,49 @@
+"""ChronoEdit: edited images, as the end of a short video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ChronoEditTransformer3DModel
+
+from .grid import Grid
+from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .stock import after
+from .wan import wan_conditions
+
+
+class MHLAChronoEditTransformer3DModel(RotaryVideoMixin, ChronoEditTransformer3DModel):
+    """ChronoEdit with MHLA in its self-attention, as :class:`MHLAWanTransformer3DModel`.
+
+    Takes every argument of :class:`diffusers.ChronoEditTransformer3DModel` and three more.
+
+    Args:
+        attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
+            ``mhla_config.layers`` names or, as a list, for each layer.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        sample_grid: as for :class:`MHLAWanTransformer3DModel`.
+
+    Raises:
+        ValueError: for settings that do not fit together; the message says which and what to do.
+    """
+
+    @after(ChronoEditTransformer3DModel)
+    def __init__(
+        self,
+        stock: dict[str, Any],
+        *,
+        attention: AttentionChoice = "mhla",
+        mhla_config: ConfigChoice = None,
+        sample_grid: tuple[int, int, int] = (21, 30, 52),
+    ) -> None:
+        self.build_video(stock, attention, mhla_config, sample_grid)
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": self.example_latents(grid, batch_size, generator),
+            "timestep": 1000 * torch.rand(batch_size, generator=generator),
+            **wan_conditions(self.config, batch_size, generator),
+        }

@@ -1,0 +1,71 @@
+"""PixArt alpha and sigma: images of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from .grid import Grid, receive_grid, send_as_argument
+from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .stock import after
+
+_TEXT_TOKENS = 300  # to which the pipelines of sigma pad every prompt
+
+
+class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
+    """PixArt with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
+
+    Takes every argument of :class:`diffusers.PixArtTransformer2DModel` and two more. Its registered config
+    rebuilds it. Cross-attention to text stays softmax.
+
+    Args:
+        attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
+            ``mhla_config.layers`` names or, as a list, for each layer.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+
+    Raises:
+        ValueError: for settings that do not fit together; the message says which and what to do.
+    """
+
+    old_norm_type = "ada_norm_single"
+    vae_stride = (8, 8)
+    _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
+
+    @after(PixArtTransformer2DModel)
+    def __init__(
+        self,
+        stock: dict[str, Any],
+        *,
+        attention: AttentionChoice = "mhla",
+        mhla_config: ConfigChoice = None,
+    ) -> None:
+        grid = (stock["sample_size"] // stock["patch_size"],) * 2
+        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
+        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs")
+        for block in self.transformer_blocks:
+            receive_grid(block.attn2)  # which gets the same arguments
+
+    @property
+    def default_grid(self) -> Grid:
+        return (self.config.sample_size // self.config.patch_size,) * 2
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        config = self.config
+        sizes = [tokens * config.patch_size for tokens in grid]
+        width = config.caption_channels or config.cross_attention_dim
+        conditions = None
+        if self.use_additional_conditions:  # of alpha at 1024 pixels
+            conditions = {
+                "resolution": 8.0 * torch.tensor([sizes] * batch_size),
+                "aspect_ratio": torch.full((batch_size, 1), sizes[0] / sizes[1]),
+            }
+        return {
+            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
+            "timestep": torch.randint(1000, (batch_size,), generator=generator),
+            "encoder_hidden_states": torch.randn(batch_size, _TEXT_TOKENS, width, generator=generator),
+            "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},
+        }
