@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .frame_folder import FrameFolder
+from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
+from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
 from .video_reader import Frames, IndexedReader
 from .writing import write_file
 
 __all__ = [
+    "VIDEO_EXTENSIONS",
     "Decoder",
     "Frames",
     "UnreadableVideoError",
     "VideoReader",
     "clip_indices",
+    "is_frame_folder",
     "open_video",
     "require_video_writer",
     "write_video",
 ]
 
-Decoder = Literal["auto", "decord", "torchcodec"]
+Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
+
+logger = logging.getLogger(__name__)
 
 
 class VideoReader(Protocol):
@@ -56,25 +63,39 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
     """Open a video for reading.
 
     Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
-    time at which they are shown, without those that an edit list hides.
+    time at which they are shown, without those that an edit list hides. In a damaged file this time counts,
+    too: a frame that cannot be decoded keeps its number and is an error when it is read, while FFmpeg leaves
+    it out and moves those after it forward.
 
     Args:
         path: of a file that FFmpeg reads (MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, Ogg, WMV, GIF, APNG, ...),
             or of a folder of pictures, see :class:`~mhla_diffusion.files.frame_folder.FrameFolder`.
-        decoder: what older configs name. All values read alike, with PyAV: its frames are bit for bit those
-            of decord, which gives other frames than asked for in many containers.
+        decoder: of files. ``"pyav"`` reads all of them. ``"decord"`` those for which it is proven right, see
+            :class:`~mhla_diffusion.files.video_decord.DecordReader`, with the same frames. ``"auto"`` is
+            PyAV, as decord was nowhere faster: clips of H.264 take 0.6 to 1 times as long with PyAV
+            (docs/performance.md). ``"torchcodec"``, which old configs name, is read with PyAV, too.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
-            an unknown codec; the message says which.
-        ImportError: without the package av.
+            an unknown codec, or when decord would give other frames; the message says which.
+        ValueError: for another decoder.
+        ImportError: without the package av, or decord where it is asked for.
     """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder must be one of {', '.join(get_args(Decoder))}, got {decoder!r}")
     path = os.fspath(path)
     if os.path.isdir(path):
         return FrameFolder(path)
     if find_spec("av") is None:
         raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
-    return IndexedReader(path)
+    if decoder == "torchcodec":
+        _say_that_torchcodec_is_not_used()
+    return DecordReader(path) if decoder == "decord" else IndexedReader(path)
+
+
+@cache
+def _say_that_torchcodec_is_not_used() -> None:
+    logger.warning("The decoder torchcodec is no longer used; videos are read with PyAV.")
 
 
 def clip_indices(
