@@ -7,9 +7,9 @@ streams, in files with open groups of pictures, and in those that were cut witho
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .video_packets import OpenVideo, UnreadableVideoError, file_stamp, open_str
 from .video_reader import Frames, display_matrix, require_frames
 
 if TYPE_CHECKING:
+    from av.packet import Packet
     from decord import VideoReader
 
 # Containers in which decord seeks to the packet that it looks for.
@@ -30,9 +31,10 @@ class DecordReader:
     """Frames by number, as decord gives them.
 
     A file is read only if it is proven that decord finds its frames: H.264 or HEVC in MP4, MOV or MKV, 4:2:0
-    of 8 bits, neither turned nor mirrored, each of whose key packets is a point of restart, and whose frames,
-    their times and the key frames are those of the index, see
-    :class:`~mhla_diffusion.files.video_index.VideoIndex`.
+    of 8 bits, neither turned nor mirrored; PyAV decodes all of it without an error; each of its key packets
+    is a point of restart; and decord counts the frames, their times and the key frames that its
+    :class:`~mhla_diffusion.files.video_index.VideoIndex` has. The proof takes as long as decoding the file
+    once. A process remembers it for the last 128 files.
 
     Nothing is held open between reads, so that readers may cross a fork and be used by several threads.
 
@@ -70,36 +72,50 @@ class DecordReader:
 
 @lru_cache(maxsize=128)
 def _require_right(path: str, stamp: tuple[int, ...]) -> None:
+    index = video_index(path)
     with open_stream(path) as video:
-        doubt = _doubt(video)
+        doubt = _doubt_of_kind(video) or _doubt_of_frames(video, index)
     if doubt is not None:
         raise _refusal(path, doubt)
-    _open(path, video_index(path))
+    _open(path, index)
 
 
-def _doubt(video: OpenVideo) -> str | None:
-    """Why decord may not find the frames of a video; None when there is no reason."""
+def _doubt_of_kind(video: OpenVideo) -> str | None:
+    """Why decord may not know how to read a video; None when there is no reason."""
     container, context = video.container.format.name, video.stream.codec_context
-    is_restart = restart_test(video.stream)
-    if container not in _CONTAINERS or is_restart is None:
+    if container not in _CONTAINERS or restart_test(video.stream) is None:
         kind = f"{context.codec.canonical_name} in {container.split(',')[0]}"
         return f"it is {kind}, not H.264 or HEVC in MP4, MOV or MKV"
     if context.pix_fmt not in _FORMATS:
         return f"its pixels are {context.pix_fmt}, not {' or '.join(sorted(_FORMATS))}"
-    packets, seen = video.packets(), []
+    return None
 
-    def noted() -> Any:
-        for packet in packets:
-            seen.append(not packet.is_keyframe or is_restart(memoryview(packet)))
-            yield len(seen), packet
 
-    numbered = noted()
-    _, frame = next(video.decode(numbered), (-1, None))
-    if frame is None or display_matrix(frame) is not None:
-        return "it is stored turned or mirrored"
-    for _ in numbered:
-        pass
-    return None if all(seen) else "decoding cannot start at each of its key frames"
+def _doubt_of_frames(video: OpenVideo, index: VideoIndex) -> str | None:
+    """Why decord may give other frames; None when there is no reason.
+
+    The video is decoded, as decord conceals damage without a word.
+    """
+    # Errors that are concealed otherwise are told.
+    video.stream.codec_context.options = {"err_detect": "explode"}
+    is_restart, keys, errors = restart_test(video.stream), list[bool](), list[None]()
+
+    def packets() -> Iterator[tuple[int, Packet]]:
+        for number, packet in enumerate(video.packets()):
+            if packet.is_keyframe and is_restart is not None:
+                keys.append(is_restart(memoryview(packet)))
+            yield number, packet
+
+    shown = []
+    for number, frame in video.decode(packets(), on_error=lambda: errors.append(None)):
+        if display_matrix(frame) is not None:
+            return "it is stored turned or mirrored"
+        shown.append(-1 if frame.is_corrupt else number)
+    if not all(keys):
+        return "decoding cannot start at each of its key frames"
+    if errors or shown != index.shown.tolist():
+        return "some of its frames cannot be decoded: it is damaged, or was cut without encoding"
+    return None
 
 
 def _open(path: str, index: VideoIndex) -> VideoReader:
