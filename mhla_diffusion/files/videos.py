@@ -41,7 +41,8 @@ class VideoReader(Protocol):
     """A video whose frames are read by their numbers, in the order in which they are shown.
 
     Attributes:
-        num_frames: that are shown, as FFmpeg counts them when it decodes the whole file.
+        num_frames: that are shown, as FFmpeg counts them when it decodes the whole file; those that it
+            cannot decode may be among them, see :func:`open_video`.
         fps: frames per second, the mean where they vary.
         times: seconds ``[num_frames]`` from the first frame to each, None when the rate is constant.
     """
@@ -63,17 +64,18 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
     """Open a video for reading.
 
     Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
-    time at which they are shown, without those that an edit list hides. In a damaged file this time counts,
-    too: a frame that cannot be decoded keeps its number and is an error when it is read, while FFmpeg leaves
-    it out and moves those after it forward.
+    time at which they are shown, without those that an edit list hides. This time counts in a damaged file,
+    too: a frame that proves undecodable when it is read is an error and keeps its number, while FFmpeg leaves
+    it out, so that those after it are one place further to the front.
 
     Args:
         path: of a file that FFmpeg reads (MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, Ogg, WMV, GIF, APNG, ...),
             or of a folder of pictures, see :class:`~mhla_diffusion.files.frame_folder.FrameFolder`.
         decoder: of files. ``"pyav"`` reads all of them. ``"decord"`` those for which it is proven right, see
             :class:`~mhla_diffusion.files.video_decord.DecordReader`, with the same frames. ``"auto"`` is
-            PyAV, as decord was nowhere faster: clips of H.264 take 0.6 to 1 times as long with PyAV
-            (docs/performance.md). ``"torchcodec"``, which old configs name, is read with PyAV, too.
+            PyAV, which is faster: clips of H.264 took 0.4 to 0.8 times as long as with decord, whose proof
+            comes before the first (docs/performance.md, "Reading clips").
+            ``"torchcodec"``, which old configs name, is read with PyAV, too.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
