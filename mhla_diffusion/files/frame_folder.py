@@ -10,8 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .video_packets import UnreadableVideoError, file_stamp
-from .video_reader import Frames
+from .video_reader import Frames, require_frames
 
+# Names of files that FFmpeg reads as videos.
+VIDEO_EXTENSIONS = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv", ".f4v"),
+    *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts", ".mxf", ".ogv", ".gif", ".apng"),
+)
 _SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Modes of Pillow that RGB of 8 bits holds without loss, but for transparency.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
@@ -39,9 +44,7 @@ class FrameFolder:
     times: NDArray[np.float64] | None = None
 
     def __init__(self, path: str) -> None:
-        names = [name for name in os.listdir(path) if name.lower().endswith(_SUFFIXES)]
-        # Hidden ones are left by writers that were killed, and by macOS.
-        names = sorted((name for name in names if not name.startswith(".")), key=_by_number)
+        names = sorted(filter(_is_picture, os.listdir(path)), key=_by_number)
         if not names:
             raise UnreadableVideoError(f"{path}: a folder without pictures ({', '.join(_SUFFIXES)})")
         self._paths = [os.path.join(path, name) for name in names]
@@ -54,16 +57,26 @@ class FrameFolder:
             UnreadableVideoError: when one is not there, cannot be read, has other values than RGB of 8 bits,
                 or not the size of the others.
         """
-        if any(not 0 <= index < self.num_frames for index in indices):
-            raise UnreadableVideoError(
-                f"{self._path} has the frames 0 to {self.num_frames - 1}, asked were {list(indices)}"
-            )
+        require_frames(self._path, self.num_frames, indices)
         frames = {index: _read_picture(self._paths[index]) for index in sorted(set(indices))}
         shapes = {frame.shape: self._paths[index] for index, frame in frames.items()}
         if len(shapes) > 1:
             sizes = ", ".join(f"{path} {shape[0]} x {shape[1]}" for shape, path in shapes.items())
             raise UnreadableVideoError(f"{self._path}: the pictures of a video are of one size, got {sizes}")
         return np.stack([frames[index] for index in indices])
+
+
+def is_frame_folder(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder is a video of pictures: there are some in it, and no videos beside them."""
+    if not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
+    return any(map(_is_picture, names)) and not any(name.lower().endswith(VIDEO_EXTENSIONS) for name in names)
+
+
+def _is_picture(name: str) -> bool:
+    # Hidden ones are left by writers that were killed, and by macOS.
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

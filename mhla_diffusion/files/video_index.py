@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,18 +50,25 @@ class VideoIndex:
         starts: where decoding can start ``[S, 4]``: number of the packet, of its frame, and its times of
             presentation and decoding in units of the file; empty when it must start at the beginning.
         fps: frames per second, the mean where they vary.
-        times: seconds ``[F]`` at which frames are shown, None when the rate is constant.
+        seconds: ``[F]`` from the first frame to each, None where the file does not say it.
+        even: the rate is constant.
     """
 
     shown: Numbers
     packets: Numbers
     starts: Numbers
     fps: float
-    times: NDArray[np.float64] | None
+    seconds: NDArray[np.float64] | None
+    even: bool
 
     @property
     def num_frames(self) -> int:
         return len(self.shown)
+
+    @property
+    def times(self) -> NDArray[np.float64] | None:
+        """Seconds ``[F]`` from the first frame to each, None when the rate is constant."""
+        return None if self.even else self.seconds
 
     @cached_property
     def frame_of(self) -> Numbers:
@@ -239,27 +246,30 @@ def _index(
         )
         if number in frame_of and pts is not None
     ]
-    fps, times = _timing(video, moments)
+    fps, seconds, even = _timing(video, moments)
     return VideoIndex(
         shown=shown,
         packets=np.array(records.places, np.int64).reshape(-1, 2),
         starts=np.array(starts, np.int64).reshape(-1, 4),
         fps=fps,
-        times=times,
+        seconds=seconds,
+        even=even,
     )
 
 
-def _timing(video: OpenVideo, pts: Sequence[int | None]) -> tuple[float, NDArray[np.float64] | None]:
-    """Frames per second, and the seconds at which frames are shown unless they are evenly spaced."""
+def _timing(video: OpenVideo, pts: Sequence[int | None]) -> tuple[float, NDArray[np.float64] | None, bool]:
+    """Frames per second, the seconds from the first frame to each if known, and are they evenly spaced?"""
     stream = video.stream
     stored = float(stream.average_rate or stream.guessed_rate or 25)
-    if len(pts) < 2 or None in pts or stream.time_base is None:
-        return stored, None
-    times = np.array(pts, np.float64) * float(stream.time_base)
+    if None in pts or stream.time_base is None:
+        return stored, None, True
+    times = (np.array(pts, np.float64) - cast(int, pts[0])) * float(stream.time_base)
+    if len(times) < 2:
+        return stored, times, True
     if (np.diff(times) <= 0).any():
-        return stored, None  # times of decoding, which say nothing of the frames
-    measured = float((len(times) - 1) / (times[-1] - times[0]))
-    late = (times - times[0]) * measured - np.arange(len(times))
+        return stored, None, True  # times of decoding, which say nothing of the frames
+    measured = float((len(times) - 1) / times[-1])
+    late = times * measured - np.arange(len(times))
     # The stored rate is exact where times are rounded, to milliseconds for example.
     fps = stored if abs(stored / measured - 1) < 0.01 else measured
-    return fps, times - times[0] if np.abs(late).max() > 0.5 else None
+    return fps, times, bool(np.abs(late).max() <= 0.5)

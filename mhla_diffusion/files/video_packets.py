@@ -147,19 +147,38 @@ def whole_packet_test(stream: VideoStream) -> Callable[[memoryview], bool]:
     A damaged packet may give none, so that the frames after it would be counted wrong. Codecs for which
     nothing is known pass.
     """
-    name, extra = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
-    if name == "h264" and len(extra) > 6 and extra[0] == 1:
-        return partial(
-            _is_picture, prefix=(extra[4] & 3) + 1, header=1, kinds=range(1, 6), mask=0x1F, shift=0
-        )
-    if name == "hevc" and len(extra) > 22 and extra[0] == 1:
-        return partial(_is_picture, prefix=(extra[21] & 3) + 1, header=2, kinds=range(32), mask=0x7E, shift=1)
-    return {
+    picture_test = _picture_test(stream, {"h264": range(1, 6), "hevc": range(32)})
+    return picture_test or {
         "mpeg4": lambda data: data[:3] == b"\0\0\1" and len(data) > 8,  # shorter ones repeat the last frame
         "vp8": lambda data: bool(data[0] & 0x10),  # the others are not shown
         "vp9": lambda data: data[0] >> 6 == 2,
         "av1": lambda data: not data[0] & 0x80,
-    }.get(name, lambda data: True)
+    }.get(_codec_of(stream), lambda data: True)
+
+
+def restart_test(stream: VideoStream) -> Callable[[memoryview], bool] | None:
+    """A test of a packet: does any decoder restart there, whatever it read before?
+
+    Files mark other packets as keys, too: where the picture is refreshed bit by bit, or by mistake. None for
+    other codecs than H.264 (IDR pictures) and HEVC (BLA, IDR and CRA pictures) in units with their sizes.
+    """
+    return _picture_test(stream, {"h264": range(5, 6), "hevc": range(16, 22)})
+
+
+def _codec_of(stream: VideoStream) -> str:
+    return stream.codec_context.codec.canonical_name
+
+
+def _picture_test(stream: VideoStream, kinds: dict[str, range]) -> Callable[[memoryview], bool] | None:
+    """Test for pictures whose units are of these kinds; None where units cannot be told apart."""
+    name, extra = _codec_of(stream), stream.codec_context.extradata or b""
+    if name == "h264" and len(extra) > 6 and extra[0] == 1:
+        test = partial(_is_picture, prefix=(extra[4] & 3) + 1, header=1, mask=0x1F, shift=0)
+    elif name == "hevc" and len(extra) > 22 and extra[0] == 1:
+        test = partial(_is_picture, prefix=(extra[21] & 3) + 1, header=2, mask=0x7E, shift=1)
+    else:
+        return None
+    return partial(test, kinds=kinds[name])
 
 
 def _is_picture(data: memoryview, *, prefix: int, header: int, kinds: range, mask: int, shift: int) -> bool:

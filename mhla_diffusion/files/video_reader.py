@@ -50,16 +50,23 @@ class IndexedReader:
         Raises:
             UnreadableVideoError: when one is not there or cannot be decoded.
         """
+        require_frames(self._path, self.num_frames, indices)
         wanted = sorted(set(indices))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            raise UnreadableVideoError(
-                f"{self._path} has the frames 0 to {self.num_frames - 1}, asked were {list(indices)}"
-            )
         try:
             found = _read_from_starts(self._path, self._index, wanted)
         except _AstrayError:
             found = _read_from_beginning(self._path, self._index, wanted)
         return np.stack([found[index] for index in indices])
+
+
+def require_frames(path: str, num_frames: int, indices: Sequence[int]) -> None:
+    """Check that frames are there.
+
+    Raises:
+        UnreadableVideoError: when one is not, or none is asked for.
+    """
+    if not len(indices) or min(indices) < 0 or max(indices) >= num_frames:
+        raise UnreadableVideoError(f"{path} has the frames 0 to {num_frames - 1}, asked were {list(indices)}")
 
 
 def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
@@ -172,10 +179,10 @@ class _Picture:
         rgb = self._reformatter.reformat(
             frame, **self._size, format="rgb24", interpolation="BICUBIC", threads=1
         ).to_ndarray()
-        return _upright(cast(Frames, rgb), _display_matrix(frame))
+        return _upright(cast(Frames, rgb), display_matrix(frame))
 
 
-def _display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
+def display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
     """The matrix ``[2, 2]`` that phones store: the place ``(x, y) @ matrix`` is where a pixel is shown."""
     from av.sidedata.sidedata import Type
 

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .frame_folder import FrameFolder
+from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
+from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
 from .video_reader import Frames, IndexedReader
 from .writing import write_file
 
 __all__ = [
+    "VIDEO_EXTENSIONS",
     "Decoder",
     "Frames",
     "UnreadableVideoError",
     "VideoReader",
     "clip_indices",
+    "is_frame_folder",
     "open_video",
     "require_video_writer",
     "write_video",
 ]
 
-Decoder = Literal["auto", "decord", "torchcodec"]
+Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
+
+logger = logging.getLogger(__name__)
 
 
 class VideoReader(Protocol):
     """A video whose frames are read by their numbers, in the order in which they are shown.
 
     Attributes:
-        num_frames: that are shown, as FFmpeg counts them when it decodes the whole file.
+        num_frames: that are shown, as FFmpeg counts them when it decodes the whole file; those that it
+            cannot decode may be among them, see :func:`open_video`.
         fps: frames per second, the mean where they vary.
         times: seconds ``[num_frames]`` from the first frame to each, None when the rate is constant.
     """
@@ -56,25 +64,40 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
     """Open a video for reading.
 
     Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
-    time at which they are shown, without those that an edit list hides.
+    time at which they are shown, without those that an edit list hides. This time counts in a damaged file,
+    too: a frame that proves undecodable when it is read is an error and keeps its number, while FFmpeg leaves
+    it out, so that those after it are one place further to the front.
 
     Args:
         path: of a file that FFmpeg reads (MP4, MOV, MKV, WebM, AVI, MPEG, TS, FLV, Ogg, WMV, GIF, APNG, ...),
             or of a folder of pictures, see :class:`~mhla_diffusion.files.frame_folder.FrameFolder`.
-        decoder: what older configs name. All values read alike, with PyAV: its frames are bit for bit those
-            of decord, which gives other frames than asked for in many containers.
+        decoder: of files. ``"pyav"`` reads all of them. ``"decord"`` those for which it is proven right, see
+            :class:`~mhla_diffusion.files.video_decord.DecordReader`, with the same frames. ``"auto"`` is
+            PyAV, which is faster: clips of H.264 took 0.4 to 0.8 times as long as with decord, whose proof
+            comes before the first (docs/performance.md, "Reading clips").
+            ``"torchcodec"``, which old configs name, is read with PyAV, too.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
-            an unknown codec; the message says which.
-        ImportError: without the package av.
+            an unknown codec, or when decord would give other frames; the message says which.
+        ValueError: for another decoder.
+        ImportError: without the package av, or decord where it is asked for.
     """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder must be one of {', '.join(get_args(Decoder))}, got {decoder!r}")
     path = os.fspath(path)
     if os.path.isdir(path):
         return FrameFolder(path)
     if find_spec("av") is None:
         raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
-    return IndexedReader(path)
+    if decoder == "torchcodec":
+        _say_that_torchcodec_is_not_used()
+    return DecordReader(path) if decoder == "decord" else IndexedReader(path)
+
+
+@cache
+def _say_that_torchcodec_is_not_used() -> None:
+    logger.warning("The decoder torchcodec is no longer used; videos are read with PyAV.")
 
 
 def clip_indices(

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.files import video_index
-from mhla_diffusion.files.videos import UnreadableVideoError, VideoReader, clip_indices, open_video
+from mhla_diffusion.files.videos import (
+    VIDEO_EXTENSIONS,
+    Decoder,
+    UnreadableVideoError,
+    VideoReader,
+    clip_indices,
+    open_video,
+)
 
 pytest.importorskip("av")
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
@@ -56,7 +63,7 @@ CONTAINERS = {
     "mp4": "h264 h264_no_b h264_open h264_refresh h264_interlaced hevc hevc_closed hevc_default mpeg4 "
     "mpeg4_b xvid_b mpeg2_b vp9 av1 svtav1",
     "mov": "h264_open hevc mpeg4_b mjpeg prores qtrle",
-    "mkv": "h264_open hevc mpeg4_b mpeg2 mpeg2_b mpeg1_b vp8 vp9 ffv1 huffyuv theora vvc",
+    "mkv": "h264 h264_open hevc mpeg4_b mpeg2 mpeg2_b mpeg1_b vp8 vp9 ffv1 huffyuv theora vvc",
     "avi": "h264 h264_no_b h264_open mpeg4 mpeg4_b xvid_b mpeg2_b msmpeg4 wmv2 vp8 mjpeg ffv1 huffyuv "
     "h263p png",
     "ts": "h264 h264_open h264_refresh h264_interlaced hevc mpeg2_b mpeg4_b",
@@ -82,6 +89,9 @@ CUT = [
 CUTS = {"cut": ("-ss", "0.7"), "part": ("-ss", "0.5", "-t", "0.7")}
 GLUED = ("h264_open.mp4", "hevc.mp4", "h264_open.ts", "mpeg4_b.avi")
 MADE = [*ENCODED, *(f"{cut}-{name}" for cut in CUTS for name in CUT), *(f"glued-{name}" for name in GLUED)]
+
+DECORD = ["h264", "h264_no_b", "h264_interlaced", "hevc_closed", "hevc_default"]
+DECORD = [*(f"{codec}.mp4" for codec in DECORD), "h264.3gp", "h264.mkv"]
 
 
 def numbered_frames() -> np.ndarray:
@@ -157,7 +167,10 @@ def assert_same(got: np.ndarray, expected: np.ndarray, *, interlaced: bool = Fal
 @pytest.mark.parametrize("name", MADE)
 def test_frames_are_those_of_decoding_the_whole_file(zoo: Zoo, name: str) -> None:
     path = zoo.path(name)
-    whole, reader = decode_whole(path), open_video(path)
+    assert_reads_frames(open_video(path), decode_whole(path), interlaced="interlaced" in name)
+
+
+def assert_reads_frames(reader: VideoReader, whole: np.ndarray, *, interlaced: bool) -> None:
     count = len(whole)
     assert reader.num_frames == count > 8
     random = np.random.default_rng(0)
@@ -167,7 +180,66 @@ def test_frames_are_those_of_decoding_the_whole_file(zoo: Zoo, name: str) -> Non
         clips.append(range(first, min(count, first + 4 * stride), stride))
     clips.append(random.permutation(count)[:4].tolist())
     for clip in clips:
-        assert_same(reader.read(clip), whole[list(clip)], interlaced="interlaced" in name)
+        assert_same(reader.read(clip), whole[list(clip)], interlaced=interlaced)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What decord is asked for, while it answers."""
+    decord = pytest.importorskip("decord")
+    asked: list[list[int]] = []
+    get_batch = decord.VideoReader.get_batch
+
+    def noted(reader: object, indices: list[int]) -> object:
+        asked.append(indices)
+        return get_batch(reader, indices)
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", noted)
+    return asked
+
+
+@pytest.mark.parametrize("name", DECORD)
+def test_decord_reads_plain_files_as_the_whole_file_is_decoded(
+    zoo: Zoo, name: str, batches: list[list[int]]
+) -> None:
+    path = zoo.path(name)
+    assert_reads_frames(open_video(path, decoder="decord"), decode_whole(path), interlaced=False)
+    assert len(batches) == 9
+    assert list(range(0, COUNT, 8)) in batches
+
+
+@pytest.mark.parametrize("name", sorted(set(MADE) - set(DECORD)))
+def test_decord_is_refused_where_it_is_not_proven_right(
+    zoo: Zoo, name: str, batches: list[list[int]]
+) -> None:
+    with pytest.raises(UnreadableVideoError, match=f"{name}: decord would not .* decoder 'auto' or 'pyav'"):
+        open_video(zoo.path(name), decoder="decord")
+    open_video(zoo.path(name)).read([0])
+    assert not batches
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mpeg4_b.avi", "it is mpeg4 in avi, not H.264 or HEVC in MP4, MOV or MKV"),
+        ("hevc.mp4", "its key frames are not those of the file, which has open groups"),
+        ("h264_refresh.mp4", "decoding cannot start at each of its key frames"),
+        ("cut-hevc.mp4", "it counts 24 frames where 20 are shown"),
+    ],
+)
+def test_the_reason_for_which_decord_is_refused_is_named(zoo: Zoo, name: str, reason: str) -> None:
+    pytest.importorskip("decord")
+    with pytest.raises(UnreadableVideoError, match=reason):
+        open_video(zoo.path(name), decoder="decord")
+
+
+@pytest.mark.parametrize("size", ["16:16", "48:32", "36:20", "130:18"])
+def test_rows_that_decord_pads_are_cut(tmp_path: Path, size: str) -> None:
+    pytest.importorskip("decord")
+    path = tmp_path / "narrow.mp4"
+    encode(path, *CODECS["h264"].split(), "-vf", f"scale={size}")
+    expected = open_video(path).read([30, 2, 2])
+    assert np.array_equal(open_video(path, decoder="decord").read([30, 2, 2]), expected)
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "mpeg4_b.avi", "default.gif", "theora.ogv"])
@@ -234,6 +306,9 @@ def test_a_mirrored_video_is_mirrored(zoo: Zoo, tmp_path: Path) -> None:
     ffmpeg("-display_hflip:v:0", "-i", str(zoo.path("h264.mp4")), "-c", "copy", str(mirrored))
     plain = open_video(zoo.path("h264.mp4")).read([7])
     assert np.array_equal(open_video(mirrored).read([7]), plain[:, :, ::-1])
+    pytest.importorskip("decord")
+    with pytest.raises(UnreadableVideoError, match="it is stored turned or mirrored"):
+        open_video(mirrored, decoder="decord")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +388,54 @@ def test_damage_gives_the_frames_that_ffmpeg_gives_or_an_error(zoo: Zoo, tmp_pat
             assert_same(frames, whole[first : first + 4])
 
 
+@pytest.fixture
+def lossy(zoo: Zoo, tmp_path: Path) -> Path:
+    """A video of which FFmpeg leaves frame 15 out: the head of its picture is no longer one."""
+    path = tmp_path / "lossy.mp4"
+    path.write_bytes(zoo.path("h264_no_b.mp4").read_bytes())
+    place = int(video_index.video_index(str(path)).packets[15, 0])
+    with path.open("r+b") as file:
+        file.seek(place + 5)  # after the size of the unit and its kind
+        file.write(b"\x80" + bytes(9))
+    return path
+
+
+def test_frames_of_a_damaged_video_keep_their_times(lossy: Path) -> None:
+    whole, reader = decode_whole(lossy), open_video(lossy)
+    assert (len(whole), reader.num_frames) == (COUNT - 1, COUNT)
+    for first in (0, 4, 10, 20, 30, 36):
+        clip = range(first, first + 4)
+        # FFmpeg's list, in which those after the lost frame are one place further to the front.
+        expected = whole[[i if i < 15 else i - 1 for i in clip]]
+        assert_same(reader.read(clip), expected)
+        assert numbers(expected) == list(clip)
+    for clip in ([15], [12, 13, 14, 15], [0, 15, 30]):
+        with pytest.raises(UnreadableVideoError, match=r"lossy\.mp4 is damaged: the frames up to 15 are not"):
+            reader.read(clip)
+
+
+def test_decord_is_refused_for_a_damaged_video(lossy: Path) -> None:
+    pytest.importorskip("decord")
+    with pytest.raises(UnreadableVideoError, match="some of its frames cannot be decoded: it is damaged"):
+        open_video(lossy, decoder="decord")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("indices", [[-1], [0, COUNT], []])
-def test_frames_that_are_not_there_are_refused(zoo: Zoo, indices: list[int]) -> None:
+def test_frames_that_are_not_there_are_refused(zoo: Zoo, indices: list[int], decoder: Decoder) -> None:
+    if decoder == "decord":
+        pytest.importorskip("decord")
     with pytest.raises(UnreadableVideoError, match=r"h264\.mp4 has the frames 0 to 39, asked were"):
-        open_video(zoo.path("h264.mp4")).read(indices)
+        open_video(zoo.path("h264.mp4"), decoder=decoder).read(indices)
+
+
+# What FFmpeg cannot write into a container by that name alone.
+FORMATS = {".m2v": "mpeg2_b", ".vob": "mpeg2_b", ".mxf": "mpeg2_b", ".mpg": "mpeg1_b", ".mpeg": "mpeg1_b"}
+FORMATS |= {".gif": "default", ".apng": "default", ".webm": "vp8", ".ogv": "theora", ".wmv": "wmv2"}
+
+
+@pytest.mark.parametrize("extension", VIDEO_EXTENSIONS)
+def test_names_that_are_taken_for_videos_are_videos(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"video{extension}"
+    encode(path, *CODECS[FORMATS.get(extension, "h264_no_b")].split())
+    assert numbers(open_video(path).read([0, 9, 30])) == [0, 9, 30]

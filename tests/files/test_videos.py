@@ -7,8 +7,10 @@ import os
 import re
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from mhla_diffusion.files import videos
 from mhla_diffusion.files.videos import (
+    Decoder,
     UnreadableVideoError,
     VideoReader,
     clip_indices,
+    is_frame_folder,
     open_video,
     write_video,
 )
@@ -189,6 +194,28 @@ def test_what_is_needed_and_not_installed_is_named(video: Path, monkeypatch: pyt
         write_video(counting_frames(), video, fps=10)
 
 
+def test_an_unknown_decoder_is_refused(video: Path) -> None:
+    with pytest.raises(ValueError, match="decoder must be one of auto, pyav, decord, torchcodec, got 'cv2'"):
+        open_video(video, decoder=cast(Decoder, "cv2"))
+
+
+def test_the_decoder_of_older_configs_is_said_to_be_another(
+    video: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos._say_that_torchcodec_is_not_used.cache_clear()
+    for _ in range(2):
+        frames = open_video(video, decoder="torchcodec").read([3])
+    assert np.array_equal(frames, open_video(video).read([3]))
+    assert caplog.messages == ["The decoder torchcodec is no longer used; videos are read with PyAV."]
+
+
+def test_decord_that_is_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ImportError, match=r"'decord' .* pip install mhla-diffusion\[video\]"):
+        open_video(video, decoder="decord")
+    assert open_video(video).num_frames == 20
+
+
 def _write_with_files_limited_to(limit: int, path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
@@ -214,8 +241,11 @@ def test_a_video_that_could_not_be_written_whole_gets_no_name(tmp_path: Path, li
     assert (path.read_bytes() == b"what was there") == (code == 7)
 
 
-def test_workers_read_after_this_process_did(video: Path) -> None:
-    reader = open_video(video)
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_workers_read_after_this_process_did(video: Path, decoder: Decoder) -> None:
+    if decoder == "decord":
+        pytest.importorskip("decord")
+    reader = open_video(video, decoder=decoder)
     assert len(reader.read([0, 19])) == 2
     loader = DataLoader(_Read(reader), batch_size=None, num_workers=2, timeout=60)
     assert [float(value) for value in loader] == pytest.approx([0, 10, 20, 30], abs=3)
@@ -249,6 +279,15 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
     frames = reader.read([3, 0, 2, 0])
     assert (frames.shape, frames.dtype) == ((4, 6, 8, 3), np.uint8)
     assert frames[:, 0, 0].tolist() == [[30, 0, 5], [0, 0, 5], [20, 0, 5], [0, 0, 5]]
+
+
+def test_a_folder_of_pictures_is_told_from_one_of_videos(tmp_path: Path) -> None:
+    folder = _picture_folder(tmp_path / "clip", ["1.PNG", "2.jpg"])
+    assert is_frame_folder(folder)
+    assert not is_frame_folder(folder / "1.PNG")
+    assert not is_frame_folder(tmp_path)
+    (folder / "film.MP4").touch()  # with the picture on its cover
+    assert not is_frame_folder(folder)
 
 
 def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) -> None:
