@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .composite import features_of, inner, mix, outer, ratio
-from .features import FEATURE_MAPS, Features, RotaryEmbedding, rotary_table
+from .features import Features, RotaryEmbedding, feature_map_of, rotary_table
 
 
 def mhla_causal(
@@ -183,8 +183,7 @@ def _within(queries: list[Tensor], keys: list[Tensor], values: Tensor, *, normal
 def _features(
     feature_map: str, normalizer: str, eps: float, rotary_emb: RotaryEmbedding | None, key_mask: Tensor | None
 ) -> Features:
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map {feature_map!r} is not one of {', '.join(FEATURE_MAPS)}")
+    feature_map_of(feature_map)
     if normalizer not in ("paper", "none"):
         raise ValueError(f"normalizer {normalizer!r} of the causal form is not one of paper, none")
     return Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb), key_mask)

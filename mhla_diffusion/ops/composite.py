@@ -13,7 +13,7 @@ from .layout import BlockLayout
 
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """See :func:`mhla_diffusion.ops.summaries.summarize`."""
+    """See :func:`mhla_diffusion.ops.tiled.summarize`."""
     plain, rotated = features_of(k, features)
     return outer(layout.pack(v), layout.pack(plain), layout.pack(rotated), normalized=features.normalized)
 
@@ -21,7 +21,7 @@ def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> 
 def read(
     q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
 ) -> Tensor:
-    """See :func:`mhla_diffusion.ops.summaries.read`."""
+    """See :func:`mhla_diffusion.ops.tiled.read`."""
     plain, rotated = features_of(q, features)
     mixed = mix(mixing, summaries)
     products = inner(mixed, layout.pack(plain), layout.pack(rotated), normalized=features.normalized)

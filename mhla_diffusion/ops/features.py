@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +13,70 @@ from torch import Tensor
 
 from .layout import BlockLayout
 
-FEATURE_MAPS = ("relu", "elu", "softmax")
 NORMALIZERS = ("paper", "official", "none")
 
 RotaryEmbedding = tuple[Tensor, Tensor]
 
 
+class FeatureMap(NamedTuple):
+    """A positive map of rows ``[..., d]``, in every form that a path needs.
+
+    Args:
+        forward: ``(x, eps)`` to ``y = phi(x)``, differentiable any number of times.
+        into: ``(out, x, eps)``: the same written into ``out``, which may have a wider dtype.
+        backward: ``(grad, x, y, out)``: the gradient of x, written into ``out``, from that of y.
+    """
+
+    forward: Callable[[Tensor, float], Tensor]
+    into: Callable[[Tensor, Tensor, float], object]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], object]
+
+
+def _relu_into(out: Tensor, x: Tensor, eps: float) -> None:
+    torch.clamp_min(x if x.dtype == out.dtype else out.copy_(x), 0, out=out).add_(eps)
+
+
+def _relu_backward(grad: Tensor, x: Tensor, y: Tensor, out: Tensor) -> None:
+    torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+
+
+def _elu(x: Tensor, eps: float) -> Tensor:
+    # Not elu(x) + 1, which is 0 below -17 in float32.
+    return x.clamp_max(0).exp() + F.relu(x)
+
+
+def _elu_into(out: Tensor, x: Tensor, eps: float) -> None:
+    out.copy_(x).clamp_max_(0).exp_().add_(F.relu(x))
+
+
+# The one list of feature maps: what is not in it is an error on every path. Triton's kernels, which cannot
+# read it, have a branch for each (triton_mhla._phi) and say so where they lack one.
+_MAPS = {
+    "relu": FeatureMap(lambda x, eps: F.relu(x) + eps, _relu_into, _relu_backward),
+    "elu": FeatureMap(_elu, _elu_into, lambda grad, x, y, out: torch.mul(grad, y.clamp_max(1), out=out)),
+    "softmax": FeatureMap(
+        lambda x, eps: x.softmax(-1),
+        lambda out, x, eps: out.copy_(x.softmax(-1, dtype=out.dtype)),
+        lambda grad, x, y, out: out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True))),
+    ),
+}
+FEATURE_MAPS = tuple(_MAPS)
+
+
+def feature_map_of(name: str) -> FeatureMap:
+    """The feature map of that name.
+
+    Raises:
+        ValueError: for a name that is not in ``FEATURE_MAPS``.
+    """
+    if name not in _MAPS:
+        raise ValueError(f"feature_map {name!r} is not one of {', '.join(FEATURE_MAPS)}")
+    return _MAPS[name]
+
+
 def phi(x: Tensor, feature_map: str, *, eps: float) -> Tensor:
     """The positive feature map: ``relu(x) + eps``, ``elu(x) + 1`` or a softmax over the last axis."""
-    if feature_map == "relu":
-        return F.relu(x) + eps
-    if feature_map == "elu":
-        return F.elu(x) + 1
-    return x.softmax(-1)
+    return feature_map_of(feature_map).forward(x, eps)
 
 
 @dataclass(frozen=True)
@@ -42,26 +95,6 @@ class Features:
     normalized: bool
     rotary: Tensor | None = None
     mask: Tensor | None = None
-
-
-def phi_into(out: Tensor, x: Tensor, features: Features) -> None:
-    """:func:`phi` of x, written into ``out``, which may have a wider dtype."""
-    if features.feature_map == "relu":
-        torch.clamp_min(x if x.dtype == out.dtype else out.copy_(x), 0, out=out).add_(features.eps)
-    elif features.feature_map == "elu":
-        F.elu_(out.copy_(x)).add_(1)
-    else:
-        out.copy_(x.softmax(-1, dtype=out.dtype))
-
-
-def phi_backward(grad: Tensor, x: Tensor, y: Tensor, features: Features, *, out: Tensor) -> None:
-    """The gradient of x, written into ``out``, from that of ``y = phi(x)``."""
-    if features.feature_map == "relu":
-        torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
-    elif features.feature_map == "elu":
-        torch.mul(grad, y.clamp_max(1), out=out)
-    else:
-        out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True)))
 
 
 def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
@@ -95,8 +128,7 @@ def check_arguments(
     key_mask: Tensor | None,
 ) -> None:
     """Refuse what :func:`mhla` cannot compute, with a ValueError that names the value and the remedy."""
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map {feature_map!r} is not one of {', '.join(FEATURE_MAPS)}")
+    feature_map_of(feature_map)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
     _check_tensors(q, k, v, mixing, layout, key_layout or layout)

@@ -1,6 +1,6 @@
 """The two halves of MHLA as torch operators: differentiable, opaque to torch.compile, counted in FLOPs.
 
-``mhla::summarize`` and ``mhla::read`` and their gradients; see :mod:`mhla_diffusion.ops.summaries` for what
+``mhla::summarize`` and ``mhla::read`` and their gradients; see :mod:`mhla_diffusion.ops.tiled` for what
 they compute. What lies between them (an exchange between ranks, say) is ordinary autograd.
 """
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import composite
-from . import summaries as tiled
+from . import composite, tiled
+from .dispatch import implementation_for
 from .features import Features
-from .kernels import implementation_for
 from .layout import BlockLayout
 
 _SETTINGS = (

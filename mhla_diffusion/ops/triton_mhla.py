@@ -1,4 +1,4 @@
-"""GPU kernels for :mod:`mhla_diffusion.ops.summaries`: the same four functions, blocks gathered in registers.
+"""GPU kernels for :mod:`mhla_diffusion.ops.tiled`: the same four functions, blocks gathered in registers.
 
 Three kernels do everything, each on one block of one head at a time:
 
@@ -23,13 +23,13 @@ from torch import Tensor
 from .composite import mix
 from .features import FEATURE_MAPS, Features
 from .layout import BlockLayout
-from .summaries import new_outputs, new_summaries
+from .tiled import new_outputs, new_summaries
 
 _ROWS = 32  # tokens at a time
 
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """See :func:`mhla_diffusion.ops.summaries.summarize`."""
+    """See :func:`mhla_diffusion.ops.tiled.summarize`."""
     summaries = new_summaries(k, v, layout, features)
     _outer(k, v, summaries, layout, features)
     return summaries
@@ -38,7 +38,7 @@ def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> 
 def summarize_backward(
     grad: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, features: Features
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.summaries.summarize_backward`."""
+    """See :func:`mhla_diffusion.ops.tiled.summarize_backward`."""
     grad = grad.contiguous()
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     _inner(k, grad, grad_v, None, layout, features)
@@ -49,7 +49,7 @@ def summarize_backward(
 def read(
     q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.summaries.read`."""
+    """See :func:`mhla_diffusion.ops.tiled.read`."""
     out, denominators = new_outputs(q, summaries, features, dtype)
     mixed = mix(mixing, summaries).contiguous()
     _inner(q, mixed, out, denominators if features.normalized else None, layout, features)
@@ -66,7 +66,7 @@ def read_backward(
     layout: BlockLayout,
     features: Features,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.summaries.read_backward`."""
+    """See :func:`mhla_diffusion.ops.tiled.read_backward`."""
     mixed = mix(mixing, summaries).contiguous()
     grad_q, grad_mixed = torch.empty_like(q), torch.empty_like(mixed)
     quotient = (out, denominators, torch.empty_like(denominators)) if features.normalized else None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_diffusion.ops import BlockLayout, kernels, mhla, mhla_reference, summaries
+from mhla_diffusion.ops import BlockLayout, dispatch, mhla, mhla_reference, tiled
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"grid": (4, 6), "blocks": (2, 2)},
@@ -121,17 +121,17 @@ def test_kernels_compile_for_gpus(capability: int) -> None:
 
 def test_torch_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MHLA_KERNELS", raising=False)
-    assert kernels.implementation_for(torch.ones(1)) is summaries
+    assert dispatch.implementation_for(torch.ones(1)) is tiled
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("MHLA_KERNELS", "triton")
     with pytest.raises(ValueError, match=r"MHLA_KERNELS=triton, but .*(on cpu|not installed)"):
-        kernels.implementation_for(torch.ones(1))
+        dispatch.implementation_for(torch.ones(1))
     monkeypatch.setenv("MHLA_KERNELS", "cuda")
     with pytest.raises(ValueError, match="MHLA_KERNELS must be of auto, torch, triton, got 'cuda'"):
-        kernels.implementation_for(torch.ones(1))
+        dispatch.implementation_for(torch.ones(1))
 
 
 class OnGpu:
@@ -159,12 +159,12 @@ def test_a_gpu_falls_back_and_says_why_once(
     reason: str,
 ) -> None:
     monkeypatch.delenv("MHLA_KERNELS", raising=False)
-    monkeypatch.setattr(kernels, "_is_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_is_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla")
-    kernels._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert kernels.implementation_for(tensor) is summaries
-        assert kernels.implementation_for(tensor) is summaries
+        assert dispatch.implementation_for(tensor) is tiled
+        assert dispatch.implementation_for(tensor) is tiled
     assert len(caplog.records) == 1
     assert re.search(reason, caplog.text)

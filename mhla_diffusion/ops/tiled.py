@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .composite import mix
-from .features import Features, phi_backward, phi_into
+from .features import Features, feature_map_of
 from .layout import BlockLayout
 from .tiles import Part, Tile, tile_groups
 
@@ -215,7 +215,7 @@ class _Place(NamedTuple):
     def rows(self, x: Tensor) -> _Rows:
         """The features of the tile of x."""
         view, plain = self.tokens(x), self.buffer("features", x.shape[-1])
-        phi_into(_shaped(plain, view), view, self.settings)
+        feature_map_of(self.settings.feature_map).into(_shaped(plain, view), view, self.settings.eps)
         mask = None if self.mask is None else self.tokens(self.mask)
         if mask is not None:
             _shaped(plain, view).mul_(mask)
@@ -280,7 +280,7 @@ class _Place(NamedTuple):
         grad, plain = _shaped(grad, view), _shaped(rows.plain, view)
         if rows.mask is not None:
             grad.mul_(rows.mask)
-        phi_backward(grad, self.tokens(x), plain, self.settings, out=view)
+        feature_map_of(self.settings.feature_map).backward(grad, self.tokens(x), plain, view)
 
 
 def _shaped(x: Tensor, view: Tensor) -> Tensor:
