@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .composite import features_of, inner, mix, outer, ratio
+from .composite import counted, features_of, inner, mix, outer, ratio
 from .features import Features, RotaryEmbedding, feature_map_of, rotary_table
 
 
@@ -61,7 +61,8 @@ def mhla_causal(
             """``[B, H, N, d]`` to ``[B, H, M, n, d]``; what is missing is zero and adds nothing."""
             return F.pad(x, (0, 0, 0, blocks * block_size - tokens)).unflatten(2, (blocks, block_size))
 
-        queries, keys, values = [cut(x) for x in q_rows], [cut(x) for x in k_rows], cut(v.to(q_rows[0].dtype))
+        queries, keys = [cut(x) for x in q_rows], [cut(x) for x in k_rows]
+        values = cut(counted(v, key_mask).to(q_rows[0].dtype))
         past = mix(weights.tril(-1), outer(values, *keys, normalized=features.normalized))
         products = inner(past, *queries, normalized=features.normalized)
         diagonal = weights.diagonal(dim1=-2, dim2=-1)[..., None, None]
@@ -126,7 +127,7 @@ class MHLAState:
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         with torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
-            keys, values = features_of(k, settings), v.to(queries[0].dtype)
+            keys, values = features_of(k, settings), counted(v, key_mask).to(queries[0].dtype)
             outputs, start = [], 0
             while start < q.shape[2]:
                 stop = min(q.shape[2], start + self._block_size - self.tokens % self._block_size)

@@ -42,7 +42,33 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, summaries, mixing.to(summaries.dtype), *_as_arguments(layout, features), dtype)[0]
+    mixing = mixing.to(summaries.dtype)
+    if features.normalized:
+        mixing = mixing * _row_scale(mixing.detach())
+    return _read(q, summaries, mixing, *_as_arguments(layout, features), dtype)[0]
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype of autocast where it is on, as ``F.scaled_dot_product_attention`` takes them.
+
+    Norms give float32 there: queries and keys would be wider than values, and products slow on a GPU.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _row_scale(mixing: Tensor) -> Tensor:
+    """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
+
+    A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
+    would leave the range of float32.
+    """
+    largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
+    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
+    return torch.frexp(largest).mantissa / largest
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
@@ -146,7 +172,7 @@ def _(
     mixing: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(summaries), torch.empty_like(mixing)
+    return torch.empty_like(q), summaries.new_empty(summaries.shape), mixing.new_empty(mixing.shape)
 
 
 def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

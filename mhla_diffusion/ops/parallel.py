@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table
 from .layout import BlockLayout
-from .operators import read, summarize
+from .operators import as_autocast, read, summarize
 
 
 def mhla_parallel(
@@ -28,6 +28,7 @@ def mhla_parallel(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`mhla_diffusion.ops.mhla` of a sequence of which this rank holds a part.
 
@@ -45,8 +46,8 @@ def mhla_parallel(
         start: number of this rank's first token.
         group: the ranks that hold one sequence; all by default.
         rotary_emb, key_mask: of these tokens, ``[..., n, d / 2]`` and ``[B, n]``.
-        feature_map, normalizer, eps: see :func:`mhla_diffusion.ops.mhla`; normalizer ``"official"`` is not
-            for parts, as it pairs tokens of all blocks.
+        feature_map, normalizer, eps, dtype: see :func:`mhla_diffusion.ops.mhla`; normalizer ``"official"``
+            is not for parts, as it pairs tokens of all blocks.
 
     Returns:
         ``[B, H, n, d_v]``, of this rank's queries.
@@ -55,6 +56,7 @@ def mhla_parallel(
         ValueError: for arguments that do not fit together.
     """
     _check(q, k, v, mixing, layout, start, feature_map, normalizer, rotary_emb, key_mask)
+    q, k, v = as_autocast(q, k, v)
     tokens = k.shape[2]
     blocks, slots, packed = _slots(layout, start, tokens, q.device)
 
@@ -69,7 +71,7 @@ def mhla_parallel(
     part = summarize(pack(k), pack(v), packed, key_features)
     shape = *part.shape[:2], layout.num_blocks, *part.shape[3:]
     summaries = _AllReduce.apply(part.new_zeros(shape).index_copy(2, blocks, part), group)
-    out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, v.dtype)
+    out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, dtype or v.dtype)
     return out.index_select(2, slots)
 
 
