@@ -12,25 +12,30 @@ from .features import Features, apply_rotary_emb, phi
 from .layout import BlockLayout
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """See :func:`mhla_diffusion.ops.tiled.summarize`."""
-    plain, rotated = features_of(k, features)
-    return outer(
-        layout.pack(counted(v, features.mask)),
-        layout.pack(plain),
-        layout.pack(rotated),
-        normalized=features.normalized,
-    )
+def summarize(k: Tensor, v: Tensor, centre: Tensor, layout: BlockLayout, features: Features) -> Tensor:
+    """Return the summaries of :func:`mhla_diffusion.ops.operators.summarize`, sums and all in one tensor."""
+    plain, rotated = (layout.pack(x) for x in features_of(k, features))
+    if centre.numel():
+        v = v - centre[:, :, None]
+    return outer(layout.pack(counted(v, features.mask)), plain, rotated, normalized=features.normalized)
 
 
 def read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+    q: Tensor,
+    summaries: Tensor,
+    centre: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`mhla_diffusion.ops.tiled.read`."""
-    plain, rotated = features_of(q, features)
-    mixed = mix(mixing, summaries)
-    products = inner(mixed, layout.pack(plain), layout.pack(rotated), normalized=features.normalized)
-    out = layout.unpack(ratio(products, normalized=features.normalized))
+    """Return the output of :func:`mhla_diffusion.ops.operators.read`, from such summaries."""
+    plain, rotated = (layout.pack(x) for x in features_of(q, features))
+    products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
+    out = ratio(products, normalized=features.normalized)
+    if centre.numel():
+        out = torch.where(products[..., -1:] == 0, 0, out + centre[:, :, None, None])
+    out = layout.unpack(out)
     return (out if features.normalized else within_range(out, dtype)).to(dtype)
 
 

@@ -54,6 +54,8 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, and Triton's kernels are for GPUs"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU to compile for"  # fake tensors
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

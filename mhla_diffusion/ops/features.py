@@ -88,6 +88,8 @@ class Features:
         normalized: whether there is a denominator, and so sums of the features of the keys.
         rotary: ``[..., N, d]``, broadcastable to q and k: cosine and sine of each pair, side by side.
         mask: bool ``[B, N]``, true where a row counts.
+        shared: whether summaries will be added to those of other ranks: then they are of values as they are,
+            in float32, on every path.
     """
 
     feature_map: str
@@ -95,6 +97,7 @@ class Features:
     normalized: bool
     rotary: Tensor | None = None
     mask: Tensor | None = None
+    shared: bool = False
 
 
 def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:

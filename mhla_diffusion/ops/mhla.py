@@ -74,7 +74,8 @@ def mhla(
     summaries = summarize(k, v, key_layout or layout, key_features)
     if normalizer != "official":
         return read(q, summaries, mixing, layout, features, dtype)
-    out = read(q, summaries, mixing, layout, features, summaries.dtype)
+    sums_dtype = torch.promote_types(summaries.matrices.dtype, torch.float32)
+    out = read(q, summaries, mixing, layout, features, sums_dtype)
     return (out / _official_denominator(q, k, mixing, layout, key_features)).to(dtype)
 
 

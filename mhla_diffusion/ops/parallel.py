@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import tiled
+from .dispatch import implementation_for
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table
 from .layout import BlockLayout
-from .operators import as_autocast, read, summarize
+from .operators import Summaries, as_autocast, read, summarize
 
 
 def mhla_parallel(
@@ -66,11 +68,16 @@ def mhla_parallel(
 
     mask = key_mask if key_mask is not None else k.new_ones(len(k), tokens, dtype=torch.bool)
     rotary = rotary_table(rotary_emb)
-    features = Features(feature_map, eps, normalizer == "paper", None if rotary is None else pack(rotary))
+    features = Features(
+        feature_map, eps, normalizer == "paper", None if rotary is None else pack(rotary), shared=True
+    )
     key_features = dataclasses.replace(features, mask=pack(mask[..., None])[..., 0])
     part = summarize(pack(k), pack(v), packed, key_features)
-    shape = *part.shape[:2], layout.num_blocks, *part.shape[3:]
-    summaries = _AllReduce.apply(part.new_zeros(shape).index_copy(2, blocks, part), group)
+    shape = *part.matrices.shape[:2], layout.num_blocks, *part.matrices.shape[3:]
+    total = _AllReduce.apply(part.matrices.new_zeros(shape).index_copy(2, blocks, part.matrices), group)
+    summaries = part._replace(matrices=total)
+    if implementation_for(q, k, v) is not tiled and features.normalized and rotary is None:
+        summaries = _centred(summaries)
     out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, dtype or v.dtype)
     return out.index_select(2, slots)
 
@@ -103,6 +110,19 @@ def _slots(
     place = torch.empty_like(order)
     place[order] = torch.arange(tokens, device=device) - first[number[order]]
     return blocks, number * width + place, BlockLayout((len(blocks) * width,), (len(blocks),))
+
+
+def _centred(summaries: Summaries) -> Summaries:
+    """Summaries of ``v - m``, m being the mean of the values, weighted as their features weigh them.
+
+    As :mod:`mhla_diffusion.ops.triton_mhla` has them of one process, and for the same reason; no rank knows m
+    before the exchange.
+    """
+    matrices, sums = summaries.matrices[..., :-1, :], summaries.matrices[..., -1:, :]
+    weight = sums.detach().sum((2, 4))  # [B, H, 1]
+    centre = matrices.detach().sum((2, 4)) / torch.where(weight == 0, 1.0, weight)  # [B, H, d_v]
+    matrices = torch.cat((matrices - centre[:, :, None, :, None] * sums, sums), -2)
+    return summaries._replace(matrices=matrices, centre=centre)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -22,20 +22,29 @@ from .layout import BlockLayout
 from .tiles import Part, Tile, tile_groups
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """``[B, H, M, d_v + 1, d]`` from k ``[B, H, N, d]`` and v ``[B, H, N, d_v]``, in float32 or wider."""
-    summaries = new_summaries(k, v, layout, features)
+def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, H, M, d_v + 1, d]`` from k ``[B, H, N, d]`` and v ``[B, H, N, d_v]``, in float32 or wider.
+
+    And two tensors of no elements: the sums, which other paths keep apart, and the centre of the values.
+    """
+    summaries, sums, centre = new_summaries(k, v, layout, features)
     for part, places in _places(k, layout, features, summaries.dtype):
         for at in places:
             at.add_outer(at.values(v), at.rows(k), summaries[part])
-    return summaries
+    return summaries, sums, centre
 
 
 def summarize_backward(
-    grad: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, features: Features
+    grad: Tensor,
+    grad_sums: Tensor,
+    k: Tensor,
+    v: Tensor,
+    centre: Tensor,
+    layout: BlockLayout,
+    features: Features,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v from that of the summaries."""
-    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    """Gradients of k and v from those of the summaries."""
+    grad_k, grad_v = new_gradient(k), new_gradient(v)
     for part, places in _places(k, layout, features, grad.dtype):
         for at in places:
             rows, matrices = at.rows(k), at.matrices(grad[part])
@@ -45,11 +54,19 @@ def summarize_backward(
 
 
 def read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+    q: Tensor,
+    summaries: Tensor,
+    sums: Tensor,
+    centre: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any."""
+    assert not sums.numel() + centre.numel(), "keys and queries take the same path"
     channels = summaries.shape[-2] - features.normalized
-    out, denominators = new_outputs(q, summaries, features, dtype)
+    out, denominators = new_outputs(q, summaries, sums, features, dtype)
     for part, places in _places(q, layout, features, summaries.dtype):
         mixed = mix(part.of_heads(mixing), summaries[part])
         for at in places:
@@ -70,12 +87,13 @@ def read_backward(
     denominators: Tensor,
     q: Tensor,
     summaries: Tensor,
+    sums: Tensor,
     mixing: Tensor,
     layout: BlockLayout,
     features: Features,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, the summaries and the mixing matrix."""
-    grad_q, grad_summaries = torch.empty_like(q), summaries.new_empty(summaries.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, the summaries, the sums apart (there are none) and the mixing matrix."""
+    grad_q, grad_summaries = new_gradient(q), summaries.new_empty(summaries.shape)
     grad_mixing = mixing.new_zeros(mixing.shape)
     for part, places in _places(q, layout, features, summaries.dtype):
         weights = part.of_heads(mixing)
@@ -89,25 +107,37 @@ def read_backward(
         grad_summaries[part] = mix(weights.mT, grad_mixed)
         grad_weights = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
         part.of_heads(grad_mixing).add_(grad_weights.sum(0 if mixing.ndim == 3 else (0, 1)))
-    return grad_q, grad_summaries, grad_mixing
+    return grad_q, grad_summaries, sums.new_empty(sums.shape), grad_mixing
 
 
-def new_summaries(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """Empty, ``[B, H, M, d_v + 1, d]``."""
+def new_summaries(
+    k: Tensor, v: Tensor, layout: BlockLayout, features: Features
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty: ``[B, H, M, d_v + 1, d]``, ``[B, H, M, 0]`` and ``[B, H, 0]``."""
     dtype = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)
-    height = v.shape[-1] + features.normalized
-    return k.new_empty(*k.shape[:2], layout.num_blocks, height, k.shape[-1], dtype=dtype)
+    shape, height = (*k.shape[:2], layout.num_blocks), v.shape[-1] + features.normalized
+    return (
+        k.new_empty(*shape, height, k.shape[-1], dtype=dtype),
+        k.new_empty(*shape, 0, dtype=dtype),
+        k.new_empty(*k.shape[:2], 0, dtype=dtype),
+    )
 
 
 def new_outputs(
-    q: Tensor, summaries: Tensor, features: Features, dtype: torch.dtype
+    q: Tensor, summaries: Tensor, sums: Tensor, features: Features, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Empty, ``[B, H, N, d_v]`` and ``[B, H, N, 1]``."""
-    channels = summaries.shape[-2] - features.normalized
+    channels = summaries.shape[-2] - (features.normalized and not sums.shape[-1])
+    denominators = torch.promote_types(summaries.dtype, torch.float32)
     return (
         _empty_in_order_of(q, channels, dtype),
-        _empty_in_order_of(q, int(features.normalized), summaries.dtype),
+        q.new_empty(*q.shape[:3], int(features.normalized), dtype=denominators),
     )
+
+
+def new_gradient(x: Tensor) -> Tensor:
+    """Empty, in the order of x in memory, but with its channels side by side."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 class _Rows(NamedTuple):
