@@ -164,11 +164,13 @@ def check_arguments(
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
 ) -> None:
-    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    # Messages are built on failure alone: torch.compile cannot print the sizes of dynamic shapes.
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {shapes}")
+        raise ValueError(
+            f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {_shapes(q, k, v)}"
+        )
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same B, H and d, got {shapes}")
+        raise ValueError(f"q and k must have the same B, H and d, got {_shapes(q, k, v)}")
     for name, x, grid in (("q", q, layout.grid), ("k and v", k, key_layout.grid)):
         if x.shape[2] != math.prod(grid):
             raise ValueError(f"{name} hold {x.shape[2]} tokens, but the grid {grid} has {math.prod(grid)}")
@@ -183,3 +185,7 @@ def _check_tensors(
             raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q is on {q.device}, but {name} on {x.device}; move them to one device")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)

@@ -40,7 +40,7 @@ from .layout import BlockLayout
 from .tiled import new_gradient, new_outputs
 
 # Programs that keep a GPU of 132 multiprocessors at work. Long blocks are shared by several programs, each
-# with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added up.
+# with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added.
 _PROGRAMS = {"outer": 264, "inner": 1024, "rows": 1024}
 _FEWEST = 128
 # Tokens whose mean stands for that of all values.
