@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .composite import features_of, inner, mix, outer, ratio
-from .features import FEATURE_MAPS, Features, RotaryEmbedding, rotary_table
+from .composite import counted, features_of, inner, mix, outer, ratio
+from .features import Features, RotaryEmbedding, feature_map_of, rotary_table
 
 
 def mhla_causal(
@@ -61,7 +61,8 @@ def mhla_causal(
             """``[B, H, N, d]`` to ``[B, H, M, n, d]``; what is missing is zero and adds nothing."""
             return F.pad(x, (0, 0, 0, blocks * block_size - tokens)).unflatten(2, (blocks, block_size))
 
-        queries, keys, values = [cut(x) for x in q_rows], [cut(x) for x in k_rows], cut(v.to(q_rows[0].dtype))
+        queries, keys = [cut(x) for x in q_rows], [cut(x) for x in k_rows]
+        values = cut(counted(v, key_mask).to(q_rows[0].dtype))
         past = mix(weights.tril(-1), outer(values, *keys, normalized=features.normalized))
         products = inner(past, *queries, normalized=features.normalized)
         diagonal = weights.diagonal(dim1=-2, dim2=-1)[..., None, None]
@@ -126,7 +127,7 @@ class MHLAState:
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         with torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
-            keys, values = features_of(k, settings), v.to(queries[0].dtype)
+            keys, values = features_of(k, settings), counted(v, key_mask).to(queries[0].dtype)
             outputs, start = [], 0
             while start < q.shape[2]:
                 stop = min(q.shape[2], start + self._block_size - self.tokens % self._block_size)
@@ -183,8 +184,7 @@ def _within(queries: list[Tensor], keys: list[Tensor], values: Tensor, *, normal
 def _features(
     feature_map: str, normalizer: str, eps: float, rotary_emb: RotaryEmbedding | None, key_mask: Tensor | None
 ) -> Features:
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map {feature_map!r} is not one of {', '.join(FEATURE_MAPS)}")
+    feature_map_of(feature_map)
     if normalizer not in ("paper", "none"):
         raise ValueError(f"normalizer {normalizer!r} of the causal form is not one of paper, none")
     return Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb), key_mask)

@@ -12,31 +12,52 @@ from .features import Features, apply_rotary_emb, phi
 from .layout import BlockLayout
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """See :func:`mhla_diffusion.ops.summaries.summarize`."""
-    plain, rotated = features_of(k, features)
-    return outer(layout.pack(v), layout.pack(plain), layout.pack(rotated), normalized=features.normalized)
+def summarize(k: Tensor, v: Tensor, centre: Tensor, layout: BlockLayout, features: Features) -> Tensor:
+    """Return the summaries of :func:`mhla_diffusion.ops.operators.summarize`, sums and all in one tensor."""
+    plain, rotated = (layout.pack(x) for x in features_of(k, features))
+    if centre.numel():
+        v = v - centre[:, :, None]
+    return outer(layout.pack(counted(v, features.mask)), plain, rotated, normalized=features.normalized)
 
 
 def read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+    q: Tensor,
+    summaries: Tensor,
+    centre: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`mhla_diffusion.ops.summaries.read`."""
-    plain, rotated = features_of(q, features)
-    mixed = mix(mixing, summaries)
-    products = inner(mixed, layout.pack(plain), layout.pack(rotated), normalized=features.normalized)
-    return layout.unpack(ratio(products, normalized=features.normalized)).to(dtype)
+    """Return the output of :func:`mhla_diffusion.ops.operators.read`, from such summaries."""
+    plain, rotated = (layout.pack(x) for x in features_of(q, features))
+    products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
+    out = ratio(products, normalized=features.normalized)
+    if centre.numel():
+        out = torch.where(products[..., -1:] == 0, 0, out + centre[:, :, None, None])
+    out = layout.unpack(out)
+    return (out if features.normalized else within_range(out, dtype)).to(dtype)
 
 
 def features_of(x: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """phi(x) and, turned, what the numerators are made of; ``[B, H, N, d]``, in float32 or wider."""
-    x = phi(x.to(torch.promote_types(x.dtype, torch.float32)), features.feature_map, eps=features.eps)
-    if features.mask is not None:
-        x = x * features.mask[:, None, :, None]
+    x = counted(x.to(torch.promote_types(x.dtype, torch.float32)), features.mask)
+    x = counted(phi(x, features.feature_map, eps=features.eps), features.mask)
     if features.rotary is None:
         return x, x
     cos, sin = features.rotary.unflatten(-1, (-1, 2)).unbind(-1)
     return x, apply_rotary_emb(x, (cos, sin))
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, H, N, d]`` with zeros where the mask ``[B, N]`` is false, whatever was there."""
+    return x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
+
+
+def within_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums that have no denominator, none too large for float16 if that is the dtype; NaN stays NaN."""
+    most = torch.finfo(dtype).max
+    return sums.clamp(-most, most) if dtype == torch.float16 else sums
 
 
 def outer(v: Tensor, plain: Tensor, rotated: Tensor, *, normalized: bool) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +13,70 @@ from torch import Tensor
 
 from .layout import BlockLayout
 
-FEATURE_MAPS = ("relu", "elu", "softmax")
 NORMALIZERS = ("paper", "official", "none")
 
 RotaryEmbedding = tuple[Tensor, Tensor]
 
 
+class FeatureMap(NamedTuple):
+    """A positive map of rows ``[..., d]``, in every form that a path needs.
+
+    Args:
+        forward: ``(x, eps)`` to ``y = phi(x)``, differentiable any number of times.
+        into: ``(out, x, eps)``: the same written into ``out``, which may have a wider dtype.
+        backward: ``(grad, x, y, out)``: the gradient of x, written into ``out``, from that of y.
+    """
+
+    forward: Callable[[Tensor, float], Tensor]
+    into: Callable[[Tensor, Tensor, float], object]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], object]
+
+
+def _relu_into(out: Tensor, x: Tensor, eps: float) -> None:
+    torch.clamp_min(x if x.dtype == out.dtype else out.copy_(x), 0, out=out).add_(eps)
+
+
+def _relu_backward(grad: Tensor, x: Tensor, y: Tensor, out: Tensor) -> None:
+    torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+
+
+def _elu(x: Tensor, eps: float) -> Tensor:
+    # Not elu(x) + 1, which is 0 below -17 in float32.
+    return x.clamp_max(0).exp() + F.relu(x)
+
+
+def _elu_into(out: Tensor, x: Tensor, eps: float) -> None:
+    out.copy_(x).clamp_max_(0).exp_().add_(F.relu(x))
+
+
+# The one list of feature maps: what is not in it is an error on every path. Triton's kernels, which cannot
+# read it, have a branch for each (triton_mhla._phi) and say so where they lack one.
+_MAPS = {
+    "relu": FeatureMap(lambda x, eps: F.relu(x) + eps, _relu_into, _relu_backward),
+    "elu": FeatureMap(_elu, _elu_into, lambda grad, x, y, out: torch.mul(grad, y.clamp_max(1), out=out)),
+    "softmax": FeatureMap(
+        lambda x, eps: x.softmax(-1),
+        lambda out, x, eps: out.copy_(x.softmax(-1, dtype=out.dtype)),
+        lambda grad, x, y, out: out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True))),
+    ),
+}
+FEATURE_MAPS = tuple(_MAPS)
+
+
+def feature_map_of(name: str) -> FeatureMap:
+    """The feature map of that name.
+
+    Raises:
+        ValueError: for a name that is not in ``FEATURE_MAPS``.
+    """
+    if name not in _MAPS:
+        raise ValueError(f"feature_map {name!r} is not one of {', '.join(FEATURE_MAPS)}")
+    return _MAPS[name]
+
+
 def phi(x: Tensor, feature_map: str, *, eps: float) -> Tensor:
     """The positive feature map: ``relu(x) + eps``, ``elu(x) + 1`` or a softmax over the last axis."""
-    if feature_map == "relu":
-        return F.relu(x) + eps
-    if feature_map == "elu":
-        return F.elu(x) + 1
-    return x.softmax(-1)
+    return feature_map_of(feature_map).forward(x, eps)
 
 
 @dataclass(frozen=True)
@@ -35,6 +88,8 @@ class Features:
         normalized: whether there is a denominator, and so sums of the features of the keys.
         rotary: ``[..., N, d]``, broadcastable to q and k: cosine and sine of each pair, side by side.
         mask: bool ``[B, N]``, true where a row counts.
+        shared: whether summaries will be added to those of other ranks: then they are of values as they are,
+            in float32, on every path.
     """
 
     feature_map: str
@@ -42,26 +97,7 @@ class Features:
     normalized: bool
     rotary: Tensor | None = None
     mask: Tensor | None = None
-
-
-def phi_into(out: Tensor, x: Tensor, features: Features) -> None:
-    """:func:`phi` of x, written into ``out``, which may have a wider dtype."""
-    if features.feature_map == "relu":
-        torch.clamp_min(x if x.dtype == out.dtype else out.copy_(x), 0, out=out).add_(features.eps)
-    elif features.feature_map == "elu":
-        F.elu_(out.copy_(x)).add_(1)
-    else:
-        out.copy_(x.softmax(-1, dtype=out.dtype))
-
-
-def phi_backward(grad: Tensor, x: Tensor, y: Tensor, features: Features, *, out: Tensor) -> None:
-    """The gradient of x, written into ``out``, from that of ``y = phi(x)``."""
-    if features.feature_map == "relu":
-        torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
-    elif features.feature_map == "elu":
-        torch.mul(grad, y.clamp_max(1), out=out)
-    else:
-        out.copy_(y * (grad - (grad * y).sum(-1, keepdim=True)))
+    shared: bool = False
 
 
 def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
@@ -95,8 +131,7 @@ def check_arguments(
     key_mask: Tensor | None,
 ) -> None:
     """Refuse what :func:`mhla` cannot compute, with a ValueError that names the value and the remedy."""
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map {feature_map!r} is not one of {', '.join(FEATURE_MAPS)}")
+    feature_map_of(feature_map)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
     _check_tensors(q, k, v, mixing, layout, key_layout or layout)
@@ -129,11 +164,13 @@ def check_arguments(
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
 ) -> None:
-    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    # Messages are built on failure alone: torch.compile cannot print the sizes of dynamic shapes.
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {shapes}")
+        raise ValueError(
+            f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {_shapes(q, k, v)}"
+        )
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same B, H and d, got {shapes}")
+        raise ValueError(f"q and k must have the same B, H and d, got {_shapes(q, k, v)}")
     for name, x, grid in (("q", q, layout.grid), ("k and v", k, key_layout.grid)):
         if x.shape[2] != math.prod(grid):
             raise ValueError(f"{name} hold {x.shape[2]} tokens, but the grid {grid} has {math.prod(grid)}")
@@ -148,3 +185,7 @@ def _check_tensors(
             raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q is on {q.device}, but {name} on {x.device}; move them to one device")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)

@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .features import Features, RotaryEmbedding, check_arguments, phi, rotary_table
+from .composite import features_of
+from .features import Features, RotaryEmbedding, check_arguments, rotary_table
 from .layout import BlockLayout
-from .operators import read, summarize
+from .operators import as_autocast, read, summarize
 
 
 def mhla(
@@ -25,6 +26,7 @@ def mhla(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multi-Head Linear Attention, non-causal (arXiv 2601.07832, equations 3-5).
 
@@ -33,7 +35,8 @@ def mhla(
     ``z^_i`` likewise, and a query of that block reads ``o = (phi(q)^T S^_i) / (phi(q)^T z^_i)``. Time
     O(N d^2 + M^2 d^2), state O(M d^2).
 
-    Sums and denominators are taken in float32 (float64 for float64 inputs), also under autocast.
+    Sums and denominators are taken in float32 (float64 for float64 inputs), also under autocast, which casts
+    q, k and v as it does for ``F.scaled_dot_product_attention``.
     Memory beyond inputs and output is that of the summaries, twice, and of a few tiles.
 
     Args:
@@ -50,9 +53,12 @@ def mhla(
             features in the numerator alone: a rotated denominator is not positive.
         key_mask: bool ``[B, N_k]``, true where a key counts. A query that sees no key at all gets 0.
         eps: added by the relu feature map.
+        dtype: of the output, by default that of v. Without a denominator outputs are sums over all tokens,
+            which may be too large for float16 (and become its largest number then): ask for float32, and norm
+            them before they are narrowed.
 
     Returns:
-        ``[B, H, N, d_v]`` in the dtype of v, with the axes in memory in the order of those of q.
+        ``[B, H, N, d_v]`` in ``dtype``, with the axes in memory in the order of those of q.
 
     Raises:
         ValueError: for shapes, names or masks that do not fit together.
@@ -61,25 +67,26 @@ def mhla(
         q, k, v, mixing, layout, key_layout,
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
+    q, k, v = as_autocast(q, k, v)
+    dtype = dtype or v.dtype
     features = Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb))
     key_features = dataclasses.replace(features, mask=key_mask)
     summaries = summarize(k, v, key_layout or layout, key_features)
     if normalizer != "official":
-        return read(q, summaries, mixing, layout, features, v.dtype)
-    out = read(q, summaries, mixing, layout, features, summaries.dtype)
-    return (out / _official_denominator(q, k, mixing, layout, key_features)).to(v.dtype)
+        return read(q, summaries, mixing, layout, features, dtype)
+    sums_dtype = torch.promote_types(summaries.matrices.dtype, torch.float32)
+    out = read(q, summaries, mixing, layout, features, sums_dtype)
+    return (out / _official_denominator(q, k, mixing, layout, key_features)).to(dtype)
 
 
 def _official_denominator(
     q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, features: Features
 ) -> Tensor:
     """See :func:`mhla_diffusion.ops.reference._official_denominator`; ``[B, H, N, 1]``."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        q, k = (phi(x.to(dtype), features.feature_map, eps=features.eps) for x in (q, k))
-        if features.mask is not None:
-            k = k * features.mask[:, None, :, None]
+        q, _ = features_of(q, dataclasses.replace(features, rotary=None, mask=None))
+        k, _ = features_of(k, dataclasses.replace(features, rotary=None))
         sums = layout.pack(k).sum(-2)  # [B, H, M, d]
         own = (layout.pack(q) @ sums[..., None]).squeeze(-1)  # [B, H, M, n]
-        denominator = layout.unpack((mixing.to(dtype) @ own)[..., None])
+        denominator = layout.unpack((mixing.to(own.dtype) @ own)[..., None])
     return torch.where(denominator == 0, 1.0, denominator)

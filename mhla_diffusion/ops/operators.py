@@ -1,63 +1,117 @@
 """The two halves of MHLA as torch operators: differentiable, opaque to torch.compile, counted in FLOPs.
 
-``mhla::summarize`` and ``mhla::read`` and their gradients; see :mod:`mhla_diffusion.ops.summaries` for what
+``mhla::summarize`` and ``mhla::read`` and their gradients; see :mod:`mhla_diffusion.ops.tiled` for what
 they compute. What lies between them (an exchange between ranks, say) is ordinary autograd.
+
+::
+
+    k, v --summarize--> Summaries --read(q, mixing)--> out     tiled.py         on CPUs, float32 and wider
+                                                               triton_mhla.py   on GPUs
+                                                               composite.py     gradients of gradients
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import composite
-from . import summaries as tiled
+from . import composite, tiled
+from .dispatch import implementation_for
 from .features import Features
-from .kernels import implementation_for
 from .layout import BlockLayout
 
 _SETTINGS = (
-    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, str feature_map, float eps, bool normalized"
+    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, str feature_map, float eps, bool normalized, "
+    "bool shared"
 )
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """Key/value summaries, ``[B, H, M, d_v + 1, d]`` (without denominators ``d_v``), in float32 or wider."""
-    return _summarize(k, v, *_as_arguments(layout, features))
+class Summaries(NamedTuple):
+    """What is left of keys and values.
+
+    Args:
+        matrices: ``[B, H, M, d_v + 1, d]``, the last row the sums of the features of keys; without
+            denominators, or with sums apart, ``[B, H, M, d_v, d]``. In float32 or wider, or bfloat16.
+        sums: ``[B, H, M, d]`` where they are apart, which they are beside bfloat16; else ``[B, H, M, 0]``.
+        centre: what was taken from the values, ``[B, H, d_v]``, and is to be added to the output; or
+            ``[B, H, 0]``. It carries no gradient, as the output does not depend on it.
+    """
+
+    matrices: Tensor
+    sums: Tensor
+    centre: Tensor
+
+
+def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Summaries:
+    """Return the summaries of keys ``[B, H, N, d]`` and values ``[B, H, N, d_v]``."""
+    return Summaries(*_summarize(k, v, *_as_arguments(layout, features)))
 
 
 def read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+    q: Tensor,
+    summaries: Summaries,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The output ``[B, H, N, d_v]`` of queries on mixed summaries.
 
     Args:
         q: ``[B, H, N, d]``.
-        summaries: ``[B, H, M_k, d_v + 1, d]``.
+        summaries: of M_k blocks.
         mixing: ``[M, M_k]`` or ``[H, M, M_k]``.
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, summaries, mixing.to(summaries.dtype), *_as_arguments(layout, features), dtype)[0]
+    mixing = mixing.to(torch.promote_types(summaries.matrices.dtype, torch.float32))
+    if features.normalized:
+        mixing = mixing * _row_scale(mixing.detach())
+    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype of autocast where it is on, as ``F.scaled_dot_product_attention`` takes them.
+
+    Norms give float32 there: queries and keys would be wider than values, and products slow on a GPU.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _row_scale(mixing: Tensor) -> Tensor:
+    """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
+
+    A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
+    would leave the range of float32.
+    """
+    largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
+    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
+    return torch.frexp(largest).mantissa / largest
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
         features.rotary, features.mask, layout.grid, layout.blocks,
-        features.feature_map, features.eps, features.normalized,
+        features.feature_map, features.eps, features.normalized, features.shared,
     )  # fmt: skip
 
 
 def _objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
-    rotary, mask, grid, blocks, feature_map, eps, normalized = settings
+    rotary, mask, grid, blocks, feature_map, eps, normalized, shared = settings
     layout = _layout(tuple(grid), tuple(blocks))
-    return layout, Features(feature_map, eps, normalized, rotary, mask)
+    return layout, Features(feature_map, eps, normalized, rotary, mask, shared)
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,15 +120,15 @@ def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
 
 
 def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register an operator. Autocast is off inside: sums are float32 at least."""
+    """Register an operator. It runs on the device of its tensors, and without autocast: sums are float32."""
 
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
-                return function(*args)
-            with torch.autocast(device, enabled=False):
+            device = args[0].device
+            # Triton launches on the current device, whatever its tensors are on.
+            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            with on_device, torch.autocast(device.type, enabled=False):
                 return function(*args)
 
         return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
@@ -82,28 +136,37 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-@_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> Tensor")
-def _summarize(k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+@_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
+def _summarize(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     return implementation_for(k, v).summarize(k, v, *_objects(settings))
 
 
-@_operator("summarize_backward", f"(Tensor grad, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)")
-def _summarize_backward(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return implementation_for(k, v).summarize_backward(grad, k, v, *_objects(settings))
+@_operator(
+    "summarize_backward",
+    f"(Tensor grad, Tensor grad_sums, Tensor k, Tensor v, Tensor centre, {_SETTINGS}) -> (Tensor, Tensor)",
+)
+def _summarize_backward(
+    grad: Tensor, grad_sums: Tensor, k: Tensor, v: Tensor, centre: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    implementation = implementation_for(k, v)
+    return implementation.summarize_backward(grad, grad_sums, k, v, centre, *_objects(settings))
 
 
 @_operator(
     "read",
-    f"(Tensor q, Tensor summaries, Tensor mixing, {_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor summaries, Tensor sums, Tensor centre, Tensor mixing, "
+    f"{_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def _read(q: Tensor, summaries: Tensor, mixing: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return implementation_for(q, summaries).read(q, summaries, mixing, *_objects(settings[:-1]), settings[-1])
+def _read(q: Tensor, summaries: Tensor, *tensors_and_settings: Any) -> tuple[Tensor, Tensor]:
+    *tensors, dtype = tensors_and_settings
+    tensors, settings = tensors[:3], tuple(tensors[3:])
+    return implementation_for(q, summaries).read(q, summaries, *tensors, *_objects(settings), dtype)
 
 
 @_operator(
     "read_backward",
-    "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor mixing, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor sums, "
+    f"Tensor mixing, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_backward(
     grad: Tensor,
@@ -111,11 +174,12 @@ def _read_backward(
     denominators: Tensor,
     q: Tensor,
     summaries: Tensor,
+    sums: Tensor,
     mixing: Tensor,
     *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return implementation_for(q, summaries).read_backward(
-        grad, out, denominators, q, summaries, mixing, *_objects(settings)
+        grad, out, denominators, q, summaries, sums, mixing, *_objects(settings)
     )
 
 
@@ -123,18 +187,22 @@ def _read_backward(
 
 
 @_summarize.register_fake
-def _(k: Tensor, v: Tensor, *settings: Any) -> Tensor:
-    return tiled.new_summaries(k, v, *_objects(settings))
+def _(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation_for(k, v).new_summaries(k, v, *_objects(settings))
 
 
 @_summarize_backward.register_fake
-def _(grad: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(k), torch.empty_like(v)
+def _(
+    grad: Tensor, grad_sums: Tensor, k: Tensor, v: Tensor, centre: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    return tiled.new_gradient(k), tiled.new_gradient(v)
 
 
 @_read.register_fake
-def _(q: Tensor, summaries: Tensor, mixing: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return tiled.new_outputs(q, summaries, _objects(settings[:-1])[1], settings[-1])
+def _(
+    q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    return tiled.new_outputs(q, summaries, sums, _objects(settings[:-1])[1], settings[-1])
 
 
 @_read_backward.register_fake
@@ -144,83 +212,104 @@ def _(
     denominators: Tensor,
     q: Tensor,
     summaries: Tensor,
+    sums: Tensor,
     mixing: Tensor,
     *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(summaries), torch.empty_like(mixing)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_summaries, grad_sums, grad_mixing = (x.new_empty(x.shape) for x in (summaries, sums, mixing))
+    return tiled.new_gradient(q), grad_summaries, grad_sums, grad_mixing
 
 
-def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], *inputs[:4])
     ctx.settings = inputs[4:]
 
 
-def _keys_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    k, v, *tables = ctx.saved_tensors
+def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    centre, k, v, *tables = ctx.saved_tensors
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        grads = _differentiate(composite.summarize, (k, v), _objects(settings), (), grad)
+        joined = _joined(grad, grad_sums)
+        objects = _objects(settings)
+        grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *objects), (k, v), joined)
     else:
-        grads = _summarize_backward(grad, k, v, *settings)
+        grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
     return *grads, *[None] * len(settings)
 
 
 def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.settings = inputs[7:]
 
 
 def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    out, denominators, q, summaries, mixing, *tables = ctx.saved_tensors
+    out, denominators, q, summaries, sums, centre, mixing, *tables = ctx.saved_tensors
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
     if torch.is_grad_enabled():
-        grads = _differentiate(composite.read, (q, summaries, mixing), _objects(settings), (dtype,), grad)
+        objects = _objects(settings)
+        grads = _differentiate(
+            lambda q, s, z, w: composite.read(q, _joined(s, z), centre, w, *objects, dtype),
+            (q, summaries, sums, mixing),
+            grad,
+        )
     else:
-        grads = _read_backward(grad, out, denominators, q, summaries, mixing, *settings)
-    return *grads, *[None] * len(settings), None
+        grads = _read_backward(grad, out, denominators, q, summaries, sums, mixing, *settings)
+    grad_q, grad_summaries, grad_sums, grad_mixing = grads
+    return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
 
 
 _summarize.register_autograd(_keys_backward, setup_context=_save_keys)
 _read.register_autograd(_queries_backward, setup_context=_save_queries)
 
 
+def _joined(matrices: Tensor, sums: Tensor) -> Tensor:
+    """Summaries, or gradients of them, with the sums in the last row, in float32 or wider."""
+    matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    return torch.cat((matrices, sums[..., None, :]), -2) if sums.numel() else matrices
+
+
 def _differentiate(
-    function: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
-    objects: tuple[BlockLayout, Features],
-    options: tuple[Any, ...],
-    grad: Tensor,
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor, ...]:
     tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)
-    return torch.autograd.grad(function(*tensors, *objects, *options), tensors, grad, create_graph=True)
+    grads = torch.autograd.grad(function(*tensors), tensors, grad, create_graph=True, materialize_grads=True)
+    return tuple(grads)
 
 
-def _flops(queries_or_keys: Any, height: int) -> int:
+def _flops(queries_or_keys: Any, summaries: Any, sums: Any) -> int:
     batch, heads, tokens, d = queries_or_keys
-    return 2 * batch * heads * tokens * d * height
+    return 2 * batch * heads * tokens * d * _height(summaries, sums)
+
+
+def _height(summaries: Any, sums: Any) -> int:
+    """Rows of the summaries, with that of the sums."""
+    return summaries[-2] + bool(sums[-1])
+
+
+def _mixing_flops(summaries: Any, sums: Any, mixing: Any) -> int:
+    return 2 * math.prod(summaries[:3]) * _height(summaries, sums) * summaries[-1] * mixing[-2]
 
 
 @register_flop_formula(torch.ops.mhla.summarize)
 def _(k: Any, v: Any, *settings: Any, out_shape: Any, **_: Any) -> int:
-    return _flops(k, out_shape[-2])
+    return _flops(k, *out_shape[:2])
 
 
 @register_flop_formula(torch.ops.mhla.summarize_backward)
-def _(grad: Any, k: Any, *settings: Any, **_: Any) -> int:
-    return 2 * _flops(k, grad[-2])
+def _(grad: Any, grad_sums: Any, k: Any, *settings: Any, **_: Any) -> int:
+    return 2 * _flops(k, grad, grad_sums)
 
 
 @register_flop_formula(torch.ops.mhla.read)
-def _(q: Any, summaries: Any, mixing: Any, *settings: Any, **_: Any) -> int:
-    return _flops(q, summaries[-2]) + _mixing_flops(summaries, mixing)
+def _(q: Any, summaries: Any, sums: Any, centre: Any, mixing: Any, *settings: Any, **_: Any) -> int:
+    return _flops(q, summaries, sums) + _mixing_flops(summaries, sums, mixing)
 
 
 @register_flop_formula(torch.ops.mhla.read_backward)
-def _(grad: Any, out: Any, den: Any, q: Any, summaries: Any, mixing: Any, *settings: Any, **_: Any) -> int:
+def _(
+    grad: Any, out: Any, den: Any, q: Any, summaries: Any, sums: Any, mixing: Any, *_: Any, **__: Any
+) -> int:
     # Summaries are mixed again, and there is a gradient of them and one of W.
-    return 2 * _flops(q, summaries[-2]) + 3 * _mixing_flops(summaries, mixing)
-
-
-def _mixing_flops(summaries: Any, mixing: Any) -> int:
-    return 2 * math.prod(summaries) * mixing[-2]
+    return 2 * _flops(q, summaries, sums) + 3 * _mixing_flops(summaries, sums, mixing)

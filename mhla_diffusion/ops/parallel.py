@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import tiled
+from .dispatch import implementation_for
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table
 from .layout import BlockLayout
-from .operators import read, summarize
+from .operators import Summaries, as_autocast, read, summarize
 
 
 def mhla_parallel(
@@ -28,6 +30,7 @@ def mhla_parallel(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`mhla_diffusion.ops.mhla` of a sequence of which this rank holds a part.
 
@@ -45,8 +48,8 @@ def mhla_parallel(
         start: number of this rank's first token.
         group: the ranks that hold one sequence; all by default.
         rotary_emb, key_mask: of these tokens, ``[..., n, d / 2]`` and ``[B, n]``.
-        feature_map, normalizer, eps: see :func:`mhla_diffusion.ops.mhla`; normalizer ``"official"`` is not
-            for parts, as it pairs tokens of all blocks.
+        feature_map, normalizer, eps, dtype: see :func:`mhla_diffusion.ops.mhla`; normalizer ``"official"``
+            is not for parts, as it pairs tokens of all blocks.
 
     Returns:
         ``[B, H, n, d_v]``, of this rank's queries.
@@ -55,6 +58,7 @@ def mhla_parallel(
         ValueError: for arguments that do not fit together.
     """
     _check(q, k, v, mixing, layout, start, feature_map, normalizer, rotary_emb, key_mask)
+    q, k, v = as_autocast(q, k, v)
     tokens = k.shape[2]
     blocks, slots, packed = _slots(layout, start, tokens, q.device)
 
@@ -64,12 +68,17 @@ def mhla_parallel(
 
     mask = key_mask if key_mask is not None else k.new_ones(len(k), tokens, dtype=torch.bool)
     rotary = rotary_table(rotary_emb)
-    features = Features(feature_map, eps, normalizer == "paper", None if rotary is None else pack(rotary))
+    features = Features(
+        feature_map, eps, normalizer == "paper", None if rotary is None else pack(rotary), shared=True
+    )
     key_features = dataclasses.replace(features, mask=pack(mask[..., None])[..., 0])
     part = summarize(pack(k), pack(v), packed, key_features)
-    shape = *part.shape[:2], layout.num_blocks, *part.shape[3:]
-    summaries = _AllReduce.apply(part.new_zeros(shape).index_copy(2, blocks, part), group)
-    out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, v.dtype)
+    shape = *part.matrices.shape[:2], layout.num_blocks, *part.matrices.shape[3:]
+    total = _AllReduce.apply(part.matrices.new_zeros(shape).index_copy(2, blocks, part.matrices), group)
+    summaries = part._replace(matrices=total)
+    if implementation_for(q, k, v) is not tiled and features.normalized and rotary is None:
+        summaries = _centred(summaries)
+    out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, dtype or v.dtype)
     return out.index_select(2, slots)
 
 
@@ -101,6 +110,19 @@ def _slots(
     place = torch.empty_like(order)
     place[order] = torch.arange(tokens, device=device) - first[number[order]]
     return blocks, number * width + place, BlockLayout((len(blocks) * width,), (len(blocks),))
+
+
+def _centred(summaries: Summaries) -> Summaries:
+    """Summaries of ``v - m``, m being the mean of the values, weighted as their features weigh them.
+
+    As :mod:`mhla_diffusion.ops.triton_mhla` has them of one process, and for the same reason; no rank knows m
+    before the exchange.
+    """
+    matrices, sums = summaries.matrices[..., :-1, :], summaries.matrices[..., -1:, :]
+    weight = sums.detach().sum((2, 4))  # [B, H, 1]
+    centre = matrices.detach().sum((2, 4)) / torch.where(weight == 0, 1.0, weight)  # [B, H, d_v]
+    matrices = torch.cat((matrices - centre[:, :, None, :, None] * sums, sums), -2)
+    return summaries._replace(matrices=matrices, centre=centre)
 
 
 class _AllReduce(torch.autograd.Function):

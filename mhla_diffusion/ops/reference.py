@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .composite import counted
 from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi
 from .layout import BlockLayout
 
@@ -36,9 +37,8 @@ def mhla_reference(
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
-    q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
-    if key_mask is not None:
-        k = k * key_mask[:, None, :, None]
+    v, k = counted(v, key_mask), counted(k, key_mask)
+    q, k = phi(q, feature_map, eps=eps), counted(phi(k, feature_map, eps=eps), key_mask)
     block, key_block = (x.block_index(q.device) for x in (layout, key_layout or layout))
     weights = mixing[..., block, :][..., key_block]  # [N, N_k] or [H, N, N_k]
     numerator, denominator = _dense(q, k, v, weights, rotary_emb)
@@ -70,9 +70,8 @@ def mhla_causal_reference(
         ``[B, H, N, d]``, float64.
     """
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
-    q, k = phi(q, feature_map, eps=eps), phi(k, feature_map, eps=eps)
-    if key_mask is not None:
-        k = k * key_mask[:, None, :, None]
+    v, k = counted(v, key_mask), counted(k, key_mask)
+    q, k = phi(q, feature_map, eps=eps), counted(phi(k, feature_map, eps=eps), key_mask)
     block = torch.arange(q.shape[2], device=q.device) // block_size
     weights = mixing[..., block, :][..., block].tril()
     numerator, denominator = _dense(q, k, v, weights, rotary_emb)

@@ -1,4 +1,20 @@
-"""Tokens as tiles: blocks of some heads of some samples, few enough to stay in the processor's cache."""
+"""Tokens as tiles: blocks of some heads of some samples, few enough to stay in the processor's cache.
+
+A grid of 5 x 7 tokens in 2 x 3 blocks, numbered 0 to 5. Blocks of one shape are a box (A to D); a box is cut
+into tiles, each of as many whole blocks as it can hold::
+
+      3   2   2   tokens     box   blocks   shape of each   tiles of at most 8 tokens
+    +---+---+---+
+    | 0 | 1 | 2 |  3         A     0        3 x 3           2: a slab of two rows, a slab of one
+    |   |   |   |            B     1, 2     3 x 2           2: a block each
+    +---+---+---+            C     3        2 x 3           1
+    | 3 | 4 | 5 |  2         D     4, 5     2 x 2           1: both blocks
+    +---+---+---+
+
+A block that is larger than a tile is cut into slabs along its first axis; the first one writes the block's
+summary, the others add to it. A tile is never copied token by token: all its blocks have one shape and lie at
+equal distances, so that it is one strided view ``[b, h, *counts, *shape, d]`` of ``[B, H, N, d]``.
+"""
 
 from __future__ import annotations
 

@@ -16,26 +16,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .composite import mix
-from .features import Features, phi_backward, phi_into
+from .composite import mix, within_range
+from .features import Features, feature_map_of
 from .layout import BlockLayout
 from .tiles import Part, Tile, tile_groups
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """``[B, H, M, d_v + 1, d]`` from k ``[B, H, N, d]`` and v ``[B, H, N, d_v]``, in float32 or wider."""
-    summaries = new_summaries(k, v, layout, features)
+def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, H, M, d_v + 1, d]`` from k ``[B, H, N, d]`` and v ``[B, H, N, d_v]``, in float32 or wider.
+
+    And two tensors of no elements: the sums, which other paths keep apart, and the centre of the values.
+    """
+    summaries, sums, centre = new_summaries(k, v, layout, features)
     for part, places in _places(k, layout, features, summaries.dtype):
         for at in places:
             at.add_outer(at.values(v), at.rows(k), summaries[part])
-    return summaries
+    return summaries, sums, centre
 
 
 def summarize_backward(
-    grad: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, features: Features
+    grad: Tensor,
+    grad_sums: Tensor,
+    k: Tensor,
+    v: Tensor,
+    centre: Tensor,
+    layout: BlockLayout,
+    features: Features,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v from that of the summaries."""
-    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    """Gradients of k and v from those of the summaries."""
+    grad_k, grad_v = new_gradient(k), new_gradient(v)
     for part, places in _places(k, layout, features, grad.dtype):
         for at in places:
             rows, matrices = at.rows(k), at.matrices(grad[part])
@@ -45,11 +54,19 @@ def summarize_backward(
 
 
 def read(
-    q: Tensor, summaries: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
+    q: Tensor,
+    summaries: Tensor,
+    sums: Tensor,
+    centre: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any."""
+    assert not sums.numel() + centre.numel(), "keys and queries take the same path"
     channels = summaries.shape[-2] - features.normalized
-    out, denominators = new_outputs(q, summaries, features, dtype)
+    out, denominators = new_outputs(q, summaries, sums, features, dtype)
     for part, places in _places(q, layout, features, summaries.dtype):
         mixed = mix(part.of_heads(mixing), summaries[part])
         for at in places:
@@ -70,57 +87,71 @@ def read_backward(
     denominators: Tensor,
     q: Tensor,
     summaries: Tensor,
+    sums: Tensor,
     mixing: Tensor,
     layout: BlockLayout,
     features: Features,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, the summaries and the mixing matrix."""
-    grad_q, grad_summaries = torch.empty_like(q), torch.empty_like(summaries)
-    grad_mixing = torch.zeros_like(mixing)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, the summaries, the sums apart (there are none) and the mixing matrix."""
+    grad_q, grad_summaries = new_gradient(q), summaries.new_empty(summaries.shape)
+    grad_mixing = mixing.new_zeros(mixing.shape)
     for part, places in _places(q, layout, features, summaries.dtype):
         weights = part.of_heads(mixing)
         mixed = mix(weights, summaries[part])
         grad_mixed = torch.empty_like(mixed)
         for at in places:
             rows, matrices = at.rows(q), at.matrices(mixed)
-            products = at.products_gradient(grad, out, denominators)
+            products = at.products_gradient(grad, at.outputs(out, matrices, rows, denominators), denominators)
             at.add_outer(products, rows, grad_mixed)
             at.store_gradient(_outer_backward(products, matrices, rows), rows, q, grad_q)
         grad_summaries[part] = mix(weights.mT, grad_mixed)
         grad_weights = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
         part.of_heads(grad_mixing).add_(grad_weights.sum(0 if mixing.ndim == 3 else (0, 1)))
-    return grad_q, grad_summaries, grad_mixing
+    return grad_q, grad_summaries, sums.new_empty(sums.shape), grad_mixing
 
 
-def new_summaries(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Tensor:
-    """Empty, ``[B, H, M, d_v + 1, d]``."""
+def new_summaries(
+    k: Tensor, v: Tensor, layout: BlockLayout, features: Features
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty: ``[B, H, M, d_v + 1, d]``, ``[B, H, M, 0]`` and ``[B, H, 0]``."""
     dtype = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)
-    height = v.shape[-1] + features.normalized
-    return k.new_empty(*k.shape[:2], layout.num_blocks, height, k.shape[-1], dtype=dtype)
+    shape, height = (*k.shape[:2], layout.num_blocks), v.shape[-1] + features.normalized
+    return (
+        k.new_empty(*shape, height, k.shape[-1], dtype=dtype),
+        k.new_empty(*shape, 0, dtype=dtype),
+        k.new_empty(*k.shape[:2], 0, dtype=dtype),
+    )
 
 
 def new_outputs(
-    q: Tensor, summaries: Tensor, features: Features, dtype: torch.dtype
+    q: Tensor, summaries: Tensor, sums: Tensor, features: Features, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Empty, ``[B, H, N, d_v]`` and ``[B, H, N, 1]``."""
-    channels = summaries.shape[-2] - features.normalized
+    channels = summaries.shape[-2] - (features.normalized and not sums.shape[-1])
+    denominators = torch.promote_types(summaries.dtype, torch.float32)
     return (
         _empty_in_order_of(q, channels, dtype),
-        _empty_in_order_of(q, int(features.normalized), summaries.dtype),
+        q.new_empty(*q.shape[:3], int(features.normalized), dtype=denominators),
     )
+
+
+def new_gradient(x: Tensor) -> Tensor:
+    """Empty, in the order of x in memory, but with its channels side by side."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 class _Rows(NamedTuple):
     """The features of a tile of T blocks of n tokens, ``[T, n, d]``; the same tensor twice without rotation.
 
-    ``rotary`` (complex, ``[..., d / 2]``) and ``mask`` are those of the tile, ``[b, h, *counts, *shape, *]``.
+    ``rotary`` (complex, ``[..., d / 2]``) and ``hidden`` (true where a row does not count) are those of the
+    tile, ``[b, h, *counts, *shape, *]``.
     """
 
     plain: Tensor
     rotated: Tensor
     normalized: bool
     rotary: Tensor | None
-    mask: Tensor | None
+    hidden: Tensor | None
 
     @property
     def sums_apart(self) -> bool:
@@ -174,15 +205,15 @@ def _places(
     x: Tensor, layout: BlockLayout, features: Features, dtype: torch.dtype
 ) -> Iterator[tuple[Part, Iterator[_Place]]]:
     """All tiles of x, by samples and heads; sums are to be taken in ``dtype``."""
-    rotary = mask = None
+    rotary = hidden = None
     if features.rotary is not None:
         pairs = features.rotary.to(dtype).unflatten(-1, (-1, 2)).contiguous()
         rotary = torch.view_as_complex(pairs).expand(*x.shape[:-1], -1)
     if features.mask is not None:
-        mask = features.mask[:, None, :, None].expand(*x.shape[:-1], 1)
+        hidden = ~features.mask[:, None, :, None].expand(*x.shape[:-1], 1)
     buffers = _Buffers(x.device, dtype)
     for part, tiles in tile_groups(x, layout):
-        yield part, (_Place(part, tile, layout, features, rotary, mask, buffers) for tile in tiles)
+        yield part, (_Place(part, tile, layout, features, rotary, hidden, buffers) for tile in tiles)
 
 
 class _Place(NamedTuple):
@@ -193,7 +224,7 @@ class _Place(NamedTuple):
     layout: BlockLayout
     settings: Features
     rotary: Tensor | None
-    mask: Tensor | None
+    hidden: Tensor | None
     buffers: _Buffers
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -209,21 +240,24 @@ class _Place(NamedTuple):
         """The tile of v and a channel of ones, ``[T, n, d_v + 1]``."""
         channels, view = v.shape[-1], self.tokens(v)
         values = self.buffer("values", channels + self.settings.normalized)
-        _shaped(values, view)[..., :channels].copy_(view)
+        copy = _shaped(values, view)[..., :channels].copy_(view)
+        if self.hidden is not None:
+            # Their features are 0, but 0 times NaN is not.
+            copy.masked_fill_(self.tokens(self.hidden), 0)
         return values  # the ones are there already
 
     def rows(self, x: Tensor) -> _Rows:
         """The features of the tile of x."""
         view, plain = self.tokens(x), self.buffer("features", x.shape[-1])
-        phi_into(_shaped(plain, view), view, self.settings)
-        mask = None if self.mask is None else self.tokens(self.mask)
-        if mask is not None:
-            _shaped(plain, view).mul_(mask)
+        feature_map_of(self.settings.feature_map).into(_shaped(plain, view), view, self.settings.eps)
+        hidden = None if self.hidden is None else self.tokens(self.hidden)
+        if hidden is not None:
+            _shaped(plain, view).masked_fill_(hidden, 0)
         if self.rotary is None:
-            return _Rows(plain, plain, self.settings.normalized, None, mask)
+            return _Rows(plain, plain, self.settings.normalized, None, hidden)
         rotary, rotated = self.tokens(self.rotary), self.buffer("rotated", x.shape[-1])
         _rotate_(rotated.copy_(plain), rotary)
-        return _Rows(plain, rotated, self.settings.normalized, rotary, mask)
+        return _Rows(plain, rotated, self.settings.normalized, rotary, hidden)
 
     def matrices(self, summaries: Tensor) -> Tensor:
         """The tile's own ``[T, c, d]`` of ``[b, h, M, c, d]``."""
@@ -256,19 +290,32 @@ class _Place(NamedTuple):
         if self.settings.normalized:
             torch.div(products[..., :channels], products[..., channels:], out=view)
         else:
-            view.copy_(products)
+            view.copy_(within_range(products, out.dtype))
 
-    def products_gradient(self, grad: Tensor, out: Tensor, denominators: Tensor) -> Tensor:
+    def outputs(self, out: Tensor, matrices: Tensor, rows: _Rows, denominators: Tensor) -> Tensor:
+        """The tile of the output, ``[b, h, *counts, *shape, d_v]``, as exact as sums are.
+
+        The gradient of q is a small difference of ``S^T g`` and ``(g . o) z``. What a narrow dtype rounds off
+        o is as large as that difference where values have a mean, so o is computed anew there.
+        """
+        view = self.tokens(out)
+        if out.dtype == matrices.dtype or not self.settings.normalized:
+            return view
+        products = self.buffer("outputs", matrices.shape[1])
+        _inner(matrices, rows, out=products)
+        return _shaped(products, view)[..., :-1].div_(self.tokens(denominators))
+
+    def products_gradient(self, grad: Tensor, outputs: Tensor, denominators: Tensor) -> Tensor:
         """The gradient of numerators and denominators, ``[T, n, d_v + 1]``, from that of ``o = n / den``.
 
-        ``g / den`` that of n, ``-(g . o) / den`` that of den.
+        ``g / den`` that of n, ``-(g . o) / den`` that of den; ``outputs`` is the tile of o.
         """
-        channels, view = out.shape[-1], self.tokens(grad)
+        channels, view = grad.shape[-1], self.tokens(grad)
         products = self.buffer("products", channels + self.settings.normalized)
         numerators = _shaped(products, view)[..., :channels]
         if self.settings.normalized:
             torch.div(view, self.tokens(denominators), out=numerators)
-            sums = (numerators * self.tokens(out)).sum(-1, keepdim=True)
+            sums = (numerators * outputs).sum(-1, keepdim=True)
             _shaped(products, view)[..., channels:] = sums.neg_()
         else:
             numerators.copy_(view)
@@ -278,9 +325,9 @@ class _Place(NamedTuple):
         """Write the gradient of x, from that of its features ``[T, n, d]``."""
         view = self.tokens(out)
         grad, plain = _shaped(grad, view), _shaped(rows.plain, view)
-        if rows.mask is not None:
-            grad.mul_(rows.mask)
-        phi_backward(grad, self.tokens(x), plain, self.settings, out=view)
+        if rows.hidden is not None:
+            grad.masked_fill_(rows.hidden, 0)
+        feature_map_of(self.settings.feature_map).backward(grad, self.tokens(x), plain, view)
 
 
 def _shaped(x: Tensor, view: Tensor) -> Tensor:

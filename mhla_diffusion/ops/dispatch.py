@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import summaries
+from . import tiled
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
         )
     on_gpu = tensors[0].device.type == "cuda"
     if choice == "torch" or (choice == "auto" and not on_gpu):
-        return summaries
+        return tiled
     reason = _obstacle(tensors)
     if reason is None:
         from . import triton_mhla
@@ -44,7 +44,7 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
     if choice == "triton":
         raise ValueError(f"MHLA_KERNELS=triton, but {reason}; unset it, or set it to auto")
     _log_once(reason)
-    return summaries
+    return tiled
 
 
 def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
@@ -54,6 +54,8 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, and Triton's kernels are for GPUs"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU to compile for"  # fake tensors
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

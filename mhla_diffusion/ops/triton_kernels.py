@@ -1,0 +1,308 @@
+"""What :mod:`mhla_diffusion.ops.triton_mhla` launches: one axis of programs, each on tokens of one block.
+
+A program finds its tokens in ``order`` (tokens sorted by block, ``[N]``) between ``starts[block]`` and
+``starts[block + 1]``; long blocks are shared by several programs (parts). Programs that follow each other are
+heads of the same tokens: neighbours in memory, with the same order and angles.
+
+Names: x is q or k, ``[B, H, N, WIDTH]``; v the other factor, ``[B, H, N, CHANNELS]``; both with channels
+side by side. A summary is ``[CHANNELS, WIDTH]``, the sum of features beside it ``[WIDTH]``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(starts, heads, blocks, parts, TILES: tl.constexpr, ROWS: tl.constexpr):
+    """Sample, head, tile of channels, number of the summary, and first and last place in ``order``."""
+    pid = tl.program_id(0)
+    h = pid % heads
+    rest = pid // heads
+    tile = rest % TILES
+    rest = rest // TILES
+    part = rest % parts
+    rest = rest // parts
+    block = rest % blocks
+    b = (rest // blocks).to(tl.int64)
+    start, end = tl.load(starts + block), tl.load(starts + block + 1)
+    share = tl.cdiv(end - start, parts * ROWS) * ROWS
+    first = start + part * share
+    return b, h.to(tl.int64), tile, block, part, first, tl.minimum(first + share, end)
+
+
+@triton.jit
+def _phi(x, column, eps, WIDTH: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr):
+    """Features, and zero in the padding."""
+    if FEATURE_MAP == "relu":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps
+    elif FEATURE_MAP == "elu":
+        y = tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) + tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(FEATURE_MAP == "softmax", "a feature map that the kernels do not know")
+        if WIDTH != D:
+            x = tl.where(column[None, :] < WIDTH, x, float("-inf"))
+        y = tl.exp(x - tl.max(x, 1)[:, None])
+        y = y / tl.sum(y, 1)[:, None]
+    if WIDTH != D:
+        y = tl.where(column[None, :] < WIDTH, y, 0.0)
+    return y
+
+
+@triton.jit
+def _phi_backward(grad, x, y, FEATURE_MAP: tl.constexpr):
+    """The gradient of x; NaN stays NaN."""
+    if FEATURE_MAP == "relu":
+        grad = tl.where(x <= 0, 0.0, grad)
+    elif FEATURE_MAP == "elu":
+        grad = grad * tl.minimum(y, 1.0)
+    else:
+        tl.static_assert(FEATURE_MAP == "softmax", "a feature map that the kernels do not know")
+        grad = y * (grad - tl.sum(grad * y, 1)[:, None])
+    return grad
+
+
+@triton.jit
+def _turn(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+    """Turn neighbouring columns; cos and sin [ROWS, D / 2]."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, D))
+
+
+@triton.jit
+def _angles(rotary, token, stride, column, valid, ROWS: tl.constexpr, D: tl.constexpr):
+    """Cosines and sines of the tokens, [ROWS, D / 2] each, read as the rows they are."""
+    table = tl.load(rotary + (token * stride)[:, None] + column[None, :], valid, 0.0)
+    return tl.split(tl.reshape(table, (ROWS, D // 2, 2)))
+
+
+@triton.jit
+def _counted(mask, b, token, inside, stride_b, stride_n, MASK: tl.constexpr):
+    """Which rows count: those of the block that no mask hides."""
+    if MASK:
+        inside = inside & (tl.load(mask + b * stride_b + token * stride_n, inside, 0) != 0)
+    return inside
+
+
+@triton.jit
+def _places(token, stride, column, VEC: tl.constexpr):
+    """Offsets of rows, which begin at multiples of VEC numbers."""
+    return tl.multiple_of(token * stride, VEC)[:, None] + column[None, :]
+
+
+@triton.jit
+def _summary(summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a tile of a summary lies, and what of it exists."""
+    valid = (channel[:, None] < CHANNELS) & (column[None, :] < WIDTH)
+    start = tl.multiple_of(at * stride, WIDTH & -WIDTH)  # the largest power of two in WIDTH
+    return summaries + start + channel[:, None] * WIDTH + column[None, :], valid
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "step"])
+def centre_kernel(
+    v, centre, mask, v_b, v_h, v_n, v_d, mask_b, mask_n, heads, tokens, step,
+    MASK: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """The mean of every step-th value, rounded to what the largest of them hold in bfloat16.
+
+    So rounded, ``v - centre`` is exact for most values. Else its error would be the same for all that share
+    an exponent, and would not average out.
+    """
+    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    channel = tl.arange(0, DV)
+    total = tl.zeros((DV,), tl.float32)
+    largest = tl.zeros((DV,), tl.float32)
+    number = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, tokens, ROWS * step):
+        token = first + tl.arange(0, ROWS).to(tl.int64) * step
+        counts = _counted(mask, b, token, token < tokens, mask_b, mask_n, MASK)
+        place = v + b * v_b + h * v_h + token[:, None] * v_n + channel[None, :] * v_d
+        values = tl.load(place, counts[:, None] & (channel[None, :] < CHANNELS), 0.0).to(tl.float32)
+        total += tl.sum(values, 0)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+        number += counts.to(tl.float32)
+    mean = total / tl.maximum(tl.sum(number, 0), 1.0)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.maximum(power, 1e-30) / 128
+    mean = tl.floor(mean / unit + 0.5) * unit
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+    tl.store(centre + tl.program_id(0).to(tl.int64) * CHANNELS + channel, mean, channel < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
+def outer_kernel(
+    x, v, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
+    x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, mask_b, mask_n, summary_stride, sums_stride,
+    heads, blocks, parts, tokens, eps,
+    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
+    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Summaries of values and features of x, and the sums of features.
+
+    CENTRED: of ``v - centre``. QUOTIENT: of ``v / den``, and of features times ``den_grad``.
+    """
+    b, h, tile, block, part, first, last = _place(starts, heads, blocks, parts, TILES, ROWS)
+    column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
+    x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
+    v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
+    if CENTRED:
+        middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+    total = tl.zeros((DV, D), tl.float32)
+    features = tl.zeros((ROWS, D), tl.float32)
+    for row in range(first, last, ROWS):
+        slot = row + tl.arange(0, ROWS)
+        inside = slot < last
+        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
+        real = inside[:, None] & (column[None, :] < WIDTH)
+        plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
+        plain = tl.where(counts[:, None], _phi(plain, column, eps, WIDTH, D, FEATURE_MAP), 0.0)
+        # What a masked value holds must not matter: 0 times NaN is NaN.
+        values = tl.load(
+            v + _places(token, v_n, channel, V_VEC), counts[:, None] & (channel[None, :] < CHANNELS), 0.0
+        )
+        if QUOTIENT:
+            at = (b * heads + h) * tokens + token
+            values = values.to(tl.float32) / tl.load(den + at, inside, 1.0)[:, None]
+            features += plain * tl.load(den_grad + at, inside, 0.0)[:, None]
+        else:
+            if NORMALIZED:
+                features += plain
+            if CENTRED:
+                values = values.to(tl.float32) - middle[None, :]
+        rotated = plain
+        if ROTARY:
+            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            rotated = _turn(plain, cos, sin, ROWS, D)
+        total = tl.dot(tl.trans(values.to(OPERAND)), rotated.to(OPERAND), total, input_precision=PRECISION)
+    at = ((b * heads + h) * blocks + block) * parts + part
+    place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
+    tl.store(place, total.to(summaries.dtype.element_ty), valid)
+    if NORMALIZED and tile == 0:
+        tl.store(sums + at * sums_stride + column, tl.sum(features, 0), column < WIDTH)
+
+
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
+def inner_kernel(
+    x, out, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
+    x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, mask_b, mask_n, summary_stride, sums_stride,
+    heads, blocks, parts, tokens, eps,
+    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, SATURATE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
+    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Products of features of x and summaries; QUOTIENT: over the denominators, which are stored too."""
+    b, h, tile, block, _part, first, last = _place(starts, heads, blocks, parts, TILES, ROWS)
+    column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
+    x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
+    out += tl.multiple_of(b * v_b + h * v_h, V_VEC)
+    at = (b * heads + h) * blocks + block
+    place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
+    matrix = tl.load(place, valid, 0.0).to(OPERAND)
+    if QUOTIENT:
+        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+    if CENTRED:
+        middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+    for row in range(first, last, ROWS):
+        slot = row + tl.arange(0, ROWS)
+        inside = slot < last
+        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
+        real = inside[:, None] & (column[None, :] < WIDTH)
+        plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
+        plain = _phi(plain, column, eps, WIDTH, D, FEATURE_MAP)
+        if MASK:
+            plain = tl.where(counts[:, None], plain, 0.0)
+        rotated = plain
+        if ROTARY:
+            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            rotated = _turn(plain, cos, sin, ROWS, D)
+        product = tl.dot(rotated.to(OPERAND), tl.trans(matrix), input_precision=PRECISION)
+        if QUOTIENT:
+            denominator = tl.sum(plain * z[None, :], 1)
+            # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
+            blind = denominator == 0
+            denominator = tl.where(blind, 1.0, denominator)
+            product = product * (1.0 / denominator)[:, None]
+            if CENTRED:
+                product += tl.where(blind[:, None], 0.0, middle[None, :])
+            if tile == 0:
+                tl.store(den + (b * heads + h) * tokens + token, denominator, inside)
+        if SATURATE:
+            product = tl.maximum(product, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+            product = tl.minimum(product, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        written = inside[:, None] & (channel[None, :] < CHANNELS)
+        tl.store(out + _places(token, v_n, channel, V_VEC), product.to(out.dtype.element_ty), written)
+
+
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
+def rows_kernel(
+    x, v, grad, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
+    x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, r_b, r_h, r_n, mask_b, mask_n,
+    summary_stride, sums_stride, heads, blocks, parts, tokens, eps,
+    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
+    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, where summaries and v multiply its features.
+
+    QUOTIENT: v is the gradient g of ``o = n / den``. With ``u = S^T g / den`` the features get
+    ``u - (f . u / den) z``: g . o is f . u, so that no o is read, and what is left is orthogonal to f.
+    """
+    b, h, _tile, block, _part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
+    column = tl.arange(0, D)
+    x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
+    v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
+    grad += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
+    at = (b * heads + h) * blocks + block
+    if NORMALIZED:
+        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+    if TILES == 1:
+        place, valid = _summary(summaries, at, summary_stride, tl.arange(0, DV), column, CHANNELS, WIDTH)
+        whole = tl.load(place, valid, 0.0).to(OPERAND)
+    for row in range(first, last, ROWS):
+        slot = row + tl.arange(0, ROWS)
+        inside = slot < last
+        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
+        rotated = tl.zeros((ROWS, D), tl.float32)
+        for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
+            channel = tile * DV + tl.arange(0, DV)
+            values = tl.load(
+                v + _places(token, v_n, channel, V_VEC), counts[:, None] & (channel[None, :] < CHANNELS), 0.0
+            )
+            if CENTRED:
+                middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+                values = values.to(tl.float32) - middle[None, :]
+            if TILES == 1:
+                matrix = whole
+            else:
+                place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
+                matrix = tl.load(place, valid, 0.0).to(OPERAND)
+            rotated = tl.dot(values.to(OPERAND), matrix, rotated, input_precision=PRECISION)
+        real = inside[:, None] & (column[None, :] < WIDTH)
+        plain = rotated
+        if ROTARY:
+            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            plain = _turn(rotated, cos, -sin, ROWS, D)
+        rows = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
+        features = _phi(rows, column, eps, WIDTH, D, FEATURE_MAP)
+        if QUOTIENT:
+            at_token = (b * heads + h) * tokens + token
+            inverse = 1.0 / tl.load(den + at_token, inside, 1.0)
+            plain = plain * inverse[:, None]
+            weight = -tl.sum(features * plain, 1) * inverse
+            tl.store(den_grad + at_token, weight, inside)
+            plain += weight[:, None] * z[None, :]
+        elif NORMALIZED:
+            plain += z[None, :]
+        if MASK:
+            plain = tl.where(counts[:, None], plain, 0.0)
+            features = tl.where(counts[:, None], features, 0.0)
+        result = _phi_backward(plain, rows, features, FEATURE_MAP)
+        tl.store(grad + _places(token, dx_n, column, X_VEC), result.to(grad.dtype.element_ty), real)

@@ -1,0 +1,299 @@
+"""Compile the GPU kernels as they would be launched, for GPUs that are not here, and count what that costs.
+
+python scripts/check_kernels.py              # every target, dtype and width: about half an hour
+python scripts/check_kernels.py --few        # what the tests check: under a minute
+
+Launches are recorded on meta tensors and compiled with the specialisation of the launcher. What is checked:
+each compiles, fits the shared memory of the GPU, spills next to nothing, reads no 2 bytes at a time where
+rows are aligned, and takes no more instructions in its loop for each token than its budget, which is what
+predicts time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_mhla
+from mhla_diffusion.ops.features import FEATURE_MAPS, Features
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Shared memory that a program may have, in bytes.
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, "gfx": 65_536}
+TARGETS: tuple[int | str, ...] = (80, 86, 90, 100, 120, "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.bool: "*i1",
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A launch of all kernels: forward and backward of q, k and v as projections leave them."""
+
+    name: str
+    d: int
+    heads: int
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+    rotary: bool = False
+    dtype: str = "bf16"
+    feature_map: str = "relu"
+    mask: bool = False
+    normalized: bool = True
+
+
+SHAPES = [
+    Case("DiT-XL 16k", 72, 16, (128, 128), (8, 8)),
+    Case("Wan 31.5k", 128, 12, (21, 30, 50), (3, 5, 10), rotary=True),
+    Case("SANA-V 31.5k", 112, 20, (21, 30, 50), (3, 5, 8), rotary=True),
+    Case("1M", 64, 1, (1024, 1024), (16, 16)),
+]
+
+DIT, WAN = SHAPES[:2]
+WIDE, EXACT = (
+    Case(f"d {d}, {t}", d, 8, (64, 64), (4, 4), True, t) for d, t in ((256, "bf16"), (128, "fp32"))
+)
+ALL = ("centre", "outer", "inner", "rows", "outer of quotients", "inner of quotients", "rows of quotients")
+# What the tests compile, a second each: the largest kernels for all targets, all kernels for one.
+FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
+    (DIT, 90, ALL),
+    (WAN, 90, ALL[1:]),
+    (WAN, 80, ("rows of quotients",)),
+    (EXACT, 86, ("outer", "rows of quotients")),
+    (WIDE, 120, ("inner of quotients", "rows of quotients")),
+    (WAN, 100, ("outer of quotients",)),
+    (DIT, "gfx942", ("outer of quotients", "rows of quotients")),
+]
+# Instructions that warps may issue in the loop for each token and head, at compute capability 9.0.
+BUDGET = {
+    (case.name, name): budget
+    for case, budgets in ((DIT, (65, 60, 55, 85, 85, 80, 125)), (WAN, (65, 65, 60, 75, 95, 85, 110)))
+    for name, budget in zip(ALL, budgets, strict=True)
+}
+# Bytes a thread, within which nothing of a loop is.
+MOST_SPILLED, MOST_SPILLED_AMD = 64, 256
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments that it was launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are noted instead of made."""
+    launches: list[Launch] = []
+    originals = {
+        name: getattr(triton_kernels, name) for name in dir(triton_kernels) if name.endswith("_kernel")
+    }
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: launches.append(
+                Launch(self.kernel, grid, arguments, options)
+            )
+
+    for name, kernel in originals.items():
+        setattr(triton_kernels, name, Recorder(kernel))
+    try:
+        yield launches
+    finally:
+        for name, kernel in originals.items():
+            setattr(triton_kernels, name, kernel)
+
+
+def launches_of(case: Case, *, batch: int = 1) -> list[Launch]:
+    """What a forward and a backward launch."""
+    layout, dtype = BlockLayout(case.grid, case.blocks), DTYPES[case.dtype]
+    shape = batch, layout.num_tokens, case.heads, case.d
+    q, k, v, grad = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4))
+    rotary = torch.empty(shape[1], case.d, device="meta") if case.rotary else None
+    features = Features(case.feature_map, 1e-6, case.normalized, rotary)
+    mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
+    mixing = torch.empty(layout.num_blocks, layout.num_blocks, device="meta")
+    with recorded() as launches:
+        keys = features.__class__(case.feature_map, 1e-6, case.normalized, rotary, mask)
+        summaries, sums, centre = triton_mhla.summarize(k, v, layout, keys)
+        out, den = triton_mhla.read(q, summaries, sums, centre, mixing, layout, features, dtype)
+        triton_mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
+        triton_mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
+    return launches
+
+
+def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
+    """What the launcher would compile: ones and None are constants, multiples of 16 known as such."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    stages = {name: value for name, value in launch.options.items() if name in ("num_warps", "num_stages")}
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if abs(value) >= 2**31 else "i32"
+            if specialised and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes), stages
+
+
+class Cost(NamedTuple):
+    """Cost of a compiled kernel: shared memory in bytes, registers and spilled bytes of a thread, loads of 2
+    bytes, and instructions that warps issue in the loop for each token (0 where they cannot be counted)."""
+
+    shared: int
+    registers: int
+    spilled: int
+    narrow_loads: int
+    instructions: float
+
+
+def cost_of(launch: Launch, target: int | str) -> Cost:
+    """Compile for a compute capability or an AMD architecture."""
+    source, stages = source_of(launch)
+    if isinstance(target, str):
+        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=stages)
+        counts = (
+            re.findall(rf"\.{n}:\s+(\d+)", compiled.asm["amdgcn"]) for n in ("vgpr_count", "vgpr_spill_count")
+        )
+        registers, spilled = (int(count[-1]) for count in counts)
+        return Cost(compiled.metadata.shared, registers, 4 * spilled, 0, 0)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=stages)
+    ptx = compiled.asm["ptx"]
+    architecture = re.findall(r"\.target\s+(sm_\w+)", ptx)[0]
+    tool = "ptxas-blackwell" if target >= 100 else "ptxas"
+    report = run_tool(tool, ptx.encode(), "-v", f"--gpu-name={architecture}", "-o", os.devnull)
+    instructions = 0.0
+    if target < 100:
+        loop = longest_loop(run_tool("nvdisasm", compiled.asm["cubin"], "-c"))
+        instructions = loop * stages["num_warps"] / launch.options["ROWS"]
+    return Cost(
+        shared=compiled.metadata.shared,
+        registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
+        spilled=sum(int(size) for size in re.findall(r"(\d+) bytes spill", report)),
+        narrow_loads=len(re.findall(r"ld\.global\S*\.b16 |cp\.async\S*[^;]*, 0x2;", ptx)),
+        instructions=instructions,
+    )
+
+
+def run_tool(name: str, code: bytes, *options: str) -> str:
+    """What one of the tools that come with Triton says of a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        command = [str(TOOLS / name), *options, file.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def longest_loop(assembly: str) -> int:
+    """Instructions in the longest loop, from a label to the branch back to it."""
+    labels: dict[str, int] = {}
+    position = longest = 0
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = position
+        if instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
+            position += 1
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction.group(1))
+            if branch and branch.group(1) in labels:
+                longest = max(longest, position - labels[branch.group(1)])
+    return longest
+
+
+def faults_of(cost: Cost, launch: Launch, target: int | str, budget: float | None) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    limit = SHARED["gfx" if isinstance(target, str) else target]
+    aligned = launch.options.get("X_VEC", 1) == launch.options.get("V_VEC", 1) == 8
+    checks = {
+        f"{cost.shared} bytes of shared memory, of {limit}": cost.shared > limit,
+        f"{cost.spilled} bytes spilled": cost.spilled
+        > (MOST_SPILLED_AMD if isinstance(target, str) else MOST_SPILLED),
+        f"{cost.narrow_loads} loads of 2 bytes": aligned and cost.narrow_loads > 0,
+        f"{cost.instructions:.0f} instructions a token, budget {budget}": budget is not None
+        and target == 90
+        and cost.instructions > budget,
+    }
+    return [text for text, wrong in checks.items() if wrong]
+
+
+def name_of(launch: Launch) -> str:
+    """The kernel, and whether it works for the queries of the backward or of the forward."""
+    name = launch.kernel.fn.__name__.removesuffix("_kernel")
+    return f"{name} of quotients" if launch.options.get("QUOTIENT") else name
+
+
+def matrix() -> Iterator[tuple[Case, int | str, tuple[str, ...]]]:
+    """All that is compiled."""
+    yield from itertools.product(SHAPES, TARGETS, (ALL,))
+    for d, dtype, target in itertools.product((16, 64, 72, 112, 128, 160, 256), DTYPES, TARGETS):
+        yield Case(f"d {d}, {dtype}", d, 8, (64, 64), (4, 4), rotary=d % 16 == 0, dtype=dtype), target, ALL
+    for name, target in itertools.product(FEATURE_MAPS, TARGETS):
+        for mask, normalized in itertools.product((False, True), repeat=2):
+            yield Case(name, 64, 8, (64, 64), (4, 4), False, "bf16", name, mask, normalized), target, ALL
+    for grid, blocks in (((1,), (1,)), ((16, 1), (1, 1)), ((1024, 1024), (1, 1))):
+        yield Case(f"{grid} in {blocks}", 64, 1, grid, blocks), 90, ALL
+
+
+def check(cases: Iterable[tuple[Case, int | str, tuple[str, ...]]]) -> int:
+    """Compile, print a table and return the number of kernels at fault."""
+    print("| case | target | kernel | shared | registers | spilled | instructions a token | fault |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    faults, seen = 0, set()
+    for case, target, names in cases:
+        for launch in launches_of(case):
+            key = target, name_of(launch), str(source_of(launch)[0].hash()), str(launch.options)
+            if key in seen or name_of(launch) not in names:
+                continue
+            seen.add(key)
+            try:
+                cost = cost_of(launch, target)
+            except Exception as error:  # whatever the compiler raises is the finding
+                wrong, numbers = [f"{type(error).__name__}: {str(error).strip()[-200:]}"], "| | |"
+            else:
+                wrong = faults_of(cost, launch, target, BUDGET.get((case.name, name_of(launch))))
+                numbers = f"{cost.shared} | {cost.registers} | {cost.spilled} | {cost.instructions:.0f}"
+            faults += bool(wrong)
+            print(
+                f"| {case.name} | {target} | {name_of(launch)} | {numbers} | {'; '.join(wrong)} |", flush=True
+            )
+    print(f"\n{faults} of {len(seen)} kernels at fault")
+    return faults
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--few", action="store_true", help="a choice of targets, as in the tests")
+    sys.exit(min(1, check(FEW if parser.parse_args().few else matrix())))

@@ -1,0 +1,74 @@
+"""The script for the day that there is a GPU: here on a CPU, on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, blocked: str = "") -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own, in which the blocked packages are not there."""
+    code = (
+        "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv[0] = 'scripts/gpu_validate.py'\n"
+        f"sys.modules.update(dict.fromkeys({blocked.split()}))\n"
+        "runpy.run_path('scripts/gpu_validate.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("MHLA_KERNELS", "auto")
+    yield importlib.import_module("gpu_validate")
+    for name in ("gpu_validate", "gpu_checks"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("stage", ["correct", "runtime", "speed", "models"])
+def test_every_check_of_a_stage_runs_and_passes(script: Any, stage: str) -> None:
+    results = {name: check() for name, check in script.STAGES[stage](script.Machine("cpu"))}
+    assert len(results) >= {"correct": 20, "runtime": 8, "speed": 2, "models": 3}[stage]
+    assert all(good for _, good in results.values()), results
+
+
+def test_rows_are_written(tmp_path: Path) -> None:
+    result = run("--device", "cpu", "--stages", "machine", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "out" / "gpu_validate.json").read_text())
+    assert [(row["stage"], row["check"], row["ok"]) for row in rows] == [
+        ("machine", "versions", True),
+        ("machine", "rates", True),
+    ]
+    assert (tmp_path / "out" / "gpu_validate.md").read_text().startswith("| stage | check | ok |")
+
+
+def test_a_process_that_dies_is_a_row(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script.sys, "executable", "/bin/false")
+    rows = script.run_in_processes("machine", "cpu")
+    assert [(row["check"], row["ok"]) for row in rows] == [("process", False)]
+    assert "exit 1" in rows[0]["result"]
+
+
+def test_it_needs_the_operator_alone() -> None:
+    result = run("--device", "cpu", "--stage", "models", blocked="diffusers jsonargparse transformers")
+    assert "not installed: not checked" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_it_says_that_no_gpu_is_there() -> None:
+    result = run()
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: no GPU is there; --device cpu")

@@ -1,0 +1,84 @@
+"""The operators as torch sees them: schema, fake tensors, autograd, and tensors of more than 2^31 numbers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from mhla_diffusion.ops import BlockLayout, mhla
+
+LAYOUT = BlockLayout((4, 4), (2, 2))
+SETTINGS = (None, None, [4, 4], [2, 2], "relu", 1e-6, True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads_inside", [False, True])
+def test_operators_are_what_they_say(dtype: torch.dtype, heads_inside: bool) -> None:
+    """Opcheck on all four, with a transposed W: fake and real shapes, strides and dtypes are equal."""
+
+    def make(*shape: int) -> Tensor:
+        if heads_inside:
+            return torch.randn(shape[0], shape[2], shape[1], shape[3]).to(dtype).transpose(1, 2)
+        return torch.randn(shape).to(dtype)
+
+    q, k, v, grad = (make(1, 2, 16, 8) for _ in range(4))
+    mixing = torch.rand(4, 4).T
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    ops = torch.ops.mhla
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    opcheck(ops.summarize.default, (*leaves[1:], *SETTINGS), test_utils=tests)
+    summaries, sums, centre = ops.summarize(k, v, *SETTINGS)
+    out, den = ops.read(q, summaries, sums, centre, mixing, *SETTINGS, dtype)
+    leaves = [x.detach().requires_grad_() for x in (q, summaries, sums)]
+    opcheck(ops.read.default, (*leaves, centre, mixing.requires_grad_(), *SETTINGS, dtype), test_utils=tests)
+    tests = ("test_schema", "test_faketensor")
+    opcheck(
+        ops.read_backward.default,
+        (grad, out, den, q, summaries, sums, mixing.detach(), *SETTINGS),
+        test_utils=tests,
+    )
+    opcheck(ops.summarize_backward.default, (summaries, sums, k, v, centre, *SETTINGS), test_utils=tests)
+
+
+def test_operators_take_the_expanded_gradient_of_a_sum() -> None:
+    q, k, v = torch.randn(3, 1, 2, 16, 8).unbind()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = mhla(*leaves, torch.rand(4, 4), LAYOUT)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_operators_reach_tokens_more_than_2_to_the_31_numbers_apart() -> None:
+    # Memory that is never touched costs nothing.
+    far = torch.empty(2**33, dtype=torch.bfloat16).as_strided((1, 1, 4, 16), (2**33, 2**33, 2**31 + 16, 1))
+    near = torch.randn(1, 1, 4, 16).bfloat16()
+    far.copy_(near)
+    layout, mixing = BlockLayout((4,), (2,)), torch.rand(2, 2)
+    assert torch.equal(mhla(far, far, far, mixing, layout), mhla(near, near, near, mixing, layout))
+
+
+def test_operators_are_differentiable_twice_in_narrow_dtypes() -> None:
+    """Through the composite form, with the centre and the sums of the kernels."""
+    q, k, v = (torch.randn(1, 1, 16, 8) + 1 for _ in range(3))
+    mixing = torch.rand(4, 4)
+
+    def second(*inputs: Tensor, kernels: str) -> Tensor:
+        os.environ["MHLA_KERNELS"] = kernels
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = mhla(*leaves, mixing, LAYOUT)
+        gradients = torch.autograd.grad(out.double().square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.double().square().sum() for x in gradients), leaves[0])[0].double()
+
+    kernels = os.environ.get("MHLA_KERNELS", "auto")
+    try:
+        inputs = [x.bfloat16() for x in (q, k, v)]
+        found = second(*inputs, kernels=kernels)
+        expected = second(*(x.double() for x in inputs), kernels="torch")
+    finally:
+        os.environ["MHLA_KERNELS"] = kernels
+    assert (found - expected).norm() / expected.norm() < 0.1
