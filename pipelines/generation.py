@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.videos import require_video_writer, write_video
+from mhla_diffusion.processes import process_state
 
 from .identity import describe
 from .prompts import Prompt
@@ -192,7 +192,7 @@ def _generate(
     fps: float | None = None,
 ) -> Path:
     """Make what the rows of a manifest say, each batch in one process; ``kind`` is the rows' name there."""
-    state = PartialState()
+    state = process_state()
     settings = describe(pipeline) | call | ({} if fps is None else {"fps": fps})
     manifest = settings | {"batch_size": batch_size, "complete": False, kind: rows}
     _check_folder(folder, manifest)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optional import require
+from ..processes import in_first_process
 from .evaluate import compute_statistics, evaluate_images, evaluate_videos
 from .pages.comparison import compare_reports
 from .pages.report import Report, require_no_report
@@ -50,7 +51,8 @@ def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
         overwrite: replace statistics that are already there.
     """
     require_new_npz(out, overwrite=overwrite)
-    compute_statistics(**computation).save(out, overwrite=overwrite)
+    statistics = compute_statistics(**computation)
+    in_first_process(lambda: statistics.save(out, overwrite=overwrite))
     logger.info("Statistics: %s", out)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
 from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
-from tests.processes import run_script
+from tests.processes import run_script, torchrun
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS: dict[str, Any] = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "seed": 5}
@@ -148,10 +147,9 @@ def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path
     )
     one, two = tmp_path / "one", tmp_path / "two"
     run_script("generate", "image", *arguments, "--out", one).check_returncode()
-    accelerate = Path(sys.executable).with_name("accelerate")
-    launch = "launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [accelerate, *launch.split(), "--main_process_port", "0"]
-    subprocess.run([*command, SCRIPTS / "generate.py", "image", *arguments, "--out", two], check=True)
+    command = [*torchrun(2), SCRIPTS / "generate.py", "image", *arguments, "--out", two]
+    pair = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "2 processes share the work" in pair.stderr
     assert contents(one) == contents(two)
     assert len(contents(one)) == 7
     rows = json.loads((two / MANIFEST).read_text())["images"]

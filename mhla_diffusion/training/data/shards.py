@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...files.writing import write_file
+from ...processes import process_state
 from ..config import as_dict, with_later_fields
 from .stream import UnreadableSampleError
 
@@ -65,6 +65,11 @@ class Shards:
         # Open files do not travel to worker processes.
         return {**self.__dict__, "_open": {}}
 
+    def name(self, index: int) -> str:
+        """Return what to call a row in a message."""
+        shard, row = self._locate(index)
+        return f"{self.files[shard]}, row {row}"
+
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Read some tensors of a row.
 
@@ -76,7 +81,7 @@ class Shards:
             file = self._file(shard)
             return {name: file.get_tensor(f"{row}.{name}") for name in names}
         except (OSError, SafetensorError) as error:
-            raise UnreadableSampleError(f"{self.files[shard]}, row {row}: {error}") from error
+            raise UnreadableSampleError(f"{self.name(index)}: {error}") from error
 
     def shape(self, index: int, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
@@ -119,7 +124,7 @@ def write_shards(
         ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else.
     """
     folder, shard_size = Path(config.output_dir), config.shard_size
-    state, num_shards = PartialState(), -(-num_samples // shard_size)
+    state, num_shards = process_state(), -(-num_samples // shard_size)
     if state.is_main_process:
         kept = {name: value for name, value in as_dict(config).items() if name in keep}
         _claim(folder, {"config": kept, **(facts or {}), "num_shards": num_shards}, config)
