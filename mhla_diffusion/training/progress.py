@@ -7,11 +7,11 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from ..files.writing import write_file
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -131,17 +133,18 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Do something in the with block that is left at once when a signal comes."""
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Return what ``work`` returns; None, at once, when a signal comes before its end."""
+        if self.signal:
+            return None
         try:
-            self._interruptible = True
-            if not self.signal:
-                yield
+            try:
+                self._interruptible = True
+                return work()
+            finally:
+                self._interruptible = False
         except _StopError:
-            pass
-        finally:
-            self._interruptible = False
+            return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,8 +262,8 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.output_dir)
-            remove_unfinished(self.output_dir / "checkpoints")
+            for folder in (self.output_dir, self.output_dir / "checkpoints"):
+                remove_unfinished(folder)
             checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)
@@ -412,11 +413,10 @@ class Trainer:
 
     def _save_samples(self, request: StopRequest) -> int:
         """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""
-        images = None
-        # One process must not leave the others alone in a sharded model.
-        alone = self.accelerator.num_processes == 1
-        with self._averaged_weights() as model, request.interruptible() if alone else nullcontext():
-            images = self.task.sample(model, self.accelerator.device)
+        with self._averaged_weights() as model:
+            sample = partial(self.task.sample, model, self.accelerator.device)
+            # One of several processes must not leave the others alone in a sharded model.
+            images = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
         if images is None:
             return request.signal
         if self.accelerator.is_main_process:
@@ -441,8 +441,8 @@ class Trainer:
             raise
 
     def _finish_checkpoint(self, temporary: Path, folder: Path) -> None:
-        processes = self.accelerator.num_processes
-        checkpoints.write_record(temporary, config=as_dict(self.run_config), num_processes=processes)
+        config, processes = as_dict(self.run_config), self.accelerator.num_processes
+        checkpoints.write_record(temporary, config=config, num_processes=processes)
         commit(temporary, folder)
         checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
         logger.info("saved %s", folder)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_diffusion.files.sums import SUMS
-from mhla_diffusion.training import ImageTrainingConfig, parse_config
+from mhla_diffusion.training import ImageTrainingConfig
 from mhla_diffusion.training.checkpoints import find_checkpoint, list_checkpoints, require_loadable
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -27,11 +27,6 @@ def whole(run: Run, tmp_path: Path) -> Path:
     result = run("--output_dir", str(tmp_path / "whole"))
     assert result.returncode == 0, result.stdout
     return tmp_path / "whole"
-
-
-@pytest.fixture
-def config(write_settings: Callable[[], Path]) -> ImageTrainingConfig:
-    return parse_config(ImageTrainingConfig, ["--config", str(write_settings())])[0]
 
 
 def flip(path: Path, position: int) -> None:

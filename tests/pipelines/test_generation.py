@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchE
 from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.files.locking import only_writer
+from mhla_diffusion.files.sums import SUMS
 from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
 from tests.processes import run_script, torchrun
 
@@ -138,6 +141,37 @@ def test_the_grid_has_a_column_for_each_class(tmp_path: Path) -> None:
     assert grid.shape[:2] == (2 * 64, 3 * 64)
     first = np.asarray(Image.open(tmp_path / "out" / "000004.png"))
     np.testing.assert_array_equal(grid[64::8, 64:128:8, 0], first)
+
+
+def test_files_that_are_not_what_was_written_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, files = make_pipeline(), [tmp_path / f"00000{number}.png" for number in range(7)]
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    whole = contents(tmp_path)
+    damages: list[Callable[[Path], Any]] = [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: shutil.copy(files[0], path),
+        lambda path: path.unlink(),
+    ]
+    for damage in damages:
+        kept = files[0].stat().st_mtime_ns
+        damage(files[5])
+        generate_images(pipeline, tmp_path, **SETTINGS)
+        assert contents(tmp_path) == whole
+        assert files[0].stat().st_mtime_ns == kept
+    assert caplog.text.count("000005.png: not what this run wrote, and made again") == 3
+    # A folder of an earlier version, which wrote no hashes: what can be decoded counts.
+    (tmp_path / SUMS).unlink()
+    files[5].write_bytes(files[5].read_bytes()[:60])
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    assert contents(tmp_path) == whole
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+        generate_images(make_pipeline(), tmp_path, **SETTINGS)
 
 
 def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path) -> None:

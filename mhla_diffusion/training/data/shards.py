@@ -69,7 +69,7 @@ class Shards:
     def _count(self, shard: int) -> int:
         try:
             return _Shard(self.files[shard], self.record.get("id"), shard).num_rows
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.files[shard]} is damaged ({error}); scripts/cache_latents.py makes it again"
             ) from error
@@ -95,14 +95,14 @@ class Shards:
         shard, row = self._locate(index)
         try:
             file = self._file(shard)
-            return {name: file.read(f"{row}.{name}") for name in names}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            return {name: file.read(row, name) for name in names}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UnreadableSampleError(f"{self.name(index)}: {error}") from error
 
     def shape(self, index: int, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
         shard, row = self._locate(index)
-        return self._file(shard).shape(f"{row}.{name}")
+        return self._file(shard).shape(row, name)
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, index)
@@ -132,30 +132,30 @@ class _Shard:
         self._tensors = safe_open(path, framework="pt")
         self._cache, self._number = cache, number
         metadata = self._tensors.metadata() or {}
-        self.num_rows = int(metadata["rows"] if cache else metadata.get("rows", 0))
-        self._sums: dict[str, str] = json.loads(metadata["sums"]) if cache and self.num_rows else {}
-        if cache and len({name.partition(".")[0] for name in self._sums}) != self.num_rows:
-            raise ValueError("its rows are not those that were written")
+        # One entry alone, as safetensors writes several in any order.
+        self._sums: list[dict[str, str]] = json.loads(metadata["sums"]) if cache else []
+        self.num_rows = len(self._sums) if cache else int(metadata.get("rows", 0))
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._tensors.get_tensor(name)
-        if self._cache and self._sums.get(name) != _sum(tensor, self._cache, self._number, name):
+    def read(self, row: int, name: str) -> Tensor:
+        tensor = self._tensors.get_tensor(f"{row}.{name}")
+        if self._cache and self._sums[row].get(name) != _sum(tensor, self._cache, self._number, row, name):
             raise ValueError("it is not what was written")
         return tensor
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors.get_slice(name).get_shape())
+    def shape(self, row: int, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors.get_slice(f"{row}.{name}").get_shape())
 
     def check(self) -> None:
         """Read everything."""
-        for name in self._sums:
-            self.read(name)
+        for row, sums in enumerate(self._sums):
+            for name in sums:
+                self.read(row, name)
 
 
-def _sum(tensor: Tensor, cache: str | None, number: int, name: str) -> str:
+def _sum(tensor: Tensor, cache: str, number: int, row: int, name: str) -> str:
     """Hash a tensor and its place."""
     digest = hashlib.blake2b(
-        f"{cache}/{number}/{name} {tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8
+        f"{cache}/{number}/{row}/{name} {tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8
     )
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -219,9 +219,13 @@ def _write_shard(path: Path, rows: Sequence[Row], cache: str | None, number: int
         for i, row in enumerate(rows)
         for name, x in row.items()
     }
-    metadata = {"rows": str(len(rows))}
-    if cache is not None:
-        metadata["sums"] = json.dumps({name: _sum(x, cache, number, name) for name, x in tensors.items()})
+    if cache is None:  # of an earlier version, to be finished in its form
+        metadata = {"rows": str(len(rows))}
+    else:
+        sums = [
+            {name: _sum(x, cache, number, i, name) for name, x in row.items()} for i, row in enumerate(rows)
+        ]
+        metadata = {"sums": json.dumps(sums)}
     write_file(path, partial(save_file, tensors, metadata=metadata))
 
 
@@ -231,7 +235,7 @@ def _is_whole(folder: Path, cache: str | None, number: int) -> bool:
         return False
     try:
         _Shard(path, cache, number).check()
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged and will be made again: %s", path, error)
         return False
     return True
