@@ -60,7 +60,7 @@ def in_first_process(work: Callable[[], T]) -> T:
     state = process_state()
     if state.num_processes == 1:
         return work()
-    store, key = dist.distributed_c10d._get_default_store(), f"mhla_diffusion/{next(_turns)}"
+    key = f"mhla_diffusion/{next(_turns)}"
     outcome: list[Any] = [None, None]
     failure = None
     if state.is_main_process:
@@ -68,15 +68,24 @@ def in_first_process(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except Exception as error:
             failure, outcome[1] = error, str(error) or type(error).__name__
-        store.set(key, "done")
+        _store().set(key, "done")
     else:
-        _wait(store, key)
+        _wait(key)
     value, message = broadcast_object_list(outcome)
     if failure is not None:
         raise failure
     if message is not None:
         raise ConnectionError(f"the first process of this run ended: {message}")
     return value
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here, for as long as it takes."""
+    state, key = process_state(), f"mhla_diffusion/{next(_turns)}"
+    if state.num_processes > 1:
+        _store().set(f"{key}/{state.process_index}", "here")
+        for index in range(state.num_processes):
+            _wait(f"{key}/{index}")
 
 
 @contextmanager
@@ -100,10 +109,14 @@ _turns = itertools.count()
 _LOST = re.compile(r"closed by peer|connection reset|connection refused|broken pipe|gloo.*timed? ?out", re.I)
 
 
-def _wait(store: Any, key: str) -> None:
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait(key: str) -> None:
     while True:  # in short waits, between which Ctrl-C is heard
         try:
-            return store.wait([key], timedelta(seconds=10))
+            return _store().wait([key], timedelta(seconds=10))
         except dist.DistNetworkError:
             raise
         except dist.DistStoreError:

@@ -17,7 +17,7 @@ from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
-from mhla_diffusion.processes import in_first_process, one_fate, process_state
+from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe
 from .prompts import Prompt
@@ -222,7 +222,7 @@ def _generate(
                 if not _is_made(folder, rows[batch], sums):
                     _make_batch(pipeline, folder, rows[batch], pictures[batch], call, fps)
                 progress.update(len(rows[batch]))
-        state.wait_for_everyone()
+        wait_for_all()
         if state.is_main_process:
             write_manifest(folder, manifest | {"complete": True})
             logger.info("%d %s in %s", len(rows), kind, folder)

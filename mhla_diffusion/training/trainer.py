@@ -474,11 +474,11 @@ class Trainer:
                 set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
                 merge_adapters(whole)
-        if self.accelerator.is_main_process:
-            folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
-            write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
-            logger.info("saved %s", folder)
-        self.accelerator.wait_for_everyone()
+        folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+        in_first_process(
+            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+        )
+        logger.info("saved %s", folder)
 
     def _facts(self, num_unreadable: int) -> dict[str, Any]:
         """Return what a model card should say of this run, in the card's words."""

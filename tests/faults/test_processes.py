@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhla_diffusion.processes import in_first_process, one_fate, process_state
+from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 from tests.processes import ROOT
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -87,6 +87,10 @@ def wait_long(rank: int) -> None:
     with pytest.raises(error, match=message):
         in_first_process(fail)
     assert in_first_process(lambda: 7) == 7
+    started = time.perf_counter()
+    time.sleep(4 * rank)
+    wait_for_all()
+    assert time.perf_counter() - started > 3.5
 
 
 def test_others_wait_for_the_first_beyond_the_timeout_of_a_collective(

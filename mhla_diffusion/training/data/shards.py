@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ...files.locking import only_writer
 from ...files.writing import write_file
-from ...processes import in_first_process, one_fate, process_state
+from ...processes import in_first_process, one_fate, process_state, wait_for_all
 from ..config import as_dict, with_later_fields
 from .stream import UnreadableSampleError
 
@@ -54,7 +54,9 @@ class Shards:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():
             raise ValueError(f"{path} holds no latent cache; make one with scripts/cache_latents.py")
-        self.record: dict[str, Any] = json.loads((self.path / _RECORD).read_text())
+        self.record: dict[str, Any] = _read_record(self.path / _RECORD)
+        if "id" not in self.record:
+            logger.warning("%s has no hashes, as earlier versions wrote none: it cannot be checked", path)
         self.files = [_shard(self.path, number) for number in range(self.record["num_shards"])]
         if missing := [file for file in self.files if not file.is_file()]:
             raise ValueError(
@@ -209,7 +211,7 @@ def write_shards(
                 cache,
                 number,
             )
-        state.wait_for_everyone()
+        wait_for_all()
 
 
 def _write_shard(path: Path, rows: Sequence[Row], cache: str | None, number: int) -> None:
@@ -246,7 +248,7 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
     path = folder / _RECORD
     record = json.loads(json.dumps(record))
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = _read_record(path)
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
@@ -261,6 +263,14 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
     cache = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     write_file(path, json.dumps({**record, "id": cache}, indent=2))
     return cache
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        return {**record, "config": dict(record["config"]), "num_shards": int(record["num_shards"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the cache again in another folder") from error
 
 
 def _shard(folder: Path, number: int) -> Path:
