@@ -6,15 +6,18 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
-from mhla_diffusion.files.videos import require_video_writer, write_video
+from mhla_diffusion.files.sums import matches, read_sums, record_sums
+from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
+from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe
 from .prompts import Prompt
@@ -53,11 +56,12 @@ def generate_images(
     """Write PNG files and manifest.json into a folder.
 
     Image i is of class ``class_labels[i % len(class_labels)]``, or of a prompt as :func:`generate_videos` has
-    it, and has the seed ``seed + i``. Under ``accelerate launch`` the batches are shared out; what a batch
+    it, and has the seed ``seed + i``. Processes share out the batches; what a batch
     holds does not depend on the number of processes, so that the files do not either. Other batch sizes give
     the same images within rounding.
 
-    Calling again with the same settings goes on where an earlier call stopped.
+    Calling again with the same settings goes on where an earlier call stopped. SHA256SUMS has the hash of
+    each file that is done; one that is missing or another is made again.
 
     Args:
         pipeline: makes images of classes or of texts; moved to the device of this process.
@@ -74,8 +78,9 @@ def generate_images(
         The path of the manifest.
 
     Raises:
-        ValueError: for settings that do not fit, a folder that holds something else, or images that hold
-            NaN, of which none is written.
+        ValueError: for settings that do not fit, a folder that holds something else or that another process
+            is writing to, or images that hold NaN, of which none is written.
+        ConnectionError: when another process of this run has ended.
     """
     _check_counts("num_images", num_images, batch_size)
     _require_output(pipeline, "images")
@@ -192,30 +197,60 @@ def _generate(
     fps: float | None = None,
 ) -> Path:
     """Make what the rows of a manifest say, each batch in one process; ``kind`` is the rows' name there."""
-    state = PartialState()
+    state = process_state()
     settings = describe(pipeline) | call | ({} if fps is None else {"fps": fps})
     manifest = settings | {"batch_size": batch_size, "complete": False, kind: rows}
-    _check_folder(folder, manifest)
-    state.wait_for_everyone()  # all have looked before one writes
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, manifest)
-    state.wait_for_everyone()
-    pipeline.to(state.device)
-    pipeline.set_progress_bar_config(disable=True)
-    starts = range(0, len(rows), batch_size)[state.process_index :: state.num_processes]
-    total = sum(len(rows[start : start + batch_size]) for start in starts)
-    hidden = not state.is_main_process
-    with tqdm(total=total, desc="generating", unit=_SCRIPTS[kind], disable=hidden) as progress:
-        for start in starts:
-            batch = slice(start, start + batch_size)
-            _make_batch(pipeline, folder, rows[batch], pictures[batch], call, fps)
-            progress.update(len(rows[batch]))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_manifest(folder, manifest | {"complete": True})
-        logger.info("%d %s in %s", len(rows), kind, folder)
+    with one_fate(), ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(only_writer(folder))
+            _check_folder(folder, manifest)
+            write_manifest(folder, manifest)
+            made = [row["file"] for row in rows if (folder / row["file"]).is_file()]
+            if made and read_sums(folder) is None:
+                record_sums(folder, [name for name in made if _opens(folder / name, kind)])
+
+        in_first_process(enter)
+        pipeline.to(state.device)
+        pipeline.set_progress_bar_config(disable=True)
+        starts = range(0, len(rows), batch_size)[state.process_index :: state.num_processes]
+        total = sum(len(rows[start : start + batch_size]) for start in starts)
+        hidden, sums = not state.is_main_process, read_sums(folder) or {}
+        with tqdm(total=total, desc="generating", unit=_SCRIPTS[kind], disable=hidden) as progress:
+            for start in starts:
+                batch = slice(start, start + batch_size)
+                if not _is_made(folder, rows[batch], sums):
+                    _make_batch(pipeline, folder, rows[batch], pictures[batch], call, fps)
+                progress.update(len(rows[batch]))
+        wait_for_all()
+        if state.is_main_process:
+            write_manifest(folder, manifest | {"complete": True})
+            logger.info("%d %s in %s", len(rows), kind, folder)
     return folder / MANIFEST
+
+
+def _is_made(folder: Path, rows: list[dict[str, Any]], sums: Mapping[str, str]) -> bool:
+    """Return True when all files of a batch are what was written.
+
+    A batch that was cut short is made again as a whole: a smaller one would differ by rounding.
+    """
+    wrong = [row["file"] for row in rows if not matches(folder / row["file"], sums.get(row["file"]))]
+    if damaged := [name for name in wrong if (folder / name).exists()]:
+        logger.warning("%s: not what this run wrote, and made again", ", ".join(damaged))
+    return not wrong
+
+
+def _opens(path: Path, kind: Kind) -> bool:
+    """Return True when a file that an earlier version left without its hash can be decoded."""
+    try:
+        if kind == "images":
+            Image.open(path).load()
+        else:
+            reader = open_video(path)
+            reader.read([0, reader.num_frames - 1])
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _make_batch(
@@ -226,15 +261,13 @@ def _make_batch(
     call: dict[str, Any],
     fps: float | None,
 ) -> None:
-    # A batch that was cut short is made again as a whole: a smaller one would differ by rounding.
-    if all((folder / row["file"]).exists() for row in rows):
-        return
     for row, pixels in zip(rows, sample(pipeline, rows, call, pictures), strict=True):
         pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
         if fps is None:
             save_image(Image.fromarray(pixels), folder / row["file"])
         else:
             write_video(pixels, folder / row["file"], fps=fps)
+    record_sums(folder, [row["file"] for row in rows])
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:

@@ -29,6 +29,14 @@ _SERVER.set_forkserver_preload(
 )
 
 
+def torchrun(num_processes: int) -> list[str]:
+    """Return the beginning of a command line that runs a script in several processes."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "0"),
+        *("--nproc_per_node", str(num_processes), "--"),
+    ]
+
+
 def run_script(
     name: str, *arguments: object, stderr_to_stdout: bool = False, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:

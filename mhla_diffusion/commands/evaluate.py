@@ -13,6 +13,7 @@ from ..evaluation import Report, compare_reports, compute_statistics, evaluate_i
 from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.vbench import export_vbench
+from ..processes import in_first_process
 from .parsing import parse_and_call
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
         overwrite: replace statistics that are already there.
     """
     require_new_npz(out, overwrite=overwrite)
-    compute_statistics(**computation).save(out, overwrite=overwrite)
+    statistics = compute_statistics(**computation)
+    in_first_process(lambda: statistics.save(out, overwrite=overwrite))
     logger.info("Statistics: %s", out)
 
 

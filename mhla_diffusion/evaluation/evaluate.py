@@ -13,9 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
+from ..processes import in_first_process, one_fate, process_state
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
 from .networks.images import load_extractor
@@ -209,8 +207,10 @@ def compute_statistics(
     """
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     image_set = open_images(images)
+    process_state()  # before a device is chosen
     loaded = load_extractor(extractor, weights=weights, device=device)
-    return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics
+    found = measure(image_set, [loaded], settings, title="images")
+    return in_first_process(lambda: found.measured[loaded.name].statistics)
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ class _Settings(PassSettings):
             raise ValueError(f"bootstrap must be 0 (no intervals) or at least 2, got {self.bootstrap}")
 
 
+@one_fate()
 def _evaluate(
     real: str | Path,
     generated: str | Path,
@@ -237,26 +238,28 @@ def _evaluate(
     settings: _Settings,
 ) -> Report:
     """Score one set against another, whatever they are of; extractors are loaded once both sets are there."""
-    PartialState()  # before a device is chosen
+    process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)
     extractors, known, flags = load(), None, list[str]()
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
     chosen = choose_metrics(settings.metrics, extractors, real_set, generated_set, known)
-    report = None
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
         first = None if real_set is None else pass_over(real_set, title="real")
         first = first if known is None else _given(Path(real), known, extractors[0], first)
         second = pass_over(generated_set, title="generated")
-        if PartialState().is_main_process:
+
+        def judge() -> Report:
             assert first is not None
-            flags += _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
+            flags.extend(
+                _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
+            )
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
-            report = Report(
+            return Report(
                 scores=scores,
                 real=first.summary,
                 generated=replace(second.summary, copies=len(set(second.digests) & set(first.digests))),
@@ -266,9 +269,8 @@ def _evaluate(
                 pictures=pictures,
                 neighbours=neighbours,
             )
-    # Every process returns the report of the first.
-    (report,) = broadcast_object_list([report])
-    return report
+
+        return in_first_process(judge)
 
 
 def _scores(

@@ -6,10 +6,14 @@ that a kill or a full disk in the middle leaves what was there before.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,9 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
         path: where it goes. What stood there is replaced when the new file is whole.
         content: bytes, text (UTF-8), or a function that writes the file whose path it is called with; that
             has the suffix of ``path``.
+
+    Raises:
+        OSError: when the disk is full or the file cannot be written, whatever the writer's own error was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +35,8 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         if callable(content):
-            content(temporary)
+            with disk_errors(path):
+                content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(temporary)
@@ -45,10 +53,14 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     Args:
         folder: where it goes. What stood there is replaced when the new one is whole.
         write: called with the folder to write into, which exists, is empty and has the same name.
+
+    Raises:
+        OSError: as :func:`write_file`.
     """
     temporary = start_writing(folder)
     try:
-        write(temporary)
+        with disk_errors(folder):
+            write(temporary)
         commit(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary.parent, ignore_errors=True)
@@ -63,14 +75,44 @@ def start_writing(folder: Path) -> Path:
 
 
 def commit(temporary: Path, folder: Path) -> None:
-    """Flush a folder that :func:`start_writing` gave to disk, and move it to its place."""
+    """Flush a folder that :func:`start_writing` gave to disk, and move it to its place.
+
+    Where the file system can exchange two folders, there is no moment without the old or the new one.
+    """
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
-    if folder.exists():
+    if not folder.exists():
+        temporary.rename(folder)
+    elif not _exchange(temporary, folder):
         folder.rename(temporary.with_name(f"{folder.name}.old"))
-    temporary.rename(folder)
+        temporary.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(temporary.parent)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the writers of safetensors and torch raise on a full disk into Python's own error.
+
+    Args:
+        path: what is written, for the message.
+
+    Raises:
+        OSError: instead.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        if re.search(r"inline_container|PytorchStreamWriter", str(error)):
+            full = shutil.disk_usage(path.parent).free < 1 << 20
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -93,12 +135,13 @@ def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
 
 
 def require_new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Check that a folder is not there yet.
+    """Check that a folder is not there yet, or is empty.
 
     Raises:
         ValueError: when it is.
     """
-    if Path(folder).exists():
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
         raise ValueError(f"{folder} is there already; choose another folder")
     return Path(folder)
 
@@ -117,6 +160,16 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
 
 
 _WRITING = ".writing-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change places at once; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
 
 
 def _flush(path: Path) -> None:

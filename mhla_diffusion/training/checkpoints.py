@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or not there at all.
+"""Checkpoints that are whole or not there at all, and gone on from only when they are what was written.
 
-They are written by :mod:`mhla_diffusion.files.writing`. Layout: ``<run>/checkpoints/step-00000100``.
+They are written by :mod:`mhla_diffusion.files.writing`. Layout: ``<run>/checkpoints/step-00000100``, in each
+the SHA-256 of its files, see :mod:`mhla_diffusion.files.sums`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.other import load
+
+from ..files.sums import SUMS, damaged_files, record_all
 from .config import forbidden_changes
 
 logger = logging.getLogger(__name__)
@@ -20,6 +25,8 @@ logger = logging.getLogger(__name__)
 _FOLDER = "checkpoints"
 _RECORD = "run.json"
 _NAME = re.compile(r"step-(\d+)")
+# What a run writes before its first checkpoint.
+_BEGINNING = {"config.yaml", "metrics.jsonl", "logs", "samples", "not-finite", _FOLDER}
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -48,43 +55,46 @@ def keep_latest(output_dir: Path, count: int) -> None:
 
 
 def write_record(folder: Path, *, config: Mapping[str, Any], num_processes: int) -> None:
-    """Write what a run must share with one that goes on from here."""
+    """Write what a run must share with one that goes on from here, and the hashes of all that is there."""
     record = {"config": config, "num_processes": num_processes}
     (folder / _RECORD).write_text(json.dumps(record, indent=2))
+    record_all(folder)
+
+
+def set_newer_aside(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after ``step``, which were damaged, so that none is taken for the latest."""
+    for folder in list_checkpoints(output_dir):
+        if checkpoint_step(folder) > step:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("set aside %s", aside)
 
 
 def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path | None:
     """Find where a run goes on from, None for a new one. Changes nothing.
 
+    A folder in which a run was stopped before its first checkpoint counts as new.
+
     Args:
         output_dir: of the run that is about to start.
-        resume: ``"latest"`` for the last checkpoint in ``output_dir``, the folder of a checkpoint, or None.
+        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the folder of a checkpoint, or
+            None.
         config: dataclass of the run.
 
     Raises:
-        ValueError: when a new run would write into another one's folder; when there is no checkpoint; when
-            the run has checkpoints newer than the one asked for; or when the config differs from the saved
-            one where it must not, with the keys that do.
+        ValueError: when a new run would write into another one's folder; when there is no checkpoint, or it
+            is damaged, with the files that are; when the run has checkpoints newer than the one asked for;
+            or when the config differs from the saved one where it must not, with the keys that do.
     """
-    holds_run = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
-    if resume is None:
-        if holds_run:
-            raise ValueError(
-                f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
-            )
+    if resume != "latest" and resume is not None:
+        checkpoint = _named(output_dir, resume)
+    elif list_checkpoints(output_dir) and resume is not None:
+        checkpoint = _latest_whole(output_dir)
+    else:
+        _require_room(output_dir, resume)
         return None
-    checkpoint = _resolve(output_dir, resume)
-    own = checkpoint.resolve().parent == (output_dir / _FOLDER).resolve()
-    if holds_run and not own:
-        raise ValueError(
-            f"{output_dir} holds another run than {checkpoint}: choose an empty --output_dir to branch off"
-        )
-    if own and (newest := list_checkpoints(output_dir)[-1]).resolve() != checkpoint.resolve():
-        raise ValueError(
-            f"{output_dir} goes on to {newest.name}: to branch off at {checkpoint.name}, choose an empty "
-            "--output_dir; to go on there, remove the newer checkpoints first"
-        )
-    saved = json.loads((checkpoint / _RECORD).read_text())
+    saved = _read_record(checkpoint)
     if changes := forbidden_changes(saved["config"], config):
         raise ValueError(
             f"{checkpoint} was written with another config, and these keys cannot change on the way:\n  "
@@ -95,16 +105,106 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
 def saved_num_processes(checkpoint: Path) -> int:
     """Return how many processes wrote a checkpoint."""
-    return json.loads((checkpoint / _RECORD).read_text())["num_processes"]
+    return _read_record(checkpoint)["num_processes"]
 
 
-def _resolve(output_dir: Path, resume: str) -> Path:
-    if resume != "latest":
-        checkpoint = Path(resume)
-        if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / _RECORD).is_file():
-            raise ValueError(f"{resume} is no checkpoint: give 'latest' or a folder like .../step-00001000")
-        return checkpoint
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+def require_loadable(checkpoint: Path, process_index: int) -> None:
+    """Refuse pickles that hold more than numbers, and say when random states are missing.
+
+    accelerate reads the other files without running code of theirs, but not those of registered objects.
+
+    Raises:
+        ValueError: when such a file would run code, or cannot be read.
+    """
+    for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
+        with load_errors(path):
+            load(path, map_location="meta")
+    states = checkpoint / f"random_states_{process_index}.pkl"
+    try:
+        load(states)["torch_manual_seed"]
+    except Exception as error:  # accelerate would go on without a word
+        if process_index < saved_num_processes(checkpoint):
+            logger.warning(
+                "%s cannot be read (%s): the run goes on, but not as the uninterrupted one to the bit",
+                states,
+                type(error).__name__,
+            )
+
+
+@contextmanager
+def load_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the readers of a checkpoint raise into one sentence.
+
+    Raises:
+        ValueError: that names ``path``.
+    """
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and pickle raise what they stumble over
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} cannot be loaded: {why}; go on from another checkpoint") from error
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((checkpoint / _RECORD).read_text())
+        return {name: record[name] for name in ("config", "num_processes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint / _RECORD} is damaged ({type(error).__name__}): go on from another one"
+        ) from error
+
+
+def _require_room(output_dir: Path, resume: str | None) -> None:
+    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    visible = {name for name in names if not name.startswith(".")}
+    begun = "config.yaml" in names and visible <= _BEGINNING and not list_checkpoints(output_dir)
+    if begun:
+        logger.warning("the run in %s was stopped before its first checkpoint: it begins anew", output_dir)
+    elif resume is not None:
         raise ValueError(f"{output_dir} has no checkpoint to resume from; start without --resume")
-    return checkpoints[-1]
+    elif names or output_dir.is_file():
+        raise ValueError(
+            f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
+        )
+
+
+def _named(output_dir: Path, resume: str) -> Path:
+    checkpoint = Path(resume)
+    if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / _RECORD).is_file():
+        raise ValueError(f"{resume} is no checkpoint: give 'latest' or a folder like .../step-00001000")
+    own = checkpoint.resolve().parent == (output_dir / _FOLDER).resolve()
+    if not own and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(
+            f"{output_dir} holds another run than {checkpoint}: choose an empty --output_dir to branch off"
+        )
+    if own and (newest := list_checkpoints(output_dir)[-1]).resolve() != checkpoint.resolve():
+        raise ValueError(
+            f"{output_dir} goes on to {newest.name}: to branch off at {checkpoint.name}, choose an empty "
+            "--output_dir; to go on there, remove the newer checkpoints first"
+        )
+    if damaged := _damage(checkpoint):
+        raise ValueError(f"{damaged}; --resume latest goes on from the last one that is whole")
+    return checkpoint
+
+
+def _latest_whole(output_dir: Path) -> Path:
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        damaged = _damage(checkpoint)
+        if damaged is None:
+            return checkpoint
+        logger.warning("%s; trying the one before", damaged)
+    raise ValueError(f"no checkpoint in {output_dir / _FOLDER} is whole: choose another --output_dir")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return a sentence that names the damaged files of a checkpoint, None when it is whole."""
+    damaged = damaged_files(checkpoint)
+    if damaged is None:
+        logger.warning(
+            "%s has no %s, as earlier versions wrote none: its files cannot be checked", checkpoint, SUMS
+        )
+        return None if (checkpoint / _RECORD).is_file() else f"{checkpoint} lacks {_RECORD}"
+    if _RECORD not in damaged and not (checkpoint / _RECORD).is_file():
+        damaged.append(_RECORD)
+    return f"{checkpoint} is damaged: {', '.join(damaged)}" if damaged else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..files.writing import write_file
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -31,26 +34,33 @@ class Progress:
         """Begin a new mean."""
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._loss_steps = 0
+        self._not_finite = torch.zeros((), dtype=torch.int64)
 
-    def add(self, loss: Tensor) -> None:
-        """Count an optimizer step; does not wait for the device."""
+    def add(self, loss: Tensor, grad_norm: Tensor | None = None) -> None:
+        """Count an optimizer step; does not wait for the device.
+
+        Args:
+            loss: mean over all processes.
+            grad_norm: to be finite too; None where one that is not is dealt with, as in fp16.
+        """
         self.step += 1
         self._loss_steps += 1
         self._loss_sum = self._loss_sum.to(loss.device) + loss.double()
+        finite = loss.isfinite() if grad_norm is None else loss.isfinite() & grad_norm.isfinite()
+        first = self._not_finite.to(loss.device)
+        self._not_finite = torch.where((first > 0) | finite, first, self.step)
+
+    def skip(self) -> None:
+        """Count an optimizer step that was not taken."""
+        self.step += 1
+
+    def first_not_finite(self) -> int:
+        """Return the first step of this interval whose loss or gradient was not finite, 0 for none."""
+        return int(self._not_finite)
 
     def mean_loss(self) -> float:
-        """Return the mean over the steps of this interval.
-
-        Raises:
-            FloatingPointError: when it is not finite.
-        """
-        mean = float(self._loss_sum) / max(self._loss_steps, 1)
-        if not torch.isfinite(torch.tensor(mean)):
-            raise FloatingPointError(
-                f"the loss is {mean} at step {self.step}; go on from an earlier checkpoint with a lower "
-                "trainer.optimizer.learning_rate, with trainer.max_grad_norm set, or in bf16 instead of fp16"
-            )
-        return mean
+        """Return the mean over the steps of this interval, NaN when all were skipped."""
+        return float(self._loss_sum) / self._loss_steps if self._loss_steps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "loss_sum": self._loss_sum.cpu(), "loss_steps": self._loss_steps}
@@ -107,11 +117,12 @@ class MetricsFile:
 
 
 class StopRequest:
-    """Takes note of the first SIGINT or SIGTERM; a second one acts as it always did."""
+    """Takes note of SIGINT and SIGTERM. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._previous: dict[int, Any] = {}
+        self._interruptible = False
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,13 +130,31 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Return what ``work`` returns; None, at once, when a signal comes before its end."""
+        if self.signal:
+            return None
+        try:
+            try:
+                self._interruptible = True
+                return work()
+            finally:
+                self._interruptible = False
+        except _StopError:
+            return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        # By the system, as Python would wait for the end of what is running. SIGTERM may come twice, from a
+        # launcher and from the one who stopped that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         logger.warning("%s: finishing this step and saving a checkpoint", signal.Signals(number).name)
+        if self._interruptible:
+            raise _StopError
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+
+class _StopError(Exception):
+    pass

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 
+from ..files.locking import only_writer
 from ..hub import component_subfolder
+from ..processes import in_first_process, one_fate
 from .checkpoints import find_checkpoint
 from .config import as_dict
 from .objectives import build_objective
@@ -27,17 +30,26 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
 
     Raises:
         ValueError: before any work, when parts of the config do not fit together, the data is not what it
-            should be, or the output folder holds another run.
+            should be, the output folder holds another run, or another process is writing there.
+        ConnectionError: when another process of this run has ended.
     """
-    checkpoint = find_checkpoint(Path(config.output_dir), resume, config)
-    set_seed(config.trainer.seed)
-    objective = build_objective(config.objective)
-    model, source, task = config.build(objective)
-    trainer = Trainer(
-        model=model, objective=objective, source=source, task=task, run_config=config, checkpoint=checkpoint
-    )
-    task.conditioning.to(trainer.accelerator.device)
-    return trainer.train()
+    output_dir = Path(config.output_dir)
+    with one_fate(), ExitStack() as stack:
+
+        def enter() -> Path | None:
+            stack.enter_context(only_writer(output_dir))
+            return find_checkpoint(output_dir, resume, config)
+
+        checkpoint = in_first_process(enter)
+        set_seed(config.trainer.seed)
+        objective = build_objective(config.objective)
+        model, source, task = config.build(objective)
+        trainer = Trainer(
+            model=model, objective=objective, source=source, task=task, run_config=config,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        task.conditioning.to(trainer.accelerator.device)
+        return trainer.train()
 
 
 def new_or_loaded(model_class: Any, config: Any, **arguments: Any) -> Any:

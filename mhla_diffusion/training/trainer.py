@@ -9,28 +9,32 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, remove_unfinished, start_writing, write_file, write_folder
+from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_file, write_folder
+from ..processes import in_first_process, make_accelerator
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
 from .task import TrainingTask
@@ -84,6 +88,7 @@ class TrainerConfig:
         log_every: steps between log lines, which give the mean loss since the last.
         checkpoint_every: steps between checkpoints; one is written at the end and on SIGINT and SIGTERM too.
         keep_checkpoints: how many to keep.
+        skip_steps: optimizer steps, counted from 1, to pass over, as their batch made the loss not finite.
         trackers: besides the log and metrics.jsonl.
 
     Raises:
@@ -103,6 +108,7 @@ class TrainerConfig:
     checkpoint_every: int = changeable(10_000)
     keep_checkpoints: int = changeable(2)
     num_workers: int = changeable(0)
+    skip_steps: tuple[int, ...] = changeable(())
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = changeable(())
 
     def __post_init__(self) -> None:
@@ -200,7 +206,7 @@ class Trainer:
         self.run_config, self.config = run_config, run_config.trainer
         config, output_dir = self.config, Path(run_config.output_dir)
         self.output_dir = output_dir
-        self.accelerator = Accelerator(
+        self.accelerator = make_accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=list(config.trackers) or None,
@@ -256,6 +262,9 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            for folder in (self.output_dir, self.output_dir / "checkpoints"):
+                remove_unfinished(folder)
+            checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)
         if self.config.trackers:
@@ -269,20 +278,21 @@ class Trainer:
             0, or the number of the signal that asked to stop, after a checkpoint was saved.
 
         Raises:
-            FloatingPointError: when the loss is no longer finite; the last checkpoint is from before.
+            FloatingPointError: when the loss or its gradient is no longer finite; the last checkpoint is from
+                before, and the batch that did it is kept.
         """
         stream = self._stream()
         with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
             batches, throughput = iter(stream), Throughput()
             while self.progress.step < self.config.max_steps:
                 with throughput.step():
-                    grad_norm = self._step(batches, throughput)
+                    grad_norm = self._next_step(batches, throughput)
                 bar.update()
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
                     self._log(grad_norm, throughput)
-                if self.task.sampling.every and self._due(self.task.sampling.every):
-                    self._save_samples()
+                if not stop and self.task.sampling.every and self._due(self.task.sampling.every):
+                    stop = self._save_samples(request)
                 if stop or self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
                 if stop:
@@ -313,6 +323,19 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
 
+    def _next_step(
+        self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput
+    ) -> Tensor | None:
+        """Take or skip an optimizer step; returns what :meth:`_step` does."""
+        if self.progress.step + 1 not in self.config.skip_steps:
+            return self._step(batches, throughput)
+        for _ in range(self.share.micro_batches):
+            next(batches)
+        self.lr_scheduler.step()
+        self.progress.skip()
+        logger.warning("skipped step %d, as trainer.skip_steps asks", self.progress.step)
+        return None
+
     def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
         """Take one optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
@@ -330,7 +353,10 @@ class Trainer:
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
         self.ema.step(self._parameters())
-        self.progress.add(self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+        # A gradient that is not finite is a matter of course in fp16: its scaler leaves the step out.
+        plain = self.config.mixed_precision != "fp16" and type(grad_norm) is Tensor
+        self.progress.add(loss, grad_norm if plain else None)
         return grad_norm
 
     def _loss(self, numbers: list[int], batch: dict[str, Any]) -> Tensor:
@@ -349,6 +375,7 @@ class Trainer:
         )
 
     def _log(self, grad_norm: Tensor | None, throughput: Throughput) -> None:
+        self._require_finite()
         steps_per_second, waiting = throughput.take()
         values = {
             "loss": self.progress.mean_loss(),
@@ -366,6 +393,11 @@ class Trainer:
             self.metrics.append({"step": step, **values})
         self.accelerator.log(values, step=self.progress.step)
 
+    def _require_finite(self) -> None:
+        """Check the steps since the last time; all processes find the same."""
+        if step := self.progress.first_not_finite():
+            refuse_step(self.output_dir, self.source, self.share, step, seed=self.config.seed)
+
     @contextmanager
     def _averaged_weights(self) -> Iterator[Any]:
         """Give the model with the averaged weights, in eval mode, inside the with block."""
@@ -379,39 +411,49 @@ class Trainer:
             self.ema.restore(parameters)
             self.model.train()
 
-    def _save_samples(self) -> None:
+    def _save_samples(self, request: StopRequest) -> int:
+        """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""
         with self._averaged_weights() as model:
-            images = self.task.sample(model, self.accelerator.device)
+            sample = partial(self.task.sample, model, self.accelerator.device)
+            # One of several processes must not leave the others alone in a sharded model.
+            images = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
+        if images is None:
+            return request.signal
         if self.accelerator.is_main_process:
             write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
         pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels}, step=self.progress.step, **layout)
+        return 0
 
     def _save_checkpoint(self) -> None:
-        self.progress.mean_loss()  # never over good checkpoints with weights that are not finite
-        main = self.accelerator.is_main_process
+        self._require_finite()  # never over good checkpoints with weights that are not finite
         folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
-        if main:
-            remove_unfinished(folder.parent)
-        (temporary,) = broadcast_object_list([start_writing(folder) if main else None])
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if main:
-            checkpoints.write_record(
-                temporary, config=as_dict(self.run_config), num_processes=self.accelerator.num_processes
-            )
-            commit(temporary, folder)
-            checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
-            logger.info("saved %s", folder)
-        self.accelerator.wait_for_everyone()
+        temporary = in_first_process(lambda: start_writing(folder))
+        try:
+            with disk_errors(folder):
+                self.accelerator.save_state(str(temporary))
+            self.accelerator.wait_for_everyone()
+            in_first_process(lambda: self._finish_checkpoint(temporary, folder))
+        except BaseException:
+            shutil.rmtree(temporary.parent, ignore_errors=True)
+            raise
+
+    def _finish_checkpoint(self, temporary: Path, folder: Path) -> None:
+        config, processes = as_dict(self.run_config), self.accelerator.num_processes
+        checkpoints.write_record(temporary, config=config, num_processes=processes)
+        commit(temporary, folder)
+        checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
+        logger.info("saved %s", folder)
 
     def _load(self, checkpoint: Path) -> None:
         """Restore everything that the next step depends on."""
-        self.accelerator.load_state(str(checkpoint))
-        self.ema.to(self.accelerator.device)
         before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
+        checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
+        with checkpoints.load_errors(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+        self.ema.to(self.accelerator.device)
         if before != now:
             logger.warning(
                 "resumed on %d processes instead of %d: dropout inside the model draws other numbers",
@@ -432,11 +474,11 @@ class Trainer:
                 set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
                 merge_adapters(whole)
-        if self.accelerator.is_main_process:
-            folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
-            write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
-            logger.info("saved %s", folder)
-        self.accelerator.wait_for_everyone()
+        folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+        in_first_process(
+            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+        )
+        logger.info("saved %s", folder)
 
     def _facts(self, num_unreadable: int) -> dict[str, Any]:
         """Return what a model card should say of this run, in the card's words."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import run_script
+from tests.processes import run_script, torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,13 +26,12 @@ def test_two_processes_find_the_scores_of_one(
         *("image", "--real", real, "--generated", generated, "--extractor", "efficientnet_lite0"),
         *("--batch_size", "4", "--max_skipped", "0.2", "--out"),
     ]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", "scripts/evaluate.py"]
     pair = subprocess.run(
-        [*launch, *map(str, arguments), str(tmp_path / "two")],
+        [*torchrun(2), "scripts/evaluate.py", *map(str, arguments), str(tmp_path / "two")],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert pair.returncode == 0, pair.stderr
+    assert "2 processes share the work" in pair.stderr
     alone = run_script("evaluate", *arguments, tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     scores, fingerprints = [], []

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchE
 from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.files.locking import only_writer
+from mhla_diffusion.files.sums import SUMS
 from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
-from tests.processes import run_script
+from tests.processes import run_script, torchrun
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS: dict[str, Any] = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "seed": 5}
@@ -141,6 +143,37 @@ def test_the_grid_has_a_column_for_each_class(tmp_path: Path) -> None:
     np.testing.assert_array_equal(grid[64::8, 64:128:8, 0], first)
 
 
+def test_files_that_are_not_what_was_written_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, files = make_pipeline(), [tmp_path / f"00000{number}.png" for number in range(7)]
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    whole = contents(tmp_path)
+    damages: list[Callable[[Path], Any]] = [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: shutil.copy(files[0], path),
+        lambda path: path.unlink(),
+    ]
+    for damage in damages:
+        kept = files[0].stat().st_mtime_ns
+        damage(files[5])
+        generate_images(pipeline, tmp_path, **SETTINGS)
+        assert contents(tmp_path) == whole
+        assert files[0].stat().st_mtime_ns == kept
+    assert caplog.text.count("000005.png: not what this run wrote, and made again") == 3
+    # A folder of an earlier version, which wrote no hashes: what can be decoded counts.
+    (tmp_path / SUMS).unlink()
+    files[5].write_bytes(files[5].read_bytes()[:60])
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    assert contents(tmp_path) == whole
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+        generate_images(make_pipeline(), tmp_path, **SETTINGS)
+
+
 def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path) -> None:
     make_pipeline().save_pretrained(tmp_path / "model")
     arguments = (
@@ -148,10 +181,9 @@ def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path
     )
     one, two = tmp_path / "one", tmp_path / "two"
     run_script("generate", "image", *arguments, "--out", one).check_returncode()
-    accelerate = Path(sys.executable).with_name("accelerate")
-    launch = "launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [accelerate, *launch.split(), "--main_process_port", "0"]
-    subprocess.run([*command, SCRIPTS / "generate.py", "image", *arguments, "--out", two], check=True)
+    command = [*torchrun(2), SCRIPTS / "generate.py", "image", *arguments, "--out", two]
+    pair = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "2 processes share the work" in pair.stderr
     assert contents(one) == contents(two)
     assert len(contents(one)) == 7
     rows = json.loads((two / MANIFEST).read_text())["images"]

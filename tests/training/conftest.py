@@ -17,7 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from tests.processes import run_script
+from tests.processes import run_script, torchrun
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -87,15 +87,12 @@ def write_settings(tmp_path: Path, settings: dict[str, Any]) -> Callable[[], Pat
 
 @pytest.fixture
 def start(write_settings: Callable[[], Path]) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a training script, under ``accelerate launch`` for several processes."""
+    """Starts a training script, under torchrun for several processes."""
 
     def start(
         *arguments: str, num_processes: int = 1, script: str = "train_image.py", **kwargs: Any
     ) -> subprocess.Popen[str]:
-        launch = [sys.executable]
-        if num_processes > 1:
-            launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-            launch += ["--num_processes", str(num_processes), "--main_process_port", "0"]
+        launch = [sys.executable] if num_processes == 1 else torchrun(num_processes)
         command = [*launch, str(SCRIPTS / script), "--config", str(write_settings()), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen(
@@ -118,6 +115,7 @@ def run(start: Callable[..., subprocess.Popen[str]], write_settings: Callable[[]
             return run_script(name, "--config", write_settings(), *arguments, stderr_to_stdout=True)
         process = start(*arguments, num_processes=num_processes, script=script)
         output, _ = process.communicate(timeout=240)
+        assert f"{num_processes} processes share the work" in output, output
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
+from ...processes import process_state
 from ..text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
 from .images import ImageSamples
@@ -61,7 +61,7 @@ def cache_latents(config: LatentCacheConfig) -> None:
         ValueError: when ``output_dir`` holds another cache, with the keys that differ.
     """
     images = ImageSamples(open_images(config.data), channels=3, size=config.size)
-    vae = load_vae(config.vae).to(PartialState().device)
+    vae = load_vae(config.vae).to(process_state().device)
     facts = {
         "class_names": images.class_names,
         "scaling_factor": vae.config.scaling_factor,
@@ -130,14 +130,14 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         ValueError: when the autoencoder does not take clips of that size, or ``output_dir`` holds another
             cache, with the keys that differ.
     """
-    vae = load_video_vae(config.vae).to(PartialState().device)
+    vae = load_video_vae(config.vae).to(process_state().device)
     _check_sizes(config.data, vae)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     tokenizer, text_encoder = load_text_encoder(config.text)
     warn_of_long_captions(videos.captions, tokenizer, config.text.max_length)
     parts = MHLAWanPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder.to(PartialState().device),
+        text_encoder=text_encoder.to(process_state().device),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=config.text.max_length,

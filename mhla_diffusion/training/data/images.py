@@ -270,6 +270,9 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         try:
             image, label = self.images.read(index)

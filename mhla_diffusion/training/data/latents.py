@@ -56,6 +56,9 @@ class CachedLatents:
     def __len__(self) -> int:
         return len(self.shards)
 
+    def name(self, index: int) -> str:
+        return self.shards.name(index)
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("mean", "std", "label"))
         mean, std = row["mean"].float(), row["std"].float()
@@ -107,6 +110,9 @@ class CachedVideoLatents:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def name(self, index: int) -> str:
+        return self.shards.name(index)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("latents", "text"))

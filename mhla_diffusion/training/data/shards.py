@@ -1,30 +1,37 @@
 """Data set computed once and kept in files: written by several processes, resumably, and read row by row.
 
 A cache is a folder of ``latents-00000.safetensors`` and so on, each with the tensors of some rows, named
-``<row in the file>.<name>``, and ``cache.json``, a record of what it was made from.
+``<row in the file>.<name>``, and ``cache.json``, a record of what it was made from. The metadata of a file
+has a hash of each tensor and of its place in the cache, which is checked whenever the tensor is read.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...files.locking import only_writer
 from ...files.writing import write_file
+from ...processes import in_first_process, one_fate, process_state, wait_for_all
 from ..config import as_dict, with_later_fields
 from .stream import UnreadableSampleError
+
+logger = logging.getLogger(__name__)
 
 _RECORD = "cache.json"
 
@@ -39,24 +46,35 @@ class Shards:
         files: in the order of their rows.
 
     Raises:
-        ValueError: when there is no cache, it is not finished, or it has no rows.
+        ValueError: when there is no cache, it is not finished, one of its files is damaged so that it cannot
+            be opened, or it has no rows.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():
             raise ValueError(f"{path} holds no latent cache; make one with scripts/cache_latents.py")
-        self.record: dict[str, Any] = json.loads((self.path / _RECORD).read_text())
+        self.record: dict[str, Any] = _read_record(self.path / _RECORD)
+        if "id" not in self.record:
+            logger.warning("%s has no hashes, as earlier versions wrote none: it cannot be checked", path)
         self.files = [_shard(self.path, number) for number in range(self.record["num_shards"])]
         if missing := [file for file in self.files if not file.is_file()]:
             raise ValueError(
                 f"latent cache {path} lacks {len(missing)} of {len(self.files)} files; run "
                 "scripts/cache_latents.py again to finish it"
             )
-        self._ends = list(itertools.accumulate(map(_count, self.files)))
+        self._ends = list(itertools.accumulate(map(self._count, range(len(self.files)))))
         if not self._ends or not self._ends[-1]:
             raise ValueError(f"latent cache {path} is empty: none of its files could be read")
-        self._open: dict[tuple[int, int], Any] = {}
+        self._open: dict[tuple[int, int], _Shard] = {}
+
+    def _count(self, shard: int) -> int:
+        try:
+            return _Shard(self.files[shard], self.record.get("id"), shard).num_rows
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.files[shard]} is damaged ({error}); scripts/cache_latents.py makes it again"
+            ) from error
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -64,6 +82,11 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes.
         return {**self.__dict__, "_open": {}}
+
+    def name(self, index: int) -> str:
+        """Return what to call a row in a message."""
+        shard, row = self._locate(index)
+        return f"{self.files[shard]}, row {row}"
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Read some tensors of a row.
@@ -74,25 +97,70 @@ class Shards:
         shard, row = self._locate(index)
         try:
             file = self._file(shard)
-            return {name: file.get_tensor(f"{row}.{name}") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise UnreadableSampleError(f"{self.files[shard]}, row {row}: {error}") from error
+            return {name: file.read(row, name) for name in names}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UnreadableSampleError(f"{self.name(index)}: {error}") from error
 
     def shape(self, index: int, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
         shard, row = self._locate(index)
-        return tuple(self._file(shard).get_slice(f"{row}.{name}").get_shape())
+        return self._file(shard).shape(row, name)
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
-    def _file(self, shard: int) -> Any:
+    def _file(self, shard: int) -> _Shard:
         # Keyed by process: a forked worker must not share its parent's handle.
         key = (os.getpid(), shard)
         if key not in self._open:
-            self._open[key] = safe_open(self.files[shard], framework="pt")
+            self._open[key] = _Shard(self.files[shard], self.record.get("id"), shard)
         return self._open[key]
+
+
+class _Shard:
+    """One file, its tensors checked as they are read.
+
+    Args:
+        path: of the file.
+        cache: what cache.json calls the cache; None for one of an earlier version, without hashes.
+        number: of the file in the cache.
+
+    Raises:
+        OSError, SafetensorError, ValueError: when it is damaged.
+    """
+
+    def __init__(self, path: Path, cache: str | None, number: int) -> None:
+        self._tensors = safe_open(path, framework="pt")
+        self._cache, self._number = cache, number
+        metadata = self._tensors.metadata() or {}
+        # One entry alone, as safetensors writes several in any order.
+        self._sums: list[dict[str, str]] = json.loads(metadata["sums"]) if cache else []
+        self.num_rows = len(self._sums) if cache else int(metadata.get("rows", 0))
+
+    def read(self, row: int, name: str) -> Tensor:
+        tensor = self._tensors.get_tensor(f"{row}.{name}")
+        if self._cache and self._sums[row].get(name) != _sum(tensor, self._cache, self._number, row, name):
+            raise ValueError("it is not what was written")
+        return tensor
+
+    def shape(self, row: int, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors.get_slice(f"{row}.{name}").get_shape())
+
+    def check(self) -> None:
+        """Read everything."""
+        for row, sums in enumerate(self._sums):
+            for name in sums:
+                self.read(row, name)
+
+
+def _sum(tensor: Tensor, cache: str, number: int, row: int, name: str) -> str:
+    """Hash a tensor and its place."""
+    digest = hashlib.blake2b(
+        f"{cache}/{number}/{row}/{name} {tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8
+    )
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_shards(
@@ -103,9 +171,10 @@ def write_shards(
     num_samples: int,
     make_rows: Callable[[range], Sequence[Row]],
 ) -> None:
-    """Make a cache. Under ``accelerate launch`` its files are shared out among the processes.
+    """Make a cache. Its files are shared out among the processes.
 
     Each file is written under another name and renamed, so that an interrupted run can be started again.
+    Files that are missing or damaged are made then.
 
     Args:
         config: dataclass with ``output_dir``, where what is there of the same cache is kept, and
@@ -116,36 +185,71 @@ def write_shards(
         make_rows: the rows of some of the samples.
 
     Raises:
-        ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else.
+        ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else; or
+            when another process is writing there.
+        ConnectionError: when another process of this run has ended.
     """
     folder, shard_size = Path(config.output_dir), config.shard_size
-    state, num_shards = PartialState(), -(-num_samples // shard_size)
-    if state.is_main_process:
-        kept = {name: value for name, value in as_dict(config).items() if name in keep}
-        _claim(folder, {"config": kept, **(facts or {}), "num_shards": num_shards}, config)
-    state.wait_for_everyone()
-    numbers = [n for n in range(num_shards) if not _shard(folder, n).is_file()]
-    mine = numbers[state.process_index :: state.num_processes]
-    for number in tqdm(mine, unit="file", disable=not state.is_main_process):
-        first = number * shard_size
-        rows = make_rows(range(first, min(first + shard_size, num_samples)))
-        # Each in memory of its own, as safetensors needs: an encoder may answer with views, in channels-last.
-        tensors = {
-            f"{i}.{name}": x.clone(memory_format=torch.contiguous_format)
-            for i, row in enumerate(rows)
-            for name, x in row.items()
-        }
+    num_shards = -(-num_samples // shard_size)
+    kept = {name: value for name, value in as_dict(config).items() if name in keep}
+    record = {"config": kept, **(facts or {}), "num_shards": num_shards}
+    state = process_state()
+    with one_fate(), ExitStack() as stack:
+
+        def enter() -> tuple[str | None, list[int]]:
+            stack.enter_context(only_writer(folder))
+            cache = _claim(folder, record, config)
+            return cache, [number for number in range(num_shards) if not _is_whole(folder, cache, number)]
+
+        cache, numbers = in_first_process(enter)
+        mine = numbers[state.process_index :: state.num_processes]
+        for number in tqdm(mine, unit="file", disable=not state.is_main_process):
+            first = number * shard_size
+            _write_shard(
+                _shard(folder, number),
+                make_rows(range(first, min(first + shard_size, num_samples))),
+                cache,
+                number,
+            )
+        wait_for_all()
+
+
+def _write_shard(path: Path, rows: Sequence[Row], cache: str | None, number: int) -> None:
+    # Each in memory of its own, as safetensors needs: an encoder may answer with views, in channels-last.
+    tensors = {
+        f"{i}.{name}": x.clone(memory_format=torch.contiguous_format)
+        for i, row in enumerate(rows)
+        for name, x in row.items()
+    }
+    if cache is None:  # of an earlier version, to be finished in its form
         metadata = {"rows": str(len(rows))}
-        write_file(_shard(folder, number), partial(save_file, tensors, metadata=metadata))
-    state.wait_for_everyone()
+    else:
+        sums = [
+            {name: _sum(x, cache, number, i, name) for name, x in row.items()} for i, row in enumerate(rows)
+        ]
+        metadata = {"sums": json.dumps(sums)}
+    write_file(path, partial(save_file, tensors, metadata=metadata))
 
 
-def _claim(folder: Path, record: dict[str, Any], config: Any) -> None:
-    """Write cache.json, or make sure that the one there is of the same cache."""
+def _is_whole(folder: Path, cache: str | None, number: int) -> bool:
+    path = _shard(folder, number)
+    if not path.is_file():
+        return False
+    try:
+        _Shard(path, cache, number).check()
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged and will be made again: %s", path, error)
+        return False
+    return True
+
+
+def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
+    """Write cache.json, or make sure that the one there is of the same cache; return what it calls it."""
     path = folder / _RECORD
     record = json.loads(json.dumps(record))
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = _read_record(path)
+        cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
         keys = sorted(old.keys() | record.keys())
@@ -153,16 +257,21 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> None:
             f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)
         ]:
             raise ValueError(f"{folder} holds another latent cache:\n  " + "\n  ".join(changes))
-        return
+        return cache
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no latent cache; choose another --output_dir")
-    write_file(path, json.dumps(record, indent=2))
+    cache = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    write_file(path, json.dumps({**record, "id": cache}, indent=2))
+    return cache
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        return {**record, "config": dict(record["config"]), "num_shards": int(record["num_shards"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the cache again in another folder") from error
 
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:05d}.safetensors"
-
-
-def _count(file: Path) -> int:
-    with safe_open(file, framework="pt") as tensors:
-        return int((tensors.metadata() or {}).get("rows", 0))

@@ -39,6 +39,10 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> str:
+        """Return what to call a sample in a message."""
+        ...
+
     def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
         """Sample number ``index``, every random choice drawn from the generator.
 

@@ -106,6 +106,9 @@ class MovingDigits:
         self.config, self.size = config, size
         self.captions = [self._caption(number) for number in range(config.num_clips)]
 
+    def name(self, index: int) -> str:
+        return f"clip {index} ({self.captions[index]})"
+
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
         """Draw the clip from its beginning, whatever ``fps`` and ``start``."""
         choice, position, angle = self._draw(index)

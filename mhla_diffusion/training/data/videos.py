@@ -29,6 +29,10 @@ class CaptionedVideos(Protocol):
 
     captions: list[str]
 
+    def name(self, index: int) -> str:
+        """Return what to call a video in a message."""
+        ...
+
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
 
@@ -60,6 +64,9 @@ class VideoFiles:
     def __init__(self, files: Sequence[VideoFile], *, decoder: Decoder = "auto") -> None:
         self.files, self.decoder = list(files), decoder
         self.captions = [file.caption for file in self.files]
+
+    def name(self, index: int) -> str:
+        return str(self.files[index].path)
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
@@ -164,6 +171,9 @@ class VideoSamples:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def name(self, index: int) -> str:
+        return self.videos.name(index)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         config, start = self.config, float(torch.rand((), generator=generator))

@@ -19,6 +19,9 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        return str(index)
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         if index in self.broken:
             raise UnreadableSampleError(f"sample {index}: broken")

@@ -1,0 +1,65 @@
+"""SHA-256 of files, in the format of sha256sum: ``sha256sum -c SHA256SUMS`` checks a folder too."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def record_sums(folder: Path, names: Iterable[str]) -> None:
+    """Add files of a folder to its record. Several processes may do so at once."""
+    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
+    descriptor = os.open(folder / SUMS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, lines.encode())  # at once: others append too, and a kill may follow
+    finally:
+        os.close(descriptor)
+
+
+def record_all(folder: Path) -> None:
+    """Record every file in a folder and below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record_sums(folder, [path.relative_to(folder).as_posix() for path in files])
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """Return the recorded SHA-256 of each file of a folder, the last of a file recorded twice.
+
+    Lines that are none are left out. None is returned without a record.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return None
+    lines = (line.partition("  ") for line in path.read_text(errors="replace").split("\n"))
+    return {name: digest for digest, _, name in lines if len(digest) == 64 and name}
+
+
+def damaged_files(folder: Path) -> list[str] | None:
+    """List the files of a folder that are missing, changed or not in its record; None without a record.
+
+    Hidden files need no record.
+    """
+    sums = read_sums(folder)
+    if sums is None:
+        return None
+    there = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = {path.as_posix() for path in there if not path.name.startswith(".")} - {SUMS}
+    return sorted(name for name in names | sums.keys() if not matches(folder / name, sums.get(name)))
+
+
+def matches(path: Path, digest: str | None) -> bool:
+    """Return True when a file is there and has this SHA-256."""
+    return path.is_file() and file_sha256(path) == digest

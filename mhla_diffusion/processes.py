@@ -1,0 +1,164 @@
+"""Processes of a run, whoever started them: torchrun, accelerate launch or mpirun.
+
+Whatever asks accelerate which process it is asks here first: left alone, accelerate takes each of several
+processes on a machine without a GPU for the only one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.environment import get_cpu_distributed_information
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def process_state() -> PartialState:
+    """Return accelerate's state of this process, after it joined the others of its run.
+
+    Without an accelerator they talk through gloo.
+    """
+    if not PartialState._shared_state:
+        if not _is_one_of_several():
+            _warn_of_missing_processes()
+        state = PartialState(cpu=_has_only_cpus())
+        if state.num_processes > 1 and state.is_main_process:
+            logger.info("%d processes share the work", state.num_processes)
+    return PartialState()
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """Return an Accelerator for :func:`process_state`; ``settings`` are its arguments."""
+    return Accelerator(cpu=process_state().device.type == "cpu", **settings)
+
+
+def in_first_process(work: Callable[[], T]) -> T:
+    """Return in every process what ``work`` returns in the first.
+
+    The others wait for as long as it takes, and not in a collective, whose timeout would end them.
+
+    Args:
+        work: called in the first process alone; what it returns can be pickled.
+
+    Raises:
+        ConnectionError: in the others, when ``work`` raised an exception in the first, with its message.
+    """
+    state = process_state()
+    if state.num_processes == 1:
+        return work()
+    key = f"mhla_diffusion/{next(_turns)}"
+    outcome: list[Any] = [None, None]
+    failure = None
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure, outcome[1] = error, str(error) or type(error).__name__
+        _store().set(key, "done")
+    else:
+        _wait(key)
+    value, message = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise ConnectionError(f"the first process of this run ended: {message}")
+    return value
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here, for as long as it takes."""
+    state, key = process_state(), f"mhla_diffusion/{next(_turns)}"
+    if state.num_processes > 1:
+        _store().set(f"{key}/{state.process_index}", "here")
+        for index in range(state.num_processes):
+            _wait(f"{key}/{index}")
+
+
+@contextmanager
+def one_fate() -> Iterator[None]:
+    """End with the other processes of the run, also as a decorator.
+
+    Raises:
+        ConnectionError: when another process has ended while this one was exchanging something with it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            raise ConnectionError(
+                "another process of this run has ended, and what it said last tells why; start the run again"
+            ) from error
+        raise
+
+
+_turns = itertools.count()
+_LOST = re.compile(r"closed by peer|connection reset|connection refused|broken pipe|gloo.*timed? ?out", re.I)
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait(key: str) -> None:
+    while True:  # in short waits, between which Ctrl-C is heard
+        try:
+            return _store().wait([key], timedelta(seconds=10))
+        except dist.DistNetworkError:
+            raise
+        except dist.DistStoreError:
+            continue
+
+
+def _is_one_of_several() -> bool:
+    """Read the launcher's environment, and complete it as torchrun would have written it."""
+    found = get_cpu_distributed_information()
+    if found.world_size < 2:
+        return False
+    os.environ.setdefault("RANK", str(found.rank))
+    os.environ.setdefault("WORLD_SIZE", str(found.world_size))
+    os.environ.setdefault("LOCAL_RANK", str(found.local_rank))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(found.local_world_size))
+    if found.local_world_size == found.world_size:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    return True
+
+
+def _has_only_cpus() -> bool:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return True
+    # Apple's GPU has no way to talk to another process.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (accelerator is None or accelerator.type == "mps")
+
+
+def _warn_of_missing_processes() -> None:
+    """Say when ``accelerate launch`` was asked for several processes, but started this one alone."""
+    try:
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline() if parent is not None else [])
+    except psutil.Error:
+        return
+    asked = re.search(r"\baccelerate\b.*--num[_-]processes[ =](\d+)", command)
+    if asked is not None and int(asked[1]) > 1:
+        logger.warning(
+            "accelerate launch was asked for %s processes and started one, as it does without a GPU: "
+            "torchrun --nproc_per_node %s -- SCRIPT starts them all",
+            asked[1],
+            asked[1],
+        )

@@ -1,0 +1,139 @@
+"""Several processes on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
+from tests.processes import ROOT
+
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ASK = """
+from mhla_diffusion.processes import process_state
+state = process_state()
+state.wait_for_everyone()
+print(state.process_index, state.num_processes, state.backend)
+"""
+OPEN_MPI = (
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)  # fmt: skip
+
+
+def join(rank: int) -> None:
+    """Say to accelerate what a launcher would have."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    os.environ.update(WITHOUT_GPU)
+    assert process_state().num_processes == 2
+
+
+def test_processes_of_mpirun_find_each_other() -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASK], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env=clean | WITHOUT_GPU | dict(zip(OPEN_MPI, (rank, "2", rank, "2"), strict=True))
+            | {"MASTER_PORT": "29611"},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60)[0].split() for process in started]
+    assert outputs == [["0", "2", "gloo"], ["1", "2", "gloo"]]
+
+
+def test_one_process_where_two_were_asked_for_is_said() -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = os.environ | WITHOUT_GPU
+    result = subprocess.run(
+        [*launch, "--no_python", sys.executable, "-c", ASK],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.stdout.split()[:2] == ["0", "1"], result.stderr
+    assert "asked for 2 processes and started one" in result.stderr
+    assert "torchrun --nproc_per_node 2 -- SCRIPT starts them all" in result.stderr
+
+
+def wait_long(rank: int) -> None:
+    # The others wait for longer than a collective would.
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    join(rank)
+
+    def work() -> str:
+        assert rank == 0
+        time.sleep(5)
+        return "scores"
+
+    assert in_first_process(work) == "scores"
+
+    def fail() -> None:
+        raise ValueError("no such metric")
+
+    error, message = (ValueError, "^no such") if rank == 0 else (ConnectionError, "first process .* no such")
+    with pytest.raises(error, match=message):
+        in_first_process(fail)
+    assert in_first_process(lambda: 7) == 7
+    started = time.perf_counter()
+    time.sleep(4 * rank)
+    wait_for_all()
+    assert time.perf_counter() - started > 3.5
+
+
+def test_others_wait_for_the_first_beyond_the_timeout_of_a_collective(
+    run_processes: Callable[..., None],
+) -> None:
+    run_processes(wait_long, 2)
+
+
+def lose_peer(rank: int, file: str) -> None:
+    join(rank)
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(ConnectionError, match="another process of this run has ended"), one_fate():
+        dist.all_reduce(torch.ones(1))
+    Path(file).touch()
+
+
+def test_the_loss_of_a_process_is_one_sentence_in_the_others(
+    run_processes: Callable[..., None], tmp_path: Path
+) -> None:
+    run_processes(lose_peer, 2, str(tmp_path / "said"))
+    assert (tmp_path / "said").exists()
+
+
+def test_a_training_process_that_dies_ends_the_others(
+    start: Callable[..., subprocess.Popen[str]], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["trainer"] |= {"max_steps": 100_000, "checkpoint_every": 100_000}
+    launcher = start("--output_dir", str(tmp_path / "run"), num_processes=2)
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if "step 2 " in line:
+            break
+    ranks = {
+        process.environ()["RANK"]: process
+        for process in psutil.Process(launcher.pid).children(recursive=True)
+        if "RANK" in process.environ()
+    }
+    assert ranks.keys() == {"0", "1"}
+    ranks["1"].send_signal(signal.SIGKILL)
+    killed = time.perf_counter()
+    output, _ = launcher.communicate(timeout=120)
+    assert time.perf_counter() - killed < 60
+    assert launcher.returncode
+    assert "error: another process of this run has ended" in output
+    assert not ranks["0"].is_running()

@@ -1,0 +1,186 @@
+"""Two writers, full disks, kills and signals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mhla_diffusion.files.locking import only_writer
+from mhla_diffusion.files.writing import write_file, write_folder
+from mhla_diffusion.training import ImageTrainingConfig, train_image
+from mhla_diffusion.training.progress import StopRequest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@contextmanager
+def child(work: Callable[[], None]) -> Iterator[int]:
+    """A fork that does something, and is killed at the end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os.write(writer, b"done")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        assert os.read(reader, 4) == b"done"
+        yield pid
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_second_writer_is_refused_until_the_first_ends_however_it_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    held = only_writer(folder)
+    with child(held.__enter__), pytest.raises(ValueError, match=f"another process is writing to {folder}"):
+        only_writer(folder).__enter__()
+    with only_writer(folder):
+        assert list(folder.iterdir()) == []
+        with pytest.raises(ValueError, match="another process is writing to"):
+            only_writer(folder).__enter__()
+        (folder / "file").touch()
+    with only_writer(folder):
+        pass
+    assert (folder / "file").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; a folder is needed"):
+        only_writer(tmp_path / "file").__enter__()
+
+
+def test_a_folder_in_which_nothing_was_written_goes_again(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with only_writer(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_lock_does_not_live_on_in_a_worker(tmp_path: Path) -> None:
+    lock = only_writer(tmp_path)
+    lock.__enter__()
+    with child(nothing):  # as a worker that reads data outlives a trainer that was killed
+        lock.__exit__(None, None, None)
+        with only_writer(tmp_path):
+            pass
+
+
+def test_training_in_a_folder_that_another_process_trains_in_is_refused(run: Run, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "run"):
+        result = run("--output_dir", str(tmp_path / "run"))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: another process is writing to {tmp_path / 'run'}")
+
+
+def test_there_is_no_moment_without_the_old_or_the_new_folder(tmp_path: Path) -> None:
+    folder, missing, done = tmp_path / "pipeline", [], threading.Event()
+    write_folder(folder, lambda path: (path / "weights").touch())
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                os.stat(folder / "weights")
+            except FileNotFoundError:
+                missing.append(time.time())
+
+    with ThreadPool(1) as pool:
+        looking = pool.apply_async(look)
+        for _ in range(100):
+            write_folder(folder, lambda path: (path / "weights").touch())
+        done.set()
+        looking.get()
+    assert not missing
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond a size, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.write_bytes(bytes(100_000)),
+    "safetensors": lambda path: save_file({"weights": torch.zeros(100_000)}, path),
+    "torch": lambda path: torch.save({"weights": torch.zeros(100_000)}, path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_an_os_error_and_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
+    with disk_of(20_000):
+        with pytest.raises(OSError, match=r"File too large|Input/output error") as caught:
+            write_file(tmp_path / "weights", WRITERS[name])
+        assert caught.value.errno in (errno.EFBIG, errno.EIO)
+        with pytest.raises(OSError, match=r"File too large|Input/output error"):
+            write_folder(tmp_path / "folder", lambda path: WRITERS[name](path / "weights"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_leaves_no_half_of_one(config: ImageTrainingConfig) -> None:
+    with disk_of(40_000), pytest.raises(OSError, match=r"File too large: .*step-00000003"):
+        train_image(config)
+    assert list((Path(config.output_dir) / "checkpoints").iterdir()) == []
+    assert train_image(config) == 0
+
+
+def signalled(numbers: list[signal.Signals]) -> int:
+    """The status of a process in which a stop is asked for by these signals, one after the other."""
+    pid = os.fork()
+    if pid == 0:
+        with StopRequest() as request:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+            os._exit(request.signal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_ctrl_c_twice_stops_at_once_and_sigterm_twice_is_still_one_request() -> None:
+    interrupt, terminate = signal.SIGINT, signal.SIGTERM
+    assert signalled([interrupt]) == interrupt
+    assert signalled([interrupt, interrupt]) == -interrupt
+    assert signalled([terminate, terminate]) == terminate
+    assert signalled([interrupt, terminate]) == terminate
+
+
+def test_a_signal_cuts_short_what_can_be_left_out() -> None:
+    with StopRequest() as request:
+        assert request.interruptible(lambda: "samples") == "samples"
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        started = time.perf_counter()
+        assert request.interruptible(lambda: time.sleep(30)) is None
+        assert time.perf_counter() - started < 10
+        assert request.interruptible(lambda: "another") is None
+        assert request.signal == signal.SIGTERM
