@@ -13,7 +13,7 @@ from .cases import EVERY_PART, Case, sample
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.mark.parametrize("dynamic", [None])
+@pytest.mark.parametrize("dynamic", [None, True])
 @torch.no_grad()
 def test_a_model_is_one_graph_for_each_grid(case: Case, dynamic: bool | None) -> None:
     """By torch.compile's own defaults sizes are symbolic from the second one on."""
