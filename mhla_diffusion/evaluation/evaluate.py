@@ -23,7 +23,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, Measured, choose_metrics
+from .scores.metrics import METRICS, Comparison, LackingError, Measured, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.images import open_images
@@ -280,7 +280,7 @@ def _scores(
     flags: list[str],
 ) -> tuple[list[Score], Neighbourhoods | None]:
     """Compute all scores, and neighbourhoods when scores need them; log the scores, then their cautions."""
-    scores, neighbourhoods = [], None
+    scores, lacking, neighbourhoods = list[Score](), list[str](), None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
         sets = Comparison(
             extractor=extractor,
@@ -292,11 +292,18 @@ def _scores(
         said = flags + ([extractor.caution] if extractor.caution else [])
         for name, its in chosen:
             if its is extractor:
-                score = METRICS[name].compute(sets, name)
+                try:
+                    score = METRICS[name].compute(sets, name)
+                except LackingError as error:  # files that could not be read are known by now alone
+                    lacking.append(f"No {extractor.full_name(name)}: {error}.")
+                    continue
                 scores.append(replace(score, flags=[*score.flags, *said]))
                 logger.info("%s", scores[-1])
         # A cached property is there once a score has asked for it.
         neighbourhoods = neighbourhoods or sets.__dict__.get("neighbourhoods")
+    if not scores:
+        raise ValueError(f"no score can be computed from what could be read: {' '.join(lacking)}")
+    scores = [replace(score, flags=[*score.flags, *lacking]) for score in scores]
     for caution in cautions(scores):
         logger.warning("Caution: %s", caution)
     return scores, neighbourhoods
