@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .networks.extractor import FeatureExtractor, file_sha256
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
+from .sets.arrays import require_regular
 from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
@@ -174,6 +175,7 @@ class _Found:
             duplicates=len(self.digests) - len(set(self.digests)),
             unlisted=samples.unlisted,
             manifest=samples.manifest,
+            left_out=samples.left_out,
         )
         prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
         parts = self.collected if self.main else []
@@ -288,8 +290,9 @@ def _load(
     row = _Row(name)
     try:
         if cache is not None and file is not None:
-            # Where in a video its clip begins depends on the file's name too.
-            row.key = file_sha256(file) + (f" {file.name}" if by_name else "")
+            # Where in a video its clip begins depends on the file's name too, which need not be text.
+            name_bytes = file.name.encode("utf-8", "backslashreplace").decode() if by_name else ""
+            row.key = file_sha256(require_regular(file)) + (f" {name_bytes}" if by_name else "")
             if _recall(row, cache, protocols):
                 return row
         pixels = read()

@@ -50,8 +50,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     """Read a dict of arrays or tensors, and nothing that could run code."""
     import torch
 
-    multiarray = np._core.multiarray
-    numpy_parts: list[Any] = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype]
+    numpy_parts: list[Any] = [np.zeros(1).__reduce__()[0], np.float64().__reduce__()[0], np.ndarray, np.dtype]
     numpy_parts += [type(np.dtype(number)) for number in ("f2", "f4", "f8", "i4", "i8")]
     try:
         with torch.serialization.safe_globals(numpy_parts):
