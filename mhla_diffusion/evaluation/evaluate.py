@@ -61,6 +61,7 @@ def evaluate_images(
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
+    trust_weights: bool = False,
 ) -> Report:
     """Score generated images against real ones.
 
@@ -87,6 +88,8 @@ def evaluate_images(
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
+        trust_weights: run a torchscript that is given as ``weights`` and is not the published one. It is a
+            program, which can read and write files.
 
     Returns:
         The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
@@ -100,7 +103,14 @@ def evaluate_images(
         real,
         generated,
         open_set=open_images,
-        load=partial(load_extractors, extractor, load_extractor, weights=weights, device=device),
+        load=partial(
+            load_extractors,
+            extractor,
+            load_extractor,
+            weights=weights,
+            device=device,
+            trust_weights=trust_weights,
+        ),
         settings=_Settings(
             metrics=metrics,
             bootstrap=bootstrap,
@@ -132,6 +142,7 @@ def evaluate_videos(
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
+    trust_weights: bool = False,
 ) -> Report:
     """Score generated videos against real ones by the features of one clip of each.
 
@@ -161,6 +172,8 @@ def evaluate_videos(
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
+        trust_weights: run a torchscript that is given as ``weights`` and is not the published one. It is a
+            program, which can read and write files.
 
     Returns:
         The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
@@ -175,7 +188,9 @@ def evaluate_videos(
         real,
         generated,
         open_set=partial(open_videos, frames=frames, stride=stride, seed=seed, frame_wise=frame_wise),
-        load=partial(load_extractors, extractor, load, weights=weights, device=device),
+        load=partial(
+            load_extractors, extractor, load, weights=weights, device=device, trust_weights=trust_weights
+        ),
         settings=_Settings(
             metrics=metrics,
             bootstrap=bootstrap,
@@ -199,6 +214,7 @@ def compute_statistics(
     batch_size: int = 16,
     num_workers: int | None = None,
     device: str | None = None,
+    trust_weights: bool = False,
 ) -> FeatureStatistics:
     """Compute mean and covariance of the features of a set of images; arguments as for ``evaluate_images``.
 
@@ -210,7 +226,7 @@ def compute_statistics(
     """
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     image_set = open_images(images)
-    loaded = load_extractor(extractor, weights=weights, device=device)
+    loaded = load_extractor(extractor, weights=weights, device=device, trust_weights=trust_weights)
     return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics
 
 
