@@ -36,7 +36,7 @@ from .sets.samples import (
     holds_samples,
     holds_statistics,
 )
-from .sets.videos import frame_rates, open_videos, rate_notes
+from .sets.videos import open_videos, rate_notes
 
 logger = logging.getLogger(__name__)
 
@@ -261,8 +261,7 @@ def _evaluate(
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
     chosen = choose_metrics(settings.metrics, extractors, real_set, generated_set, known)
-    rates = [[] if its is None else frame_rates(its) for its in (real_set, generated_set)]
-    notes = [*_set_notes(real_set, generated_set), *rate_notes(*rates)]
+    flags += _set_notes(real_set, generated_set)
     report = None
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
@@ -272,18 +271,13 @@ def _evaluate(
         if PartialState().is_main_process:
             assert first is not None
             flags += _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
-            flags += notes
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
             report = Report(
                 scores=scores,
-                real=replace(first.summary, frame_rates=rates[0]),
-                generated=replace(
-                    second.summary,
-                    copies=len(set(second.digests) & set(first.digests)),
-                    frame_rates=rates[1],
-                ),
+                real=first.summary,
+                generated=replace(second.summary, copies=len(set(second.digests) & set(first.digests))),
                 protocol=_protocol(generated_set.kind, extractors, settings, [name for name, _ in chosen]),
                 real_statistics=first.measured[extractors[0].name].statistics,
                 kind=generated_set.kind.name,
@@ -388,7 +382,8 @@ def _set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
     """What has to be said of the sets, known before they are read."""
     titled = (("Real", real), ("Generated", generated))
     notes = [f"{title} set: {note}" for title, its in titled if its is not None for note in its.notes]
-    return notes + class_notes(real, generated)
+    rates = rate_notes([] if real is None else real.frame_rates, generated.frame_rates)
+    return notes + class_notes(real, generated) + rates
 
 
 def _sample_flags(kind: SampleKind, dimension: int, real: Pass, generated: Pass) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...files.room import require_writable
 from ...files.writing import require_absent, write_file
 from ...optional import require
 from .stored import read_statistics
@@ -167,11 +168,13 @@ def require_new_npz(path: str | Path, *, overwrite: bool = False) -> None:
     """Check, before hours are spent, that ``FeatureStatistics.save(path)`` will be possible.
 
     Raises:
-        ValueError: when ``path`` does not end in .npz, or exists and ``overwrite`` is false.
+        ValueError: when ``path`` does not end in .npz, cannot be written, or is there and ``overwrite`` is
+            false.
     """
     if Path(path).suffix != ".npz":
         raise ValueError(f"statistics are written as npz, and {path} does not end in .npz: rename it")
     require_absent([Path(path)], overwrite=overwrite)
+    require_writable(Path(path).parent)
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:

@@ -64,6 +64,7 @@ class SampleSet(ABC):
         manifest: what the manifest says of the whole set: model, steps, guidance, ...
         unlisted: samples in the folder that its manifest does not list, and that are left out.
         left_out: files that are no samples of this kind, by their suffix.
+        frame_rates: frames per second of its videos, each rate once; empty when not known.
         notes: sentences that have to be said of the set beside its scores.
     """
 
@@ -77,6 +78,7 @@ class SampleSet(ABC):
     manifest: dict[str, Any] = field(init=False, default_factory=dict)
     unlisted: int = field(init=False, default=0)
     left_out: dict[str, int] = field(init=False, default_factory=dict)
+    frame_rates: list[float] = field(init=False, default_factory=list)
     notes: list[str] = field(init=False, default_factory=list)
 
     @abstractmethod
@@ -261,7 +263,9 @@ def class_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
     by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
     if by_name or not (real.ids_by_position or generated.ids_by_position):
         return []
-    return ["Class ids are matched with subfolders by the order of their names (torchvision's ImageFolder)."]
+    return [
+        "Class ids are matched with subfolders by the order of their names (as ImageFolder of torchvision)."
+    ]
 
 
 def _ids_match(real: SampleSet, generated: SampleSet) -> bool:

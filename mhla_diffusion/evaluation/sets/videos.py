@@ -57,6 +57,7 @@ def open_videos(
     videos = open_archives(path, kind) or _open_folder_or_array(
         path, kind, partial(_indices, frames=frames, stride=stride, seed=seed)
     )
+    videos.frame_rates = _look_at_rates(videos)
     return FramesOfVideos(videos, frames) if frame_wise else videos
 
 
@@ -72,11 +73,8 @@ def _open_folder_or_array(
     )
 
 
-def frame_rates(samples: SampleSet) -> list[float]:
+def _look_at_rates(videos: SampleSet) -> list[float]:
     """Return the frames per second of some videos of a set, each rate once; empty when not known."""
-    videos = samples.videos if isinstance(samples, FramesOfVideos) else samples
-    if videos.kind.name != "video":
-        return []
     step = max(1, len(videos.names) // RATES_LOOKED_AT)
     found = set()
     for name in videos.names[::step]:
@@ -215,6 +213,7 @@ class FramesOfVideos(SampleSet):
         self.ids_by_position = videos.ids_by_position
         self.manifest, self.unlisted = videos.manifest, videos.unlisted
         self.left_out, self.notes = videos.left_out, videos.notes
+        self.frame_rates = videos.frame_rates
         self.names = [f"{name}#{frame}" for name in videos.names for frame in range(self.frames)]
         if videos.labels is not None:
             self.labels = [label for label in videos.labels for _ in range(self.frames)]

@@ -236,7 +236,7 @@ def test_classes_of_two_folders_are_matched_by_name_alone(
         write_manifest(animals.path.parent / "generated", ids)
         generated = open_images(animals.path.parent / "generated")
         assert (common_classes(animals, generated) is not None) is matched
-        assert ("by the order of their names" in class_notes(animals, generated)[0]) is matched
+        assert ("in the order of their names" in class_notes(animals, generated)[0]) is matched
     assert class_notes(animals, animals) == []
 
 

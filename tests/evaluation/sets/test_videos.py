@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhla_diffusion.evaluation.sets.videos import frame_rates, open_videos, rate_notes, read_clip
+from mhla_diffusion.evaluation.sets.videos import open_videos, rate_notes, read_clip
 from mhla_diffusion.files.videos import UnreadableVideoError, write_video
 from tests.evaluation.clips import moving_squares
 
@@ -140,7 +140,7 @@ def test_other_frame_rates_are_flagged(write_videos: WriteVideos, tmp_path: Path
     folder, clip = write_videos("slow", moving_squares(1, 0)), moving_squares(1, 1)[0]
     for index in range(2):
         write_video(clip, tmp_path / "fast" / f"{index}.mp4", fps=24)
-    slow, fast = (frame_rates(open_videos(place, frames=4)) for place in (folder, tmp_path / "fast"))
+    slow, fast = (open_videos(place, frames=4).frame_rates for place in (folder, tmp_path / "fast"))
     assert (slow, fast) == ([8.0], [24.0])
     (note,) = rate_notes(slow, fast)
     assert "Real videos have 8 frames a second and generated ones 24" in note
