@@ -70,8 +70,10 @@ def evaluate_images(
     the processes share the work; with equally many threads in each, scores are those of one process.
 
     Args:
-        real: folder of images, npz of images (ADM layout), or npz of statistics (``mu`` and ``sigma``).
-        generated: folder of images, with the manifest.json of scripts/generate.py or without, or npz.
+        real: folder of images, npz (ADM layout), zip, tar (webdataset), parquet or dataset, see
+            :func:`~mhla_diffusion.evaluation.sets.images.open_images`; or statistics, as npz (``mu`` and
+            ``sigma``) or torch-fidelity's .pt.
+        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
             extractors and the sets allow.
@@ -151,9 +153,10 @@ def evaluate_videos(
     real ones.
 
     Args:
-        real: folder of videos, npy of videos uint8 ``[N, F, H, W, 3]``, or npz of statistics that an earlier
+        real: folder of videos or of folders of frames, zip or tar, npy of clips, see
+            :func:`~mhla_diffusion.evaluation.sets.videos.open_videos`; or npz of statistics that an earlier
             call saved.
-        generated: folder of videos, with the manifest.json of scripts/generate.py or without, or npy.
+        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
@@ -226,6 +229,8 @@ def compute_statistics(
     """
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     image_set = open_images(images)
+    for note in image_set.notes:
+        logger.warning("Caution: %s", note)
     loaded = load_extractor(extractor, weights=weights, device=device, trust_weights=trust_weights)
     return measure(image_set, [loaded], settings, title="images").measured[loaded.name].statistics
 

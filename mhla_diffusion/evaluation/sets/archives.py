@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ...files.manifest import MANIFEST, parse_manifest
 from .arrays import file_kind
 from .samples import Pixels, SampleKind, SampleSet
 
@@ -33,7 +34,8 @@ class Member(NamedTuple):
 class Archives(SampleSet):
     """Samples in one archive or several, sorted by archive and by name.
 
-    Classes are ``key.cls`` beside ``key.jpg`` (webdataset), else the subfolders; prompts are ``key.txt``.
+    Classes and prompts come from a manifest.json, else from ``key.cls`` and ``key.txt`` beside ``key.jpg``
+    (webdataset); else classes are the subfolders.
 
     Raises:
         ValueError: when an archive is damaged or holds no sample.
@@ -59,7 +61,15 @@ class Archives(SampleSet):
             raise ValueError(f"{self.path} holds no {self.kind.name}{': ' + ' '.join(self.notes)}")
         texts = {name: self._beside(name, ".txt") for name in self.names}
         self.prompts = {name: text for name, text in texts.items() if text}
-        self._take_classes()
+        manifest = self.members.get(MANIFEST)
+        rows = None
+        if manifest is not None:
+            source = f"{MANIFEST} in {self.path}"
+            rows = self.take_manifest(parse_manifest(self._content(manifest), source), source)
+        if rows is None:
+            self._take_classes()
+        else:
+            self.take_rows(rows)
 
     def _take_classes(self) -> None:
         stated = [self._beside(name, ".cls") for name in self.names]
@@ -78,9 +88,11 @@ class Archives(SampleSet):
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
-            yield partial(self._read, self.members[name])
+            yield partial(self._read, name)
 
-    def _read(self, member: Member) -> Pixels:
+    def _read(self, name: str) -> Pixels:
+        if (member := self.members.get(name)) is None:
+            raise ValueError("it is listed in the manifest and not in the archive")
         content = self._content(member)
         if self.kind.sampling is None:
             return self.kind.read(io.BytesIO(content))

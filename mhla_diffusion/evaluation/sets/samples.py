@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...files.manifest import MANIFEST, listed_files, read_manifest
+from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
 from .arrays import file_kind, require_regular
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,27 @@ class SampleSet(ABC):
         self.labels, self.ids_by_position = [ids[str(folder)] for folder in folders], True
         self.class_names = dict(enumerate(classes))
 
+    def take_manifest(self, manifest: dict[str, Any], source: str) -> list[dict[str, Any]] | None:
+        """Keep what a manifest says of the whole set; return its rows, None when it is of other samples."""
+        key = f"{self.kind.name}s"
+        if key not in manifest:
+            logger.warning("%s has no key '%s', so it is ignored and the whole set read", source, key)
+            return None
+        self.manifest = {name: value for name, value in manifest.items() if name != key}
+        return manifest_rows(manifest, key, source)
+
+    def take_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Take names, prompts and classes from the rows of a manifest."""
+        listed = [row["file"] for row in rows]
+        self.unlisted = len(set(self.names) - set(listed))
+        self.names = listed
+        self.prompts = {row["file"]: str(row["prompt"]) for row in rows if row.get("prompt")}
+        if all(isinstance(row.get("class_id"), int) for row in rows):
+            self.labels = [row["class_id"] for row in rows]
+            self.class_names = {
+                row["class_id"]: str(row["class_name"]) for row in rows if row.get("class_name")
+            }
+
     def note_left_out(self, others: Iterable[str]) -> None:
         """Count files that are no samples, without those that go with samples, such as captions."""
         suffixes = (PurePosixPath(name).suffix.lower() for name in others)
@@ -183,7 +204,7 @@ class Folder(SampleSet):
         if rows is None:
             self.label_by_subfolder()
         else:
-            self._take_rows(rows)
+            self.take_rows(rows)
         if not self.names:
             raise ValueError(
                 f"folder {self.path} holds no {self.kind.name} ({', '.join(self.kind.extensions)})"
@@ -191,26 +212,12 @@ class Folder(SampleSet):
             )
         self._note_links()
 
-    def _take_rows(self, rows: list[dict[str, Any]]) -> None:
-        listed = [row["file"] for row in rows]
-        self.unlisted = len(set(self.names) - set(listed))
-        self.names = listed
-        self.prompts = {row["file"]: str(row["prompt"]) for row in rows if row.get("prompt")}
-        if all(isinstance(row.get("class_id"), int) for row in rows):
-            self.labels = [row["class_id"] for row in rows]
-            self.class_names = {
-                row["class_id"]: str(row["class_name"]) for row in rows if row.get("class_name")
-            }
-
     def _read_manifest(self) -> list[dict[str, Any]] | None:
-        manifest, key, path = read_manifest(self.path), f"{self.kind.name}s", self.path / MANIFEST
-        if manifest is None:
-            return None
-        if key not in manifest:
-            logger.warning("%s has no key '%s', so it is ignored and the whole folder read", path, key)
-            return None
-        self.manifest = {name: value for name, value in manifest.items() if name != key}
-        return listed_files(manifest, key, self.path)
+        manifest = read_manifest(self.path)
+        rows = None if manifest is None else self.take_manifest(manifest, str(self.path / MANIFEST))
+        if rows is not None:
+            require_inside(rows, self.path)
+        return rows
 
     def _note_links(self) -> None:
         """Say how many files lie elsewhere: links that the owner of the folder made are followed."""
@@ -263,9 +270,7 @@ def class_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
     by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
     if by_name or not (real.ids_by_position or generated.ids_by_position):
         return []
-    return [
-        "Class ids are matched with subfolders by the order of their names (as ImageFolder of torchvision)."
-    ]
+    return ["Class ids are matched with subfolders in the order of their names (as torchvision does)."]
 
 
 def _ids_match(real: SampleSet, generated: SampleSet) -> bool:

@@ -386,3 +386,20 @@ def test_arrays_are_checked_before_the_work(make_pixels: Callable[..., np.ndarra
         archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
     with pytest.raises(ValueError, match="something else follows"):
         open_images(tmp_path / "absurd.npz")
+
+
+def test_an_archive_of_a_generated_folder_has_its_manifest(
+    write_folder: Callable[..., Path],
+    make_pixels: Callable[..., np.ndarray],
+    write_manifest: Callable[..., None],
+) -> None:
+    folder = write_folder("generated", make_pixels(4))
+    write_manifest(folder, [3, 1, 3], names={3: "three"})
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for file in sorted(folder.iterdir())[:-2]:
+            archive.write(file, file.name)
+        archive.write(folder / "manifest.json", "manifest.json")
+    images = open_images(folder.with_suffix(".zip"))
+    expected = open_images(folder)
+    assert (images.names, images.labels) == (expected.names, expected.labels)
+    assert (images.class_names, images.manifest) == (expected.class_names, expected.manifest)
