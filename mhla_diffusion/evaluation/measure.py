@@ -24,7 +24,7 @@ from .networks.extractor import FeatureExtractor, file_sha256
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
 from .sets.arrays import require_regular
-from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
+from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile, one_if_large
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)
@@ -330,7 +330,8 @@ class _Loader:
             row.key = row.digest.hex()
             if self._recall(row):
                 return row
-        row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in self.extractors}
+        with one_if_large(pixels.nbytes):
+            row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in self.extractors}
         return row
 
     def _key(self, file: Path) -> str:

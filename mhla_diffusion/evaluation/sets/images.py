@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from .archives import open_archives
 from .arrays import describe_kind, file_kind, npz_headers, read_npy_header
 from .datasets import open_dataset
-from .samples import Folder, Pixels, SampleKind, SampleSet
+from .samples import Folder, Pixels, SampleKind, SampleSet, one_if_large
 
 # Other decoders run programs (EPS), or wait for a library that registers one.
 _NOT_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "PCD"}
@@ -79,7 +79,7 @@ def read_image(path: Path | str | IO[bytes]) -> Pixels:
         ValueError: when its values would be lost: floating-point pixels, which have no defined range, or
             integers of 16 bits and more that do not use these.
     """
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=FORMATS) as image, one_if_large(3 * image.width * image.height):
         if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
             return _from_16_bits(np.asarray(image).astype(np.int64))
         if image.mode == "F":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -23,6 +25,14 @@ from .arrays import file_kind, require_regular
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
+
+_LARGE = 96 << 20
+_one_large = threading.Lock()
+
+
+def one_if_large(nbytes: int) -> AbstractContextManager[Any]:
+    """Let one thread at a time work on a sample whose pixels take so many bytes, when these are many."""
+    return _one_large if nbytes > _LARGE else nullcontext()
 
 
 @dataclass(frozen=True)

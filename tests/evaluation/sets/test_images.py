@@ -7,14 +7,18 @@ import json
 import os
 import tarfile
 import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from mhla_diffusion.evaluation.sets import samples
 from mhla_diffusion.evaluation.sets.images import open_images, read_image
 from mhla_diffusion.evaluation.sets.samples import class_notes, common_classes, holds_statistics
 
@@ -403,3 +407,32 @@ def test_an_archive_of_a_generated_folder_has_its_manifest(
     expected = open_images(folder)
     assert (images.names, images.labels) == (expected.names, expected.labels)
     assert (images.class_names, images.manifest) == (expected.class_names, expected.manifest)
+
+
+def test_pictures_that_unpack_to_gigabytes_are_refused_and_large_ones_decoded_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Image.DecompressionBombError):
+        read_image(tmp_path / "bomb.png")
+    Image.fromarray(RGB).save(tmp_path / "image.png")
+    lock, at_once, most = threading.Lock(), 0, 0
+    convert = Image.Image.convert
+
+    def counted(image: Image.Image, mode: str) -> Image.Image:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+        return convert(image, mode)
+
+    monkeypatch.setattr(Image.Image, "convert", counted)
+    for large, together in ((samples._LARGE, True), (0, False)):
+        monkeypatch.setattr(samples, "_LARGE", large)
+        most = 0
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read_image, [tmp_path / "image.png"] * 4))
+        assert (most > 1) is together
