@@ -54,7 +54,7 @@ def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 
 def _ours(real: Path, generated: Path, extractor: str, weights: Path, batch_size: int) -> float:
     report = evaluate_images(
         real, generated, metrics="frechet", extractor=extractor, weights=weights, bootstrap=0,
-        batch_size=batch_size, device="cpu",
+        batch_size=batch_size, device="cpu", trust_weights=True,
     )  # fmt: skip
     return report.scores[0].value
 

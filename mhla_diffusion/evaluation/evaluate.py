@@ -21,7 +21,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, Measured, choose_metrics
+from .scores.metrics import METRICS, Comparison, LackingError, Measured, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.images import open_images
@@ -29,11 +29,12 @@ from .sets.samples import (
     SampleKind,
     SampleSet,
     SetSummary,
+    class_notes,
     common_classes,
     holds_samples,
     holds_statistics,
 )
-from .sets.videos import open_videos
+from .sets.videos import open_videos, rate_notes
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def evaluate_images(
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
+    trust_weights: bool = False,
 ) -> Report:
     """Score generated images against real ones.
 
@@ -66,8 +68,10 @@ def evaluate_images(
     the processes share the work; with equally many threads in each, scores are those of one process.
 
     Args:
-        real: folder of images, npz of images (ADM layout), or npz of statistics (``mu`` and ``sigma``).
-        generated: folder of images, with the manifest.json of scripts/generate.py or without, or npz.
+        real: folder of images, npz (ADM layout), zip, tar (webdataset), parquet or dataset, see
+            :func:`~mhla_diffusion.evaluation.sets.images.open_images`; or statistics, as npz (``mu`` and
+            ``sigma``) or torch-fidelity's .pt.
+        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
             extractors and the sets allow.
@@ -84,6 +88,8 @@ def evaluate_images(
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
+        trust_weights: run a torchscript that is given as ``weights`` and is not the published one. It is a
+            program, which can read and write files.
 
     Returns:
         The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
@@ -97,7 +103,14 @@ def evaluate_images(
         real,
         generated,
         open_set=open_images,
-        load=partial(load_extractors, extractor, load_extractor, weights=weights, device=device),
+        load=partial(
+            load_extractors,
+            extractor,
+            load_extractor,
+            weights=weights,
+            device=device,
+            trust_weights=trust_weights,
+        ),
         settings=_Settings(
             metrics=metrics,
             bootstrap=bootstrap,
@@ -129,6 +142,7 @@ def evaluate_videos(
     num_workers: int | None = None,
     device: str | None = None,
     trust_statistics: bool = False,
+    trust_weights: bool = False,
 ) -> Report:
     """Score generated videos against real ones by the features of one clip of each.
 
@@ -137,9 +151,10 @@ def evaluate_videos(
     real ones.
 
     Args:
-        real: folder of videos, npy of videos uint8 ``[N, F, H, W, 3]``, or npz of statistics that an earlier
+        real: folder of videos or of folders of frames, zip or tar, npy of clips, see
+            :func:`~mhla_diffusion.evaluation.sets.videos.open_videos`; or npz of statistics that an earlier
             call saved.
-        generated: folder of videos, with the manifest.json of scripts/generate.py or without, or npy.
+        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
@@ -158,6 +173,8 @@ def evaluate_videos(
         num_workers: threads that decode and resize; one per CPU core, at most 8, by default.
         device: torch device; a GPU when there is one, by default.
         trust_statistics: accept statistics that do not state their extractor. The score is then flagged.
+        trust_weights: run a torchscript that is given as ``weights`` and is not the published one. It is a
+            program, which can read and write files.
 
     Returns:
         The scores with everything that has to be known to compare them; ``save`` writes it to a folder.
@@ -172,7 +189,9 @@ def evaluate_videos(
         real,
         generated,
         open_set=partial(open_videos, frames=frames, stride=stride, seed=seed, frame_wise=frame_wise),
-        load=partial(load_extractors, extractor, load, weights=weights, device=device),
+        load=partial(
+            load_extractors, extractor, load, weights=weights, device=device, trust_weights=trust_weights
+        ),
         settings=_Settings(
             metrics=metrics,
             bootstrap=bootstrap,
@@ -196,6 +215,7 @@ def compute_statistics(
     batch_size: int = 16,
     num_workers: int | None = None,
     device: str | None = None,
+    trust_weights: bool = False,
 ) -> FeatureStatistics:
     """Compute mean and covariance of the features of a set of images; arguments as for ``evaluate_images``.
 
@@ -208,7 +228,9 @@ def compute_statistics(
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
     image_set = open_images(images)
     process_state()  # before a device is chosen
-    loaded = load_extractor(extractor, weights=weights, device=device)
+    for note in image_set.notes:
+        logger.warning("Caution: %s", note)
+    loaded = load_extractor(extractor, weights=weights, device=device, trust_weights=trust_weights)
     found = measure(image_set, [loaded], settings, title="images")
     return in_first_process(lambda: found.measured[loaded.name].statistics)
 
@@ -245,6 +267,7 @@ def _evaluate(
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
     chosen = choose_metrics(settings.metrics, extractors, real_set, generated_set, known)
+    flags += _set_notes(real_set, generated_set)
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
         first = None if real_set is None else pass_over(real_set, title="real")
@@ -282,7 +305,7 @@ def _scores(
     flags: list[str],
 ) -> tuple[list[Score], Neighbourhoods | None]:
     """Compute all scores, and neighbourhoods when scores need them; log the scores, then their cautions."""
-    scores, neighbourhoods = [], None
+    scores, lacking, neighbourhoods = list[Score](), list[str](), None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
         sets = Comparison(
             extractor=extractor,
@@ -294,11 +317,18 @@ def _scores(
         said = flags + ([extractor.caution] if extractor.caution else [])
         for name, its in chosen:
             if its is extractor:
-                score = METRICS[name].compute(sets, name)
+                try:
+                    score = METRICS[name].compute(sets, name)
+                except LackingError as error:  # files that could not be read are known by now alone
+                    lacking.append(f"No {extractor.full_name(name)}: {error}.")
+                    continue
                 scores.append(replace(score, flags=[*score.flags, *said]))
                 logger.info("%s", scores[-1])
         # A cached property is there once a score has asked for it.
         neighbourhoods = neighbourhoods or sets.__dict__.get("neighbourhoods")
+    if not scores:
+        raise ValueError(f"no score can be computed from what could be read: {' '.join(lacking)}")
+    scores = [replace(score, flags=[*score.flags, *lacking]) for score in scores]
     for caution in cautions(scores):
         logger.warning("Caution: %s", caution)
     return scores, neighbourhoods
@@ -353,6 +383,14 @@ def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, fo
         for name, measured in found.measured.items()
     }
     return replace(found, measured=measured)
+
+
+def _set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
+    """What has to be said of the sets, known before they are read."""
+    titled = (("Real", real), ("Generated", generated))
+    notes = [f"{title} set: {note}" for title, its in titled if its is not None for note in its.notes]
+    rates = rate_notes([] if real is None else real.frame_rates, generated.frame_rates)
+    return notes + class_notes(real, generated) + rates
 
 
 def _sample_flags(kind: SampleKind, dimension: int, real: Pass, generated: Pass) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -23,10 +23,14 @@ from tqdm.auto import tqdm
 from .networks.extractor import FeatureExtractor, file_sha256
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
-from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile
+from .sets.arrays import require_regular
+from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile, one_if_large
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)
+
+MAX_BYTES = 256 << 20
+"""Of prepared samples that wait, and of one forward pass: samples may have a hundred million pixels."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ class _Row:
     recalled: bool = False
     prepared: dict[str, NDArray[Any]] = field(default_factory=dict)
     features: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that what is prepared takes."""
+        return sum(values.nbytes for values in self.prepared.values())
 
 
 def measure(
@@ -174,6 +183,8 @@ class _Found:
             duplicates=len(self.digests) - len(set(self.digests)),
             unlisted=samples.unlisted,
             manifest=samples.manifest,
+            left_out=samples.left_out,
+            frame_rates=samples.frame_rates,
         )
         prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
         parts = self.collected if self.main else []
@@ -228,83 +239,116 @@ def _rows(
 ) -> Iterator[list[_Row]]:
     """Yield all samples with features, in the order of the set: batches of one process after the other."""
     state = PartialState()
-    own = _own_batches(samples, extractors, settings, cache)
+    own = _own_rows(samples, extractors, settings, cache)
     rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
     for _ in range(rounds):
-        rows = next(own, [])
-        _add_features(rows, extractors)
+        rows = list[_Row]()
+        for part in _parts(islice(own, settings.batch_size)):
+            _add_features(part, extractors)
+            rows += part
         if cache is not None:
             _remember(rows, extractors, samples.kind, cache)
         yield rows if state.num_processes == 1 else gather_object(rows)
 
 
-def _own_batches(
+def _parts(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Cut a batch where what is prepared of it becomes large, as photos and long clips do."""
+    part, size = list[_Row](), 0
+    for row in rows:
+        if part and size + row.nbytes > MAX_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += row.nbytes
+    if part:
+        yield part
+
+
+def _own_rows(
     samples: SampleSet,
     extractors: Sequence[FeatureExtractor],
     settings: PassSettings,
     cache: FeatureCache | None,
-) -> Iterator[list[_Row]]:
-    """Yield this process's batches; threads prepare the next one while one is used."""
-    state = PartialState()
-    protocols = {extractor.name: _cache_protocol(extractor, samples.kind) for extractor in extractors}
-    readers = zip(samples.names, samples.readers(), strict=True)
-    pending: deque[list[Any]] = deque()
-    number = 0
+) -> Iterator[_Row]:
+    """Yield this process's samples, batch after batch; threads prepare the next ones while one is used."""
+    state, load = PartialState(), _Loader(samples, extractors, cache)
+    workers = settings.num_workers or min(os.cpu_count() or 1, 8)
+    pending: deque[Future[_Row]] = deque()
+    # How large samples are is known once one is there.
+    largest, ahead = 1, min(workers, 2 * settings.batch_size)
     # Pillow, PyAV and hashlib release the interpreter lock, so threads use all cores and copy nothing.
-    with ThreadPoolExecutor(settings.num_workers or min(os.cpu_count() or 1, 8)) as pool:
-        while chunk := list(islice(readers, settings.batch_size)):
-            if number % state.num_processes == state.process_index:
-                pending.append(
-                    [
-                        pool.submit(
-                            _load,
-                            name,
-                            read,
-                            samples.file(name),
-                            extractors,
-                            protocols,
-                            cache,
-                            samples.kind.sampling is not None,
-                        )
-                        for name, read in chunk
-                    ]
-                )
-            number += 1
-            if len(pending) > 1:
-                yield [future.result() for future in pending.popleft()]
-        for futures in pending:
-            yield [future.result() for future in futures]
+    with ThreadPoolExecutor(workers) as pool:
+        for number, (name, read) in enumerate(zip(samples.names, samples.readers(), strict=True)):
+            if number // settings.batch_size % state.num_processes != state.process_index:
+                continue
+            while len(pending) >= ahead:
+                row = pending.popleft().result()
+                largest = max(largest, row.nbytes)
+                ahead = max(1, min(2 * settings.batch_size, MAX_BYTES // largest))
+                yield row
+            pending.append(pool.submit(load, name, read))
+        while pending:
+            yield pending.popleft().result()
 
 
-def _load(
-    name: str,
-    read: Callable[[], Pixels],
-    file: Path | None,
-    extractors: Sequence[FeatureExtractor],
-    protocols: dict[str, str],
-    cache: FeatureCache | None,
-    by_name: bool,
-) -> _Row:
-    row = _Row(name)
-    try:
-        if cache is not None and file is not None:
-            # Where in a video its clip begins depends on the file's name too.
-            row.key = file_sha256(file) + (f" {file.name}" if by_name else "")
-            if _recall(row, cache, protocols):
-                return row
-        pixels = read()
-    except ImportError:  # a decoder that is not installed is not the file's fault
-        raise
-    except Exception as error:  # on a broken file Pillow's plugins raise whatever they stumble over
-        row.error = f"{type(error).__name__}: {error}"
-        return row
-    row.digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
-    if cache is not None and file is None:
-        row.key = row.digest.hex()
-        if _recall(row, cache, protocols):
+class _Loader:
+    """Reads and prepares samples, or finds their features in the cache; called in any thread."""
+
+    def __init__(
+        self, samples: SampleSet, extractors: Sequence[FeatureExtractor], cache: FeatureCache | None
+    ) -> None:
+        self.samples, self.extractors, self.cache = samples, extractors, cache
+        self.by_name = samples.kind.sampling is not None
+
+    def __call__(self, name: str, read: Callable[[], Pixels]) -> _Row:
+        row, file = _Row(name), self.samples.file(name)
+        try:
+            if self.cache is not None and file is not None:
+                row.key = self._key(file)
+        except (OSError, ValueError) as error:
+            row.error = f"{type(error).__name__}: {error}"
             return row
-    row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in extractors}
-    return row
+        if row.key and self._recall(row):
+            return row
+        try:
+            pixels = read()
+        except ImportError:  # a decoder that is not installed is not the file's fault
+            raise
+        except Exception as error:  # on a broken file Pillow's plugins raise whatever they stumble over
+            row.error = f"{type(error).__name__}: {error}"
+            return row
+        digest = hashlib.sha256(str(pixels.shape).encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        row.digest = digest.digest()
+        if self.cache is not None and file is None:
+            row.key = row.digest.hex()
+            if self._recall(row):
+                return row
+        with one_if_large(pixels.nbytes):
+            row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in self.extractors}
+        return row
+
+    def _key(self, file: Path) -> str:
+        key = file_sha256(require_regular(file))
+        if not self.by_name:
+            return key
+        # Where in a video its clip begins depends on the file's name too, which need not be text.
+        return f"{key} {file.name.encode('utf-8', 'backslashreplace').decode()}"
+
+    def _recall(self, row: _Row) -> bool:
+        """Take the features from the cache, if those of all extractors are there."""
+        assert self.cache is not None
+        for extractor in self.extractors:
+            dimensions = {
+                output: extractor.dimension if output == "features" else None for output in extractor.outputs
+            }
+            protocol = _cache_protocol(extractor, self.samples.kind)
+            known = self.cache.find(protocol, row.key, dimensions)
+            if known is None:
+                return False
+            row.digest, row.features[extractor.name] = known.digest, known.features
+        row.recalled = True
+        return True
 
 
 def _add_features(rows: list[_Row], extractors: Sequence[FeatureExtractor]) -> None:
@@ -324,17 +368,6 @@ def _cache_protocol(extractor: FeatureExtractor, kind: SampleKind) -> str:
     """Return everything besides the file that features depend on."""
     parts = (extractor.name, extractor.weights_sha256, extractor.resize, extractor.normalization)
     return "\n".join((*parts, kind.conversion, kind.sampling or ""))
-
-
-def _recall(row: _Row, cache: FeatureCache, protocols: dict[str, str]) -> bool:
-    """Take the features from the cache, if those of all extractors are there."""
-    for extractor, protocol in protocols.items():
-        known = cache.find(protocol, row.key)
-        if known is None:
-            return False
-        row.digest, row.features[extractor] = known.digest, known.features
-    row.recalled = True
-    return True
 
 
 def _remember(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.room import require_writable
 from ..files.writing import require_folder
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, NDArray[np.float32]]
 """What an extractor gives of one sample: its outputs by name, ``[d]`` each."""
@@ -54,8 +60,9 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        require_writable(Path(folder))
         path = require_folder(folder) / "features.sqlite"
-        self._lock = threading.Lock()
+        self._lock, self._path = threading.Lock(), path
         try:
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
@@ -63,30 +70,58 @@ class FeatureCache:
                 "CREATE TABLE IF NOT EXISTS features (protocol TEXT, sample TEXT, output TEXT, digest BLOB, "
                 "data BLOB, PRIMARY KEY (protocol, sample, output)) WITHOUT ROWID"
             )
+            with suppress(sqlite3.OperationalError):  # it is there, but for caches of earlier versions
+                self._connection.execute("ALTER TABLE features ADD COLUMN checksum INTEGER")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} is not a cache of features ({error}): remove it") from error
 
-    def find(self, protocol: str, sample: str) -> CachedSample | None:
-        """Find what is stored of a sample; None when nothing is."""
-        query = "SELECT output, digest, data FROM features WHERE protocol = ? AND sample = ?"
-        with self._lock:
-            found = self._connection.execute(query, (protocol, sample)).fetchall()
+    def find(self, protocol: str, sample: str, dimensions: Mapping[str, int | None]) -> CachedSample | None:
+        """Find what is stored of a sample; None when nothing is, or it is damaged, which is logged.
+
+        Args:
+            dimensions: length of each output that is expected, None where any is.
+
+        Raises:
+            ValueError: when the file is damaged as a whole.
+        """
+        query = "SELECT output, digest, data, checksum FROM features WHERE protocol = ? AND sample = ?"
+        try:
+            with self._lock:
+                found = self._connection.execute(query, (protocol, sample)).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"the cache {self._path} is damaged ({error}): remove it") from error
         if not found:
             return None
-        return CachedSample(
-            found[0][1], {output: np.frombuffer(data, np.float32) for output, _, data in found}
-        )
+        known = [
+            (output, digest, np.frombuffer(data, np.float32))
+            for output, digest, data, checksum in found
+            if len(digest) == 32 and len(data) % 4 == 0 and checksum in (None, _checksum(digest, data))
+        ]
+        features = {output: values for output, _, values in known if np.isfinite(values).all()}
+        for output, dimension in dimensions.items():
+            if output not in features or dimension not in (None, len(features[output])):
+                logger.warning("%s: what is kept of %s is damaged; it is computed again", self._path, sample)
+                return None
+        return CachedSample(known[0][1], features)
 
     def store(self, protocol: str, samples: Iterable[tuple[str, CachedSample]]) -> None:
         """Keep samples, all or none."""
-        rows = [
-            (protocol, sample, output, known.digest, np.asarray(values, np.float32).tobytes())
-            for sample, known in samples
-            for output, values in known.features.items()
-        ]
+        rows = []
+        for sample, known in samples:
+            for output, values in known.features.items():
+                data = np.asarray(values, np.float32).tobytes()
+                rows.append((protocol, sample, output, known.digest, data, _checksum(known.digest, data)))
         with self._lock, self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?)", rows)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO features (protocol, sample, output, digest, data, checksum) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                rows,
+            )
 
     def close(self) -> None:
         """Release the file."""
         self._connection.close()
+
+
+def _checksum(digest: bytes, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(digest))

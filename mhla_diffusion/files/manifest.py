@@ -7,6 +7,7 @@ them: ``file``, ``seed``, and ``class_id`` and ``class_name`` or ``prompt``.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,58 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, source: str) -> dict[str, Any]:
+    """Return the manifest that a file holds.
+
+    Raises:
+        ValueError: when it is not a JSON object; the message names ``source``.
+    """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): mend or remove it") from error
+        # NaN is no JSON, and would be found out where a report is written, after all the work.
+        manifest = json.loads(content.decode("utf-8-sig"), parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON ({error}): mend or remove it") from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is not a JSON object: mend or remove it")
+        raise ValueError(f"{source} is not a JSON object: mend or remove it")
     return manifest
+
+
+def manifest_rows(manifest: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    """Return the rows of a manifest, each of which names a file.
+
+    Args:
+        key: ``"images"`` or ``"videos"``.
+
+    Raises:
+        ValueError: when these are no such rows; the message names ``source``.
+    """
+    rows = manifest[key]
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows
+    ):
+        raise ValueError(f"'{key}' in {source} must be a list of rows that each have 'file'")
+    return rows
+
+
+def require_inside(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Check that the files of a manifest lie in its folder, whether they are there or not.
+
+    Raises:
+        ValueError: when one does not: a manifest may come from a stranger, and the pictures that it names are
+            shown in a report.
+    """
+    place = folder.resolve()
+    inside = lru_cache(maxsize=1024)(lambda where: where.resolve().is_relative_to(place))
+    for row in rows:
+        file = folder / row["file"]
+        if ".." in Path(row["file"]).parts or not inside(file if file.is_symlink() else file.parent):
+            raise ValueError(
+                f"{folder / MANIFEST} lists {row['file']!r}, which leads out of its folder: put the file "
+                "there itself"
+            )
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

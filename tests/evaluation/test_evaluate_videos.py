@@ -214,3 +214,18 @@ def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tm
     assert "<figcaption>square &lt;1&gt;</figcaption>" in page
     assert "Generated videos against real videos" in page
     assert FeatureStatistics.load(tmp_path / "real.npz").sampling == content["protocol"]["clips"]
+
+
+def test_other_frame_rates_and_pictures_beside_videos_are_flagged(
+    extractor: FeatureExtractor, write_videos: WriteVideos, tmp_path: Path
+) -> None:
+    real = write_videos("real", moving_squares(3, 0))
+    (real / "poster.png").touch()
+    for index, clip in enumerate(moving_squares(3, 1)):
+        write_video(clip, tmp_path / "made" / f"{index}.mp4", fps=24)
+    report = evaluate_videos(real, tmp_path / "made", extractor=extractor, frames=4, bootstrap=0)
+    assert report.real.left_out == {".png": 1}
+    assert (report.real.frame_rates, report.generated.frame_rates) == ([8.0], [24.0])
+    flags = report.scores[0].flags
+    assert "Real set: Files that are not read as videos are left out: 1 .png." in flags
+    assert any("Real videos have 8 frames a second and generated ones 24" in flag for flag in flags)

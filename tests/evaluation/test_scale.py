@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mhla_diffusion.evaluation.sets.images import open_images
 from tests.processes import run_script, torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +87,41 @@ def test_memory_does_not_grow_with_the_number_of_samples(code: str, suffix: str,
         peaks.append(int(result.stdout.split()[-1]) / 1024)
     # In memory the features of both sets would take 55 MiB more, the videos 105.
     assert peaks[1] - peaks[0] < 40
+
+
+PHOTOS = """
+import pathlib, resource, sys
+import numpy as np
+from PIL import Image
+from mhla_diffusion.evaluation import FeatureExtractor, evaluate_images
+folder = pathlib.Path(sys.argv[1])
+for index in range(12):
+    Image.new("RGB", (6000, 4000), (index, 0, 0)).save(folder / f"{index}.png", compress_level=1)
+first = lambda x: x[:, :2, :2, 0].flatten(1).float()
+extractor = FeatureExtractor("all", "fd_all", 4, lambda x: x, first, "none", "none", "none", "0" * 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+evaluate_images(folder, folder, extractor=extractor, metrics="frechet", bootstrap=0, batch_size=12)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_batches_of_large_photos_are_cut_by_their_size(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PHOTOS, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    # A batch of all is 824 MiB, twice that with its copies, and as much again of the next.
+    assert float(result.stdout.split()[-1]) < 1300
+
+
+def test_many_thousand_files_are_listed_within_seconds(tmp_path: Path) -> None:
+    for shard in range(100):
+        (tmp_path / f"class{shard}").mkdir()
+        for index in range(200):
+            (tmp_path / f"class{shard}" / f"{index}.png").touch()
+    rows = [{"file": f"class{i // 200}/{i % 200}.png", "class_id": i // 200} for i in range(20_000)]
+    for manifest in (None, {"images": rows}):
+        if manifest is not None:
+            (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        start = time.process_time()
+        assert len(open_images(tmp_path).names) == 20_000
+        assert time.process_time() - start < 4  # a fifth of 20 seconds

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -141,9 +142,23 @@ def resolve_name(
     return name, weights
 
 
-def default_device() -> str:
-    """Return a GPU when there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def resolve_device(device: str | None) -> str:
+    """Return the device that was asked for; without one a GPU when there is one, else the CPU.
+
+    Raises:
+        ValueError: when there is no such device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise ValueError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}): choose one of "
+            f"{', '.join(['cpu', *gpus])}"
+        ) from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,7 @@ class PublishedWeights:
         instead: extractor of the same samples that needs no download.
         sha256: its hash, or the start of it. Where none is published, loading shows that it is whole.
         folder: where it is kept; torch.hub's, when None.
+        program: whether it is a torchscript, which runs what its author wrote.
     """
 
     network: str
@@ -165,20 +181,26 @@ class PublishedWeights:
     instead: str
     sha256: str = ""
     folder: Path | None = None
+    program: bool = False
 
     @property
     def path(self) -> Path:
         """Path that it is kept at."""
         return (self.folder or Path(torch.hub.get_dir()) / "checkpoints") / self.file
 
-    def get(self, given: str | Path | None, load: Callable[[Path], Any]) -> tuple[Path, str]:
+    def get(
+        self, given: str | Path | None, load: Callable[[Path], Any], *, trust: bool = False
+    ) -> tuple[Path, str]:
         """Return the file that was given, else this one, downloaded when it is not there; and its hash.
 
         Args:
+            given: another file.
             load: called with a new download; raises ValueError when it is not whole.
+            trust: whether a program with another hash than the published one may be run.
 
         Raises:
-            ValueError: when there is no such file, it cannot be downloaded, or is not what it should be.
+            ValueError: when there is no such file, it cannot be downloaded, is not what it should be, or is a
+                program that is not trusted.
         """
         path = self.path if given is None else Path(given)
         if given is None and not path.exists():
@@ -186,7 +208,14 @@ class PublishedWeights:
         if not path.is_file():
             raise ValueError(f"no file of weights of {self.network} at {path}")
         sha256 = file_sha256(path)
-        if given is None and not sha256.startswith(self.sha256):
+        known = bool(self.sha256) and sha256.startswith(self.sha256)
+        if given is not None and self.program and not (known or trust):
+            raise ValueError(
+                f"{path} is not known to be {self.network} (sha256 {sha256}). A torchscript is a program: it "
+                "can read and write files as you can. Set trust_weights (--trust_weights true) if you know "
+                "where it comes from"
+            )
+        if given is None and self.sha256 and not known:
             raise ValueError(
                 f"{path} is not {self.network} or only a part of it (sha256 {sha256}, expected "
                 f"{self.sha256}): remove it, or give other weights or the extractor {self.instead}"
@@ -202,6 +231,8 @@ class PublishedWeights:
             remedy = f"give its file as weights, or use the extractor {self.instead}"
             try:
                 torch.hub.download_url_to_file(self.url, str(part))
+                if not file_sha256(part).startswith(self.sha256):
+                    raise ValueError("it has another hash")
                 load(part)
             except OSError as error:
                 raise ValueError(f"{self.network} could not be downloaded ({error}): {remedy}") from error
@@ -219,6 +250,13 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Load a state dict of torch.save or safetensors, and nothing that could run code."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_pretrained(classes: Sequence[Any], source: str) -> tuple[list[Any], str]:

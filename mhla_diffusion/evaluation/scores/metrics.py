@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,6 +35,10 @@ from .score import Score
 
 INCEPTION_SCORE_CHUNK = 5_000
 KID_SUBSET = 1_000
+
+
+class LackingError(ValueError):
+    """A score that what was read does not suffice for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Comparison:
             value=value,
             metric=metric,
             extractor=self.extractor.name,
-            interval=None if replicates is None else interval(value, replicates),
+            interval=None if replicates is None else interval(value, replicates, METRICS[metric].bounds),
             higher_is_better=METRICS[metric].higher_is_better,
             **more,  # type: ignore[arg-type]
         )
@@ -123,28 +129,41 @@ def _frechet(sets: Comparison, metric: str, output: str) -> Score:
         frechet_distance(a.mu, a.sigma, b.mu, b.sigma),
         found,
         curve=curve,
-        extrapolated=extrapolate(curve) if enough else None,
+        extrapolated=max(extrapolate(curve), 0.0) if enough else None,
     )
 
 
 def _per_class(sets: Comparison, metric: str) -> Score:
-    """Mean of the distances of the classes that both sets have."""
+    """Mean of the distances of the classes that both sets have; what other classes there are is flagged."""
     real, generated = (np.asarray(measured.labels) for measured in (sets.real, sets.generated))
     x, y = sets.real.features["features"], sets.generated.features["features"]
     ddof, drawn = sets.extractor.ddof, sets.drawn
     assert drawn.real is not None
-    classes, spread = {}, []
-    for name in dict.fromkeys(real.tolist()):
+    classes, spread, lacking = {}, [], []
+    for name in dict.fromkeys([*real.tolist(), *generated.tolist()]):
         i, j = np.flatnonzero(real == name), np.flatnonzero(generated == name)
         if min(len(i), len(j)) > 1:
             ours = replace(drawn, real=drawn.real[i], generated=drawn.generated[j])
             classes[str(name)] = frechet_of_features(x[i], y[j], ddof=ddof)
             spread.append(class_replicates(x[i], y[j], ours, ddof=ddof))
+        else:
+            lacking.append(f"{name} ({len(i)} real, {len(j)} generated)")
     if not classes:
-        raise ValueError(f"{metric}: no class has two samples or more in both sets; leave it out")
+        raise LackingError("no class has two samples or more in both sets")
+    flags = []
+    if lacking:
+        flags.append(
+            f"{len(lacking)} of {len(lacking) + len(classes)} classes have fewer than two samples in one "
+            f"of the sets and are not part of the mean: {_some(lacking)}."
+        )
     return sets.score(
-        metric, float(np.mean(list(classes.values()))), np.mean(spread, axis=0), classes=classes
+        metric, float(np.mean(list(classes.values()))), np.mean(spread, axis=0), classes=classes, flags=flags
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """List names, of many the first ten."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _kernel_distance(sets: Comparison, metric: str) -> Score:
@@ -180,6 +199,9 @@ def _inception_score(sets: Comparison, metric: str) -> Score:
 
 def _neighbourhood(sets: Comparison, metric: str) -> Score:
     """Mean over generated samples, or over real ones; the balls stay as they are in its replicates."""
+    smallest = min(len(measured.features["features"]) for measured in (sets.real, sets.generated))
+    if smallest < MIN_SAMPLES:
+        raise LackingError(f"it needs {MIN_SAMPLES} readable samples in each set, and there are {smallest}")
     values: Array = getattr(sets.neighbourhoods, metric)
     counts = sets.drawn.real if metric in ("recall", "coverage") else sets.drawn.generated
     assert counts is not None
@@ -192,10 +214,7 @@ def _clip_score(sets: Comparison, metric: str) -> Score:
     images = sets.generated.features["features"]
     missing = sum(prompt is None for prompt in sets.generated.prompts)
     if missing:
-        raise ValueError(
-            f"{metric} needs the prompt of every image, and {missing} have none: give the folder that "
-            "scripts/generate.py wrote, whose manifest.json holds them"
-        )
+        raise LackingError(f"it needs the prompt of every image, and {missing} have none")
     texts, cut = sets.extractor.embed_texts([str(prompt) for prompt in sets.generated.prompts])
     cosine = np.einsum("nd,nd->n", images, texts, dtype=np.float64)
     cosine /= np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
@@ -220,6 +239,7 @@ class Metric:
         needs_texts: whether prompts and an extractor that embeds texts are needed.
         min_samples: of each set.
         higher_is_better: else lower is.
+        bounds: least and largest value; intervals end there.
     """
 
     compute: Callable[[Comparison, str], Score]
@@ -230,10 +250,19 @@ class Metric:
     needs_texts: bool = False
     min_samples: int = 2
     higher_is_better: bool = False
+    bounds: tuple[float, float] = (0.0, math.inf)
 
 
 _BALLS = "Kynkaanniemi et al. 2019, k = 3, each set's own radii"
 _DENSE_BALLS = "Naeem et al. 2020, k = 5"
+
+
+def _share(definition: str) -> Metric:
+    """Return the metric of a share of samples that lie in balls."""
+    return Metric(
+        _neighbourhood, definition, min_samples=MIN_SAMPLES, higher_is_better=True, bounds=(0.0, 1.0)
+    )
+
 
 METRICS = {
     "frechet": Metric(
@@ -253,16 +282,18 @@ METRICS = {
         output="logits",
         needs_real=False,
         higher_is_better=True,
+        bounds=(1.0, math.inf),
     ),
     "kid": Metric(
         _kernel_distance,
         "squared maximum mean discrepancy with the kernel (x y / d + 1)^3, unbiased, the mean over 100 "
         "random subsets of 1,000, or of all samples of the smaller set when it has fewer (torch-fidelity)",
+        bounds=(-math.inf, math.inf),  # an unbiased estimate of a small distance may fall below 0
     ),
-    "precision": Metric(_neighbourhood, _BALLS, min_samples=MIN_SAMPLES, higher_is_better=True),
-    "recall": Metric(_neighbourhood, _BALLS, min_samples=MIN_SAMPLES, higher_is_better=True),
-    "density": Metric(_neighbourhood, _DENSE_BALLS, min_samples=MIN_SAMPLES, higher_is_better=True),
-    "coverage": Metric(_neighbourhood, _DENSE_BALLS, min_samples=MIN_SAMPLES, higher_is_better=True),
+    "precision": _share(_BALLS),
+    "recall": _share(_BALLS),
+    "density": replace(_share(_DENSE_BALLS), bounds=(0.0, math.inf)),
+    "coverage": _share(_DENSE_BALLS),
     "frechet_per_class": Metric(
         _per_class, "the mean of the Frechet distances of the classes that both sets have", needs_classes=True
     ),
@@ -272,6 +303,7 @@ METRICS = {
         needs_real=False,
         needs_texts=True,
         higher_is_better=True,
+        bounds=(0.0, 100.0),
     ),
 }
 
@@ -328,13 +360,27 @@ def _missing(
         return "the real samples, not their statistics"
     if metric.output == "spatial" and known is not None and known.spatial is None:
         return "statistics with mu_s and sigma_s, or the real samples"
-    if metric.needs_classes and common_classes(real, generated) is None:
-        return "classes in both sets: subfolders, labels in an npz or class ids in a manifest"
-    if metric.needs_texts and not generated.prompts:
-        return "prompts in the manifest.json of the generated images"
+    if metric.needs_classes and not _has_pairs(common_classes(real, generated)):
+        return (
+            "classes in both sets, at least one of them with two samples in each: subfolders of the same "
+            "names, labels in an npz or class ids in a manifest"
+        )
+    if metric.needs_texts and (without := sum(name not in generated.prompts for name in generated.names)):
+        return (
+            "the prompt of every generated image in the manifest.json of their folder, and "
+            f"{without} have none"
+        )
     if smallest < metric.min_samples:
         return f"at least {metric.min_samples} samples in each set, and there are {smallest}"
     return None
+
+
+def _has_pairs(classes: tuple[list[str], list[str]] | None) -> bool:
+    """Check that a class has two samples or more in both sets."""
+    if classes is None:
+        return False
+    real, generated = map(Counter, classes)
+    return any(min(count, generated[name]) > 1 for name, count in real.items())
 
 
 def _tensor(features: NDArray[np.float32]) -> torch.Tensor:

@@ -50,10 +50,11 @@ class Neighbourhoods:
 
 
 def find_neighbourhoods(real: NDArray[np.float32], generated: NDArray[np.float32]) -> Neighbourhoods:
-    """Compare two sets of features ``[N, d]`` and ``[M, d]`` in memory O(N + M) beyond them.
+    """Compare two sets of features ``[N, d]`` and ``[M, d]`` in memory O(N + M) beyond two copies of them.
 
     A ball reaches to the k-th nearest other sample of its own set, ``<=`` for precision and recall and ``<``
-    for density and coverage, as their authors have it.
+    for density and coverage, as their authors have it. Distances are of centred features in float64: in
+    float32 a common offset of all features hides them.
 
     Raises:
         ValueError: when a set has fewer than ``MIN_SAMPLES``.
@@ -63,13 +64,14 @@ def find_neighbourhoods(real: NDArray[np.float32], generated: NDArray[np.float32
             f"precision, recall, density and coverage need {MIN_SAMPLES} readable samples in each set, got "
             f"{len(real)} real and {len(generated)} generated: leave these metrics out"
         )
-    a, b = torch.from_numpy(np.asarray(real)), torch.from_numpy(np.asarray(generated))
+    centre = np.asarray(real).mean(axis=0, dtype=np.float64)
+    a, b = torch.from_numpy(real - centre), torch.from_numpy(generated - centre)
     radii, wide_radii = _radii(a)
     generated_radii = _radii(b)[0]
     dense = radii <= radii.median()
     precision, density, realism, nearest = [], [], [], []  # of each chunk
     recall = torch.zeros(len(a), dtype=torch.bool)
-    closest = torch.full((len(a),), torch.inf)
+    closest = torch.full((len(a),), torch.inf, dtype=a.dtype)
     for rows, reach in zip(b.split(ROWS), generated_radii.split(ROWS), strict=True):
         distance = torch.cdist(rows, a)  # [ROWS, N]
         precision.append((distance <= radii).any(dim=1))

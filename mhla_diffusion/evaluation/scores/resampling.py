@@ -11,6 +11,7 @@ replicates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,16 +55,19 @@ def draw_replicates(num_real: int | None, num_generated: int, *, count: int, see
     return Replicates(None if num_real is None else draw(num_real), draw(num_generated))
 
 
-def interval(value: float, replicates: Array) -> tuple[float, float] | None:
+def interval(
+    value: float, replicates: Array, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float] | None:
     """Return ``value`` plus and minus 1.96 standard deviations of its replicates (95 %); None without any.
 
-    Replicates that are not finite, as of a set that was drawn as one sample alone, are left out.
+    Replicates that are not finite, as of a set that was drawn as one sample alone, are left out. The interval
+    ends where the range of the metric, ``bounds``, does.
     """
     replicates = replicates[np.isfinite(replicates)]
     if len(replicates) < 2:
         return None
     reach = 1.96 * float(np.std(replicates, ddof=1))
-    return value - reach, value + reach
+    return max(value - reach, bounds[0]), min(value + reach, bounds[1])
 
 
 def means(values: Array, counts: Array) -> Array:

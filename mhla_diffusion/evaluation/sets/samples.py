@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...files.manifest import MANIFEST, read_manifest
+from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from .arrays import file_kind, require_regular
 
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
+
+_LARGE = 96 << 20
+_one_large = threading.Lock()
+
+
+def one_if_large(nbytes: int) -> AbstractContextManager[Any]:
+    """Let one thread at a time work on a sample whose pixels take so many bytes, when these are many."""
+    return _one_large if nbytes > _LARGE else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,8 @@ class SampleKind:
     Args:
         name: of one sample, ``"image"`` or ``"video"``; with an s, the key of their rows in a manifest.
         extensions: of their files.
-        read: decodes a file as uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``; called in any thread.
+        read: decodes a file, of images also an open one, as uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``; called
+            in any thread.
         conversion: how pixels become RGB, in words.
         published_count: samples that published scores are of.
         sampling: which frames of a video are scored, in words; None for images.
@@ -36,41 +51,108 @@ class SampleKind:
 
     name: str
     extensions: tuple[str, ...]
-    read: Callable[[Path], Pixels]
+    read: Callable[[Any], Pixels]
     conversion: str
     published_count: int
     sampling: str | None = None
 
 
-class SampleSet(Protocol):
-    """Ordered, finite set of samples that are read one by one."""
+@dataclass
+class SampleSet(ABC):
+    """Ordered, finite set of samples that are read one by one.
 
-    @property
-    def path(self) -> Path | str:
-        """Path of the set, as it was asked for."""
-        ...
+    Args:
+        path: of the set, as it was asked for.
+        kind: of its samples.
 
+    Attributes:
+        names: what each sample is called, in the order in which they are read.
+        labels: class id of each sample, None when not known of all.
+        class_names: what class ids are called, as far as known.
+        ids_by_position: whether class ids are but the places of subfolders in the order of their names.
+        prompts: the text that a sample was generated from, by name, as far as known.
+        manifest: what the manifest says of the whole set: model, steps, guidance, ...
+        unlisted: samples in the folder that its manifest does not list, and that are left out.
+        left_out: files that are no samples of this kind, by their suffix.
+        frame_rates: frames per second of its videos, each rate once; empty when not known.
+        notes: sentences that have to be said of the set beside its scores.
+    """
+
+    path: Path | str
     kind: SampleKind
-    names: list[str]
-    """What each sample is called, in the order in which they are read."""
-    labels: list[int] | None
-    """Class id of each sample, None when not known of all."""
-    class_names: dict[int, str]
-    """What class ids are called, as far as known."""
-    prompts: dict[str, str]
-    """The text that a sample was generated from, by name, as far as known."""
-    manifest: dict[str, Any]
-    """What the manifest says of the whole set: model, steps, guidance, ..."""
-    unlisted: int
-    """Samples in the folder that its manifest does not list, and that are left out."""
+    names: list[str] = field(init=False, default_factory=list)
+    labels: list[int] | None = field(init=False, default=None)
+    class_names: dict[int, str] = field(init=False, default_factory=dict)
+    ids_by_position: bool = field(init=False, default=False)
+    prompts: dict[str, str] = field(init=False, default_factory=dict)
+    manifest: dict[str, Any] = field(init=False, default_factory=dict)
+    unlisted: int = field(init=False, default=0)
+    left_out: dict[str, int] = field(init=False, default_factory=dict)
+    frame_rates: list[float] = field(init=False, default_factory=list)
+    notes: list[str] = field(init=False, default_factory=list)
 
+    @abstractmethod
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         """Yield for each name a function that reads the sample, and may be called in any thread."""
-        ...
 
     def file(self, name: str) -> Path | None:
         """Return the file of a sample, None when it has none of its own."""
-        ...
+        return None
+
+    def label_by_subfolder(self) -> None:
+        """Take the subfolders for classes (as torchvision's ImageFolder), unless they are but shards."""
+        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
+        classes = sorted({folder for folder in folders if folder is not None})
+        if None in folders or len(classes) < 2:
+            return
+        if all(_SHARD.fullmatch(name) for name in classes):
+            logger.info(
+                "%s: the subfolders %s ... are taken for shards by their names, not for classes",
+                self.path,
+                ", ".join(classes[:3]),
+            )
+            return
+        ids = {name: index for index, name in enumerate(classes)}
+        self.labels, self.ids_by_position = [ids[str(folder)] for folder in folders], True
+        self.class_names = dict(enumerate(classes))
+
+    def take_manifest(self, manifest: dict[str, Any], source: str) -> list[dict[str, Any]] | None:
+        """Keep what a manifest says of the whole set; return its rows, None when it is of other samples."""
+        key = f"{self.kind.name}s"
+        if key not in manifest:
+            logger.warning("%s has no key '%s', so it is ignored and the whole set read", source, key)
+            return None
+        self.manifest = {name: value for name, value in manifest.items() if name != key}
+        return manifest_rows(manifest, key, source)
+
+    def take_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Take names, prompts and classes from the rows of a manifest."""
+        listed = [row["file"] for row in rows]
+        self.unlisted = len(set(self.names) - set(listed))
+        self.names = listed
+        self.prompts = {row["file"]: str(row["prompt"]) for row in rows if row.get("prompt")}
+        if all(isinstance(row.get("class_id"), int) for row in rows):
+            self.labels = [row["class_id"] for row in rows]
+            self.class_names = {
+                row["class_id"]: str(row["class_name"]) for row in rows if row.get("class_name")
+            }
+
+    def note_left_out(self, others: Iterable[str]) -> None:
+        """Count files that are no samples, without those that go with samples, such as captions."""
+        suffixes = (PurePosixPath(name).suffix.lower() for name in others)
+        found = Counter(suffix or "(no suffix)" for suffix in suffixes if suffix not in _SIDECARS)
+        self.left_out = dict(found.most_common())
+        if found:
+            listed = ", ".join(f"{count:,} {suffix}" for suffix, count in list(self.left_out.items())[:8])
+            self.notes.append(f"Files that are not read as {self.kind.name}s are left out: {listed}.")
+
+
+# Of StyleGAN's and EDM's dataset_tool (00000/, 00001/), and what people call parts.
+_SHARD = re.compile(r"\d{5,}|(shard|part|chunk|batch|rank|worker|gpu|split)s?[-_ ]?\d+", re.IGNORECASE)
+_SIDECARS = {
+    *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".html", ".log", ".cls"),
+    *(".npz", ".npy", ".pt", ".safetensors", ".parquet", ".srt", ".vtt", ".xml", ".py", ".sh"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +176,8 @@ class SetSummary:
         copies: of generated samples, how many different ones have the same pixels as a real one.
         unlisted: samples in the folder that its manifest does not list, and that were left out.
         manifest: what the manifest says of the whole set.
+        left_out: files that are no samples of this kind, by their suffix.
+        frame_rates: frames per second of its videos, each rate once; empty when not known.
     """
 
     source: str
@@ -104,10 +188,12 @@ class SetSummary:
     copies: int = 0
     unlisted: int = 0
     manifest: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    frame_rates: list[float] = field(default_factory=list)
 
 
 @dataclass
-class Folder:
+class Folder(SampleSet):
     """Samples below a folder, sorted by path, or those that its manifest.json lists, in its order.
 
     Class ids come from the manifest, else from the subfolders in the order of their names (as torchvision's
@@ -118,71 +204,65 @@ class Folder:
     """
 
     path: Path
-    kind: SampleKind
-    names: list[str] = field(init=False)
-    labels: list[int] | None = field(init=False, default=None)
-    class_names: dict[int, str] = field(init=False, default_factory=dict)
-    prompts: dict[str, str] = field(init=False, default_factory=dict)
-    manifest: dict[str, Any] = field(init=False, default_factory=dict)
-    unlisted: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.names = sorted(_find_files(self.path, self.kind.extensions))
+        found = sorted(find_files(self.path))
+        self.names = [name for name in found if name.lower().endswith(self.kind.extensions)]
+        samples = set(self.names)
+        self.note_left_out(name for name in found if name not in samples)
         rows = self._read_manifest()
-        if rows is not None:
-            listed = [str(row["file"]) for row in rows]
-            self.unlisted = len(set(self.names) - set(listed))
-            self.names = listed
-            self.prompts = {str(row["file"]): row["prompt"] for row in rows if row.get("prompt")}
-            if all(isinstance(row.get("class_id"), int) for row in rows):
-                self.labels = [row["class_id"] for row in rows]
-                self.class_names = {
-                    row["class_id"]: row["class_name"] for row in rows if row.get("class_name")
-                }
+        if rows is None:
+            self.label_by_subfolder()
         else:
-            self._label_by_subfolder()
+            self.take_rows(rows)
         if not self.names:
             raise ValueError(
                 f"folder {self.path} holds no {self.kind.name} ({', '.join(self.kind.extensions)})"
+                + (f"; it has {self.notes[0]}" if self.left_out else "")
             )
+        self._note_links()
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
-        manifest, key, path = read_manifest(self.path), f"{self.kind.name}s", self.path / MANIFEST
-        if manifest is None:
-            return None
-        if key not in manifest:
-            logger.warning("%s has no key '%s', so it is ignored and the whole folder read", path, key)
-            return None
-        rows = manifest.pop(key)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "file" in row for row in rows):
-            raise ValueError(f"'{key}' in {path} must be a list of rows that each have 'file'")
-        self.manifest = manifest
+        manifest = read_manifest(self.path)
+        rows = None if manifest is None else self.take_manifest(manifest, str(self.path / MANIFEST))
+        if rows is not None:
+            require_inside(rows, self.path)
         return rows
 
-    def _label_by_subfolder(self) -> None:
-        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
-        classes = sorted({folder for folder in folders if folder is not None})
-        if None not in folders and len(classes) > 1:
-            ids = {name: index for index, name in enumerate(classes)}
-            self.labels = [ids[str(folder)] for folder in folders]
-            self.class_names = dict(enumerate(classes))
+    def _note_links(self) -> None:
+        """Say how many files lie elsewhere: links that the owner of the folder made are followed."""
+        place = os.path.realpath(self.path)
+        inside = lru_cache(maxsize=1)(lambda parent: _lies_in(parent, place))
+        count = sum(
+            not (_lies_in(file, place) if os.path.islink(file) else inside(os.path.dirname(file)))
+            for file in (os.path.join(self.path, name) for name in self.names)
+        )
+        if count:
+            self.notes.append(f"{count:,} of the files are links to places outside of the folder.")
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
-            yield partial(self.kind.read, self.path / name)
+            yield partial(self._read, self.path / name)
+
+    def _read(self, path: Path) -> Pixels:
+        return self.kind.read(path if path.is_dir() else require_regular(path))
 
     def file(self, name: str) -> Path | None:
         return self.path / name
 
 
 def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[str], list[str]] | None:
-    """Return the class of each sample of both sets, None when the sets have no class in common.
+    """Return the class of each sample of both sets, None when classes are not known or match in no way.
 
-    Classes are matched by name when the sets have names in common, else by id.
+    Classes are matched by name when the sets have names in common, else by id. Subfolders have no ids, but
+    those that a model was trained on with torchvision's ImageFolder: there the id is the place of a subfolder
+    in the order of the names. They are matched with stated ids so, when there are as many subfolders.
     """
     if real is None or real.labels is None or generated.labels is None:
         return None
     by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
+    if not by_name and not _ids_match(real, generated):
+        return None
     names = real.class_names | generated.class_names
     classes = []
     for samples in (real, generated):
@@ -191,34 +271,70 @@ def common_classes(real: SampleSet | None, generated: SampleSet) -> tuple[list[s
     return None if set(classes[0]).isdisjoint(classes[1]) else (classes[0], classes[1])
 
 
+def class_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
+    """Say how classes are matched, where this is not by their names."""
+    if real is None or real.labels is None or generated.labels is None:
+        return []
+    if common_classes(real, generated) is None:
+        return ["Classes of both sets are known, but match neither by name nor by id: no score by class."]
+    by_name = not set(real.class_names.values()).isdisjoint(generated.class_names.values())
+    if by_name or not (real.ids_by_position or generated.ids_by_position):
+        return []
+    return ["Class ids are matched with subfolders in the order of their names (as torchvision does)."]
+
+
+def _ids_match(real: SampleSet, generated: SampleSet) -> bool:
+    if real.ids_by_position and generated.ids_by_position:
+        return False
+    for folders, stated in ((real, generated), (generated, real)):
+        if folders.ids_by_position and not set(stated.labels or ()) <= set(folders.class_names):
+            return False
+    return True
+
+
 def holds_statistics(path: str | Path) -> bool:
-    """Check that ``path`` is an npz with ``mu`` and ``sigma``."""
-    return _npz_has(path, "mu", "sigma")
+    """Check that ``path`` is an npz with ``mu`` and ``sigma``, or a file of torch-fidelity or EDM2."""
+    return file_kind(path) in ("torch", "pickle") or _npz_has(path, "mu", "sigma")
 
 
 def holds_samples(path: str | Path) -> bool:
-    """Check that ``path`` is not an npz of statistics alone; ADM's reference batches hold images too."""
+    """Check that ``path`` is no file of statistics alone; ADM's reference batches hold images too."""
     return _npz_has(path, "arr_0") or not holds_statistics(path)
 
 
 def _npz_has(path: str | Path, *arrays: str) -> bool:
-    path = Path(path)
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if file_kind(path) != "npz":
         return False
     with zipfile.ZipFile(path) as archive:
         return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
-def _find_files(folder: Path, extensions: tuple[str, ...]) -> Iterator[str]:
-    """Yield paths of files relative to ``folder``, without hidden ones; links are followed, loops not."""
-    for root, directories, files in os.walk(folder, followlinks=True):
-        here = Path(os.path.realpath(root))
+def _lies_in(path: str, place: str) -> bool:
+    real = os.path.realpath(path)
+    return real == place or real.startswith(place.rstrip(os.sep) + os.sep)
+
+
+def find_files(folder: Path) -> list[str]:
+    """List paths of files relative to ``folder``, without hidden ones; links are followed, loops not.
+
+    Raises:
+        ValueError: when a subfolder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or take it out"
+        ) from error
+
+    found = []
+    for root, directories, files in os.walk(folder, followlinks=True, onerror=refuse):
+        here = os.path.realpath(root)
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(".")
-            and not here.is_relative_to(os.path.realpath(os.path.join(root, name)))
+            if not name.startswith(".") and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
         ]
-        for name in files:
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                yield (Path(root) / name).relative_to(folder).as_posix()
+        below = os.path.relpath(root, folder)
+        prefix = "" if below == "." else f"{below}/"
+        found += [prefix + name for name in files if not name.startswith(".")]
+    return found

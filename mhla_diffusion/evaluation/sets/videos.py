@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.manifest import MANIFEST
 from ...files.videos import clip_indices, open_video
+from .archives import open_archives
+from .arrays import describe_kind, file_kind, require_regular
 from .images import IMAGES
-from .samples import Folder, Pixels, SampleKind, SampleSet
+from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
-EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
+EXTENSIONS = (
+    *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".mpe", ".ts", ".mts"),
+    *(".m2ts", ".flv", ".f4v", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2", ".vob", ".mxf", ".apng"),
+)
+RATES_LOOKED_AT = 32
 
 
 def open_videos(
     path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0, frame_wise: bool = False
 ) -> SampleSet:
-    """Open the videos in a folder or npy, a clip of each or, when ``frame_wise``, its frames; decode none.
+    """Open the videos of a set, a clip of each or, when ``frame_wise``, its frames; decode none.
+
+    Args:
+        path: folder of videos or of folders of frames (as StyleGAN-V has them), zip or tar of videos, or npy
+            of clips, see :class:`ArrayVideos`.
+        frames: of a clip.
+        stride: frames of the video from one of the clip to the next.
+        seed: of the frames at which clips begin.
 
     Raises:
         ValueError: when there is nothing at ``path``, no video in it, or a clip has no frames.
@@ -39,22 +54,59 @@ def open_videos(
         published_count=2_048,
         sampling=f"one clip a video, {frames} frames with stride {stride}, from a random frame (seed {seed})",
     )
-    videos: Folder | ArrayVideos
-    if path.is_dir():
-        videos = Folder(path, kind)
-    elif path.suffix == ".npy" and path.is_file():
-        videos = ArrayVideos(path, kind, partial(_indices, frames=frames, stride=stride, seed=seed))
-    else:
-        raise ValueError(f"{path} is neither a folder of videos nor an .npy file")
+    videos = open_archives(path, kind) or _open_folder_or_array(
+        path, kind, partial(_indices, frames=frames, stride=stride, seed=seed)
+    )
+    videos.frame_rates = _look_at_rates(videos)
     return FramesOfVideos(videos, frames) if frame_wise else videos
 
 
+def _open_folder_or_array(
+    path: Path, kind: SampleKind, indices: Callable[[str, int], list[int]]
+) -> SampleSet:
+    if path.is_dir():
+        return FrameFolders(path, kind) if _holds_frame_folders(path) else Folder(path, kind)
+    if (found := file_kind(path)) == "npy":
+        return ArrayVideos(path, kind, indices)
+    raise ValueError(
+        f"{path} is neither a folder of videos nor an .npy file, zip or tar: {describe_kind(found)}"
+    )
+
+
+def _look_at_rates(videos: SampleSet) -> list[float]:
+    """Return the frames per second of some videos of a set, each rate once; empty when not known."""
+    step = max(1, len(videos.names) // RATES_LOOKED_AT)
+    found = set()
+    for name in videos.names[::step]:
+        file = videos.file(name)
+        with suppress(ValueError, OSError):  # named when the set is passed over
+            if file is not None and (rate := open_video(require_regular(file)).fps) > 0:
+                found.add(round(rate, 2))
+    return sorted(found)
+
+
+def rate_notes(real: list[float], generated: list[float]) -> list[str]:
+    """Say when the videos of two sets show motion at different speeds: rates more than 1 % apart."""
+
+    def unmatched(rates: list[float], others: list[float]) -> bool:
+        return any(all(abs(rate / other - 1) > 0.01 for other in others) for rate in rates)
+
+    if not (real and generated and (unmatched(real, generated) or unmatched(generated, real))):
+        return []
+    shown = [", ".join(f"{rate:g}" for rate in rates[:5]) for rates in (real, generated)]
+    return [
+        f"Real videos have {shown[0]} frames a second and generated ones {shown[1]}: motion of different "
+        "speeds is compared. Resample one set."
+    ]
+
+
 @dataclass
-class ArrayVideos:
-    """Videos of equal shape in an npy file, uint8 ``[N, F, H, W, 1 or 3]``, read one by one.
+class ArrayVideos(SampleSet):
+    """Videos of equal shape in an npy file, read one by one.
 
     Args:
-        path: of the file.
+        path: of the file: ``[N, F, H, W, C]``, ``[N, F, C, H, W]`` or ``[N, C, F, H, W]`` with C of 1 or 3;
+            uint8, or floating-point numbers in [0, 1] or, when one is negative, in [-1, 1].
         kind: see :class:`~mhla_diffusion.evaluation.sets.samples.SampleKind`.
         indices: maps the name of a video and the number of its frames to those of its clip.
 
@@ -63,30 +115,35 @@ class ArrayVideos:
     """
 
     path: Path
-    kind: SampleKind
     indices: Callable[[str, int], list[int]]
-    names: list[str] = field(init=False)
-    labels: list[int] | None = None
-    class_names: dict[int, str] = field(default_factory=dict)
-    prompts: dict[str, str] = field(default_factory=dict)
-    manifest: dict[str, Any] = field(default_factory=dict)
-    unlisted: int = 0
 
     def __post_init__(self) -> None:
         try:
-            videos = self._open()
-        except (OSError, EOFError, ValueError) as error:
+            videos = np.load(self.path, mmap_mode="r")
+        except (OSError, EOFError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path} is not a whole npy file ({error}): write it again") from error
-        shape = videos.shape
-        if videos.dtype != np.uint8 or videos.ndim != 5 or shape[-1] not in (1, 3) or 0 in shape:
+        shape, dtype = videos.shape, videos.dtype
+        axes = [axis for axis in (4, 2, 1) if len(shape) == 5 and shape[axis] in (1, 3)]
+        if axes[:1] != [4] and len(axes) > 1:
+            raise ValueError(f"{self.path} is {dtype} {list(shape)}: axes 1 and 2 may both be the channels")
+        if not axes or 0 in shape or (dtype != np.uint8 and dtype.kind != "f"):
             raise ValueError(
-                f"{self.path} is {videos.dtype} {list(shape)}; uint8 [N, F, H, W, 1 or 3] with N > 0 is "
-                "expected (pixels in [0, 255])"
+                f"{self.path} is {dtype} {list(shape)}; uint8 [N, F, H, W, 1 or 3] with N > 0 is expected "
+                "(pixels in [0, 255]), or floats in [0, 1] or [-1, 1], and channels at axis 1 or 2"
             )
+        self.channels = axes[0]
+        self.low = 0.0 if dtype == np.uint8 else self._find_range(videos)
         self.names = [f"[{index}]" for index in range(len(videos))]
 
-    def _open(self) -> NDArray[Any]:
-        return np.load(self.path, mmap_mode="r")
+    def _find_range(self, videos: NDArray[Any]) -> float:
+        low, high = (float(find([find(video) for video in videos])) for find in (np.min, np.max))
+        slack = 1e-2  # of half precision, and of a decoder that does not clip
+        if not (low >= -1 - slack and high <= 1 + slack):
+            raise ValueError(
+                f"{self.path} has values from {low:g} to {high:g}; floating-point pixels must be in [0, 1] "
+                "or [-1, 1]: scale them"
+            )
+        return -1.0 if low < -slack else 0.0
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for index, name in enumerate(self.names):
@@ -94,22 +151,55 @@ class ArrayVideos:
 
     def _read(self, index: int, name: str) -> Pixels:
         # Mapped anew each time, as pages that were read count as memory of the process while they are mapped.
-        video = self._open()[index]
+        video = np.moveaxis(np.load(self.path, mmap_mode="r")[index], self.channels - 1, -1)
         clip = video[self.indices(name, len(video))]
+        if clip.dtype != np.uint8:
+            scaled = (clip.astype(np.float64) - self.low) / (1 - self.low)
+            clip = np.round(scaled.clip(0, 1) * 255).astype(np.uint8)
         return np.array(np.broadcast_to(clip, (*clip.shape[:3], 3)))
-
-    def file(self, name: str) -> Path | None:
-        return None
 
 
 @dataclass
-class FramesOfVideos:
+class FrameFolders(SampleSet):
+    """Folders of frames as videos (StyleGAN-V): ``video/000000.jpg``, or ``class/video/000000.jpg``."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        found = find_files(self.path)
+        folders = {name.rpartition("/")[0] for name in found if name.lower().endswith(FRAMES)}
+        self.note_left_out(name for name in found if not name.lower().endswith(FRAMES))
+        self.names = sorted(folders)
+        if any("/" in name for name in self.names):
+            self.label_by_subfolder()
+
+    def readers(self) -> Iterator[Callable[[], Pixels]]:
+        for name in self.names:
+            yield partial(self.kind.read, self.path / name)
+
+
+FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def _holds_frame_folders(folder: Path) -> bool:
+    """Check that below a folder there are pictures in subfolders and no videos."""
+    found = find_files(folder)
+    pictures = [name for name in found if name.lower().endswith(FRAMES)]
+    return (
+        bool(pictures)
+        and all("/" in name for name in pictures)
+        and not any(name.lower().endswith(EXTENSIONS) or name == MANIFEST for name in found)
+    )
+
+
+@dataclass
+class FramesOfVideos(SampleSet):
     """Frames of a clip of each video, as images: ``name.mp4#0``, ``name.mp4#1``, ..."""
 
-    videos: Folder | ArrayVideos
+    path: Path | str = field(init=False)
+    kind: SampleKind = field(init=False)
+    videos: SampleSet
     frames: int
-    names: list[str] = field(init=False)
-    labels: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         videos = self.videos
@@ -120,7 +210,10 @@ class FramesOfVideos:
             published_count=videos.kind.published_count * self.frames,
         )
         self.path, self.class_names = videos.path, videos.class_names
+        self.ids_by_position = videos.ids_by_position
         self.manifest, self.unlisted = videos.manifest, videos.unlisted
+        self.left_out, self.notes = videos.left_out, videos.notes
+        self.frame_rates = videos.frame_rates
         self.names = [f"{name}#{frame}" for name in videos.names for frame in range(self.frames)]
         if videos.labels is not None:
             self.labels = [label for label in videos.labels for _ in range(self.frames)]
@@ -135,9 +228,6 @@ class FramesOfVideos:
             clip = _Once(read)  # decoded by the first of its frames that is read
             for frame in range(self.frames):
                 yield partial(clip.frame, frame)
-
-    def file(self, name: str) -> Path | None:
-        return None  # a file has many frames: they are known by their pixels
 
 
 class _Once:
@@ -166,5 +256,6 @@ def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:
 
 def _indices(name: str, num_frames: int, *, frames: int, stride: int, seed: int) -> list[int]:
     """Choose the frames of a clip from a random one."""
-    start = random.Random(f"{seed} {name}").random()
+    # As bytes, since not every name is text.
+    start = random.Random(f"{seed} {name}".encode("utf-8", "surrogateescape")).random()
     return clip_indices(num_frames, length=frames, step=stride, start=start)

@@ -41,7 +41,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_inception_is_normalised_and_resized_by_clean_fid(weights: Path) -> None:
-    extractor = load_extractor("inception", weights=weights, device="cpu")
+    extractor = load_extractor("inception", weights=weights, device="cpu", trust_weights=True)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     resized = extractor.prepare(pixels)
     np.testing.assert_array_equal(resized, build_resizer("clean")(pixels).transpose(2, 0, 1))
@@ -50,7 +50,7 @@ def test_inception_is_normalised_and_resized_by_clean_fid(weights: Path) -> None
 
 
 def test_other_weights_than_the_official_ones_are_not_called_fid(weights: Path) -> None:
-    extractor = load_extractor("inception", weights=weights, device="cpu")
+    extractor = load_extractor("inception", weights=weights, device="cpu", trust_weights=True)
     assert extractor.score_name == "fd_inception_custom"
     assert "does not compare with published FID" in str(extractor.caution)
     assert extractor.weights_sha256 == file_sha256(weights)
@@ -67,14 +67,14 @@ def test_half_of_the_weights_is_an_error(weights: Path) -> None:
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"stand_in\.pt is not an Inception for clean-fid or only a part"):
-        load_extractor("inception", weights=weights, device="cpu")
+        load_extractor("inception", weights=weights, device="cpu", trust_weights=True)
 
 
 @pytest.mark.parametrize("module", [nn.Flatten(), _StandInLayers()], ids=["no_features", "no_layers"])
 def test_another_network_is_an_error(module: nn.Module, tmp_path: Path) -> None:
     torch.jit.script(module).save(str(tmp_path / "other.pt"))
     with pytest.raises(ValueError, match=r"other\.pt is not an Inception for clean-fid"):
-        load_extractor("inception", weights=tmp_path / "other.pt", device="cpu")
+        load_extractor("inception", weights=tmp_path / "other.pt", device="cpu", trust_weights=True)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_auto_takes_inception_when_its_weights_are_given(
     weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert load_extractor("auto", weights=weights, device="cpu").name == "inception"
+        assert load_extractor("auto", weights=weights, device="cpu", trust_weights=True).name == "inception"
     assert "its weights are given" in caplog.text
 
 
@@ -133,3 +133,17 @@ def test_efficientnet_features_are_those_of_the_package() -> None:
 def test_unknown_extractors_and_needless_weights(name: str, weights: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_extractor(name, weights=weights)
+
+
+def test_a_torchscript_of_another_hash_is_a_program_that_must_be_trusted(weights: Path) -> None:
+    for name in ("inception", "auto", f"inception={weights}"):
+        given = None if "=" in name else weights
+        with pytest.raises(ValueError, match=r"A torchscript is a program.*--trust_weights true"):
+            load_extractor(name, weights=given, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cudaa", ""])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be used .*choose one of cpu") as caught:
+        load_extractor("efficientnet_lite0", device=device)
+    assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch_fidelity
 from cleanfid import fid as cleanfid
 from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BitImageProcessor,
@@ -28,7 +30,7 @@ from transformers import (
 from mhla_diffusion.benchmarks.random_weights import write_random_inception
 from mhla_diffusion.evaluation import compute_statistics, evaluate_images, load_extractor
 from mhla_diffusion.evaluation.networks.extractor import load_extractors
-from mhla_diffusion.evaluation.networks.images import INCEPTION, INCEPTION_ADM
+from mhla_diffusion.evaluation.networks.images import INCEPTION, INCEPTION_ADM, _clip_prepare
 
 MakePixels = Callable[..., np.ndarray]
 WriteFolder = Callable[..., Path]
@@ -129,7 +131,9 @@ def test_clean_fid_has_the_same_features_on_the_same_folder_and_weights(
     folder = write_folder("images", make_pixels(5))
     Image.fromarray(make_pixels(1)[0]).resize((310, 200)).save(folder / "large.jpg")
     weights = inception_weights.with_name(INCEPTION.file)
-    found = compute_statistics(folder, extractor="inception", weights=weights, device="cpu")
+    found = compute_statistics(
+        folder, extractor="inception", weights=weights, device="cpu", trust_weights=True
+    )
     expected = cleanfid.get_folder_features(
         str(folder), InceptionV3W(str(weights.parent), download=False), num_workers=0, batch_size=3,
         device=torch.device("cpu"), mode="clean", verbose=False,
@@ -238,3 +242,33 @@ def test_missing_models_and_doubled_weights_are_explained(tmp_path: Path, incept
         load_extractors(["inception", "dinov2"], load_extractor, weights=inception_weights)
     with pytest.raises(ValueError, match="each once"):
         load_extractors(["efficientnet_lite0", "efficientnet_lite0"], load_extractor)
+
+
+def test_weights_are_numbers_and_run_no_code(inception_weights: Path, tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "code-has-run",)
+
+    state = torch.load(inception_weights, weights_only=True)
+    torch.save({**state, "more": Planted()}, tmp_path / "planted.pth")
+    with pytest.raises(ValueError, match=r"planted\.pth is not torch-fidelity's Inception"):
+        load_extractor("inception_adm", weights=tmp_path / "planted.pth", device="cpu")
+    assert not (tmp_path / "code-has-run").exists()
+    save_file(state, tmp_path / "port.safetensors")
+    extractor = load_extractor("inception_adm", weights=tmp_path / "port.safetensors", device="cpu")
+    assert extractor.outputs == ("features", "spatial", "logits")
+
+
+def test_thin_pictures_are_prepared_for_clip_by_their_own_channels() -> None:
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )
+    red = np.zeros((3, 40, 3), np.uint8)
+    red[..., 0] = 255
+    for pixels in (red, red[:1], red.transpose(1, 0, 2), red[:1].repeat(100, axis=1)):
+        prepared = _clip_prepare(pixels, processor=processor)
+        assert prepared.shape == (3, 8, 8)
+        np.testing.assert_allclose(prepared.mean(axis=(1, 2)), [1, 0, 0], atol=1e-6)

@@ -66,7 +66,7 @@ class _SmallI3D(nn.Module):
 def test_i3d_is_called_as_stylegan_v_does(write_videos: WriteVideos, tmp_path: Path) -> None:
     torch.jit.script(_SmallI3D()).save(str(tmp_path / "i3d.pt"))
     folder = write_videos("videos", moving_squares(3, 0))
-    report = evaluate_videos(folder, folder, weights=tmp_path / "i3d.pt", frames=12)
+    report = evaluate_videos(folder, folder, weights=tmp_path / "i3d.pt", frames=12, trust_weights=True)
     assert report.scores[0].name == "fvd_i3d"
     assert "only if the weights given are StyleGAN-V's I3D" in report.scores[0].flags[-1]
     statistics = report.real_statistics
@@ -81,6 +81,8 @@ def test_other_files_are_not_taken_for_i3d(tmp_path: Path) -> None:
     (tmp_path / "part.pt").write_bytes((tmp_path / "conv.pt").read_bytes()[:100])
     for name in ("conv.pt", "part.pt"):
         with pytest.raises(ValueError, match=rf"{name} is not StyleGAN-V's I3D or only a part of it"):
+            load_video_extractor("i3d", weights=tmp_path / name, trust_weights=True)
+        with pytest.raises(ValueError, match="A torchscript is a program"):
             load_video_extractor("i3d", weights=tmp_path / name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhla_diffusion.evaluation import FeatureExtractor, Report, evaluate_images
+from mhla_diffusion.evaluation import FeatureExtractor, Report, compare_reports, evaluate_images
+from mhla_diffusion.evaluation.pages import report as report_module
+from mhla_diffusion.evaluation.pages.report import FILE_NAMES, require_no_report
+from mhla_diffusion.evaluation.scores.frechet import require_new_npz
+from mhla_diffusion.files.writing import write_file
 from tests.processes import run_script
 
 
@@ -36,7 +41,8 @@ def test_json_holds_scores_counts_and_protocol(report: Report, tmp_path: Path) -
     assert content["schema_version"] == 2
     assert content["scores"][0]["name"] == "fd_mean_colours"
     assert content["scores"][0]["value"] == report.scores[0].value
-    assert len(content["scores"][0]["flags"]) == 2
+    assert len(content["scores"][0]["flags"]) == 3
+    assert "in the order of their names" in content["scores"][0]["flags"][0]
     assert content["real"]["count"] == 12
     assert content["generated"]["count"] == 7
     assert content["generated"]["skipped"][0]["file"] == "0002.png"
@@ -80,7 +86,7 @@ def test_cautions_stand_once_below_the_scores(report: Report) -> None:
         for flag in flags:
             assert text.count(flag) == 1
             assert text.index(flag) > last
-    assert str(report).splitlines()[-2:] == [f"Caution: {flag}" for flag in flags]
+    assert str(report).splitlines()[-3:] == [f"Caution: {flag}" for flag in flags]
 
 
 def test_a_report_is_not_overwritten_unasked(report: Report, tmp_path: Path) -> None:
@@ -137,3 +143,52 @@ def test_script_explains_bad_input_in_one_line(extra: list[str], message: str, t
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_was_half_written_may_be_written_again(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def killed(path: Path, content: bytes | str) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_file(path, content)
+
+    monkeypatch.setattr(report_module, "write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(tmp_path / "out")
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "report.json").is_file()
+    assert not (tmp_path / "out" / "report.html").exists()
+    require_no_report(tmp_path / "out")
+    report.save(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILE_NAMES)
+    with pytest.raises(ValueError, match="already there"):
+        report.save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_a_place_that_cannot_be_written_is_found_out_before_the_work(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="nothing can be written to"):
+        require_no_report(tmp_path / place)
+    with pytest.raises(ValueError, match="nothing can be written to"):
+        require_new_npz(tmp_path / place / "real.npz")
+
+
+def test_names_that_are_no_text_do_not_cost_the_report(
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: Callable[..., Path],
+    extractor: FeatureExtractor,
+    tmp_path: Path,
+) -> None:
+    folder = write_folder("images", make_pixels(6))
+    os.rename(os.fsencode(folder / "0000.png"), os.fsencode(folder) + b"/caf\xe9.png")
+    (folder / "0001.png").rename(os.fsdecode(os.fsencode(folder) + b"/b\xff.png"))
+    report = evaluate_images(folder, folder, extractor=extractor, cache=tmp_path / "cache")
+    report.save(tmp_path / "a")
+    report.save(tmp_path / "b")
+    assert r"caf\udce9.png" in (tmp_path / "a" / "report.html").read_text("utf-8")
+    compare_reports([tmp_path / "a", tmp_path / "b"]).save(tmp_path / "both")

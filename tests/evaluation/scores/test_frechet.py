@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from scipy.stats import ortho_group
 
 from mhla_diffusion.evaluation import FeatureStatistics, RunningStatistics, frechet_distance
@@ -167,3 +171,93 @@ def test_a_damaged_statistics_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"stats\.npz cannot be used"):
         FeatureStatistics.load(path)
+
+
+def _not_semidefinite(dimension: int) -> np.ndarray:
+    values = np.linspace(1, 2, dimension)
+    values[0] = -0.5
+    rotation = ortho_group.rvs(dimension, random_state=1)
+    return rotation * values @ rotation.T + 0.0
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (-np.eye(8), "negative variance"),
+        (_not_semidefinite(8), "not positive semi-definite"),
+        (1e30 * np.eye(8), r"sigma has values up to 1e\+30"),
+        (np.ones((8, 8)) + np.diag([-1.0] * 8), "not positive semi-definite"),
+    ],
+)
+def test_a_matrix_that_no_features_have_is_refused_and_not_scored_as_zero(
+    sigma: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    sigma = (sigma + sigma.T) / 2
+    for other in (np.eye(8), np.zeros((8, 8)), sigma + 1e-3 * np.eye(8)):
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(np.zeros(8), sigma, np.zeros(8), other)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(8), sigma=sigma)
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics.load(tmp_path / "stats.npz")
+
+
+def test_statistics_in_single_precision_are_taken() -> None:
+    """As some packages store them: rounding leaves eigenvalues a little below 0."""
+    mu, sigma = _gaussian(_features(30, 64, 0))
+    other = _gaussian(_features(200, 64, 1))
+    exact = frechet_distance(mu, sigma, *other)
+    assert frechet_distance(mu, sigma.astype(np.float32), *other) == pytest.approx(exact, rel=1e-3)
+
+
+def test_features_that_are_absurdly_large_are_refused() -> None:
+    with pytest.raises(ValueError, match="values beyond 3e7"):
+        RunningStatistics(2).update([[0.0, 1e20]])
+
+
+def test_statistics_of_torch_fidelity_are_read(tmp_path: Path) -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    features = torch.from_numpy(_features(50, 6, 0))
+    torch.save(fid_features_to_statistics(features), tmp_path / "set-inception-stat-fid-2048.pt")
+    loaded = FeatureStatistics.load(tmp_path / "set-inception-stat-fid-2048.pt")
+    np.testing.assert_allclose(loaded.sigma, np.cov(features.numpy(), rowvar=False))
+
+
+class _Planted:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_not_opened_and_their_conversion_is_told(tmp_path: Path) -> None:
+    planted = _Planted(tmp_path / "code-has-run")
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": planted}}))
+    torch.save({"mu": planted, "sigma": planted}, tmp_path / "stats.pt")
+    np.savez(tmp_path / "stats.npz", mu=np.array([planted]), sigma=np.eye(1))
+    for name, message in (
+        ("edm2.pkl", "numpy.savez"),
+        ("stats.pt", "mu and sigma"),
+        ("stats.npz", "objects"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureStatistics.load(tmp_path / name)
+    assert not planted.path.exists()
+
+
+@pytest.mark.parametrize("compress", [np.savez, np.savez_compressed])
+def test_one_flipped_byte_in_statistics_is_found(compress: Callable[..., None], tmp_path: Path) -> None:
+    mu, sigma = _gaussian(_features(50, 6, 0))
+    compress(tmp_path / "stats.npz", mu=mu, sigma=sigma)
+    content = bytearray((tmp_path / "stats.npz").read_bytes())
+    content[len(content) // 2] ^= 16
+    (tmp_path / "flipped.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flipped\.npz cannot be used"):
+        FeatureStatistics.load(tmp_path / "flipped.npz")
+
+
+def test_a_web_page_in_the_place_of_statistics_is_told(tmp_path: Path) -> None:
+    (tmp_path / "stats.npz").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(ValueError, match="it is a web page"):
+        FeatureStatistics.load(tmp_path / "stats.npz")

@@ -274,3 +274,53 @@ def test_statistics_give_no_precision(
     (score,) = evaluate_images(tmp_path / "real.npz", folder, extractor=extractor).scores
     assert score.metric == "frechet"
     assert score.interval is not None
+
+
+def test_neighbours_do_not_depend_on_a_common_offset() -> None:
+    real, generated = _features(80, 0), _features(70, 1)
+    offset = np.float32(4096)  # 13 of the 24 bits of float32
+    moved = [((x.astype(np.float64) * 64).round() / 64).astype(np.float32) for x in (real, generated)]
+    here = find_neighbourhoods(*moved)
+    far = find_neighbourhoods(*(x + offset for x in moved))
+    for name in ("precision", "recall", "density", "coverage", "nearest"):
+        np.testing.assert_array_equal(getattr(here, name), getattr(far, name))
+    np.testing.assert_allclose(far.distance, here.distance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["frechet", "precision", "recall", "density", "coverage"])
+def test_intervals_stay_in_the_range_of_their_metric(metric: str, extractor: FeatureExtractor) -> None:
+    for seed, shift in ((0, 0.0), (1, 0.0), (2, 3.0)):
+        sets = Comparison(
+            extractor, _measured(_features(12, seed)), _measured(_features(12, seed + 9, shift)), 20, 0
+        )
+        score = _score(sets, metric)
+        low, high = METRICS[metric].bounds
+        assert score.interval is not None
+        assert low <= score.interval[0] <= score.value <= score.interval[1] <= high
+
+
+def test_classes_that_were_never_generated_are_flagged(extractor: FeatureExtractor) -> None:
+    real, generated = _features(90, 0), _features(60, 1)
+    a, b = ["x", "y", "z"] * 30, ["y", "x", "w"] * 20
+    sets = Comparison(extractor, _measured(real, labels=a), _measured(generated, labels=b), 3, 0)
+    (flag,) = _score(sets, "frechet_per_class").flags
+    assert flag.startswith("2 of 4 classes have fewer than two samples in one of the sets")
+    assert "z (30 real, 0 generated), w (0 real, 20 generated)" in flag
+
+
+def test_scores_that_what_was_read_does_not_suffice_for_are_left_out_and_flagged(
+    extractor: FeatureExtractor,
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: Callable[..., Path],
+) -> None:
+    folder = write_folder("images", make_pixels(6))
+    (folder / "0003.png").write_text("no image")
+    for metrics in ("auto", ["frechet", "precision"]):
+        report = evaluate_images(folder, folder, extractor=extractor, metrics=metrics, max_skipped=0.5)
+        names = [score.metric for score in report.scores]
+        assert names[0] == "frechet"
+        assert "precision" not in names
+        wanted = "No precision_mean_colours: it needs 6 readable samples in each set, and there are 5."
+        assert all(wanted in score.flags for score in report.scores)
+    with pytest.raises(ValueError, match=r"no score can be computed .* there are 5"):
+        evaluate_images(folder, folder, extractor=extractor, metrics="precision", max_skipped=0.5)
