@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .networks.extractor import FeatureExtractor, file_sha256
+from ..files.sums import file_sha256
+from .networks.extractor import FeatureExtractor
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
 from .sets.arrays import require_regular

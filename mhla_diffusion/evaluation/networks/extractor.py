@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from ...files.sums import file_sha256
 from ..sets.samples import Pixels
 
 logger = logging.getLogger(__name__)
@@ -241,15 +241,6 @@ class PublishedWeights:
                     f"the download of {self.network} is incomplete or another file: try again, {remedy}"
                 ) from error
             os.replace(part, self.path)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...files.sums import file_sha256
 from ...optional import require
 from ..sets.samples import Pixels
 from .extractor import (
     FeatureExtractor,
     PublishedWeights,
-    file_sha256,
     fuse_norm,
     load_pretrained,
     load_tensors,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mhla_diffusion.evaluation import load_extractor
 from mhla_diffusion.evaluation.networks import images as image_networks
-from mhla_diffusion.evaluation.networks.extractor import file_sha256
+from mhla_diffusion.files.sums import file_sha256
 
 
 class _StandInLayers(nn.Module):
