@@ -69,7 +69,7 @@ class MixingAudit:
         minimum, maximum: of its weights.
         negatives: how many are below zero, which checkpoints of the public reference code have.
         row_sum_minimum, row_sum_maximum: 1 at the locality start.
-        row_entropy: mean over rows of |W|, in nats; ``log M`` where all blocks weigh the same.
+        row_entropy: mean over rows of ``|W|``, in nats; ``log M`` where all blocks weigh the same.
         change: Frobenius norm of the difference from the start, over that of the start.
     """
 

@@ -37,7 +37,7 @@ def save_strips(folder: str | os.PathLike[str], path: str | os.PathLike[str], *,
     """Draw one picture of generated videos: a row of all frames for each, in the order of the manifest.
 
     Args:
-        folder: as :func:`generate_videos` leaves it.
+        folder: as :func:`.generate_videos` leaves it.
         path: of the picture, which is replaced if it is there.
         rows: videos, at most.
     """
