@@ -27,7 +27,7 @@ autodoc_class_signature = "separated"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 
-# A name that resolves to nothing is an error, but for: those of other packages, whose references are on the network;
+# A name that resolves to nothing is an error, but for names of other packages, whose pages are elsewhere;
 # types in signatures, under the modules that hold them; sentences that are taken for types.
 nitpicky = True
 nitpick_ignore_regex = [

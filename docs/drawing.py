@@ -91,7 +91,8 @@ def draw() -> str:
     parts = [
         text(82, 20, "tokens in M blocks", "title"), *tokens(10, own), text(82, below, "N tokens on a grid"),
         arrow(172, middle),
-        text(270, 20, "a summary of each", "title"), *summaries(255), text(270, below, "S = Σ φ(k) vᵀ, d × d"),
+        text(270, 20, "a summary of each", "title"), *summaries(255),
+        text(270, below, "S = Σ φ(k) vᵀ, d × d"),
         arrow(344, middle),
         text(501, 20, "mixed for each query block", "title"), *mixing(400, mixed),
         text(463, below, "W, M × M, learned"), text(587, below, "Σ W S"),
