@@ -27,13 +27,10 @@ autodoc_class_signature = "separated"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 
-# A name that resolves to nothing is an error, but for names of other packages, whose pages are elsewhere;
-# types in signatures, under the modules that hold them; sentences that are taken for types.
+# A name of this package that resolves to nothing is an error, but for types in signatures, which are called by
+# the modules that hold them. Other packages have pages of their own; short names are those of a room.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(?!mhla_diffusion)\w+\..*"),
+    (r"py:.*", r"(?!mhla_diffusion\.).*"),
     (r"py:(class|obj)", r"mhla_diffusion\.\w+\.\w+.*"),
-    (r"py:class", r".*[\[ ].*"),
 ]
-# Written short where they are not at home.
-nitpick_ignore = [("py:class", "Neighbours"), ("py:func", "cautions"), ("py:func", "find_neighbourhoods")]

@@ -51,12 +51,16 @@ def block_commands(page: str) -> list[Command]:
     return [command for line in lines for command in _commands(page, line)]
 
 
+def inline_code(page: str) -> list[str]:
+    """What stands in backticks in the text, which may go over the end of a line."""
+    return [" ".join(text.split()) for text in _INLINE.findall(_FENCE.sub("", read(page)))]
+
+
 def inline_commands(page: str) -> list[Command]:
-    """Commands in the text, which may go over the end of a line."""
-    texts = [" ".join(text.split()) for text in _INLINE.findall(_FENCE.sub("", read(page)))]
+    """Commands in the text."""
     return [
         command
-        for text in texts
+        for text in inline_code(page)
         if text.split()[0] in _LAUNCHERS and len(text.split()) > 1 and text != "accelerate launch"
         for command in _commands(page, text)
     ]

@@ -15,9 +15,9 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from jsonargparse import ArgumentParser
 
-from mhla_diffusion.commands.main import evaluate, main
+from mhla_diffusion.commands.main import MHLA, evaluate, main
 
-from .pages import PAGES, ROOT, Command, block_commands, blocks, inline_commands
+from .pages import PAGES, ROOT, Command, block_commands, blocks, inline_code, inline_commands
 
 COMMANDS = [
     command for page in PAGES for command in dict.fromkeys(block_commands(page) + inline_commands(page))
@@ -126,6 +126,22 @@ def test_a_command_is_one_that_its_program_takes(command: Command, monkeypatch: 
 def test_a_command_that_is_wrong_is_found(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError, FileNotFoundError)):
         check(Command("page", words), monkeypatch)
+
+
+def test_options_in_the_text_are_those_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: set[str] = {"--num_cpu_threads_per_process", "--config_file", "--from"}
+
+    def collect(self: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        known.update(option for action in self._actions for option in action.option_strings)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", collect)
+    for name, command in MHLA.commands.items():
+        for below in command.commands or [""]:
+            run_to_parser("mhla", [name, below] if below else [name], monkeypatch)
+    named = {word for page in PAGES for text in inline_code(page) for word in re.findall(r"^--[\w.]+", text)}
+    assert len(named) > 5
+    assert named <= known, named - known
 
 
 def test_blocks_are_commands_python_or_what_a_command_prints() -> None:
