@@ -27,8 +27,8 @@ autodoc_class_signature = "separated"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 
-# A name of this package that resolves to nothing is an error, but for types in signatures, which are called by
-# the modules that hold them. Other packages have pages of their own; short names are those of a room.
+# Names of this package that resolve to nothing are errors, but for types in signatures, which go by the files
+# that hold them. Other packages have pages of their own; short names are those of a room.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!mhla_diffusion\.).*"),

@@ -12,7 +12,10 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
-_LAUNCHERS = ("accelerate", "bash", "mhla", "mhla-evaluate", "pip", "python", ".venv/bin/python")
+_SETTING = re.compile(r"^(\w+=\S* )+")
+_LAUNCHERS = (
+    "accelerate", "bash", "mhla", "mhla-evaluate", "pip", "python", ".venv/bin/python", "torchrun",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,17 @@ def inline_commands(page: str) -> list[Command]:
     return [
         command
         for text in inline_code(page)
-        if text.split()[0] in _LAUNCHERS and len(text.split()) > 1 and text != "accelerate launch"
+        if _SETTING.sub("", text).split()[0] in _LAUNCHERS
+        and len(text.split()) > 1
+        and text != "accelerate launch"
         for command in _commands(page, text)
     ]
 
 
 def _commands(page: str, line: str) -> list[Command]:
-    """Split a line at ``&&``; its comment goes."""
+    """Split a line at ``&&``; its comment goes, and what it sets of the environment."""
     found: list[list[str]] = [[]]
-    for word in shlex.split(line, comments=True):
+    for word in shlex.split(_SETTING.sub("", line), comments=True):
         if word == "&&":
             found.append([])
         else:

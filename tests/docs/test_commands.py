@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import importlib.util
 import re
 import runpy
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from jsonargparse import ArgumentParser
+from sphinx.cmd.build import get_parser as sphinx_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from mhla_diffusion.commands.main import MHLA, evaluate, main
 
@@ -31,12 +34,17 @@ class Parsed(BaseException):
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands end where their arguments are parsed and their configs made."""
-    parse_args = ArgumentParser.parse_args
+    parse_args, parse_plain_args = ArgumentParser.parse_args, argparse.ArgumentParser.parse_args
 
     def parse(self: ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         self.instantiate(parse_args(self, *args, **kwargs))
         raise Parsed
 
+    def parse_plain(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parse_plain_args(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_plain)
     monkeypatch.setattr(ArgumentParser, "parse_args", parse)
     monkeypatch.chdir(ROOT)
 
@@ -44,12 +52,10 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise when a program does not take its command line."""
     program, *words = command.words
-    if program == "accelerate":
-        words = launched(words)
-    if program in ("python", ".venv/bin/python", "accelerate"):
-        program, *words = words
-    if program == "-m":
-        program, *words = words
+    if program in ("accelerate", "torchrun"):
+        program, *words = launched(program, words)
+    elif program in ("python", ".venv/bin/python"):
+        program, *words = words[words[0] == "-m" :]
     if program == "bash":
         subprocess.run(["bash", "-n", words[0]], check=True, cwd=ROOT)
     elif program == "pip":
@@ -58,21 +64,24 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         assert words == ["install"]
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "sphinx":
-        from sphinx.cmd.build import get_parser
-
-        get_parser().parse_args(words)
+        assert not sphinx_parser().parse_known_args(words)[1]
     elif program == "docs/drawing.py":
         assert words == ["docs/idea.svg"]  # compared in test_readme.py
-    else:
+    elif program.startswith(("mhla", "scripts/")):
         run_to_parser(program, words if command.whole else [*words, "--help"], monkeypatch)
+    else:
+        assert importlib.util.find_spec(program), "a module of another package"
 
 
-def launched(words: list[str]) -> list[str]:
-    """Return what ``accelerate launch`` starts."""
-    assert words[0] == "launch"
-    # Its parser prints and exits where it could raise.
-    arguments: argparse.Namespace = launch_command_parser().parse_args(words[1:])
-    assert arguments.config_file is None or (ROOT / arguments.config_file).is_file()
+def launched(program: str, words: list[str]) -> list[str]:
+    """Return what ``accelerate launch`` or ``torchrun`` starts."""
+    if program == "accelerate":
+        assert words.pop(0) == "launch"
+    parser = launch_command_parser() if program == "accelerate" else torchrun_parser()
+    arguments, unknown = parser.parse_known_args(words)
+    assert not unknown
+    config_file = getattr(arguments, "config_file", None)
+    assert config_file is None or (ROOT / config_file).is_file()
     return [arguments.training_script, *arguments.training_script_args]
 
 
@@ -92,7 +101,6 @@ def run_to_parser(program: str, words: list[str], monkeypatch: pytest.MonkeyPatc
         elif program == "mhla-evaluate":
             evaluate()
         else:
-            assert program.startswith("scripts/")
             runpy.run_path(str(ROOT / program), run_name="__main__")
     except Parsed:
         return
@@ -116,6 +124,9 @@ def test_a_command_is_one_that_its_program_takes(command: Command, monkeypatch: 
          "--trainer.max_step", "5"),
         ("accelerate", "launch", "--proceses", "2", "scripts/train_image.py"),
         ("accelerate", "launch", "--config_file", "nowhere.yaml", "scripts/train_image.py"),
+        ("torchrun", "--nproc_per_nod", "2", "--", "scripts/train_image.py"),
+        ("torchrun", "--nproc_per_node", "2", "--", "scripts/train_image.py", "--trainer.max_step", "5"),
+        ("python", "-m", "mhla_difusion", "plan"),
         ("pip", "install", ".[trane]"),
         ("bash", "scripts/nowhere.sh"),
         ("make", "docs"),

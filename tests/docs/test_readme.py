@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers.models.cache_utils import CacheMixin
 
-from mhla_diffusion import MHLAConfig, planning, training
+from mhla_diffusion import MHLAConfig, analysis, planning, training
 from mhla_diffusion.backbones import BACKBONES
 from mhla_diffusion.backbones.model import ATTENTIONS
 from mhla_diffusion.evaluation.networks import images, videos
 from mhla_diffusion.evaluation.scores.metrics import METRICS
-from tests.backbones.cases import CASES
+from tests.backbones.cases import CASES, Case
 
 from .pages import PAGES, ROOT, read
 
@@ -49,6 +50,17 @@ def test_a_row_says_what_a_model_can(model: Any) -> None:
     assert (row["LoRA"] != "-") == hasattr(model, "add_adapter")
     trained = {training.image.MHLADiTTransformer2DModel, training.video.MHLAWanTransformer3DModel}
     assert (row["training"] != "-") == (model in trained)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_backbone_is_planned_and_analyzed(case: Case, tmp_path: Path) -> None:
+    case.make(attention=["mhla", case.stock_kind]).save_pretrained(tmp_path)
+    height, width = (tokens * 2 * 8 for tokens in case.grids[0][-2:])
+    plan = planning.plan(str(tmp_path), height, width, frames=9 if len(case.grids[0]) == 3 else None)
+    assert plan.layout.grid[-2:] == case.grids[0][-2:]
+    assert plan.layer_flops("mhla")["attention operator"] < plan.layer_flops("softmax")["attention operator"]
+    kinds = [layer.kind for layer in analysis.analyze_stored(str(tmp_path)).layers]
+    assert kinds == ["mhla", case.stock_kind]
 
 
 def test_a_row_says_how_far_a_model_is_tested_in_words_that_are_explained() -> None:

@@ -71,8 +71,8 @@ def stand_in(word: str, stand_ins: dict[str, str]) -> str:
 def small(words: tuple[str, ...], stand_ins: dict[str, str]) -> list[str]:
     """Return script and arguments of a command, for small things."""
     program, *rest = words
-    if program == "accelerate":
-        rest = launched(rest)
+    if program in ("accelerate", "torchrun"):
+        rest = launched(program, rest)
     elif program == "mhla-evaluate":
         rest = ["scripts/evaluate.py", *rest]
     line = " ".join(rest)
