@@ -50,7 +50,7 @@ FILE_NAMES = ("report.json", "report.html")
 
 @dataclass(frozen=True)
 class MatrixStatistics:
-    """Of an attention matrix ``[N, N]``, means over samples and heads.
+    """Statistics of an attention matrix ``[N, N]``, means over samples and heads.
 
     Args:
         rank: numerical rank: singular values above ``N eps sigma_max``, eps of float32.
@@ -63,13 +63,13 @@ class MatrixStatistics:
 
 @dataclass(frozen=True)
 class MixingAudit:
-    """What a mixing matrix holds, over all heads.
+    """Statistics of a mixing matrix, over all heads.
 
     Args:
         minimum, maximum: of its weights.
         negatives: how many are below zero, which checkpoints of the public reference code have.
         row_sum_minimum, row_sum_maximum: 1 at the locality start.
-        row_entropy: mean over rows of |W|, in nats; ``log M`` where all blocks weigh the same.
+        row_entropy: mean over rows of ``|W|``, in nats; ``log M`` where all blocks weigh the same.
         change: Frobenius norm of the difference from the start, over that of the start.
     """
 
@@ -84,7 +84,7 @@ class MixingAudit:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One attention layer.
+    """Analysis of one attention layer.
 
     Args:
         name: of the module.
@@ -113,7 +113,7 @@ class LayerAnalysis:
 
     @property
     def mixing_map_uri(self) -> str | None:
-        """The map for a page."""
+        """Mixing map as a data URI, for a page."""
         if self.mixing_map is None:
             return None
         return "data:image/png;base64," + base64.b64encode(self.mixing_map).decode()
@@ -121,7 +121,7 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All attention layers of a model, and what it was called with."""
+    """Analyses of all attention layers of a model, and what it was called with."""
 
     layers: list[LayerAnalysis]
     settings: dict[str, Any]
@@ -131,14 +131,14 @@ class Analysis:
         return _mean([layer.matrices[kind] for layer in self.layers])
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of report.json."""
+        """Return the content of report.json."""
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             del layer["mixing_map"]
         return {"settings": self.settings, "layers": layers}
 
     def to_html(self) -> str:
-        """The content of report.html, which needs no other file and no network.
+        """Return the content of report.html, which needs no other file and no network.
 
         Raises:
             ImportError: when jinja2 is not installed.
@@ -410,7 +410,7 @@ def audit_mixing(mixing: Tensor, start: Tensor) -> MixingAudit:
 
 
 def mixing_map(mixing: Tensor, layout: BlockLayout, *, gap: int = 1, side: int = 480) -> bytes:
-    """A PNG of a mixing matrix as in figure 4b of the paper; see :class:`LayerAnalysis`.
+    """Draw a PNG of a mixing matrix as in figure 4b of the paper; see :class:`LayerAnalysis`.
 
     Args:
         mixing: ``[M, M]``, or ``[H, M, M]``, of which the mean is drawn.

@@ -38,7 +38,7 @@ _OPEN_GATE_BIAS = 1.2784645427610738
 
 @dataclass(frozen=True)
 class MHLAConfig:
-    """What an MHLA layer is made of.
+    """Settings of an MHLA layer.
 
     Args:
         blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
@@ -110,13 +110,13 @@ class MHLAConfig:
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values (lists, not tuples), as they stand in a model's config.json."""
+        """Return plain values (lists, not tuples), as they stand in a model's config.json."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
-        """The inverse of :meth:`to_dict`.
+        """Make a config of plain values, the inverse of :meth:`to_dict`.
 
         Raises:
             ValueError: for an unknown key, naming the known ones.
@@ -129,14 +129,16 @@ class MHLAConfig:
         return cls(**values)
 
     def to_json(self) -> str:
+        """Write the values of :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> MHLAConfig:
+        """Read a config from JSON; see :meth:`from_dict`."""
         return cls.from_dict(json.loads(text))
 
     def layout(self, grid: tuple[int, ...]) -> BlockLayout:
-        """The blocks on a grid.
+        """Return the blocks on a grid.
 
         Raises:
             ValueError: when the grid cannot hold them.
@@ -144,7 +146,7 @@ class MHLAConfig:
         return _layout(grid, self.blocks)
 
     def key_layout(self, grid: tuple[int, ...] | None) -> BlockLayout | None:
-        """The blocks on the grid of the keys, for cross-attention; else None.
+        """Return the blocks on the grid of the keys, for cross-attention; else None.
 
         Raises:
             ValueError: when the grid cannot hold them, or one of the grid and ``key_blocks`` is missing.
@@ -245,7 +247,7 @@ class MHLA(nn.Module):
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
     def mixing_matrix(self) -> Tensor:
-        """W as the operator sees it, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
+        """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1)
         return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
@@ -342,7 +344,7 @@ class MHLA(nn.Module):
     def fit(
         self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None = None
     ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
-        """The layouts of queries and, in cross-attention, keys, and the mixing matrix for these grids."""
+        """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix."""
         layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix()
         keys, key_layout = layout.blocks, None
         if key_grid is not None and self.key_blocks is not None:

@@ -40,7 +40,7 @@ _PARTS = {"norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on a grid of tokens with blocks, and what each attention costs there.
+    """Model on a grid of tokens with blocks, and what each attention costs there.
 
     ``attention`` is ``"softmax"``, ``"linear"`` (one block) or ``"mhla"`` throughout. ``str(plan)`` is a
     table of everything, 100 columns wide at most.
@@ -123,21 +123,21 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The whole model's speed-up if linear attention, gate and convolution cost nothing."""
+        """Speed-up of the whole model if linear attention, gate and convolution cost nothing."""
         return self.model_flops("softmax") / self._fixed_flops
 
     @property
     def mixing_share(self) -> float:
-        """The part of MHLA's operator that is mixing, ``2 M^2 / (4 N + 2 M^2)``."""
+        """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
         return 1 - self.operator_flops("linear") / self.operator_flops("mhla")
 
     @property
     def operator_bytes(self) -> int:
-        """What any operator has to read and write in a layer: q, k, v and the output."""
+        """Bytes that any operator reads and writes in a layer: q, k, v and the output."""
         return 4 * self.layout.num_tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     def exchange_bytes(self, attention: str) -> int:
-        """What context-parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
+        """Bytes that parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
         if attention == "softmax":
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid))
@@ -160,7 +160,7 @@ def plan(
     vae_stride: int | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Plan:
-    """What MHLA saves for a model and a size: FLOPs, bytes, the bound on the speed-up, and blocks to take.
+    """Plan MHLA for a model and a size: FLOPs, bytes, the bound on the speed-up, and blocks to take.
 
     Args:
         model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
@@ -208,7 +208,7 @@ def plan(
 
 
 def load_model_config(model: str) -> dict[str, Any]:
-    """The config of a transformer as it is stored; no weights are read.
+    """Read the config of a transformer as it is stored; no weights are read.
 
     Args:
         model: a preset, or a folder, config.json or hub id of a transformer or of a pipeline, whose

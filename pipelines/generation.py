@@ -130,8 +130,8 @@ def generate_videos(
     Args:
         pipeline: makes videos of texts, or of texts and pictures; moved to the device of this process.
         out: a new or empty folder, or that of an unfinished run.
-        prompts: video i shows ``prompts[i % len(prompts)]``. A :class:`Prompt` may have a seed, a negative
-            prompt, a name for its file and a picture of its own; see :func:`read_prompts` for files of them.
+        prompts: video i shows ``prompts[i % len(prompts)]``. A :class:`.Prompt` may have a seed, a negative
+            prompt, a name for its file and a picture of its own; see :func:`.read_prompts` for files of them.
         images: for image-to-video, a folder with a picture for each prompt, in the order of their names.
         num_videos: how many; one for each prompt by default.
         per_prompt: videos of each prompt, one after the other, instead of ``num_videos``.

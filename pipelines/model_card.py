@@ -43,7 +43,7 @@ pipe = MHLAPipeline.from_pretrained("{name}")
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a kind of pipeline is for.
+    """Purpose of a kind of pipeline.
 
     Args:
         text: the beginning of a sentence.
@@ -57,16 +57,16 @@ class Purpose:
 
 
 class CardedPipeline(DiffusionPipeline):
-    """A pipeline that is saved with a model card."""
+    """Pipeline that is saved with a model card."""
 
     purpose: Purpose
 
     def example_call(self) -> str:
-        """A line of Python that generates."""
+        """Return a line of Python that generates."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, str]:
-        """What it makes and of which size, as rows of the card."""
+        """List what it makes and of which size, as rows of the card."""
         raise NotImplementedError
 
     def save_pretrained(
@@ -81,7 +81,7 @@ class CardedPipeline(DiffusionPipeline):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> str | None:
-        """As :meth:`diffusers.DiffusionPipeline.save_pretrained`, with a model card.
+        """Save as :meth:`diffusers.DiffusionPipeline.save_pretrained` does, with a model card.
 
         A README.md that somebody wrote or edited is left as it is.
 

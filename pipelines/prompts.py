@@ -22,7 +22,7 @@ _VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to generate from, and what goes with it.
+    """Text to generate from, and what goes with it.
 
     Args:
         prompt: the text.

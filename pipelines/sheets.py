@@ -17,7 +17,7 @@ from mhla_diffusion.files.writing import write_file
 
 
 def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
-    """One picture of a generated folder: a column for each class or prompt, in the order of the manifest.
+    """Draw one picture of a generated folder: a column for each class or prompt, in the manifest's order.
 
     Args:
         folder: as :func:`.generate_images` leaves it.
@@ -34,10 +34,10 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
 
 
 def save_strips(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
-    """One picture of generated videos: a row of all frames for each, in the order of the manifest.
+    """Draw one picture of generated videos: a row of all frames for each, in the order of the manifest.
 
     Args:
-        folder: as :func:`generate_videos` leaves it.
+        folder: as :func:`.generate_videos` leaves it.
         path: of the picture, which is replaced if it is there.
         rows: videos, at most.
     """

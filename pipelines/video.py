@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def long_prompts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> list[str]:
-    """The distinct prompts of more tokens, which the text encoder is not shown to their end."""
+    """List the distinct prompts of more tokens, which the text encoder is not shown to their end."""
     distinct = list(dict.fromkeys(prompts))
     parts = (distinct[start : start + 10_000] for start in range(0, len(distinct), 10_000))
     return [

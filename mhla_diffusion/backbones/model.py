@@ -87,7 +87,7 @@ class MHLAModelMixin(ModelMixin):
 
     @property
     def default_grid(self) -> Grid:
-        """The tokens along each axis that the model is made for."""
+        """Tokens along each axis that the model is made for."""
         raise NotImplementedError
 
     def example_inputs(
@@ -163,7 +163,9 @@ class MHLAModelMixin(ModelMixin):
         return next(iter(mixing or [module.blocks for module in modules]), (1, 1))
 
     def enable_parallelism(self, *, config: Any, cp_plan: dict[str, Any] | None = None) -> None:
-        """As :meth:`diffusers.ModelMixin.enable_parallelism`, for linear attention in all layers.
+        """Spread tokens over ranks, for linear attention in all layers.
+
+        Takes what :meth:`diffusers.ModelMixin.enable_parallelism` takes.
 
         With a :class:`diffusers.ContextParallelConfig` each rank holds a share of the tokens. Whatever its
         degrees are called, ranks exchange key/value summaries only, see
@@ -193,7 +195,7 @@ class MHLAModelMixin(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As :meth:`diffusers.ModelMixin.from_pretrained`, and never with a weight that was not in the file.
+        """Load as :meth:`diffusers.ModelMixin.from_pretrained` does, never with a weight that no file holds.
 
         ``mhla_config=`` with other blocks than the file has resizes the mixing matrices
         (:func:`mhla_diffusion.ops.resize_mixing`); ``sample_size=`` changes the grid, and blocks grow or
@@ -278,7 +280,7 @@ class RotaryVideoMixin(MHLAModelMixin):
 
 
 def as_config(mhla_config: ConfigChoice) -> MHLAConfig:
-    """A config from what a model's argument may be."""
+    """Return the config of what a model's argument may be."""
     if mhla_config is None:
         return MHLAConfig()
     return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
@@ -293,7 +295,7 @@ def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, 
 def layer_attention(
     attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
 ) -> list[str]:
-    """The attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
+    """Return the attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
 
     Raises:
         ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a

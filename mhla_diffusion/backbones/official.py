@@ -66,7 +66,7 @@ def load_official_wan(
     normalizer: str = "none",
     head_dim: int = _HEAD_DIM,
 ) -> MHLAWanTransformer3DModel:
-    """The model of a checkpoint trained with the public code, such as that released for Wan2.1-T2V-1.3B.
+    """Load a checkpoint trained with the public code, such as that released for Wan2.1-T2V-1.3B.
 
     Sizes, and which layers are MHLA, gated and with a convolution on v, are read from the names and shapes of
     the weights. Mixing matrices are taken as they are, with negative weights and any row sums: nothing ever

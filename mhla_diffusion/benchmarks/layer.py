@@ -45,7 +45,7 @@ def layer(
     out: Path | None = None,
     device: str | None = None,
 ) -> str:
-    """A layer of Wan with MHLA against the same with softmax: attention, cross-attention, feed-forward.
+    """Time a layer of Wan with MHLA against the same with softmax: attention, cross-attention, feed-forward.
 
     Wan2.1-1.3B at 81 frames of 480 x 800 pixels by default, random weights, float32.
 

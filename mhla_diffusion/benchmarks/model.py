@@ -44,7 +44,7 @@ def model(
     out: Path | None = None,
     device: str | None = None,
 ) -> str:
-    """A denoising step and a training step of a DiT with MHLA, plain linear and softmax attention.
+    """Time a denoising step and a training step of a DiT with MHLA, plain linear and softmax attention.
 
     DiT-S/2 by default, random weights. MHLA has the blocks that are recommended for the size.
 

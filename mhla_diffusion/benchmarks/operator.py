@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of the operator: head width d, heads H, and a grid of tokens in blocks."""
+    """Size of the operator: head width d, heads H, and a grid of tokens in blocks."""
 
     d: int
     heads: int
@@ -72,7 +72,7 @@ PEERS = ("mhla", "softmax", "linear", "convolution")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One peer at one shape; None where it would have taken too long."""
+    """Times and memory of one peer at one shape; None where it would have taken too long."""
 
     shape: str
     dtype: str
@@ -212,7 +212,7 @@ def measure_scaling(device: str, most: int = 2**20) -> dict[str, list[tuple[int,
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The slope of a straight line through the logarithms, by least squares."""
+    """Return the slope of a straight line through the logarithms, by least squares."""
     x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
     return statistics.linear_regression(x, y).slope
 

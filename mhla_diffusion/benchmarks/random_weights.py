@@ -12,7 +12,7 @@ from ..optional import require
 
 
 def write_random_inception(weights: Path, script: Path) -> None:
-    """An Inception of random weights, as torch-fidelity's state dict and as clean-fid's torchscript."""
+    """Write an Inception of random weights, as torch-fidelity's state dict and as clean-fid's torchscript."""
     port = require("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
 
     class Random(port):  # type: ignore[misc,valid-type]
@@ -32,7 +32,7 @@ def write_random_inception(weights: Path, script: Path) -> None:
 
 
 def write_random_i3d(weights: Path) -> None:
-    """An I3D of random weights, as cd-fvd's state dict."""
+    """Write an I3D of random weights, as cd-fvd's state dict."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         i3d = require("cdfvd.third_party.i3d.pytorch_i3d").InceptionI3d(400, in_channels=3)

@@ -64,7 +64,7 @@ def spread(times: Sequence[float]) -> float | None:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most that is allocated during a call, beyond what it returns."""
+    """Return the most that is allocated during a call, beyond what it returns."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -124,7 +124,7 @@ def require_plots() -> None:
 
 
 def plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:
-    """A PNG of lines on two logarithmic axes."""
+    """Draw a PNG of lines on two logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -163,7 +163,7 @@ def check_at_least(least: int, **values: int) -> None:
 
 
 def race(calls: dict[str, Callable[[], float]], count: int, unit: str, repeats: int) -> str:
-    """A table of calls that return a distance, each of ours before its alternative."""
+    """Return a table of calls that return a distance, each of ours before its alternative."""
     scores: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], float]) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 
 class CommandError(Exception):
-    """What the user has to mend, in words, and the exit code."""
+    """Error of the user's: what is to be mended, in words, and the exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)

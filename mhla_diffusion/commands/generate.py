@@ -130,7 +130,7 @@ def video(
 
 
 def load(model: str, dtype: DType, kind: str) -> Any:
-    """The pipeline, which must be one that makes what this command writes."""
+    """Load the pipeline, which must be one that makes what this command writes."""
     pipeline = MHLAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     if output_kind(pipeline) != kind:
         other = output_kind(pipeline).removesuffix("s")
@@ -139,7 +139,7 @@ def load(model: str, dtype: DType, kind: str) -> Any:
 
 
 def join_prompts(arguments: Sequence[str]) -> list[str]:
-    """One list in place of all ``--prompts``: the option may be repeated, and no text is taken apart."""
+    """Put one list in place of all ``--prompts``: the option may be repeated, and no text is taken apart."""
     rest: list[str] = []
     prompts: list[str] = []
     remaining = iter(arguments)

@@ -16,7 +16,7 @@ from .end import CommandError, exit_code
 
 
 class Command(NamedTuple):
-    """A line about a command, and the commands below it, in groups."""
+    """Command: a line about it, and the commands below it, in groups."""
 
     line: str
     below: dict[str, dict[str, Command]] = {}  # noqa: RUF012 (never changed)

@@ -1,0 +1,106 @@
+"""Small things that stand in for what the pages speak of: models of the hub, photos, clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from mhla_diffusion import MHLADiTPipeline, MHLAPipeline, MHLAWanTransformer3DModel
+from mhla_diffusion.files.videos import write_video
+from mhla_diffusion.pipelines.generation import generate_videos
+from tests.backbones.test_official import their_weights
+from tests.pipelines.conftest import (  # noqa: F401 (fixtures)
+    make_pipeline,
+    make_stock_pipeline,
+    make_stock_video_pipeline,
+    make_vae,
+    video_vae,
+)
+
+_SAVED_REPORT = Path(__file__).parents[1] / "saved" / "report-image" / "report"
+
+
+def _photos(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def _clips(folder: Path) -> Path:
+    """Four clips of 18 frames, 8 a second, and their captions."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        frames = generator.integers(0, 256, (18, 48, 64, 3), dtype=np.uint8)
+        write_video(frames, folder / f"{number}.mp4", fps=8)
+    rows = "".join(f"{number}.mp4,a red car\n" for number in range(4))
+    (folder / "captions.csv").write_text(f"path,caption\n{rows}")
+    return folder
+
+
+def write_checkpoint(path: Path) -> None:
+    """A checkpoint as the public code writes it: heads of 128 in 3 x 5 x 10 blocks."""
+    mhla = {"blocks": [3, 5, 10], "normalizer": "none", "constraint": "none", "output_norm": True}
+    model = MHLAWanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, in_channels=3, out_channels=3, num_layers=1,
+        text_dim=4, freq_dim=4, ffn_dim=8, sample_grid=(21, 30, 50), mhla_config=mhla,
+    )  # fmt: skip
+    save_file(their_weights(model), path)
+
+
+def generate_clips(model: str, folder: Path) -> None:
+    """What generation leaves of a small Wan: three clips of 9 frames."""
+    generate_videos(
+        MHLAPipeline.from_pretrained(model), folder, prompts=["a cat", "a dog", "it"],
+        num_inference_steps=1, height=32, width=32, num_frames=9, options={"max_sequence_length": 8},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stand_ins(
+    tmp_path: Path,
+    make_pipeline: Callable[..., MHLADiTPipeline],  # noqa: F811
+    make_stock_pipeline: Callable[[], Any],  # noqa: F811
+    make_stock_video_pipeline: Callable[[str], Any],  # noqa: F811
+) -> dict[str, str]:
+    """What stands in for a word of a command or a string of a program, by how that begins."""
+    digits = make_pipeline(channels=1, vae=False, num_embeds_ada_norm=10)
+    MHLADiTPipeline(
+        digits.transformer, digits.scheduler, id2label={i: str(i) for i in range(10)}
+    ).save_pretrained(tmp_path / "digits")
+    make_stock_pipeline().save_pretrained(tmp_path / "dit")
+    make_stock_video_pipeline("wan").save_pretrained(tmp_path / "wan")
+    make_stock_video_pipeline("wan-image").save_pretrained(tmp_path / "wan-image")
+    (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,1\na dog,2\n")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "red.png")
+    photos, clips = _photos(tmp_path / "photos"), _clips(tmp_path / "clips")
+    return {
+        "facebook/DiT-XL-2-256": str(tmp_path / "dit"),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(tmp_path / "wan"),
+        "runs/quickstart/training/pipeline": str(tmp_path / "digits"),
+        "WAN_I2V": str(tmp_path / "wan-image"),
+        "WAN": str(tmp_path / "wan"),
+        "CHECKPOINT": str(tmp_path / "wan.safetensors"),
+        "PHOTOS": str(photos),
+        "PICTURES": str(tmp_path / "pictures"),
+        "CLIPS": str(clips),
+        "VIDEOS": str(clips),
+        "imagenet/train": str(photos),
+        "prompts.csv": str(tmp_path / "prompts.csv"),
+        "runs/report_": str(_SAVED_REPORT),
+        "runs/": str(tmp_path / "runs") + "/",
+        "models/": str(tmp_path / "models") + "/",
+        "data/": str(tmp_path / "data") + "/",
+        "imagenet256.npz": str(tmp_path / "imagenet256.npz"),
+    }
