@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhla_diffusion.ops import BlockLayout, mhla
+from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal
 
 LAYOUT = BlockLayout((4, 4), (2, 2))
 SETTINGS = (None, None, [4, 4], [2, 2], "relu", 1e-6, True, False)
@@ -82,3 +82,25 @@ def test_operators_are_differentiable_twice_in_narrow_dtypes() -> None:
     finally:
         os.environ["MHLA_KERNELS"] = kernels
     assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing of the kernels is traced")
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_one_graph_serves_grids_of_any_size(causal: bool) -> None:
+    """Fullgraph and dynamic: no message of an error that does not happen may break the graph."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, height: int) -> Tensor:
+        if causal:
+            return mhla_causal(q, k, v, mixing, 16)
+        return mhla(q, k, v, mixing, BlockLayout((height, q.shape[2] // height), (2, 2)))
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    mixing = torch.rand(4, 4)
+    for height, width in ((4, 6), (5, 7), (8, 6)):
+        inputs = [torch.randn(1, 2, height * width, 8).requires_grad_() for _ in range(3)]
+        results = []
+        for function in (compiled, attend):
+            out = function(*inputs, mixing, height)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
