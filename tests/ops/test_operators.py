@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal
+from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
 
 LAYOUT = BlockLayout((4, 4), (2, 2))
 SETTINGS = (None, None, [4, 4], [2, 2], "relu", 1e-6, True, False)
@@ -42,6 +44,34 @@ def test_operators_are_what_they_say(dtype: torch.dtype, heads_inside: bool) -> 
         test_utils=tests,
     )
     opcheck(ops.summarize_backward.default, (summaries, sums, k, v, centre, *SETTINGS), test_utils=tests)
+
+
+class OnSecondGpu:
+    """What an operator looks at in a tensor before it runs."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be theirs."""
+    events: list[Any] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            events.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            events.append("left")
+
+    implementation = SimpleNamespace(summarize=lambda *_: events.append("ran"))
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(operators, "implementation_for", lambda *_: implementation)
+    operators._summarize._init_fn(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
+    assert events == [torch.device("cuda", 1), "ran", "left"]
 
 
 def test_operators_take_the_expanded_gradient_of_a_sum() -> None:
