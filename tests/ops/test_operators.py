@@ -83,6 +83,12 @@ def test_operators_take_the_expanded_gradient_of_a_sum() -> None:
         assert torch.equal(a, b)
 
 
+def test_operators_take_no_samples() -> None:
+    x = torch.empty(0, 2, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    out = mhla(x, x, x, torch.rand(4, 4, requires_grad=True), LAYOUT)
+    assert out.shape == torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
 def test_operators_reach_tokens_more_than_2_to_the_31_numbers_apart() -> None:
     # Memory that is never touched costs nothing.
     far = torch.empty(2**33, dtype=torch.bfloat16).as_strided((1, 1, 4, 16), (2**33, 2**33, 2**31 + 16, 1))
