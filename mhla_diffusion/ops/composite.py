@@ -15,7 +15,7 @@ from .layout import BlockLayout
 def summarize(k: Tensor, v: Tensor, centre: Tensor, layout: BlockLayout, features: Features) -> Tensor:
     """Return the summaries of :func:`mhla_diffusion.ops.operators.summarize`, sums and all in one tensor."""
     plain, rotated = (layout.pack(x) for x in features_of(k, features))
-    if centre.numel():
+    if centre.shape[-1]:
         v = v - centre[:, :, None]
     return outer(layout.pack(counted(v, features.mask)), plain, rotated, normalized=features.normalized)
 
@@ -33,7 +33,7 @@ def read(
     plain, rotated = (layout.pack(x) for x in features_of(q, features))
     products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
     out = ratio(products, normalized=features.normalized)
-    if centre.numel():
+    if centre.shape[-1]:
         out = torch.where(products[..., -1:] == 0, 0, out + centre[:, :, None, None])
     out = layout.unpack(out)
     return (out if features.normalized else within_range(out, dtype)).to(dtype)

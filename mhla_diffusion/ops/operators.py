@@ -267,7 +267,7 @@ _read.register_autograd(_queries_backward, setup_context=_save_queries)
 def _joined(matrices: Tensor, sums: Tensor) -> Tensor:
     """Summaries, or gradients of them, with the sums in the last row, in float32 or wider."""
     matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    return torch.cat((matrices, sums[..., None, :]), -2) if sums.numel() else matrices
+    return torch.cat((matrices, sums[..., None, :]), -2) if sums.shape[-1] else matrices
 
 
 def _differentiate(

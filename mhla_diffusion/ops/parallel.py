@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -92,12 +93,15 @@ def exchanged_bytes(
     return 4 * batch * heads * layout.num_blocks * (d_v + (normalizer == "paper")) * d
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed in training later
 def _slots(
     layout: BlockLayout, start: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, BlockLayout]:
     """The blocks that a run of tokens touches, ``[L]``; a place for each token, ``[n]``; and their layout.
 
-    The places of a block lie together, as many as the fullest block needs.
+    The places of a block lie together, as many as the fullest block needs. They are kept, as finding out how
+    many that is waits for the device.
     """
     block = layout.block_index(device)[start : start + tokens]
     if tokens == 0:

@@ -50,7 +50,7 @@ _SAMPLE = 256
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.summarize`."""
     summaries, sums, centre = new_summaries(k, v, layout, features)
-    if centre.numel():
+    if centre.shape[-1]:
         _centre(v, features.mask, out=centre)
     _outer(k, v, summaries, sums, layout, features, centre=centre)
     return summaries, sums, centre
@@ -68,7 +68,8 @@ def summarize_backward(
     """See :func:`mhla_diffusion.ops.tiled.summarize_backward`."""
     grad, grad_sums = grad.contiguous(), grad_sums.contiguous()
     grad_k, grad_v = new_gradient(k), new_gradient(v)
-    _launch("inner", (k, grad_v), grad, grad_sums, layout, features)
+    # Gradients that float16 does not hold become infinite, as scalers of gradients expect.
+    _launch("inner", (k, grad_v), grad, grad_sums, layout, features, SATURATE=False)
     _launch("rows", (k, v, grad_k), grad, grad_sums, layout, features, centre=centre)
     return grad_k, grad_v
 
@@ -87,7 +88,10 @@ def read(
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
     mixed, mixed_sums = _mix(mixing, summaries, sums)
     quotient = _Quotient(denominators) if features.normalized else None
-    _launch("inner", (q, out), mixed, mixed_sums, layout, features, centre=centre, quotient=quotient)
+    _launch(
+        "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre, quotient=quotient,
+        SATURATE=dtype == torch.float16 and not features.normalized,
+    )  # fmt: skip
     return out, denominators
 
 
@@ -111,7 +115,7 @@ def read_backward(
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
     axes = (0,) if mixing.ndim == 3 else (0, 1)
     grad_mixing = grad_weights.sum(axes, dtype=mixing.dtype)
-    if sums.numel():
+    if sums.shape[-1]:
         grad_mixing += (grad_sums @ sums.mT).sum(axes)
     return grad_q, *_mix(mixing.mT, grad_mixed, grad_sums), grad_mixing
 
@@ -150,7 +154,7 @@ def _centre(v: Tensor, mask: Tensor | None, *, out: Tensor) -> None:
 def _mix(mixing: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Summaries and sums of the query blocks, contiguous."""
     mixed = mix(mixing.to(summaries.dtype), summaries).contiguous()
-    if not sums.numel():
+    if not sums.shape[-1]:
         return mixed, sums.new_empty(*mixed.shape[:3], 0)
     return mixed, mix(mixing, sums[..., None, :]).flatten(3).contiguous()
 
@@ -198,6 +202,7 @@ def _launch(
     centre: Tensor | None = None,
     quotient: _Quotient | None = None,
     tile: dict[str, Any] | None = None,
+    **options: bool,
 ) -> None:
     """Run a kernel on x, v and what else it takes of tokens; ``out`` and gradients are written in place."""
     x, v = (y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2])
@@ -208,29 +213,25 @@ def _launch(
     if rotary is not None:
         rotary = rotary.float().expand(*x.shape[:-1], -1)
         rotary = rotary if rotary.stride(-1) == 1 else rotary.contiguous()
-    channels = v.shape[-1]
-    z = sums if sums.numel() else summaries[..., -1, :]
+    z = sums if sums.shape[-1] else summaries[..., -1, :]
     size = math.prod(summaries.shape[-2:])
     order, starts = _order(layout, x.device)
-    centred = centre is not None and centre.numel() > 0
+    centred = centre is not None and centre.shape[-1] > 0
     arguments = (
         *tokens, summaries, z, centre if centred else None, *(quotient or (None, None)), order, starts,
         rotary, mask, *(stride for y in tokens for stride in y.stride()[:3]),
         *((0, 0, 0) if rotary is None else rotary.stride()[:3]), *((0, 0) if mask is None else mask.stride()),
-        size, z.shape[-1] if sums.numel() else size, x.shape[1], layout.num_blocks, parts, x.shape[2],
+        size, z.shape[-1] if sums.shape[-1] else size, x.shape[1], layout.num_blocks, parts, x.shape[2],
         features.eps,
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "QUOTIENT": quotient is not None, "NORMALIZED": features.normalized, "CENTRED": centred,
-        "FEATURE_MAP": features.feature_map, "ROTARY": rotary is not None, "MASK": mask is not None,
-        "WIDTH": x.shape[-1], "CHANNELS": channels,
-        "X_VEC": _vector(x, *tokens[2:]), "V_VEC": _vector(v), **tile,
-    }  # fmt: skip
-    if name == "inner":
-        options["SATURATE"] = v.dtype == torch.float16 and not features.normalized
     programs = x.shape[0] * x.shape[1] * layout.num_blocks * parts * (1 if name == "rows" else tile["TILES"])
     if programs:
-        getattr(kernels, f"{name}_kernel")[(programs,)](*arguments, **options)
+        getattr(kernels, f"{name}_kernel")[(programs,)](
+            *arguments, QUOTIENT=quotient is not None, NORMALIZED=features.normalized, CENTRED=centred,
+            FEATURE_MAP=features.feature_map, ROTARY=rotary is not None, MASK=mask is not None,
+            WIDTH=x.shape[-1], CHANNELS=v.shape[-1], X_VEC=_vector(x, *tokens[2:]), V_VEC=_vector(v),
+            **tile, **options,
+        )  # fmt: skip
 
 
 def _vector(*tensors: Tensor) -> int:

@@ -55,7 +55,10 @@ def test_a_row_says_what_a_model_can(model: Any) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_backbone_is_planned_and_analyzed(case: Case, tmp_path: Path) -> None:
     case.make(attention=["mhla", case.stock_kind]).save_pretrained(tmp_path)
-    height, width = (tokens * 2 * 8 for tokens in case.grids[0][-2:])
+    model = case.make()
+    patch = getattr(model.config, "patch_size", 1)
+    side = (patch if isinstance(patch, int) else patch[-1]) * model.vae_stride[-1]
+    height, width = (tokens * side for tokens in case.grids[0][-2:])
     plan = planning.plan(str(tmp_path), height, width, frames=9 if len(case.grids[0]) == 3 else None)
     assert plan.layout.grid[-2:] == case.grids[0][-2:]
     assert plan.layer_flops("mhla")["attention operator"] < plan.layer_flops("softmax")["attention operator"]

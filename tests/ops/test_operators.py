@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhla_diffusion.ops import BlockLayout, mhla
+from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
 
 LAYOUT = BlockLayout((4, 4), (2, 2))
 SETTINGS = (None, None, [4, 4], [2, 2], "relu", 1e-6, True, False)
@@ -44,6 +46,34 @@ def test_operators_are_what_they_say(dtype: torch.dtype, heads_inside: bool) -> 
     opcheck(ops.summarize_backward.default, (summaries, sums, k, v, centre, *SETTINGS), test_utils=tests)
 
 
+class OnSecondGpu:
+    """What an operator looks at in a tensor before it runs."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be theirs."""
+    events: list[Any] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            events.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            events.append("left")
+
+    implementation = SimpleNamespace(summarize=lambda *_: events.append("ran"))
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(operators, "implementation_for", lambda *_: implementation)
+    operators._summarize._init_fn(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
+    assert events == [torch.device("cuda", 1), "ran", "left"]
+
+
 def test_operators_take_the_expanded_gradient_of_a_sum() -> None:
     q, k, v = torch.randn(3, 1, 2, 16, 8).unbind()
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -51,6 +81,12 @@ def test_operators_take_the_expanded_gradient_of_a_sum() -> None:
     expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
     for a, b in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_operators_take_no_samples() -> None:
+    x = torch.empty(0, 2, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    out = mhla(x, x, x, torch.rand(4, 4, requires_grad=True), LAYOUT)
+    assert out.shape == torch.autograd.grad(out.sum(), x)[0].shape == x.shape
 
 
 def test_operators_reach_tokens_more_than_2_to_the_31_numbers_apart() -> None:
@@ -82,3 +118,25 @@ def test_operators_are_differentiable_twice_in_narrow_dtypes() -> None:
     finally:
         os.environ["MHLA_KERNELS"] = kernels
     assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing of the kernels is traced")
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_one_graph_serves_grids_of_any_size(causal: bool) -> None:
+    """Fullgraph and dynamic: no message of an error that does not happen may break the graph."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, height: int) -> Tensor:
+        if causal:
+            return mhla_causal(q, k, v, mixing, 16)
+        return mhla(q, k, v, mixing, BlockLayout((height, q.shape[2] // height), (2, 2)))
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    mixing = torch.rand(4, 4)
+    for height, width in ((4, 6), (5, 7), (8, 6)):
+        inputs = [torch.randn(1, 2, height * width, 8).requires_grad_() for _ in range(3)]
+        results = []
+        for function in (compiled, attend):
+            out = function(*inputs, mixing, height)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhla_diffusion.ops import BlockLayout, exchanged_bytes, mhla, mhla_parallel
+from mhla_diffusion.ops import BlockLayout, composite, exchanged_bytes, mhla, mhla_parallel
+from mhla_diffusion.ops.features import Features
+from mhla_diffusion.ops.operators import summarize
+from mhla_diffusion.ops.parallel import _centred
 
 RAGGED, VIDEO = BlockLayout((7, 5), (3, 2)), BlockLayout((3, 4, 4), (1, 2, 2))
 # The ends of each rank's tokens. Blocks lie on several ranks, and a rank may have none.
@@ -103,6 +106,25 @@ def test_ranks_equal_one_process(run_processes: Callable[..., None], ranks: int)
 
 def test_the_bytes_exchanged_do_not_grow_with_the_tokens(run_processes: Callable[..., None]) -> None:
     run_processes(count_bytes, 2)
+
+
+def test_centred_summaries_give_the_same() -> None:
+    """What the GPU kernels read after the exchange, with gradients."""
+    layout, features = RAGGED, Features("relu", 1e-6, normalized=True, shared=True)
+    q, k, v = torch.randn(3, 1, 2, 35, 6, dtype=torch.float64).unbind()
+    mixing = torch.rand(6, 6, dtype=torch.float64)
+    results = []
+    for centre in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (k, v + 3)]
+        summaries = summarize(*leaves, layout, features)
+        if centre:
+            summaries = _centred(summaries)
+            assert summaries.centre.mean() > 2
+            assert summaries.matrices[..., :-1, :].sum((2, 4)).abs().max() < 1e-9
+        out = composite.read(q, summaries.matrices, summaries.centre, mixing, layout, features, torch.float64)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_wan_exchanges_what_the_paper_says() -> None:

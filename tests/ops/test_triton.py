@@ -203,6 +203,31 @@ def test_launches_are_within_the_limits_of_a_grid_and_fill_a_gpu(batch: int) -> 
             assert small or launch.grid[0] >= 264 or "centre" in module.name_of(launch), (name, launch.grid)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "setting", "operand", "precision"),
+    [
+        ("fp32", "ieee", "fp32", "ieee"),
+        ("fp32", "tf32", "fp32", "tf32"),
+        ("fp16", "ieee", "fp32", "tf32"),
+        ("bf16", "ieee", "bf16", "ieee"),
+    ],
+)
+def test_products_are_as_precise_as_the_setting_says(
+    dtype: str, setting: str, operand: str, precision: str
+) -> None:
+    """By torch's setting of now: reading the older allow_tf32 raises once this one was made."""
+    module = check_kernels()
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        launches = module.launches_of(module.Case("any", 16, 2, (4, 4), (2, 2), dtype=dtype))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    options = [launch.options for launch in launches if "OPERAND" in launch.options]
+    assert len(options) == 6
+    assert {(str(o["OPERAND"]), o["PRECISION"]) for o in options} == {(operand, precision)}
+
+
 def test_torch_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MHLA_KERNELS", raising=False)
     assert dispatch.implementation_for(torch.ones(1)) is tiled
