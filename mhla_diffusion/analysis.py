@@ -184,8 +184,7 @@ def analyze_stored(
         ValueError: for another model, or a size that its patches do not divide.
     """
     transformer = _load(model)
-    patch = transformer.config.patch_size
-    patch = (patch,) * 2 if isinstance(patch, int) else tuple(patch)
+    patch = transformer.latents_per_token
     own = [tokens * size for tokens, size in zip(transformer.default_grid, patch, strict=True)]
     if frames is not None and len(own) == 2:
         raise ValueError(f"{model} is a model of images and has no frames, got frames={frames}; leave it out")

@@ -183,9 +183,10 @@ def plan(
     stored = load_model_config(model)
     transformer = _stock_model(stored)
     config, strides = transformer.config, transformer.vae_stride
-    patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else tuple(config.patch_size)
     stride = strides[-1] if vae_stride is None else vae_stride
-    grid = token_grid(patch, height, width, frames, vae_stride=stride, frame_stride=strides[0])
+    grid = token_grid(
+        transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
+    )
     given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}

@@ -55,6 +55,10 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
 
+    @property
+    def latents_per_token(self) -> Grid:
+        return (self.config.patch_size_t, self.config.patch_size, self.config.patch_size)
+
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:

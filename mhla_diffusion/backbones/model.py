@@ -90,6 +90,12 @@ class MHLAModelMixin(ModelMixin):
         """Tokens along each axis that the model is made for."""
         raise NotImplementedError
 
+    @property
+    def latents_per_token(self) -> Grid:
+        """The latents, or pixels, along each axis of a token."""
+        patch = self.config.patch_size
+        return (patch,) * len(self.default_grid) if isinstance(patch, int) else tuple(patch)
+
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
@@ -274,7 +280,7 @@ class RotaryVideoMixin(MHLAModelMixin):
         self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None
     ) -> Tensor:
         """Draw noise ``[B, C, F, H, W]`` that has this grid of tokens."""
-        sizes = [tokens * patch for tokens, patch in zip(grid, self.config.patch_size, strict=True)]
+        sizes = [tokens * patch for tokens, patch in zip(grid, self.latents_per_token, strict=True)]
         channels = channels or self.config.in_channels
         return torch.randn(batch_size, channels, *sizes, generator=generator)
 

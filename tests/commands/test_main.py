@@ -95,7 +95,8 @@ def test_a_script_is_its_command(
 
 
 def test_every_script_is_compared() -> None:
-    assert {script.split()[0] for script in SCRIPTS} == {path.stem for path in ROOT.glob("scripts/*.py")}
+    doors = {path.stem for path in ROOT.glob("scripts/*.py") if "commands.main" in path.read_text()}
+    assert {script.split()[0] for script in SCRIPTS} == doors
 
 
 def test_python_m_is_the_command() -> None:
