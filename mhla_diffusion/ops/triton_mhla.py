@@ -258,7 +258,7 @@ def _tile(name: str, x: Tensor, v: Tensor, summaries: Tensor) -> dict[str, Any]:
     if narrow:
         rows, most = (64, 128) if d <= 128 else (32, 64)
     else:
-        rows, most = (32, 64) if d <= 64 else (32 if d <= 128 else 16, 32)
+        rows, most = (32, 64) if d <= 64 else (16 if d > 128 or name == "outer" else 32, 32)
     channels = min(channels, most)
     wide = max(d, channels) > 64
     return {
