@@ -246,10 +246,10 @@ class MHLA(nn.Module):
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
-    def mixing_matrix(self) -> Tensor:
+    def mixing_matrix(self, device: torch.device | None = None) -> Tensor:
         """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
-            return torch.ones(math.prod(self.blocks), 1)
+            return torch.ones(math.prod(self.blocks), 1, device=device)
         return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
 
     @torch.no_grad()
@@ -305,19 +305,22 @@ class MHLA(nn.Module):
             self.config.key_layout(key_grid)  # says what is missing
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        layout, key_layout, mixing = self.fit(grid, key_grid)
+        layout, key_layout, mixing = self.fit(grid, key_grid, device=q.device)
         attend: Callable[..., Tensor]
         if group is None:
             attend = functools.partial(mhla, key_layout=key_layout)
         else:
             attend = self._attend_in_parts(layout, key_layout, group)
+        # Sums over all tokens can be too large for float16 where no denominator follows, but a norm.
+        before_norm = self.norm is not None and v.dtype == torch.float16
         out = attend(
             q, k, v, mixing.to(q.device), layout,
             feature_map=self.config.feature_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
+            dtype=torch.float32 if before_norm else None,
         )  # fmt: skip
         if self.norm is not None:
-            out = self.norm(out)
+            out = self.norm(out).to(v.dtype) if before_norm else self.norm(out)
         out = out.transpose(1, 2).flatten(2)
         if self.gate is not None:
             if hidden_states is None:
@@ -342,10 +345,14 @@ class MHLA(nn.Module):
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
     def fit(
-        self, grid: tuple[int, ...], key_grid: tuple[int, ...] | None = None
+        self,
+        grid: tuple[int, ...],
+        key_grid: tuple[int, ...] | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
         """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix."""
-        layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix()
+        layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix(device)
         keys, key_layout = layout.blocks, None
         if key_grid is not None and self.key_blocks is not None:
             key_layout = _largest_layout(key_grid, self.key_blocks)

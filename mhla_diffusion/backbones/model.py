@@ -92,7 +92,7 @@ class MHLAModelMixin(ModelMixin):
 
     @property
     def latents_per_token(self) -> Grid:
-        """The latents, or pixels, along each axis of a token."""
+        """Latents, or pixels, along each axis of a token."""
         patch = self.config.patch_size
         return (patch,) * len(self.default_grid) if isinstance(patch, int) else tuple(patch)
 

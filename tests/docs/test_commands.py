@@ -95,6 +95,7 @@ def check_requirements(words: list[str]) -> None:
 
 def run_to_parser(program: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program, *words])
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as python has it that runs a script
     try:
         if program in ("mhla", "mhla_diffusion"):
             main()

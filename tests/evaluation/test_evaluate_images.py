@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from mhla_diffusion.commands import evaluate
 from mhla_diffusion.evaluation import (
     FeatureExtractor,
     FeatureStatistics,
-    cli,
     compute_statistics,
     evaluate_images,
     frechet_distance,
@@ -177,14 +177,14 @@ def test_the_command_for_statistics(
     extractor: FeatureExtractor, make_pixels: MakePixels, write_folder: WriteFolder, tmp_path: Path
 ) -> None:
     folder = write_folder("real", make_pixels(8))
-    cli.stats(out=str(tmp_path / "real.npz"), images=folder, extractor=extractor)
+    evaluate.stats(out=str(tmp_path / "real.npz"), images=folder, extractor=extractor)
     saved, expected = (
         FeatureStatistics.load(tmp_path / "real.npz"),
         compute_statistics(folder, extractor=extractor),
     )
     np.testing.assert_array_equal(saved.sigma, expected.sigma)
     with pytest.raises(ValueError, match=r"real\.npz already there"):
-        cli.stats(out=str(tmp_path / "real.npz"), images=tmp_path / "nowhere", extractor=extractor)
+        evaluate.stats(out=str(tmp_path / "real.npz"), images=tmp_path / "nowhere", extractor=extractor)
 
 
 def test_a_reference_batch_of_adm_has_statistics_of_more_than_it_holds(

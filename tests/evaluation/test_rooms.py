@@ -13,8 +13,8 @@ import mhla_diffusion
 
 PACKAGE = Path(mhla_diffusion.__file__).parent
 ROOM = "mhla_diffusion.evaluation"
-ORDER = ["sets", "networks", "scores", "store", "measure", "pages", "evaluate", "cli"]
-GROUND_FLOOR = {"mhla_diffusion.optional", "mhla_diffusion.files"}
+ORDER = ["sets", "networks", "scores", "store", "measure", "pages", "evaluate"]
+GROUND_FLOOR = {"mhla_diffusion.optional", "mhla_diffusion.files", "mhla_diffusion.processes"}
 
 
 def _imports() -> dict[str, set[str]]:

@@ -38,7 +38,7 @@ KID_SUBSET = 1_000
 
 
 class LackingError(ValueError):
-    """A score that what was read does not suffice for; the message says why."""
+    """Score that what was read does not suffice for; the message says why."""
 
 
 @dataclass(frozen=True)
