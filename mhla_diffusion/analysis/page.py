@@ -1,0 +1,95 @@
+"""What an analysis found, as JSON for programs and as one self-contained page for people."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..files.writing import require_absent, write_file
+from ..optional import require
+from .matrices import MatrixStatistics, MixingAudit, mean_statistics
+
+FILE_NAMES = ("report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """Analysis of one attention layer.
+
+    Args:
+        name: of the module.
+        kind: ``"mhla"``, ``"linear"`` (one block) or ``"softmax"``: what the layer does in the model.
+        grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
+            start.
+        rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
+        matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
+        mixing: of layers that mix.
+        mixing_map: PNG of the mixing matrix: one tile for each query block, where it lies on the grid; in it
+            the weights of all key blocks, as they lie on the grid (figure 4b). Frames stand side by side.
+    """
+
+    name: str
+    kind: str
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+    rank_bound: int
+    matrices: dict[str, MatrixStatistics]
+    mixing: MixingAudit | None = None
+    mixing_map: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def mixing_map_uri(self) -> str | None:
+        """Mixing map as a data URI, for a page."""
+        if self.mixing_map is None:
+            return None
+        return "data:image/png;base64," + base64.b64encode(self.mixing_map).decode()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Analyses of all attention layers of a model, and what it was called with."""
+
+    layers: list[LayerAnalysis]
+    settings: dict[str, Any]
+
+    def mean(self, kind: str) -> MatrixStatistics:
+        """Over layers, of the matrices of one kind."""
+        return mean_statistics([layer.matrices[kind] for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of report.json."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            del layer["mixing_map"]
+        return {"settings": self.settings, "layers": layers}
+
+    def to_html(self) -> str:
+        """Return the content of report.html, which needs no other file and no network.
+
+        Raises:
+            ImportError: when jinja2 is not installed.
+        """
+        environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
+        return template.render(analysis=self, log=math.log)
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> None:
+        """Write report.json and report.html to the folder ``out``.
+
+        Raises:
+            ValueError: when ``out`` holds a report and ``overwrite`` is false.
+        """
+        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
+        for name, content in zip(
+            FILE_NAMES, (json.dumps(self.to_dict(), indent=2), self.to_html()), strict=True
+        ):
+            write_file(Path(out) / name, content)

@@ -1,0 +1,229 @@
+"""Queries and keys of every self-attention layer that a call of a model goes through."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attention import MHLA, MHLAConfig
+from ..backbones import backbone_of_config, convert_to_mhla, stock_names
+from ..backbones.grid import find_grid, token_grid
+from ..backbones.processors import rotary_pairs, split_heads
+from ..hub import component_subfolder, load_component_config
+from ..ops import initial_mixing, locality_mixing, recommended_layout
+from .matrices import (
+    MatrixStatistics,
+    attention_matrices,
+    audit_mixing,
+    matrix_statistics,
+    mean_statistics,
+    mixing_map,
+    tables_of,
+)
+from .page import Analysis, LayerAnalysis
+
+# Most of diffusers' newer models have a class of their own, with this mixin.
+_ATTENTION_LAYERS = (Attention, AttentionModuleMixin)
+
+
+@torch.no_grad()
+def analyze_stored(
+    model: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    timestep: int = 500,
+    batch_size: int = 2,
+    seed: int = 0,
+) -> Analysis:
+    """Analyse a stored model on noise and drawn conditions; see :func:`analyze`.
+
+    Args:
+        model: folder or hub id of a transformer that has an MHLA form, stock or ours, or of its pipeline.
+        height, width, frames: of the latents; those that the model was made for by default.
+        timestep: 0 to 999.
+        batch_size: samples.
+        seed: of the noise and conditions.
+
+    Raises:
+        ValueError: for another model, or a size that its patches do not divide.
+    """
+    transformer = _load(model)
+    patch = transformer.latents_per_token
+    own = [tokens * size for tokens, size in zip(transformer.default_grid, patch, strict=True)]
+    if frames is not None and len(own) == 2:
+        raise ValueError(f"{model} is a model of images and has no frames, got frames={frames}; leave it out")
+    asked = (frames, height, width if width is not None or height is None else height)
+    latents = [given or size for given, size in zip(asked[-len(own) :], own, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    inputs = transformer.example_inputs(
+        token_grid(latents, patch), batch_size=batch_size, generator=generator
+    )
+    inputs["timestep"] = torch.full((batch_size,), timestep)
+    return analyze(
+        transformer,
+        lambda: transformer(**inputs),
+        settings={
+            "model": model,
+            "latents": f"{batch_size} x {' x '.join(map(str, latents))}, noise",
+            "timestep": timestep,
+            "seed": seed,
+        },
+    )
+
+
+def _load(model: str) -> Any:
+    """Load our form of a stored transformer, which runs any grid."""
+    subfolder = component_subfolder(model, "transformer")
+    stored = load_component_config(model, "transformer")
+    ours = backbone_of_config(stored)
+    if ours is None:
+        name = stored.get("_class_name", "config of no class")
+        raise ValueError(f"{model} holds a {name}, which cannot be analysed; those that can: {stock_names()}")
+    if stored["_class_name"] == ours.__name__:
+        return ours.from_pretrained(model, subfolder=subfolder).eval()
+    stock = ours.stock.from_pretrained(model, subfolder=subfolder).eval()
+    return convert_to_mhla(stock, MHLAConfig(layers=()))
+
+
+@torch.no_grad()
+def analyze(
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    max_tokens: int = 4096,
+    max_matrices: int = 8,
+    settings: dict[str, Any] | None = None,
+) -> Analysis:
+    """Analyse every self-attention layer that a call of a model goes through.
+
+    Layers are MHLA modules, and attention layers of diffusers with any other processor.
+
+    Args:
+        model: any model with such layers.
+        run: calls the model on a batch.
+        max_tokens: more tokens than this are refused: the matrices of a layer take 8 N^2 bytes each.
+        max_matrices: samples and heads to look at in each layer, spread evenly.
+        settings: what the report should say of the call.
+
+    Raises:
+        ValueError: for a model without such layers, or too many tokens.
+    """
+    calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = {}
+    with _recording(model, calls, max_tokens):
+        run()
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} went through no self-attention that can be analysed: MHLA modules, and "
+            "attention layers of diffusers"
+        )
+    layers = [
+        _analyze_layer(name, *call, max_matrices=max_matrices)
+        for name, call in tqdm(calls.items(), desc="layers", disable=None)
+    ]
+    return Analysis(layers, settings or {})
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]], max_tokens: int
+) -> Iterator[None]:
+    """Note queries and keys ``[B, H, N, d]`` of each layer's first call."""
+
+    def note(name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
+        if q.shape[2] > max_tokens:
+            raise ValueError(
+                f"{name} has {q.shape[2]} tokens, more than max_tokens = {max_tokens}: take a smaller image "
+                "or video, or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) time)"
+            )
+        calls.setdefault(name, (module, q.detach(), k.detach(), kwargs))
+
+    def before_mhla(name: str, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("key_grid") is None:
+            q, k = args[:2]
+            if module.norm_q is not None and module.norm_k is not None:
+                q, k = module.norm_q(q), module.norm_k(k)
+            note(name, module, q, k, kwargs)
+
+    def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.ndim == 3 and (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
+            q, k = (
+                split_heads(project(x), norm, attn.heads)
+                for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+            )
+            tables = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple)][:1]
+            found: dict[str, Any] = {"grid": find_grid(args, kwargs)}
+            if tables and isinstance(tables[0][0], Tensor):
+                found["rotary_emb"] = rotary_pairs(tables[0][:2], attn)
+            note(name, attn, q, k, found)
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MHLA):
+            hook: Callable[..., None] = functools.partial(before_mhla, name)
+        elif isinstance(module, _ATTENTION_LAYERS) and not isinstance(module.processor, MHLA):
+            hook = functools.partial(before_attention, name)
+        else:
+            continue
+        # Before the layer takes the grid off its arguments.
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _analyze_layer(
+    name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any], *, max_matrices: int
+) -> LayerAnalysis:
+    tokens, d = q.shape[2:]
+    rotary_emb = kwargs.get("rotary_emb")
+    options: dict[str, Any] = {}
+    audit = picture = None
+    if isinstance(module, MHLA):
+        layout, _, mixing = module.fit(tuple(kwargs["grid"]))
+        options = {"feature_map": module.config.feature_map, "eps": module.config.eps}
+        kind = "linear" if module.mixing is None else "mhla"
+        if module.mixing is not None:
+            audit = audit_mixing(mixing, initial_mixing(layout, module.config.mixing_init))
+            picture = mixing_map(mixing, layout)
+    else:
+        kind = "linear" if "Linear" in type(module.processor).__name__ else "softmax"  # Sana's own is linear
+        layout = recommended_layout(kwargs["grid"] or _square(tokens))
+        mixing = locality_mixing(layout)
+    # One matrix at a time: samples and heads as a batch of single heads.
+    pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+    pairs = pairs[:: -(-len(pairs) // max_matrices)]
+    found: dict[str, list[MatrixStatistics]] = {"softmax": [], "linear": [], "mhla": []}
+    for b, h in pairs:
+        one_q, one_k = (x[b : b + 1, h : h + 1].double() for x in (q, k))
+        tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
+        weights = mixing[h] if mixing.ndim == 3 else mixing
+        for attention, matrices in attention_matrices(
+            one_q, one_k, weights.to(q.device), layout, tables, options
+        ):
+            found[attention].append(matrix_statistics(*matrices))
+    return LayerAnalysis(
+        name, kind, layout.grid, layout.blocks,
+        rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
+        matrices={attention: mean_statistics(statistics) for attention, statistics in found.items()},
+        mixing=audit, mixing_map=picture,
+    )  # fmt: skip
+
+
+def _square(tokens: int) -> tuple[int, ...]:
+    """Guess the grid of a layer that is not told it: square where that is possible."""
+    side = math.isqrt(tokens)
+    return (side, side) if side**2 == tokens else (tokens,)
