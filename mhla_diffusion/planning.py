@@ -54,6 +54,8 @@ class Plan:
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
+        operators, linear_operators: of self-attention in the whole model, and those that are or become
+            linear; more than layers where a model has branches beside them.
         stock_attention: of the layers that do not become linear, ``"softmax"`` or ``"linear"``.
         dtype: of q, k, v and the output.
     """
@@ -70,6 +72,8 @@ class Plan:
     layer: dict[str, int]
     projections: int
     rest: int
+    operators: int
+    linear_operators: int
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
 
@@ -100,13 +104,13 @@ class Plan:
     def model_flops(self, attention: str) -> int:
         """FLOPs of the whole model with this attention in its linear layers, the stock one in the others."""
         layer = self.layer_flops(attention)
-        return self._fixed_flops + self.linear_layers * (
+        return self._fixed_flops + self.linear_operators * (
             layer["attention operator"] + layer["gate and convolution"]
         )
 
     @property
     def _fixed_flops(self) -> int:
-        others = self.num_layers - self.linear_layers
+        others = self.operators - self.linear_operators
         return self.rest + others * self.operator_flops(self.stock_attention)
 
     def speedups(self, attention: str) -> dict[str, float]:
@@ -194,6 +198,7 @@ def plan(
         raise ValueError(f"linear_layers must lie between 1 and {config.num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
+    operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
     return Plan(
         model=model,
         size=f"{height} x {width} pixels" + (f", {frames} frames" if frames is not None else ""),
@@ -202,6 +207,8 @@ def plan(
         head_dim=config.attention_head_dim,
         num_layers=config.num_layers,
         stock_attention=transformer.stock_attention,
+        operators=operators,
+        linear_operators=linear_operators,
         **_count_flops(transformer, grid),
         dtype=getattr(torch, dtype),
         **settings,
@@ -263,6 +270,13 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
+def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:
+    """Count self-attention in layers and branches, all and linear; the first layers are the linear ones."""
+    kinds = ["linear"] * linear_layers + ["other"] * (model.config.num_layers - linear_layers)
+    kinds += model.branch_kinds(kinds)
+    return len(kinds), kinds.count("linear")
+
+
 @torch.no_grad()
 def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
     """Count the whole model and the parts of its first layer, without the operators of self-attention."""
@@ -276,7 +290,7 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
         if name.startswith(prefix)
     }
     projections = sum(counts[f"attn1.{name}"] for name in ("to_q", "to_k", "to_v", "to_out.0"))
-    operators = model.config.num_layers * (counts["attn1"] - projections)
+    operators = _count_operators(model, 0)[0] * (counts["attn1"] - projections)
     return {
         "layer": {name: flops for name, flops in counts.items() if "." not in name and name != "attn1"},
         "projections": projections,

@@ -18,6 +18,10 @@ from .video import MHLAWanPipeline
 _OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
 
+# Pipelines that call a transformer on tokens that lie on no grid.
+_WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
+
+
 class MHLAPipeline:
     """Opens what is stored as the pipeline that fits it. Not instantiated; see :meth:`from_pretrained`."""
 
@@ -71,6 +75,11 @@ class MHLAPipeline:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {index['_class_name']}, which has no MHLA form; it "
                 f"has one when a component of it is one of {stock_names()}"
+            )
+        if pipeline_class.__name__ in _WITHOUT_GRID and mhla_config is not None:
+            raise ValueError(
+                f"a {pipeline_class.__name__} puts tokens of images between those of the video, which then "
+                "lie on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
             )
         pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _SCRIPTS: dict[Kind, str] = {"images": "image", "videos": "video"}
 # The folder of the model and the versions are for the reader: the hashes say which model it is.
 _NOT_COMPARED = {"complete", "versions", "model", "training"}
+# Leaves room for the samples that follow, each with the next seed: torch takes less than 2^63.
+_LARGEST_SEED = 2**62
 # Folders that were begun before these were written are gone on with.
 _LATER = {"components", "pipeline", "fps"}
 
@@ -82,7 +84,11 @@ def generate_images(
             is writing to, or images that hold NaN, of which none is written.
         ConnectionError: when another process of this run has ended.
     """
-    _check_counts("num_images", num_images, batch_size)
+    settings = {
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
+        "width": width,
+    }  # fmt: skip
+    _check_numbers(seed, {"num_images": num_images, "batch_size": batch_size, **settings})
     _require_output(pipeline, "images")
     pictures: list[Path | None]
     if "class_labels" in call_parameters(pipeline):
@@ -98,10 +104,6 @@ def generate_images(
         rows, pictures = prompt_rows(
             prompts, num_images, per_prompt, seed=seed, negative_prompt=negative_prompt, kind="images"
         )
-    settings = {
-        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
-        "width": width,
-    }  # fmt: skip
     call = call_arguments(pipeline, rows, settings, options)
     return _generate(pipeline, Path(out), "images", rows, pictures, batch_size=batch_size, call=call)
 
@@ -151,7 +153,11 @@ def generate_videos(
             NaN, of which none is written.
         ImportError: when videos cannot be written.
     """
-    _check_counts("num_videos", num_videos, batch_size)
+    settings = {
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
+        "width": width, "num_frames": num_frames,
+    }  # fmt: skip
+    _check_numbers(seed, {"num_videos": num_videos, "batch_size": batch_size, **settings})
     _require_output(pipeline, "videos")
     if fps is not None and not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}")
@@ -160,10 +166,6 @@ def generate_videos(
         folder=images,
     )  # fmt: skip
     require_video_writer()
-    settings = {
-        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
-        "width": width, "num_frames": num_frames,
-    }  # fmt: skip
     if "frame_rate" in call_parameters(pipeline):
         settings["frame_rate"] = fps
     call = call_arguments(pipeline, rows, settings, options)
@@ -173,15 +175,19 @@ def generate_videos(
     )  # fmt: skip
 
 
-def _check_counts(name: str, number: int | None, batch_size: int) -> None:
-    if batch_size < 1 or (number is not None and number < 1):
-        raise ValueError(f"{name} and batch_size must be at least 1, got {number} and {batch_size}")
+def _check_numbers(seed: int, settings: Mapping[str, float | None]) -> None:
+    """Refuse what would fail, or give nothing, only after the model has been moved to its device."""
+    for name, value in settings.items():
+        if name != "guidance_scale" and value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"seed must lie between 0 and {_LARGEST_SEED}, got {seed}")
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:
     made = output_kind(pipeline)
     if made != kind:
-        other = f"generate_{made} (scripts/generate.py {_SCRIPTS[made]})"
+        other = f"generate_{made} (mhla generate {_SCRIPTS[made]})"
         raise ValueError(f"{type(pipeline).__name__} makes {made}: use {other}")
 
 
@@ -281,6 +287,8 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     stored = read_manifest(folder)
     if stored is None:
         raise ValueError(f"{folder} holds files but no {MANIFEST}: choose a new or an empty folder")
+    if {path.name for path in folder.iterdir()} == {MANIFEST}:  # nothing is made yet: settings may change
+        return
     expected = json.loads(json.dumps(manifest, default=str))
     compared = expected.keys() | stored.keys()
     compared -= _NOT_COMPARED | (_LATER - stored.keys())

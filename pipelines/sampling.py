@@ -27,6 +27,8 @@ _OURS = (
     "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
 )  # fmt: skip
+# Tensors, which would be the same for all samples and which no manifest can hold.
+_TENSORS = ("latents", "_embeds", "_embeddings", "_attention_mask")
 
 
 class NotFiniteError(ValueError):
@@ -73,7 +75,7 @@ def call_arguments(
         ValueError: for an argument that the pipeline does not take, and when it needs one that is not given.
     """
     parameters, options, name = call_parameters(pipeline), dict(options or {}), type(pipeline).__name__
-    allowed = parameters.keys() - set(_OURS)
+    allowed = {key for key in parameters if key not in _OURS and not key.endswith(_TENSORS)}
     if unknown := sorted(options.keys() - allowed):
         raise ValueError(
             f"options {', '.join(unknown)} cannot be given to {name}; those that can are "

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_diffusion import MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from mhla_diffusion.backbones import MHLAWanVACETransformer3DModel
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
@@ -186,6 +187,14 @@ def test_wan_does_what_is_planned(config: dict[str, Any], tmp_path: Path) -> Non
     planned = plan(save_config(model, tmp_path), 48, 80, 9)
     assert planned.layout.grid == (3, 3, 5)
     assert planned.model_flops("softmax") == count_flops(run_wan(model, 3, 6, 10))
+
+
+def test_branches_beside_the_layers_are_planned(tmp_path: Path) -> None:
+    config = {**WAN, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 5}
+    model = MHLAWanVACETransformer3DModel(**config, attention="softmax", sample_grid=(3, 3, 5))
+    planned = plan(save_config(model, tmp_path), 48, 80, 9)
+    assert (planned.num_layers, planned.operators) == (4, 6)
+    assert planned.model_flops("softmax") == count_flops(lambda: model(**model.example_inputs((3, 3, 5))))
 
 
 def test_wan_with_mhla_does_what_is_planned(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_a_transformer_alone_is_converted_and_nothing_is_overwritten(stock: Path
     assert not list(tmp_path.glob(".*")) + list(tmp_path.glob("*partial*")), "nothing is left over"
     model = MHLADiTTransformer2DModel.from_pretrained(tmp_path / "out")
     assert model.mixing_blocks == (2, 2)
+    succeed("convert", "--model", stock, "--only_transformer", "true", "--out", tmp_path / "found")
+    MHLADiTTransformer2DModel.from_pretrained(tmp_path / "found")
     again = run_script("convert", *arguments)
     assert again.returncode == 1
     assert "is there already; choose another folder" in again.stderr
@@ -192,4 +194,4 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
         "generate", "image", "--model", training / "pipeline", "--num", "1", "--out", tmp_path / "images"
     )
     assert other.returncode != 0
-    assert "holds a MHLAWanPipeline: use scripts/generate.py video" in other.stderr
+    assert "holds a MHLAWanPipeline: use mhla generate video" in other.stderr

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attention import MHLA, MHLAConfig
-from ..backbones import backbone_of_config, convert_to_mhla, stock_names
+from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import find_grid, token_grid
 from ..backbones.processors import rotary_pairs, split_heads
-from ..hub import component_subfolder, load_component_config
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,
@@ -58,6 +57,10 @@ def analyze_stored(
     Raises:
         ValueError: for another model, or a size that its patches do not divide.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= timestep < 1000:
+        raise ValueError(f"timestep must lie between 0 and 999, got {timestep}")
     transformer = _load(model)
     patch = transformer.latents_per_token
     own = [tokens * size for tokens, size in zip(transformer.default_grid, patch, strict=True)]
@@ -84,16 +87,12 @@ def analyze_stored(
 
 def _load(model: str) -> Any:
     """Load our form of a stored transformer, which runs any grid."""
-    subfolder = component_subfolder(model, "transformer")
-    stored = load_component_config(model, "transformer")
-    ours = backbone_of_config(stored)
-    if ours is None:
-        name = stored.get("_class_name", "config of no class")
-        raise ValueError(f"{model} holds a {name}, which cannot be analysed; those that can: {stock_names()}")
-    if stored["_class_name"] == ours.__name__:
-        return ours.from_pretrained(model, subfolder=subfolder).eval()
-    stock = ours.stock.from_pretrained(model, subfolder=subfolder).eval()
-    return convert_to_mhla(stock, MHLAConfig(layers=()))
+    transformer = load_transformer(model).eval()
+    ours = backbone_of(transformer)
+    assert ours is not None
+    if isinstance(transformer, ours):
+        return transformer
+    return convert_to_mhla(transformer, MHLAConfig(layers=()))
 
 
 @torch.no_grad()

@@ -6,7 +6,14 @@ from .dit import MHLADiTTransformer2DModel
 from .ltx_video import MHLALTXVideoTransformer3DModel
 from .pixart import MHLAPixArtTransformer2DModel
 from .processors import MHLAAttnProcessor
-from .registry import BACKBONES, backbone_named, backbone_of, backbone_of_config, stock_names
+from .registry import (
+    BACKBONES,
+    backbone_named,
+    backbone_of,
+    backbone_of_config,
+    load_transformer,
+    stock_names,
+)
 from .sana import MHLASanaTransformer2DModel
 from .sana_video import MHLASanaVideoTransformer3DModel
 from .skyreels_v2 import MHLASkyReelsV2Transformer3DModel
@@ -29,5 +36,6 @@ __all__ = [
     "backbone_of",
     "backbone_of_config",
     "convert_to_mhla",
+    "load_transformer",
     "stock_names",
 ]

@@ -127,6 +127,10 @@ class MHLAModelMixin(ModelMixin):
         self.stock.__init__(self, **stock)
         self.set_attention([block.attn1 for block in layers(self)], plan)
 
+    def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
+        """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""
+        return []
+
     def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
@@ -238,7 +242,7 @@ class MHLAModelMixin(ModelMixin):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
                 f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
-                "mhla_diffusion.convert_to_mhla(model, config), or run scripts/convert.py"
+                "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
             )
         for name in ("sample_size", "sample_grid"):
             now, then = getattr(model.config, name, None), stored.get(name)

@@ -46,6 +46,11 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     _resize_mixing(model, rebuilt, source)
     # Assigning takes the tensor itself, and its dtype.
     outcome = rebuilt.load_state_dict(source, strict=False, assign=True)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in rebuilt.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if model.is_gradient_checkpointing:
+        rebuilt.enable_gradient_checkpointing()
     for module in rebuilt.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..hub import component_subfolder, load_config
+
 # Stock class -> the same model with MHLA; a backbone enters itself when its class is made.
 BACKBONES: dict[type[Any], type[Any]] = {}
 
@@ -29,6 +31,29 @@ def backbone_of_config(config: Mapping[str, Any]) -> type[Any] | None:
             None,
         )
     return backbone_named(name)
+
+
+def load_transformer(path: str, *, subfolder: str | None = None, **place: Any) -> Any:
+    """Load a stored transformer that has an MHLA form, stock or ours, in the class that it is stored as.
+
+    Args:
+        path: folder or hub id of the transformer, or of a pipeline with a component ``transformer``.
+        subfolder: where it lies in ``path``; found by default.
+        place: revision, ... as for ``from_pretrained``.
+
+    Raises:
+        ValueError: when it holds another model.
+    """
+    subfolder = subfolder or component_subfolder(path, "transformer")
+    stored = load_config(path, subfolder=subfolder, **place)
+    ours = backbone_of_config(stored)
+    if ours is None:
+        raise ValueError(
+            f"{path} holds a {stored.get('_class_name', 'config of no class')}, which has no MHLA form; "
+            f"those that have one: {stock_names()}"
+        )
+    loader = ours if stored["_class_name"] == ours.__name__ else ours.stock
+    return loader.from_pretrained(path, subfolder=subfolder, **place)
 
 
 def stock_names() -> str:

@@ -39,7 +39,8 @@ class MHLASkyReelsV2Transformer3DModel(RotaryVideoMixin, SkyReelsV2Transformer3D
         mhla_config: ConfigChoice = None,
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
-        if stock["num_frame_per_block"] > 1 and attention != "softmax":
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
+        if stock["num_frame_per_block"] > 1 and set(plan.kinds) != {"softmax"}:
             raise ValueError(
                 f"num_frame_per_block is {stock['num_frame_per_block']}: linear attention has no mask that "
                 "lets frames see earlier ones alone; use a model without it, or attention='softmax'"

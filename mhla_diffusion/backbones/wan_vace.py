@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class MHLAWanVACETransformer3DModel(RotaryVideoMixin, WanVACETransformer3DModel)
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
         plan = self.build_video(stock, attention, mhla_config, sample_grid)
-        for block, number in zip(self.vace_blocks, stock["vace_layers"], strict=True):
-            self.set_layer(block.attn1, plan.kinds[number], plan)
+        for block, kind in zip(self.vace_blocks, self.branch_kinds(plan.kinds), strict=True):
+            self.set_layer(block.attn1, kind, plan)
+
+    def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
+        return [kinds[number] for number in self.config.vace_layers]
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.writing import require_absent
+from ..optional import require
 from .parsing import parse_and_call
 
 
@@ -37,6 +38,7 @@ def report(
     # Here, as diffusers takes seconds that ``--help`` has no need of.
     from ..analysis import FILE_NAMES, analyze_stored
 
+    require("jinja2")
     require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
     analysis = analyze_stored(
         model, height=height, width=width, frames=frames, timestep=timestep, batch_size=batch_size, seed=seed

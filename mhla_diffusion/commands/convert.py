@@ -30,17 +30,18 @@ def convert(
 
     Args:
         model: folder or hub id of a pipeline whose transformer has an MHLA form; with only_transformer, of
-            such a transformer; with ``--from official-wan-mhla`` a file or folder of weights.
+            such a transformer or its pipeline; with ``--from official-wan-mhla`` a file or folder of weights.
         out: a folder that does not exist yet.
         mhla: what the attention becomes; not for official-wan-mhla, whose weights say it.
         subfolder: where the model lies in the folder or repository.
         revision: branch, tag or commit on the hub.
-        only_transformer: the source is a transformer alone, not a pipeline.
+        only_transformer: convert the transformer alone, not a pipeline.
         source: what the model is; also written ``--from``.
         normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
     from .. import MHLAPipeline
+    from ..backbones import convert_to_mhla, load_transformer
     from ..backbones.official import load_official_wan
 
     target = require_new_folder(out)
@@ -51,27 +52,11 @@ def convert(
     else:
         use = "it is a start for fine-tuning"
         if only_transformer:
-            converted = _convert_transformer(model, mhla, place)
+            converted = convert_to_mhla(load_transformer(model, **place), mhla)
         else:
             converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
     write_folder(target, converted.save_pretrained)
     logging.info("saved %s; %s", out, use)
-
-
-def _convert_transformer(model: str, mhla: MHLAConfig, place: dict[str, Any]) -> Any:
-    """Load a transformer of any class that has an MHLA form, stock or ours, and convert it."""
-    from ..backbones import backbone_of_config, convert_to_mhla, stock_names
-    from ..hub import load_config
-
-    stored = load_config(model, **place)
-    ours = backbone_of_config(stored)
-    if ours is None:
-        raise ValueError(
-            f"{model} holds a {stored.get('_class_name')}, which has no MHLA form; those that have one: "
-            f"{stock_names()}"
-        )
-    loader = ours if stored["_class_name"] == ours.__name__ else ours.stock
-    return convert_to_mhla(loader.from_pretrained(model, **place), mhla)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

@@ -74,7 +74,7 @@ def vbench(generated: str, out: str) -> None:
     """Copy generated videos into the layout that VBench reads.
 
     Args:
-        generated: folder of scripts/generate.py, with its manifest.json.
+        generated: folder of mhla generate, with its manifest.json.
         out: folder that is not there yet.
     """
     logger.info("%d videos in %s", export_vbench(generated, out), out)
@@ -106,12 +106,11 @@ def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:
 
 
 def _save(report: Report, out: str, save_stats: str | None, overwrite: bool) -> None:
-    from accelerate import PartialState
+    def save() -> None:
+        report.protocol["command"] = shlex.join(sys.argv)
+        report.save(out, overwrite=overwrite)
+        if save_stats:
+            report.real_statistics.save(save_stats, overwrite=overwrite)
+        logger.info("Report: %s", Path(out) / "report.html")
 
-    if not PartialState().is_main_process:
-        return
-    report.protocol["command"] = shlex.join(sys.argv)
-    report.save(out, overwrite=overwrite)
-    if save_stats:
-        report.real_statistics.save(save_stats, overwrite=overwrite)
-    logger.info("Report: %s", Path(out) / "report.html")
+    in_first_process(save)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from mhla_diffusion.pipelines.prompts import read_prompts
 from mhla_diffusion.pipelines.sampling import output_kind
 
 from .. import MHLAPipeline
+from ..files.writing import require_writable
+from ..processes import in_first_process
 from .parsing import parse_and_call
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -63,6 +66,7 @@ def image(
         dtype: of the weights.
         grid: also draw the first images, a column for each class or prompt, into this PNG file.
     """
+    _require_picture(grid)
     texts = None if prompts is None else read_prompts(prompts)
     manifest = generate_images(
         load(model, dtype, "images"), out, num_images=num, class_labels=classes, prompts=texts,
@@ -70,7 +74,7 @@ def image(
         num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, options=options,
     )  # fmt: skip
     if grid is not None:
-        save_grid(manifest.parent, grid)
+        in_first_process(lambda: save_grid(manifest.parent, grid))
 
 
 def video(
@@ -119,6 +123,7 @@ def video(
         dtype: of the weights.
         strip: also draw all frames of the first eight videos, a row for each, into this PNG file.
     """
+    _require_picture(strip)
     texts = read_prompts(prompts, images=images)
     manifest = generate_videos(
         load(model, dtype, "videos"), out, prompts=texts, num_videos=num, per_prompt=per_prompt,
@@ -126,7 +131,15 @@ def video(
         guidance_scale=guidance, height=height, width=width, num_frames=frames, fps=fps, options=options,
     )  # fmt: skip
     if strip is not None:
-        save_strips(manifest.parent, strip)
+        in_first_process(lambda: save_strips(manifest.parent, strip))
+
+
+def _require_picture(path: str | None) -> None:
+    """Check, before anything is made, that a picture can be written there."""
+    if path is not None:
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a PNG file, such as {path}/samples.png")
+        require_writable(Path(path).parent)
 
 
 def load(model: str, dtype: DType, kind: str) -> Any:
@@ -134,7 +147,7 @@ def load(model: str, dtype: DType, kind: str) -> Any:
     pipeline = MHLAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     if output_kind(pipeline) != kind:
         other = output_kind(pipeline).removesuffix("s")
-        raise ValueError(f"{model} holds a {type(pipeline).__name__}: use scripts/generate.py {other}")
+        raise ValueError(f"{model} holds a {type(pipeline).__name__}: use mhla generate {other}")
     return pipeline
 
 

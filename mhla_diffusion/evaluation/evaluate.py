@@ -69,9 +69,9 @@ def evaluate_images(
 
     Args:
         real: folder of images, npz (ADM layout), zip, tar (webdataset), parquet or dataset, see
-            :func:`~mhla_diffusion.evaluation.sets.images.open_images`; or statistics, as npz (``mu`` and
+            ``evaluation.sets.images.open_images``; or statistics, as npz (``mu`` and
             ``sigma``) or torch-fidelity's .pt.
-        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
+        generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
             extractors and the sets allow.
@@ -152,9 +152,9 @@ def evaluate_videos(
 
     Args:
         real: folder of videos or of folders of frames, zip or tar, npy of clips, see
-            :func:`~mhla_diffusion.evaluation.sets.videos.open_videos`; or npz of statistics that an earlier
+            ``evaluation.sets.videos.open_videos``; or npz of statistics that an earlier
             call saved.
-        generated: likewise, but no statistics; with the manifest.json of scripts/generate.py or without.
+        generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..files.sums import file_sha256
+from ..processes import process_state
 from .networks.extractor import FeatureExtractor
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
@@ -119,7 +119,7 @@ def measure(
             features are not finite.
     """
     found = _Found(samples, [_Collected(extractor, scratch, title) for extractor in extractors], title)
-    shown = PartialState().is_main_process
+    shown = process_state().is_main_process
     with (
         nullcontext() if settings.cache is None else closing(FeatureCache(settings.cache)) as cache,
         tqdm(total=len(samples.names), desc=title, unit=samples.kind.name, disable=not shown) as progress,
@@ -135,7 +135,7 @@ class _Found:
 
     def __init__(self, samples: SampleSet, collected: list[_Collected], title: str) -> None:
         self.samples, self.collected, self.title = samples, collected, title
-        self.main = PartialState().is_main_process
+        self.main = process_state().is_main_process
         self.fingerprint = hashlib.sha256()
         self.skipped: list[SkippedFile] = []
         self.indices: list[int] = []
@@ -239,7 +239,7 @@ def _rows(
     cache: FeatureCache | None,
 ) -> Iterator[list[_Row]]:
     """Yield all samples with features, in the order of the set: batches of one process after the other."""
-    state = PartialState()
+    state = process_state()
     own = _own_rows(samples, extractors, settings, cache)
     rounds = -(-len(samples.names) // (settings.batch_size * state.num_processes))
     for _ in range(rounds):
@@ -272,7 +272,7 @@ def _own_rows(
     cache: FeatureCache | None,
 ) -> Iterator[_Row]:
     """Yield this process's samples, batch after batch; threads prepare the next ones while one is used."""
-    state, load = PartialState(), _Loader(samples, extractors, cache)
+    state, load = process_state(), _Loader(samples, extractors, cache)
     workers = settings.num_workers or min(os.cpu_count() or 1, 8)
     pending: deque[Future[_Row]] = deque()
     # How large samples are is known once one is there.

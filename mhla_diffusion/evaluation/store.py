@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.room import require_writable
-from ..files.writing import require_folder
+from ..files.writing import require_folder, require_writable
 
 logger = logging.getLogger(__name__)
 

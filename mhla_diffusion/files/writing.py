@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: as :func:`write_file`.
     """
+    folder = Path(folder).resolve()  # what a link leads to is replaced, not the link
     temporary = start_writing(folder)
     try:
         with disk_errors(folder):
@@ -69,6 +71,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
 
 def start_writing(folder: Path) -> Path:
     """Make the empty folder to write into: under the same name, in a hidden one beside the place."""
+    assert folder.name, f"{folder} has no name to write under"
     temporary = folder.parent / f"{_WRITING}{secrets.token_hex(8)}" / folder.name
     temporary.mkdir(parents=True)
     return temporary
@@ -135,15 +138,37 @@ def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
 
 
 def require_new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Check that a folder is not there yet, or is empty.
+    """Check that a folder is not there yet, or is empty, and can be written; return its whole path.
 
     Raises:
-        ValueError: when it is.
+        ValueError: when it is, when it cannot, and for the working folder itself, which cannot be renamed.
     """
-    path = Path(folder)
+    path = Path(folder).resolve()
+    if path == Path.cwd():
+        raise ValueError(f"{folder} is the working folder: name a folder in it, such as {path / 'out'}")
     if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
         raise ValueError(f"{folder} is there already; choose another folder")
-    return Path(folder)
+    require_writable(path.parent)
+    return path
+
+
+def require_writable(folder: Path) -> None:
+    """Check that files can be written into ``folder``, or that it can be made; leaves nothing behind.
+
+    Raises:
+        ValueError: when they cannot.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to {folder} ({error.strerror}): make {existing} writable, or choose "
+            "another place"
+        ) from error
 
 
 def require_folder(path: str | os.PathLike[str]) -> Path:

@@ -26,7 +26,7 @@ class ModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
-            scripts/convert.py writes.
+            mhla convert writes.
         sample_size: side of the image or latent.
         patch_size: side of a token.
         in_channels: 1 or 3 for pixels, the autoencoder's for latents.

@@ -60,6 +60,16 @@ def test_dtypes_and_mode_are_kept(make_stock: MakeStock, training: bool) -> None
     assert all(module.training is training for module in model.modules())
 
 
+def test_what_is_frozen_and_checkpointed_stays_so(make_stock: MakeStock) -> None:
+    stock = make_stock()
+    stock.proj_out_2.requires_grad_(False)
+    stock.enable_gradient_checkpointing()
+    model = convert_to_mhla(stock, {"blocks": 4})
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["proj_out_2.weight", "proj_out_2.bias"]
+    assert model.is_gradient_checkpointing
+
+
 def test_an_mhla_model_gets_another_config(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     mhla = {"blocks": 4, "gate": True, "cpe": "zero"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mhla_diffusion.files.writing import remove_unfinished, write_file, write_folder
+from mhla_diffusion.files.writing import remove_unfinished, require_new_folder, write_file, write_folder
 
 
 def write(text: str) -> object:
@@ -34,6 +34,16 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
     write_folder(folder, write("new"))
     assert (folder / "part" / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_the_working_folder_cannot_be_written_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", tmp_path, f"../{tmp_path.name}"):
+        with pytest.raises(ValueError, match="is the working folder: name a folder in it"):
+            require_new_folder(folder)
+    assert require_new_folder("out") == tmp_path.resolve() / "out"
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

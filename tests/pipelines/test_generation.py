@@ -110,6 +110,14 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, change: dict[str, Any], mes
     assert contents(tmp_path) == before
 
 
+def test_settings_may_change_while_nothing_is_made(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match="height"):
+        generate_images(pipeline, tmp_path, **SETTINGS, height=7)
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    assert len(contents(tmp_path)) == SETTINGS["num_images"]
+
+
 def test_another_model_is_not_mixed_in(tmp_path: Path) -> None:
     generate_images(make_pipeline(), tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match=r"weights_sha256"):
@@ -121,7 +129,13 @@ def test_another_model_is_not_mixed_in(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     pipeline, out = make_pipeline(), tmp_path / "out"
     for change, message in (
-        ({"num_images": 0}, "num_images and batch_size must be at least 1"),
+        ({"num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"height": -8}, "height must be at least 1, got -8"),
+        ({"seed": -1}, "seed must lie between 0 and .*, got -1"),
+        ({"seed": 2**63}, "seed must lie between 0 and"),
+        ({"options": {"latents": 1}}, "options latents cannot be given"),
         ({"class_labels": [3]}, "class id 3 is out of range: the model knows 0 to 2"),
         ({"class_labels": []}, "class_labels is empty"),
     ):

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files.room import require_writable
-from ...files.writing import require_absent, write_file
+from ...files.writing import require_absent, require_writable, write_file
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
 from ..scores.score import Score, cautions, decimals

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...files.room import require_writable
-from ...files.writing import require_absent, write_file
+from ...files.writing import require_absent, require_writable, write_file
 from ...optional import require
 from .stored import read_statistics
 

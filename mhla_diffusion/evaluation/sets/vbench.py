@@ -19,7 +19,7 @@ def export_vbench(generated: str | Path, out: str | Path) -> int:
     ``--prompt_file`` with ``--mode=custom_input``. Slashes in a prompt become spaces in the name.
 
     Args:
-        generated: folder of scripts/generate.py, whose manifest.json holds the prompts.
+        generated: folder of mhla generate, whose manifest.json holds the prompts.
         out: folder that is not there yet.
 
     Returns:
