@@ -20,7 +20,7 @@ from mhla_diffusion.files.videos import open_video, require_video_writer, write_
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe
-from .prompts import Prompt
+from .prompts import MAX_SEED, Prompt
 from .rows import class_rows, prompt_rows
 from .sampling import Kind, call_arguments, call_parameters, frames_per_second, output_kind, sample
 from .sheets import save_grid, save_image, save_strips
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 _SCRIPTS: dict[Kind, str] = {"images": "image", "videos": "video"}
 # The folder of the model and the versions are for the reader: the hashes say which model it is.
 _NOT_COMPARED = {"complete", "versions", "model", "training"}
-# Leaves room for the samples that follow, each with the next seed: torch takes less than 2^63.
-_LARGEST_SEED = 2**62
 # Folders that were begun before these were written are gone on with.
 _LATER = {"components", "pipeline", "fps"}
 
@@ -180,8 +178,8 @@ def _check_numbers(seed: int, settings: Mapping[str, float | None]) -> None:
     for name, value in settings.items():
         if name != "guidance_scale" and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"seed must lie between 0 and {_LARGEST_SEED}, got {seed}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must lie between 0 and {MAX_SEED}, got {seed}")
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
+
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
 _MAX_NAME = 240
-_MAX_SEED = 2**63 - 1
-_VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+# Leaves room for the samples that follow, each with the next seed: torch takes less than 2^63.
+MAX_SEED = 2**62
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Prompt:
                 raise self.error(f"{name} must be a text, got {value!r}")
         if not self.prompt.strip():
             raise self.error("the prompt is empty")
-        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= _MAX_SEED):
-            raise self.error(f"seed must be a whole number from 0 to {_MAX_SEED}, got {self.seed!r}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= MAX_SEED):
+            raise self.error(f"seed must be a whole number from 0 to {MAX_SEED}, got {self.seed!r}")
         if self.file is not None:
             self._check_name(self.file)
 
@@ -70,7 +72,7 @@ class Prompt:
             return None
         path = PurePosixPath(self.file)
         found = path.suffix.lower()
-        if found != extension and found in {*Image.registered_extensions(), *_VIDEO_EXTENSIONS}:
+        if found != extension and found in {*Image.registered_extensions(), *VIDEO_EXTENSIONS}:
             raise self.error(f"file {self.file!r} must end in {extension} or have no such ending")
         stem = path.name[: -len(extension)] if found == extension else path.name
         number = "" if repetition is None else f"-{repetition}"

@@ -15,16 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files.manifest import MANIFEST
-from ...files.videos import clip_indices, open_video
+from ...files.videos import VIDEO_EXTENSIONS, clip_indices, open_video
 from .archives import open_archives
 from .arrays import describe_kind, file_kind, require_regular
 from .images import IMAGES
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
-EXTENSIONS = (
-    *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".mpe", ".ts", ".mts"),
-    *(".m2ts", ".flv", ".f4v", ".ogv", ".ogg", ".wmv", ".asf", ".3gp", ".3g2", ".vob", ".mxf", ".apng"),
-)
 RATES_LOOKED_AT = 32
 
 
@@ -48,7 +44,7 @@ def open_videos(
     path = Path(path)
     kind = SampleKind(
         name="video",
-        extensions=EXTENSIONS,
+        extensions=VIDEO_EXTENSIONS,
         read=partial(read_clip, frames=frames, stride=stride, seed=seed),
         conversion="RGB, 8 bits, as the decoder gives it; grayscale repeated",
         published_count=2_048,
@@ -188,7 +184,7 @@ def _holds_frame_folders(folder: Path) -> bool:
     return (
         bool(pictures)
         and all("/" in name for name in pictures)
-        and not any(name.lower().endswith(EXTENSIONS) or name == MANIFEST for name in found)
+        and not any(name.lower().endswith(VIDEO_EXTENSIONS) or name == MANIFEST for name in found)
     )
 
 
