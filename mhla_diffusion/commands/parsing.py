@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 
+from ..help import HelpParser
 from .end import CommandError
 
 
@@ -36,11 +36,7 @@ def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog:
     )
 
 
-class _Parser(ArgumentParser):
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Return the help, with the names in docstrings' cross-references as they are."""
-        return re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"\1", super().format_help(formatter))
-
+class _Parser(HelpParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong, where argparse prints all options before it and exits."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from ..files.writing import write_file
+from ..help import HelpParser
 
 _CHANGEABLE = "changeable"
 
@@ -53,7 +54,7 @@ def parse_config(
         ValueError: naming the key and what is allowed.
         OSError: when a file cannot be read.
     """
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = HelpParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the run")
     parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
     parser.add_class_arguments(config_class)
