@@ -23,7 +23,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
 class FrameFolder:
-    """A folder of pictures of one size as a video.
+    """Folder of pictures of one size as a video.
 
     Pictures are taken in the order of the numbers in their names (frame_2.png before frame_10.png); files of
     other kinds and folders in it are passed over.

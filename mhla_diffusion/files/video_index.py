@@ -41,7 +41,7 @@ _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """The frames of a video.
+    """Frames of a video.
 
     Args:
         shown: number of the packet of each frame ``[F]``, in the order in which they are shown. Packets are
@@ -72,21 +72,21 @@ class VideoIndex:
 
     @cached_property
     def frame_of(self) -> Numbers:
-        """The number of the frame in each packet ``[P]``; -1 where it is not shown."""
+        """Number of the frame in each packet ``[P]``; -1 where it is not shown."""
         frames = np.full(len(self.packets), -1)
         known = self.shown >= 0
         frames[self.shown[known]] = np.flatnonzero(known)
         return frames
 
     def start_of(self, frame: int) -> int:
-        """The row of ``starts`` from which a frame can be decoded; -1 for the beginning of the file."""
+        """Row of ``starts`` from which a frame can be decoded; -1 for the beginning of the file."""
         row = int(np.searchsorted(self.starts[:, 1], frame, side="right")) - 1
         while row >= 0 and self.starts[row, 0] > self.shown[frame]:
             row -= 1
         return row
 
     def number_of(self, packet: Packet) -> int:
-        """The number of a packet, -1 when it is unknown or there are several like it."""
+        """Number of a packet, -1 when it is unknown or there are several like it."""
         rows = np.flatnonzero((self.packets == place_of(packet)).all(axis=1))
         return int(rows[0]) if len(rows) == 1 else -1
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class UnreadableVideoError(ValueError):
-    """A file that is no video that can be read; the message says why."""
+    """File that is no video that can be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class OpenVideo:
-    """The video stream of a file that is open."""
+    """Video stream of a file that is open."""
 
     container: InputContainer
     stream: VideoStream
@@ -94,7 +94,7 @@ def open_stream(path: str) -> Iterator[OpenVideo]:
 
 
 def file_stamp(path: str) -> tuple[int, ...]:
-    """What changes when a file is replaced: device, inode, bytes, time of the last change.
+    """Return what changes when a file is replaced: device, inode, bytes, time of the last change.
 
     Raises:
         UnreadableVideoError: when it is missing, empty, or not a regular file (a pipe would wait for ever).
@@ -137,12 +137,12 @@ def _why(error: Exception) -> str:
 
 
 def place_of(packet: Packet) -> tuple[int, int]:
-    """Where a packet lies in its file, and its bytes."""
+    """Return where a packet lies in its file, and its bytes."""
     return -1 if packet.pos is None else packet.pos, packet.size
 
 
 def whole_packet_test(stream: VideoStream) -> Callable[[memoryview], bool]:
-    """A cheap test of the first bytes of a packet: is it one that the decoder makes one frame of?
+    """Cheap test of the first bytes of a packet: is it one that the decoder makes one frame of?
 
     A damaged packet may give none, so that the frames after it would be counted wrong. Codecs for which
     nothing is known pass.
@@ -157,7 +157,7 @@ def whole_packet_test(stream: VideoStream) -> Callable[[memoryview], bool]:
 
 
 def restart_test(stream: VideoStream) -> Callable[[memoryview], bool] | None:
-    """A test of a packet: does any decoder restart there, whatever it read before?
+    """Test of a packet: does any decoder restart there, whatever it read before?
 
     Files mark other packets as keys, too: where the picture is refreshed bit by bit, or by mistake. None for
     other codecs than H.264 (IDR pictures) and HEVC (BLA, IDR and CRA pictures) in units with their sizes.

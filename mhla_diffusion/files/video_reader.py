@@ -183,7 +183,7 @@ class _Picture:
 
 
 def display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
-    """The matrix ``[2, 2]`` that phones store: the place ``(x, y) @ matrix`` is where a pixel is shown."""
+    """Matrix ``[2, 2]`` that phones store: the place ``(x, y) @ matrix`` is where a pixel is shown."""
     from av.sidedata.sidedata import Type
 
     data = cast(Any, frame.side_data).get(Type.DISPLAYMATRIX)

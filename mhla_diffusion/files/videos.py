@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class VideoReader(Protocol):
-    """A video whose frames are read by their numbers, in the order in which they are shown.
+    """Video whose frames are read by their numbers, in the order in which they are shown.
 
     Attributes:
         num_frames: that are shown, as FFmpeg counts them when it decodes the whole file; those that it
@@ -108,7 +108,7 @@ def clip_indices(
     start: float = 0.0,
     times: NDArray[np.float64] | None = None,
 ) -> list[int]:
-    """Which frames of a video make a clip.
+    """Choose the frames of a video that make a clip.
 
     For a clip of ``fps`` frames per second, ``step`` is ``reader.fps / fps`` and ``times`` is
     ``reader.times``: where the rate of the file varies, the clip is even in time, and each of its frames is

@@ -71,7 +71,7 @@ def mhla_causal(
 
 
 class MHLAState:
-    """What causal MHLA has to remember of a sequence: the summaries of its blocks, whatever its length.
+    """Memory of causal MHLA over a sequence: the summaries of its blocks, whatever its length.
 
     ``prefill`` takes a prompt or a further piece of any length, ``step`` one token. Together they give what
     :func:`mhla_causal` gives for the whole sequence. A step costs O(d^2); the first of a block, in which the
@@ -109,7 +109,7 @@ class MHLAState:
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """The outputs of the tokens that come next.
+        """Return the outputs of the tokens that come next.
 
         Args:
             q, k, v: ``[B, H, T, d]``, of these tokens alone.
@@ -143,7 +143,7 @@ class MHLAState:
         return torch.cat(outputs, 2).to(v.dtype)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, rotary_emb: RotaryEmbedding | None = None) -> Tensor:
-        """The output of one more token: ``[B, H, 1, d]`` each; see :meth:`prefill`."""
+        """Return the output of one more token: ``[B, H, 1, d]`` each; see :meth:`prefill`."""
         if q.shape[2] != 1:
             raise ValueError(f"step takes one token, [B, H, 1, d], got {tuple(q.shape)}; prefill takes more")
         return self.prefill(q, k, v, rotary_emb=rotary_emb)

@@ -19,7 +19,7 @@ KERNELS = ("auto", "torch", "triton")
 
 
 def implementation_for(*tensors: Tensor) -> ModuleType:
-    """The module whose ``summarize``, ``read`` and gradients take these tensors.
+    """Return the module whose ``summarize``, ``read`` and gradients take these tensors.
 
     The environment variable ``MHLA_KERNELS`` says which: ``auto`` (the default) takes Triton where it can and
     logs why it cannot, once for each reason; ``torch`` never takes it; ``triton`` fails where it cannot. On a

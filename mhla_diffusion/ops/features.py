@@ -19,7 +19,7 @@ RotaryEmbedding = tuple[Tensor, Tensor]
 
 
 class FeatureMap(NamedTuple):
-    """A positive map of rows ``[..., d]``, in every form that a path needs.
+    """Positive map of rows ``[..., d]``, in every form that a path needs.
 
     Args:
         forward: ``(x, eps)`` to ``y = phi(x)``, differentiable any number of times.
@@ -64,7 +64,7 @@ FEATURE_MAPS = tuple(_MAPS)
 
 
 def feature_map_of(name: str) -> FeatureMap:
-    """The feature map of that name.
+    """Feature map of that name.
 
     Raises:
         ValueError: for a name that is not in ``FEATURE_MAPS``.
@@ -75,13 +75,13 @@ def feature_map_of(name: str) -> FeatureMap:
 
 
 def phi(x: Tensor, feature_map: str, *, eps: float) -> Tensor:
-    """The positive feature map: ``relu(x) + eps``, ``elu(x) + 1`` or a softmax over the last axis."""
+    """Positive feature map: ``relu(x) + eps``, ``elu(x) + 1`` or a softmax over the last axis."""
     return feature_map_of(feature_map).forward(x, eps)
 
 
 @dataclass(frozen=True)
 class Features:
-    """How the rows of q or k become features.
+    """Map from rows of q or k to features.
 
     Args:
         feature_map, eps: see :func:`mhla_diffusion.ops.mhla`.

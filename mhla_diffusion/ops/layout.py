@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A token grid cut into boxes, as even as they can be.
+    """Token grid cut into boxes, as even as they can be.
 
     An axis of ``n`` tokens in ``b`` blocks: the first ``n mod b`` blocks hold ``ceil(n / b)`` tokens, the
     others ``floor(n / b)``. Blocks are boxes of the grid, never runs of the flattened sequence. Blocks, and
@@ -48,7 +48,7 @@ class BlockLayout:
 
     @classmethod
     def with_num_blocks(cls, grid: tuple[int, ...], num_blocks: int) -> BlockLayout:
-        """The layout with ``num_blocks`` blocks in all whose block shape is closest to a cube.
+        """Layout with ``num_blocks`` blocks in all whose block shape is closest to a cube.
 
         Raises:
             ValueError: when no such layout exists on this grid; the message names the nearest that do.
@@ -81,11 +81,11 @@ class BlockLayout:
 
     @property
     def is_even(self) -> bool:
-        """Whether all blocks have the same shape."""
+        """Return True when all blocks have the same shape."""
         return all(tokens % count == 0 for tokens, count in zip(self.grid, self.blocks, strict=True))
 
     def block_index(self, device: torch.device | str | None = None) -> Tensor:
-        """The block of each token, ``[N]``, int64, tokens in grid order."""
+        """Block of each token, ``[N]``, int64, tokens in grid order."""
         index = torch.zeros((), dtype=torch.int64, device=device)
         for tokens, count in zip(self.grid, self.blocks, strict=True):
             index = index[..., None] * count + _axis_positions(tokens, count, device)[0]
@@ -146,7 +146,7 @@ class BlockLayout:
 
 
 def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
-    """The blocks to start from: as many as keep mixing cheap, of compact shape, and equal where they can be.
+    """Recommend blocks to start from: as many as keep mixing cheap, compact, and equal where they can be.
 
     - Cheap: M <= sqrt(N / 2), so that M^2 <= N and mixing is at most 20 % of the operator's H d^2 (4 N +
       2 M^2) FLOPs.

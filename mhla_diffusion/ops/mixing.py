@@ -19,7 +19,7 @@ def block_distances(layout: BlockLayout) -> Tensor:
 
 
 def locality_mixing(layout: BlockLayout) -> Tensor:
-    """The paper's start: nearer blocks weigh more (section 4.2).
+    """Mixing matrix of the paper's start: nearer blocks weigh more (section 4.2).
 
     ``W[i, j]`` is proportional to ``1 - dist(i, j) / max_k dist(i, k)``, rows normalised to sum 1. With one
     block, ``[[1]]``.
@@ -31,7 +31,7 @@ def locality_mixing(layout: BlockLayout) -> Tensor:
 
 
 def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
-    """A start for the mixing matrix.
+    """Mixing matrix to start from.
 
     With r the distance between block centres (:func:`block_distances`) and R the largest distance on the
     block grid; all starts but the last have rows of sum 1:
@@ -78,7 +78,7 @@ def resize_mixing(
     from_keys: BlockLayout | None = None,
     to_keys: BlockLayout | None = None,
 ) -> Tensor:
-    """A mixing matrix for other blocks: interpolated linearly over the coordinates of query and key blocks.
+    """Mixing matrix for other blocks: interpolated linearly over the coordinates of query and key blocks.
 
     Each row keeps its sum: that of a new query block is interpolated between those of its neighbours. The
     same blocks give the same matrix.

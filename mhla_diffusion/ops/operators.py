@@ -34,7 +34,7 @@ _SETTINGS = (
 
 
 class Summaries(NamedTuple):
-    """What is left of keys and values.
+    """Summaries of keys and values.
 
     Args:
         matrices: ``[B, H, M, d_v + 1, d]``, the last row the sums of the features of keys; without
@@ -62,7 +62,7 @@ def read(
     features: Features,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The output ``[B, H, N, d_v]`` of queries on mixed summaries.
+    """Return the output ``[B, H, N, d_v]`` of queries on mixed summaries.
 
     Args:
         q: ``[B, H, N, d]``.

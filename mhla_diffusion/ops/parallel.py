@@ -86,7 +86,7 @@ def mhla_parallel(
 def exchanged_bytes(
     layout: BlockLayout, batch: int, heads: int, d: int, d_v: int, *, normalizer: str = "paper"
 ) -> int:
-    """What each rank adds to the all-reduce of :func:`mhla_parallel`, in float32: B H M (d_v + 1) d numbers.
+    """Count the bytes a rank adds to :func:`mhla_parallel`'s all-reduce, float32: B H M (d_v + 1) d numbers.
 
     As much again in the backward. It does not grow with the tokens.
     """

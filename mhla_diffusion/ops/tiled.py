@@ -63,7 +63,7 @@ def read(
     features: Features,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any."""
+    """Return the output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any."""
     assert not sums.shape[-1] + centre.shape[-1], "keys and queries take the same path"
     channels = summaries.shape[-2] - features.normalized
     out, denominators = new_outputs(q, summaries, sums, features, dtype)

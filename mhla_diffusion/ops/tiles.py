@@ -38,24 +38,24 @@ _MIN_RUN = 256
 
 
 class Part(NamedTuple):
-    """Some samples and heads; an index of ``[B, H, ...]``."""
+    """Range of samples and heads; an index of ``[B, H, ...]``."""
 
     batch: slice
     heads: slice
 
     @property
     def size(self) -> tuple[int, int]:
-        """How many samples and heads."""
+        """Number of samples and heads."""
         return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
 
     def of_heads(self, mixing: Tensor) -> Tensor:
-        """What concerns these heads of ``[M, M]`` or ``[H, M, M]``."""
+        """Select what concerns these heads of ``[M, M]`` or ``[H, M, M]``."""
         return mixing[self.heads] if mixing.ndim == 3 else mixing
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A box of blocks of equal shape, or a slab of one block that is too large for a tile.
+    """Box of blocks of equal shape, or a slab of one block that is too large for a tile.
 
     Args:
         blocks: which blocks, a slice along each axis of the block grid.
@@ -83,7 +83,7 @@ class Tile:
         return math.prod(self.shape)
 
     def tokens_of(self, x: Tensor, part: Part) -> Tensor:
-        """The view ``[b, h, *counts, *shape, d]`` of ``x [B, H, N, d]``, whatever its strides."""
+        """View ``[b, h, *counts, *shape, d]`` of ``x [B, H, N, d]``, whatever its strides."""
         batch, head, token, channel = x.stride()
         start = part.batch.start * batch + part.heads.start * head + self.start * token
         return x.as_strided(
@@ -93,12 +93,12 @@ class Tile:
         )
 
     def blocks_of(self, x: Tensor, layout: BlockLayout) -> Tensor:
-        """The view ``[B, H, *counts, ...]`` of ``x [B, H, M, ...]``."""
+        """View ``[B, H, *counts, ...]`` of ``x [B, H, M, ...]``."""
         return x.unflatten(2, layout.blocks)[(slice(None), slice(None), *self.blocks)]
 
 
 def tile_groups(x: Tensor, layout: BlockLayout) -> Iterator[tuple[Part, tuple[Tile, ...]]]:
-    """The samples and heads of ``x [B, H, N, d]`` in parts, each with the tiles that cover all its tokens."""
+    """Samples and heads of ``x [B, H, N, d]`` in parts, each with the tiles that cover all its tokens."""
     if x.numel() == 0:
         return
     batch, heads, tokens, d = x.shape

@@ -104,7 +104,7 @@ def centre_kernel(
     v, centre, mask, v_b, v_h, v_n, v_d, mask_b, mask_n, heads, tokens, step,
     MASK: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """The mean of every step-th value, rounded to what the largest of them hold in bfloat16.
+    """Mean of every step-th value, rounded to what the largest of them hold in bfloat16.
 
     So rounded, ``v - centre`` is exact for most values. Else its error would be the same for all that share
     an exponent, and would not average out.
@@ -249,7 +249,7 @@ def rows_kernel(
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
     V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, where summaries and v multiply its features.
+    """Gradient of x, where summaries and v multiply its features.
 
     QUOTIENT: v is the gradient g of ``o = n / den``. With ``u = S^T g / den`` the features get
     ``u - (f . u / den) z``: g . o is f . u, so that no o is read, and what is left is orthogonal to f.

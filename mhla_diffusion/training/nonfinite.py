@@ -17,7 +17,7 @@ _FOLDER = "not-finite"
 
 
 class NotFiniteError(FloatingPointError, ValueError):
-    """A loss or gradient that is not finite; the message says which step, which samples and what to do."""
+    """Loss or gradient that is not finite; the message says which step, which samples and what to do."""
 
 
 def refuse_step(

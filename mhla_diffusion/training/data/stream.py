@@ -26,15 +26,15 @@ FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
 
 
 class UnreadableSampleError(Exception):
-    """A sample that cannot be decoded; the message names it and says why."""
+    """Sample that cannot be decoded; the message names it and says why."""
 
 
 class SampleSource(Protocol):
-    """Where samples come from: a map from 0 .. len - 1 to dicts of tensors, numbers and texts."""
+    """Source of samples: a map from 0 .. len - 1 to dicts of tensors, numbers and texts."""
 
     @property
     def buckets(self) -> Sequence[int] | None:
-        """For each sample the number of its shape, as a batch has one shape; None when all are alike."""
+        """Number of the shape of each sample, as a batch has one shape; None when all are alike."""
         ...
 
     def __len__(self) -> int: ...
@@ -53,14 +53,14 @@ class SampleSource(Protocol):
 
 
 def sample_generator(seed: int, number: int, purpose: int) -> torch.Generator:
-    """The generator of one sample of a run for one purpose, on the CPU."""
+    """Generator of one sample of a run for one purpose, on the CPU."""
     state = np.random.SeedSequence((seed, number, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """How the global batch divides: process r takes a part of each of the micro-batches.
+    """Division of the global batch: process r takes a part of each of the micro-batches.
 
     Args:
         batch_size: samples per optimizer step, over all processes.
@@ -91,7 +91,7 @@ class BatchShare:
         return self.batch_size // (self.num_processes * self.micro_batches)
 
     def numbers(self, step: int, micro_batch: int) -> range:
-        """The samples of one forward pass of this process."""
+        """Samples of one forward pass of this process."""
         part = micro_batch * self.num_processes + self.process_index
         first = step * self.batch_size + part * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
