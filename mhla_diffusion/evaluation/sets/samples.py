@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from ...files.sums import SUMS
 from .arrays import file_kind, require_regular
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ class SampleSet(ABC):
 
     def note_left_out(self, others: Iterable[str]) -> None:
         """Count files that are no samples, without those that go with samples, such as captions."""
-        suffixes = (PurePosixPath(name).suffix.lower() for name in others)
+        paths = map(PurePosixPath, others)
+        suffixes = (path.suffix.lower() for path in paths if path.name != SUMS)
         found = Counter(suffix or "(no suffix)" for suffix in suffixes if suffix not in _SIDECARS)
         self.left_out = dict(found.most_common())
         if found:

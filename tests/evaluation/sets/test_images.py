@@ -194,7 +194,7 @@ def test_a_black_picture_of_16_bits_is_black(tmp_path: Path) -> None:
 def test_pictures_of_every_suffix_that_pillow_reads_belong_to_the_set(tmp_path: Path) -> None:
     for name in ("a.avif", "b.jfif", "c.jp2", "d.qoi", "e.tga", "f.JPE", "g.dib", "h.webp", "i.apng"):
         Image.fromarray(RGB).save(tmp_path / name)
-    for name in ("x.heic", "y.svg", "z.mp4", "w.mp4", "eps.eps"):
+    for name in ("x.heic", "y.svg", "z.mp4", "w.mp4", "eps.eps", "SHA256SUMS"):
         (tmp_path / name).touch()
     images = open_images(tmp_path)
     assert [name[0] for name in images.names] == list("abcdefghi")
