@@ -187,7 +187,7 @@ def test_bad_settings_are_explained(
 def test_a_folder_without_videos_is_refused(write_videos: WriteVideos, tmp_path: Path) -> None:
     folder = write_videos("videos", moving_squares(2, 0))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"none holds no video \(\.mp4, \.webm"):
+    with pytest.raises(ValueError, match=r"none holds no video \(\.mp4, \.m4v"):
         evaluate_videos(folder, tmp_path / "none")
     with pytest.raises(ValueError, match=r"nowhere is neither a folder of videos nor an \.npy file"):
         evaluate_videos(folder, tmp_path / "nowhere")
