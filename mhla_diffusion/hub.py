@@ -16,10 +16,10 @@ def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
 
 
-def component_subfolder(path: str, component: str) -> str | None:
+def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     """Return ``component`` where a folder or hub id holds a pipeline, None where it holds the component."""
     try:
-        DiffusionPipeline.load_config(path)
+        DiffusionPipeline.load_config(path, **place)
     except OSError:
         return None
     return component

@@ -17,7 +17,6 @@ from .video import MHLAWanPipeline
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
 _OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
-
 # Pipelines that call a transformer on tokens that lie on no grid.
 _WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
 

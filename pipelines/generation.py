@@ -86,7 +86,7 @@ def generate_images(
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
         "width": width,
     }  # fmt: skip
-    _check_numbers(seed, {"num_images": num_images, "batch_size": batch_size, **settings})
+    _check_numbers({"num_images": num_images, "batch_size": batch_size, **settings})
     _require_output(pipeline, "images")
     pictures: list[Path | None]
     if "class_labels" in call_parameters(pipeline):
@@ -155,7 +155,7 @@ def generate_videos(
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
         "width": width, "num_frames": num_frames,
     }  # fmt: skip
-    _check_numbers(seed, {"num_videos": num_videos, "batch_size": batch_size, **settings})
+    _check_numbers({"num_videos": num_videos, "batch_size": batch_size, **settings})
     _require_output(pipeline, "videos")
     if fps is not None and not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}")
@@ -173,13 +173,11 @@ def generate_videos(
     )  # fmt: skip
 
 
-def _check_numbers(seed: int, settings: Mapping[str, float | None]) -> None:
+def _check_numbers(settings: Mapping[str, float | None]) -> None:
     """Refuse what would fail, or give nothing, only after the model has been moved to its device."""
     for name, value in settings.items():
         if name != "guidance_scale" and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must lie between 0 and {MAX_SEED}, got {seed}")
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:
@@ -201,6 +199,10 @@ def _generate(
     fps: float | None = None,
 ) -> Path:
     """Make what the rows of a manifest say, each batch in one process; ``kind`` is the rows' name there."""
+    if wrong := [row["seed"] for row in rows if not 0 <= row["seed"] <= MAX_SEED]:
+        raise ValueError(
+            f"seed must lie between 0 and {MAX_SEED}, with one more for each sample, got {wrong[0]}"
+        )
     state = process_state()
     settings = describe(pipeline) | call | ({} if fps is None else {"fps": fps})
     manifest = settings | {"batch_size": batch_size, "complete": False, kind: rows}

@@ -18,8 +18,7 @@ from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
 _MAX_NAME = 240
-# Leaves room for the samples that follow, each with the next seed: torch takes less than 2^63.
-MAX_SEED = 2**62
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

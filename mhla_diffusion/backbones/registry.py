@@ -44,7 +44,7 @@ def load_transformer(path: str, *, subfolder: str | None = None, **place: Any) -
     Raises:
         ValueError: when it holds another model.
     """
-    subfolder = subfolder or component_subfolder(path, "transformer")
+    subfolder = subfolder or component_subfolder(path, "transformer", **place)
     stored = load_config(path, subfolder=subfolder, **place)
     ours = backbone_of_config(stored)
     if ours is None:
