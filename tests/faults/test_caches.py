@@ -47,7 +47,7 @@ def is_noticed(folder: Path, number: int) -> bool:
     try:
         shards = Shards(folder)
     except ValueError as error:
-        return f"{path} is damaged" in str(error) and "cache_latents.py makes it again" in str(error)
+        return f"{path} is damaged" in str(error) and "mhla cache-latents makes it again" in str(error)
     assert len(shards) == 8
     noticed = False
     for index in range(8):

@@ -262,7 +262,7 @@ class ImageSamples:
         if channels not in _MODES:
             raise ValueError(
                 f"images have 1 or 3 channels, but model.in_channels is {channels}; for latents, cache them "
-                "with scripts/cache_latents.py and set data.source to latents"
+                "with mhla cache-latents and set data.source to latents"
             )
         self.images, self.channels, self.size, self.flip = images, channels, size, flip
         self.class_names = images.class_names

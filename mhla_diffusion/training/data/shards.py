@@ -53,7 +53,7 @@ class Shards:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():
-            raise ValueError(f"{path} holds no latent cache; make one with scripts/cache_latents.py")
+            raise ValueError(f"{path} holds no latent cache; make one with mhla cache-latents")
         self.record: dict[str, Any] = _read_record(self.path / _RECORD)
         if "id" not in self.record:
             logger.warning("%s has no hashes, as earlier versions wrote none: it cannot be checked", path)
@@ -61,7 +61,7 @@ class Shards:
         if missing := [file for file in self.files if not file.is_file()]:
             raise ValueError(
                 f"latent cache {path} lacks {len(missing)} of {len(self.files)} files; run "
-                "scripts/cache_latents.py again to finish it"
+                "mhla cache-latents again to finish it"
             )
         self._ends = list(itertools.accumulate(map(self._count, range(len(self.files)))))
         if not self._ends or not self._ends[-1]:
@@ -73,7 +73,7 @@ class Shards:
             return _Shard(self.files[shard], self.record.get("id"), shard).num_rows
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.files[shard]} is damaged ({error}); scripts/cache_latents.py makes it again"
+                f"{self.files[shard]} is damaged ({error}); mhla cache-latents makes it again"
             ) from error
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ def test_an_unfinished_cache_is_refused_and_finished_by_another_run(config: Late
     whole = contents(folder)
     assert len(whole) == 4
     (folder / "latents-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks 1 of 3 files; run scripts/cache_latents.py again"):
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 files; run mhla cache-latents again"):
         CachedLatents(folder)
     kept = (folder / "latents-00000.safetensors").stat().st_mtime_ns
     cache_latents(config)
