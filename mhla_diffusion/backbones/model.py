@@ -152,6 +152,7 @@ class MHLAModelMixin(ModelMixin):
     def set_layer(self, layer: Any, number: int, plan: LayerPlan) -> None:
         """Put the attention of layer ``number`` into one self-attention layer."""
         kind, config = plan.kinds[number], plan.configs[number]
+        layer.layer_number = number  # for who goes over the layers, whatever they are called
         if kind != self.stock_attention:
             config = config if kind == "mhla" else dataclasses.replace(config, blocks=1)
             processor = MHLAAttnProcessor(

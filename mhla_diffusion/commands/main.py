@@ -52,6 +52,8 @@ MHLA = Command(
         },
         "prepare model and data": {
             "convert": Command("turn a stock model, or a checkpoint of the public code, into an MHLA model"),
+            "align": Command("train each layer alone, in every candidate form, to give the teacher's output"),
+            "choose": Command("the form of each layer within a budget, and the student of them"),
             "cache-latents": Command(
                 "encode a data set once, for training on latents",
                 _lines(image="encode images", video="encode clips and their captions"),
