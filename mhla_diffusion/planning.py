@@ -272,6 +272,11 @@ def load_model_config(model: str) -> dict[str, Any]:
     return {**config, "_class_name": ours.stock.__name__}
 
 
+def count_parameters(model: str) -> int:
+    """Count the parameters of a model with its stock attention; see :func:`load_model_config`."""
+    return sum(weight.numel() for weight in _stock_model(load_model_config(model)).parameters())
+
+
 def _stock_model(config: dict[str, Any]) -> Any:
     """Our form of a model with its stock attention in every layer, on the meta device."""
     ours = backbone_of_config(config)

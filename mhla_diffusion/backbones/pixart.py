@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -32,6 +32,7 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
 
     old_norm_type = "ada_norm_single"
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"PixArt-Sigma-1024": {"caption_channels": 4096}}
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(PixArtTransformer2DModel)

@@ -54,6 +54,8 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Wan2.1-1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         "Wan2.1-14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+        # Each of its two.
+        "Wan2.2-A14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
     }
 
     @after(WanTransformer3DModel)

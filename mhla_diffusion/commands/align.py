@@ -46,6 +46,7 @@ def align(
     from ..conversion import load_candidates, load_teacher, open_calls
     from ..processes import process_state
 
+    logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
     forms = None if candidates is None else load_candidates(candidates)
     place = {"subfolder": component} if component != "transformer" else {}
     teacher = load_teacher(model, dtype=getattr(torch, dtype), device=process_state().device, **place)

@@ -58,6 +58,7 @@ def choose(
     from ..planning import plan
     from ..processes import process_state
 
+    logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
     require_new_folder(out)
     path = model or read_aligned(aligned)["model"]
     place = {"subfolder": component} if component != "transformer" else {}

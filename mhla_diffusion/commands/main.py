@@ -52,8 +52,6 @@ MHLA = Command(
         },
         "prepare model and data": {
             "convert": Command("turn a stock model, or a checkpoint of the public code, into an MHLA model"),
-            "align": Command("train each layer alone, in every candidate form, to give the teacher's output"),
-            "choose": Command("the form of each layer within a budget, and the student of them"),
             "cache-latents": Command(
                 "encode a data set once, for training on latents",
                 _lines(image="encode images", video="encode clips and their captions"),
@@ -61,6 +59,19 @@ MHLA = Command(
             "export": Command(
                 "write a training source as files, to look at or score against",
                 _lines(images="PNG files in class folders", videos="MP4 files with captions.csv"),
+            ),
+        },
+        "convert a trained softmax model": {
+            "linearize": Command("all of it: align, choose, distil, report; interrupted, it goes on"),
+            "align": Command("train each layer alone, in every candidate form, to give the teacher's output"),
+            "choose": Command("the form of each layer within a budget, and the student of them"),
+            "experiment": Command(
+                "what conversion loses, over seeds, with tables",
+                _lines(conversion="train a teacher, convert it in every way, and compare"),
+            ),
+            "report": Command(
+                "what was lost and won, on a page",
+                _lines(conversion="a teacher, and its students plain, aligned and distilled"),
             ),
         },
         "train": {

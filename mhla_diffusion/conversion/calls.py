@@ -215,6 +215,21 @@ def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | 
     return DataCalls(model, run_of(model, data), seed=seed)
 
 
+def run_of_file(path: str) -> Any:
+    """Read the config of a training run of any kind, which its keys tell.
+
+    Raises:
+        ValueError: when it is of none, with what the first kind says.
+    """
+    errors = []
+    for config_class in RUNS.values():
+        try:
+            return parse_config(config_class, ["--config", path])[0]
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def run_of(model: Any, path: str) -> Any:
     """Read the config of a training run for models of this class.
 
