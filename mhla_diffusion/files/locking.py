@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .writing import require_new_folder
+
 try:
     import fcntl
 except ImportError:  # on Windows
@@ -40,6 +42,18 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
                     folder.rmdir()
             _held.discard(descriptor)
             os.close(descriptor)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Be the only one that makes a folder, inside the with block, which is given its whole path.
+
+    Raises:
+        ValueError: as :func:`.writing.require_new_folder`, and when another process makes it.
+    """
+    path = require_new_folder(folder)
+    with only_writer(path):
+        yield require_new_folder(path)  # another may have ended just before
 
 
 _held: set[int] = set()

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,48 @@ def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
         raise ValueError(
             f"{', '.join(existing)} already there: give another place, or ask for overwrite to replace it"
         )
+
+
+def write_together(
+    folder: str | os.PathLike[str], contents: Mapping[str, bytes | str], *, overwrite: bool = False
+) -> None:
+    """Write files that belong together into a folder, beside what else is there.
+
+    While they are written a hidden file stands beside them: of a process that was killed, what is there may
+    be replaced.
+
+    Args:
+        folder: made when it is not there.
+        contents: of each file, by its name.
+        overwrite: replace those that are there.
+
+    Raises:
+        ValueError: as :func:`require_room`.
+    """
+    require_room(folder, list(contents), overwrite=overwrite)
+    mark = _mark(folder, list(contents))
+    write_file(mark, "The files beside this one are only in part written.\n")
+    for name, content in contents.items():
+        write_file(Path(folder) / name, content)
+    mark.unlink()
+
+
+def require_room(folder: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False) -> None:
+    """Check, before hours are spent, that :func:`write_together` will find its place free.
+
+    Raises:
+        ValueError: when one of the files is there, whole, and ``overwrite`` is false; when ``folder`` is a
+            file or nothing can be written there.
+    """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is a file; a folder is needed")
+    unfinished = _mark(folder, names).is_file()
+    require_absent([Path(folder) / name for name in names], overwrite=overwrite or unfinished)
+    require_writable(Path(folder))
+
+
+def _mark(folder: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    return Path(folder) / f".{Path(names[0]).stem}.unfinished"
 
 
 def require_new_folder(folder: str | os.PathLike[str]) -> Path:
