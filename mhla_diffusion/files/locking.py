@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .writing import require_new_folder
+from .writing import remove_partial, remove_unfinished, require_new_folder, require_writable
 
 try:
     import fcntl
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Be the only one that writes into a folder, inside the with block.
 
-    The folder is made when it is not there, and removed again when nothing was written.
+    The folder is made when it is not there, and removed again when nothing was written. What writers that
+    were killed left of it is removed.
 
     Raises:
         ValueError: when another process writes there, or ``folder`` is a file.
@@ -34,6 +36,9 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     made = not folder.exists()
     descriptor = _lock(folder)
     try:
+        place = folder.resolve()
+        remove_unfinished(place.parent, glob.escape(place.name))
+        remove_partial(place)
         yield
     finally:
         if descriptor in _held:  # a fork that comes here has let go already
@@ -51,9 +56,10 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: as :func:`.writing.require_new_folder`, and when another process makes it.
     """
-    path = require_new_folder(folder)
+    path = Path(folder).resolve()
+    require_writable(path.parent)
     with only_writer(path):
-        yield require_new_folder(path)  # another may have ended just before
+        yield require_new_folder(path)
 
 
 _held: set[int] = set()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fnmatch
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     # Short, as the name of the file itself may be as long as the file system allows.
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
-        if callable(content):
-            with disk_errors(path):
+        with disk_errors(path, temporary):
+            if callable(content):
                 content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temporary)
-        temporary.replace(path)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            _flush(temporary)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -61,9 +62,9 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     folder = Path(folder).resolve()  # what a link leads to is replaced, not the link
     temporary = start_writing(folder)
     try:
-        with disk_errors(folder):
+        with disk_errors(folder, temporary):
             write(temporary)
-        commit(temporary, folder)
+            commit(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary.parent, ignore_errors=True)
         raise
@@ -73,8 +74,13 @@ def start_writing(folder: Path) -> Path:
     """Make the empty folder to write into: under the same name, in a hidden one beside the place."""
     assert folder.name, f"{folder} has no name to write under"
     temporary = folder.parent / f"{_WRITING}{secrets.token_hex(8)}" / folder.name
-    temporary.mkdir(parents=True)
-    return temporary
+    while True:
+        # Between the two that are made, another process may take the first for one that was left.
+        with suppress(FileNotFoundError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(exist_ok=True)
+            temporary.mkdir()
+            return temporary
 
 
 def commit(temporary: Path, folder: Path) -> None:
@@ -90,23 +96,27 @@ def commit(temporary: Path, folder: Path) -> None:
         folder.rename(temporary.with_name(f"{folder.name}.old"))
         temporary.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(temporary.parent)
+    shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, temporary: Path) -> Iterator[None]:
     """Turn what the writers of safetensors and torch raise on a full disk into Python's own error.
 
     Args:
         path: what is written, for the message.
+        temporary: what it is called meanwhile.
 
     Raises:
         OSError: instead.
     """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        ours = error.filename is None or str(error.filename).startswith(str(temporary))
+        if error.errno is None or not ours:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is not None:
@@ -118,10 +128,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what writes that were killed left in a folder of which this process is the only writer."""
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove what killed writers left of the folders in ``folder`` whose names match a pattern.
+
+    This process must be the only writer of these.
+    """
     for path in folder.glob(f"{_WRITING}*"):
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():  # made by no process of this project
+            continue
+        names = [entry.name for entry in path.iterdir()]
+        if not names or fnmatch.filter(names, pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files that killed writers left in a folder, of which this process is the only writer."""
+    for path in folder.glob(".*.partial*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
@@ -227,6 +251,7 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
 
 
 _WRITING = ".writing-"
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial(\..*)?")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 

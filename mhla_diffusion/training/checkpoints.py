@@ -163,7 +163,7 @@ def _require_room(output_dir: Path, resume: str | None) -> None:
         logger.warning("the run in %s was stopped before its first checkpoint: it begins anew", output_dir)
     elif resume is not None:
         raise ValueError(f"{output_dir} has no checkpoint to resume from; start without --resume")
-    elif names or output_dir.is_file():
+    elif visible or output_dir.is_file():
         raise ValueError(
             f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
         )

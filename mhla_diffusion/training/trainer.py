@@ -28,7 +28,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_file, write_folder
+from ..files.writing import (
+    commit,
+    disk_errors,
+    remove_partial,
+    remove_unfinished,
+    start_writing,
+    write_file,
+    write_folder,
+)
 from ..processes import in_first_process, make_accelerator
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
@@ -262,8 +270,10 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output_dir, self.output_dir / "checkpoints"):
-                remove_unfinished(folder)
+            remove_unfinished(self.output_dir, "pipeline")
+            remove_unfinished(self.output_dir / "checkpoints", "step-*")
+            for name in ("samples", "not-finite"):
+                remove_partial(self.output_dir / name)
             checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)
@@ -432,7 +442,7 @@ class Trainer:
         folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
         temporary = in_first_process(lambda: start_writing(folder))
         try:
-            with disk_errors(folder):
+            with disk_errors(folder, temporary):
                 self.accelerator.save_state(str(temporary))
             self.accelerator.wait_for_everyone()
             in_first_process(lambda: self._finish_checkpoint(temporary, folder))
