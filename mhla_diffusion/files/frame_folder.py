@@ -87,9 +87,11 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 def _read_picture(path: str) -> Frames:
     from PIL import Image
 
+    from .pictures import open_picture
+
     file_stamp(path)
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.mode not in _MODES:
                 raise UnreadableVideoError(
                     f"{path}: pixels of mode {image.mode} do not fit into RGB of 8 bits; convert the picture"

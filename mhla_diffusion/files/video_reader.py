@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .video_damage import damaged_packets, give_up_at_damage
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, open_stream, place_of
 
@@ -82,6 +83,7 @@ def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[i
     found: dict[int, Frames] = {}
     try:
         with open_stream(path) as video:
+            give_up_at_damage(video)
             picture = _Picture(video)
             for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
                 members = [wanted[i] for i in run]
@@ -146,10 +148,10 @@ def _seek(video: OpenVideo, index: VideoIndex, row: int) -> tuple[Iterator[Packe
 
 
 def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
-    """Decode the whole file up to the last frame, as FFmpeg does, with all that it conceals.
+    """Decode the whole file up to the last frame, as FFmpeg does.
 
     Raises:
-        UnreadableVideoError: when frames are lost, so that numbers would mean others.
+        UnreadableVideoError: when frames are lost, so that numbers would mean others, or are damaged.
     """
     found: dict[int, Frames] = {}
     with open_stream(path) as video:
@@ -163,6 +165,11 @@ def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dic
     lost = [number for number in wanted if number not in found]
     if lost:
         raise UnreadableVideoError(f"{path} is damaged: the frames up to {lost[0]} are not all there")
+    damaged = damaged_packets(path)
+    # Of a frame whose packet is unknown it is not known either.
+    wrong = [number for number in wanted if damaged and index.shown[number] in damaged | {-1}]
+    if wrong:
+        raise UnreadableVideoError(f"{path} is damaged: frame {wrong[0]} is not what was encoded")
     return found
 
 

@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, PngImagePlugin
 
+from ...files.arrays import describe_kind, file_kind, npz_headers, read_npy_header
+from ...files.pictures import EXTENSIONS, open_picture, to_8_bits
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, npz_headers, read_npy_header
 from .datasets import open_dataset
 from .samples import Folder, Pixels, SampleKind, SampleSet, one_if_large
-
-# Other decoders run programs (EPS), or wait for a library that registers one.
-_NOT_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "PCD"}
-Image.init()
-FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
-EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS))
-# Prompts and workflows of generators, and colour profiles, are often larger than Pillow's 1 MiB.
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
 
 
 @dataclass
@@ -76,31 +68,10 @@ def read_image(path: Path | str | IO[bytes]) -> Pixels:
     """Decode a file as uint8 ``[H, W, 3]``, converted as ``IMAGES`` says.
 
     Raises:
-        ValueError: when its values would be lost: floating-point pixels, which have no defined range, or
-            integers of 16 bits and more that do not use these.
+        ValueError: when its values would be lost, see :func:`.pictures.to_8_bits`.
     """
-    with Image.open(path, formats=FORMATS) as image, one_if_large(3 * image.width * image.height):
-        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-            return _from_16_bits(np.asarray(image).astype(np.int64))
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        deep = ";16" in str([tile[3] for tile in image.tile])
-        pixels = np.asarray(image.convert("RGB"))
-        if deep and pixels.max() < 16:  # Pillow takes the high 8 bits
-            raise ValueError("16 bits a colour of which only the low ones are used: save it with 8 bits")
-        return pixels
-
-
-def _from_16_bits(values: np.ndarray) -> Pixels:
-    low, high = values.min(), values.max()
-    if low < 0 or high > 0xFFFF:
-        raise ValueError(f"pixels from {low} to {high}; 0 to 65535 are expected")
-    if 0 < high < 0x1000:
-        raise ValueError(
-            f"integer pixels from {low} to {high} would become nearly black, as 65535 is white: save them "
-            "with 8 bits, or stretched to 16"
-        )
-    return _repeat_gray((values >> 8).astype(np.uint8))
+    with open_picture(path) as image, one_if_large(3 * image.width * image.height):
+        return np.asarray(to_8_bits(image).convert("RGB"))
 
 
 IMAGES = SampleKind(

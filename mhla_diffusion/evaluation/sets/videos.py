@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.arrays import describe_kind, file_kind, read_npy_header, require_regular
 from ...files.manifest import MANIFEST
 from ...files.videos import VIDEO_EXTENSIONS, clip_indices, open_video
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, require_regular
 from .images import IMAGES
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
@@ -115,6 +115,8 @@ class ArrayVideos(SampleSet):
 
     def __post_init__(self) -> None:
         try:
+            with open(self.path, "rb") as file:
+                read_npy_header(file)
             videos = np.load(self.path, mmap_mode="r")
         except (OSError, EOFError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path} is not a whole npy file ({error}): write it again") from error

@@ -5,6 +5,7 @@ A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import make_dataset
 
+from ...files.arrays import npz_headers
+from ...files.pictures import EXTENSIONS, open_picture, to_8_bits
 from .sources import Source
 from .stream import UnreadableSampleError
 
@@ -105,9 +108,8 @@ class ImageFiles:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        with Image.open(path) as image:
-            image.load()
-        return image, label
+        with open_picture(path) as image:
+            return to_8_bits(image), label
 
 
 class ImageRows:
@@ -128,6 +130,9 @@ class ImageRows:
         self.path, self.rows = path, rows
         self.image_column = self._column("image_column", image_column, datasets.Image)
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
+        if isinstance(rows.features[self.image_column], datasets.Image):
+            # Decoded here, by decoders that run no program.
+            self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         feature = rows.features[self.label_column]
         self._ids: dict[Any, int] | None = None
         if isinstance(feature, datasets.ClassLabel):
@@ -155,8 +160,12 @@ class ImageRows:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
-        label = row[self.label_column]
-        return row[self.image_column], int(label) if self._ids is None else self._ids[label]
+        label, stored = row[self.label_column], row[self.image_column]
+        if stored is None or label is None:
+            raise ValueError(f"the row has no {'image' if stored is None else 'label'}")
+        content = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        with open_picture(content) as image:
+            return to_8_bits(image), int(label) if self._ids is None else self._ids[label]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +196,10 @@ class FolderImages(ImageSource):
         class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         ids = {name: number for number, name in enumerate(class_names)}
         try:
-            files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
+            files = make_dataset(folder, class_to_idx=ids, extensions=EXTENSIONS)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+                f"image folder {folder} must have one subfolder per class, each with images: {error}"
             ) from error
         return ImageFiles(files, class_names)
 
@@ -233,12 +241,11 @@ class NpzImages(ImageSource):
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"image archive {path} does not exist")
+        names = npz_headers(path)
+        label_key = next((key for key in ("labels", "arr_1") if key in names), None)
+        if "arr_0" not in names or label_key is None:
+            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(names)}")
         with np.load(path) as arrays:
-            label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-            if "arr_0" not in arrays or label_key is None:
-                raise ValueError(
-                    f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
-                )
             return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
 
 
