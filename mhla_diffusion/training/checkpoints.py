@@ -19,6 +19,7 @@ from accelerate.utils.other import load
 
 from ..files.sums import SUMS, damaged_files, record_all
 from .config import forbidden_changes
+from .pickles import require_known_names
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def saved_num_processes(checkpoint: Path) -> int:
 def require_loadable(checkpoint: Path, process_index: int) -> None:
     """Refuse pickles that hold more than numbers, and say when random states are missing.
 
-    accelerate reads the other files without running code of theirs, but not those of registered objects.
+    accelerate reads the other files without running code of theirs, but not those of registered objects, nor
+    what DeepSpeed and FSDP keep in folders.
 
     Raises:
         ValueError: when such a file would run code, or cannot be read.
@@ -119,6 +121,8 @@ def require_loadable(checkpoint: Path, process_index: int) -> None:
     for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
         with load_errors(path):
             load(path, map_location="meta")
+    for path in sorted([*checkpoint.glob("*/**/*.pt"), *checkpoint.glob("*/**/.metadata")]):
+        require_known_names(path)
     states = checkpoint / f"random_states_{process_index}.pkl"
     try:
         load(states)["torch_manual_seed"]

@@ -48,10 +48,11 @@ def read_captions(folder: Path, captions: str | None = None) -> list[tuple[Path,
         )
     text = read_text(path)
     read = _read_csv if path.suffix.lower() not in (".json", ".jsonl") else _read_json
-    rows = [(number, *_checked(path, number, row, folder)) for number, row in read(path, text)]
+    place = os.path.abspath(folder)
+    rows = [(number, *_checked(path, number, row, folder, place)) for number, row in read(path, text)]
     if not rows:
         raise ValueError(f"{path} lists no files")
-    missing = [(number, file) for number, file, _ in rows if not file.exists()]
+    missing = [(number, file) for number, file, _ in rows if not os.path.exists(file)]
     if len(missing) == len(rows):
         raise ValueError(
             f"none of the {len(rows)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
@@ -102,8 +103,12 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
 
 
-def _checked(path: Path, number: int, row: Any, folder: Path) -> tuple[Path, str]:
-    """Return file and caption of a row, which may come from a stranger: the file lies in the folder."""
+def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tuple[Path, str]:
+    """Return file and caption of a row, which may come from a stranger: the file lies in the folder.
+
+    Args:
+        place: the folder, as a whole path.
+    """
     known = row if isinstance(row, dict) else {}
     name, caption = (next((known[key] for key in keys if key in known), "") for keys in (_PATHS, _CAPTIONS))
     if not all(isinstance(value, str) and value.strip() for value in (name, caption)):
@@ -114,10 +119,10 @@ def _checked(path: Path, number: int, row: Any, folder: Path) -> tuple[Path, str
         raise ValueError(
             f"{path}, line {number}: holds halves of characters (surrogates): {str(row)[:200]!a}"
         )
-    file = folder / name.strip()
-    if "\0" in name or not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+    file = os.path.abspath(os.path.join(place, name.strip()))
+    if "\0" in name or not file.startswith(place.rstrip(os.sep) + os.sep):
         raise ValueError(
-            f"{path}, line {number}: {name!r} leads out of {folder}: put the files there, or give a folder "
+            f"{path}, line {number}: {name!r} leads out of {place}: put the files there, or give a folder "
             "that holds them all"
         )
-    return file, caption.strip()
+    return folder / name.strip(), caption.strip()

@@ -130,21 +130,34 @@ class ImageRows:
         self.path, self.rows = path, rows
         self.image_column = self._column("image_column", image_column, datasets.Image)
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
-        if isinstance(rows.features[self.image_column], datasets.Image):
-            # Decoded here, by decoders that run no program.
+        try:  # they are decoded here, by decoders that run no program
             self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: the column {self.image_column} holds no images: set data.image_column"
+            ) from error
         feature = rows.features[self.label_column]
         self._ids: dict[Any, int] | None = None
         if isinstance(feature, datasets.ClassLabel):
             self.class_names = list(feature.names)
         else:
-            values = sorted(set(rows[self.label_column]))
-            self._ids = {value: number for number, value in enumerate(values)}
-            self.class_names = [str(value) for value in values]
+            values = {value for value in rows[self.label_column] if isinstance(value, str | int | float)}
+            if not values:
+                raise ValueError(
+                    f"{path}: the column {self.label_column} holds neither numbers nor names: set "
+                    f"data.label_column to one of {', '.join(rows.features)}"
+                )
+            self._ids = {value: number for number, value in enumerate(sorted(values, key=_number_or_name))}
+            self.class_names = [str(value) for value in self._ids]
 
     def _column(self, key: str, name: str | None, kind: type) -> str:
         features = self.rows.features
         found = [name] if name else [column for column in features if isinstance(features[column], kind)]
+        if len(found) > 1:
+            usual = key.removesuffix("_column")
+            if usual not in found:
+                raise ValueError(f"{self.path} has several: set data.{key} to one of {', '.join(found)}")
+            found = [usual]
         if not found or found[0] not in features:
             raise ValueError(
                 f"{self.path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
@@ -161,11 +174,17 @@ class ImageRows:
     def read(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
         label, stored = row[self.label_column], row[self.image_column]
-        if stored is None or label is None:
-            raise ValueError(f"the row has no {'image' if stored is None else 'label'}")
+        number = label if self._ids is None else self._ids.get(label) if label.__hash__ else None
+        if not stored or not isinstance(number, int) or number < 0:
+            raise ValueError(f"the row has no {'label' if stored else 'image'}")
         content = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         with open_picture(content) as image:
-            return to_8_bits(image), int(label) if self._ids is None else self._ids[label]
+            return to_8_bits(image), number
+
+
+def _number_or_name(value: str | float) -> tuple[bool, Any]:
+    """A key by which numbers come before names."""
+    return isinstance(value, str), value
 
 
 @dataclass(frozen=True, kw_only=True)
