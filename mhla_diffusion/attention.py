@@ -8,7 +8,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .ops import (
     MIXING_STARTS,
     NORMALIZERS,
     BlockLayout,
+    extend_mixing,
     initial_mixing,
     mhla,
     mhla_parallel,
@@ -35,6 +36,9 @@ CPE_STARTS = (None, "zero", "identity")
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
 
+# Settings that came when configs were stored already: written where they are used, so that those stay equal.
+_LATER = {"later": True}
+
 
 @dataclass(frozen=True)
 class MHLAConfig:
@@ -43,6 +47,9 @@ class MHLAConfig:
     Args:
         blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
             The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
+        extra_block: one more block, of tokens that lie on no grid (a class token, registers, text in joint
+            attention): a row and a column of the mixing matrix, whose start is that of
+            :func:`mhla_diffusion.ops.extend_mixing`. Without it they can join plain linear attention alone.
         key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
         feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`.
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
@@ -76,6 +83,7 @@ class MHLAConfig:
     output_norm: bool = False
     eps: float = 1e-6
     layers: tuple[int, ...] | None = None
+    extra_block: bool = field(default=False, metadata=_LATER)
 
     def __post_init__(self) -> None:
         for name in ("blocks", "key_blocks", "layers"):
@@ -98,6 +106,7 @@ class MHLAConfig:
             "qk_norm": (False, True),
             "gate": (False, True),
             "output_norm": (False, True),
+            "extra_block": (False, True),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -106,13 +115,21 @@ class MHLAConfig:
                 )
         if not 0 < self.eps < 1:
             raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
+        if self.extra_block and self.key_blocks is not None:
+            raise ValueError(
+                f"extra_block is for self-attention, key_blocks {self.key_blocks} for cross-attention: leave "
+                "one out"
+            )
         if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (lists, not tuples), as they stand in a model's config.json."""
-        values = dataclasses.asdict(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not self._is_left_out(f)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def _is_left_out(self, setting: dataclasses.Field[Any]) -> bool:
+        return "later" in setting.metadata and getattr(self, setting.name) == setting.default
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
@@ -199,7 +216,7 @@ class MHLA(nn.Module):
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
         inner_dim = heads * head_dim
-        size = (layout.num_blocks, (key_layout or layout).num_blocks)
+        size = [x.num_blocks + config.extra_block for x in (layout, key_layout or layout)]
         per_head = (heads,) if config.mixing_per_head else ()
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
@@ -222,7 +239,8 @@ class MHLA(nn.Module):
         """Bring every parameter to the start that the config names."""
         if self.mixing is not None:
             if self.key_blocks is None:
-                mixing = initial_mixing(BlockLayout(self.blocks, self.blocks), self.config.mixing_init)
+                layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
+                mixing = initial_mixing(layout, self.config.mixing_init)
             else:
                 keys = math.prod(self.key_blocks)
                 mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
@@ -241,13 +259,21 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
+    @property
+    def _no_extra(self) -> tuple[int, int] | None:
+        """The extra block of a layout in which it is empty."""
+        return (0, 0) if self.config.extra_block else None
+
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
     def mixing_matrix(self, device: torch.device | None = None) -> Tensor:
-        """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
+        """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention).
+
+        The last row and column are those of extra tokens, if they are a block.
+        """
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
         return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
@@ -261,10 +287,16 @@ class MHLA(nn.Module):
         (``normalizer="none"``) only ``output_norm`` does.
         """
         assert self.mixing is not None
+        mixing, extra = other.mixing_matrix(), self.config.extra_block
+        if other.config.extra_block and not extra:
+            mixing = mixing[..., :-1, :-1]
+        elif extra and not other.config.extra_block:
+            mixing = extend_mixing(mixing)
         mixing = _resize(
-            other.mixing_matrix(),
+            mixing,
             (other.blocks, other.key_blocks or other.blocks),
             (self.blocks, self.key_blocks or self.blocks),
+            self._no_extra,
         )
         if mixing.ndim > self.mixing.ndim:  # one for each head, to one for all
             mixing = mixing.mean(0)
@@ -279,6 +311,7 @@ class MHLA(nn.Module):
         v: Tensor,
         *,
         grid: tuple[int, ...],
+        extra: tuple[int, int] | None = None,
         key_grid: tuple[int, ...] | None = None,
         hidden_states: Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
@@ -288,12 +321,15 @@ class MHLA(nn.Module):
         """Attend, and apply what the flags ask for: ``norm(mhla(q, k, v)) * SiLU(gate(x)) + cpe(v)``.
 
         Args:
-            q, k, v: ``[B, H, N, d]`` in grid order, before the feature map.
+            q, k, v: ``[B, H, N, d]`` in grid order, before the feature map; extra tokens before or after.
             grid: the grid of these tokens; ``key_grid`` that of k and v, in cross-attention.
+            extra: numbers of tokens before and after those of the grid that lie on none, others in every
+                call as may be. The convolution on v leaves them out. See ``extra_block`` of the config.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
-            group: ranks that hold one sequence, each the share that ``torch.tensor_split`` gives it, of which
-                all other tensors are then. See :func:`mhla_diffusion.ops.mhla_parallel`.
+            group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
+                it and ``extra`` tokens of its own, of which all other tensors are then. See
+                :func:`mhla_diffusion.ops.mhla_parallel`.
 
         Returns:
             ``[B, N, H d]``.
@@ -305,7 +341,7 @@ class MHLA(nn.Module):
             self.config.key_layout(key_grid)  # says what is missing
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        layout, key_layout, mixing = self.fit(grid, key_grid, device=q.device)
+        layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         attend: Callable[..., Tensor]
         if group is None:
             attend = functools.partial(mhla, key_layout=key_layout)
@@ -328,7 +364,7 @@ class MHLA(nn.Module):
             out = out * F.silu(self.gate(hidden_states))
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
-            out = out + _convolve(self.cpe, v, grid)
+            out = out + _convolve(self.cpe, v, layout)
         return out
 
     def _attend_in_parts(
@@ -341,7 +377,7 @@ class MHLA(nn.Module):
                 "tokens of other ranks"
             )
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        share, longer = divmod(layout.num_tokens, ranks)
+        share, longer = divmod(math.prod(layout.grid), ranks)
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
     def fit(
@@ -349,15 +385,30 @@ class MHLA(nn.Module):
         grid: tuple[int, ...],
         key_grid: tuple[int, ...] | None = None,
         *,
+        extra: tuple[int, int] | None = None,
         device: torch.device | None = None,
     ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
-        """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix."""
-        layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix(device)
+        """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix.
+
+        Raises:
+            ValueError: for extra tokens where they have no block and there are several others.
+        """
+        layout = _largest_layout(grid, self.blocks, self._no_extra if extra is None else extra)
+        mixing = self.mixing_matrix(device)
         keys, key_layout = layout.blocks, None
         if key_grid is not None and self.key_blocks is not None:
             key_layout = _largest_layout(key_grid, self.key_blocks)
             keys = key_layout.blocks
-        mixing = _resize(mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys))
+        mixing = _resize(
+            mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys), self._no_extra
+        )
+        if extra is not None and not self.config.extra_block:
+            if self.mixing is not None or key_layout is not None:
+                raise ValueError(
+                    f"this MHLA has no row and column of the mixing matrix for extra tokens, got {extra}: "
+                    "set extra_block=True in its MHLAConfig (self-attention alone), or blocks=1"
+                )
+            mixing = F.pad(mixing, (0, 1, 0, 1), value=1.0)  # plain linear attention: all tokens are alike
         return layout, key_layout, mixing
 
     @torch.no_grad()
@@ -386,14 +437,16 @@ def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
     return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
 
 
-def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``."""
-    images = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)  # [B, H d, *grid]
+def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:
+    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``, 0 for extra tokens."""
+    on_grid = v[:, :, layout.grid_tokens]
+    images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
     # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of
     # the computation, which stored weights need not have (layerwise casting).
     dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
     with torch.autocast(v.device.type, enabled=False):
-        return conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
+        out = conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
+    return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 
 
 def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:
@@ -402,18 +455,25 @@ def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout
     return BlockLayout.with_num_blocks(grid, blocks)
 
 
-def _largest_layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
+def _largest_layout(
+    grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None = None
+) -> BlockLayout:
     """The blocks on a grid, or as many along each axis as it has tokens."""
     if len(grid) != len(blocks):
         return BlockLayout(grid, blocks)  # says so
-    return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)))
+    return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)), extra)
 
 
-def _resize(mixing: Tensor, old: tuple[tuple[int, ...], ...], new: tuple[tuple[int, ...], ...]) -> Tensor:
+def _resize(
+    mixing: Tensor,
+    old: tuple[tuple[int, ...], ...],
+    new: tuple[tuple[int, ...], ...],
+    extra: tuple[int, int] | None,
+) -> Tensor:
     """A mixing matrix for other blocks of queries and keys."""
     # One token a block: resizing depends on the blocks alone.
     (from_layout, from_keys), (to_layout, to_keys) = (
-        (BlockLayout(blocks, blocks) for blocks in both) for both in (old, new)
+        (BlockLayout(blocks, blocks, extra) for blocks in both) for both in (old, new)
     )
     return resize_mixing(mixing, from_layout, to_layout, from_keys=from_keys, to_keys=to_keys)
 

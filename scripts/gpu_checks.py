@@ -253,7 +253,7 @@ def runtime_checks(at: Machine) -> Iterator[tuple[str, Check]]:
         return f"{len(x)} samples", torch.equal(out[-1:], last)
 
     def operators() -> tuple[str, bool]:
-        settings = (None, None, [32, 32], [4, 4], "relu", 1e-6, True, False)
+        settings = (None, None, [32, 32], [4, 4], None, "relu", 1e-6, True, False)
         leaves = [x.detach().requires_grad_() for x in (k, v)]
         torch.library.opcheck(torch.ops.mhla.summarize.default, (*leaves, *settings))
         summaries = torch.ops.mhla.summarize(k, v, *settings)

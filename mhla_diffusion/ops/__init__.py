@@ -4,7 +4,14 @@ from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout, recommended_layout
 from .mhla import mhla
-from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing, resize_mixing
+from .mixing import (
+    MIXING_STARTS,
+    block_distances,
+    extend_mixing,
+    initial_mixing,
+    locality_mixing,
+    resize_mixing,
+)
 from .parallel import exchanged_bytes, mhla_parallel
 from .reference import mhla_causal_reference, mhla_reference
 
@@ -17,6 +24,7 @@ __all__ = [
     "apply_rotary_emb",
     "block_distances",
     "exchanged_bytes",
+    "extend_mixing",
     "initial_mixing",
     "locality_mixing",
     "mhla",

@@ -242,7 +242,7 @@ def _vector(*tensors: Tensor) -> int:
 def _parts(name: str, x: Tensor, layout: BlockLayout) -> int:
     """How many programs share a block."""
     programs = x.shape[0] * x.shape[1] * layout.num_blocks
-    most = math.prod(layout.block_shape) // _FEWEST
+    most = layout.block_size // _FEWEST
     return max(1, min(most, -(-_PROGRAMS[name] // max(1, programs))))
 
 
