@@ -75,7 +75,7 @@ def grid_of_latents(latents: Tensor, *, patch_size: tuple[int, ...]) -> Grid:
 def _append_grid(
     rope: nn.Module, args: tuple[Any, ...], tables: tuple[Tensor, ...], *, grid_of: Callable[..., Grid]
 ) -> tuple[Tensor, ...]:
-    return *tables, args[0].new_empty(*grid_of(*args), 0)
+    return *tables, tables[0].new_empty(*grid_of(*args), 0)
 
 
 def _add_argument(

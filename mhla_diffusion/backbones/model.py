@@ -65,6 +65,10 @@ class MHLAModelMixin(ModelMixin):
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        self_attention: the name of self-attention in a layer.
+        extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
+            nothing else is said; they are a block of their own (``extra_block`` of the config).
+        time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -72,6 +76,9 @@ class MHLAModelMixin(ModelMixin):
     stock: ClassVar[type[Any]]
     stock_attention: ClassVar[str] = "softmax"
     old_norm_type: ClassVar[str] = ""
+    self_attention: ClassVar[str] = "attn1"
+    extra_tokens: int = 0
+    time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
@@ -112,6 +119,8 @@ class MHLAModelMixin(ModelMixin):
             ValueError: for what does not fit together; the message says what and what to do.
         """
         config, grid = as_config(mhla_config), tuple(grid)
+        if cls.extra_tokens:
+            config = dataclasses.replace(config, extra_block=True)
         kinds = layer_attention(attention, config.layers, num_layers, stock=cls.stock_attention)
         if "mhla" in kinds:
             check_blocks(config, grid)
@@ -125,7 +134,7 @@ class MHLAModelMixin(ModelMixin):
     ) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
         self.stock.__init__(self, **stock)
-        self.set_attention([block.attn1 for block in layers(self)], plan)
+        self.set_attention([getattr(block, self.self_attention) for block in layers(self)], plan)
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""
@@ -144,7 +153,9 @@ class MHLAModelMixin(ModelMixin):
     def set_layer(self, layer: Any, kind: str, plan: LayerPlan) -> None:
         """Put attention of this kind into one self-attention layer."""
         if kind != self.stock_attention:
-            config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
+            config = plan.config
+            if kind == "linear":
+                config = dataclasses.replace(config, blocks=1, extra_block=False)
             processor = MHLAAttnProcessor(
                 config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
                 query_dim=layer.to_q.in_features,
@@ -218,7 +229,7 @@ class MHLAModelMixin(ModelMixin):
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)
-        resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
+        resized = cls._other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
         wanted = kwargs.pop("mhla_config") if resized else None
         try:
             model, info = super().from_pretrained(
@@ -250,6 +261,15 @@ class MHLAModelMixin(ModelMixin):
                 blocks = model.mixing_blocks
                 logger.warning("%s %s in place of %s: the blocks stay %s", name, now, then, blocks)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _other_blocks(cls, stored: dict[str, Any] | None, wanted: ConfigChoice) -> bool:
+        """Tell from two configs that their mixing matrices differ in size."""
+        if stored is None or wanted is None:
+            return False
+        before, after = as_config(stored), as_config(wanted)
+        extra_differs = before.extra_block != after.extra_block and not cls.extra_tokens
+        return before.blocks != after.blocks or extra_differs
 
 
 class RotaryVideoMixin(MHLAModelMixin):
@@ -294,12 +314,6 @@ def as_config(mhla_config: ConfigChoice) -> MHLAConfig:
     if mhla_config is None:
         return MHLAConfig()
     return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
-
-
-def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:
-    if stored is None or wanted is None:
-        return False
-    return as_config(stored).blocks != as_config(wanted).blocks
 
 
 def layer_attention(
