@@ -175,7 +175,8 @@ def plan(
 
     Args:
         model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
-            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Wan2.1-1.3B, Wan2.1-14B.
+            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Qwen-Image, Wan2.1-1.3B,
+            Wan2.1-14B.
         height: of the output in pixels.
         width: of the output in pixels.
         frames: of the output, for video models.

@@ -8,7 +8,7 @@ of positions, a list of images), and its texts have masks and positions, which t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -39,6 +39,7 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
             ``use_layer3d_rope``: the layers of one picture, of Qwen-Image-Layered, are many grids.
     """
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"Qwen-Image": {}}
     self_attention = "attn"
     extra_tokens = 128  # the pipelines pad texts to the longest of a batch, of 512 at most
     time_scale = 1
