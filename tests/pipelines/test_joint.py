@@ -1,4 +1,4 @@
-"""Pipelines of models with joint attention: diffusers' own, around our transformer."""
+"""Pipelines whose self-attention sees more than a grid: a text beside an image, pictures ahead of a video."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
+    LTXVideoTransformer3DModel,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -122,3 +126,58 @@ def test_images_of_prompts_are_generated_in_a_folder(
     pictures = sorted((tmp_path / "out").rglob("*.png"))
     assert len(pictures) == 4
     assert {Image.open(path).size for path in pictures} == {(32, 32)}
+
+
+@pytest.fixture
+def condition_pipeline(text_parts: dict[str, Any]) -> LTXConditionPipeline:
+    """Videos of texts and pictures, 4 pixels and 2 frames to a latent."""
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=1, patch_size_t=1,
+        spatio_temporal_scaling=(True, True, False, False), encoder_causal=True, decoder_causal=False,
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+    )  # fmt: skip
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    transformer = LTXVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=8, num_layers=2,
+        cross_attention_dim=24, caption_channels=16,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return LTXConditionPipeline(scheduler, vae.eval(), **text_parts, transformer=transformer.eval())
+
+
+def test_pictures_ahead_of_a_video_need_a_block_of_their_own(
+    condition_pipeline: LTXConditionPipeline, tmp_path: Path
+) -> None:
+    condition_pipeline.save_pretrained(tmp_path / "stock")
+    config: dict[str, Any] = {"blocks": (1, 2, 2)}
+    with pytest.raises(ValueError, match="ahead of those of the video, on no grid: set extra_block=True"):
+        MHLAPipeline.from_pretrained(tmp_path / "stock", mhla_config=config)
+    config["extra_block"] = True
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "stock", mhla_config=config)
+    assert type(pipeline) is LTXConditionPipeline
+    calls: list[Any] = []
+    processor = pipeline.transformer.transformer_blocks[0].attn1.processor
+    processor.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((kwargs["grid"], kwargs.get("extra"))), with_kwargs=True
+    )
+    settings = {
+        "num_frames": 17, "height": 32, "width": 64, "max_sequence_length": 16, "output_type": "pt",
+        "num_inference_steps": 2, "decode_timestep": 0.0,
+    }  # fmt: skip
+    videos = {}
+    for frame, extra in ((0, None), (8, (128, 0))):
+        condition = LTXVideoCondition(image=Image.new("RGB", (64, 32), "red"), frame_index=frame)
+        generator = torch.Generator().manual_seed(0)
+        videos[frame] = pipeline(
+            prompt="a cat", conditions=[condition], generator=generator, **settings
+        ).frames
+        assert videos[frame].shape == (1, 17, 3, 32, 64)
+        assert videos[frame].isfinite().all()
+        assert {call[1] for call in calls} == {extra}
+        calls.clear()
+    pipeline.save_pretrained(tmp_path / "converted")
+    again = MHLAPipeline.from_pretrained(tmp_path / "converted")
+    assert again.transformer.config.mhla_config["extra_block"] is True
