@@ -163,7 +163,7 @@ def join_heads(attn: Any, streams: Sequence[Tensor], norm: str) -> Tensor:
 
 
 def joint_mask(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """Which tokens count of a text, ``[B, N]``, and after it of an image: all."""
+    """Mask ``[B, N]`` of the tokens of a text, and after it of an image, which all count."""
     return None if mask is None else F.pad(mask.bool(), (0, hidden_states.shape[1]), value=True)
 
 
