@@ -72,7 +72,7 @@ class MHLAAttnProcessor(MHLA):
                 and for keys that the processor was not built for.
         """
         text = encoder_hidden_states if is_joint(attn) else None
-        keys = encoder_hidden_states if text is None else None
+        keys = None if is_joint(attn) else encoder_hidden_states
         self._check_call(grid, keys, attention_mask)
         assert grid is not None
         config = self._parallel_config and self._parallel_config.context_parallel_config
@@ -88,16 +88,12 @@ class MHLAAttnProcessor(MHLA):
         )  # fmt: skip
 
         def between_projections(*projected: Tensor) -> Tensor:
-            q, k, v = (
-                join_heads(attn, projected[i::4], norm) for i, norm in enumerate(("norm_q", "norm_k", ""))
-            )
-            x = projected[3::4]
-            together = x[0] if self.gate is None or len(x) == 1 else torch.cat(x[::-1], 1)
-            return attend(q, k, v, hidden_states=together)
+            q, k, v, x = (projected[i::4] for i in range(4))
+            gated = x[0] if self.gate is None or text is None else torch.cat(x[::-1], 1)
+            q_heads, k_heads = join_heads(attn, q, "norm_q"), join_heads(attn, k, "norm_k")
+            return attend(q_heads, k_heads, join_heads(attn, v), hidden_states=gated)
 
-        projected = [*_project(attn, hidden_states, hidden_states if keys is None else keys), hidden_states]
-        if text is not None:
-            projected += attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text), text
+        projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
         if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
@@ -106,14 +102,7 @@ class MHLAAttnProcessor(MHLA):
             out = checkpoint(between_projections, *projected, use_reentrant=False, determinism_check="none")
         else:
             out = between_projections(*projected)
-        if text is not None:
-            text, out = out[:, : text.shape[1]], out[:, text.shape[1] :]
-            text = text if attn.context_pre_only else attn.to_add_out(text)
-            return attn.to_out[1](attn.to_out[0](out)), text
-        out = attn.to_out[1](attn.to_out[0](out))
-        if getattr(attn, "residual_connection", False):
-            out = out + hidden_states
-        return out / getattr(attn, "rescale_output_factor", 1.0)
+        return _project_out(attn, out, hidden_states, text)
 
     def _check_call(
         self, grid: tuple[int, ...] | None, encoder_hidden_states: Tensor | None, mask: Tensor | None
@@ -140,12 +129,31 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _project(attn: Attention, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, N, D]``, from one layer where ``fuse_qkv_projections`` made it."""
+def _project(attn: Any, hidden_states: Tensor, source: Tensor, text: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values ``[B, N, D]`` and what they are made of; in joint attention the text's too.
+
+    From one layer where ``fuse_qkv_projections`` made it.
+    """
     if getattr(attn, "fused_projections", False) and source is hidden_states:
-        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        return q, k, v
-    return attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        projected = [*attn.to_qkv(hidden_states).chunk(3, dim=-1), hidden_states]
+    else:
+        projected = [attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states]
+    if text is not None:
+        projected += [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text), text]
+    return projected
+
+
+def _project_out(
+    attn: Any, out: Tensor, hidden_states: Tensor, text: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What the layer returns: the tokens, or in joint attention those of the image and those of the text."""
+    if text is not None:
+        of_text, out = out[:, : text.shape[1]], out[:, text.shape[1] :]
+        return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(of_text)
+    out = attn.to_out[1](attn.to_out[0](out))
+    if getattr(attn, "residual_connection", False):
+        out = out + hidden_states
+    return out / getattr(attn, "rescale_output_factor", 1.0)
 
 
 def is_joint(attn: Any) -> bool:
@@ -153,13 +161,20 @@ def is_joint(attn: Any) -> bool:
     return getattr(attn, "add_q_proj", None) is not None
 
 
-def join_heads(attn: Any, streams: Sequence[Tensor], norm: str) -> Tensor:
-    """``[B, N, D]`` of an image and, in joint attention, of a text to ``[B, H, N, d]``, the text first."""
-    norms = norm, norm.replace("norm", "norm_added")
-    heads = [split_heads(x, getattr(attn, n, None), attn.heads) for x, n in zip(streams, norms, strict=False)]
-    if len(heads) == 1:
+def join_heads(attn: Any, streams: Sequence[Tensor], norm: str = "") -> Tensor:
+    """``[B, N, D]`` of an image and, in joint attention, of a text to ``[B, H, N, d]``, the text first.
+
+    Args:
+        attn: the layer.
+        streams: what it projected.
+        norm: the name of its norm, ``"norm_q"`` or ``"norm_k"``, which texts have as ``"norm_added_q"``.
+    """
+    heads = [split_heads(streams[0], getattr(attn, norm) if norm else None, attn.heads)]
+    if len(streams) == 1:
         return heads[0]
-    return torch.cat([x.transpose(1, 2) for x in reversed(heads)], 1).transpose(1, 2)
+    added = getattr(attn, norm.replace("norm", "norm_added")) if norm else None
+    heads.insert(0, split_heads(streams[1], added, attn.heads))
+    return torch.cat([x.transpose(1, 2) for x in heads], 1).transpose(1, 2)
 
 
 def joint_mask(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
