@@ -307,7 +307,7 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
         for name, operators in counter.get_flop_counts().items()
         if name.startswith(prefix)
     }
-    attention = model.self_attention
+    attention = model.attention_name
     projections = sum(flops for name, flops in counts.items() if name.startswith(f"{attention}."))
     operators = _count_operators(model, 0)[0] * (counts[attention] - projections)
     return {

@@ -65,7 +65,7 @@ class MHLAModelMixin(ModelMixin):
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
-        self_attention: the name of self-attention in a layer.
+        attention_name: of self-attention in a block.
         extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
             nothing else is said; they are a block of their own (``extra_block`` of the config).
         time_scale: times are 0 to this.
@@ -76,7 +76,7 @@ class MHLAModelMixin(ModelMixin):
     stock: ClassVar[type[Any]]
     stock_attention: ClassVar[str] = "softmax"
     old_norm_type: ClassVar[str] = ""
-    self_attention: ClassVar[str] = "attn1"
+    attention_name: ClassVar[str] = "attn1"
     extra_tokens: int = 0
     time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
@@ -134,7 +134,7 @@ class MHLAModelMixin(ModelMixin):
     ) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
         self.stock.__init__(self, **stock)
-        self.set_attention([getattr(block, self.self_attention) for block in layers(self)], plan)
+        self.set_attention([getattr(block, self.attention_name) for block in layers(self)], plan)
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""

@@ -40,7 +40,7 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"Qwen-Image": {}}
-    self_attention = "attn"
+    attention_name = "attn"
     extra_tokens = 128  # the pipelines pad texts to the longest of a batch, of 512 at most
     time_scale = 1
     vae_stride = (8, 8)

@@ -60,7 +60,7 @@ class Case:
 
     def attention(self, block: Any) -> Any:
         """The self-attention of a block."""
-        return getattr(block, self.model.self_attention)
+        return getattr(block, self.model.attention_name)
 
     def stock(self, **settings: Any) -> Any:
         model = self.model.stock(**{**self.settings, **settings})

@@ -75,10 +75,10 @@ def with_cache(case: Case, model: Any, cache: Any) -> list[Tensor] | str:
 def test_what_caches_take_of_the_stock_model_they_take_of_ours(name: str, cache: str) -> None:
     case = CASES[name]
     settings = {"num_layers": 4, "out_channels": case.settings["in_channels"]}
-    of_stock = with_cache(case, case.stock(**settings), CACHES[cache](case.model.self_attention))
+    of_stock = with_cache(case, case.stock(**settings), CACHES[cache](case.model.attention_name))
     model = case.make(**settings, attention=["mhla", case.stock_kind, "mhla", "mhla"], mhla=EVERY_PART)
     plain = [sample(model, case.inputs(model, case.grids[3]))]
-    found = with_cache(case, model, CACHES[cache](case.model.self_attention))
+    found = with_cache(case, model, CACHES[cache](case.model.attention_name))
     if isinstance(of_stock, str):
         assert isinstance(found, str), f"ours takes what stock refuses: {of_stock}"
         pytest.skip(f"the stock model takes no {cache}: {of_stock[:80]}")
@@ -166,7 +166,7 @@ def test_adapters_are_trained_saved_and_loaded(name: str, tmp_path: Path) -> Non
     model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(model, case.grids[3])
     plain = sample(model, inputs).detach()
-    targets = [f"{case.model.self_attention}.{name}" for name in ("to_q", "to_v", "processor.gate")]
+    targets = [f"{case.model.attention_name}.{name}" for name in ("to_q", "to_v", "processor.gate")]
     model.add_adapter(LoraConfig(r=2, target_modules=targets), adapter_name="style")
     assert torch.equal(sample(model, inputs), plain), "an adapter starts as nothing"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

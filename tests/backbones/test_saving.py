@@ -147,7 +147,7 @@ def test_the_stock_class_refuses_linear_attention_or_warns_of_it(
             case.model.stock.from_pretrained(tmp_path)
         return
     case.model.stock.from_pretrained(tmp_path)
-    dropped = f"{case.model.self_attention}.processor.mixing"
+    dropped = f"{case.model.attention_name}.processor.mixing"
     assert dropped in caplog.text, "every weight that it drops is named"
 
 
