@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhla_diffusion import MHLAQwenImageTransformer2DModel, convert_to_mhla
+from mhla_diffusion.backbones import processors
 from mhla_diffusion.backbones.processors import MHLAAttnProcessor, _tokens_beyond
 from mhla_diffusion.ops import BlockLayout, mhla_reference, resize_mixing
 
-from .cases import CASES, sample
+from .cases import CASES, EVERY_PART, sample
 
 AssertClose = Callable[..., None]
 CASE = CASES["QwenImage"]
@@ -81,6 +82,35 @@ def test_padding_of_the_text_does_not_count(assert_close: AssertClose) -> None:
         found = sample(model, {**padded, "encoder_hidden_states_mask": F.pad(mask, (0, 9))})
         assert_close(found, expected)
         assert (sample(model, padded) - expected).abs().max() > 1e-3, "without a mask it would"
+
+
+def test_the_backward_computes_norms_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CASE.make(mhla=EVERY_PART)
+    inputs = CASE.inputs(model, (3, 5))
+
+    def gradients() -> list[Tensor | None]:
+        loss = sample(model, inputs).square().mean()
+        return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+    expected = gradients()
+    calls: list[int] = []
+    model.transformer_blocks[0].attn.processor.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(processors, "_MANY_TOKENS", 1)
+    for gradient, reference in zip(gradients(), expected, strict=True):
+        assert (gradient is None) == (reference is None)
+        if gradient is not None and reference is not None:
+            torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 2, "once on the way, once on the way back"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_texts_of_any_length_are_compiled_in_one_piece(assert_close: AssertClose) -> None:
+    model = CASE.make(num_layers=1, mhla=EVERY_PART)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for text in (5, 9, 14, 5):
+        inputs = inputs_with_text(model, text)
+        assert_close(sample(compiled, inputs), sample(model, inputs))
 
 
 def test_blocks_that_weigh_all_alike_are_linear_attention(assert_close: AssertClose) -> None:
