@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (2, 20), "rotary": True, "mask": True},
     "extra tokens, shared by programs": {"grid": (4, 4), "blocks": (2, 2), "extra": (300, 0)},
     "bfloat16, extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (1, 9), "dtype": "bfloat16"},
+    "extra tokens beside 64 blocks": {"grid": (8, 8), "blocks": (8, 8), "extra": (1, 3)},
     "no extra tokens this time": {"grid": (4, 4), "blocks": (2, 2), "extra": (0, 0)},
     "nothing seen": {"grid": (4, 6), "blocks": (2, 2), "nothing": True},
     "nothing seen, bfloat16": {"grid": (4, 6), "blocks": (2, 2), "nothing": True, "dtype": "bfloat16"},
