@@ -9,11 +9,10 @@ sides of every ratio.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
-from .backbones.model import layer_attention
+from .backbones.model import layer_settings
 from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
@@ -55,7 +54,8 @@ class Plan:
         layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe: whether linear layers have an output gate, and a convolution on v.
+        gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
+            window, and learned features, which are twice as wide.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -74,6 +74,8 @@ class Plan:
     linear_layers: int
     gate: bool
     cpe: bool
+    local: bool
+    hedgehog: bool
     layer: dict[str, int]
     projections: int
     rest: int
@@ -85,13 +87,21 @@ class Plan:
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
+        Learned features double the linear forms and add ``4 N d^2 H``; a softmax window of n tokens adds
+        ``4 N n d H``.
         Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads
         mixing = 2 * self.layout.num_blocks**2 if attention == "mhla" and self.layout.num_blocks > 1 else 0
-        return (4 * tokens + mixing) * d**2 * self.heads
+        flops = (4 * tokens + mixing) * d**2
+        if self.hedgehog:
+            flops = 2 * flops + 4 * tokens * d**2
+        if self.local and attention == "mhla":
+            extra = sum(self.layout.extra or ())
+            flops += 4 * ((tokens - extra) * math.prod(self.layout.block_shape) + extra**2) * d
+        return flops * self.heads
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
@@ -114,6 +124,14 @@ class Plan:
             layer["attention operator"] + layer["gate and convolution"]
         )
 
+    def with_config(self, config: MHLAConfig) -> Plan:
+        """Return the plan of the same model and size with these settings in its linear layers."""
+        layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
+        return replace(
+            self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
+            local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
+        )  # fmt: skip
+
     @property
     def _fixed_flops(self) -> int:
         others = self.operators - self.linear_operators
@@ -133,13 +151,15 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """Speed-up of the whole model if linear attention, gate and convolution cost nothing."""
+        """Speed-up of the whole model if linear attention and what is beside it cost nothing."""
         return self.model_flops("softmax") / self._fixed_flops
 
     @property
     def mixing_share(self) -> float:
         """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        return 1 - self.operator_flops("linear") / self.operator_flops("mhla")
+        blocks = self.layout.num_blocks
+        mixing = 2 * blocks**2 if blocks > 1 else 0
+        return mixing / (4 * self.layout.num_tokens + mixing)
 
     @property
     def operator_bytes(self) -> int:
@@ -166,6 +186,8 @@ def plan(
     blocks: int | tuple[int, ...] | None = None,
     gate: bool | None = None,
     cpe: bool | None = None,
+    local: bool | None = None,
+    hedgehog: bool | None = None,
     linear_layers: int | None = None,
     vae_stride: int | None = None,
     extra_tokens: int | None = None,
@@ -183,6 +205,8 @@ def plan(
         blocks: number in all or along each axis; by default the model's own, else the recommended ones.
         gate: whether MHLA has an output gate; by default as in the model's config, else no.
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
+        local: whether MHLA has a softmax window; by default as in the model's config, else no.
+        hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
             stock model comes with: 8 for DiT and Wan2.1. Wan2.2-TI2V-5B has 16, models of pixels have 1.
@@ -207,7 +231,10 @@ def plan(
                 f"{'' if transformer.extra_tokens else 'not '}in {model}; got {extra_tokens}"
             )
         transformer.extra_tokens = extra_tokens
-    given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
+    given = {
+        "blocks": blocks, "gate": gate, "cpe": cpe, "local": local, "hedgehog": hedgehog,
+        "linear_layers": linear_layers,
+    }  # fmt: skip
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
     if not 1 <= settings["linear_layers"] <= config.num_layers:
@@ -215,7 +242,7 @@ def plan(
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
     if transformer.extra_tokens:
-        layout = dataclasses.replace(layout, extra=(transformer.extra_tokens, 0))
+        layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
     return Plan(
         model=model,
@@ -263,6 +290,11 @@ def load_model_config(model: str) -> dict[str, Any]:
     return {**config, "_class_name": ours.stock.__name__}
 
 
+def count_parameters(model: str) -> int:
+    """Count the parameters of a model with its stock attention; see :func:`load_model_config`."""
+    return sum(weight.numel() for weight in _stock_model(load_model_config(model)).parameters())
+
+
 def _stock_model(config: dict[str, Any]) -> Any:
     """Our form of a model with its stock attention in every layer, on the meta device."""
     ours = backbone_of_config(config)
@@ -274,17 +306,23 @@ def _stock_model(config: dict[str, Any]) -> Any:
 
 
 def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Read what the stored config says of MHLA; a stock model becomes linear throughout."""
+    """Read what the stored config says of MHLA in its first linear layer; a stock model becomes linear."""
     num_layers, stock = model.config.num_layers, model.stock_attention
-    mhla = MHLAConfig.from_dict(dict(stored.get("mhla_config") or {}))
-    kinds = layer_attention(stored.get("attention", stock), mhla.layers, num_layers, stock=stock)
-    if set(kinds) == {stock}:
-        return {"linear_layers": num_layers, "blocks": None, "gate": False, "cpe": False}
+    kinds, configs = layer_settings(
+        stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
+    )
+    linear = [number for number, kind in enumerate(kinds) if kind != stock]
+    mhla = configs[linear[0] if linear else 0]
+    if not linear:
+        none = dict.fromkeys(("gate", "cpe", "local", "hedgehog"), False)
+        return {"linear_layers": num_layers, "blocks": None, **none}
     return {
         "linear_layers": num_layers - kinds.count(stock),
         "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
+        "local": mhla.local is not None,
+        "hedgehog": mhla.feature_map == "hedgehog",
     }
 
 

@@ -104,11 +104,9 @@ def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
     return None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
 
 
-def turn_all(
-    rotary_emb: RotaryEmbedding | None, tokens: int, extra: tuple[int, int] | None
-) -> RotaryEmbedding | None:
+def turn_all(rotary_emb: RotaryEmbedding, tokens: int, extra: tuple[int, int] | None) -> RotaryEmbedding:
     """Tables ``[..., N, d / 2]`` of all tokens, from those of the grid's alone: extra ones are not turned."""
-    if rotary_emb is None or extra is None or rotary_emb[0].shape[-2] == tokens:
+    if extra is None or rotary_emb[0].shape[-2] == tokens:
         return rotary_emb
     cos, sin = rotary_emb
     return F.pad(cos, (0, 0, *extra), value=1.0), F.pad(sin, (0, 0, *extra))

@@ -70,7 +70,7 @@ def mhla(
     )  # fmt: skip
     q, k, v = as_autocast(q, k, v)
     dtype = dtype or v.dtype
-    rotary = rotary_table(turn_all(rotary_emb, layout.num_tokens, layout.extra))
+    rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
     features = Features(feature_map, eps, normalizer == "paper", rotary)
     key_features = dataclasses.replace(features, mask=key_mask)
     summaries = summarize(k, v, key_layout or layout, key_features)

@@ -62,7 +62,7 @@ def mhla_parallel(
     Raises:
         ValueError: for arguments that do not fit together.
     """
-    rotary_emb = turn_all(rotary_emb, k.shape[2], layout.extra)
+    rotary_emb = rotary_emb and turn_all(rotary_emb, k.shape[2], layout.extra)
     _check(q, k, v, mixing, layout, start, feature_map, normalizer, rotary_emb, key_mask)
     q, k, v = as_autocast(q, k, v)
     tokens = k.shape[2]
