@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
+from .pictures import WHITE
 from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
 from .video_reader import Frames, IndexedReader
@@ -60,7 +61,9 @@ class VideoReader(Protocol):
         ...
 
 
-def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> VideoReader:
+def open_video(
+    path: str | os.PathLike[str], *, decoder: Decoder = "auto", background: str = WHITE
+) -> VideoReader:
     """Open a video for reading.
 
     Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
@@ -76,6 +79,7 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
             PyAV, which is faster: clips of H.264 took 0.4 to 0.8 times as long as with decord, whose proof
             comes before the first (docs/performance.md, "Reading clips").
             ``"torchcodec"``, which old configs name, is read with PyAV, too.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
@@ -87,12 +91,12 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
         raise ValueError(f"decoder must be one of {', '.join(get_args(Decoder))}, got {decoder!r}")
     path = os.fspath(path)
     if os.path.isdir(path):
-        return FrameFolder(path)
+        return FrameFolder(path, background)
     if find_spec("av") is None:
         raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
     if decoder == "torchcodec":
         _say_that_torchcodec_is_not_used()
-    return DecordReader(path) if decoder == "decord" else IndexedReader(path)
+    return DecordReader(path) if decoder == "decord" else IndexedReader(path, background)
 
 
 @cache

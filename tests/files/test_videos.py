@@ -300,7 +300,9 @@ def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) ->
     with pytest.raises(UnreadableVideoError, match=r"of one size, got .*1\.png 6 x 8, .*2\.png 6 x 9"):
         open_video(folder).read([0, 1])
     Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(folder / "3.png")
-    with pytest.raises(UnreadableVideoError, match=r"3\.png: pixels of mode I;16 do not fit into RGB"):
+    with pytest.raises(
+        UnreadableVideoError, match=r"3\.png cannot be read \(integer pixels from 4000 to 4000 would"
+    ):
         open_video(folder).read([2])
     (folder / "4.png").write_bytes((folder / "1.png").read_bytes()[:40])
     with pytest.raises(UnreadableVideoError, match=r"4\.png cannot be read"):

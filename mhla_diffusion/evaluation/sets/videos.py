@@ -15,17 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files.manifest import MANIFEST
+from ...files.pictures import VIDEO_CONVERSION, WHITE, background_color
 from ...files.videos import VIDEO_EXTENSIONS, clip_indices, open_video
 from .archives import open_archives
 from .arrays import describe_kind, file_kind, require_regular
-from .images import IMAGES
+from .images import image_kind
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
 RATES_LOOKED_AT = 32
 
 
 def open_videos(
-    path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0, frame_wise: bool = False
+    path: str | Path,
+    *,
+    frames: int = 16,
+    stride: int = 1,
+    seed: int = 0,
+    frame_wise: bool = False,
+    background: str = WHITE,
 ) -> SampleSet:
     """Open the videos of a set, a clip of each or, when ``frame_wise``, its frames; decode none.
 
@@ -35,18 +42,21 @@ def open_videos(
         frames: of a clip.
         stride: frames of the video from one of the clip to the next.
         seed: of the frames at which clips begin.
+        frame_wise: give frames, as images.
+        background: colour behind transparent pixels.
 
     Raises:
         ValueError: when there is nothing at ``path``, no video in it, or a clip has no frames.
     """
     if frames < 1 or stride < 1:
         raise ValueError(f"frames and stride must be at least 1, got {frames} and {stride}")
+    background_color(background)
     path = Path(path)
     kind = SampleKind(
         name="video",
         extensions=VIDEO_EXTENSIONS,
-        read=partial(read_clip, frames=frames, stride=stride, seed=seed),
-        conversion="RGB, 8 bits, as the decoder gives it; grayscale repeated",
+        read=partial(read_clip, frames=frames, stride=stride, seed=seed, background=background),
+        conversion=VIDEO_CONVERSION.format(background=background),
         published_count=2_048,
         sampling=f"one clip a video, {frames} frames with stride {stride}, from a random frame (seed {seed})",
     )
@@ -200,7 +210,7 @@ class FramesOfVideos(SampleSet):
     def __post_init__(self) -> None:
         videos = self.videos
         self.kind = replace(
-            IMAGES,
+            image_kind(),
             conversion=videos.kind.conversion,
             sampling=f"every frame of {videos.kind.sampling}",
             published_count=videos.kind.published_count * self.frames,
@@ -240,13 +250,13 @@ class _Once:
         return self.clip[index]
 
 
-def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:
+def read_clip(path: Path, *, frames: int, stride: int, seed: int, background: str = WHITE) -> Pixels:
     """Read one clip of a video, uint8 ``[F, H, W, 3]``.
 
     Raises:
         UnreadableVideoError: when it cannot be decoded or is too short.
     """
-    reader = open_video(path)
+    reader = open_video(path, background=background)
     return reader.read(_indices(path.name, reader.num_frames, frames=frames, stride=stride, seed=seed))
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...hub import component_subfolder
 from ..text import TextConfig
 from .images import ImageSource
-from .shards import Shards
+from .shards import Shards, read_record
 from .videos import VideoSource
 
 
@@ -80,6 +80,9 @@ class ImageLatents(ImageSource):
         if self.flip:
             raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
 
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
     def open(self) -> CachedLatents:
         return CachedLatents(self.path)
 
@@ -126,5 +129,14 @@ class VideoLatents(VideoSource):
 
     path: str
 
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
     def open(self) -> CachedVideoLatents:
         return CachedVideoLatents(self.path)
+
+
+def _facts(path: str) -> dict[str, Any]:
+    """What a model card says of the data that a cache was made of."""
+    background = read_record(Path(path))["config"]["data"].get("background")
+    return {} if background is None else {"transparent pixels": f"on {background}"}

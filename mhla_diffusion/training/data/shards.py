@@ -54,7 +54,7 @@ class Shards:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():
             raise ValueError(f"{path} holds no latent cache; make one with mhla cache-latents")
-        self.record: dict[str, Any] = _read_record(self.path / _RECORD)
+        self.record: dict[str, Any] = read_record(self.path)
         if "id" not in self.record:
             logger.warning("%s has no hashes, as earlier versions wrote none: it cannot be checked", path)
         self.files = [_shard(self.path, number) for number in range(self.record["num_shards"])]
@@ -248,7 +248,7 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
     path = folder / _RECORD
     record = json.loads(json.dumps(record))
     if path.is_file():
-        old = _read_record(path)
+        old = read_record(folder)
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
@@ -265,7 +265,13 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
     return cache
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what a cache was made from.
+
+    Raises:
+        ValueError: when the record is damaged.
+    """
+    path = folder / _RECORD
     try:
         record = json.loads(path.read_text())
         return {**record, "config": dict(record["config"]), "num_shards": int(record["num_shards"])}

@@ -28,6 +28,11 @@ class Source(ABC):
             ValueError: when it is not there, or not of the form that it should have.
         """
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a model card says of the source, in the card's words."""
+        background = getattr(self, "background", None)
+        return {} if background is None else {"transparent pixels": f"on {background}"}
+
     @classmethod
     def by_name(cls) -> dict[str, type[Source]]:
         """Return every source of this kind under its name.

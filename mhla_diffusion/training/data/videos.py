@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ...files.pictures import WHITE, background_color
 from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
 from .captions import read_captions
 from .sources import Source, SourceConfig
@@ -61,8 +62,10 @@ class VideoFile:
 class VideoFiles:
     """Videos in files. Each is opened, read and closed by whoever loads the sample."""
 
-    def __init__(self, files: Sequence[VideoFile], *, decoder: Decoder = "auto") -> None:
-        self.files, self.decoder = list(files), decoder
+    def __init__(
+        self, files: Sequence[VideoFile], *, decoder: Decoder = "auto", background: str = WHITE
+    ) -> None:
+        self.files, self.decoder, self.background = list(files), decoder, background
         self.captions = [file.caption for file in self.files]
 
     def name(self, index: int) -> str:
@@ -70,7 +73,7 @@ class VideoFiles:
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
-        reader = open_video(file.path, decoder=self.decoder)
+        reader = open_video(file.path, decoder=self.decoder, background=self.background)
         last = reader.num_frames - 1 if file.last is None else file.last
         try:
             step = 1.0 if fps is None else reader.fps / fps
@@ -115,6 +118,7 @@ class FileSource(ClipSource):
     Args:
         fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
         decoder: see :func:`mhla_diffusion.files.videos.open_video`.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
     Raises:
         ValueError: for a value out of its range.
@@ -122,9 +126,11 @@ class FileSource(ClipSource):
 
     fps: float | None = None
     decoder: Decoder = "auto"
+    background: str = WHITE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        background_color(self.background)
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"data.fps must be positive, got {self.fps}")
 
@@ -144,7 +150,7 @@ class FolderVideos(FileSource):
 
     def open(self) -> VideoFiles:
         files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
-        return VideoFiles(files, decoder=self.decoder)
+        return VideoFiles(files, decoder=self.decoder, background=self.background)
 
 
 class VideoSamples:
