@@ -134,6 +134,7 @@ def evaluate_videos(
     *,
     frames: int = 16,
     stride: int = 1,
+    fps: float | None = None,
     frame_wise: bool = False,
     metrics: str | Sequence[str] = "auto",
     extractor: str | FeatureExtractor | Sequence[str | FeatureExtractor] = "auto",
@@ -152,8 +153,8 @@ def evaluate_videos(
     """Score generated videos against real ones by the features of one clip of each.
 
     The clip begins at a random frame, which depends on ``seed`` and the name of the file alone. Memory does
-    not depend on the number of videos. Generated videos should come with as many frames per second as the
-    real ones.
+    not depend on the number of videos. Where the sets have other frames per second, ``fps`` takes
+    clips of both by time.
 
     Args:
         real: folder of videos or of folders of frames, zip or tar, npy of clips, see
@@ -162,6 +163,8 @@ def evaluate_videos(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
+        fps: frames per second of a clip, chosen by the time at which they are shown, in place of a stride;
+            videos with fewer are skipped and counted.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
         metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
             ``frechet_per_class``; ``auto`` are all that the sets allow.
@@ -198,6 +201,7 @@ def evaluate_videos(
             open_videos,
             frames=frames,
             stride=stride,
+            fps=fps,
             seed=seed,
             frame_wise=frame_wise,
             background=background,

@@ -26,7 +26,6 @@ __all__ = [
     "Frames",
     "UnreadableVideoError",
     "VideoReader",
-    "clip_indices",
     "is_frame_folder",
     "open_video",
     "require_video_writer",
@@ -102,45 +101,6 @@ def open_video(
 @cache
 def _say_that_torchcodec_is_not_used() -> None:
     logger.warning("The decoder torchcodec is no longer used; videos are read with PyAV.")
-
-
-def clip_indices(
-    num_frames: int,
-    *,
-    length: int,
-    step: float = 1.0,
-    start: float = 0.0,
-    times: NDArray[np.float64] | None = None,
-) -> list[int]:
-    """Choose the frames of a video that make a clip.
-
-    For a clip of ``fps`` frames per second, ``step`` is ``reader.fps / fps`` and ``times`` is
-    ``reader.times``: where the rate of the file varies, the clip is even in time, and each of its frames is
-    the one that the file shows at that moment.
-
-    Args:
-        num_frames: of the video.
-        length: frames of the clip.
-        step: frames of the video from one of the clip to the next; with ``times`` in frames of the mean rate.
-        start: where it begins, 0 (at the first frame) to 1 (as late as possible).
-        times: seconds ``[num_frames]`` at which the frames are shown, None when they are evenly spaced.
-
-    Raises:
-        UnreadableVideoError: when the video is too short for the clip.
-    """
-    span = int((length - 1) * step) + 1
-    if span > num_frames:
-        raise UnreadableVideoError(
-            f"the clip is shorter than asked: {length} frames, each {step:g} after the one before, need "
-            f"{span}, and there are {num_frames}"
-        )
-    first = min(int(start * (num_frames - span + 1)), num_frames - span)
-    if times is None or num_frames < 2:
-        return [first + int(i * step) for i in range(length)]
-    moments = times[0] + (first + np.arange(length) * step) * (times[-1] - times[0]) / (num_frames - 1)
-    # A hair later, as the moment of a frame must not fall before it by rounding.
-    shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
-    return [int(index) for index in shown]
 
 
 def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ...files.clips import choose_clip
 from ...files.pictures import WHITE, background_color
-from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
+from ...files.videos import Decoder, Frames, UnreadableVideoError, open_video
 from .captions import read_captions
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
@@ -35,7 +36,7 @@ class CaptionedVideos(Protocol):
         ...
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
-        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
+        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; arguments as of ``choose_clip``.
 
         Raises:
             UnreadableVideoError: when it cannot be decoded or is too short.
@@ -74,14 +75,13 @@ class VideoFiles:
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
         reader = open_video(file.path, decoder=self.decoder, background=self.background)
-        last = reader.num_frames - 1 if file.last is None else file.last
         try:
-            step = 1.0 if fps is None else reader.fps / fps
-            times = None if fps is None or reader.times is None else reader.times[file.first : last + 1]
-            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start, times=times)
+            chosen = choose_clip(
+                reader, length=length, fps=fps, start=start, first=file.first, last=file.last
+            )
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
-        return reader.read([file.first + i for i in indices])
+        return reader.read(chosen)
 
 
 class VideoSource(Source):
@@ -116,7 +116,8 @@ class FileSource(ClipSource):
     """Videos in files.
 
     Args:
-        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+        fps: frames per second of a clip, chosen by the time at which they are shown; a file with fewer is
+            named and skipped. Every frame of the file when not given.
         decoder: see :func:`mhla_diffusion.files.videos.open_video`.
         background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
