@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...files.videos import Frames
 from .images import ArrayImages, ImageSource
+from .shapes import Shape
 from .videos import ClipSource, FileSource, VideoFile, VideoFiles
 
 
@@ -108,6 +109,9 @@ class MovingDigits:
 
     def name(self, index: int) -> str:
         return f"clip {index} ({self.captions[index]})"
+
+    def shapes(self) -> list[Shape]:
+        return [self.size] * len(self.captions)
 
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
         """Draw the clip from its beginning, whatever ``fps`` and ``start``."""

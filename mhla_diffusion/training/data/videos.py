@@ -14,13 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ...files.clips import choose_clip
 from ...files.pictures import WHITE, background_color
 from ...files.videos import Decoder, Frames, UnreadableVideoError, open_video
+from ...processes import in_first_process
 from .captions import read_captions
+from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
 
@@ -43,6 +43,10 @@ class CaptionedVideos(Protocol):
         """
         ...
 
+    def shapes(self) -> Sequence[Shape]:
+        """Return height and width of each video in pixels."""
+        ...
+
 
 @dataclass(frozen=True)
 class VideoFile:
@@ -61,12 +65,23 @@ class VideoFile:
 
 
 class VideoFiles:
-    """Videos in files. Each is opened, read and closed by whoever loads the sample."""
+    """Videos in files. Each is opened, read and closed by whoever loads the sample.
+
+    Args:
+        files: in the order of the samples.
+        decoder, background: see :class:`FileSource`.
+        index: where the shapes of the files are kept; None for nowhere.
+    """
 
     def __init__(
-        self, files: Sequence[VideoFile], *, decoder: Decoder = "auto", background: str = WHITE
+        self,
+        files: Sequence[VideoFile],
+        *,
+        decoder: Decoder = "auto",
+        background: str = WHITE,
+        index: Path | None = None,
     ) -> None:
-        self.files, self.decoder, self.background = list(files), decoder, background
+        self.files, self.decoder, self.background, self.index = list(files), decoder, background, index
         self.captions = [file.caption for file in self.files]
 
     def name(self, index: int) -> str:
@@ -82,6 +97,16 @@ class VideoFiles:
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read(chosen)
+
+    def shapes(self) -> list[Shape]:
+        """Return height and width of each video in pixels, out of the index as far as it has them."""
+        return read_shapes([file.path for file in self.files], self._shape, self.index)
+
+    def _shape(self, index: int) -> Shape:
+        try:
+            return self.read(index, length=1, fps=None, start=0.0).shape[1:3]
+        except UnreadableVideoError:
+            return None  # named, skipped and counted when its turn comes
 
 
 class VideoSource(Source):
@@ -151,7 +176,9 @@ class FolderVideos(FileSource):
 
     def open(self) -> VideoFiles:
         files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
-        return VideoFiles(files, decoder=self.decoder, background=self.background)
+        place = Path(self.captions or Path(self.path) / "captions")
+        index = place.with_name(f"{place.name}.shapes.json")
+        return VideoFiles(files, decoder=self.decoder, background=self.background, index=index)
 
 
 class VideoSamples:
@@ -206,29 +233,11 @@ def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Ten
     return tvf.center_crop(clip, list(size)).float()
 
 
-class _Shapes:
-    """Height and width of each video, read by a DataLoader: readers stay in its workers."""
-
-    def __init__(self, videos: CaptionedVideos) -> None:
-        self.videos = videos
-
-    def __len__(self) -> int:
-        return len(self.videos.captions)
-
-    def __getitem__(self, index: int) -> tuple[int, ...] | None:
-        try:
-            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
-        except UnreadableVideoError:
-            return None  # named, skipped and counted when its turn comes
-
-
 def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
-    # One worker at least: a reader in this process would make later workers hang.
-    loader: Any = DataLoader(_Shapes(videos), batch_size=None, num_workers=1)  # type: ignore[arg-type]
     ratios = [math.log(width / height) for height, width in sizes]
     nearest = []
-    for shape in tqdm(loader, desc="shapes", unit="video"):
+    for shape in in_first_process(videos.shapes):
         ratio = ratios[0] if shape is None else math.log(shape[1] / shape[0])
         nearest.append(min(range(len(sizes)), key=lambda i: abs(ratios[i] - ratio)))
     return nearest
