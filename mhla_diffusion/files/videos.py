@@ -18,7 +18,7 @@ from .pictures import WHITE
 from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
 from .video_reader import Frames, IndexedReader
-from .writing import write_file
+from .writing import disk_of, write_file
 
 __all__ = [
     "VIDEO_EXTENSIONS",
@@ -133,7 +133,9 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> 
             export_to_video(images, str(file), fps=fps, quality=9.0, macro_block_size=2)
             written = open_video(file).num_frames
         except (OSError, UnreadableVideoError) as error:
-            raise OSError(f"{path} could not be written: {_first_line(error, file)}") from error
+            raise OSError(
+                f"{path} could not be written: {_first_line(error, file)}; {disk_of(path)}"
+            ) from error
         if written != len(images):
             raise OSError(f"{path} could not be written: it has {written} of {len(images)} frames")
 
