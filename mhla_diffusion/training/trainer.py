@@ -31,6 +31,7 @@ from ..processes import in_first_process
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
+from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .idle import IdleRun
 from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, warn_of_idle_cores
@@ -206,7 +207,7 @@ class Trainer:
         )
         if self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
             warn_of_idle_cores(self.accelerator.num_processes)
-        self.progress = Progress()
+        self.progress, self.fingerprint = Progress(), in_first_process(lambda: fingerprint_of(source))
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
         self._prepare(model)
         self._open_run(checkpoint)
@@ -429,7 +430,7 @@ class Trainer:
 
     def _finish_checkpoint(self, temporary: Path, folder: Path) -> None:
         config, processes = as_dict(self.run_config), self.accelerator.num_processes
-        checkpoints.write_record(temporary, config=config, num_processes=processes)
+        checkpoints.write_record(temporary, config=config, num_processes=processes, data=self.fingerprint)
         commit(temporary, folder)
         checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
         logger.info("saved %s", folder)
@@ -437,6 +438,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         """Restore everything that the next step depends on."""
         before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
+        checkpoints.require_same_data(checkpoint, as_dict(self.run_config), self.fingerprint)
         checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
         with checkpoints.load_errors(checkpoint):
             self.accelerator.load_state(str(checkpoint))

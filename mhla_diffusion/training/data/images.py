@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ...files.pictures import DECODING_ERRORS, WHITE, background_color, flat_picture, read_picture
+from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .sources import Source
 from .stream import UnreadableSampleError
 
@@ -88,6 +89,9 @@ class ArrayImages:
     def read(self, index: int) -> tuple[Image.Image, int]:
         return flat_picture(Image.fromarray(self.images[index]), self.background), int(self.labels[index])
 
+    def fingerprint(self) -> str:
+        return fingerprint(self.labels.tolist(), lambda index: self.images[index].tobytes())
+
 
 class ImageFiles:
     """Images in files.
@@ -112,6 +116,12 @@ class ImageFiles:
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
         return read_picture(path, self.background), label
+
+    def fingerprint(self) -> str:
+        paths = [path for path, _ in self.files]
+        labels = [self.class_names[label] for _, label in self.files]
+        samples = list(zip(relative_names(paths), labels, strict=True))
+        return fingerprint(samples, lambda index: file_content(paths[index]))
 
 
 class ImageRows:
@@ -176,6 +186,13 @@ class ImageRows:
             raise ValueError("the row has no picture")
         file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
         return read_picture(file, self.background), int(label) if self._ids is None else self._ids[label]
+
+    def fingerprint(self) -> str:
+        def content(index: int) -> bytes:
+            image = self.rows[index][self.image_column] or {"bytes": b"", "path": ""}
+            return file_content(image["path"]) if image["bytes"] is None else image["bytes"]
+
+        return fingerprint(list(self.rows[self.label_column]), content)
 
 
 def _require_labels(origin: str, labels: Sequence[Any], *, numbers: bool = True) -> None:
@@ -331,6 +348,9 @@ class ImageSamples:
 
     def name(self, index: int) -> str:
         return self.images.name(index)
+
+    def fingerprint(self) -> str | None:
+        return fingerprint_of(self.images)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         try:

@@ -59,6 +59,9 @@ class CachedLatents:
     def name(self, index: int) -> str:
         return self.shards.name(index)
 
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("mean", "std", "label"))
         mean, std = row["mean"].float(), row["std"].float()
@@ -116,6 +119,9 @@ class CachedVideoLatents:
 
     def name(self, index: int) -> str:
         return self.shards.name(index)
+
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("latents", "text"))

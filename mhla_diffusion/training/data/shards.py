@@ -29,6 +29,7 @@ from ...files.locking import only_writer
 from ...files.writing import write_file
 from ...processes import in_first_process, one_fate, process_state, wait_for_all
 from ..config import as_dict, with_later_fields
+from .fingerprint import file_content, fingerprint
 from .stream import UnreadableSampleError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ class Shards:
         """Return what to call a row in a message."""
         shard, row = self._locate(index)
         return f"{self.files[shard]}, row {row}"
+
+    def fingerprint(self) -> str:
+        names = [(file.name, end) for file, end in zip(self.files, self._ends, strict=True)]
+        return fingerprint([self.record.get("id"), *names], lambda index: file_content(self.files[index - 1]))
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Read some tensors of a row.

@@ -20,6 +20,7 @@ from ...files.pictures import WHITE, background_color
 from ...files.videos import Decoder, Frames, UnreadableVideoError, open_video
 from ...processes import in_first_process
 from .captions import read_captions
+from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
@@ -97,6 +98,13 @@ class VideoFiles:
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read(chosen)
+
+    def fingerprint(self) -> str:
+        names = relative_names([file.path for file in self.files])
+        samples = [
+            (name, file.caption, file.first, file.last) for name, file in zip(names, self.files, strict=True)
+        ]
+        return fingerprint(samples, lambda index: file_content(self.files[index].path))
 
     def shapes(self) -> list[Shape]:
         """Return height and width of each video in pixels, out of the index as far as it has them."""
@@ -208,6 +216,9 @@ class VideoSamples:
 
     def name(self, index: int) -> str:
         return self.videos.name(index)
+
+    def fingerprint(self) -> str | None:
+        return fingerprint_of(self.videos)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         config, start = self.config, float(torch.rand((), generator=generator))
