@@ -78,7 +78,8 @@ def open_video(
             PyAV, which is faster: clips of H.264 took 0.4 to 0.8 times as long as with decord, whose proof
             comes before the first (docs/performance.md, "Reading clips").
             ``"torchcodec"``, which old configs name, is read with PyAV, too.
-        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb. That VP8 and VP9 in
+            WebM are transparent is not decoded.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of

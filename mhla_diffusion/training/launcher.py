@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
-from ..processes import make_accelerator
+from ..processes import launch_option, make_accelerator
 from .data.stream import BatchShare
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     # Launchers write "auto" and "no" where nobody chose; accelerate takes a number alone.
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":
         del os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
-    said = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "auto") for name in _KEYS}
+    # Some options reach the environment with DeepSpeed alone, and would be lost without a word.
+    said = {
+        name: os.environ.get(f"ACCELERATE_{name.upper()}") or launch_option(name) or "auto" for name in _KEYS
+    }
     if said["mixed_precision"] == "no":
         said["mixed_precision"] = "auto"
     require_agreement(said, config)

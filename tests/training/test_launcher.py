@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,19 @@ def test_a_launcher_that_says_something_else_is_refused_before_any_step(
     with pytest.raises(ValueError, match=message):
         train()
     assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_an_option_that_accelerate_launch_would_lose_is_held_against_the_run(
+    write_settings: Callable[[], Path],
+) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    launch += ["--gradient_accumulation_steps", "4"]
+    result = subprocess.run(
+        [*launch, "scripts/train_image.py", "--config", str(write_settings())],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "error: the launcher asks for gradient_accumulation_steps 4 beside trainer." in result.stderr
+    assert result.returncode != 0
 
 
 def test_what_a_launcher_leaves_open_is_the_run_s(
