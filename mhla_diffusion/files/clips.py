@@ -81,7 +81,7 @@ def clip_at_rate(times: NDArray[np.float64], *, length: int, fps: float, start: 
         UnreadableVideoError: when the video is too short, or has fewer frames a second than the clip.
     """
     frame = _frame_seconds(times) if len(times) > 1 else 1 / fps
-    if fps * frame > 1 + RATE_TOLERANCE:
+    if length > 1 and fps * frame > 1 + RATE_TOLERANCE:
         raise UnreadableVideoError(
             f"it has {1 / frame:.5g} frames a second, and a clip of {fps:g} would show some twice: ask for "
             "fewer frames a second, or leave the video out"

@@ -5,12 +5,15 @@ A picture is what a viewer shows: upright, its first frame, and on a background 
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+
+logger = logging.getLogger(__name__)
 
 # Other decoders run programs (EPS), or wait for a library that registers one.
 _NOT_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "PCD"}
@@ -74,7 +77,7 @@ def flat_picture(image: Image.Image, background: str = WHITE) -> Image.Image:
             integers of 16 bits and more that do not use these.
     """
     deep = ";16" in str([tile[3] for tile in getattr(image, "tile", ())])
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range: save it with 8 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
@@ -96,6 +99,16 @@ def read_picture(source: str | os.PathLike[str] | IO[bytes], background: str = W
     """
     with open_picture(source) as image:
         return flat_picture(image, background)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # what is wrong with the pixels is raised here
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises whatever it stumbles over
+        # Viewers do not turn a picture whose tags are damaged.
+        logger.debug("EXIF tags that cannot be read (%s)", error)
+        return image
 
 
 def _from_16_bits(values: NDArray[np.int64]) -> Image.Image:

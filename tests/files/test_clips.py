@@ -153,6 +153,18 @@ def test_transparent_frames_show_the_background(tmp_path: Path) -> None:
         np.testing.assert_allclose(frame[5, 5], expected, atol=4)
 
 
+def test_a_frame_that_was_dropped_leaves_its_moment_to_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    source = ("-f", "lavfi", "-i", "testsrc=size=64x48:duration=4:rate=25", "-fps_mode", "vfr")
+    dropped = ("-vf", "select='not(between(n,50,50))'", "-pix_fmt", "yuv420p")
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *source, *dropped, str(path)], check=True
+    )
+    reader = open_video(path)
+    assert reader.num_frames == 99
+    assert choose_clip(reader, length=9, fps=2.5) == [0, 10, 20, 30, 40, 49, 59, 69, 79]
+
+
 def test_a_rate_is_held_by_every_part_of_a_file(film: Path) -> None:
     reader = open_video(film / "film.mp4")
     assert choose_clip(reader, length=4, fps=12, first=10, last=17) == [10, 12, 14, 16]

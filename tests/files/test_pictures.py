@@ -81,6 +81,14 @@ def test_pictures_are_shown_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "turned.png")), np.rot90(RGB, -1))
 
 
+@pytest.mark.parametrize(
+    "tags", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", b"\xff" * 40]
+)
+def test_a_picture_whose_tags_are_damaged_is_as_it_is(tags: bytes, tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "image.png", exif=tags)
+    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "image.png")), RGB)
+
+
 @pytest.mark.parametrize("background", ["white", "#000000", "rgb(10, 200, 30)"])
 def test_transparent_pixels_show_the_background(background: str, tmp_path: Path) -> None:
     _transparent(tmp_path / "image.png")
