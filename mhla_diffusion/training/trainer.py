@@ -154,8 +154,8 @@ class RunConfig:
     trainable: Literal["all", "attention"] = "all"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        """Build the model, on the CPU in fp32, the data and the task.
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        """Build the model, on the CPU in fp32, unless one is given, the data and the task.
 
         Raises:
             ValueError: when parts of the config do not fit together, or the data is not what it should be.
@@ -229,6 +229,7 @@ class Trainer:
         tell_deepspeed(self.accelerator, config, self.share)
         compile_as_launched(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
             optim.schedule,
@@ -327,6 +328,7 @@ class Trainer:
     def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
         """Take one optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
+        self.objective.step = self.progress.step
         losses = []
         for _ in range(self.share.micro_batches):
             with throughput.waiting():
@@ -475,7 +477,7 @@ class Trainer:
         facts = {
             "data": f"{len(self.source):,} samples",
             "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
-            "objective": type(self.objective).__name__,
+            **self.objective.facts(),
             "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
             "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
             "weights": f"average with decay {config.ema_decay:g}",
