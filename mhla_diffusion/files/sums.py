@@ -30,7 +30,7 @@ def record_sums(folder: Path, names: Iterable[str]) -> None:
     """
     lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names).encode()
     path = folder / SUMS
-    with disk_errors(path, path), open(path, "ab+", buffering=0) as file:
+    with disk_errors(path), open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # cut short, by a full disk
             lines = b"\n" + lines

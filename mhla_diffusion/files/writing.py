@@ -36,7 +36,7 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     # Short, as the name of the file itself may be as long as the file system allows.
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
-        with disk_errors(path, temporary):
+        with disk_errors(path):
             if callable(content):
                 content(temporary)
             else:
@@ -62,7 +62,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     folder = Path(folder).resolve()  # what a link leads to is replaced, not the link
     temporary = start_writing(folder)
     try:
-        with disk_errors(folder, temporary):
+        with disk_errors(folder):
             write(temporary)
             commit(temporary, folder)
     except BaseException:
@@ -100,32 +100,50 @@ def commit(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, temporary: Path) -> Iterator[None]:
-    """Turn what the writers of safetensors and torch raise on a full disk into Python's own error.
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the writers of safetensors, torch and SQLite raise on a full disk into Python's own error.
 
     Args:
         path: what is written, for the message.
-        temporary: what it is called meanwhile.
 
     Raises:
-        OSError: instead.
+        OSError: instead; when the disk is full, with its name.
     """
     try:
         yield
     except OSError as error:
-        ours = error.filename is None or str(error.filename).startswith(str(temporary))
-        if error.errno is None or not ours:
+        name = str(error.filename or "")
+        unnamed = not name or _WRITING in name or ".partial" in name
+        if error.errno is None or not (unnamed or error.errno in _FULL):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise _disk_error(error.errno, path if unnamed else name) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise _disk_error(int(number[1]), path) from error
         if re.search(r"inline_container|PytorchStreamWriter", str(error)):
             full = shutil.disk_usage(path.parent).free < 1 << 20
-            code = errno.ENOSPC if full else errno.EIO
-            raise OSError(code, os.strerror(code), str(path)) from error
+            raise _disk_error(errno.ENOSPC if full else errno.EIO, path) from error
+        if "database or disk is full" in str(error):
+            raise _disk_error(errno.ENOSPC, path) from error
         raise
+
+
+def disk_of(path: str | os.PathLike[str]) -> str:
+    """Return the disk that a path is or would be on, in words, with the room that is left."""
+    place = os.path.realpath(path)
+    while not os.path.ismount(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    free, total = (f"{getattr(shutil.disk_usage(place), part) / 1e9:.1f}" for part in ("free", "total"))
+    return f"the disk at {place} has {free} of {total} GB left"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_error(number: int, path: str | os.PathLike[str]) -> OSError:
+    reason = os.strerror(number)
+    return OSError(number, f"{reason} ({disk_of(path)})" if number in _FULL else reason, str(path))
 
 
 def remove_unfinished(folder: Path, pattern: str) -> None:

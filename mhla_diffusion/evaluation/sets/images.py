@@ -12,7 +12,14 @@ from typing import IO
 import numpy as np
 
 from ...files.arrays import describe_kind, file_kind, npz_headers, read_npy_header
-from ...files.pictures import EXTENSIONS, open_picture, to_8_bits
+from ...files.pictures import (
+    EXTENSIONS,
+    PICTURE_CONVERSION,
+    WHITE,
+    background_color,
+    flat_picture,
+    open_picture,
+)
 from .archives import open_archives
 from .datasets import open_dataset
 from .samples import Folder, Pixels, SampleKind, SampleSet, one_if_large
@@ -64,50 +71,61 @@ class NpzImages(SampleSet):
                 yield partial(_repeat_gray, row)
 
 
-def read_image(path: Path | str | IO[bytes]) -> Pixels:
-    """Decode a file as uint8 ``[H, W, 3]``, converted as ``IMAGES`` says.
+def read_image(source: Path | str | IO[bytes], background: str = WHITE) -> Pixels:
+    """Decode a file as uint8 ``[H, W, 3]``, converted as :func:`image_kind` says.
 
     Raises:
-        ValueError: when its values would be lost, see :func:`.pictures.to_8_bits`.
+        ValueError: when its values would be lost, see :func:`~mhla_diffusion.files.pictures.flat_picture`.
     """
-    with open_picture(path) as image, one_if_large(3 * image.width * image.height):
-        return np.asarray(to_8_bits(image).convert("RGB"))
+    with open_picture(source) as image, one_if_large(3 * image.width * image.height):
+        return np.asarray(flat_picture(image, background).convert("RGB"))
 
 
-IMAGES = SampleKind(
-    name="image",
-    extensions=EXTENSIONS,
-    read=read_image,
-    conversion="RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided "
-    "by 256, first frame of an animation, EXIF orientation not applied (as clean-fid)",
-    published_count=50_000,
-)
+def image_kind(background: str = WHITE) -> SampleKind:
+    """Describe images as samples.
+
+    Args:
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
+
+    Raises:
+        ValueError: for another.
+    """
+    background_color(background)
+    return SampleKind(
+        name="image",
+        extensions=EXTENSIONS,
+        read=partial(read_image, background=background),
+        conversion=PICTURE_CONVERSION.format(background=background),
+        published_count=50_000,
+    )
 
 
-def open_images(path: str | Path) -> SampleSet:
+def open_images(path: str | Path, background: str = WHITE) -> SampleSet:
     """Open the images of a set; none is decoded yet.
 
     Args:
         path: folder of images; npz of the ADM layout; zip, tar (webdataset) or parquet, or a folder of such
             files; folder that ``datasets`` saved; or ``hf://name``, ``hf://name:split`` of a dataset on the
             hub (split ``train`` when not given).
+        background: colour behind transparent pixels.
 
     Raises:
         ValueError: when there is nothing at ``path``, no image in it, or it cannot be read.
     """
-    if (dataset := open_dataset(path, IMAGES)) is not None:
+    kind = image_kind(background)
+    if (dataset := open_dataset(path, kind)) is not None:
         return dataset
     path = Path(path)
-    if (archives := open_archives(path, IMAGES)) is not None:
+    if (archives := open_archives(path, kind)) is not None:
         return archives
     if path.is_dir():
-        return Folder(path, IMAGES)
-    kind = file_kind(path)
-    if kind == "npz":
-        return NpzImages(path, IMAGES)
+        return Folder(path, kind)
+    found = file_kind(path)
+    if found == "npz":
+        return NpzImages(path, kind)
     raise ValueError(
         f"{path} is neither a folder of images nor an .npz file, zip, tar, parquet or dataset: "
-        f"{describe_kind(kind)}"
+        f"{describe_kind(found)}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,30 @@ def test_the_crop_is_central_and_the_flip_is_drawn_from_the_generator(tmp_path: 
         assert torch.equal(image, again)
         seen.add(int(image[0, 0].argmax()))
     assert seen == {0, 3}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    content = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def test_idx_files_packed_or_not(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", pixels)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([2, 0, 1, 2]))
+    source = samples(DataConfig("idx", str(tmp_path)))
+    item = source.load(2, GENERATOR())
+    assert (len(source), item["class_labels"], source.class_names) == (4, 1, ["0", "1", "2"])
+    torch.testing.assert_close(item["samples"][0], torch.tensor(pixels[2] / 127.5 - 1, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte does not exist, nor t10k-images"):
+        DataConfig("idx", str(tmp_path), split="test").open()
+    with pytest.raises(ValueError, match=r"data.split of idx files is train or test, got 'all'"):
+        DataConfig("idx", str(tmp_path), split="all").open()
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte is no idx file of bytes, or not whole"):
+        DataConfig("idx", str(tmp_path)).open()
 
 
 def test_a_truncated_file_is_named(image_folder: Path) -> None:
@@ -144,32 +169,25 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
         assert sorted(labels) == [0] * 10 + [1] * 10
 
 
-def test_rows_of_a_dataset_that_have_no_image_or_label_are_skipped(tmp_path: Path) -> None:
+def test_columns_of_a_dataset_are_chosen_and_not_guessed(tmp_path: Path) -> None:
     import datasets
 
     pictures = [Image.new("L", (8, 8), 9), None, Image.fromarray(np.full((8, 8), 40_000, np.uint16))]
     features = {name: datasets.Image() for name in ("first", "second")}
     labels, text = datasets.ClassLabel(names=["cat", "dog"]), datasets.Value("string")
     rows = datasets.Dataset.from_dict(
-        {"first": pictures, "second": pictures, "label": [1, 0, -1], "list": [["a"], ["b"], []],
-         "mixed": ["a", None, "b"]},
-        features=datasets.Features(
-            {**features, "label": labels, "list": datasets.List(text), "mixed": text}
-        ),
-    )  # fmt: skip
+        {"first": pictures, "second": pictures, "label": [1, 0, 1], "list": [["a"], ["b"], []]},
+        features=datasets.Features({**features, "label": labels, "list": datasets.List(text)}),
+    )
     rows.save_to_disk(tmp_path / "rows")
     config = partial(DataConfig, "huggingface", str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"has several: set data\.image_column to one of first, second"):
         samples(config())
     with pytest.raises(ValueError, match=r"the column list holds neither numbers nor names: set data\.label"):
         samples(config(image_column="first", label_column="list"))
+    with pytest.raises(ValueError, match=r"the column label holds no images: set data\.image_column"):
+        samples(config(image_column="label", label_column="label"))
     source = samples(config(image_column="first"))
-    assert source.load(0, GENERATOR())["class_labels"] == 1
-    for index, message in ((1, "row 1: the row has no image"), (2, "row 2: the row has no label")):
-        with pytest.raises(UnreadableSampleError, match=message):
-            source.load(index, GENERATOR())
-    source = samples(config(image_column="first", label_column="mixed"))
-    assert source.class_names == ["a", "b"]
     sample = source.load(2, GENERATOR())  # 16 bits, not clipped at 255
     assert sample["class_labels"] == 1
     assert sample["samples"].mean().item() == pytest.approx((40_000 >> 8) / 127.5 - 1, abs=1e-5)
