@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +28,11 @@ EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().ite
 # Prompts and workflows of generators, and colour profiles, are often larger than Pillow's 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
 
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError),
+    # What Pillow's plugins stumble over in a broken file.
+    *(ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, struct.error, zlib.error),
+)
 """What is raised for a file that is cut short, broken, no picture, or absurdly large."""
 
 PICTURE_CONVERSION = (
