@@ -7,6 +7,7 @@ from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
     block_distances,
+    extend_mixing,
     initial_mixing,
     locality_mixing,
     offset_means,
@@ -27,6 +28,7 @@ __all__ = [
     "apply_rotary_emb",
     "block_distances",
     "exchanged_bytes",
+    "extend_mixing",
     "initial_mixing",
     "locality_mixing",
     "mhla",
