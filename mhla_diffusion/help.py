@@ -9,7 +9,9 @@ from jsonargparse import ArgumentParser
 
 
 class HelpParser(ArgumentParser):
-    """Parser whose help has plain names where docstrings have cross-references."""
+    """Parser whose help has plain names for cross-references of docstrings, and each option once."""
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        return re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"\1", super().format_help(formatter))
+        usage, blank, rest = super().format_help(formatter).partition("\n\n")
+        assert usage.startswith("usage: ")
+        return f"usage: {self.prog} [options]" + re.sub(r"(?::[a-z]+:)?`+[~.]*([^`]+)`+", r"\1", blank + rest)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from .end import CommandError, exit_code
+from .pages import page_for
 
 
 class Command(NamedTuple):
@@ -88,6 +89,14 @@ MHLA = Command(
 )
 
 
+def paths() -> list[list[str]]:
+    """List the commands that have no others below them, each as the words that lead to it."""
+    found: list[list[str]] = []
+    for name, command in MHLA.commands.items():
+        found += [[name, below] for below in command.commands] or [[name]]
+    return found
+
+
 def main() -> None:
     """Run the arguments of this process as ``mhla``."""
     _exit([], "mhla")
@@ -127,6 +136,9 @@ def _find_and_run(words: Sequence[str], arguments: list[str], prog: str) -> int 
             prog = f"{prog} {name}"
         command = command.commands[name]
         path.append(name)
+    if (page := page_for(path, arguments, prog)) is not None:
+        print(page.rstrip())
+        return 0
     module = importlib.import_module(f".{path[0].replace('-', '_')}", __package__)
     return module.main(arguments, prog, *path[1:])
 
