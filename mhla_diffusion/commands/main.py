@@ -164,7 +164,7 @@ def _help(command: Command, prog: str) -> str:
     if command is MHLA:
         lines += [
             "On several processes: accelerate launch -m mhla_diffusion COMMAND ...",
-            "What a command needs beside the package is in the extras train, eval, video and benchmark:",
-            'pip install "mhla-diffusion[train]".',
+            "What a command needs beside the package is in the extras train, eval, video and benchmark: in a",
+            'copy of the repository pip install ".[train]", and so on.',
         ]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..optional import require
 from ..processes import in_first_process, one_fate, process_state
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
@@ -260,6 +261,7 @@ def _evaluate(
     settings: _Settings,
 ) -> Report:
     """Score one set against another, whatever they are of; extractors are loaded once both sets are there."""
+    require("jinja2")  # of the report: missed now, and not after the work
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..optional import how_to_install
 from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
 from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
@@ -89,7 +90,7 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
     if os.path.isdir(path):
         return FrameFolder(path)
     if find_spec("av") is None:
-        raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
+        raise ImportError(f"reading videos needs PyAV: {how_to_install('av')}")
     if decoder == "torchcodec":
         _say_that_torchcodec_is_not_used()
     return DecordReader(path) if decoder == "decord" else IndexedReader(path)
@@ -188,6 +189,7 @@ def require_video_writer() -> None:
     Raises:
         ImportError: without the packages imageio, imageio-ffmpeg and av, which reads them back.
     """
-    if any(find_spec(name) is None for name in ("imageio", "imageio_ffmpeg", "av")):
-        # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
-        raise ImportError("videos are written with imageio-ffmpeg: pip install mhla-diffusion[video]")
+    for name in ("imageio", "imageio_ffmpeg", "av"):
+        if find_spec(name) is None:
+            # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
+            raise ImportError(f"videos are written with imageio-ffmpeg: {how_to_install(name)}")

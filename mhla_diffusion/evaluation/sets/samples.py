@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from ...files.names import is_hidden
 from ...files.sums import SUMS
 from .arrays import file_kind, require_regular
 
@@ -334,9 +335,9 @@ def find_files(folder: Path) -> list[str]:
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(".") and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
+            if not is_hidden(name) and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
         ]
         below = os.path.relpath(root, folder)
         prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in files if not name.startswith(".")]
+        found += [prefix + name for name in files if not is_hidden(name)]
     return found

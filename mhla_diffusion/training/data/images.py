@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from ...files.names import is_hidden
 from .sources import Source
 from .stream import UnreadableSampleError
 
@@ -184,7 +185,9 @@ class FolderImages(ImageSource):
         folder = Path(self.path)
         if not folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist")
-        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        class_names = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
         ids = {name: number for number, name in enumerate(class_names)}
         try:
             files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
@@ -193,7 +196,13 @@ class FolderImages(ImageSource):
                 f"image folder {folder} must have one subfolder per class, each with images "
                 f"({', '.join(IMG_EXTENSIONS)}): {error}"
             ) from error
-        return ImageFiles(files, class_names)
+        # One class could have a hidden folder below it, with copies of its images.
+        shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
+        return ImageFiles(shown, class_names)
+
+
+def _is_below_hidden(file: Path, folder: Path) -> bool:
+    return any(map(is_hidden, file.relative_to(folder).parts))
 
 
 @dataclass(frozen=True)
