@@ -162,3 +162,15 @@ def _warn_of_missing_processes() -> None:
             asked[1],
             asked[1],
         )
+
+
+def warn_of_idle_cores(num_processes: int) -> None:
+    """Warn of cores that have nothing to do: ``accelerate launch`` gives a process one thread by default."""
+    threads, cores = torch.get_num_threads() * num_processes, os.cpu_count() or 1
+    if threads < cores:
+        logger.warning(
+            "training on %d of %d cores: accelerate launch --num_cpu_threads_per_process %d uses them all",
+            threads,
+            cores,
+            cores // num_processes,
+        )

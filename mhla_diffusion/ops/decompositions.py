@@ -30,7 +30,6 @@ def read(
     q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.operators.read`; no denominators, which a backward alone reads."""
-    *settings, dtype = settings
-    layout, features = objects(tuple(settings))
-    out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, dtype)
+    layout, features = objects(settings[:-1])
+    out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
     return out, out.new_empty(*out.shape[:3], 0)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..optional import how_to_install
+
 _SELF_ATTENTION = "attn1"
 
 
@@ -33,6 +35,19 @@ class LoraConfig:
             raise ValueError(
                 f"lora.alpha must be positive and needs a lora.rank, got {self.alpha} with rank {self.rank}"
             )
+
+
+def require_trained(lora: LoraConfig, init_from: str | None) -> None:
+    """Check that adapters are put beside weights that have learned something.
+
+    Raises:
+        ValueError: for a rank with a model from scratch, whose frozen weights would stay random.
+    """
+    if lora.rank and init_from is None:
+        raise ValueError(
+            f"lora.rank {lora.rank} trains adapters beside weights that stay as they are, and those of a new "
+            "model are random: give the trained model as model.init_from, or leave lora out"
+        )
 
 
 def set_trainable(model: nn.Module, trainable: str, lora: LoraConfig) -> None:
@@ -68,7 +83,7 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("lora.rank needs the package peft: pip install peft") from error
+        raise ImportError(f"lora.rank needs peft: {how_to_install('peft')}") from error
     targets = [
         name
         for name, module in model.named_modules()

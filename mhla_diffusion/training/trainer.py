@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.tracking import get_available_trackers
@@ -28,8 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_file, write_folder
-from ..processes import in_first_process, make_accelerator
+from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_folder
+from ..processes import in_first_process, make_accelerator, warn_of_idle_cores
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
@@ -37,6 +35,7 @@ from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sampl
 from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .sheets import SheetClock
 from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
@@ -135,18 +134,6 @@ def _require(config: Any, name: str, holds: bool, what: str) -> None:
         raise ValueError(f"{name} must be {what}, got {getattr(config, name)}")
 
 
-def _warn_of_idle_cores(num_processes: int) -> None:
-    """Unless told otherwise, ``accelerate launch`` gives each process one thread."""
-    threads, cores = torch.get_num_threads() * num_processes, os.cpu_count() or 1
-    if threads < cores:
-        logger.warning(
-            "training on %d of %d cores: accelerate launch --num_cpu_threads_per_process %d uses them all",
-            threads,
-            cores,
-            cores // num_processes,
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Config of a training run, the part that every kind has.
@@ -219,9 +206,11 @@ class Trainer:
             micro_batches=config.gradient_accumulation_steps,
         )
         if self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
-            _warn_of_idle_cores(self.accelerator.num_processes)
+            warn_of_idle_cores(self.accelerator.num_processes)
         self.progress = Progress()
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
+        sampling, hidden = task.sampling, not self.accelerator.is_main_process
+        self.sheet_clock = SheetClock(sampling.every, sampling.max_share, hidden=hidden)
         self._prepare(model)
         self._open_run(checkpoint)
 
@@ -414,17 +403,15 @@ class Trainer:
     def _save_samples(self, request: StopRequest) -> int:
         """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""
         with self._averaged_weights() as model:
-            sample = partial(self.task.sample, model, self.accelerator.device)
+            sample = partial(self.task.sample, model, self.accelerator.device, self.sheet_clock)
             # One of several processes must not leave the others alone in a sharded model.
-            images = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
-        if images is None:
+            sheet = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
+        self.sheet_clock.end()
+        if sheet is None:
             return request.signal
         if self.accelerator.is_main_process:
-            write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
-        pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=self.progress.step, **layout)
+            sheet.save(self.output_dir / "samples" / f"step-{self.progress.step:08d}")
+        sheet.log(self.accelerator.trackers, self.progress.step)
         return 0
 
     def _save_checkpoint(self) -> None:

@@ -11,6 +11,8 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..files.videos import require_video_writer
+from .adapters import require_trained
 from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedVideoLatents, VideoDataConfig, VideoSamples
@@ -95,10 +97,13 @@ class VideoTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require_probability("caption_dropout", self.caption_dropout)
+        require_trained(self.lora, self.model.init_from)
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+        if self.sampling.every:
+            require_video_writer()
         source = self.data.open()
         latents = source if isinstance(source, CachedVideoLatents) else None
         if latents is not None:
@@ -112,7 +117,8 @@ class VideoTrainingConfig(RunConfig):
         else:
             _check_channels(latents, model)
         conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
-        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
+        pipeline = with_transformer(parts, parts.size_in_pixels(sizes[0]))
+        task = TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
         return model, source, task
 
 
@@ -131,11 +137,22 @@ def build_parts(
     )
 
 
-def with_transformer(parts: MHLAWanPipeline) -> Callable[..., MHLAWanPipeline]:
-    """Return what makes such a pipeline of a transformer and the facts of its training."""
+def with_transformer(parts: MHLAWanPipeline, size: tuple[int, ...]) -> Callable[..., MHLAWanPipeline]:
+    """Return what makes such a pipeline of a transformer and the facts of its training.
+
+    Args:
+        parts: all but the transformer.
+        size: frames, height and width in pixels of the clips it is trained on.
+    """
     others = {name: part for name, part in parts.components.items() if name != "transformer"}
     config = parts.config
-    return partial(MHLAWanPipeline, **others, max_sequence_length=config.max_sequence_length, fps=config.fps)
+    return partial(
+        MHLAWanPipeline,
+        **others,
+        max_sequence_length=config.max_sequence_length,
+        fps=config.fps,
+        sample_size=size,
+    )
 
 
 def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tuple[int, ...]]) -> Any:

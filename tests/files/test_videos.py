@@ -188,9 +188,9 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_needed_and_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhla_diffusion.files.videos.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="reading videos needs PyAV: .* pip install .*av"):
+    with pytest.raises(ImportError, match=r"reading videos needs PyAV: .* pip install .*av"):
         open_video(video)
-    with pytest.raises(ImportError, match="written with imageio-ffmpeg: .* pip install "):
+    with pytest.raises(ImportError, match=r"written with imageio-ffmpeg: .* pip install "):
         write_video(counting_frames(), video, fps=10)
 
 
