@@ -56,15 +56,18 @@ def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
     logger.info("Statistics: %s", out)
 
 
-def compare(reports: list[str], out: str, overwrite: bool = False) -> None:
+def compare(reports: list[str], out: str, labels: list[str] | None = None, overwrite: bool = False) -> None:
     """Put reports side by side, as comparison.md and comparison.html.
 
     Args:
         reports: folders of two reports or more.
         out: folder for the comparison.
+        labels: what each is called, such as "[softmax, mhla, mhla]"; runs with equal labels are one group, of
+            which mean and deviation are given. By default a part of its path, and groups are runs that
+            differ in seeds alone.
         overwrite: replace a comparison that is already there.
     """
-    table = compare_reports(reports)
+    table = compare_reports(reports, labels=labels)
     table.save(out, overwrite=overwrite)
     logger.info("%s", table.to_markdown())
     logger.info("Comparison: %s", Path(out) / "comparison.html")

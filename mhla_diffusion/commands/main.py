@@ -65,6 +65,7 @@ MHLA = Command(
         "train": {
             "train-image": Command("train a class-conditional image model"),
             "train-video": Command("train a text-to-video model"),
+            "export-checkpoint": Command("write a checkpoint of a training as a pipeline"),
         },
         "use": {
             "generate": Command(

@@ -22,7 +22,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, LackingError, Measured, choose_metrics
+from .scores.metrics import METRICS, Comparison, LackingError, Measured, by_published_name, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.images import open_images
@@ -75,7 +75,7 @@ def evaluate_images(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
-            extractors and the sets allow.
+            extractors and the sets allow; ``fid`` is ``frechet`` on clean-fid's Inception.
         extractor: ``auto``, ``inception`` (clean-fid's), ``inception_adm``, ``dinov2``, ``clip`` or
             ``efficientnet_lite0`` (see ``load_extractor``), an own one, or several.
         weights: of the extractor; of several extractors each as ``"name=weights"``.
@@ -100,6 +100,7 @@ def evaluate_images(
             statistics are of another extractor, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image")
     return _evaluate(
         real,
         generated,
@@ -160,7 +161,7 @@ def evaluate_videos(
         stride: frames of the video from one of the clip to the next.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
         metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
-            ``frechet_per_class``; ``auto`` are all that the sets allow.
+            ``frechet_per_class``; ``auto`` are all that the sets allow; ``fvd`` is ``frechet`` on I3D.
         extractor: ``auto``, ``i3d``, ``cdfvd_i3d``, ``cdfvd_videomae``, ``videomae`` or ``transnetv2`` (see
             ``load_video_extractor``), an own one, or several; of images (see ``load_extractor``) when
             ``frame_wise``.
@@ -185,6 +186,7 @@ def evaluate_videos(
             clips, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image" if frame_wise else "video")
     load = load_extractor if frame_wise else partial(load_video_extractor, frames=frames)
     return _evaluate(
         real,
@@ -437,6 +439,7 @@ def _protocol(
 
 def _describe(extractor: FeatureExtractor) -> dict[str, Any]:
     return {
+        **({"chosen": f"by auto, because {extractor.chosen}"} if extractor.chosen else {}),
         "feature_dimension": extractor.dimension,
         "weights": extractor.weights,
         "weights_sha256": extractor.weights_sha256,

@@ -87,5 +87,8 @@ class TrainingTask:
 
     def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
         """Write the finished pipeline; ``training`` are the facts for its model card."""
-        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}
-        self.pipeline(transformer=model, training=facts).save_pretrained(folder)
+        self.pipeline(transformer=model, training=self.facts(training)).save_pretrained(folder)
+
+    def facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts of a run and those of its data."""
+        return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}

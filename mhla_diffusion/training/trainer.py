@@ -29,9 +29,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_folder
 from ..processes import in_first_process, make_accelerator, warn_of_idle_cores
 from . import checkpoints
-from .adapters import LoraConfig, merge_adapters, set_trainable
+from .adapters import LoraConfig, merge_adapters, save_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+from .export import run_facts
 from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
@@ -165,7 +166,7 @@ class Trainer:
     """Trains a model and leaves a pipeline.
 
     Writes into ``output_dir``: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/ (trackers) and, at
-    the end, pipeline/.
+    the end, pipeline/, and lora/ with the adapters if there are any.
 
     Args:
         model: called as ``model(noisy, timestep=..., return_dict=False, **conditioning)``.
@@ -460,26 +461,24 @@ class Trainer:
                 whole = type(model).from_config(model.config)
                 set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
+                self._save_adapters(whole)
                 merge_adapters(whole)
-        folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+        folder = self.output_dir / "pipeline"
+        facts = run_facts(
+            self.run_config, len(self.source), self.progress.step, type(self.objective).__name__,
+            num_unreadable=len(stream.unreadable),
+        )  # fmt: skip
         in_first_process(
             lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
         )
         logger.info("saved %s", folder)
 
-    def _facts(self, num_unreadable: int) -> dict[str, Any]:
-        """Return what a model card should say of this run, in the card's words."""
-        config, optim = self.config, self.config.optimizer
-        facts = {
-            "data": f"{len(self.source):,} samples",
-            "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
-            "objective": type(self.objective).__name__,
-            "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
-            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
-            "weights": f"average with decay {config.ema_decay:g}",
-            "seed": config.seed,
-        }
-        return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+    def _save_adapters(self, model: Any) -> None:
+        """Write lora/ where diffusers loads adapters of such a model."""
+        lora, folder = self.run_config.lora, self.output_dir / "lora"
+        if lora.rank and hasattr(model, "load_lora_adapter"):
+            write_folder(folder, lambda path: save_adapters(model, lora, path))
+            logger.info("saved %s", folder)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained ones, which are those that are averaged."""

@@ -29,6 +29,7 @@ SCRIPTS = {
     "cache_latents video": "cache-latents video",
     "convert": "convert",
     "evaluate video": "evaluate video",
+    "export_checkpoint": "export-checkpoint",
     "export_images": "export images",
     "export_videos": "export videos",
     "generate image": "generate image",

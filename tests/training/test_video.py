@@ -98,6 +98,18 @@ def test_lora_trains_attention_and_adapters_that_are_merged_at_the_end(
     delta = after["blocks.0.ffn.net.2.weight"] - before["blocks.0.ffn.net.2.weight"]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2
 
+    merged = MHLAPipeline.from_pretrained(tuned / "pipeline")
+    beside = MHLAPipeline.from_pretrained(first / "pipeline")
+    beside.load_lora_weights(tuned / "lora")
+    mixing = [pipe.transformer.blocks[0].attn1.processor.mixing for pipe in (merged, beside)]
+    assert torch.equal(*mixing)
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "prompt": "digit 3"}
+    videos = [pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (merged, beside)]
+    torch.testing.assert_close(*videos)
+    other = MHLAPipeline.from_pretrained(first / "pipeline", mhla_config={"blocks": [1, 1, 2], "gate": True})
+    with pytest.raises(ValueError, match=r"adapters were trained with .*mixing \(4, 4\), and this model has"):
+        other.load_lora_weights(tuned / "lora")
+
 
 def test_a_run_from_a_converted_model_makes_what_its_data_are(
     run_video: Run, settings: dict[str, Any], tmp_path: Path
