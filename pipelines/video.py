@@ -50,7 +50,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         training: facts about the training for the model card.
     """
 
-    purpose = Purpose("Text-to-video generation", task="text-to-video", tag="text-to-video")
+    purpose = Purpose("Text-to-video generation", task="text-to-video")
     _optional_components: ClassVar = ["vae", "transformer", "transformer_2"]
 
     def __init__(

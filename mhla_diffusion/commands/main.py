@@ -68,6 +68,7 @@ MHLA = Command(
             "export-checkpoint": Command("write a checkpoint of a training as a pipeline"),
         },
         "use": {
+            "card": Command("write the model card of a pipeline with its scores, a picture and its licence"),
             "generate": Command(
                 "generate into a folder with a manifest; interrupted, it goes on",
                 _lines(image="images of classes", video="videos of texts"),

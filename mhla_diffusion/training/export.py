@@ -113,7 +113,7 @@ def run_facts(
     """Return what a model card should say of a run, in the card's words."""
     trainer, optim = config.trainer, config.trainer.optimizer
     average = f"average with decay {trainer.ema_decay:g}"
-    facts = {
+    facts: dict[str, Any] = {
         "data": f"{num_samples:,} samples",
         "steps": f"{step:,} of batch size {trainer.batch_size}",
         "objective": objective,
@@ -121,8 +121,21 @@ def run_facts(
         "precision": "fp32" if trainer.mixed_precision == "no" else trainer.mixed_precision,
         "weights": average if weights == "averaged" else "as the optimizer has them, not averaged",
         "seed": trainer.seed,
+        "trained": _trained(config),
     }
+    sampling, model = getattr(config, "sampling", None), getattr(config, "model", None)
+    if sampling is not None:
+        names = ("num_inference_steps", "guidance_scale")
+        facts["sampled with"] = {name: getattr(sampling, name) for name in names}
+    if model is not None and model.init_from is not None:
+        facts["base model"] = model.init_from
     return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+
+
+def _trained(config: RunConfig) -> str:
+    if config.lora.rank:
+        return f"self-attention in full, all else through adapters of rank {config.lora.rank} (LoRA)"
+    return "all weights" if config.trainable == "all" else "self-attention alone"
 
 
 def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
@@ -137,7 +150,7 @@ def _read_config(run: Path) -> RunConfig:
     errors: list[str] = []
     for kind in (ImageTrainingConfig, VideoTrainingConfig):
         try:
-            return parse_config(kind, ["--config", str(run / "config.yaml")])[0]  # type: ignore[return-value]
+            return parse_config(kind, ["--config", str(run / "config.yaml")])[0]
         except ValueError as error:
             errors.append(f"{kind.__name__}: {error}")
     raise ValueError(f"{run / 'config.yaml'} is of no kind of training. {' '.join(errors)}")

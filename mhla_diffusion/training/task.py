@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mhla_diffusion.pipelines.model_card import PICTURE
 
 from .conditioning import Conditioning
 from .config import changeable
@@ -85,8 +88,12 @@ class TrainingTask:
             return SampleSheet([output.frames[0] for output in outputs], fps=pipeline.config.fps)
         return SampleSheet([output.images for output in outputs])
 
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        """Write the finished pipeline; ``training`` are the facts for its model card."""
+    def save_pipeline(
+        self, model: Any, folder: Path, training: Mapping[str, Any], picture: Path | None = None
+    ) -> None:
+        """Write the finished pipeline; ``training`` and ``picture`` are for its model card."""
+        if picture is not None:
+            shutil.copyfile(picture, folder / PICTURE)
         self.pipeline(transformer=model, training=self.facts(training)).save_pretrained(folder)
 
     def facts(self, training: Mapping[str, Any]) -> dict[str, Any]:

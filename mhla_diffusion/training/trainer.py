@@ -463,13 +463,14 @@ class Trainer:
                 whole.load_state_dict(weights)
                 self._save_adapters(whole)
                 merge_adapters(whole)
-        folder = self.output_dir / "pipeline"
+        folder, sheets = self.output_dir / "pipeline", sorted(self.output_dir.glob("samples/step-*.png"))
+        picture = sheets[-1] if sheets else None
         facts = run_facts(
             self.run_config, len(self.source), self.progress.step, type(self.objective).__name__,
             num_unreadable=len(stream.unreadable),
         )  # fmt: skip
         in_first_process(
-            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts, picture))
         )
         logger.info("saved %s", folder)
 

@@ -177,6 +177,12 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
             f"gives {text_dim}: use the text encoder that it was trained with"
         )
+    if model.config.image_dim is not None or model.config.in_channels != model.config.out_channels:
+        raise ValueError(
+            f"{config.init_from} makes videos of images (in_channels {model.config.in_channels}, "
+            f"out_channels {model.config.out_channels}), and training is of text-to-video models: give one "
+            "as model.init_from. A converted one can be fine-tuned in your own loop, as any diffusers model"
+        )
     _check_patches(tuple(model.config.patch_size), sizes)
     return model
 

@@ -27,6 +27,7 @@ SCRIPTS = {
     "benchmark operator": "benchmark operator",
     "cache_latents image": "cache-latents image",
     "cache_latents video": "cache-latents video",
+    "card": "card",
     "convert": "convert",
     "evaluate video": "evaluate video",
     "export_checkpoint": "export-checkpoint",

@@ -365,8 +365,8 @@ def choose_metrics(
     """
     names = list(METRICS) if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in METRICS]:
-        known = ", ".join([*METRICS, *_PUBLISHED])
-        raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {known}")
+        choices = ", ".join([*METRICS, *_PUBLISHED])
+        raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {choices}")
     chosen = []
     for name in names:
         metric = METRICS[name]

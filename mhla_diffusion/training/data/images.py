@@ -194,7 +194,7 @@ class FolderImages(ImageSource):
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
                 f"image folder {folder} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+                f"({', '.join(IMG_EXTENSIONS)}): {error}; without classes put all of them into one subfolder"
             ) from error
         # One class could have a hidden folder below it, with copies of its images.
         shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
