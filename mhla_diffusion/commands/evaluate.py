@@ -14,7 +14,7 @@ from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.vbench import export_vbench
 from ..processes import in_first_process
-from .parsing import parse_and_call
+from .parsing import parse_and_call, with_list
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,7 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
         "compare": compare,
         "vbench": vbench,
     }
-    parse_and_call(commands[name], _with_list(arguments) if name == "compare" else arguments, prog)
-
-
-def _with_list(arguments: Sequence[str]) -> list[str]:
-    """Return ``A B C --out D`` as ``--reports [A, B, C] --out D``."""
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    reports = list(arguments[:count])
-    return [*(["--reports", str(reports)] if reports else []), *arguments[count:]]
+    parse_and_call(commands[name], with_list(arguments, "reports") if name == "compare" else arguments, prog)
 
 
 def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:

@@ -68,6 +68,7 @@ MHLA = Command(
             "export-checkpoint": Command("write a checkpoint of a training as a pipeline"),
         },
         "use": {
+            "demo": Command("a page in the browser: a pipeline and its teacher side by side, with times"),
             "card": Command("write the model card of a pipeline with its scores, a picture and its licence"),
             "generate": Command(
                 "generate into a folder with a manifest; interrupted, it goes on",

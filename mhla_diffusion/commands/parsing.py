@@ -36,6 +36,13 @@ def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog:
     )
 
 
+def with_list(arguments: Sequence[str], option: str) -> list[str]:
+    """Return ``A B C --out D`` as ``--option [A, B, C] --out D``."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    words = list(arguments[:count])
+    return [*([f"--{option}", str(words)] if words else []), *arguments[count:]]
+
+
 class _Parser(HelpParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong, where argparse prints all options before it and exits."""

@@ -30,6 +30,7 @@ SCRIPTS = {
     "card": "card",
     "convert": "convert",
     "evaluate video": "evaluate video",
+    "demo": "demo",
     "export_checkpoint": "export-checkpoint",
     "export_images": "export images",
     "export_videos": "export videos",
