@@ -109,6 +109,13 @@ class MHLAConfig:
         if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
+    def __repr__(self) -> str:
+        """Name what is not the default, and the blocks: a line that gives the config again."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{k}={v!r}" for k, v in values.items() if k == "blocks" or v != defaults[k]]
+        return f"MHLAConfig({', '.join(shown)})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (lists, not tuples), as they stand in a model's config.json."""
         values = dataclasses.asdict(self)

@@ -32,6 +32,12 @@ def test_config_survives_json() -> None:
     assert json.loads(FULL.to_json())["blocks"] == [2, 3]
 
 
+def test_config_prints_what_was_chosen() -> None:
+    assert repr(MHLAConfig()) == "MHLAConfig(blocks=16)"
+    assert repr(MHLAConfig(blocks=(2, 3), gate=True)) == "MHLAConfig(blocks=(2, 3), gate=True)"
+    assert eval(repr(FULL)) == FULL
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.gate = False  # type: ignore[misc]

@@ -332,6 +332,7 @@ SIZE = ("--height", "720", "--width", "1280", "--frames", "81")
         (("Wan2.1-14B", *SIZE, "--linear_layers", "20", "--dtype", "float16"), "in 20 of 40 layers"),
         (("DiT-XL/2", "--height", "4096", "--width", "4096"), "256 x 256 = 65,536 tokens"),
         (("DiT-XL/2", "--height", "256", "--width", "256", "--blocks", "1"), "recommended: blocks 2 x 4 = 8"),
+        (("DiT-XL/2", "--height", "256", "--width", "256"), "the paper and the configs take 16 for"),
     ],
     ids=str,
 )
