@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +68,7 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
     _load_weights(model, checkpoint, weights)
     merge_adapters(model)
     step = checkpoints.checkpoint_step(checkpoint)
-    facts = run_facts(config, len(source), step, type(objective).__name__, weights=weights)
+    facts = run_facts(config, len(source), step, objective.facts(), weights=weights)
     return _pipeline(task, model, facts)
 
 
@@ -105,7 +105,7 @@ def run_facts(
     config: RunConfig,
     num_samples: int,
     step: int,
-    objective: str,
+    objective: Mapping[str, Any],
     *,
     num_unreadable: int = 0,
     weights: Weights = "averaged",
@@ -116,7 +116,7 @@ def run_facts(
     facts: dict[str, Any] = {
         "data": f"{num_samples:,} samples",
         "steps": f"{step:,} of batch size {trainer.batch_size}",
-        "objective": objective,
+        **objective,
         "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
         "precision": "fp32" if trainer.mixed_precision == "no" else trainer.mixed_precision,
         "weights": average if weights == "averaged" else "as the optimizer has them, not averaged",

@@ -64,13 +64,14 @@ class TrainingTask:
     data_name: str
 
     @torch.no_grad()
-    def sample(self, model: Any, device: torch.device, clock: SheetClock) -> SampleSheet:
+    def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
         """Make the sample sheet, the same in every process.
 
         Every process calls it, as a sharded model needs. It does not draw from the global generators.
         """
         sampling, asked = self.sampling, self.sampling.rows()
-        clock.start(len(asked) * sampling.num_inference_steps)
+        if clock is not None:
+            clock.start(len(asked) * sampling.num_inference_steps)
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
         outputs = [

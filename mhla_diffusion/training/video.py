@@ -101,7 +101,7 @@ class VideoTrainingConfig(RunConfig):
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         if self.sampling.every:
             require_video_writer()
         source = self.data.open()
@@ -110,7 +110,8 @@ class VideoTrainingConfig(RunConfig):
             _check_text(latents, self)
         parts = build_parts(self, objective, latents)
         sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
-        model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
+        if model is None:
+            model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
         if latents is None:
             source = VideoSamples(source, self.data, channels=model.config.in_channels)
             warn_of_long_captions(source.captions, parts.tokenizer, self.text.max_length)
