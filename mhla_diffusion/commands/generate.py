@@ -8,7 +8,6 @@ Interrupted, the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from .. import MHLAPipeline
 from ..files.writing import require_writable
 from ..processes import in_first_process
 from ..training.export import is_run, newest_model, open_checkpoint
-from .parsing import parse_and_call
+from .parsing import join_prompts, parse_and_call
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -162,20 +161,6 @@ def _open(model: str, dtype: torch.dtype) -> Any:
             return open_checkpoint(newest).to(dtype)
         model = str(newest)
     return MHLAPipeline.from_pretrained(model, dtype=dtype)
-
-
-def join_prompts(arguments: Sequence[str]) -> list[str]:
-    """Put one list in place of all ``--prompts``: the option may be repeated, and no text is taken apart."""
-    rest: list[str] = []
-    prompts: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--prompts" or not (equals or (value := next(remaining, ""))):
-            rest.append(argument)
-        else:
-            prompts.append(value)
-    return [*rest, f"--prompts={json.dumps(prompts, ensure_ascii=False)}"] if prompts else rest
 
 
 def main(arguments: Sequence[str], prog: str, kind: str) -> None:

@@ -96,6 +96,7 @@ MHLA = Command(
                     video="score generated videos",
                     stats="write the statistics of images, to be given as --real from then on",
                     compare="put reports side by side",
+                    steps="score every checkpoint of a training",
                     vbench="copy generated videos into the layout that VBench reads",
                 ),
             ),

@@ -71,3 +71,18 @@ def test_what_cannot_be_exported_is_named(finished: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"is damaged: model\.safetensors; take another one"):
         export_checkpoint(finished, tmp_path / "out", checkpoint="step-00000003")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_checkpoint_is_scored_by_one_command_which_goes_on(
+    finished: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "steps", "--run", finished, "--real", image_folder, "--out", tmp_path / "steps"]
+    options = ["--num", "4", "--num_inference_steps", "2", "--metrics", "frechet", "--bootstrap", "0"]
+    result = run_script(*command, *options)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "steps" / "comparison.md").read_text()
+    assert "| score | step-00000003 | step-00000006 |" in table
+    assert (tmp_path / "steps" / "step-00000003" / "report" / "report.html").is_file()
+    again = run_script(*command, *options)
+    assert again.returncode == 0, again.stderr
+    assert "step-00000006 is scored already" in again.stderr
