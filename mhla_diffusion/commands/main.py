@@ -175,7 +175,7 @@ def _help(command: Command, prog: str) -> str:
         lines += ["", f"{title}:"]
         for name, below in group.items():
             more = f" ({', '.join(below.commands)})" if below.below else ""
-            text = textwrap.wrap(below.line + more, 82)
+            text = textwrap.wrap(below.line + more, 96 - width)
             lines += [f"  {start:{width}}  {line}" for start, line in zip_longest([name], text, fillvalue="")]
     lines += ["", f"{prog} COMMAND --help says what a command takes."]
     if command is MHLA:
