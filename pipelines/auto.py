@@ -9,7 +9,8 @@ import diffusers
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
-from mhla_diffusion.hub import hub_arguments, load_config, locate_subfolder
+from mhla_diffusion.backbones.model import as_config
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
@@ -17,8 +18,9 @@ from .video import MHLAWanPipeline
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
 _OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
-# Pipelines that call a transformer on tokens that lie on no grid.
-_WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
+# Pipelines that call a transformer on tokens of which it does not say on which grid they lie, and those that
+# put tokens of images ahead of the grid.
+_WITHOUT_GRID, _WITH_EXTRA_TOKENS = ("LTXI2VLongMultiPromptPipeline",), ("LTXConditionPipeline",)
 
 
 class MHLAPipeline:
@@ -68,6 +70,8 @@ class MHLAPipeline:
                 "alone (mhla convert --only_transformer true)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"model_index.json in {path} names no pipeline: it is damaged")
         names = [name for name, stored in index.items() if _is_transformer(stored)]
         pipeline_class = _OWN.get(index["_class_name"]) or getattr(diffusers, index["_class_name"], None)
         if pipeline_class is None or not names:
@@ -80,7 +84,14 @@ class MHLAPipeline:
                 f"a {pipeline_class.__name__} puts tokens of images between those of the video, which then "
                 "lie on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
             )
-        pipeline = pipeline_class.from_pretrained(path, **kwargs)
+        needs_block = pipeline_class.__name__ in _WITH_EXTRA_TOKENS and mhla_config is not None
+        if needs_block and not as_config(mhla_config).extra_block:
+            raise ValueError(
+                f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
+                "set extra_block=True in mhla_config, so that they are a block of their own"
+            )
+        with load_errors(path):
+            pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
             transformer, config = getattr(pipeline, name), mhla_config
             ours = backbone_of(transformer)

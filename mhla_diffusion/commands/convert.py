@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..attention import MHLAConfig
-from ..files.writing import require_new_folder, write_folder
+from ..files.locking import new_folder
+from ..files.writing import write_folder
 from .parsing import parse_and_call
 
 
@@ -47,25 +48,25 @@ def convert(
     from ..backbones import convert_to_mhla, load_transformer
     from ..backbones.official import load_official_wan
 
-    target = require_new_folder(out)
     place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if source == "official-wan-mhla":
-        converted: Any = load_official_wan(model, normalizer=normalizer)
-        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
-    else:
-        use = "it is a start for fine-tuning"
-        if only_transformer:
-            converted = convert_to_mhla(load_transformer(model, **place), mhla)
+    with new_folder(out) as target:
+        if source == "official-wan-mhla":
+            converted: Any = load_official_wan(model, normalizer=normalizer)
+            use = "MHLAWanTransformer3DModel.from_pretrained opens it"
         else:
-            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
+            use = "it is a start for fine-tuning"
+            if only_transformer:
+                converted = convert_to_mhla(load_transformer(model, **place), mhla)
+            else:
+                converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
 
-    def write(folder: Path) -> None:
-        converted.save_pretrained(folder)
-        if hasattr(converted, "components"):
-            fields = CardFields(base_model=model, converted=True)
-            write_model_card(converted, folder, repo_id=target.name, fields=fields)
+        def write(folder: Path) -> None:
+            converted.save_pretrained(folder)
+            if hasattr(converted, "components"):
+                fields = CardFields(base_model=model, converted=True)
+                write_model_card(converted, folder, repo_id=target.name, fields=fields)
 
-    write_folder(target, write)
+        write_folder(target, write)
     logging.info("saved %s; %s", out, use)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import Report, compare_reports, compute_statistics, evaluate_images, evaluate_videos
-from ..evaluation.pages.report import UNFINISHED, require_no_report
+from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.vbench import export_vbench
+from ..files.locking import only_writer
 from ..processes import in_first_process
 from .parsing import join_prompts, parse_and_call, with_list
 
@@ -28,8 +30,8 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real images are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_images(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_images(**evaluation), out, save_stats, overwrite)
 
 
 def video(out: str, save_stats: str | None = None, overwrite: bool = False, **evaluation: Any) -> None:
@@ -40,8 +42,8 @@ def video(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real videos are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
 
 
 def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
@@ -110,7 +112,7 @@ def steps(
     texts = None if prompts is None else read_prompts(prompts)
     reports = [Path(out) / checkpoint.name / "report" for checkpoint in checkpoints]
     for checkpoint, report in zip(checkpoints, reports, strict=True):
-        if (report / "report.json").is_file() and not (report / UNFINISHED).is_file():
+        if (report / "report.json").is_file():
             logger.info("%s is scored already", checkpoint.name)
             continue
         samples = report.with_name("samples")
@@ -154,10 +156,19 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
     parse_and_call(commands[name], arguments, prog)
 
 
-def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:
-    require_no_report(out, overwrite=overwrite)
-    if save_stats:
-        require_new_npz(save_stats, overwrite=overwrite)
+@contextmanager
+def _room(out: str, save_stats: str | None, overwrite: bool) -> Iterator[None]:
+    """Check, before the work, that what it gives can be written, and keep the place."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            require_no_report(out, overwrite=overwrite)
+            if save_stats:
+                require_new_npz(save_stats, overwrite=overwrite)
+            stack.enter_context(only_writer(out))
+
+        in_first_process(enter)
+        yield
 
 
 def _save(report: Report, out: str, save_stats: str | None, overwrite: bool) -> None:

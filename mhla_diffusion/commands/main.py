@@ -100,6 +100,7 @@ MHLA = Command(
                     vbench="copy generated videos into the layout that VBench reads",
                 ),
             ),
+            "compare-attention": Command("variants of attention on one task, over seeds, as a page"),
             "analyze": Command("rank, entropy and mixing of a model's attention, as a report"),
         },
     },

@@ -8,6 +8,7 @@ from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
     block_distances,
+    extend_mixing,
     initial_mixing,
     locality_mixing,
     offset_means,
@@ -28,6 +29,7 @@ __all__ = [
     "apply_rotary_emb",
     "block_distances",
     "exchanged_bytes",
+    "extend_mixing",
     "initial_mixing",
     "locality_mixing",
     "mhla",

@@ -28,8 +28,8 @@ from .features import Features
 from .layout import BlockLayout
 
 _SETTINGS = (
-    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, str feature_map, float eps, bool normalized, "
-    "bool shared"
+    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, int[]? extra, str feature_map, float eps, "
+    "bool normalized, bool shared"
 )
 
 
@@ -106,21 +106,21 @@ def _row_scale(mixing: Tensor) -> Tensor:
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
-        features.rotary, features.mask, layout.grid, layout.blocks,
+        features.rotary, features.mask, layout.grid, layout.blocks, layout.extra,
         features.feature_map, features.eps, features.normalized, features.shared,
     )  # fmt: skip
 
 
 def objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
     """Return the objects of the last arguments of an operator."""
-    rotary, mask, grid, blocks, feature_map, eps, normalized, shared = settings
-    layout = _layout(tuple(grid), tuple(blocks))
+    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared = settings
+    layout = _layout(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
     return layout, Features(feature_map, eps, normalized, rotary, mask, shared)
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
-    return BlockLayout(grid, blocks)
+def _layout(grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None) -> BlockLayout:
+    return BlockLayout(grid, blocks, extra)
 
 
 def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:

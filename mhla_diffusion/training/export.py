@@ -139,7 +139,7 @@ def _trained(config: RunConfig) -> str:
 
 
 def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
-    return task.pipeline(transformer=model.eval(), training=task.facts(facts))
+    return task.pipeline(transformer=model.eval(), training=task.all_facts(facts))
 
 
 def _read_config(run: Path) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,14 @@ class TrainingTask:
         sampling: of the config.
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
+        facts: what else it says of them.
     """
 
     conditioning: Conditioning
     sampling: SampleSheetConfig
     pipeline: Callable[..., Any]
     data_name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
@@ -95,8 +97,8 @@ class TrainingTask:
         """Write the finished pipeline; ``training`` and ``picture`` are for its model card."""
         if picture is not None:
             shutil.copyfile(picture, folder / PICTURE)
-        self.pipeline(transformer=model, training=self.facts(training)).save_pretrained(folder)
+        self.pipeline(transformer=model, training=self.all_facts(training)).save_pretrained(folder)
 
-    def facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
+    def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Return the facts of a run and those of its data."""
-        return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}
+        return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
@@ -26,13 +25,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_folder
-from ..processes import in_first_process, make_accelerator, warn_of_idle_cores
+from ..files.writing import commit, disk_errors, start_writing, write_folder
+from ..processes import in_first_process
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, save_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
+from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .export import run_facts
+from .idle import IdleRun
+from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, warn_of_idle_cores
 from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
@@ -177,7 +179,8 @@ class Trainer:
         checkpoint: to go on from, as :func:`checkpoints.find_checkpoint` gives it.
 
     Raises:
-        ValueError: when the batch does not divide over the processes, or fp16 is asked for without a GPU.
+        ValueError: when the batch does not divide over the processes, fp16 is asked for without a GPU, or the
+            launcher says something else than the config.
     """
 
     def __init__(
@@ -194,11 +197,8 @@ class Trainer:
         self.run_config, self.config = run_config, run_config.trainer
         config, output_dir = self.config, Path(run_config.output_dir)
         self.output_dir = output_dir
-        self.accelerator = make_accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=list(config.trackers) or None,
-            project_dir=output_dir / "logs",
+        self.accelerator = start_accelerator(
+            config, log_with=list(config.trackers) or None, project_dir=output_dir / "logs"
         )
         self.share = BatchShare(
             config.batch_size,
@@ -208,7 +208,7 @@ class Trainer:
         )
         if self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
             warn_of_idle_cores(self.accelerator.num_processes)
-        self.progress = Progress()
+        self.progress, self.fingerprint = Progress(), in_first_process(lambda: fingerprint_of(source))
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
         sampling, hidden = task.sampling, not self.accelerator.is_main_process
         self.sheet_clock = SheetClock(sampling.every, sampling.max_share, hidden=hidden)
@@ -229,10 +229,8 @@ class Trainer:
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
             fused=True,
         )  # fmt: skip
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # DeepSpeed reads it off a prepared loader, and this one is not.
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.share.micro_batch_size
+        tell_deepspeed(self.accelerator, config, self.share)
+        compile_as_launched(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
@@ -253,8 +251,7 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output_dir, self.output_dir / "checkpoints"):
-                remove_unfinished(folder)
+            checkpoints.remove_what_was_left(self.output_dir)
             checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)
@@ -269,15 +266,18 @@ class Trainer:
             0, or the number of the signal that asked to stop, after a checkpoint was saved.
 
         Raises:
+            ValueError: when the gradient of the first steps is zero, so that nothing would be trained.
             FloatingPointError: when the loss or its gradient is no longer finite; the last checkpoint is from
                 before, and the batch that did it is kept.
         """
-        stream = self._stream()
+        stream, left = self._stream(), self.config.max_steps - self.progress.step
+        idle = IdleRun(self.accelerator.unwrap_model(self.model), steps=max(1, min(3, left)))
         with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
             batches, throughput = iter(stream), Throughput()
             while self.progress.step < self.config.max_steps:
                 with throughput.step():
                     grad_norm = self._next_step(batches, throughput)
+                idle.add(grad_norm)
                 bar.update()
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
@@ -432,7 +432,7 @@ class Trainer:
 
     def _finish_checkpoint(self, temporary: Path, folder: Path) -> None:
         config, processes = as_dict(self.run_config), self.accelerator.num_processes
-        checkpoints.write_record(temporary, config=config, num_processes=processes)
+        checkpoints.write_record(temporary, config=config, num_processes=processes, data=self.fingerprint)
         commit(temporary, folder)
         checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
         logger.info("saved %s", folder)
@@ -440,6 +440,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         """Restore everything that the next step depends on."""
         before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
+        checkpoints.require_same_data(checkpoint, as_dict(self.run_config), self.fingerprint)
         checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
         with checkpoints.load_errors(checkpoint):
             self.accelerator.load_state(str(checkpoint))

@@ -119,8 +119,8 @@ class VideoTrainingConfig(RunConfig):
             _check_channels(latents, model)
         conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
         pipeline = with_transformer(parts, parts.size_in_pixels(sizes[0]))
-        task = TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
-        return model, source, task
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_parts(

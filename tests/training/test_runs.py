@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
-from mhla_diffusion.processes import warn_of_idle_cores
+from mhla_diffusion.training.launcher import warn_of_idle_cores
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -56,6 +56,7 @@ def test_a_run_leaves_a_pipeline_that_generates(whole: Path, losses: Losses) -> 
     assert all(0 <= value.min() <= value.max() <= 1 for value in mixing)
     card = (whole / "pipeline" / "README.md").read_text()
     assert "| steps | 6 of batch size 8 |" in card
+    assert "| transparent pixels | on white |" in card
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...files.writing import require_absent, write_file
+from ...files.writing import write_together
 from ..scores.score import Score, cautions, decimals, once
 from .notebook import in_frame
 from .report import encode, render
@@ -123,9 +123,8 @@ class SideBySide:
         Raises:
             ValueError: when they are there and ``overwrite`` is false.
         """
-        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-        for name, content in zip(FILE_NAMES, (self.to_markdown(), self.to_html()), strict=True):
-            write_file(Path(out) / name, encode(content))
+        contents = map(encode, (self.to_markdown(), self.to_html()))
+        write_together(out, dict(zip(FILE_NAMES, contents, strict=True)), overwrite=overwrite)
 
 
 def _cell(score: Score | None, best: bool) -> str:

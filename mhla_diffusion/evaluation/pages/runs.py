@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.pictures import PICTURE_CONVERSION, VIDEO_CONVERSION, WHITE
 from ..scores.score import Score
+from ..sets.samples import EARLIER_CONVERSIONS
 from .report import SCHEMA_VERSION
 
 # What differs from run to run without changing what is measured.
@@ -16,6 +18,11 @@ _HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals",
 # Of a manifest: what two runs of one experiment need not have in common.
 _INCIDENTAL = ("complete", "versions", "model", "weights_sha256")
 _SEED = "training.seed"
+# Reports of earlier versions: where pixels became others, the fingerprint of the real set is another.
+_RENAMED = {
+    EARLIER_CONVERSIONS[kind]: text.format(background=WHITE)
+    for kind, text in (("image", PICTURE_CONVERSION), ("video", VIDEO_CONVERSION))
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ def load_run(path: Path, label: str) -> Run:
             for name, its in protocol["extractors"].items()
         }
         real, generated = content["real"], content["generated"]
+        conditions["conversion"] = _RENAMED.get(conditions["conversion"], conditions["conversion"])
         conditions |= {
             "kind": content["kind"],
             "real": {"count": real["count"], "fingerprint": real["fingerprint"]},
@@ -89,19 +97,41 @@ def load_run(path: Path, label: str) -> Run:
         scores = [Score(**score) for score in content["scores"]]
         pictures = file.with_name("samples.json")
         samples = json.loads(pictures.read_text("utf-8")) if pictures.is_file() else []
+        if not all(map(_is_sample, samples)) or not all(map(_is_score, scores)):
+            raise ValueError("it has been changed: score the samples again")
+        versions = dict(protocol["versions"])
         made, seed = _made(generated.get("manifest") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a report that can be compared: {error}") from error
     return Run(
         name=str(path),
         label=label,
         scores={score.name: score for score in scores},
         conditions=flat(conditions),
-        versions=protocol["versions"],
+        versions=versions,
         kind=content["kind"],
         samples=samples,
         made=made,
         seed=seed,
+    )
+
+
+def _is_sample(sample: Any) -> bool:
+    """Check what goes into a page: a report may come from a stranger."""
+    picture, sizes = sample.get("data_uri"), [sample.get(name) for name in ("width", "height")]
+    texts = [sample.get(name) or "" for name in ("name", "label", "prompt")]
+    inline = isinstance(picture, str) and picture.startswith("data:image/")
+    return inline and all(type(size) is int for size in sizes) and all(isinstance(t, str) for t in texts)
+
+
+def _is_score(score: Score) -> bool:
+    numbers = [score.value, *(score.interval or ())]
+    return (
+        isinstance(score.name, str)
+        and isinstance(score.extractor, str)
+        and all(isinstance(number, int | float) for number in numbers)
+        and len(score.interval or (0, 0)) == 2
+        and all(isinstance(flag, str) for flag in score.flags)
     )
 
 

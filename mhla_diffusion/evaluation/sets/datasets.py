@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...files.arrays import file_kind, require_regular
 from ...files.names import is_hidden
 from ...optional import require
-from .arrays import file_kind, require_regular
 from .samples import Pixels, SampleKind, SampleSet
 
 LABELS = ("label", "labels", "class")
