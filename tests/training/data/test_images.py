@@ -229,3 +229,14 @@ def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> 
 def test_images_have_1_or_3_channels(image_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.in_channels is 4; for latents"):
         samples(DataConfig("folder", str(image_folder)), channels=4)
+
+
+def test_folders_that_systems_make_are_no_classes(image_folder: Path) -> None:
+    before = open_images(DataConfig(source="folder", path=str(image_folder)))
+    for name in (".ipynb_checkpoints", "@eaDir", f"{before.class_names[0]}/.ipynb_checkpoints"):
+        folder = image_folder / name
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "copy.png")
+    after = open_images(DataConfig(source="folder", path=str(image_folder)))
+    assert after.class_names == before.class_names
+    assert len(after) == len(before)
