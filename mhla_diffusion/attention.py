@@ -250,7 +250,10 @@ class MHLA(nn.Module):
         """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
-        return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
+        if self.config.constraint == "softmax":
+            return self.mixing.softmax(-1)
+        # No change to what clamp_mixing holds in range, but to what an adapter has added to it.
+        return self.mixing.clamp(0, 1) if self.config.constraint == "clamp" else self.mixing
 
     @torch.no_grad()
     def take_mixing(self, other: MHLA) -> None:

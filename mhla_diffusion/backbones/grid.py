@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import MHLA
+from .layers import mhla_of
 
 Grid = tuple[int, ...]
 
@@ -100,7 +100,7 @@ def _hand_over_grid(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     grid = find_grid(args, kwargs)
     rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
-    if isinstance(attn.processor, MHLA):
+    if mhla_of(attn.processor) is not None:
         rest["grid"] = grid
     return tuple(map(_without_grid, args)), rest
 

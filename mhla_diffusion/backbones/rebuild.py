@@ -63,22 +63,28 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     return rebuilt, {"new": new, "dropped": dropped}
 
 
-def require_plain_weights(model: ModelMixin) -> None:
+def require_plain_weights(model: ModelMixin, *, fused: bool = False) -> None:
     """Check that all weights are there, under the names that the class gives them.
+
+    Args:
+        fused: whether projections may be fused, which leaves the plain ones beside them.
 
     Raises:
         ValueError: for adapters, fused projections and offloaded weights, saying what to do.
     """
     names = dict(model.named_parameters())
-    for part, remedy in (
-        ("base_layer", "merge or unload its adapters first (fuse_lora, then unload_lora_weights)"),
-        ("to_qkv", "call unfuse_qkv_projections() first"),
-    ):
+    merge = (
+        "merge or unload its adapters first (fuse_lora, then unload_lora_weights; with peft merge_and_unload)"
+    )
+    remedies = {"base_layer": merge, "original_module": merge}
+    if not fused:
+        remedies["to_qkv"] = "call unfuse_qkv_projections() first"
+    for part, remedy in remedies.items():
         if found := next((name for name in names if f".{part}." in name), None):
             raise ValueError(f"the model has {found}: {remedy}")
     if found := next((name for name, weight in names.items() if weight.is_meta), None):
         raise ValueError(
-            f"{found} is offloaded, so that its values are not there: convert before offloading is enabled"
+            f"{found} is offloaded, so that its values are not there: take the model before that"
         )
 
 
