@@ -73,7 +73,8 @@ class KeepsMHLA(nn.Module):
 def keep_mhla(layer: nn.Module) -> None:
     """Give an attention layer that has MHLA the methods of :class:`KeepsMHLA`."""
     if not isinstance(layer, KeepsMHLA):
-        layer.__class__ = _keeping(type(layer))
+        stock: Any = type(layer)
+        layer.__class__ = _keeping(stock)
 
 
 @functools.cache
@@ -81,7 +82,7 @@ def _keeping(stock: Any) -> Any:
     return type(stock.__name__, (KeepsMHLA, stock), {})
 
 
-def _blank(stock: type[nn.Module]) -> Any:
+def _blank(stock: Any) -> Any:
     """Return a layer without its state, for copies and pickles, which do not find a class made here."""
     return object.__new__(_keeping(stock))
 

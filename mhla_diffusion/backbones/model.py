@@ -173,6 +173,8 @@ class MHLAModelMixin(ModelMixin):
             }
         super().set_attn_processor(processor)
 
+    # Pipelines look at the signature for what they may hand on.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as :meth:`diffusers.ModelMixin.save_pretrained` does, never what does not load again.
 
