@@ -48,7 +48,8 @@ class MHLAConfig:
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
         constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
-            ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
+            ``"softmax"`` learns logits, each row sums to 1; ``"none"``. What peft adds to the matrix
+            (``target_parameters``) is not clamped, a copy that it trains (``modules_to_save``) is.
         mixing_per_head: one mixing matrix per head instead of one for all.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
             fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
@@ -250,10 +251,7 @@ class MHLA(nn.Module):
         """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
-        if self.config.constraint == "softmax":
-            return self.mixing.softmax(-1)
-        # No change to what clamp_mixing holds in range, but to what an adapter has added to it.
-        return self.mixing.clamp(0, 1) if self.config.constraint == "clamp" else self.mixing
+        return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
 
     @torch.no_grad()
     def take_mixing(self, other: MHLA) -> None:
