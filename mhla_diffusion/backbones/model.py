@@ -191,6 +191,34 @@ class MHLAModelMixin(ModelMixin):
                 )
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: Any, *, mhla_config: ConfigChoice = None, **kwargs: Any
+    ) -> Any:
+        """Load a stock model from one file, and convert it.
+
+        Takes what the stock class's method takes.
+
+        Raises:
+            ValueError: without ``mhla_config``, and for a file that lacks weights of the stock model.
+        """
+        if mhla_config is None:
+            raise ValueError(
+                "single files hold stock models: give mhla_config= to have it converted; one with MHLA is a "
+                f"folder for {cls.__name__}.from_pretrained"
+            )
+        try:
+            # What a file lacks then is on the meta device; otherwise it would be there, at random.
+            model = cls.stock.from_single_file(
+                pretrained_model_link_or_path_or_dict, **{**kwargs, "low_cpu_mem_usage": True}
+            )
+            lacking = [name for name, weight in model.named_parameters() if weight.is_meta]
+        except NotImplementedError as error:  # diffusers casts meta tensors
+            lacking = [str(error)]
+        if lacking:
+            raise ValueError(f"the file lacks weights of {cls.stock.__name__}: {lacking[0]}")
+        return rebuild(model, cls, attention="mhla", mhla_config=as_config(mhla_config))[0]
+
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
