@@ -32,6 +32,9 @@ from .ops.features import RotaryEmbedding
 CONSTRAINTS = ("clamp", "softmax", "none")
 CPE_STARTS = (None, "zero", "identity")
 
+# Summed values of more, each of about 1, begin to exceed what float16 holds.
+_MOST_SUMMED_IN_FLOAT16 = 16384
+
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
 
@@ -304,6 +307,12 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
+        unbounded = self.config.normalizer == "none" and self.norm is None
+        if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
+            raise ValueError(
+                f"normalizer 'none' without output_norm sums over more than {_MOST_SUMMED_IN_FLOAT16} tokens; "
+                "float16 holds no such sums (65,504 is its largest number): use bfloat16 or float32"
+            )
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         layout, key_layout, mixing = self.fit(grid, key_grid, device=q.device)
@@ -390,10 +399,11 @@ def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> Tensor:
     """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``."""
     images = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)  # [B, H d, *grid]
-    # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of
-    # the computation, which stored weights need not have (layerwise casting).
-    dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
-    with torch.autocast(v.device.type, enabled=False):
+    # Weights in float32 are not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Others
+    # may be stored in another dtype than that of the computation (layerwise casting): v or autocast has it.
+    autocast, in_float32 = torch.is_autocast_enabled(v.device.type), conv.weight.dtype == torch.float32
+    dtype = torch.float32 if autocast and in_float32 else v.dtype
+    with torch.autocast(v.device.type, enabled=autocast and not in_float32):
         return conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -88,13 +88,13 @@ class MHLADiTPipeline(CardedPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
-        """Class ids of names; ids pass through.
+    def get_label_ids(self, label: int | str | list[Any]) -> list[int]:
+        """Class ids of names; ids pass through, and lists in lists are one list, as for DiTPipeline.
 
         Raises:
             ValueError: for a name that the model does not know, or an id that is out of range.
         """
-        labels = [label] if isinstance(label, (int, str)) else list(label)
+        labels = list(_flat(label))
         if unknown := [name for name in labels if isinstance(name, str) and name not in self.labels]:
             known = ", ".join(sorted(self.labels)) or "none: this pipeline has no id2label, give class ids"
             raise ValueError(f"unknown class {', '.join(map(repr, unknown))}; the names are {known}")
@@ -285,6 +285,15 @@ class MHLADiTPipeline(CardedPipeline):
 
 # The name under which diffusers records the class, free of our file layout.
 MHLADiTPipeline.__module__ = "mhla_diffusion"
+
+
+def _flat(label: Any) -> Iterator[int | str]:
+    label = label.tolist() if hasattr(label, "tolist") else label
+    if isinstance(label, Iterable) and not isinstance(label, str):
+        for part in label:
+            yield from _flat(part)
+    else:
+        yield label
 
 
 @contextmanager

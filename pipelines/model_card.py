@@ -69,6 +69,8 @@ class CardedPipeline(DiffusionPipeline):
         Raises:
             ValueError: otherwise, saying which would.
         """
+        if self.scheduler is None:
+            return
         require_scheduler(
             self.scheduler, self.config.prediction_type, scaled=self.scales_inputs,
             alphas_cumprod=self._alphas_cumprod,

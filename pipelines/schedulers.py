@@ -39,7 +39,7 @@ _measured: dict[tuple[Any, ...], str] = {}
 def prediction_of(
     scheduler: Any, *, scaled: bool = True, mu: bool = False, alphas_cumprod: Tensor | None = None
 ) -> str | None:
-    """Return what a model must predict for a scheduler: one of :data:`PREDICTIONS`, or None for nothing.
+    """Return what a model must predict for a scheduler: one of :data:`PREDICTIONS`, or None.
 
     Args:
         scaled: whether the pipeline scales noise and inputs as the scheduler says (``init_noise_sigma``,
@@ -47,6 +47,8 @@ def prediction_of(
         mu: whether it gives the mu that ``use_dynamic_shifting`` asks for.
         alphas_cumprod: noise of the training, where it was no flow; the scheduler's own by default.
     """
+    if scheduler is None:  # pipelines are also made for their encoders alone
+        return None
     found = _measure(scheduler, scaled, mu, alphas_cumprod)
     return found if found in PREDICTIONS else None
 
