@@ -310,8 +310,8 @@ class MHLA(nn.Module):
         unbounded = self.config.normalizer == "none" and self.norm is None
         if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
             raise ValueError(
-                f"normalizer 'none' without output_norm sums over more than {_MOST_SUMMED_IN_FLOAT16} tokens; "
-                "float16 holds no such sums (65,504 is its largest number): use bfloat16 or float32"
+                f"normalizer 'none' without output_norm sums over {_MOST_SUMMED_IN_FLOAT16} tokens or more; "
+                "float16 holds no more than 65,504: use bfloat16 or float32"
             )
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
