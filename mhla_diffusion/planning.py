@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
-from .backbones.model import layer_attention
+from .backbones.model import layer_settings
 from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
@@ -35,7 +35,11 @@ PRESETS = {
 }
 
 # What diffusers calls the parts of a layer, and we do.
-_PARTS = {"norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward"}
+_PARTS = {
+    "norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward",
+    "img_mod": "modulation", "txt_mod": "modulation of text",
+    "img_mlp": "feed-forward", "txt_mlp": "feed-forward of text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ class Plan:
 
     Args:
         model, size: what the table calls them.
-        layout: the grid of tokens and its blocks.
+        layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe: whether linear layers have an output gate, and a convolution on v.
+        gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
+            window, and learned features, which are twice as wide.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -69,6 +74,8 @@ class Plan:
     linear_layers: int
     gate: bool
     cpe: bool
+    local: bool
+    hedgehog: bool
     layer: dict[str, int]
     projections: int
     rest: int
@@ -80,20 +87,29 @@ class Plan:
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
+        Learned features double the linear forms and add ``4 N d^2 H``; a softmax window of n tokens adds
+        ``4 N n d H``.
         Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads
         mixing = 2 * self.layout.num_blocks**2 if attention == "mhla" and self.layout.num_blocks > 1 else 0
-        return (4 * tokens + mixing) * d**2 * self.heads
+        flops = (4 * tokens + mixing) * d**2
+        if self.hedgehog:
+            flops = 2 * flops + 4 * tokens * d**2
+        if self.local and attention == "mhla":
+            extra = sum(self.layout.extra or ())
+            flops += 4 * ((tokens - extra) * math.prod(self.layout.block_shape) + extra**2) * d
+        return flops * self.heads
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
         width, extras = self.heads * self.head_dim, 0
         if attention != "softmax":
             convolution = 2 * 3 ** len(self.layout.grid) * width
-            extras = self.layout.num_tokens * (self.gate * 2 * width**2 + self.cpe * convolution)
+            extras = self.layout.num_tokens * self.gate * 2 * width**2
+            extras += math.prod(self.layout.grid) * self.cpe * convolution
         return {
             "attention operator": self.operator_flops(attention),
             "projections q, k, v, out": self.projections,
@@ -107,6 +123,14 @@ class Plan:
         return self._fixed_flops + self.linear_operators * (
             layer["attention operator"] + layer["gate and convolution"]
         )
+
+    def with_config(self, config: MHLAConfig) -> Plan:
+        """Return the plan of the same model and size with these settings in its linear layers."""
+        layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
+        return replace(
+            self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
+            local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
+        )  # fmt: skip
 
     @property
     def _fixed_flops(self) -> int:
@@ -127,13 +151,15 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """Speed-up of the whole model if linear attention, gate and convolution cost nothing."""
+        """Speed-up of the whole model if linear attention and what is beside it cost nothing."""
         return self.model_flops("softmax") / self._fixed_flops
 
     @property
     def mixing_share(self) -> float:
         """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        return 1 - self.operator_flops("linear") / self.operator_flops("mhla")
+        blocks = self.layout.num_blocks
+        mixing = 2 * blocks**2 if blocks > 1 else 0
+        return mixing / (4 * self.layout.num_tokens + mixing)
 
     @property
     def operator_bytes(self) -> int:
@@ -144,7 +170,7 @@ class Plan:
         """Bytes that parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
         if attention == "softmax":
             return self.operator_bytes
-        whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid))
+        whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
         return exchanged_bytes(layout, 1, self.heads, self.head_dim, self.head_dim)
 
@@ -160,24 +186,31 @@ def plan(
     blocks: int | tuple[int, ...] | None = None,
     gate: bool | None = None,
     cpe: bool | None = None,
+    local: bool | None = None,
+    hedgehog: bool | None = None,
     linear_layers: int | None = None,
     vae_stride: int | None = None,
+    extra_tokens: int | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Plan:
     """Plan MHLA for a model and a size: FLOPs, bytes, the bound on the speed-up, and blocks to take.
 
     Args:
         model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
-            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Wan2.1-1.3B, Wan2.1-14B.
+            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Qwen-Image, Wan2.1-1.3B,
+            Wan2.1-14B.
         height: of the output in pixels.
         width: of the output in pixels.
         frames: of the output, for video models.
         blocks: number in all or along each axis; by default the model's own, else the recommended ones.
         gate: whether MHLA has an output gate; by default as in the model's config, else no.
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
+        local: whether MHLA has a softmax window; by default as in the model's config, else no.
+        hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
             stock model comes with: 8 for DiT and Wan2.1. Wan2.2-TI2V-5B has 16, models of pixels have 1.
+        extra_tokens: tokens of the text, for models whose self-attention it takes part in; 128 by default.
         dtype: of q, k, v and the output.
 
     Raises:
@@ -191,13 +224,25 @@ def plan(
     grid = token_grid(
         transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
     )
-    given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
+    if extra_tokens is not None:
+        if not transformer.extra_tokens or extra_tokens < 1:
+            raise ValueError(
+                f"extra_tokens must be 1 or more, and the text a part of self-attention, which it is "
+                f"{'' if transformer.extra_tokens else 'not '}in {model}; got {extra_tokens}"
+            )
+        transformer.extra_tokens = extra_tokens
+    given = {
+        "blocks": blocks, "gate": gate, "cpe": cpe, "local": local, "hedgehog": hedgehog,
+        "linear_layers": linear_layers,
+    }  # fmt: skip
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
     if not 1 <= settings["linear_layers"] <= config.num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {config.num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
+    if transformer.extra_tokens:
+        layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
     return Plan(
         model=model,
@@ -245,6 +290,11 @@ def load_model_config(model: str) -> dict[str, Any]:
     return {**config, "_class_name": ours.stock.__name__}
 
 
+def count_parameters(model: str) -> int:
+    """Count the parameters of a model with its stock attention; see :func:`load_model_config`."""
+    return sum(weight.numel() for weight in _stock_model(load_model_config(model)).parameters())
+
+
 def _stock_model(config: dict[str, Any]) -> Any:
     """Our form of a model with its stock attention in every layer, on the meta device."""
     ours = backbone_of_config(config)
@@ -256,17 +306,23 @@ def _stock_model(config: dict[str, Any]) -> Any:
 
 
 def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Read what the stored config says of MHLA; a stock model becomes linear throughout."""
+    """Read what the stored config says of MHLA in its first linear layer; a stock model becomes linear."""
     num_layers, stock = model.config.num_layers, model.stock_attention
-    mhla = MHLAConfig.from_dict(dict(stored.get("mhla_config") or {}))
-    kinds = layer_attention(stored.get("attention", stock), mhla.layers, num_layers, stock=stock)
-    if set(kinds) == {stock}:
-        return {"linear_layers": num_layers, "blocks": None, "gate": False, "cpe": False}
+    kinds, configs = layer_settings(
+        stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
+    )
+    linear = [number for number, kind in enumerate(kinds) if kind != stock]
+    mhla = configs[linear[0] if linear else 0]
+    if not linear:
+        none = dict.fromkeys(("gate", "cpe", "local", "hedgehog"), False)
+        return {"linear_layers": num_layers, "blocks": None, **none}
     return {
         "linear_layers": num_layers - kinds.count(stock),
         "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
+        "local": mhla.local is not None,
+        "hedgehog": mhla.feature_map == "hedgehog",
     }
 
 
@@ -289,10 +345,11 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
         for name, operators in counter.get_flop_counts().items()
         if name.startswith(prefix)
     }
-    projections = sum(counts[f"attn1.{name}"] for name in ("to_q", "to_k", "to_v", "to_out.0"))
-    operators = _count_operators(model, 0)[0] * (counts["attn1"] - projections)
+    attention = model.attention_name
+    projections = sum(flops for name, flops in counts.items() if name.startswith(f"{attention}."))
+    operators = _count_operators(model, 0)[0] * (counts[attention] - projections)
     return {
-        "layer": {name: flops for name, flops in counts.items() if "." not in name and name != "attn1"},
+        "layer": {name: flops for name, flops in counts.items() if "." not in name and name != attention},
         "projections": projections,
         "rest": counter.get_total_flops() - operators,
     }
@@ -348,16 +405,18 @@ def _tokens(name: str, size: int, unit: int, reason: str, *, lead: int = 0) -> i
 def _heading(plan: Plan) -> Iterator[str]:
     layout, recommended = plan.layout, recommended_layout(plan.layout.grid)
     layers = "all" if plan.linear_layers == plan.num_layers else f"{plan.linear_layers} of"
-    even = "" if layout.is_even else "at most "
-    yield f"{plan.model}, {plan.size}: {_times(layout.grid)} = {layout.num_tokens:,} tokens"
+    even = "" if BlockLayout(layout.grid, layout.blocks).is_even else "at most "
+    extra = "" if layout.extra is None else f" and {sum(layout.extra):,} of text"
+    yield f"{plan.model}, {plan.size}: {_times(layout.grid)} = {math.prod(layout.grid):,} tokens{extra}"
     yield f"linear attention in {layers} {plan.num_layers} layers, {plan.heads} heads of {plan.head_dim}"
     yield (
-        f"blocks {_times(layout.blocks)} = {layout.num_blocks}, each of {even}{_times(layout.block_shape)} "
-        f"tokens; mixing is {100 * plan.mixing_share:.0f} % of the operator"
+        f"blocks {_times(layout.blocks)} = {math.prod(layout.blocks)}, each of {even}"
+        f"{_times(layout.block_shape)} tokens{' and one of text' if extra else ''}; mixing is "
+        f"{100 * plan.mixing_share:.0f} % of the operator"
     )
     yield (
         "these blocks are the recommended ones"
-        if layout == recommended
+        if layout.blocks == recommended.blocks
         else f"recommended: blocks {_times(recommended.blocks)} = {recommended.num_blocks}"
     )
 

@@ -10,6 +10,7 @@ import diffusers
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
+from mhla_diffusion.backbones.model import as_config
 from mhla_diffusion.hub import hub_arguments, locate_subfolder
 
 from .image import MHLADiTPipeline
@@ -19,8 +20,9 @@ from .video import MHLAWanPipeline
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
 _OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
-# Pipelines that call a transformer on tokens that lie on no grid.
-_WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
+# Pipelines that call a transformer on tokens of which it does not say on which grid they lie, and those that
+# put tokens of images ahead of the grid.
+_WITHOUT_GRID, _WITH_EXTRA_TOKENS = ("LTXI2VLongMultiPromptPipeline",), ("LTXConditionPipeline",)
 
 
 class MHLAPipeline:
@@ -82,6 +84,12 @@ class MHLAPipeline:
             raise ValueError(
                 f"a {pipeline_class.__name__} puts tokens of images between those of the video, which then "
                 "lie on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
+            )
+        needs_block = pipeline_class.__name__ in _WITH_EXTRA_TOKENS and mhla_config is not None
+        if needs_block and not as_config(mhla_config).extra_block:
+            raise ValueError(
+                f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
+                "set extra_block=True in mhla_config, so that they are a block of their own"
             )
         if kwargs.get("scheduler") is not None:
             _require_same_prediction(kwargs["scheduler"], index, pipeline_class, path, hub_arguments(kwargs))

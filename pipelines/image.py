@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
 from .model_card import CardedPipeline, Purpose
+from .requests import ClassNames, require_generators, require_positive
 from .schedulers import LEARNED_VARIANCES, prediction_of, reads_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,9 +67,8 @@ class MHLADiTPipeline(CardedPipeline):
             training=training,
             prediction_type=prediction_type or prediction_of(scheduler),
         )
-        self.labels = {
-            name.strip(): int(key) for key, names in (id2label or {}).items() for name in names.split(",")
-        }
+        self.class_names = ClassNames(id2label)
+        self.labels = self.class_names.ids
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -92,17 +92,9 @@ class MHLADiTPipeline(CardedPipeline):
         """Class ids of names; ids pass through, and lists in lists are one list, as for DiTPipeline.
 
         Raises:
-            ValueError: for a name that the model does not know, or an id that is out of range.
+            ValueError: for a name that means no class or several, or an id that is out of range.
         """
-        labels = list(_flat(label))
-        if unknown := [name for name in labels if isinstance(name, str) and name not in self.labels]:
-            known = ", ".join(sorted(self.labels)) or "none: this pipeline has no id2label, give class ids"
-            raise ValueError(f"unknown class {', '.join(map(repr, unknown))}; the names are {known}")
-        ids = [self.labels[name] if isinstance(name, str) else int(name) for name in labels]
-        num_classes = self.transformer.config.num_embeds_ada_norm
-        if outside := [i for i in ids if not 0 <= i < num_classes]:
-            raise ValueError(f"class id {outside[0]} is out of range: the model knows 0 to {num_classes - 1}")
-        return ids
+        return self.class_names.find(label, self.transformer.config.num_embeds_ada_norm)
 
     def check_inputs(
         self,
@@ -121,8 +113,7 @@ class MHLADiTPipeline(CardedPipeline):
         if not class_labels or num_images_per_prompt < 1:
             raise ValueError("nothing to generate: class_labels is empty or num_images_per_prompt below 1")
         count = len(class_labels) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
+        require_generators(generator, count)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -205,6 +196,7 @@ class MHLADiTPipeline(CardedPipeline):
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = height or size, width or size
+        require_positive(num_inference_steps=num_inference_steps)
         ids = self.get_label_ids(class_labels)
         self.check_inputs(ids, height, width, output_type, num_images_per_prompt, generator, tensor_inputs)
         self._guidance_scale = guidance_scale
@@ -285,15 +277,6 @@ class MHLADiTPipeline(CardedPipeline):
 
 # The name under which diffusers records the class, free of our file layout.
 MHLADiTPipeline.__module__ = "mhla_diffusion"
-
-
-def _flat(label: Any) -> Iterator[int | str]:
-    label = label.tolist() if hasattr(label, "tolist") else label
-    if isinstance(label, Iterable) and not isinstance(label, str):
-        for part in label:
-            yield from _flat(part)
-    else:
-        yield label
 
 
 @contextmanager

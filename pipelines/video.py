@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
+from .requests import count_samples, require_generators, require_positive
 from .schedulers import prediction_of
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,11 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         self.require_scheduler()
         frames, default_height, default_width = self.default_size
         size = (num_frames or frames, height or default_height, width or default_width)
+        require_positive(
+            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps
+        )
+        count = count_samples(prompt, negative_prompt, prompt_embeds, num_videos_per_prompt)
+        require_generators(generator, count)
         call: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -191,10 +197,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
                 num_frames=size[0], height=size[1], width=size[2], latents=latents,
                 output_type=output_type, return_dict=return_dict, **call,
             )  # fmt: skip
-        given = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        if given is None:
-            raise ValueError("nothing to generate: give a prompt or prompt_embeds")
-        noise = self._pixel_noise(len(given) * (num_videos_per_prompt or 1), size, generator, latents)
+        noise = self._pixel_noise(count, size, generator, latents)
         # The base class would check sizes against the autoencoder that is not there; noise given, it does not
         # use them.
         multiple = 16 * math.lcm(*self.pixels_per_token)

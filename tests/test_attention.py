@@ -16,13 +16,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_diffusion import MHLA, MHLAConfig
-from mhla_diffusion.ops import BlockLayout, initial_mixing, mhla_reference, resize_mixing
+from mhla_diffusion.ops import (
+    BlockLayout,
+    apply_rotary_emb,
+    extend_mixing,
+    initial_mixing,
+    mhla_local_reference,
+    mhla_reference,
+    relative_mixing,
+    resize_mixing,
+)
 
 AssertClose = Callable[..., None]
 
 FULL = MHLAConfig(
-    blocks=(2, 3), feature_map="elu", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
-    cpe="zero", gate=True, output_norm=True, layers=(0, 2),
+    blocks=(2, 3), feature_map="hedgehog", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
+    mixing_relative=True, local="gate", center_keys=True, cpe="zero", gate=True, output_norm=True,
+    layers=(0, 2),
 )  # fmt: skip
 
 
@@ -30,6 +40,11 @@ def test_config_survives_json() -> None:
     assert MHLAConfig.from_json(FULL.to_json()) == FULL
     assert MHLAConfig.from_json(MHLAConfig().to_json()) == MHLAConfig()
     assert json.loads(FULL.to_json())["blocks"] == [2, 3]
+
+
+def test_settings_that_came_later_are_written_where_they_are_used() -> None:
+    assert {"local", "center_keys", "mixing_relative"}.isdisjoint(MHLAConfig().to_dict())
+    assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
 
 
 def test_config_is_frozen() -> None:
@@ -44,11 +59,20 @@ def test_config_is_frozen() -> None:
         ({"blocks": 0}, r"blocks must be an integer >= 1"),
         ({"blocks": (2, 0)}, r"blocks must be an integer >= 1"),
         ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
-        ({"feature_map": "exp"}, r"feature_map must be one of 'relu', 'elu', 'softmax', got 'exp'"),
+        (
+            {"feature_map": "exp"},
+            r"feature_map must be one of 'relu', 'elu', 'softmax', 'hedgehog', got 'exp'",
+        ),
         ({"normalizer": "paper "}, r"normalizer must be one of"),
         ({"mixing_init": "random"}, r"mixing_init must be one of"),
         ({"constraint": "sigmoid"}, r"constraint must be one of"),
         ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
+        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', got 'sum'"),
+        ({"local": "gate", "blocks": 1}, r"local 'gate' needs normalizer 'paper' and several blocks"),
+        ({"local": "gate", "normalizer": "none"}, r"got normalizer 'none' and blocks 16"),
+        ({"local": "gate", "key_blocks": 2}, r"local is for self-attention"),
+        ({"mixing_relative": True, "key_blocks": 2}, r"mixing_relative is for self-attention"),
+        ({"center_keys": 1.5}, r"center_keys must be one of False, True"),
         ({"gate": "yes"}, r"gate must be one of False, True"),
         ({"eps": 0.0}, r"eps must lie between 0 and 1"),
         ({"layers": (0, -1)}, r"layers must be None or layer numbers"),
@@ -87,12 +111,184 @@ def test_all_flags_together_by_hand(assert_close: AssertClose, grid: tuple[int, 
     assert_close(module(q, k, v, grid=grid, hidden_states=x), expected, torch.float32)
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("extra", [(1, 5), (0, 0)], ids=str)
+def test_all_flags_together_with_extra_tokens_by_hand(
+    assert_close: AssertClose, grid: tuple[int, ...], extra: tuple[int, int]
+) -> None:
+    blocks = (2,) * len(grid)
+    config = MHLAConfig(
+        blocks=blocks, cpe="identity", gate=True, output_norm=True, qk_norm=True, extra_block=True
+    )
+    module, tensors, x = make_module(config, grid)
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 1)
+    layout = BlockLayout(grid, blocks, extra)
+    q, k, v = (F.pad(y, (0, 0, *extra), value=0.7) for y in tensors)
+    x = F.pad(x, (0, 0, *extra), value=0.3)
+    assert module.norm_q is not None
+    assert module.norm_k is not None
+    assert module.cpe is not None
+    assert module.gate is not None
+    assert module.norm is not None
+
+    def normed(y: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+        return y.double() * (y.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, -2:] = False
+    dense = mhla_reference(
+        normed(q, module.norm_q), normed(k, module.norm_k), v, module.mixing_matrix(), layout, key_mask=mask
+    )
+    out = normed(dense, module.norm).transpose(1, 2).reshape(2, -1, 12)
+    out = out * F.silu(x.double() @ module.gate.weight.double().T + module.gate.bias.double())
+    images = tensors[2].double().permute(0, 1, 3, 2).reshape(2, 12, *grid)
+    conv = F.conv2d if len(grid) == 2 else F.conv3d
+    cpe = conv(images, module.cpe.weight.double(), module.cpe.bias.double(), padding=1, groups=12)
+    out[:, layout.grid_tokens] += cpe.flatten(2).transpose(1, 2)
+    options: dict[str, Any] = {"grid": grid, "hidden_states": x, "key_mask": mask}
+    assert_close(module(q, k, v, extra=extra, **options), out, torch.float32)
+    if not any(extra):
+        torch.testing.assert_close(module(q, k, v, **options), module(q, k, v, extra=extra, **options))
+
+
+@pytest.mark.parametrize("local", ["shared", "gate"])
+@pytest.mark.parametrize("extra", [(2, 9), (0, 1), (0, 0)], ids=str)
+def test_a_window_beside_extra_tokens_is_the_reference(
+    assert_close: AssertClose, local: str, extra: tuple[int, int]
+) -> None:
+    """Extra tokens have a softmax window of their own, with positions of the grid alone and a mask."""
+    grid = (5, 6)
+    config = MHLAConfig(blocks=(2, 2), extra_block=True, local=local, center_keys=True)
+    module = MHLA(config, heads=2, head_dim=6, grid=grid)
+    assert module.local is not None
+    torch.nn.init.normal_(module.local)
+    layout = BlockLayout(grid, (2, 2), extra)
+    q, k, v = (torch.randn(2, 2, layout.num_tokens, 6, requires_grad=True) for _ in range(3))
+    angles = F.pad(torch.rand(30, 3) * 6, (0, 0, *extra))
+    turns = angles.cos(), angles.sin()
+    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
+    mask[1, -1] = False
+    inside = layout.grid_tokens
+    found = module(
+        q, k, v, grid=grid, extra=extra, key_mask=mask, rotary_emb=(turns[0][inside], turns[1][inside])
+    )
+    counts = mask[:, None, :, None]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    centred = exact[1] - (exact[1] * counts).sum(2, keepdim=True) / counts.sum(2, keepdim=True)
+    expected = mhla_local_reference(
+        exact[0], centred, exact[2], module.mixing_matrix(), layout, form=local, weight=module.local,
+        window=(apply_rotary_emb(exact[0], turns), apply_rotary_emb(exact[1], turns)), key_mask=mask,
+        rotary_emb=turns,
+    ).transpose(1, 2).flatten(2)  # fmt: skip
+    assert_close(found, expected)
+    cotangent = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (q, k, v), cotangent)
+    for gradient, reference in zip(
+        gradients, torch.autograd.grad(expected, exact, cotangent.double()), strict=True
+    ):
+        assert_close(gradient, reference, torch.float32)
+
+
+def test_extra_tokens_join_plain_linear_attention_and_nothing_else_without_a_block(
+    assert_close: AssertClose,
+) -> None:
+    q, k, v = torch.randn(3, 1, 2, 27, 6)
+    module, _, _ = make_module(MHLAConfig(blocks=1))
+    plain = mhla_reference(q, k, v, torch.ones(1, 1), BlockLayout((27,), (1,)))
+    assert_close(module(q, k, v, grid=(4, 6), extra=(1, 2)), plain.transpose(1, 2).flatten(2))
+    module, _, _ = make_module(MHLAConfig(blocks=4))
+    with pytest.raises(ValueError, match=r"no row and column .* got \(1, 2\): set extra_block=True"):
+        module(q, k, v, grid=(4, 6), extra=(1, 2))
+    with pytest.raises(ValueError, match="extra_block is for self-attention, key_blocks 2 for cross"):
+        MHLAConfig(extra_block=True, key_blocks=2)
+    with pytest.raises(ValueError, match="offset of blocks, which extra tokens lack"):
+        MHLAConfig(extra_block=True, mixing_relative=True)
+
+
+def test_the_mixing_of_extra_tokens_is_taken_over_and_fits_another_grid(assert_close: AssertClose) -> None:
+    plain, _, _ = make_module(MHLAConfig(blocks=(2, 2)))
+    wider, _, _ = make_module(MHLAConfig(blocks=(4, 3), extra_block=True, mixing_per_head=True))
+    assert plain.mixing is not None
+    torch.nn.init.uniform_(plain.mixing)
+    wider.take_mixing(plain)
+    layouts = BlockLayout((2, 2), (2, 2), (0, 0)), BlockLayout((4, 3), (4, 3), (0, 0))
+    expected = resize_mixing(extend_mixing(plain.mixing), *layouts)
+    torch.testing.assert_close(wider.mixing_matrix(), expected.expand(2, 13, 13))
+    again, _, _ = make_module(MHLAConfig(blocks=(4, 3)))
+    again.take_mixing(wider)
+    torch.testing.assert_close(again.mixing_matrix(), expected[:-1, :-1])
+    # Fewer tokens than blocks along an axis.
+    q, k, v = torch.randn(3, 1, 2, 13, 6)
+    small = BlockLayout((2, 5), (2, 3), (3, 0))
+    mixing = resize_mixing(expected, layouts[1], small)
+    dense = mhla_reference(q, k, v, mixing, small)
+    assert_close(wider(q, k, v, grid=(2, 5), extra=(3, 0)), dense.transpose(1, 2).flatten(2), torch.float32)
+
+
 @pytest.mark.parametrize("addition", [{"gate": True}, {"cpe": "zero"}], ids=str)
 def test_parts_for_fine_tuning_start_as_no_change(addition: dict[str, Any]) -> None:
     plain, (q, k, v), x = make_module(MHLAConfig(blocks=4))
     extended, _, _ = make_module(MHLAConfig(blocks=4, **addition))
     arguments: dict[str, Any] = {"grid": (4, 6), "hidden_states": x}
     torch.testing.assert_close(extended(q, k, v, **arguments), plain(q, k, v, **arguments))
+
+
+@pytest.mark.parametrize("local", ["shared", "gate"])
+def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: AssertClose, local: str) -> None:
+    config = MHLAConfig(
+        blocks=(2, 2), feature_map="hedgehog", center_keys=True, local=local, mixing_relative=True,
+        mixing_per_head=True, qk_norm=True,
+    )  # fmt: skip
+    module, (q, k, v), _ = make_module(config)
+    assert module.feature_q is not None
+    assert module.feature_k is not None
+    assert module.local is not None
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 1)
+    angles = torch.rand(24, 3)
+    rotary = (angles.cos(), angles.sin())
+    q0, k0 = (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    q0, k0 = q0 * module.norm_q.weight.double(), k0 * module.norm_k.weight.double()  # type: ignore[union-attr]
+    centred = k0 - k0.mean(2, keepdim=True)
+    features = []
+    for x, part in ((q0, module.feature_q), (centred, module.feature_k)):
+        y = torch.einsum("bhnd,hed->bhne", x, part.weight.double())
+        features.append(torch.cat((y.softmax(-1), (-y).softmax(-1)), -1))
+    assert module.mixing is not None
+    assert module.mixing.shape == (2, 9)
+    doubled = (torch.cat((rotary[0],) * 2, -1), torch.cat((rotary[1],) * 2, -1))
+    expected = mhla_local_reference(
+        *features, v, relative_mixing(module.mixing, (2, 2)), BlockLayout((4, 6), (2, 2)),
+        window=(apply_rotary_emb(q0, rotary), apply_rotary_emb(k0, rotary)), weight=module.local, form=local,
+        rotary_emb=doubled,
+    )  # fmt: skip
+    out = module(q, k, v, grid=(4, 6), rotary_emb=rotary)
+    assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
+
+
+def test_centred_keys_leave_out_what_is_masked() -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, center_keys=True))
+    mask = torch.rand(2, 24) < 0.7
+    out = module(q, k, v, grid=(4, 6), key_mask=mask)
+    shifted = torch.where(mask[:, None, :, None], k + 3, torch.nan)
+    torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("constraint", ["clamp", "softmax", "none"])
+def test_relative_mixing_starts_near_the_start_and_is_resized(constraint: str) -> None:
+    config = MHLAConfig(blocks=(3, 4), mixing_relative=True, constraint=constraint)
+    module, (q, k, v), _ = make_module(config, (6, 8))
+    start = initial_mixing(BlockLayout((3, 4), (3, 4)), "locality")
+    assert module.mixing is not None
+    assert module.mixing.shape == (35,)
+    matrix = module.mixing_matrix()
+    assert (matrix - start).norm() < 0.5 * start.norm()
+    assert module(q, k, v, grid=(6, 8)).isfinite().all()
+    other = MHLA(MHLAConfig(blocks=(2, 2), mixing_relative=True), heads=2, head_dim=6, grid=(6, 8))
+    other.take_mixing(module)
+    resized = resize_mixing(matrix, BlockLayout((3, 4), (3, 4)), BlockLayout((2, 2), (2, 2)))
+    torch.testing.assert_close(other.mixing_matrix().diagonal(), resized.diagonal().mean().expand(4))
 
 
 def test_identity_cpe_adds_v() -> None:

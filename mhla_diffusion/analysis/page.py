@@ -26,6 +26,7 @@ class LayerAnalysis:
         kind: ``"mhla"``, ``"linear"`` (one block) or ``"softmax"``: what the layer does in the model.
         grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
             start.
+        extra: how many tokens beside those of the grid, which are a block of their own.
         rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
         matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
         mixing: of layers that mix.
@@ -41,10 +42,11 @@ class LayerAnalysis:
     matrices: dict[str, MatrixStatistics]
     mixing: MixingAudit | None = None
     mixing_map: bytes | None = None
+    extra: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return math.prod(self.grid)
+        return math.prod(self.grid) + self.extra
 
     @property
     def mixing_map_uri(self) -> str | None:

@@ -7,6 +7,7 @@ one), and peft puts them into wrappers that hide what they take.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from typing import Any
 
@@ -15,12 +16,6 @@ from torch import Tensor, nn
 from ..attention import MHLA
 
 logger = logging.getLogger(__name__)
-
-# What diffusers calls its rotary tables, and what the processor does.
-_NAMES = {"image_rotary_emb": "rotary_emb"}
-_TAKEN = {
-    "hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb", "grid", "key_grid", "key_mask",
-}  # fmt: skip
 
 
 def mhla_of(processor: Any) -> MHLA | None:
@@ -40,10 +35,14 @@ class KeepsMHLA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Attend; wrapped MHLA gets what the stock layer would leave out for not seeing that it is taken."""
-        if isinstance(self.processor, MHLA) or mhla_of(self.processor) is None:
+        mhla = None if isinstance(self.processor, MHLA) else mhla_of(self.processor)
+        if mhla is None:
             return super().forward(*args, **kwargs)
-        named = {_NAMES.get(name, name): value for name, value in kwargs.items()}
-        return self.processor(self, *args, **{key: named[key] for key in named.keys() & _TAKEN})
+        bound = inspect.signature(super().forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        taken = inspect.signature(mhla.__call__).parameters
+        others = {name: value for name, value in bound.kwargs.items() if name in taken}
+        return self.processor(self, *bound.args, **others)
 
     def set_processor(self, processor: Any) -> None:
         """Set another processor, which is said when MHLA is lost by it."""

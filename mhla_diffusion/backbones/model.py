@@ -40,7 +40,8 @@ _ADAPTER_PLACE = (
 
 
 AttentionChoice = str | Sequence[str]
-ConfigChoice = MHLAConfig | dict[str, Any] | None
+OneConfig = MHLAConfig | dict[str, Any] | None
+ConfigChoice = OneConfig | Sequence[OneConfig]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,21 @@ class LayerPlan:
     Args:
         attention: as it was asked for.
         kinds: ``"mhla"``, ``"linear"`` or ``"softmax"``, by layer.
-        config: of the linear layers.
+        configs: by layer; those of layers with stock attention do not count.
+        shared: whether one config was given for all.
         grid: tokens along each axis that the model is made for.
     """
 
     attention: AttentionChoice
     kinds: list[str]
-    config: MHLAConfig
+    configs: list[MHLAConfig]
     grid: Grid
+    shared: bool = True
+
+    @property
+    def registered(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Config, or those of the layers, as plain values."""
+        return self.configs[0].to_dict() if self.shared else [config.to_dict() for config in self.configs]
 
 
 class MHLAModelMixin(ModelMixin):
@@ -72,6 +80,10 @@ class MHLAModelMixin(ModelMixin):
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        attention_name: of self-attention in a block.
+        extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
+            nothing else is said; they are a block of their own (``extra_block`` of the config).
+        time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -79,6 +91,9 @@ class MHLAModelMixin(ModelMixin):
     stock: ClassVar[type[Any]]
     stock_attention: ClassVar[str] = "softmax"
     old_norm_type: ClassVar[str] = ""
+    attention_name: ClassVar[str] = "attn1"
+    extra_tokens: int = 0
+    time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
@@ -118,11 +133,13 @@ class MHLAModelMixin(ModelMixin):
         Raises:
             ValueError: for what does not fit together; the message says what and what to do.
         """
-        config, grid = as_config(mhla_config), tuple(grid)
-        kinds = layer_attention(attention, config.layers, num_layers, stock=cls.stock_attention)
-        if "mhla" in kinds:
+        grid = tuple(grid)
+        kinds, configs = layer_settings(attention, mhla_config, num_layers, stock=cls.stock_attention)
+        if cls.extra_tokens:
+            configs = [dataclasses.replace(config, extra_block=True) for config in configs]
+        for config in dict.fromkeys(c for kind, c in zip(kinds, configs, strict=True) if kind == "mhla"):
             check_blocks(config, grid)
-        return LayerPlan(attention, kinds, config, grid)
+        return LayerPlan(attention, kinds, configs, grid, not isinstance(mhla_config, (list, tuple)))
 
     def build(
         self,
@@ -132,7 +149,7 @@ class MHLAModelMixin(ModelMixin):
     ) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
         self.stock.__init__(self, **stock)
-        self.set_attention([block.attn1 for block in layers(self)], plan)
+        self.set_attention([getattr(block, self.attention_name) for block in layers(self)], plan)
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""
@@ -141,17 +158,20 @@ class MHLAModelMixin(ModelMixin):
     def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
-        for layer, kind in zip(layers, plan.kinds, strict=True):
-            self.set_layer(layer, kind, plan)
+        for number, layer in enumerate(layers):
+            self.set_layer(layer, number, plan)
         self.register_to_config(
             attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
-            mhla_config=plan.config.to_dict(),
+            mhla_config=plan.registered,
         )
 
-    def set_layer(self, layer: Any, kind: str, plan: LayerPlan) -> None:
-        """Put attention of this kind into one self-attention layer."""
+    def set_layer(self, layer: Any, number: int, plan: LayerPlan) -> None:
+        """Put the attention of layer ``number`` into one self-attention layer."""
+        kind, config = plan.kinds[number], plan.configs[number]
+        layer.layer_number = number  # for who goes over the layers, whatever they are called
         if kind != self.stock_attention:
-            config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
+            if kind == "linear":
+                config = dataclasses.replace(config, blocks=1, extra_block=False)
             processor = MHLAAttnProcessor(
                 config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
                 query_dim=layer.to_q.in_features,
@@ -217,7 +237,7 @@ class MHLAModelMixin(ModelMixin):
             lacking = [str(error)]
         if lacking:
             raise ValueError(f"the file lacks weights of {cls.stock.__name__}: {lacking[0]}")
-        return rebuild(model, cls, attention="mhla", mhla_config=as_config(mhla_config))[0]
+        return rebuild(model, cls, attention="mhla", mhla_config=mhla_config)[0]
 
     def load_lora_adapter(
         self,
@@ -255,8 +275,8 @@ class MHLAModelMixin(ModelMixin):
         ``ulysses_anything=True``.
 
         Raises:
-            ValueError: for layers with softmax attention, a convolution on v, or the normalizer
-                ``"official"``, which need the tokens of other ranks.
+            ValueError: for layers with softmax attention or a softmax window, a convolution on v, centred
+                keys, or the normalizer ``"official"``, which need the tokens of other ranks.
         """
         if getattr(config, "context_parallel_config", config) and not isinstance(
             config, TensorParallelConfig
@@ -267,12 +287,12 @@ class MHLAModelMixin(ModelMixin):
     def _check_context_parallel(self) -> None:
         mhla = [module for module in self.modules() if isinstance(module, MHLA)]
         if self.stock_attention in self.layer_attention or any(
-            module.cpe is not None or module.config.normalizer == "official" for module in mhla
+            module.needs_all_tokens or module.config.normalizer == "official" for module in mhla
         ):
             raise ValueError(
-                "context parallelism needs linear attention in every layer, without cpe and with normalizer "
-                f"'paper' or 'none'; this model has {', '.join(self.layer_attention)} and "
-                f"mhla_config {self.config.mhla_config}"
+                "context parallelism needs linear attention in every layer, without cpe, local and "
+                f"center_keys, and with normalizer 'paper' or 'none'; this model has "
+                f"{', '.join(self.layer_attention)} and mhla_config {self.config.mhla_config}"
             )
 
     @classmethod
@@ -290,7 +310,7 @@ class MHLAModelMixin(ModelMixin):
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)
-        resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
+        resized = cls._other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
         wanted = kwargs.pop("mhla_config") if resized else None
         try:
             model, info = super().from_pretrained(
@@ -322,6 +342,17 @@ class MHLAModelMixin(ModelMixin):
                 blocks = model.mixing_blocks
                 logger.warning("%s %s in place of %s: the blocks stay %s", name, now, then, blocks)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _other_blocks(cls, stored: ConfigChoice, wanted: ConfigChoice) -> bool:
+        """Tell from two choices of configs that mixing matrices differ in size."""
+        if stored is None or wanted is None:
+            return False
+        before, after = (
+            [(c.blocks, c.extra_block or cls.extra_tokens > 0) for c in _as_configs(choice)]
+            for choice in (stored, wanted)
+        )
+        return before != after and not (len(after) == 1 and set(before) == set(after))
 
 
 class RotaryVideoMixin(MHLAModelMixin):
@@ -361,17 +392,36 @@ class RotaryVideoMixin(MHLAModelMixin):
         return torch.randn(batch_size, channels, *sizes, generator=generator)
 
 
-def as_config(mhla_config: ConfigChoice) -> MHLAConfig:
+def as_config(mhla_config: OneConfig) -> MHLAConfig:
     """Return the config of what a model's argument may be."""
     if mhla_config is None:
         return MHLAConfig()
     return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
 
 
-def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:
-    if stored is None or wanted is None:
-        return False
-    return as_config(stored).blocks != as_config(wanted).blocks
+def _as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:
+    choices: Any = mhla_config if isinstance(mhla_config, (list, tuple)) else [mhla_config]
+    return [as_config(choice) for choice in choices]
+
+
+def layer_settings(
+    attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, *, stock: str = "softmax"
+) -> tuple[list[str], list[MHLAConfig]]:
+    """Return attention and config of each layer; see :func:`layer_attention`.
+
+    Raises:
+        ValueError: for a list of configs of the wrong length, or in which one names layers; and what
+            :func:`layer_attention` refuses.
+    """
+    configs = _as_configs(mhla_config)
+    if not isinstance(mhla_config, (list, tuple)):
+        return layer_attention(attention, configs[0].layers, num_layers, stock=stock), configs * num_layers
+    if len(configs) != num_layers or any(config.layers is not None for config in configs):
+        raise ValueError(
+            f"mhla_config is a list of {len(configs)} configs, but the model has {num_layers} layers: give "
+            "one for each, without layers, and name their attention as a list"
+        )
+    return layer_attention(attention, None, num_layers, stock=stock), configs
 
 
 def layer_attention(

@@ -101,8 +101,8 @@ class ImageTrainingConfig(RunConfig):
     def __post_init__(self) -> None:
         require_probability("class_dropout", self.class_dropout)
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        model = build_model(self.model, objective)
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        model = model or build_model(self.model, objective)
         source = build_source(self.data, model)
         classes = model.config.num_embeds_ada_norm
         if outside := [label for label in self.sampling.class_labels if not 0 <= label < classes]:
@@ -114,7 +114,8 @@ class ImageTrainingConfig(RunConfig):
             id2label=dict(enumerate(source.class_names)),
         )
         conditioning = ClassLabels(source.class_names, null_label=classes, dropout=self.class_dropout)
-        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_model(config: ModelConfig, objective: Objective) -> Any:

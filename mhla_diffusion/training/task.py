@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +50,30 @@ class TrainingTask:
         sampling: of the config.
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
+        facts: what else it says of them.
     """
 
     conditioning: Conditioning
     sampling: SampleSheetConfig
     pipeline: Callable[..., Any]
     data_name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def sample(self, model: Any, device: torch.device) -> Image.Image:
+        """Draw the sample sheet, the same in every process; see :meth:`samples`."""
+        rows = self.samples(model, device)
+        return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
 
     @torch.no_grad()
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        """Draw the sample sheet, the same in every process.
+    def samples(self, model: Any, device: torch.device) -> list[list[Image.Image]]:
+        """Draw the rows of the sample sheet: images, or the frames of a video.
 
         Every process calls it, as a sharded model needs. It does not draw from the global generators.
         """
         sampling = self.sampling
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        rows = [
+        return [
             _pictures(
                 pipeline(
                     **arguments,
@@ -78,11 +85,10 @@ class TrainingTask:
             )
             for arguments in sampling.rows()
         ]
-        return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
 
     def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
         """Write the finished pipeline; ``training`` are the facts for its model card."""
-        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}
+        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}
         self.pipeline(transformer=model, training=facts).save_pretrained(folder)
 
 

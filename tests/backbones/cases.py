@@ -16,6 +16,7 @@ from mhla_diffusion import (
     MHLADiTTransformer2DModel,
     MHLALTXVideoTransformer3DModel,
     MHLAPixArtTransformer2DModel,
+    MHLAQwenImageTransformer2DModel,
     MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASkyReelsV2Transformer3DModel,
@@ -27,6 +28,10 @@ Grid = tuple[int, ...]
 
 # Every part that a linear layer can have.
 EVERY_PART: dict[str, Any] = {"gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero"}
+
+LEARNED: dict[str, Any] = {
+    "feature_map": "hedgehog", "center_keys": True, "local": "shared", "mixing_relative": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Case:
     def stock_kind(self) -> str:
         return self.model.stock_attention
 
+    def attention(self, block: Any) -> Any:
+        """The self-attention of a block."""
+        return getattr(block, self.model.attention_name)
+
     def stock(self, **settings: Any) -> Any:
         model = self.model.stock(**{**self.settings, **settings})
         randomize(model)
@@ -77,6 +86,7 @@ class Case:
         return {
             "mhla": {"mhla": EVERY_PART},
             "softmax logits": {"mhla": {"constraint": "softmax", "mixing_per_head": True}},
+            "learned features and a window": {"mhla": LEARNED},
             "linear": {"attention": "linear", "mhla": {"gate": self.stock_kind == "softmax"}},
             "hybrid": {"attention": [self.stock_kind, "mhla"]},
             "stock": {"attention": self.stock_kind},
@@ -146,6 +156,16 @@ CASES = {
             },
             grids=IMAGE_GRIDS,
             blocks=(2, 2),
+        ),
+        Case(
+            MHLAQwenImageTransformer2DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 3,
+                "num_layers": 2, "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            own={"sample_grid": (4, 4)},
         ),
         Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
         Case(MHLAWanTransformer3DModel, WAN, **VIDEO, layers="blocks"),

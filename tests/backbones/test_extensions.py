@@ -31,25 +31,26 @@ CACHED = [name for name, case in CASES.items() if issubclass(case.model, CacheMi
 WITH_LORA = [name for name, case in CASES.items() if hasattr(case.model, "add_adapter")]
 FUSED = [name for name, case in CASES.items() if issubclass(case.model, AttentionMixin)]
 
-CACHES: dict[str, Callable[[], Any]] = {
-    "FirstBlockCache": lambda: FirstBlockCacheConfig(threshold=100.0),
-    "MagCache": lambda: MagCacheConfig(
+# By the name of self-attention in a block.
+CACHES: dict[str, Callable[[str], Any]] = {
+    "FirstBlockCache": lambda _: FirstBlockCacheConfig(threshold=100.0),
+    "MagCache": lambda _: MagCacheConfig(
         num_inference_steps=4, retention_ratio=0.25, threshold=10.0, mag_ratios=[1.0] * 4
     ),
-    "PyramidAttentionBroadcast": lambda: PyramidAttentionBroadcastConfig(
+    "PyramidAttentionBroadcast": lambda name: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500,
-        spatial_attention_block_identifiers=("blocks.*.attn1", "transformer_blocks.*.attn1"),
+        spatial_attention_block_identifiers=(rf"blocks.*\.{name}$",),
     ),
-    "FasterCache": lambda: FasterCacheConfig(
+    "FasterCache": lambda name: FasterCacheConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500, tensor_format="BFCHW",
         attention_weight_callback=lambda _: 0.5,
-        spatial_attention_block_identifiers=("blocks.*.attn1", "transformer_blocks.*.attn1"),
+        spatial_attention_block_identifiers=(rf"blocks.*\.{name}$",),
     ),
-    "TaylorSeer": lambda: TaylorSeerCacheConfig(
+    "TaylorSeer": lambda name: TaylorSeerCacheConfig(
         cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32,
-        cache_identifiers=[r".*blocks\.\d+\.attn1"],
+        cache_identifiers=[rf".*blocks\.\d+\.{name}"],
     ),
-    "SeaCache": lambda: SeaCacheConfig(threshold=1e6),
+    "SeaCache": lambda _: SeaCacheConfig(threshold=1e6),
 }  # fmt: skip
 
 
@@ -76,10 +77,10 @@ def with_cache(case: Case, model: Any, cache: Any) -> list[Tensor] | str:
 def test_what_caches_take_of_the_stock_model_they_take_of_ours(name: str, cache: str) -> None:
     case = CASES[name]
     settings = {"num_layers": 4, "out_channels": case.settings["in_channels"]}
-    of_stock = with_cache(case, case.stock(**settings), CACHES[cache]())
+    of_stock = with_cache(case, case.stock(**settings), CACHES[cache](case.model.attention_name))
     model = case.make(**settings, attention=["mhla", case.stock_kind, "mhla", "mhla"], mhla=EVERY_PART)
     plain = [sample(model, case.inputs(model, case.grids[3]))]
-    found = with_cache(case, model, CACHES[cache]())
+    found = with_cache(case, model, CACHES[cache](case.model.attention_name))
     if isinstance(of_stock, str):
         assert isinstance(found, str), f"ours takes what stock refuses: {of_stock}"
         pytest.skip(f"the stock model takes no {cache}: {of_stock[:80]}")
@@ -127,9 +128,10 @@ def test_fused_projections_change_no_output(name: str) -> None:
     expected = sample(model, inputs)
     model.fuse_qkv_projections()
     torch.testing.assert_close(sample(model, inputs), expected, rtol=1e-4, atol=1e-4)
-    if getattr(getattr(model, case.layers)[0].attn1, "fused_projections", False):
+    attn = case.attention(getattr(model, case.layers)[0])
+    if getattr(attn, "fused_projections", False):
         calls: list[int] = []
-        getattr(model, case.layers)[0].attn1.to_qkv.register_forward_hook(lambda *_: calls.append(1))
+        attn.to_qkv.register_forward_hook(lambda *_: calls.append(1))
         sample(model, inputs)
         assert calls, "the fused layer is what runs"
         with pytest.raises(ValueError, match="unfuse_qkv_projections"):
@@ -144,11 +146,12 @@ def test_one_processor_for_all_leaves_mhla_alone(name: str) -> None:
     case = CASES[name]
     model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(model, case.grids[3])
-    expected, ours = sample(model, inputs), getattr(model, case.layers)[0].attn1.processor
-    other = type(getattr(model, case.layers)[1].attn2.processor)()
+    expected, ours = sample(model, inputs), case.attention(getattr(model, case.layers)[0]).processor
+    first, second = map(case.attention, getattr(model, case.layers))
+    other = type(second.processor)()
     model.set_attn_processor(other)
-    assert getattr(model, case.layers)[0].attn1.processor is ours
-    assert getattr(model, case.layers)[1].attn1.processor is other
+    assert first.processor is ours
+    assert second.processor is other
     model.set_attn_processor(model.attn_processors)
     assert set(model.state_dict()) == set(
         case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART).state_dict()
@@ -170,7 +173,7 @@ SAVERS: dict[str, Callable[[Any], None]] = {
 @torch.no_grad()
 def test_memory_savers_leave_mhla_alone(case: Case, saver: str) -> None:
     model = case.make(mhla=EVERY_PART)
-    layer, inputs = getattr(model, case.layers)[0].attn1, case.inputs(model)
+    layer, inputs = case.attention(getattr(model, case.layers)[0]), case.inputs(model)
     processor, expected = layer.processor, sample(model, inputs)
     SAVERS[saver](model)
     layer.set_attention_slice(None)
@@ -184,14 +187,15 @@ def test_a_model_that_lost_mhla_is_not_saved(
     case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = case.make(attention=["mhla", case.stock_kind])
-    layer = getattr(model, case.layers)[0].attn1
+    layer = case.attention(getattr(model, case.layers)[0])
     with pytest.raises(ValueError, match="AttnProcessor2_0 cannot take the place of MHLA"):
         layer.processor = AttnProcessor2_0()  # as the pipelines with perturbed-attention guidance do
     model.save_pretrained(tmp_path / "whole")
     layer.set_processor(AttnProcessor2_0())
     assert "AttnProcessor2_0 takes the place of MHLA" in caplog.text
     with pytest.raises(
-        ValueError, match=r"0\.attn1 has a AttnProcessor2_0 in place of MHLA.*load the model again"
+        ValueError,
+        match=rf"0\.{case.model.attention_name} has a AttnProcessor2_0 in place of MHLA.*load the model",
     ):
         model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
@@ -203,9 +207,9 @@ def test_layers_with_mhla_are_copied_and_pickled(case: Case, tmp_path: Path) -> 
     torch.save(model, tmp_path / "model.pt")
     for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
         assert torch.equal(sample(other, inputs), sample(model, inputs))
-        layer = getattr(other, case.layers)[0].attn1
+        layer = case.attention(getattr(other, case.layers)[0])
         layer.set_use_memory_efficient_attention_xformers(False)
-        assert layer.processor.mixing is not getattr(model, case.layers)[0].attn1.processor.mixing
+        assert layer.processor.mixing is not case.attention(getattr(model, case.layers)[0]).processor.mixing
 
 
 PARTS: dict[str, dict[str, list[str]]] = {
@@ -231,8 +235,11 @@ def test_peft_trains_and_saves_the_mixing_beside_an_adapter(case: Case, parts: s
 
     base = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(base, case.grids[3])
-    plain, mixing = sample(base, inputs).detach(), getattr(base, case.layers)[0].attn1.processor.mixing
-    config = LoraConfig(r=2, target_modules=["attn1.to_q"], **PARTS[parts])
+    plain, mixing = (
+        sample(base, inputs).detach(),
+        case.attention(getattr(base, case.layers)[0]).processor.mixing,
+    )
+    config = LoraConfig(r=2, target_modules=[f"{case.model.attention_name}.to_q"], **PARTS[parts])
     adapted = get_peft_model(copy.deepcopy(base), config)
     assert torch.equal(sample(adapted, inputs), plain), "the grid and the rotary tables reach what is wrapped"
     trained = train_adapters(adapted, inputs)
@@ -245,7 +252,7 @@ def test_peft_trains_and_saves_the_mixing_beside_an_adapter(case: Case, parts: s
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(sample(merged, inputs), trained, rtol=1e-4, atol=1e-4)
     assert set(merged.state_dict()) == set(base.state_dict())
-    found = getattr(merged, case.layers)[0].attn1.processor.mixing
+    found = case.attention(getattr(merged, case.layers)[0]).processor.mixing
     assert not torch.equal(found, mixing), "the mixing is trained"
     merged.save_pretrained(tmp_path / "model")
     torch.testing.assert_close(
@@ -261,7 +268,7 @@ def test_an_adapter_with_the_mixing_is_loaded_by_diffusers(name: str, tmp_path: 
     base = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(base, case.grids[3])
     adapted, loaded = copy.deepcopy(base), copy.deepcopy(base)
-    config = LoraConfig(r=2, target_modules=["attn1.to_q"], **PARTS["modules_to_save"])
+    config = LoraConfig(r=2, target_modules=[f"{case.model.attention_name}.to_q"], **PARTS["modules_to_save"])
     adapted.add_adapter(config, adapter_name="style")
     trained = train_adapters(adapted, inputs)
     adapted.save_lora_adapter(tmp_path, adapter_name="style")
@@ -279,7 +286,7 @@ def test_adapters_are_trained_saved_and_loaded(name: str, tmp_path: Path) -> Non
     model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(model, case.grids[3])
     plain = sample(model, inputs).detach()
-    targets = ["attn1.to_q", "attn1.to_v", "attn1.processor.gate"]
+    targets = [f"{case.model.attention_name}.{name}" for name in ("to_q", "to_v", "processor.gate")]
     model.add_adapter(LoraConfig(r=2, target_modules=targets), adapter_name="style")
     assert torch.equal(sample(model, inputs), plain), "an adapter starts as nothing"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
