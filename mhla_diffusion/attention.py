@@ -80,7 +80,7 @@ class MHLA(nn.Module):
         )
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
-            size = (math.prod(2 * count - 1 for count in layout.blocks),)
+            size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
@@ -136,7 +136,7 @@ class MHLA(nn.Module):
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
         if self.config.mixing_relative:
-            mixing = offset_means(mixing, self.blocks)
+            mixing = offset_means(mixing, self.blocks, extra=self.config.extra_block)
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
@@ -149,7 +149,7 @@ class MHLA(nn.Module):
             return torch.ones(math.prod(self.blocks), 1, device=device)
         mixing: Tensor = self.mixing
         if self.config.mixing_relative:
-            mixing = relative_mixing(mixing, self.blocks)
+            mixing = relative_mixing(mixing, self.blocks, extra=self.config.extra_block)
         return mixing.softmax(-1) if self.config.constraint == "softmax" else mixing
 
     @torch.no_grad()

@@ -200,10 +200,8 @@ def test_extra_tokens_join_plain_linear_attention_and_nothing_else_without_a_blo
     module, _, _ = make_module(MHLAConfig(blocks=4))
     with pytest.raises(ValueError, match=r"no row and column .* got \(1, 2\): set extra_block=True"):
         module(q, k, v, grid=(4, 6), extra=(1, 2))
-    with pytest.raises(ValueError, match="extra_block is for self-attention, key_blocks 2 for cross"):
+    with pytest.raises(ValueError, match="extra_block is for self-attention: leave it out, or key_blocks"):
         MHLAConfig(extra_block=True, key_blocks=2)
-    with pytest.raises(ValueError, match="offset of blocks, which extra tokens lack"):
-        MHLAConfig(extra_block=True, mixing_relative=True)
 
 
 def test_the_mixing_of_extra_tokens_is_taken_over_and_fits_another_grid(assert_close: AssertClose) -> None:
