@@ -147,18 +147,24 @@ def _has_only_cpus() -> bool:
     return several and (accelerator is None or accelerator.type == "mps")
 
 
-def _warn_of_missing_processes() -> None:
-    """Say when ``accelerate launch`` was asked for several processes, but started this one alone."""
+def launch_option(name: str) -> str | None:
+    """Return what ``accelerate launch`` was given for one of its options, None where it was not."""
     try:
         parent = psutil.Process().parent()
         command = " ".join(parent.cmdline() if parent is not None else [])
     except psutil.Error:
-        return
-    asked = re.search(r"\baccelerate\b.*--num[_-]processes[ =](\d+)", command)
-    if asked is not None and int(asked[1]) > 1:
+        return None
+    found = re.search(rf"\baccelerate\b.* --{name.replace('_', '[_-]')}[ =](\S+)", command)
+    return None if found is None else found[1]
+
+
+def _warn_of_missing_processes() -> None:
+    """Say when ``accelerate launch`` was asked for several processes, but started this one alone."""
+    asked = launch_option("num_processes") or ""
+    if asked.isdecimal() and int(asked) > 1:
         logger.warning(
             "accelerate launch was asked for %s processes and started one, as it does without a GPU: "
             "torchrun --nproc_per_node %s -- SCRIPT starts them all",
-            asked[1],
-            asked[1],
+            asked,
+            asked,
         )

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..files.pictures import WHITE
 from ..processes import in_first_process, one_fate, process_state
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
@@ -53,6 +54,7 @@ def evaluate_images(
     weights: str | Path | None = None,
     bootstrap: int = BOOTSTRAP,
     seed: int = 0,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 16,
@@ -80,6 +82,8 @@ def evaluate_images(
         weights: of the extractor; of several extractors each as ``"name=weights"``.
         bootstrap: replicates of the bootstrap over samples that intervals come from; 0 for none.
         seed: of the bootstrap.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb; what the model was
+            trained on, ``data.background``.
         max_skipped: files that cannot be read are skipped, named and counted up to this share of a set; more
             are an error.
         cache: folder in which features are kept for later runs, and from which a run that was stopped goes
@@ -102,7 +106,7 @@ def evaluate_images(
     return _evaluate(
         real,
         generated,
-        open_set=open_images,
+        open_set=partial(open_images, background=background),
         load=partial(
             load_extractors,
             extractor,
@@ -130,12 +134,14 @@ def evaluate_videos(
     *,
     frames: int = 16,
     stride: int = 1,
+    fps: float | None = None,
     frame_wise: bool = False,
     metrics: str | Sequence[str] = "auto",
     extractor: str | FeatureExtractor | Sequence[str | FeatureExtractor] = "auto",
     weights: str | Path | None = None,
     bootstrap: int = BOOTSTRAP,
     seed: int = 0,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 8,
@@ -147,8 +153,8 @@ def evaluate_videos(
     """Score generated videos against real ones by the features of one clip of each.
 
     The clip begins at a random frame, which depends on ``seed`` and the name of the file alone. Memory does
-    not depend on the number of videos. Generated videos should come with as many frames per second as the
-    real ones.
+    not depend on the number of videos. Where the sets have other frames per second, ``fps`` takes
+    clips of both by time.
 
     Args:
         real: folder of videos or of folders of frames, zip or tar, npy of clips, see
@@ -157,6 +163,8 @@ def evaluate_videos(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
+        fps: frames per second of a clip, chosen by the time at which they are shown, in place of a stride;
+            videos with fewer are skipped and counted.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
         metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
             ``frechet_per_class``; ``auto`` are all that the sets allow.
@@ -166,6 +174,7 @@ def evaluate_videos(
         weights: of the extractor; of several extractors each as ``"name=weights"``.
         bootstrap: replicates of the bootstrap over videos that intervals come from; 0 for none.
         seed: of the clips' beginnings and of the bootstrap.
+        background: colour behind transparent pixels; see ``evaluate_images``.
         max_skipped: videos that cannot be read or are too short are skipped, named and counted up to this
             share of a set; more are an error.
         cache: folder in which features are kept for later runs; see ``evaluate_images``.
@@ -188,7 +197,15 @@ def evaluate_videos(
     return _evaluate(
         real,
         generated,
-        open_set=partial(open_videos, frames=frames, stride=stride, seed=seed, frame_wise=frame_wise),
+        open_set=partial(
+            open_videos,
+            frames=frames,
+            stride=stride,
+            fps=fps,
+            seed=seed,
+            frame_wise=frame_wise,
+            background=background,
+        ),
         load=partial(
             load_extractors, extractor, load, weights=weights, device=device, trust_weights=trust_weights
         ),
@@ -210,6 +227,7 @@ def compute_statistics(
     *,
     extractor: str | FeatureExtractor = "auto",
     weights: str | Path | None = None,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 16,
@@ -226,7 +244,7 @@ def compute_statistics(
         ImportError: when the ``eval`` extra is not installed.
     """
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
-    image_set = open_images(images)
+    image_set = open_images(images, background)
     process_state()  # before a device is chosen
     for note in image_set.notes:
         logger.warning("Caution: %s", note)

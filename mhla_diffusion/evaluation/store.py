@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.writing import require_folder, require_writable
+from ..files.writing import disk_errors, require_folder, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class FeatureFile:
     def append(self, rows: NDArray[np.float32]) -> None:
         """Add ``[B, d]``."""
         self._dimension = rows.shape[1]
-        with open(self.path, "ab") as file:
+        with disk_errors(self.path), open(self.path, "ab") as file:
             file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
 
     def read(self) -> NDArray[np.float32]:
@@ -110,7 +110,7 @@ class FeatureCache:
             for output, values in known.features.items():
                 data = np.asarray(values, np.float32).tobytes()
                 rows.append((protocol, sample, output, known.digest, data, _checksum(known.digest, data)))
-        with self._lock, self._connection:
+        with disk_errors(self._path), self._lock, self._connection:
             self._connection.executemany(
                 "INSERT OR REPLACE INTO features (protocol, sample, output, digest, data, checksum) "
                 "VALUES (?, ?, ?, ?, ?, ?)",

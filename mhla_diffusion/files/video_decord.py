@@ -16,7 +16,7 @@ import numpy as np
 from ..optional import require
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, file_stamp, open_stream, restart_test
-from .video_reader import Frames, display_matrix, require_frames
+from .video_reader import Frames, display_matrix, pixel_aspect, require_frames
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -31,10 +31,10 @@ class DecordReader:
     """Frames by number, as decord gives them.
 
     A file is read only if it is proven that decord finds its frames: H.264 or HEVC in MP4, MOV or MKV, 4:2:0
-    of 8 bits, neither turned nor mirrored; PyAV decodes all of it without an error; each of its key packets
-    is a point of restart; and decord counts the frames, their times and the key frames that its
-    :class:`~mhla_diffusion.files.video_index.VideoIndex` has. The proof takes as long as decoding the file
-    once. A process remembers it for the last 128 files.
+    of 8 bits, of square pixels, neither turned nor mirrored; PyAV decodes all of it without an error; each of
+    its key packets is a point of restart; and decord counts the frames, their times and the key frames that
+    its :class:`~mhla_diffusion.files.video_index.VideoIndex` has. The proof takes as long as decoding the
+    file once. A process remembers it for the last 128 files.
 
     Nothing is held open between reads, so that readers may cross a fork and be used by several threads.
 
@@ -88,6 +88,8 @@ def _doubt_of_kind(video: OpenVideo) -> str | None:
         return f"it is {kind}, not H.264 or HEVC in MP4, MOV or MKV"
     if context.pix_fmt not in _FORMATS:
         return f"its pixels are {context.pix_fmt}, not {' or '.join(sorted(_FORMATS))}"
+    if pixel_aspect(video.stream) != 1:
+        return f"its pixels are not square ({video.stream.sample_aspect_ratio})"
     return None
 
 

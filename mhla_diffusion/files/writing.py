@@ -35,12 +35,12 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     # Short, as the name of the file itself may be as long as the file system allows.
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
-        if callable(content):
-            with disk_errors(path):
+        with disk_errors(path):
+            if callable(content):
                 content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temporary)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            _flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
         with disk_errors(folder):
             write(temporary)
-        commit(temporary, folder)
+            commit(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary.parent, ignore_errors=True)
         raise
@@ -95,27 +95,47 @@ def commit(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the writers of safetensors and torch raise on a full disk into Python's own error.
+    """Turn what the writers of safetensors, torch and SQLite raise on a full disk into Python's own error.
 
     Args:
         path: what is written, for the message.
 
     Raises:
-        OSError: instead.
+        OSError: instead; when the disk is full, with its name.
     """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _disk_error(error.errno, error.filename or path) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise _disk_error(int(number[1]), path) from error
         if re.search(r"inline_container|PytorchStreamWriter", str(error)):
             full = shutil.disk_usage(path.parent).free < 1 << 20
-            code = errno.ENOSPC if full else errno.EIO
-            raise OSError(code, os.strerror(code), str(path)) from error
+            raise _disk_error(errno.ENOSPC if full else errno.EIO, path) from error
+        if "database or disk is full" in str(error):
+            raise _disk_error(errno.ENOSPC, path) from error
         raise
+
+
+def disk_of(path: str | os.PathLike[str]) -> str:
+    """Return the disk that a path is or would be on, in words, with the room that is left."""
+    place = os.path.realpath(path)
+    while not os.path.ismount(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    free, total = (f"{getattr(shutil.disk_usage(place), part) / 1e9:.1f}" for part in ("free", "total"))
+    return f"the disk at {place} has {free} of {total} GB left"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_error(number: int, path: str | os.PathLike[str]) -> OSError:
+    reason = os.strerror(number)
+    return OSError(number, f"{reason} ({disk_of(path)})" if number in _FULL else reason, str(path))
 
 
 def remove_unfinished(folder: Path) -> None:

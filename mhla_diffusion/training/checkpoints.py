@@ -18,7 +18,7 @@ from typing import Any
 from accelerate.utils.other import load
 
 from ..files.sums import SUMS, damaged_files, record_all
-from .config import forbidden_changes
+from .config import flat_dict, forbidden_changes
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,18 @@ def keep_latest(output_dir: Path, count: int) -> None:
         shutil.rmtree(folder)
 
 
-def write_record(folder: Path, *, config: Mapping[str, Any], num_processes: int) -> None:
-    """Write what a run must share with one that goes on from here, and the hashes of all that is there."""
-    record = {"config": config, "num_processes": num_processes}
+def write_record(
+    folder: Path, *, config: Mapping[str, Any], num_processes: int, data: str | None = None
+) -> None:
+    """Write what a run must share with one that goes on from here, and the hashes of all that is there.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the run.
+        num_processes: of the run.
+        data: fingerprint of its data; None when they have none.
+    """
+    record = {"config": config, "num_processes": num_processes, "data": data}
     (folder / _RECORD).write_text(json.dumps(record, indent=2))
     record_all(folder)
 
@@ -108,6 +117,42 @@ def saved_num_processes(checkpoint: Path) -> int:
     return _read_record(checkpoint)["num_processes"]
 
 
+def require_same_data(checkpoint: Path, config: Mapping[str, Any], data: str | None) -> None:
+    """Check that a run goes on with the samples that it began with, wherever they lie.
+
+    Args:
+        checkpoint: to go on from.
+        config: of the run that goes on.
+        data: fingerprint of its data.
+
+    Raises:
+        ValueError: when the path of the data is another, and so are the data, or the checkpoint has not
+            their fingerprint.
+    """
+    saved = _read_record(checkpoint)
+    old, new = (
+        {key: value for key, value in flat_dict(its).items() if key in ("data.path", "data.captions")}
+        for its in (saved["config"], config)
+    )
+    moved = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+    if saved["data"] == data:
+        return
+    if moved:
+        why = (
+            "what is there is not the same"
+            if saved["data"]
+            else "the checkpoint has no fingerprint of its data"
+        )
+        raise ValueError(
+            f"{checkpoint} was written with other data, {moved}, and {why}: give the path that it had, or "
+            "one of the same samples"
+        )
+    if saved["data"]:
+        logger.warning(
+            "the data have changed since %s was written: the run goes on with other samples", checkpoint
+        )
+
+
 def require_loadable(checkpoint: Path, process_index: int) -> None:
     """Refuse pickles that hold more than numbers, and say when random states are missing.
 
@@ -148,7 +193,8 @@ def load_errors(path: Path) -> Iterator[None]:
 def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / _RECORD).read_text())
-        return {name: record[name] for name in ("config", "num_processes")}
+        known = {name: record[name] for name in ("config", "num_processes")}
+        return {**known, "data": record.get("data")}  # earlier versions wrote no fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint / _RECORD} is damaged ({type(error).__name__}): go on from another one"

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentError
 
 from ..files.writing import write_file
-from ..help import HelpParser
+from ..help import HelpParser, with_home
 
 _CHANGEABLE = "changeable"
 
@@ -58,6 +59,7 @@ def parse_config(
     parser.add_argument("--config", action="config", help="YAML file of the run")
     parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
     parser.add_class_arguments(config_class)
+    arguments = [with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         _refuse_unknown_keys(config_class, arguments)
         values = parser.instantiate(parser.parse_args(arguments))

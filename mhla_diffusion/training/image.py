@@ -114,7 +114,8 @@ class ImageTrainingConfig(RunConfig):
             id2label=dict(enumerate(source.class_names)),
         )
         conditioning = ClassLabels(source.class_names, null_label=classes, dropout=self.class_dropout)
-        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_model(config: ModelConfig, objective: Objective) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class TrainingTask:
         sampling: of the config.
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
+        facts: what else it says of them.
     """
 
     conditioning: Conditioning
     sampling: SampleSheetConfig
     pipeline: Callable[..., Any]
     data_name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def sample(self, model: Any, device: torch.device) -> Image.Image:
         """Draw the sample sheet, the same in every process; see :meth:`samples`."""
@@ -86,7 +88,7 @@ class TrainingTask:
 
     def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
         """Write the finished pipeline; ``training`` are the facts for its model card."""
-        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}
+        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}
         self.pipeline(transformer=model, training=facts).save_pretrained(folder)
 
 

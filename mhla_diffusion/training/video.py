@@ -113,8 +113,8 @@ class VideoTrainingConfig(RunConfig):
         else:
             _check_channels(latents, model)
         conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
-        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
-        return model, source, task
+        pipeline, facts = with_transformer(parts), self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_parts(

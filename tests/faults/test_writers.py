@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from mhla_diffusion.files.locking import only_writer
-from mhla_diffusion.files.writing import write_file, write_folder
+from mhla_diffusion.files.writing import disk_errors, write_file, write_folder
 from mhla_diffusion.training import ImageTrainingConfig, train_image
 from mhla_diffusion.training.progress import StopRequest
 
@@ -146,6 +147,24 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_half_written(name: str, t
         with pytest.raises(OSError, match=r"File too large|Input/output error"):
             write_folder(tmp_path / "folder", lambda path: WRITERS[name](path / "weights"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        path.symlink_to("/dev/full")
+        path.write_bytes(bytes(100_000))
+
+    said = r"No space left on device \(the disk at /.* has [\d.]+ of [\d.]+ GB left\)"
+    with pytest.raises(OSError, match=said) as caught:
+        write_file(tmp_path / "weights", fill)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=said):
+        write_folder(tmp_path / "folder", lambda folder: fill(folder / "weights"))
+    full = sqlite3.connect(tmp_path / "full.sqlite")
+    full.execute("PRAGMA max_page_count = 2")
+    full.execute("CREATE TABLE rows (data BLOB)")
+    with pytest.raises(OSError, match=said), disk_errors(tmp_path):
+        full.execute("INSERT INTO rows VALUES (zeroblob(100000))")
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_leaves_no_half_of_one(config: ImageTrainingConfig) -> None:

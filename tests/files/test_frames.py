@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.files import video_index
+from mhla_diffusion.files.clips import choose_clip
 from mhla_diffusion.files.videos import (
     VIDEO_EXTENSIONS,
     Decoder,
     UnreadableVideoError,
     VideoReader,
-    clip_indices,
     open_video,
 )
 
@@ -274,23 +274,15 @@ def test_a_varying_rate_is_told_by_its_times(slowing: VideoReader) -> None:
 
 
 def test_a_clip_of_a_varying_rate_is_even_in_time(slowing: VideoReader) -> None:
-    step = slowing.fps / 6.25  # four times 1 / 25 of a second
-    chosen = clip_indices(COUNT, length=16, step=step, times=slowing.times)
+    chosen = choose_clip(slowing, length=16, fps=6.25)  # four times 1 / 25 of a second
     assert chosen == [0, 4, 8, 12, 16, *range(20, 31)]
     assert numbers(slowing.read(chosen)) == chosen
 
 
-def test_even_times_choose_the_frames_that_steps_choose() -> None:
-    times = np.round(np.arange(100) / 29.97, 3)
-    for step in (1.0, 2.0, 2.5, 29.97 / 8):
-        for start in (0.0, 0.3, 1.0):
-            plain = clip_indices(100, length=16, step=step, start=start)
-            assert (
-                np.abs(
-                    np.subtract(clip_indices(100, length=16, step=step, start=start, times=times), plain)
-                ).max()
-                <= 1
-            )
+def test_a_clip_of_a_part_goes_by_the_times_of_that_part(slowing: VideoReader) -> None:
+    """The mean rate of the file, 9.9 a second, is not that of its fast beginning."""
+    assert choose_clip(slowing, length=4, fps=5, last=19) == [0, 5, 10, 15]
+    assert choose_clip(slowing, length=4, fps=5, first=2, last=19, start=1.0) == [4, 9, 14, 19]
 
 
 @pytest.mark.parametrize(("options", "turn"), [(("90",), 1), (("180",), 2), (("270",), 3)])

@@ -23,7 +23,6 @@ from mhla_diffusion.files.videos import (
     Decoder,
     UnreadableVideoError,
     VideoReader,
-    clip_indices,
     is_frame_folder,
     open_video,
     write_video,
@@ -141,28 +140,6 @@ def test_a_broken_file_is_named_with_the_reason(
     make(path)
     with pytest.raises(UnreadableVideoError, match=rf"broken\.mp4.*({reason})"):
         read_whole(path)
-
-
-@pytest.mark.parametrize(
-    ("num_frames", "length", "step", "start", "expected"),
-    [
-        (20, 4, 1.0, 0.0, [0, 1, 2, 3]),
-        (20, 4, 1.0, 1.0, [16, 17, 18, 19]),
-        (20, 4, 2.0, 0.0, [0, 2, 4, 6]),
-        (20, 4, 2.5, 0.0, [0, 2, 5, 7]),
-        (3, 4, 0.5, 0.0, [0, 0, 1, 1]),
-        (1, 1, 1.0, 0.5, [0]),
-    ],
-)
-def test_frames_of_a_clip(
-    num_frames: int, length: int, step: float, start: float, expected: list[int]
-) -> None:
-    assert clip_indices(num_frames, length=length, step=step, start=start) == expected
-
-
-def test_a_video_shorter_than_the_clip_is_refused() -> None:
-    with pytest.raises(UnreadableVideoError, match=r"16 frames, each 2 after .* need 31, and there are 20"):
-        clip_indices(20, length=16, step=2)
 
 
 class _Opened(torch.utils.data.Dataset):
@@ -300,7 +277,9 @@ def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) ->
     with pytest.raises(UnreadableVideoError, match=r"of one size, got .*1\.png 6 x 8, .*2\.png 6 x 9"):
         open_video(folder).read([0, 1])
     Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(folder / "3.png")
-    with pytest.raises(UnreadableVideoError, match=r"3\.png: pixels of mode I;16 do not fit into RGB"):
+    with pytest.raises(
+        UnreadableVideoError, match=r"3\.png cannot be read \(integer pixels from 4000 to 4000 would"
+    ):
         open_video(folder).read([2])
     (folder / "4.png").write_bytes((folder / "1.png").read_bytes()[:40])
     with pytest.raises(UnreadableVideoError, match=r"4\.png cannot be read"):

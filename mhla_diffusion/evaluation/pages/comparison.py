@@ -10,14 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from ...files.pictures import PICTURE_CONVERSION, VIDEO_CONVERSION, WHITE
 from ...files.writing import require_absent, write_file
 from ..scores.score import Score, cautions, decimals, once
+from ..sets.samples import EARLIER_CONVERSIONS
 from .report import SCHEMA_VERSION, encode, render
 
 FILE_NAMES = ("comparison.md", "comparison.html")
 
 # What differs from run to run without changing what is measured.
 _HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals")
+# Reports of earlier versions: where pixels became others, the fingerprint of the real set is another.
+_RENAMED = {
+    EARLIER_CONVERSIONS[kind]: text.format(background=WHITE)
+    for kind, text in (("image", PICTURE_CONVERSION), ("video", VIDEO_CONVERSION))
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ def _load(path: Path) -> Run:
         protocol = content["protocol"]
         conditions = {key: value for key, value in protocol.items() if key not in (*_HARMLESS, "scores")}
         real, generated = content["real"], content["generated"]
+        conditions["conversion"] = _RENAMED.get(conditions["conversion"], conditions["conversion"])
         conditions |= {
             "kind": content["kind"],
             "real": {"count": real["count"], "fingerprint": real["fingerprint"]},

@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
+EARLIER_CONVERSIONS = {
+    "image": "RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided "
+    "by 256, first frame of an animation, EXIF orientation not applied (as clean-fid)",
+    "video": "RGB, 8 bits, as the decoder gives it; grayscale repeated",
+}
+"""What earlier versions said of a kind: samples of the same pixels have the same features and scores."""
+
 _LARGE = 96 << 20
 _one_large = threading.Lock()
 
