@@ -10,7 +10,7 @@ import diffusers
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.backbones.model import as_config
-from mhla_diffusion.hub import hub_arguments, locate_subfolder
+from mhla_diffusion.hub import hub_arguments, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
@@ -70,6 +70,8 @@ class MHLAPipeline:
                 "MHLADiTPipeline(transformer=..., scheduler=...)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"model_index.json in {path} names no pipeline: it is damaged")
         names = [name for name, stored in index.items() if _is_transformer(stored)]
         pipeline_class = _OWN.get(index["_class_name"]) or getattr(diffusers, index["_class_name"], None)
         if pipeline_class is None or not names:
@@ -88,7 +90,8 @@ class MHLAPipeline:
                 f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
                 "set extra_block=True in mhla_config, so that they are a block of their own"
             )
-        pipeline = pipeline_class.from_pretrained(path, **kwargs)
+        with load_errors(path):
+            pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
             transformer, config = getattr(pipeline, name), mhla_config
             ours = backbone_of(transformer)

@@ -17,6 +17,7 @@ from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
+from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe
@@ -210,6 +211,8 @@ def _generate(
 
         def enter() -> None:
             stack.enter_context(only_writer(folder))
+            for place in {(folder / row["file"]).parent for row in rows}:
+                remove_partial(place)
             _check_folder(folder, manifest)
             write_manifest(folder, manifest)
             made = [row["file"] for row in rows if (folder / row["file"]).is_file()]

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..attention import MHLAConfig
-from ..files.writing import require_new_folder, write_folder
+from ..files.locking import new_folder
+from ..files.writing import write_folder
 from .parsing import parse_and_call
 
 
@@ -44,18 +45,18 @@ def convert(
     from ..backbones import convert_to_mhla, load_transformer
     from ..backbones.official import load_official_wan
 
-    target = require_new_folder(out)
     place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if source == "official-wan-mhla":
-        converted: Any = load_official_wan(model, normalizer=normalizer)
-        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
-    else:
-        use = "it is a start for fine-tuning"
-        if only_transformer:
-            converted = convert_to_mhla(load_transformer(model, **place), mhla)
+    with new_folder(out) as target:
+        if source == "official-wan-mhla":
+            converted: Any = load_official_wan(model, normalizer=normalizer)
+            use = "MHLAWanTransformer3DModel.from_pretrained opens it"
         else:
-            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
-    write_folder(target, converted.save_pretrained)
+            use = "it is a start for fine-tuning"
+            if only_transformer:
+                converted = convert_to_mhla(load_transformer(model, **place), mhla)
+            else:
+                converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
+        write_folder(target, converted.save_pretrained)
     logging.info("saved %s; %s", out, use)
 
 

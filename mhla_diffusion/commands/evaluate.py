@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..evaluation import Report, compare_reports, compute_statistics, evaluate_i
 from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.vbench import export_vbench
+from ..files.locking import only_writer
 from ..processes import in_first_process
 from .parsing import parse_and_call
 
@@ -27,8 +29,8 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real images are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_images(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_images(**evaluation), out, save_stats, overwrite)
 
 
 def video(out: str, save_stats: str | None = None, overwrite: bool = False, **evaluation: Any) -> None:
@@ -39,8 +41,8 @@ def video(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real videos are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
 
 
 def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
@@ -99,10 +101,19 @@ def _with_list(arguments: Sequence[str]) -> list[str]:
     return [*(["--reports", str(reports)] if reports else []), *arguments[count:]]
 
 
-def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:
-    require_no_report(out, overwrite=overwrite)
-    if save_stats:
-        require_new_npz(save_stats, overwrite=overwrite)
+@contextmanager
+def _room(out: str, save_stats: str | None, overwrite: bool) -> Iterator[None]:
+    """Check, before the work, that what it gives can be written, and keep the place."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            require_no_report(out, overwrite=overwrite)
+            if save_stats:
+                require_new_npz(save_stats, overwrite=overwrite)
+            stack.enter_context(only_writer(out))
+
+        in_first_process(enter)
+        yield
 
 
 def _save(report: Report, out: str, save_stats: str | None, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_file, write_folder
+from ..files.writing import commit, disk_errors, start_writing, write_file, write_folder
 from ..processes import in_first_process
 from . import checkpoints
 from .adapters import LoraConfig, merge_adapters, set_trainable
@@ -248,8 +248,7 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output_dir, self.output_dir / "checkpoints"):
-                remove_unfinished(folder)
+            checkpoints.remove_what_was_left(self.output_dir)
             checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)

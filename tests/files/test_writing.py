@@ -97,5 +97,7 @@ def test_a_process_killed_while_writing_leaves_the_old_folder(tmp_path: Path) ->
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert (tmp_path / "run" / "part" / "weights").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path, "other")
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_unfinished(tmp_path, "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...files.pictures import PICTURE_CONVERSION, VIDEO_CONVERSION, WHITE
-from ...files.writing import require_absent, write_file
+from ...files.writing import write_together
 from ..scores.score import Score, cautions, decimals, once
 from ..sets.samples import EARLIER_CONVERSIONS
 from .report import SCHEMA_VERSION, encode, render
@@ -121,9 +121,8 @@ class SideBySide:
         Raises:
             ValueError: when they are there and ``overwrite`` is false.
         """
-        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-        for name, content in zip(FILE_NAMES, (self.to_markdown(), self.to_html()), strict=True):
-            write_file(Path(out) / name, encode(content))
+        contents = map(encode, (self.to_markdown(), self.to_html()))
+        write_together(out, dict(zip(FILE_NAMES, contents, strict=True)), overwrite=overwrite)
 
 
 def _cell(score: Score | None, best: bool) -> str:
@@ -175,15 +174,37 @@ def _load(path: Path) -> Run:
         scores = [Score(**score) for score in content["scores"]]
         pictures = file.with_name("samples.json")
         samples = json.loads(pictures.read_text("utf-8")) if pictures.is_file() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(map(_is_sample, samples)) or not all(map(_is_score, scores)):
+            raise ValueError("it has been changed: score the samples again")
+        versions = dict(protocol["versions"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a report that can be compared: {error}") from error
     return Run(
         name=str(path),
         scores={score.name: score for score in scores},
         conditions=_flat(conditions),
-        versions=protocol["versions"],
+        versions=versions,
         kind=content["kind"],
         samples=samples,
+    )
+
+
+def _is_sample(sample: Any) -> bool:
+    """Check what goes into a page: a report may come from a stranger."""
+    picture, sizes = sample.get("data_uri"), [sample.get(name) for name in ("width", "height")]
+    texts = [sample.get(name) or "" for name in ("name", "label", "prompt")]
+    inline = isinstance(picture, str) and picture.startswith("data:image/")
+    return inline and all(type(size) is int for size in sizes) and all(isinstance(t, str) for t in texts)
+
+
+def _is_score(score: Score) -> bool:
+    numbers = [score.value, *(score.interval or ())]
+    return (
+        isinstance(score.name, str)
+        and isinstance(score.extractor, str)
+        and all(isinstance(number, int | float) for number in numbers)
+        and len(score.interval or (0, 0)) == 2
+        and all(isinstance(flag, str) for flag in score.flags)
     )
 
 

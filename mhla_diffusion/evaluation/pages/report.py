@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files.writing import require_absent, require_writable, write_file
+from ...files.writing import require_room, write_together
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
 from ..scores.score import Score, cautions, decimals
@@ -17,8 +17,6 @@ from .pictures import Neighbours, PictureRow
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
-UNFINISHED = ".report.unfinished"
-"""Stands beside a report while it is written, so that one that was not finished can be told."""
 SAMPLES = 12
 
 
@@ -94,11 +92,8 @@ class Report:
         require_no_report(out, overwrite=overwrite)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         contents = (text, self.to_markdown(), self.to_html(), json.dumps(self.samples()))
-        mark = Path(out) / UNFINISHED
-        write_file(mark, "The report beside this file is only in part written.\n")
-        for name, content in zip(FILE_NAMES, contents, strict=True):
-            write_file(Path(out) / name, encode(content))
-        mark.unlink()
+        encoded = dict(zip(FILE_NAMES, map(encode, contents), strict=True))
+        write_together(out, encoded, overwrite=overwrite)
 
 
 def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:
@@ -142,8 +137,4 @@ def require_no_report(out: str | Path, *, overwrite: bool = False) -> None:
         ImportError: when jinja2 is not installed.
     """
     require("jinja2")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out} is a file; a report needs a folder")
-    unfinished = (Path(out) / UNFINISHED).is_file()
-    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite or unfinished)
-    require_writable(Path(out))
+    require_room(out, FILE_NAMES, overwrite=overwrite)

@@ -7,14 +7,15 @@ import os
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ...files.arrays import file_kind
 from ...files.manifest import MANIFEST, parse_manifest
-from .arrays import file_kind
 from .samples import Pixels, SampleKind, SampleSet
 
 LARGEST = 1 << 30
@@ -105,7 +106,10 @@ class Archives(SampleSet):
         if member.size > LARGEST:
             raise ValueError(f"{member.name} has {member.size:,} bytes; at most {LARGEST:,} are read")
         if member.offset is None:
-            return self.zips[member.archive].read(member.name)
+            try:
+                return self.zips[member.archive].read(member.name)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+                raise ValueError(f"{member.name} in {member.archive} cannot be read: {error}") from error
         descriptor = os.open(member.archive, os.O_RDONLY)
         try:
             return os.pread(descriptor, member.size, member.offset)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...files.arrays import file_kind, require_regular
 from ...optional import require
-from .arrays import file_kind, require_regular
 from .samples import Pixels, SampleKind, SampleSet
 
 LABELS = ("label", "labels", "class")

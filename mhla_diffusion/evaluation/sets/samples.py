@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.arrays import file_kind, require_regular
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
 from ...files.sums import SUMS
-from .arrays import file_kind, require_regular
 
 logger = logging.getLogger(__name__)
 

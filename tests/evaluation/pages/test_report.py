@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation import FeatureExtractor, Report, compare_reports, evaluate_images
-from mhla_diffusion.evaluation.pages import report as report_module
 from mhla_diffusion.evaluation.pages.report import FILE_NAMES, require_no_report
 from mhla_diffusion.evaluation.scores.frechet import require_new_npz
+from mhla_diffusion.files import writing
 from mhla_diffusion.files.writing import write_file
 from tests.processes import run_script
 
@@ -156,7 +156,7 @@ def test_a_report_that_was_half_written_may_be_written_again(
         written.append(path)
         write_file(path, content)
 
-    monkeypatch.setattr(report_module, "write_file", killed)
+    monkeypatch.setattr(writing, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):
         report.save(tmp_path / "out")
     monkeypatch.undo()
