@@ -117,6 +117,13 @@ class MHLAConfig:
                 f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
             )
 
+    def __repr__(self) -> str:
+        """Name what is not the default, and the blocks: a line that gives the config again."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{k}={v!r}" for k, v in values.items() if k == "blocks" or v != defaults[k]]
+        return f"MHLAConfig({', '.join(shown)})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (lists, not tuples), as they stand in a model's config.json."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not self._is_left_out(f)}

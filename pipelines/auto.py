@@ -10,7 +10,7 @@ import diffusers
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.backbones.model import as_config
-from mhla_diffusion.hub import hub_arguments, load_errors, locate_subfolder
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
@@ -65,9 +65,9 @@ class MHLAPipeline:
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
-                f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
-                "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
-                "MHLADiTPipeline(transformer=..., scheduler=...)"
+                f"{path} holds a single model (config.json), not a pipeline (model_index.json); open it with "
+                f"{_opener(load_config(path))} and give it to a pipeline as transformer=..., or convert it "
+                "alone (mhla convert --only_transformer true)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
         if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
@@ -103,6 +103,12 @@ class MHLAPipeline:
             if config is not None:
                 pipeline.register_modules(**{name: convert_to_mhla(transformer, config)})
         return pipeline
+
+
+def _opener(config: dict[str, Any]) -> str:
+    ours, name = backbone_of_config(config), config.get("_class_name", "its class")
+    module = "mhla_diffusion" if ours is not None and ours.__name__ == name else "diffusers"
+    return f"{module}.{name}.from_pretrained"
 
 
 def _is_transformer(stored: Any) -> bool:

@@ -22,6 +22,7 @@ from mhla_diffusion.processes import in_first_process, one_fate, process_state, 
 
 from .identity import describe
 from .prompts import MAX_SEED, Prompt
+from .requests import require_positive
 from .rows import class_rows, prompt_rows
 from .sampling import Kind, call_arguments, call_parameters, frames_per_second, output_kind, sample
 from .sheets import save_grid, save_image, save_strips
@@ -176,9 +177,7 @@ def generate_videos(
 
 def _check_numbers(settings: Mapping[str, float | None]) -> None:
     """Refuse what would fail, or give nothing, only after the model has been moved to its device."""
-    for name, value in settings.items():
-        if name != "guidance_scale" and value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_positive(**{name: value for name, value in settings.items() if name != "guidance_scale"})
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:

@@ -42,6 +42,12 @@ def test_config_survives_json() -> None:
     assert json.loads(FULL.to_json())["blocks"] == [2, 3]
 
 
+def test_config_prints_what_was_chosen() -> None:
+    assert repr(MHLAConfig()) == "MHLAConfig(blocks=16)"
+    assert repr(MHLAConfig(blocks=(2, 3), gate=True)) == "MHLAConfig(blocks=(2, 3), gate=True)"
+    assert eval(repr(FULL)) == FULL
+
+
 def test_settings_that_came_later_are_written_where_they_are_used() -> None:
     assert {"local", "center_keys", "mixing_relative"}.isdisjoint(MHLAConfig().to_dict())
     assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
@@ -490,3 +496,36 @@ def _project(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, Ten
         F.rms_norm(k, dim, weights["norm_k.weight"], 1e-6),
     )
     return q, k, v, x
+
+
+class OwnAttention(torch.nn.Module):
+    """The module in somebody's own model, whose grid is that of its input."""
+
+    def __init__(self, config: MHLAConfig, grid: tuple[int, int], dim: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+        self.mhla = MHLA(config, heads=heads, head_dim=dim // heads, grid=grid)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, D]
+        tokens = x.flatten(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(self.mhla(q, k, v, grid=x.shape[1:3], hidden_states=tokens)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
+def test_a_compiled_model_takes_its_grid_off_the_shape_of_its_input(fullgraph: bool) -> None:
+    model = OwnAttention(MHLAConfig(blocks=(2, 2), cpe="identity", gate=True), (8, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    for height, width in ((8, 8), (6, 10), (5, 7)):
+        x = torch.randn(2, height, width, 16)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).sum().backward()
+
+
+def test_a_gate_without_hidden_states_says_what_is_missing() -> None:
+    module = MHLA(MHLAConfig(blocks=4, gate=True), heads=2, head_dim=8, grid=(4, 4))
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    with pytest.raises(ValueError, match="pass hidden_states=x"):
+        module(q, k, v, grid=(4, 4))
