@@ -74,7 +74,7 @@ class MHLA(nn.Module):
             )
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
-        inner_dim = heads * head_dim
+        self.head_dim, inner_dim = head_dim, heads * head_dim
         size: tuple[int, ...] = tuple(
             x.num_blocks + config.extra_block for x in (layout, key_layout or layout)
         )
@@ -116,7 +116,7 @@ class MHLA(nn.Module):
             if part is not None:
                 part.reset_parameters()
         if self.local is not None:
-            nn.init.zeros_(self.local)
+            nn.init.constant_(self.local, self._local_start())
         if self.cpe is not None:
             nn.init.zeros_(self.cpe.weight)
             assert self.cpe.bias is not None
@@ -127,6 +127,18 @@ class MHLA(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
+
+    def _local_start(self) -> float:
+        """The start of the softmax window: a gate half open, or one denominator in which keys weigh alike.
+
+        A key that the softmax sees weighs about exp(0); one of MHLA about 1 / M, as rows of W sum to 1, times
+        the product of two features, which is 2 / d for learned ones without preference.
+        """
+        if self.config.local == "gate":
+            return 0.0
+        d = self.head_dim
+        products = {"hedgehog": 2 / d, "softmax": 1 / d, "relu": d / (2 * math.pi), "elu": 1.35 * d}
+        return math.log(math.prod(self.blocks) / products[self.config.feature_map])
 
     @property
     def _no_extra(self) -> tuple[int, int] | None:

@@ -271,6 +271,14 @@ def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: Assert
     assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
 
 
+def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
+    config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
+    module, (q, k, v), _ = make_module(config)
+    out = module(0 * q, 0 * k, v, grid=(4, 6))
+    mean = v.mean(2, keepdim=True).expand_as(v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, mean, atol=1e-4, rtol=1e-3)
+
+
 def test_centred_keys_leave_out_what_is_masked() -> None:
     module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, center_keys=True))
     mask = torch.rand(2, 24) < 0.7
