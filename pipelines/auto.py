@@ -11,7 +11,7 @@ import diffusers
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.backbones.model import as_config
-from mhla_diffusion.hub import hub_arguments, locate_subfolder
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .schedulers import prediction_of, require_scheduler, scales_inputs
@@ -68,11 +68,13 @@ class MHLAPipeline:
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
-                f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
-                "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
-                "MHLADiTPipeline(transformer=..., scheduler=...)"
+                f"{path} holds a single model (config.json), not a pipeline (model_index.json); open it with "
+                f"{_opener(load_config(path))} and give it to a pipeline as transformer=..., or convert it "
+                "alone (mhla convert --only_transformer true)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"model_index.json in {path} names no pipeline: it is damaged")
         names = [name for name, stored in index.items() if _is_transformer(stored)]
         pipeline_class = _OWN.get(index["_class_name"]) or getattr(diffusers, index["_class_name"], None)
         if pipeline_class is None or not names:
@@ -93,7 +95,8 @@ class MHLAPipeline:
             )
         if kwargs.get("scheduler") is not None:
             _require_same_prediction(kwargs["scheduler"], index, pipeline_class, path, hub_arguments(kwargs))
-        pipeline = pipeline_class.from_pretrained(path, **kwargs)
+        with load_errors(path):
+            pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
             transformer, config = getattr(pipeline, name), mhla_config
             ours = backbone_of(transformer)
@@ -120,6 +123,12 @@ def _require_same_prediction(
     if expected is not None:
         noise = getattr(stored, "alphas_cumprod", None)
         require_scheduler(scheduler, expected, scaled=scaled, mu=mu, alphas_cumprod=noise)
+
+
+def _opener(config: dict[str, Any]) -> str:
+    ours, name = backbone_of_config(config), config.get("_class_name", "its class")
+    module = "mhla_diffusion" if ours is not None and ours.__name__ == name else "diffusers"
+    return f"{module}.{name}.from_pretrained"
 
 
 def _is_transformer(stored: Any) -> bool:

@@ -42,11 +42,7 @@ class MHLADiTPipeline(CardedPipeline):
             Taken from the first scheduler when None, and held against later ones.
     """
 
-    purpose = Purpose(
-        "Class-conditional image generation",
-        task="unconditional-image-generation",
-        tag="class-conditional-image-generation",
-    )
+    purpose = Purpose("Class-conditional image generation", task="unconditional-image-generation")
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar = ["vae"]
     _callback_tensor_inputs: ClassVar = ["latents"]

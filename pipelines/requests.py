@@ -75,7 +75,7 @@ def _listed(ids: Sequence[int]) -> str:
     return f"{', '.join(map(str, ids[:-1]))} and {ids[-1]}"
 
 
-def require_positive(**counts: int | None) -> None:
+def require_positive(**counts: float | None) -> None:
     """Check arguments that count something; None where one is not given.
 
     Raises:
@@ -83,7 +83,7 @@ def require_positive(**counts: int | None) -> None:
     """
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def require_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:

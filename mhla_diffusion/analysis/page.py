@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files.writing import require_absent, write_file
+from ..files.writing import write_together
 from ..optional import require
 from .matrices import MatrixStatistics, MixingAudit, mean_statistics
 
@@ -90,8 +90,5 @@ class Analysis:
         Raises:
             ValueError: when ``out`` holds a report and ``overwrite`` is false.
         """
-        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-        for name, content in zip(
-            FILE_NAMES, (json.dumps(self.to_dict(), indent=2), self.to_html()), strict=True
-        ):
-            write_file(Path(out) / name, content)
+        contents = json.dumps(self.to_dict(), indent=2), self.to_html()
+        write_together(out, dict(zip(FILE_NAMES, contents, strict=True)), overwrite=overwrite)

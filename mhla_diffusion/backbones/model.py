@@ -31,6 +31,9 @@ from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
 
+# In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
+FULL_WEIGHTS = "lora_full"
+
 ATTENTIONS = ("mhla", "linear", "softmax")
 # Arguments that say where the file of an adapter is.
 _ADAPTER_PLACE = (
@@ -382,6 +385,40 @@ class RotaryVideoMixin(MHLAModelMixin):
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        prefix: str | None = "transformer",
+        **kwargs: Any,
+    ) -> None:
+        """Load as diffusers does, with self-attention that was trained in full beside the adapters.
+
+        That takes the place of what is here, and stays when adapters are unloaded.
+
+        Raises:
+            ValueError: for weights that do not fit this model.
+        """
+        weights = pretrained_model_name_or_path_or_dict
+        if isinstance(weights, dict):
+            start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
+            full = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+            weights = {key: value for key, value in weights.items() if not key.startswith(start)}
+            self._take_weights(full)
+        super().load_lora_adapter(weights, prefix=prefix, **kwargs)
+
+    @torch.no_grad()
+    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+        own = dict(self.named_parameters())
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                here = tuple(own[name].shape) if name in own else "no such weight"
+                raise ValueError(
+                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
+                    f"{here}: load them beside the model that they were trained from"
+                )
+        for name, weight in weights.items():
+            own[name].copy_(weight)
 
     def example_latents(
         self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None

@@ -19,12 +19,12 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from ..files.arrays import require_regular
 from ..files.sums import file_sha256
 from ..processes import process_state
 from .networks.extractor import FeatureExtractor
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
-from .sets.arrays import require_regular
 from .sets.samples import (
     EARLIER_CONVERSIONS,
     Pixels,

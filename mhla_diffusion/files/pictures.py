@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
+import zlib
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+
+from .arrays import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +28,11 @@ EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().ite
 # Prompts and workflows of generators, and colour profiles, are often larger than Pillow's 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
 
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError),
+    # What Pillow's plugins stumble over in a broken file.
+    *(ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, struct.error, zlib.error),
+)
 """What is raised for a file that is cut short, broken, no picture, or absurdly large."""
 
 PICTURE_CONVERSION = (
@@ -60,8 +69,11 @@ def open_picture(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Open a picture, as a context manager; nothing is decoded yet.
 
     Raises:
+        ValueError: for a pipe or a device.
         OSError: when it is not there, or none of the formats of pictures.
     """
+    if isinstance(source, str | os.PathLike):
+        source = require_regular(Path(source))
     return Image.open(source, formats=FORMATS)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ..optional import require
+from .video_damage import give_up_at_damage
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, file_stamp, open_stream, restart_test
 from .video_reader import Frames, display_matrix, pixel_aspect, require_frames
@@ -52,7 +53,7 @@ class DecordReader:
     """
 
     def __init__(self, path: str) -> None:
-        require("decord", "video")
+        require("decord")
         self._path, self._index = path, video_index(path)
         self.num_frames, self.fps, self.times = self._index.num_frames, self._index.fps, self._index.times
         _require_right(path, file_stamp(path))
@@ -98,8 +99,7 @@ def _doubt_of_frames(video: OpenVideo, index: VideoIndex) -> str | None:
 
     The video is decoded, as decord conceals damage without a word.
     """
-    # Errors that are concealed otherwise are told.
-    video.stream.codec_context.options = {"err_detect": "explode"}
+    give_up_at_damage(video)
     is_restart, keys, errors = restart_test(video.stream), list[bool](), list[None]()
 
     def packets() -> Iterator[tuple[int, Packet]]:

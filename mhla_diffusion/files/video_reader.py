@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .pictures import WHITE, flat_picture
+from .video_damage import damaged_packets, give_up_at_damage
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, open_stream, place_of
 
@@ -86,6 +87,7 @@ def _read_from_starts(path: str, index: VideoIndex, wanted: list[int], backgroun
     found: dict[int, Frames] = {}
     try:
         with open_stream(path) as video:
+            give_up_at_damage(video)
             picture = _Picture(video, background)
             for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
                 members = [wanted[i] for i in run]
@@ -152,10 +154,10 @@ def _seek(video: OpenVideo, index: VideoIndex, row: int) -> tuple[Iterator[Packe
 def _read_from_beginning(
     path: str, index: VideoIndex, wanted: list[int], background: str
 ) -> dict[int, Frames]:
-    """Decode the whole file up to the last frame, as FFmpeg does, with all that it conceals.
+    """Decode the whole file up to the last frame, as FFmpeg does.
 
     Raises:
-        UnreadableVideoError: when frames are lost, so that numbers would mean others.
+        UnreadableVideoError: when frames are lost, so that numbers would mean others, or are damaged.
     """
     found: dict[int, Frames] = {}
     with open_stream(path) as video:
@@ -169,6 +171,11 @@ def _read_from_beginning(
     lost = [number for number in wanted if number not in found]
     if lost:
         raise UnreadableVideoError(f"{path} is damaged: the frames up to {lost[0]} are not all there")
+    damaged = damaged_packets(path)
+    # Of a frame whose packet is unknown it is not known either.
+    wrong = [number for number in wanted if damaged and index.shown[number] in damaged | {-1}]
+    if wrong:
+        raise UnreadableVideoError(f"{path} is damaged: frame {wrong[0]} is not what was encoded")
     return found
 
 

@@ -50,9 +50,9 @@ def test_every_argument_of_the_stock_call_goes_by_name(ours: type, stock: type) 
         ({"prompt": [["a"], ["b"]]}, r"prompt must be a text or a list of texts, got \[\['a'\], \['b'\]\]"),
         ({"prompt": 3}, "prompt must be a text or a list of texts, got 3"),
         ({"prompt": "a", "negative_prompt": [1]}, "negative_prompt must be a text or a list of texts"),
-        ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt must be 1 or more, got 0"),
-        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be 1 or more, got 0"),
-        ({"prompt": "a", "num_frames": 0}, "num_frames must be 1 or more, got 0"),
+        ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"prompt": "a", "num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"prompt": ["a", "b"], "generator": generators(1)}, "1 generators for 2 samples; give one, or a"),
         ({"prompt": ["a", "b"], "generator": generators(3)}, "3 generators for 2 samples"),
     ],
@@ -105,5 +105,5 @@ def test_ids_of_numpy_and_torch_are_ids() -> None:
 
 
 def test_no_steps_are_refused_for_images(make_pipeline: Callable[..., MHLADiTPipeline]) -> None:
-    with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         make_pipeline()("cat", num_inference_steps=0)

@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 
+from ...files.arrays import describe_kind, file_kind, npz_headers, read_npy_header
 from ...files.pictures import (
     EXTENSIONS,
     PICTURE_CONVERSION,
@@ -20,7 +21,6 @@ from ...files.pictures import (
     open_picture,
 )
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, npz_headers, read_npy_header
 from .datasets import open_dataset
 from .samples import Folder, Pixels, SampleKind, SampleSet, one_if_large
 

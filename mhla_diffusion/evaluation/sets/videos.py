@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.arrays import describe_kind, file_kind, read_npy_header, require_regular
 from ...files.clips import RATE_TOLERANCE, choose_clip, clip_indices
 from ...files.manifest import MANIFEST
 from ...files.pictures import VIDEO_CONVERSION, WHITE, background_color
 from ...files.videos import VIDEO_EXTENSIONS, open_video
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, require_regular
 from .images import image_kind
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
@@ -131,6 +131,8 @@ class ArrayVideos(SampleSet):
 
     def __post_init__(self) -> None:
         try:
+            with open(self.path, "rb") as file:
+                read_npy_header(file)
             videos = np.load(self.path, mmap_mode="r")
         except (OSError, EOFError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path} is not a whole npy file ({error}): write it again") from error

@@ -16,9 +16,18 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import make_dataset
 
-from ...files.pictures import DECODING_ERRORS, WHITE, background_color, flat_picture, read_picture
+from ...files.arrays import npz_headers
+from ...files.names import is_hidden
+from ...files.pictures import (
+    DECODING_ERRORS,
+    EXTENSIONS,
+    WHITE,
+    background_color,
+    flat_picture,
+    read_picture,
+)
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .sources import Source
 from .stream import UnreadableSampleError
@@ -152,14 +161,23 @@ class ImageRows:
         self.path, self.rows, self.background = path, rows, background
         self.image_column = self._column("image_column", image_column, datasets.Image)
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
-        # As files, which are decoded here as everywhere.
-        self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        try:  # as files, which are decoded here as everywhere
+            self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: the column {self.image_column} holds no images: set data.image_column"
+            ) from error
         feature, labels = rows.features[self.label_column], list(rows[self.label_column])
         self._ids: dict[Any, int] | None = None
         _require_labels(path, labels, numbers=isinstance(feature, datasets.ClassLabel))
         if isinstance(feature, datasets.ClassLabel):
             self.class_names = list(feature.names)
         else:
+            if not all(isinstance(label, str | int | float) for label in labels):
+                raise ValueError(
+                    f"{path}: the column {self.label_column} holds neither numbers nor names: set "
+                    f"data.label_column to one of {', '.join(rows.features)}"
+                )
             values = sorted(set(labels))
             self._ids = {value: number for number, value in enumerate(values)}
             self.class_names = [str(value) for value in values]
@@ -167,6 +185,11 @@ class ImageRows:
     def _column(self, key: str, name: str | None, kind: type) -> str:
         features = self.rows.features
         found = [name] if name else [column for column in features if isinstance(features[column], kind)]
+        if len(found) > 1:
+            usual = key.removesuffix("_column")
+            if usual not in found:
+                raise ValueError(f"{self.path} has several: set data.{key} to one of {', '.join(found)}")
+            found = [usual]
         if not found or found[0] not in features:
             raise ValueError(
                 f"{self.path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
@@ -253,16 +276,24 @@ class FolderImages(PictureSource):
         folder = Path(self.path)
         if not folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist")
-        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        class_names = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
         ids = {name: number for number, name in enumerate(class_names)}
         try:
-            files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
+            files = make_dataset(folder, class_to_idx=ids, extensions=EXTENSIONS)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+                f"image folder {folder} must have one subfolder per class, each with images: {error}; "
+                "without classes put all of them into one subfolder"
             ) from error
-        return ImageFiles(files, class_names, self.background)
+        # One class could have a hidden folder below it, with copies of its images.
+        shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
+        return ImageFiles(shown, class_names, self.background)
+
+
+def _is_below_hidden(file: Path, folder: Path) -> bool:
+    return any(map(is_hidden, file.relative_to(folder).parts))
 
 
 @dataclass(frozen=True)
@@ -308,12 +339,11 @@ class NpzImages(PictureSource):
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"image archive {path} does not exist")
+        names = npz_headers(path)
+        label_key = next((key for key in ("labels", "arr_1") if key in names), None)
+        if "arr_0" not in names or label_key is None:
+            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(names)}")
         with np.load(path) as arrays:
-            label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-            if "arr_0" not in arrays or label_key is None:
-                raise ValueError(
-                    f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
-                )
             return ArrayImages(
                 arrays["arr_0"], arrays[label_key], origin=str(path), background=self.background
             )

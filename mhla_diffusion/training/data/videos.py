@@ -175,8 +175,8 @@ class FolderVideos(FileSource):
 
     Args:
         path: of the folder.
-        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
-            folder. captions.csv or captions.jsonl in it by default.
+        captions: CSV with the columns path (or file_name) and caption (or text), or JSON or JSONL with these
+            keys; paths are relative to the folder, and lie in it. captions.csv or .jsonl in it by default.
     """
 
     path: str
