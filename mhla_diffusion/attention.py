@@ -74,13 +74,13 @@ class MHLA(nn.Module):
             )
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
-        inner_dim = heads * head_dim
+        self.head_dim, inner_dim = head_dim, heads * head_dim
         size: tuple[int, ...] = tuple(
             x.num_blocks + config.extra_block for x in (layout, key_layout or layout)
         )
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
-            size = (math.prod(2 * count - 1 for count in layout.blocks),)
+            size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
@@ -116,7 +116,7 @@ class MHLA(nn.Module):
             if part is not None:
                 part.reset_parameters()
         if self.local is not None:
-            nn.init.zeros_(self.local)
+            nn.init.constant_(self.local, self._local_start())
         if self.cpe is not None:
             nn.init.zeros_(self.cpe.weight)
             assert self.cpe.bias is not None
@@ -128,6 +128,18 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
+    def _local_start(self) -> float:
+        """The start of the softmax window: a gate half open, or one denominator in which keys weigh alike.
+
+        A key that the softmax sees weighs about exp(0); one of MHLA about 1 / M, as rows of W sum to 1, times
+        the product of two features, which is 2 / d for learned ones without preference.
+        """
+        if self.config.local == "gate":
+            return 0.0
+        d = self.head_dim
+        products = {"hedgehog": 2 / d, "softmax": 1 / d, "relu": d / (2 * math.pi), "elu": 1.35 * d}
+        return math.log(math.prod(self.blocks) / products[self.config.feature_map])
+
     @property
     def _no_extra(self) -> tuple[int, int] | None:
         """The extra block of a layout in which it is empty."""
@@ -136,7 +148,7 @@ class MHLA(nn.Module):
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
         if self.config.mixing_relative:
-            mixing = offset_means(mixing, self.blocks)
+            mixing = offset_means(mixing, self.blocks, extra=self.config.extra_block)
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
@@ -149,7 +161,7 @@ class MHLA(nn.Module):
             return torch.ones(math.prod(self.blocks), 1, device=device)
         mixing: Tensor = self.mixing
         if self.config.mixing_relative:
-            mixing = relative_mixing(mixing, self.blocks)
+            mixing = relative_mixing(mixing, self.blocks, extra=self.config.extra_block)
         return mixing.softmax(-1) if self.config.constraint == "softmax" else mixing
 
     @torch.no_grad()
