@@ -13,10 +13,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 
 class HelpParser(ArgumentParser):
-    """Parser whose help has plain names for cross-references, and in whose values ``~`` is the home."""
+    """Parser whose help has plain names for cross-references, and in whose values ``~`` is the home.
+
+    The help names each option once.
+    """
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        return re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"\1", super().format_help(formatter))
+        usage, blank, rest = super().format_help(formatter).partition("\n\n")
+        assert usage.startswith("usage: ")
+        return f"usage: {self.prog} [options]" + re.sub(r"(?::[a-z]+:)?`+[~.]*([^`]+)`+", r"\1", blank + rest)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **settings: Any

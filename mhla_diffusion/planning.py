@@ -419,6 +419,11 @@ def _heading(plan: Plan) -> Iterator[str]:
         if layout.blocks == recommended.blocks
         else f"recommended: blocks {_times(recommended.blocks)} = {recommended.num_blocks}"
     )
+    usual = MHLAConfig().blocks
+    assert isinstance(usual, int)
+    if len(layout.grid) == 2 and recommended.num_blocks < usual <= math.isqrt(layout.num_tokens):
+        yield f"  (mixing is at most 20 % of the operator then; the paper and the configs take {usual} for"
+        yield "  images, which M^2 <= N allows here: more to mix, for more of the time)"
 
 
 def _table(plan: Plan) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -10,9 +11,10 @@ import diffusers
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.backbones.model import as_config
-from mhla_diffusion.hub import hub_arguments, load_errors, locate_subfolder
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
+from .schedulers import prediction_of, require_scheduler, scales_inputs
 from .video import MHLAWanPipeline
 
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
@@ -57,7 +59,8 @@ class MHLAPipeline:
             are converted, ``transformer_2`` too.
 
         Raises:
-            ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
+            ValueError: when what is stored is no pipeline, or one that there is no MHLA form of, and for a
+                ``scheduler`` that takes another prediction than the stored one.
         """
         path = os.fspath(pretrained_model_name_or_path)
         if subfolder is not None:
@@ -65,9 +68,9 @@ class MHLAPipeline:
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
-                f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
-                "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
-                "MHLADiTPipeline(transformer=..., scheduler=...)"
+                f"{path} holds a single model (config.json), not a pipeline (model_index.json); open it with "
+                f"{_opener(load_config(path))} and give it to a pipeline as transformer=..., or convert it "
+                "alone (mhla convert --only_transformer true)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
         if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
@@ -90,6 +93,8 @@ class MHLAPipeline:
                 f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
                 "set extra_block=True in mhla_config, so that they are a block of their own"
             )
+        if kwargs.get("scheduler") is not None:
+            _require_same_prediction(kwargs["scheduler"], index, pipeline_class, path, hub_arguments(kwargs))
         with load_errors(path):
             pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
@@ -103,6 +108,27 @@ class MHLAPipeline:
             if config is not None:
                 pipeline.register_modules(**{name: convert_to_mhla(transformer, config)})
         return pipeline
+
+
+def _require_same_prediction(
+    scheduler: Any, index: Mapping[str, Any], pipeline_class: type[Any], path: str, place: dict[str, Any]
+) -> None:
+    """Hold a scheduler against the stored one, which fits what the model was trained to predict."""
+    stored_class = getattr(diffusers, index["scheduler"][1], None)
+    if stored_class is None:
+        return
+    stored = stored_class.from_pretrained(path, subfolder="scheduler", **place)
+    scaled, mu = scales_inputs(pipeline_class), bool(stored.config.get("use_dynamic_shifting"))
+    expected = prediction_of(stored, scaled=scaled, mu=mu)
+    if expected is not None:
+        noise = getattr(stored, "alphas_cumprod", None)
+        require_scheduler(scheduler, expected, scaled=scaled, mu=mu, alphas_cumprod=noise)
+
+
+def _opener(config: dict[str, Any]) -> str:
+    ours, name = backbone_of_config(config), config.get("_class_name", "its class")
+    module = "mhla_diffusion" if ours is not None and ours.__name__ == name else "diffusers"
+    return f"{module}.{name}.from_pretrained"
 
 
 def _is_transformer(stored: Any) -> bool:

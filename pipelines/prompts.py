@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from mhla_diffusion.files.names import is_hidden
 from mhla_diffusion.files.text import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
@@ -139,7 +140,9 @@ def with_images(prompts: Sequence[Prompt], folder: str | os.PathLike[str]) -> li
     files = sorted(
         path
         for path in Path(folder).iterdir()
-        if path.suffix.lower() in Image.registered_extensions() and path.is_file() and path.name[0] != "."
+        if path.suffix.lower() in Image.registered_extensions()
+        and path.is_file()
+        and not is_hidden(path.name)
     )
     count = max(len(files), len(prompts))
     if not files or {len(files), len(prompts)} - {1, count}:

@@ -19,6 +19,7 @@ from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
 from .requests import count_samples, require_generators, require_positive
+from .schedulers import prediction_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,16 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         vae: decodes latents; None when the model works on pixels, in one channel (gray) or three.
         max_sequence_length: tokens that prompts are cut or filled up to, as in training.
         fps: frames per second of the clips it was trained on.
+        sample_size: frames, height and width in pixels of these clips, the size that it makes by default; the
+            transformer's ``sample_grid`` when None.
         training: facts about the training for the model card.
+        prediction_type: what the model predicts, ``"flow_prediction"`` (the velocity of flow matching) or
+            ``"flow_sample"`` (its clean sample). Taken from the first scheduler when None, and held against
+            later ones.
     """
 
-    purpose = Purpose("Text-to-video generation", task="text-to-video", tag="text-to-video")
+    purpose = Purpose("Text-to-video generation", task="text-to-video")
+    scales_inputs = False
     _optional_components: ClassVar = ["vae", "transformer", "transformer_2"]
 
     def __init__(
@@ -66,6 +73,8 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         max_sequence_length: int = 512,
         fps: float = 16.0,
         training: dict | None = None,
+        sample_size: tuple[int, int, int] | None = None,
+        prediction_type: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -77,7 +86,13 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(max_sequence_length=max_sequence_length, fps=fps, training=training)
+        self.register_to_config(
+            max_sequence_length=max_sequence_length,
+            fps=fps,
+            training=training,
+            sample_size=None if sample_size is None else list(sample_size),
+            prediction_type=prediction_type or prediction_of(scheduler, scaled=False),
+        )
 
     @property
     def _model(self) -> MHLAWanTransformer3DModel:
@@ -88,18 +103,31 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
     def pixels_per_token(self) -> tuple[int, int, int]:
         """Frames, height and width."""
         patch = self._model.config.patch_size
+        return tuple(p * stride for p, stride in zip(patch, self._pixels_per_latent, strict=True))
+
+    @property
+    def _pixels_per_latent(self) -> tuple[int, int, int]:
         if self.vae is None:
-            return tuple(patch)
+            return 1, 1, 1
         factor = self.vae_scale_factor_spatial
-        return (patch[0] * self.vae_scale_factor_temporal, patch[1] * factor, patch[2] * factor)
+        return self.vae_scale_factor_temporal, factor, factor
+
+    def size_in_pixels(self, latents: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, height and width of what the autoencoder, if any, makes of latents of this size."""
+        strides = self._pixels_per_latent
+        frames, height, width = (n * stride for n, stride in zip(latents, strides, strict=True))
+        # An autoencoder of videos makes one latent frame of the first, then one of every four.
+        return frames - strides[0] + 1, height, width
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the clips that the model was made for."""
-        grid = self._model.config.sample_grid
-        frames, height, width = (n * p for n, p in zip(grid, self.pixels_per_token, strict=True))
-        # An autoencoder of videos makes one latent frame of the first, then one of every four.
-        return frames if self.vae is None else frames - self.vae_scale_factor_temporal + 1, height, width
+        """Frames, height and width of the clips that it was trained on, else that the model was made for."""
+        if self.config.sample_size is not None:
+            return tuple(self.config.sample_size)
+        config = self._model.config
+        return self.size_in_pixels(
+            [n * p for n, p in zip(config.sample_grid, config.patch_size, strict=True)]
+        )
 
     @torch.no_grad()
     def __call__(
@@ -155,8 +183,9 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             ``frames``, one video for each prompt.
 
         Raises:
-            ValueError: for sizes or latents that do not fit the model.
+            ValueError: for sizes, latents or a scheduler that do not fit the model.
         """
+        self.require_scheduler()
         frames, default_height, default_width = self.default_size
         size = (num_frames or frames, height or default_height, width or default_width)
         require_positive(

@@ -42,6 +42,12 @@ def test_config_survives_json() -> None:
     assert json.loads(FULL.to_json())["blocks"] == [2, 3]
 
 
+def test_config_prints_what_was_chosen() -> None:
+    assert repr(MHLAConfig()) == "MHLAConfig(blocks=16)"
+    assert repr(MHLAConfig(blocks=(2, 3), gate=True)) == "MHLAConfig(blocks=(2, 3), gate=True)"
+    assert eval(repr(FULL)) == FULL
+
+
 def test_settings_that_came_later_are_written_where_they_are_used() -> None:
     assert {"local", "center_keys", "mixing_relative"}.isdisjoint(MHLAConfig().to_dict())
     assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
@@ -200,10 +206,8 @@ def test_extra_tokens_join_plain_linear_attention_and_nothing_else_without_a_blo
     module, _, _ = make_module(MHLAConfig(blocks=4))
     with pytest.raises(ValueError, match=r"no row and column .* got \(1, 2\): set extra_block=True"):
         module(q, k, v, grid=(4, 6), extra=(1, 2))
-    with pytest.raises(ValueError, match="extra_block is for self-attention, key_blocks 2 for cross"):
+    with pytest.raises(ValueError, match="extra_block is for self-attention: leave it out, or key_blocks"):
         MHLAConfig(extra_block=True, key_blocks=2)
-    with pytest.raises(ValueError, match="offset of blocks, which extra tokens lack"):
-        MHLAConfig(extra_block=True, mixing_relative=True)
 
 
 def test_the_mixing_of_extra_tokens_is_taken_over_and_fits_another_grid(assert_close: AssertClose) -> None:
@@ -265,6 +269,14 @@ def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: Assert
     )  # fmt: skip
     out = module(q, k, v, grid=(4, 6), rotary_emb=rotary)
     assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
+
+
+def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
+    config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
+    module, (q, k, v), _ = make_module(config)
+    out = module(0 * q, 0 * k, v, grid=(4, 6))
+    mean = v.mean(2, keepdim=True).expand_as(v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, mean, atol=1e-4, rtol=1e-3)
 
 
 def test_centred_keys_leave_out_what_is_masked() -> None:
@@ -492,3 +504,55 @@ def _project(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, Ten
         F.rms_norm(k, dim, weights["norm_k.weight"], 1e-6),
     )
     return q, k, v, x
+
+
+@pytest.mark.parametrize(
+    "addition", [{"output_norm": True}, {"normalizer": "paper"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_sums_that_float16_cannot_hold_are_refused(addition: dict[str, Any]) -> None:
+    """Without a denominator and a norm that sees the sums before they are rounded."""
+    dtype = getattr(torch, addition.get("dtype", "float16"))
+    settings_added = {key: value for key, value in addition.items() if key != "dtype"}
+    grid, settings = (1, 130, 128), {"blocks": (1, 2, 2), "normalizer": "none"}
+    x = 8 * torch.rand(1, 1, 130 * 128, 4)
+
+    def attend(dtype: torch.dtype, **values: Any) -> torch.Tensor:
+        module = MHLA(MHLAConfig(**{**settings, **values}), heads=1, head_dim=4, grid=grid).to(dtype)
+        return module(x.to(dtype), x.to(dtype), x.to(dtype), grid=grid)
+
+    with pytest.raises(ValueError, match=r"16384 tokens or more.*use bfloat16 or float32"):
+        attend(torch.float16)
+    assert attend(dtype, **settings_added).isfinite().all()
+
+
+class OwnAttention(torch.nn.Module):
+    """The module in somebody's own model, whose grid is that of its input."""
+
+    def __init__(self, config: MHLAConfig, grid: tuple[int, int], dim: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+        self.mhla = MHLA(config, heads=heads, head_dim=dim // heads, grid=grid)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, D]
+        tokens = x.flatten(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(self.mhla(q, k, v, grid=x.shape[1:3], hidden_states=tokens)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
+def test_a_compiled_model_takes_its_grid_off_the_shape_of_its_input(fullgraph: bool) -> None:
+    model = OwnAttention(MHLAConfig(blocks=(2, 2), cpe="identity", gate=True), (8, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    for height, width in ((8, 8), (6, 10), (5, 7)):
+        x = torch.randn(2, height, width, 16)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).sum().backward()
+
+
+def test_a_gate_without_hidden_states_says_what_is_missing() -> None:
+    module = MHLA(MHLAConfig(blocks=4, gate=True), heads=2, head_dim=8, grid=(4, 4))
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    with pytest.raises(ValueError, match="pass hidden_states=x"):
+        module(q, k, v, grid=(4, 4))

@@ -402,6 +402,7 @@ SIZE = ("--height", "720", "--width", "1280", "--frames", "81")
         (("DiT-XL/2", "--height", "4096", "--width", "4096"), "256 x 256 = 65,536 tokens"),
         (("Qwen-Image", *SIZE[:4], "--extra_tokens", "512"), "45 x 80 = 3,600 tokens and 512 of text"),
         (("DiT-XL/2", "--height", "256", "--width", "256", "--blocks", "1"), "recommended: blocks 2 x 4 = 8"),
+        (("DiT-XL/2", "--height", "256", "--width", "256"), "the paper and the configs take 16 for"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ..attention import MHLAConfig
@@ -41,6 +42,8 @@ def convert(
         normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
+    from mhla_diffusion.pipelines.model_card import CardFields, write_model_card
+
     from .. import MHLAPipeline
     from ..backbones import convert_to_mhla, load_transformer
     from ..backbones.official import load_official_wan
@@ -56,7 +59,14 @@ def convert(
                 converted = convert_to_mhla(load_transformer(model, **place), mhla)
             else:
                 converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
-        write_folder(target, converted.save_pretrained)
+
+        def write(folder: Path) -> None:
+            converted.save_pretrained(folder)
+            if hasattr(converted, "components"):
+                fields = CardFields(base_model=model, converted=True)
+                write_model_card(converted, folder, repo_id=target.name, fields=fields)
+
+        write_folder(target, write)
     logging.info("saved %s; %s", out, use)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.pictures import WHITE
+from ..optional import require
 from ..processes import in_first_process, one_fate, process_state
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
@@ -22,7 +23,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, LackingError, Measured, choose_metrics
+from .scores.metrics import METRICS, Comparison, LackingError, Measured, by_published_name, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.images import open_images
@@ -76,7 +77,7 @@ def evaluate_images(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
-            extractors and the sets allow.
+            extractors and the sets allow; ``fid`` is ``frechet`` on clean-fid's Inception.
         extractor: ``auto``, ``inception`` (clean-fid's), ``inception_adm``, ``dinov2``, ``clip`` or
             ``efficientnet_lite0`` (see ``load_extractor``), an own one, or several.
         weights: of the extractor; of several extractors each as ``"name=weights"``.
@@ -103,6 +104,7 @@ def evaluate_images(
             statistics are of another extractor, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image")
     return _evaluate(
         real,
         generated,
@@ -167,7 +169,7 @@ def evaluate_videos(
             videos with fewer are skipped and counted.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
         metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
-            ``frechet_per_class``; ``auto`` are all that the sets allow.
+            ``frechet_per_class``; ``auto`` are all that the sets allow; ``fvd`` is ``frechet`` on I3D.
         extractor: ``auto``, ``i3d``, ``cdfvd_i3d``, ``cdfvd_videomae``, ``videomae`` or ``transnetv2`` (see
             ``load_video_extractor``), an own one, or several; of images (see ``load_extractor``) when
             ``frame_wise``.
@@ -193,6 +195,7 @@ def evaluate_videos(
             clips, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image" if frame_wise else "video")
     load = load_extractor if frame_wise else partial(load_video_extractor, frames=frames)
     return _evaluate(
         real,
@@ -278,6 +281,7 @@ def _evaluate(
     settings: _Settings,
 ) -> Report:
     """Score one set against another, whatever they are of; extractors are loaded once both sets are there."""
+    require("jinja2")  # of the report: missed now, and not after the work
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)
@@ -453,6 +457,7 @@ def _protocol(
 
 def _describe(extractor: FeatureExtractor) -> dict[str, Any]:
     return {
+        **({"chosen": f"by auto, because {extractor.chosen}"} if extractor.chosen else {}),
         "feature_dimension": extractor.dimension,
         "weights": extractor.weights,
         "weights_sha256": extractor.weights_sha256,

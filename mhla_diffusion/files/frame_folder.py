@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .names import is_hidden
 from .pictures import DECODING_ERRORS, WHITE, read_picture
 from .video_packets import UnreadableVideoError, file_stamp
 from .video_reader import Frames, require_frames
@@ -76,7 +77,7 @@ def is_frame_folder(path: str | os.PathLike[str]) -> bool:
 
 def _is_picture(name: str) -> bool:
     # Hidden ones are left by writers that were killed, and by macOS.
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(_SUFFIXES) and not is_hidden(name)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

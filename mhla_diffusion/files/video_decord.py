@@ -53,7 +53,7 @@ class DecordReader:
     """
 
     def __init__(self, path: str) -> None:
-        require("decord", "video")
+        require("decord")
         self._path, self._index = path, video_index(path)
         self.num_frames, self.fps, self.times = self._index.num_frames, self._index.fps, self._index.times
         _require_right(path, file_stamp(path))

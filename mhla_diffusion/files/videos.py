@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..optional import how_to_install
 from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
 from .pictures import WHITE
 from .video_decord import DecordReader
@@ -93,7 +94,7 @@ def open_video(
     if os.path.isdir(path):
         return FrameFolder(path, background)
     if find_spec("av") is None:
-        raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
+        raise ImportError(f"reading videos needs PyAV: {how_to_install('av')}")
     if decoder == "torchcodec":
         _say_that_torchcodec_is_not_used()
     return DecordReader(path) if decoder == "decord" else IndexedReader(path, background)
@@ -155,6 +156,7 @@ def require_video_writer() -> None:
     Raises:
         ImportError: without the packages imageio, imageio-ffmpeg and av, which reads them back.
     """
-    if any(find_spec(name) is None for name in ("imageio", "imageio_ffmpeg", "av")):
-        # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
-        raise ImportError("videos are written with imageio-ffmpeg: pip install mhla-diffusion[video]")
+    for name in ("imageio", "imageio_ffmpeg", "av"):
+        if find_spec(name) is None:
+            # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
+            raise ImportError(f"videos are written with imageio-ffmpeg: {how_to_install(name)}")

@@ -38,7 +38,10 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     try:
         with disk_errors(path):
             if callable(content):
+                temporary.touch()
+                mode = temporary.stat().st_mode
                 content(temporary)
+                temporary.chmod(mode)  # safetensors lets the owner alone read
             else:
                 temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             _flush(temporary)
@@ -88,7 +91,10 @@ def commit(temporary: Path, folder: Path) -> None:
 
     Where the file system can exchange two folders, there is no moment without the old or the new one.
     """
+    readable = temporary.stat().st_mode & 0o666  # as the umask of who writes leaves it
     for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | readable)  # safetensors lets the owner alone read
         _flush(path)
     if not folder.exists():
         temporary.rename(folder)

@@ -1,5 +1,6 @@
 """The operator: tensors in, tensors out, on torch alone."""
 
+from . import decompositions  # noqa: F401 (they register themselves)
 from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout, recommended_layout

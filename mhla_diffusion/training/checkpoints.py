@@ -109,7 +109,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
     if resume != "latest" and resume is not None:
         checkpoint = _named(output_dir, resume)
     elif list_checkpoints(output_dir) and resume is not None:
-        checkpoint = _latest_whole(output_dir)
+        checkpoint = latest_whole(output_dir)
     else:
         _require_room(output_dir, resume)
         return None
@@ -247,13 +247,28 @@ def _named(output_dir: Path, resume: str) -> Path:
     return checkpoint
 
 
-def _latest_whole(output_dir: Path) -> Path:
+def latest_whole(output_dir: Path) -> Path:
+    """Find the last whole checkpoint of a run; warns of those after it.
+
+    Raises:
+        ValueError: when none is.
+    """
     for checkpoint in reversed(list_checkpoints(output_dir)):
         damaged = _damage(checkpoint)
         if damaged is None:
             return checkpoint
         logger.warning("%s; trying the one before", damaged)
     raise ValueError(f"no checkpoint in {output_dir / _FOLDER} is whole: choose another --output_dir")
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Check that a checkpoint is what was written.
+
+    Raises:
+        ValueError: naming the files that are not.
+    """
+    if damaged := _damage(checkpoint):
+        raise ValueError(f"{damaged}; take another one")
 
 
 def _damage(checkpoint: Path) -> str | None:

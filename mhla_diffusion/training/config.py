@@ -211,7 +211,8 @@ def _given_keys(arguments: Sequence[str] | None) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     known, rest = parser.parse_known_args(arguments)
-    keys = [token[2:].split("=", 1)[0] for token in rest if token.startswith("--")]
+    options = (token[2:].split("=", 1)[0] for token in rest if token.startswith("--"))
+    keys = [option for option in options if not option.endswith(".help")]
     for path in known.config:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
@@ -26,18 +25,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, start_writing, write_file, write_folder
+from ..files.writing import commit, disk_errors, start_writing, write_folder
 from ..processes import in_first_process
 from . import checkpoints
-from .adapters import LoraConfig, merge_adapters, set_trainable
+from .adapters import LoraConfig, merge_adapters, save_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
 from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+from .export import run_facts
 from .idle import IdleRun
 from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, warn_of_idle_cores
 from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .sheets import SheetClock
 from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class Trainer:
     """Trains a model and leaves a pipeline.
 
     Writes into ``output_dir``: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/ (trackers) and, at
-    the end, pipeline/.
+    the end, pipeline/, and lora/ with the adapters if there are any.
 
     Args:
         model: called as ``model(noisy, timestep=..., return_dict=False, **conditioning)``.
@@ -209,6 +210,8 @@ class Trainer:
             warn_of_idle_cores(self.accelerator.num_processes)
         self.progress, self.fingerprint = Progress(), in_first_process(lambda: fingerprint_of(source))
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
+        sampling, hidden = task.sampling, not self.accelerator.is_main_process
+        self.sheet_clock = SheetClock(sampling.every, sampling.max_share, hidden=hidden)
         self._prepare(model)
         self._open_run(checkpoint)
 
@@ -359,9 +362,8 @@ class Trainer:
         """Return the signal that any process received, as all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return request.signal
-        return int(
-            self.accelerator.gather(torch.tensor([request.signal], device=self.accelerator.device)).max()
-        )
+        signals = torch.tensor([request.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(signals).max())
 
     def _log(self, grad_norm: Tensor | None, throughput: Throughput) -> None:
         self._require_finite()
@@ -376,9 +378,8 @@ class Trainer:
         self.progress.start_interval()
         if self.accelerator.is_main_process:
             step = self.progress.step
-            logger.info(
-                "step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            )
+            line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d  %s", step, line)
             self.metrics.append({"step": step, **values})
         self.accelerator.log(values, step=self.progress.step)
 
@@ -403,17 +404,15 @@ class Trainer:
     def _save_samples(self, request: StopRequest) -> int:
         """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""
         with self._averaged_weights() as model:
-            sample = partial(self.task.sample, model, self.accelerator.device)
+            sample = partial(self.task.sample, model, self.accelerator.device, self.sheet_clock)
             # One of several processes must not leave the others alone in a sharded model.
-            images = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
-        if images is None:
+            sheet = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
+        self.sheet_clock.end()
+        if sheet is None:
             return request.signal
         if self.accelerator.is_main_process:
-            write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
-        pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=self.progress.step, **layout)
+            sheet.save(self.output_dir / "samples" / f"step-{self.progress.step:08d}")
+        sheet.log(self.accelerator.trackers, self.progress.step)
         return 0
 
     def _save_checkpoint(self) -> None:
@@ -463,26 +462,25 @@ class Trainer:
                 whole = type(model).from_config(model.config)
                 set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
+                self._save_adapters(whole)
                 merge_adapters(whole)
-        folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+        folder, sheets = self.output_dir / "pipeline", sorted(self.output_dir.glob("samples/step-*.png"))
+        picture = sheets[-1] if sheets else None
+        facts = run_facts(
+            self.run_config, len(self.source), self.progress.step, self.objective.facts(),
+            num_unreadable=len(stream.unreadable),
+        )  # fmt: skip
         in_first_process(
-            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts, picture))
         )
         logger.info("saved %s", folder)
 
-    def _facts(self, num_unreadable: int) -> dict[str, Any]:
-        """Return what a model card should say of this run, in the card's words."""
-        config, optim = self.config, self.config.optimizer
-        facts = {
-            "data": f"{len(self.source):,} samples",
-            "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
-            **self.objective.facts(),
-            "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
-            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
-            "weights": f"average with decay {config.ema_decay:g}",
-            "seed": config.seed,
-        }
-        return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+    def _save_adapters(self, model: Any) -> None:
+        """Write lora/ where diffusers loads adapters of such a model."""
+        lora, folder = self.run_config.lora, self.output_dir / "lora"
+        if lora.rank and hasattr(model, "load_lora_adapter"):
+            write_folder(folder, lambda path: save_adapters(model, lora, path))
+            logger.info("saved %s", folder)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained ones, which are those that are averaged."""

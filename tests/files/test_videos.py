@@ -165,9 +165,9 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_needed_and_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhla_diffusion.files.videos.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"reading videos needs PyAV: pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match=r"reading videos needs PyAV: .* pip install .*av"):
         open_video(video)
-    with pytest.raises(ImportError, match=r"pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match=r"written with imageio-ffmpeg: .* pip install "):
         write_video(counting_frames(), video, fps=10)
 
 
@@ -188,7 +188,7 @@ def test_the_decoder_of_older_configs_is_said_to_be_another(
 
 def test_decord_that_is_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(ImportError, match=r"'decord' .* pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match="package decord is not installed: pip install decord"):
         open_video(video, decoder="decord")
     assert open_video(video).num_frames == 20
 

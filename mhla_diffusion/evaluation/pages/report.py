@@ -11,9 +11,11 @@ from typing import Any
 from ...files.writing import require_room, write_together
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
-from ..scores.score import Score, cautions, decimals
+from ..scores.score import Score, cautions
 from ..sets.samples import SetSummary
+from .notebook import in_frame
 from .pictures import Neighbours, PictureRow
+from .sentence import protocol_sentence
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
@@ -44,7 +46,23 @@ class Report:
     neighbours: Neighbours | None = None
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.scores), *(f"Caution: {said}" for said in cautions(self.scores))])
+        lines = [*self.choices(), *map(str, self.scores)]
+        return "\n".join([*lines, *(f"Caution: {said}" for said in cautions(self.scores))])
+
+    def _repr_html_(self) -> str:
+        return in_frame(self.to_html())
+
+    def choices(self) -> list[str]:
+        """Say which extractors were chosen for who asked for none, and why."""
+        return [
+            f"Extractor {name}, chosen {its['chosen']}."
+            for name, its in self.protocol["extractors"].items()
+            if "chosen" in its
+        ]
+
+    def sentence(self) -> str:
+        """State the protocol in full, for a paper: scores, counts, extractors, sampler, versions."""
+        return protocol_sentence(self.scores, self.real, self.generated, self.protocol, self.kind)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -60,7 +78,11 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the content of report.md, a table to paste."""
-        return scores_table(self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind)
+        table = scores_table(
+            self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind
+        )
+        choices = "".join(f"{said}\n\n" for said in self.choices())
+        return f"{choices}{table}\nProtocol: {self.sentence()}\n"
 
     def samples(self) -> list[dict[str, Any]]:
         """Return the content of samples.json: a few generated samples, of each class as many."""
@@ -100,7 +122,7 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
     """Return Markdown: a row a score with its interval, then what has to be said of them."""
     lines = ["| score | value [95 % interval] | N to infinity | |", "|---|---|---|---|"]
     for score in scores:
-        limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"
+        limit = "" if score.extrapolated is None else score.format(score.extrapolated)
         better = "higher is better" if score.higher_is_better else "lower is better"
         lines.append(f"| {score.name} | {score.text()} | {limit} | {better} |")
     counts = ["an unstated number of" if count is None else f"{count:,}" for count in (generated, real)]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ...files.arrays import file_kind
 from ...files.manifest import MANIFEST, parse_manifest
+from ...files.names import is_hidden
 from .samples import Pixels, SampleKind, SampleSet
 
 LARGEST = 1 << 30
@@ -54,7 +55,7 @@ class Archives(SampleSet):
             prefix = f"{archive.name}/" if len(self.archives) > 1 else ""
             for member in sorted(_list(archive), key=lambda member: member.name):
                 self.members[prefix + member.name] = member
-        visible = [name for name in self.members if not PurePosixPath(name).name.startswith(".")]
+        visible = [name for name in self.members if not any(map(is_hidden, PurePosixPath(name).parts))]
         self.names = [name for name in visible if name.lower().endswith(self.kind.extensions)]
         samples = set(self.names)
         self.note_left_out(name for name in visible if name not in samples)
@@ -125,7 +126,7 @@ def open_archives(path: Path, kind: SampleKind) -> Archives | None:
     """
     if file_kind(path) in ("zip", "tar"):
         return Archives(path, kind, [path])
-    visible = [entry for entry in path.iterdir() if entry.name[0] != "."] if path.is_dir() else []
+    visible = [entry for entry in path.iterdir() if not is_hidden(entry.name)] if path.is_dir() else []
     archives = sorted(entry for entry in visible if entry.suffix in (".zip", ".tar"))
     if not archives or any(entry.suffix not in (".zip", ".tar", ".json", ".txt") for entry in visible):
         return None

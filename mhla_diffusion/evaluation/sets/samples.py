@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ...files.arrays import file_kind, require_regular
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from ...files.names import is_hidden
 from ...files.sums import SUMS
 
 logger = logging.getLogger(__name__)
@@ -341,9 +342,9 @@ def find_files(folder: Path) -> list[str]:
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(".") and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
+            if not is_hidden(name) and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
         ]
         below = os.path.relpath(root, folder)
         prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in files if not name.startswith(".")]
+        found += [prefix + name for name in files if not is_hidden(name)]
     return found

@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.datasets.folder import make_dataset
 
 from ...files.arrays import npz_headers
+from ...files.names import is_hidden
 from ...files.pictures import (
     DECODING_ERRORS,
     EXTENSIONS,
@@ -162,7 +163,7 @@ class ImageRows:
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
         try:  # as files, which are decoded here as everywhere
             self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError) as error:
+        except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: the column {self.image_column} holds no images: set data.image_column"
             ) from error
@@ -275,15 +276,24 @@ class FolderImages(PictureSource):
         folder = Path(self.path)
         if not folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist")
-        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        class_names = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
         ids = {name: number for number, name in enumerate(class_names)}
         try:
             files = make_dataset(folder, class_to_idx=ids, extensions=EXTENSIONS)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images: {error}"
+                f"image folder {folder} must have one subfolder per class, each with images: {error}; "
+                "without classes put all of them into one subfolder"
             ) from error
-        return ImageFiles(files, class_names, self.background)
+        # One class could have a hidden folder below it, with copies of its images.
+        shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
+        return ImageFiles(shown, class_names, self.background)
+
+
+def _is_below_hidden(file: Path, folder: Path) -> bool:
+    return any(map(is_hidden, file.relative_to(folder).parts))
 
 
 @dataclass(frozen=True)

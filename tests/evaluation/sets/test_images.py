@@ -436,3 +436,11 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_and_large_ones_decoded_on
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(read_image, [tmp_path / "image.png"] * 4))
         assert (most > 1) is together
+
+
+def test_what_systems_put_beside_images_is_none_of_the_set(tmp_path: Path) -> None:
+    for name in ("a.png", ".a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    assert open_images(tmp_path).names == ["a.png"]

@@ -216,7 +216,7 @@ def test_no_program_is_run_and_no_pipe_is_waited_for(tmp_path: Path) -> None:
         ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
-            r"data\.split is for data\.source huggingface alone",
+            r"data\.split is for data\.source huggingface or idx alone",
         ),
         ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
     ],
@@ -229,3 +229,14 @@ def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> 
 def test_images_have_1_or_3_channels(image_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.in_channels is 4; for latents"):
         samples(DataConfig("folder", str(image_folder)), channels=4)
+
+
+def test_folders_that_systems_make_are_no_classes(image_folder: Path) -> None:
+    before = open_images(DataConfig(source="folder", path=str(image_folder)))
+    for name in (".ipynb_checkpoints", "@eaDir", f"{before.class_names[0]}/.ipynb_checkpoints"):
+        folder = image_folder / name
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "copy.png")
+    after = open_images(DataConfig(source="folder", path=str(image_folder)))
+    assert after.class_names == before.class_names
+    assert len(after) == len(before)
