@@ -22,6 +22,7 @@ from mhla_diffusion.processes import in_first_process, one_fate, process_state, 
 
 from .identity import describe
 from .prompts import MAX_SEED, Prompt
+from .requests import require_positive
 from .rows import class_rows, prompt_rows
 from .sampling import Kind, call_arguments, call_parameters, frames_per_second, output_kind, sample
 from .sheets import save_grid, save_image, save_strips
@@ -34,7 +35,7 @@ _SCRIPTS: dict[Kind, str] = {"images": "image", "videos": "video"}
 # The folder of the model and the versions are for the reader: the hashes say which model it is.
 _NOT_COMPARED = {"complete", "versions", "model", "training"}
 # Folders that were begun before these were written are gone on with.
-_LATER = {"components", "pipeline", "fps"}
+_LATER = {"components", "pipeline", "fps", "pipeline.prediction_type", "pipeline.sample_size"}
 
 
 def generate_images(
@@ -176,9 +177,7 @@ def generate_videos(
 
 def _check_numbers(settings: Mapping[str, float | None]) -> None:
     """Refuse what would fail, or give nothing, only after the model has been moved to its device."""
-    for name, value in settings.items():
-        if name != "guidance_scale" and value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_positive(**{name: value for name, value in settings.items() if name != "guidance_scale"})
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:
@@ -307,6 +306,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if before == after or key.startswith("_"):  # what diffusers notes of itself in a config
+            continue
+        if key not in old and f"{prefix}{key}" in _LATER:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             changes += _differences(before, after, f"{prefix}{key}.")

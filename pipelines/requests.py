@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ class ClassNames:
     def find(self, labels: Any, num_classes: int) -> list[int]:
         """Return the class ids of one label or a list of them, each a name or an id.
 
+        Lists in lists are one list, as for :class:`diffusers.DiTPipeline`.
+
         Raises:
             ValueError: for a name that means no class or several, an id out of range, or another form.
         """
-        labels = [labels] if isinstance(labels, (int, str)) else list(labels)
+        labels = list(_flat(labels))
         if other := [label for label in labels if not isinstance(label, str) and not _is_id(label)]:
-            raise ValueError(
-                f"class labels are names or ids, in one list for all images, got {other[0]!r} in it"
-            )
+            raise ValueError(f"class labels are names or ids, got {other[0]!r} among them")
         names = {label for label in labels if isinstance(label, str)}
         known = self.ids | self._wholes
         for name in sorted(names & self.shared.keys()):
@@ -57,6 +57,15 @@ class ClassNames:
         return ids
 
 
+def _flat(labels: Any) -> Iterator[Any]:
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    if isinstance(labels, Iterable) and not isinstance(labels, str):
+        for part in labels:
+            yield from _flat(part)
+    else:
+        yield labels
+
+
 def _is_id(label: Any) -> bool:
     """Tell whether a label is a whole number, of Python, numpy or torch."""
     return hasattr(label, "__index__") and getattr(label, "ndim", 0) == 0
@@ -66,7 +75,7 @@ def _listed(ids: Sequence[int]) -> str:
     return f"{', '.join(map(str, ids[:-1]))} and {ids[-1]}"
 
 
-def require_positive(**counts: int | None) -> None:
+def require_positive(**counts: float | None) -> None:
     """Check arguments that count something; None where one is not given.
 
     Raises:
@@ -74,7 +83,7 @@ def require_positive(**counts: int | None) -> None:
     """
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def require_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:

@@ -38,14 +38,14 @@ def read_shapes(
     stamps = [_stamp(file) for file in files]
     found = [known.get(name, []) for name in names]
     unknown = [n for n, stamp in enumerate(stamps) if stamp is not None and found[n][:2] != stamp]
+    kept = index
     for start in range(0, len(unknown), _KEPT_EVERY):
         numbers = unknown[start : start + _KEPT_EVERY]
         for n, shape in zip(numbers, _measured(measure, numbers), strict=True):
             found[n] = [*(stamps[n] or ()), *(shape or (None, None))]
-        if index is not None:
-            _write_index(
-                index, known | {name: entry for name, entry in zip(names, found, strict=True) if entry}
-            )
+        if kept is not None:
+            entries = {name: entry for name, entry in zip(names, found, strict=True) if entry}
+            kept = _write_index(kept, known | entries)
     return [
         (entry[2], entry[3]) if stamp is not None and entry[2] is not None else None
         for stamp, entry in zip(stamps, found, strict=True)
@@ -95,8 +95,11 @@ def _read_index(index: Path) -> dict[str, list[Any]]:
     return {}
 
 
-def _write_index(index: Path, shapes: dict[str, list[Any]]) -> None:
+def _write_index(index: Path, shapes: dict[str, list[Any]]) -> Path | None:
+    """Write the index; returns where, None when nothing can be written there."""
     try:
         write_file(index, json.dumps({"version": _VERSION, "shapes": shapes}, separators=(",", ":")))
     except OSError as error:
         logger.warning("%s cannot be kept (%s): the next start opens every file again", index, error)
+        return None
+    return index

@@ -216,7 +216,7 @@ def test_no_program_is_run_and_no_pipe_is_waited_for(tmp_path: Path) -> None:
         ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
-            r"data\.split is for data\.source huggingface alone",
+            r"data\.split is for data\.source huggingface or idx alone",
         ),
         ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
     ],
