@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.commands import align, choose, experiment, linearize, report
 from mhla_diffusion.commands.end import exit_code
+from mhla_diffusion.conversion import load_candidates
+from mhla_diffusion.conversion.experiment import FORMS, ExperimentConfig
+from mhla_diffusion.training.config import parse_config
+from mhla_diffusion.training.export import read_run_config
 
 STEPS = [
     *("--settings.samples", "3", "--settings.held_out", "2", "--settings.steps", "2"),
@@ -53,7 +59,7 @@ def test_a_budget_that_no_choice_meets_says_the_nearest(
 
 
 def test_a_plan_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "configs/linearize_wan_1.3b_480p.yaml", "--plan_only", "true"]
+    arguments = ["--config", "configs/conversion/linearize_wan_1.3b_480p.yaml", "--plan_only", "true"]
     assert linearize.main(arguments, "mhla linearize") == 0
     printed = capsys.readouterr().out
     assert "Wan2.1-1.3B, 480 x 832 pixels, 81 frames: 1.42 B parameters" in printed
@@ -69,3 +75,30 @@ def test_an_experiment_needs_all_forms(tmp_path: Path, write_run: Callable[..., 
     ]
     with pytest.raises(ValueError, match="must have linear, mhla, mhla-local, it has mhla"):
         experiment.main(arguments, "mhla experiment conversion", "conversion")
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "conversion"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_in_the_repository_is_valid(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = path.stem.partition("_")[0]
+    monkeypatch.chdir(CONFIGS.parents[1])
+    if kind == "candidates":
+        assert set(load_candidates(path)) == set(FORMS)
+    elif kind == "linearize":
+        assert linearize.main(["--config", str(path), "--plan_only", "true"], "mhla linearize") == 0
+        assert "GPU-hours" in capsys.readouterr().out
+        data = yaml.safe_load(path.read_text())["data"]
+        assert data.startswith("samples") or read_run_config(data)
+    elif kind == "experiment":
+        config, _ = parse_config(ExperimentConfig, ["--config", str(path)])
+        assert set(load_candidates(config.candidates)) == set(FORMS)
+        run: Any = read_run_config(config.teacher)
+        assert run.model.attention == "softmax"
+        assert config.steps <= 0.05 * run.trainer.max_steps
+    else:
+        run = read_run_config(path)
+        assert run.model.attention == "softmax" or run.objective.teacher
