@@ -12,9 +12,10 @@ from .data.encoding import (
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
 from .objectives import DDPM, DistillationConfig, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .run import train
+from .settings import OptimizerConfig, RunConfig, TrainerConfig
 from .task import TrainingTask
 from .text import TextConfig
-from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig
+from .trainer import Trainer
 from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
 
 __all__ = [

@@ -17,8 +17,8 @@ from .data import CachedLatents, DataConfig, ImageSamples
 from .data.stream import SampleSource
 from .objectives import Objective
 from .run import new_or_loaded, train
+from .settings import RunConfig
 from .task import SampleSheetConfig, TrainingTask
-from .trainer import RunConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from ..processes import in_first_process, one_fate
 from .checkpoints import find_checkpoint
 from .config import as_dict
 from .objectives import Distillation, build_objective
-from .trainer import RunConfig, Trainer
+from .settings import RunConfig
+from .trainer import Trainer
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:

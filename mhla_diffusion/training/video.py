@@ -22,9 +22,9 @@ from .data.latents import load_video_vae
 from .data.stream import SampleSource
 from .objectives import Objective
 from .run import new_or_loaded, train
+from .settings import RunConfig
 from .task import SampleSheetConfig, TrainingTask
 from .text import TextConfig, load_text_encoder, warn_of_long_captions
-from .trainer import RunConfig
 
 
 @dataclass(frozen=True)
