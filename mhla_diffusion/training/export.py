@@ -57,7 +57,7 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
         ValueError: when it is not whole, or sharded, or the run's config does not fit what is there.
     """
     checkpoints.require_whole(checkpoint)
-    config = _read_config(checkpoint.parents[1])
+    config = read_run_config(checkpoint.parents[1] / "config.yaml")
     objective = build_objective(config.objective)
     model, source, task = config.build(objective)
     set_trainable(model, config.trainable, config.lora)
@@ -101,18 +101,22 @@ def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
     return task.pipeline(transformer=model.eval(), training=task.all_facts(facts))
 
 
-def _read_config(run: Path) -> RunConfig:
-    """Read the config of a run, of whichever kind it is."""
+def read_run_config(path: str | Path) -> RunConfig:
+    """Read the config of a run, of whichever kind it is.
+
+    Raises:
+        ValueError: when it is of none, with what is wrong for each.
+    """
     from .image import ImageTrainingConfig
     from .video import VideoTrainingConfig
 
     errors: list[str] = []
     for kind in (ImageTrainingConfig, VideoTrainingConfig):
         try:
-            return parse_config(kind, ["--config", str(run / "config.yaml")])[0]
+            return parse_config(kind, ["--config", str(path)])[0]
         except ValueError as error:
             errors.append(f"{kind.__name__}: {error}")
-    raise ValueError(f"{run / 'config.yaml'} is of no kind of training. {' '.join(errors)}")
+    raise ValueError(f"{path} is of no kind of training. {' '.join(errors)}")
 
 
 @torch.no_grad()
