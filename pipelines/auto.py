@@ -12,10 +12,12 @@ from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to
 from mhla_diffusion.hub import hub_arguments, locate_subfolder
 
 from .image import MHLADiTPipeline
+from .text_to_image import MHLATextToImagePipeline
 from .video import MHLAWanPipeline
 
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
-_OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
+_OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLATextToImagePipeline, MHLAWanPipeline)}
+_OWN |= {"DiTPipeline": MHLADiTPipeline}
 
 # Pipelines that call a transformer on tokens that lie on no grid.
 _WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
@@ -49,10 +51,11 @@ class MHLAPipeline:
                 token, cache_dir, device_map, components to use instead of stored ones, ...
 
         Returns:
-            :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLAWanPipeline` for video models
-            that this package trained; else the diffusers pipeline that is stored, of any class that has a
-            component of :data:`mhla_diffusion.backbones.BACKBONES`. With ``mhla_config`` all such components
-            are converted, ``transformer_2`` too.
+            :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLATextToImagePipeline` and
+            :class:`MHLAWanPipeline` for models of texts that this package trained; else the diffusers
+            pipeline that is stored, of any class that has a component of
+            :data:`mhla_diffusion.backbones.BACKBONES`. With ``mhla_config`` all such components are
+            converted, ``transformer_2`` too.
 
         Raises:
             ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
