@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from mhla_diffusion.files.texts import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
@@ -170,14 +171,8 @@ def _texts_in_brackets(value: str) -> list[str]:
 def _read_file(path: Path, images: Path | None) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of prompts ({', '.join(_READERS)})")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line} is not UTF-8: store the file as UTF-8") from error
     prompts = []
-    for line, row in _READERS[path.suffix.lower()](text, path):
+    for line, row in _READERS[path.suffix.lower()](read_text(path), path):
         origin = f"{path} line {line}"
         if unknown := sorted(row.keys() - set(_COLUMNS)):
             raise ValueError(

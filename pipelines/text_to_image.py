@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, ImagePipelineOutput
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    ImagePipelineOutput,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+)
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTransformer2DModel
 
-from .denoising import ImagePipeline, StepCallback, prediction_type_of
+from .denoising import ImagePipeline, StepCallback, prediction_type_of, vae_scale_factor
 from .model_card import Purpose
-from .text import encode_texts, warn_of_long_prompts
+from .text import SANA_INSTRUCTION, encode_texts, warn_of_long_prompts
 
 
 class MHLATextToImagePipeline(ImagePipeline):
@@ -187,6 +194,35 @@ class MHLATextToImagePipeline(ImagePipeline):
             "text encoder": f"{type(self.text_encoder).__name__}, {self.config.max_sequence_length} tokens",
             "prediction": self.config.prediction_type,
         }
+
+
+def stock_pipeline(
+    transformer: Any, scheduler: Any, vae: Any, max_sequence_length: int, instruction: str, **parts: Any
+) -> Any:
+    """Return the pipeline class of diffusers whose defaults are those that a model was trained with.
+
+    Args:
+        transformer, scheduler, vae, max_sequence_length, instruction: see :class:`MHLATextToImagePipeline`.
+        parts: further components, which are as they are.
+
+    Returns:
+        None where there is no such class: without an autoencoder, for sizes that the pipelines do not know,
+        and for texts of another length or instruction.
+    """
+    pixels, size = vae_scale_factor(vae), transformer.config.sample_size
+    if isinstance(transformer, MHLASanaTransformer2DModel):
+        found, texts, known = (
+            SanaPipeline,
+            (300, SANA_INSTRUCTION),
+            pixels == 32 and size in (16, 32, 64, 128),
+        )
+    else:
+        alpha = transformer.use_additional_conditions
+        found, texts = (PixArtAlphaPipeline, (120, "")) if alpha else (PixArtSigmaPipeline, (300, ""))
+        known = pixels == 8 and size in ((128,) if alpha else (32, 64, 256))
+        known = known and hasattr(scheduler, "scale_model_input")
+    shifted = vae is not None and vae.config.get("shift_factor")
+    return found if known and not shifted and (max_sequence_length, instruction) == texts else None
 
 
 # The name under which diffusers records the class, free of our file layout.

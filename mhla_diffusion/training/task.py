@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class TrainingTask:
         sampling: of the config.
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
+        call: further arguments of the pipeline's call, for sample sheets.
     """
 
     conditioning: Conditioning
     sampling: SampleSheetConfig
     pipeline: Callable[..., Any]
     data_name: str
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def sample(self, model: Any, device: torch.device) -> Image.Image:
@@ -70,6 +72,7 @@ class TrainingTask:
             _pictures(
                 pipeline(
                     **arguments,
+                    **self.call,
                     guidance_scale=sampling.guidance_scale,
                     num_inference_steps=sampling.num_inference_steps,
                     generator=torch.Generator().manual_seed(sampling.seed),

@@ -13,13 +13,13 @@ from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
 from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
-from .data import CachedVideoLatents, VideoDataConfig, VideoSamples
-from .data.latents import load_video_vae
+from .data import CachedLatents, VideoDataConfig, VideoSamples
+from .data.captions import texts_of
 from .data.stream import SampleSource
 from .objectives import Objective
-from .run import new_or_loaded, train
+from .run import new_or_loaded, require_patches, train
 from .task import SampleSheetConfig, TrainingTask
-from .text import TextConfig, load_text_encoder, warn_of_long_captions
+from .text import TextConfig, load_text_encoder, video_caption_encoder, warn_of_long_captions
 from .trainer import RunConfig
 
 
@@ -95,36 +95,39 @@ class VideoTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require_probability("caption_dropout", self.caption_dropout)
+        if self.text.instruction:
+            raise ValueError("text.instruction is for models of images: remove it")
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
         source = self.data.open()
-        latents = source if isinstance(source, CachedVideoLatents) else None
-        if latents is not None:
-            _check_text(latents, self)
+        latents = source if isinstance(source, CachedLatents) else None
         parts = build_parts(self, objective, latents)
+        encoder = video_caption_encoder(parts)
+        if latents is not None:
+            latents.require_text(self.text, encoder)
         sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
         model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
         if latents is None:
             source = VideoSamples(source, self.data, channels=model.config.in_channels)
-            warn_of_long_captions(source.captions, parts.tokenizer, self.text.max_length)
+            warn_of_long_captions(texts_of(source.captions), parts.tokenizer, self.text.max_length)
         else:
-            _check_channels(latents, model)
-        conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
+            latents.require_channels(model)
+        conditioning = Captions(encoder, self.caption_dropout, embedded=latents is not None)
         task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
         return model, source, task
 
 
 def build_parts(
-    config: VideoTrainingConfig, objective: Objective, latents: CachedVideoLatents | None
+    config: VideoTrainingConfig, objective: Objective, latents: CachedLatents | None
 ) -> MHLAWanPipeline:
     """Build the pipeline that is trained, without its transformer."""
     tokenizer, text_encoder = load_text_encoder(config.text)
     return MHLAWanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=None if latents is None else load_video_vae(latents.vae),
+        vae=None if latents is None else latents.load_vae(),
         scheduler=objective.scheduler(),
         max_sequence_length=config.text.max_length,
         fps=(config.data.fps if latents is None else latents.fps) or 16.0,
@@ -151,7 +154,7 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
     """
     arguments: dict[str, Any] = {}
     if config.patch_size is not None:
-        _check_patches(config.patch_size, sizes)
+        require_patches(config.patch_size, sizes)
         grid = tuple(side // p for side, p in zip(sizes[0], config.patch_size, strict=True))
         arguments = {"out_channels": config.in_channels, "text_dim": text_dim, "sample_grid": grid}
     model = new_or_loaded(MHLAWanTransformer3DModel, config, **arguments)
@@ -160,34 +163,8 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
             f"gives {text_dim}: use the text encoder that it was trained with"
         )
-    _check_patches(tuple(model.config.patch_size), sizes)
+    require_patches(tuple(model.config.patch_size), sizes)
     return model
-
-
-def _check_patches(patch: tuple[int, ...], sizes: Sequence[tuple[int, ...]]) -> None:
-    for size in sizes:
-        if any(side % p for side, p in zip(size, patch, strict=True)):
-            raise ValueError(
-                f"data.frames and data.sizes must be multiples of the patch {patch} (frames, height, width), "
-                f"got {tuple(size)}; the nearest are "
-                f"{tuple(max(1, round(side / p)) * p for side, p in zip(size, patch, strict=True))}"
-            )
-
-
-def _check_text(latents: CachedVideoLatents, config: VideoTrainingConfig) -> None:
-    if latents.text != config.text:
-        raise ValueError(
-            f"the captions in {config.data.path} were encoded with {latents.text}: set text to the same, got "
-            f"{config.text}"
-        )
-
-
-def _check_channels(latents: CachedVideoLatents, model: Any) -> None:
-    if model.config.in_channels != latents.channels:
-        raise ValueError(
-            f"{latents.shards.path} holds latents of {latents.channels} channels, but model.in_channels is "
-            f"{model.config.in_channels}"
-        )
 
 
 def train_video(config: VideoTrainingConfig, *, resume: str | None = None) -> int:

@@ -1,23 +1,27 @@
-"""Labelled images from folders, Hugging Face datasets and arrays, as samples for training.
+"""Images of classes or with captions, read one by one, as samples for training.
 
-A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels": int}``.
+A sample is ``{"samples": float32 [C, H, W] in [-1, 1]}`` and ``"class_labels": int`` or ``"caption": str``.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from .sources import Source
+from .buckets import Size, nearest_size, read_shapes
+from .captions import Caption, draw_caption
 from .stream import UnreadableSampleError
+
+logger = logging.getLogger(__name__)
 
 # What PIL raises for a file that is cut short, broken, no image, or absurdly large.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -25,10 +29,18 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 @runtime_checkable
-class LabelledImages(Protocol):
-    """Images that are read one by one."""
+class Images(Protocol):
+    """Images that are read one by one.
 
+    Attributes:
+        labels: class of each; None when they have captions.
+        class_names: by their numbers.
+        captions: of each, None where there is none; None when they have classes.
+    """
+
+    labels: Sequence[int] | None
     class_names: list[str]
+    captions: Sequence[Caption | None] | None
 
     def __len__(self) -> int: ...
 
@@ -36,8 +48,12 @@ class LabelledImages(Protocol):
         """Return what to call an image in a message."""
         ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Read an image and its class."""
+    def size(self, index: int) -> Size:
+        """Read height and width of an image, without its pixels."""
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image."""
         ...
 
 
@@ -56,9 +72,10 @@ class ArrayImages:
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: Any
     origin: str
     class_names: list[str] = field(default_factory=list)
+    captions: None = None
 
     def __post_init__(self) -> None:
         shape = self.images.shape
@@ -82,70 +99,61 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"{self.origin}, image {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+    def size(self, index: int) -> Size:
+        height, width = self.images.shape[1:3]
+        return height, width
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
 
 
+@dataclass
 class ImageFiles:
     """Images in files.
 
     Args:
-        files: path and class of each.
-        class_names: by their numbers.
+        files: their paths.
+        labels, class_names, captions: see :class:`Images`.
     """
 
-    def __init__(self, files: Sequence[tuple[str, int]], class_names: list[str]) -> None:
-        self.files, self.class_names = files, class_names
+    files: Sequence[str]
+    labels: Sequence[int] | None = None
+    class_names: list[str] = field(default_factory=list)
+    captions: Sequence[Caption | None] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return self.files[index][0]
+        return self.files[index]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.files[index]
-        with Image.open(path) as image:
+    def size(self, index: int) -> Size:
+        with Image.open(self.files[index]) as image:
+            return image.height, image.width
+
+    def read(self, index: int) -> Image.Image:
+        with Image.open(self.files[index]) as image:
             image.load()
-        return image, label
+        return image
 
 
+@dataclass
 class ImageRows:
     """Images in the rows of a Hugging Face dataset.
 
     Args:
         path: what to call it.
         rows: the dataset.
-        image_column, label_column: names; found by type when None.
-
-    Raises:
-        ValueError: when it has no image or label column, or the named ones are not there.
+        image_column: its name.
+        labels, class_names, captions: see :class:`Images`.
     """
 
-    def __init__(self, path: str, rows: Any, *, image_column: str | None, label_column: str | None) -> None:
-        import datasets
-
-        self.path, self.rows = path, rows
-        self.image_column = self._column("image_column", image_column, datasets.Image)
-        self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
-        feature = rows.features[self.label_column]
-        self._ids: dict[Any, int] | None = None
-        if isinstance(feature, datasets.ClassLabel):
-            self.class_names = list(feature.names)
-        else:
-            values = sorted(set(rows[self.label_column]))
-            self._ids = {value: number for number, value in enumerate(values)}
-            self.class_names = [str(value) for value in values]
-
-    def _column(self, key: str, name: str | None, kind: type) -> str:
-        features = self.rows.features
-        found = [name] if name else [column for column in features if isinstance(features[column], kind)]
-        if not found or found[0] not in features:
-            raise ValueError(
-                f"{self.path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
-                f"{', '.join(features)}"
-            )
-        return found[0]
+    path: str
+    rows: Any
+    image_column: str
+    labels: Sequence[int] | None = None
+    class_names: list[str] = field(default_factory=list)
+    captions: Sequence[Caption | None] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,119 +161,57 @@ class ImageRows:
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        row = self.rows[index]
-        label = row[self.label_column]
-        return row[self.image_column], int(label) if self._ids is None else self._ids[label]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSource(Source):
-    """Kind of source whose ``open()`` gives :class:`LabelledImages`, or samples that are ready.
-
-    Args:
-        flip: mirror each image with probability 1/2. For latents, cache both ways instead.
-    """
-
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class FolderImages(ImageSource):
-    """Images in one subfolder per class, classes numbered in the order of their names.
-
-    Args:
-        path: of the folder, file or dataset.
-    """
-
-    path: str
-
-    def open(self) -> ImageFiles:
-        folder = Path(self.path)
-        if not folder.is_dir():
-            raise ValueError(f"image folder {folder} does not exist")
-        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        ids = {name: number for number, name in enumerate(class_names)}
-        try:
-            files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
-            ) from error
-        return ImageFiles(files, class_names)
-
-
-@dataclass(frozen=True)
-class HuggingfaceImages(ImageSource):
-    """Dataset by its name, a folder that save_to_disk wrote, or one that load_dataset can read.
-
-    Args:
-        split: one of the dataset's.
-        image_column, label_column: of the dataset; found by type if not given.
-    """
-
-    path: str
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-
-    def open(self) -> ImageRows:
+    @cached_property
+    def _encoded(self) -> Any:
         import datasets
 
-        path, split = self.path, self.split
-        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-        if isinstance(rows, datasets.DatasetDict):
-            if split not in rows:
-                raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(rows)}")
-            rows = rows[split]
-        return ImageRows(path, rows, image_column=self.image_column, label_column=self.label_column)
+        return self.rows.cast_column(self.image_column, datasets.Image(decode=False))
 
+    def size(self, index: int) -> Size:
+        stored = self._encoded[index][self.image_column]
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+            return image.height, image.width
 
-@dataclass(frozen=True)
-class NpzImages(ImageSource):
-    """Archive of arr_0 uint8 [N, H, W, C] or [N, H, W], and labels or arr_1 [N]."""
-
-    path: str
-
-    def open(self) -> ArrayImages:
-        path = Path(self.path)
-        if not path.is_file():
-            raise ValueError(f"image archive {path} does not exist")
-        with np.load(path) as arrays:
-            label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-            if "arr_0" not in arrays or label_key is None:
-                raise ValueError(
-                    f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
-                )
-            return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
+    def read(self, index: int) -> Image.Image:
+        return self.rows[index][self.image_column]
 
 
 class ImageSamples:
-    """Images, resized, cropped to a square and scaled to [-1, 1].
+    """Images, resized, cropped and scaled to [-1, 1].
 
     Args:
         images: where they come from.
         channels: 1 (gray) or 3 (RGB); images are converted.
-        size: side of the square in pixels. The shorter side is resized to it, the longer cropped at both
-            ends.
+        sizes: height and width in pixels. With several, each image goes to the one nearest to its own shape.
+            It is resized to cover its size, and cropped at both ends.
         flip: mirror with probability 1/2.
+        enlarge: take images that are smaller than their size; otherwise they cannot be read.
+
+    Attributes:
+        buckets: which of the sizes each image goes to; None when there is one size.
 
     Raises:
         ValueError: for another number of channels.
     """
 
-    buckets = None
-
-    def __init__(self, images: LabelledImages, *, channels: int, size: int, flip: bool = False) -> None:
+    def __init__(
+        self,
+        images: Images,
+        *,
+        channels: int,
+        sizes: Sequence[Size],
+        flip: bool = False,
+        enlarge: bool = True,
+    ) -> None:
         if channels not in _MODES:
             raise ValueError(
                 f"images have 1 or 3 channels, but model.in_channels is {channels}; for latents, cache them "
                 "with mhla cache-latents and set data.source to latents"
             )
-        self.images, self.channels, self.size, self.flip = images, channels, size, flip
-        self.class_names = images.class_names
+        self.images, self.channels, self.sizes = images, channels, list(sizes)
+        self.flip, self.enlarge = flip, enlarge
+        self.class_names, self.captions = images.class_names, images.captions
+        self.buckets = self._choose_sizes() if len(self.sizes) > 1 else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -275,13 +221,64 @@ class ImageSamples:
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         try:
-            image, label = self.images.read(index)
-            image = image.convert(_MODES[self.channels])
+            image = self.images.read(index).convert(_MODES[self.channels])
         except _DECODING_ERRORS as error:
             raise UnreadableSampleError(f"{self.images.name(index)}: {error}") from error
-        if min(image.size) != self.size:
-            image = tvf.resize(image, [self.size], tvf.InterpolationMode.BICUBIC)
-        pixels = tvf.pil_to_tensor(tvf.center_crop(image, [self.size]))
+        size = self.sizes[self.buckets[index] if self.buckets else 0]
+        if not self.enlarge and _is_smaller((image.height, image.width), size):
+            raise UnreadableSampleError(
+                f"{self.images.name(index)}: {image.height} x {image.width} pixels are fewer than the "
+                f"{size[0]} x {size[1]} it goes to; data.enlarge true takes it"
+            )
+        pixels = tvf.pil_to_tensor(cover(image, size))
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
-        return {"samples": pixels.float() / 127.5 - 1, "class_labels": label}
+        return {"samples": pixels.float() / 127.5 - 1, **self._told(index, generator)}
+
+    def _told(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        if self.images.labels is not None:
+            return {"class_labels": int(self.images.labels[index])}
+        assert self.captions is not None, "images have classes or captions"
+        caption = self.captions[index]
+        if caption is None:
+            raise UnreadableSampleError(f"{self.images.name(index)}: no caption")
+        return {"caption": draw_caption(caption, generator)}
+
+    def _choose_sizes(self) -> list[int]:
+        shapes = read_shapes(self._shape, len(self.images), unit="image")
+        buckets = [nearest_size(shape, self.sizes) for shape in shapes]
+        small = [
+            index
+            for index, (shape, bucket) in enumerate(zip(shapes, buckets, strict=True))
+            if shape is not None and _is_smaller(shape, self.sizes[bucket])
+        ]
+        if small and self.enlarge:
+            logger.warning(
+                "%d of %d images are smaller than the size they go to and are enlarged, first %s (%s pixels "
+                "for %s); data.enlarge false leaves them out",
+                len(small), len(shapes), self.images.name(small[0]), shapes[small[0]],
+                self.sizes[buckets[small[0]]],
+            )  # fmt: skip
+        return buckets
+
+    def _shape(self, index: int) -> Size | None:
+        try:
+            return self.images.size(index)
+        except _DECODING_ERRORS:
+            return None
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """Resize an image to cover a size, and crop it there at both ends."""
+    (height, width), (old_height, old_width) = size, (image.height, image.width)
+    if height * old_width >= width * old_height:
+        whole = [height, max(width, int(height * old_width / old_height))]
+    else:
+        whole = [max(height, int(width * old_height / old_width)), width]
+    if whole != [old_height, old_width]:
+        image = tvf.resize(image, whole, tvf.InterpolationMode.BICUBIC)
+    return tvf.center_crop(image, list(size))
+
+
+def _is_smaller(shape: Size, size: Size) -> bool:
+    return shape[0] < size[0] or shape[1] < size[1]

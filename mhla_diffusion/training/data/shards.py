@@ -106,6 +106,11 @@ class Shards:
         shard, row = self._locate(index)
         return self._file(shard).shape(row, name)
 
+    def names(self, index: int) -> set[str]:
+        """Return the names of a row's tensors."""
+        shard, row = self._locate(index)
+        return self._file(shard).names(row)
+
     def _locate(self, index: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0)
@@ -146,6 +151,10 @@ class _Shard:
 
     def shape(self, row: int, name: str) -> tuple[int, ...]:
         return tuple(self._tensors.get_slice(f"{row}.{name}").get_shape())
+
+    def names(self, row: int) -> set[str]:
+        keys = (key.partition(".") for key in self._tensors.keys())  # noqa: SIM118 (it is no dict)
+        return {name for number, _, name in keys if number == str(row)}
 
     def check(self) -> None:
         """Read everything."""
@@ -252,7 +261,8 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
-        keys = sorted(old.keys() | record.keys())
+        # Hashes of components came later.
+        keys = sorted(old.keys() | record.keys() - {"components"})
         if changes := [
             f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)
         ]:

@@ -5,7 +5,6 @@ A sample is ``{"samples": float32 [C, F, H, W] in [-1, 1], "caption": str}``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
-from .captions import read_captions
+from ...files.videos import VIDEO_EXTENSIONS, Decoder, Frames, UnreadableVideoError, clip_indices, open_video
+from .buckets import Size, nearest_size, read_shapes
+from .captions import Caption, draw_caption, read_captions
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
 
@@ -27,7 +25,7 @@ from .stream import UnreadableSampleError
 class CaptionedVideos(Protocol):
     """Videos that are read clip by clip."""
 
-    captions: list[str]
+    captions: Sequence[Caption]
 
     def name(self, index: int) -> str:
         """Return what to call a video in a message."""
@@ -53,7 +51,7 @@ class VideoFile:
     """
 
     path: Path
-    caption: str
+    caption: Caption
     first: int = 0
     last: int | None = None
 
@@ -135,15 +133,17 @@ class FolderVideos(FileSource):
 
     Args:
         path: of the folder.
-        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
-            folder. captions.csv or captions.jsonl in it by default.
+        captions: CSV with the columns path, caption and perhaps weight, or JSONL with these keys; paths are
+            relative to the folder, and lines of one path are several captions. By default captions.csv or
+            captions.jsonl in it, or else a .txt beside each video, each line a caption.
     """
 
     path: str
     captions: str | None = None
 
     def open(self) -> VideoFiles:
-        files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
+        listed = read_captions(Path(self.path), self.captions, extensions=VIDEO_EXTENSIONS)
+        files = [VideoFile(*file) for file in listed]
         return VideoFiles(files, decoder=self.decoder)
 
 
@@ -167,7 +167,10 @@ class VideoSamples:
             raise ValueError(f"videos have 1 or 3 channels, but model.in_channels is {channels}")
         self.videos, self.config, self.channels = videos, config, channels
         self.captions = videos.captions
-        self.buckets = _nearest_sizes(videos, config.sizes) if len(config.sizes) > 1 else None
+        self.buckets = None
+        if len(config.sizes) > 1:
+            shapes = read_shapes(self._shape, len(self.captions), unit="video")
+            self.buckets = [nearest_size(shape, config.sizes) for shape in shapes]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -183,7 +186,14 @@ class VideoSamples:
             raise UnreadableSampleError(str(error)) from error
         size = config.sizes[self.buckets[index] if self.buckets else 0]
         clip = prepare_clip(frames, size=size, channels=self.channels)
-        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": self.captions[index]}
+        caption = draw_caption(self.captions[index], generator)
+        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": caption}
+
+    def _shape(self, index: int) -> Size | None:
+        try:
+            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
+        except UnreadableVideoError:
+            return None
 
 
 def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Tensor:
@@ -197,31 +207,3 @@ def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Ten
     if cover != list(clip.shape[2:]):
         clip = tvf.resize(clip, cover, tvf.InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(clip, list(size)).float()
-
-
-class _Shapes:
-    """Height and width of each video, read by a DataLoader: readers stay in its workers."""
-
-    def __init__(self, videos: CaptionedVideos) -> None:
-        self.videos = videos
-
-    def __len__(self) -> int:
-        return len(self.videos.captions)
-
-    def __getitem__(self, index: int) -> tuple[int, ...] | None:
-        try:
-            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
-        except UnreadableVideoError:
-            return None  # named, skipped and counted when its turn comes
-
-
-def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
-    # One worker at least: a reader in this process would make later workers hang.
-    loader: Any = DataLoader(_Shapes(videos), batch_size=None, num_workers=1)  # type: ignore[arg-type]
-    ratios = [math.log(width / height) for height, width in sizes]
-    nearest = []
-    for shape in tqdm(loader, desc="shapes", unit="video"):
-        ratio = ratios[0] if shape is None else math.log(shape[1] / shape[0])
-        nearest.append(min(range(len(sizes)), key=lambda i: abs(ratios[i] - ratio)))
-    return nearest

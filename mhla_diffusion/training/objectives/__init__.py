@@ -11,4 +11,4 @@ __all__ = ["DDPM", "FlowMatching", "Objective", "ObjectiveConfig", "build_object
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Build the objective that a config names."""
-    return DDPM() if config.name == "ddpm" else FlowMatching(config)
+    return DDPM(config) if config.name == "ddpm" else FlowMatching(config)

@@ -25,10 +25,13 @@ class ObjectiveConfig:
     """Name of an objective, and its settings.
 
     Args:
-        name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
-        prediction_type: flow only. What the model returns, by diffusers' names: ``"flow_prediction"``, the
+        name: ``"flow"`` (flow matching, as Sana and Wan were trained) or ``"ddpm"`` (as DiT and PixArt were).
+        prediction_type: what the model returns, by diffusers' names. Of flow ``"flow_prediction"``, the
             velocity, or ``"sample"``, the clean sample, for models on pixels whose patches hold about as many
-            numbers as a token is wide, or more.
+            numbers as a token is wide, or more. Of ddpm ``"epsilon"``, the noise, which is meant where
+            nothing is given, ``"v_prediction"`` or ``"sample"``.
+        learn_variance: ddpm only. The model has twice the channels and returns the variance too, as DiT and
+            PixArt do.
         weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
             ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
             losses at even times, ``"none"`` does neither.
@@ -38,27 +41,36 @@ class ObjectiveConfig:
             same shift.
 
     Raises:
-        ValueError: for a scale or shift that is not positive, or a flow setting given to ``ddpm``.
+        ValueError: for a scale or shift that is not positive, or a setting of the other objective.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
-    prediction_type: Literal["flow_prediction", "sample"] = "flow_prediction"
+    prediction_type: Literal["flow_prediction", "sample", "epsilon", "v_prediction"] = "flow_prediction"
     weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
     shift: float = 1.0
+    learn_variance: bool = True
 
     def __post_init__(self) -> None:
         for name in ("logit_std", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
-        flow_only = [field for field in fields(self) if field.name != "name"]
-        given = [field.name for field in flow_only if getattr(self, field.name) != field.default]
-        if self.name == "ddpm" and given:
-            raise ValueError(
-                f"objective.{given[0]} is for objective.name flow alone; remove it, or set the name to flow"
-            )
+        both = ("name", "prediction_type")
+        given = {
+            field.name: "ddpm" if field.name == "learn_variance" else "flow"
+            for field in fields(self)
+            if field.name not in both and getattr(self, field.name) != field.default
+        }
+        if self.name == "flow" and self.prediction_type in ("epsilon", "v_prediction"):
+            given["prediction_type"] = "ddpm"
+        for name, taker in given.items():
+            if taker != self.name:
+                raise ValueError(
+                    f"objective.{name} is for objective.name {taker} alone; remove it, or set the name to "
+                    f"{taker}"
+                )
 
 
 class Objective(ABC):

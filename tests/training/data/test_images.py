@@ -17,7 +17,7 @@ GENERATOR = torch.Generator
 
 
 def samples(config: DataConfig, *, channels: int = 1, size: int = 8) -> ImageSamples:
-    return ImageSamples(open_images(config), channels=channels, size=size, flip=config.flip)
+    return ImageSamples(open_images(config), channels=channels, sizes=[(size, size)], flip=config.flip)
 
 
 def test_class_folders_of_mixed_sizes(image_folder: Path) -> None:
@@ -151,7 +151,10 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
             {"source": "npz", "path": "x", "split": "test"},
             r"data\.split is for data\.source huggingface alone",
         ),
-        ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
+        (
+            {"source": "latents", "path": "x", "flip": True},
+            r"data\.flip is for data\.source",
+        ),
     ],
 )
 def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> None:

@@ -26,7 +26,8 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
-from mhla_diffusion.training.data.latents import CachedVideoLatents
+from mhla_diffusion.training.data.latents import CachedLatents
+from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
 
 
@@ -79,7 +80,7 @@ def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainin
 @torch.no_grad()
 def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfig) -> None:
     cache_video_latents(config)
-    cached = CachedVideoLatents(config.output_dir)
+    cached = CachedLatents(config.output_dir)
     assert (len(cached), cached.channels, cached.fps) == (10, 4, 8)
     assert cached.sizes == [(2, 2, 4), (2, 4, 2)]
     assert cached.buckets == [0] * 8 + [1] * 2
@@ -101,15 +102,17 @@ def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfi
 def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCacheConfig) -> None:
     cache_video_latents(config)
     run = training_config(config)
-    latents = CachedVideoLatents(config.output_dir)
+    latents = CachedLatents(config.output_dir)
     parts = build_parts(run, build_objective(run.objective), latents)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     rows = [latents.load(row, torch.Generator()) for row in range(8)]
     texts = torch.stack([row["text"] for row in rows])
-    cached = Captions(parts, 0.5, embedded=True).arguments({"text": texts}, generators)
+    encoder = video_caption_encoder(parts)
+    batch = {"text": texts, "tokens": torch.tensor([row["tokens"] for row in rows])}
+    cached = Captions(encoder, 0.5, embedded=True).arguments(batch, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = Captions(parts, 0.5).arguments({"caption": captions}, generators)
+    embedded = Captions(encoder, 0.5).arguments({"caption": captions}, generators)
     assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
     assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 
@@ -130,7 +133,7 @@ def test_a_broken_video_is_named_and_left_out(
     (folder / "1.mp4").write_bytes(b"no video")
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
-    assert len(CachedVideoLatents(config.output_dir)) == 8
+    assert len(CachedLatents(config.output_dir)) == 8
 
 
 @pytest.mark.parametrize(
