@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -253,7 +254,7 @@ class WebdatasetImages(RowSource):
             raise ValueError(f"{self.path} holds no tar files: give a folder of them, one, or a pattern")
         try:
             rows = datasets.load_dataset("webdataset", data_files={"train": files}, split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        except (datasets.exceptions.DatasetGenerationError, tarfile.TarError, ValueError) as error:
             raise ValueError(f"{self.path}: {error.__cause__ or error}") from error
         return self.open_rows(self.path, rows, captioned=captioned)
 

@@ -38,7 +38,7 @@ def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
     Raises:
         ValueError: when it is of another class.
     """
-    name = str(load_component_config(path, "vae").get("_class_name"))
+    name = load_component_config(path, "vae").get("_class_name", "model of no class of diffusers")
     if name not in classes:
         raise ValueError(f"{path} holds a {name}, but the autoencoder must be {' or '.join(classes)}")
     vae = getattr(diffusers, name).from_pretrained(
@@ -73,9 +73,7 @@ class CachedLatents:
         self.text = TextConfig(**config["text"]) if config.get("text") else None
         self.class_names: list[str] = self._record.get("class_names", [])
         self.fps: float | None = data.get("fps")
-        stored = self.shards.names(0)
-        self._latents = "mean" if "mean" in stored else "latents"
-        self._names = sorted(stored)
+        self._latents = "mean" if "mean" in self.shards.names(0) else "latents"
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
@@ -89,7 +87,7 @@ class CachedLatents:
         return self.shards.name(index)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        row = self.shards.read(index, self._names)
+        row = self.shards.read(index)
         if self._latents == "latents":
             samples = row["latents"].float()
         else:  # as the pipeline scales them

@@ -88,8 +88,8 @@ class Shards:
         shard, row = self._locate(index)
         return f"{self.files[shard]}, row {row}"
 
-    def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read some tensors of a row.
+    def read(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Read some tensors of a row, or all.
 
         Raises:
             UnreadableSampleError: when its file is damaged.
@@ -97,7 +97,7 @@ class Shards:
         shard, row = self._locate(index)
         try:
             file = self._file(shard)
-            return {name: file.read(row, name) for name in names}
+            return {name: file.read(row, name) for name in names or sorted(file.names(row))}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UnreadableSampleError(f"{self.name(index)}: {error}") from error
 
@@ -153,6 +153,8 @@ class _Shard:
         return tuple(self._tensors.get_slice(f"{row}.{name}").get_shape())
 
     def names(self, row: int) -> set[str]:
+        if self._sums:
+            return set(self._sums[row])
         keys = (key.partition(".") for key in self._tensors.keys())  # noqa: SIM118 (it is no dict)
         return {name for number, _, name in keys if number == str(row)}
 
