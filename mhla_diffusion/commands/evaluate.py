@@ -12,6 +12,7 @@ from typing import Any
 from ..evaluation import Report, compare_reports, compute_statistics, evaluate_images, evaluate_videos
 from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
+from ..evaluation.sets.benchmarks import export_benchmark, write_prompts
 from ..evaluation.sets.vbench import export_vbench
 from ..processes import in_first_process
 from .parsing import parse_and_call
@@ -80,6 +81,30 @@ def vbench(generated: str, out: str) -> None:
     logger.info("%d videos in %s", export_vbench(generated, out), out)
 
 
+def prompts(benchmark: str, source: str, out: str) -> None:
+    """Write the prompts of a benchmark of text to image as a CSV file for mhla generate image --prompts.
+
+    Args:
+        benchmark: mjhq30k, geneval, geneval2 or dpg_bench.
+        source: its own file or folder of prompts: meta_data.json, evaluation_metadata.jsonl,
+            geneval2_data.jsonl, or the folder prompts.
+        out: the CSV file, which is not there yet.
+    """
+    logger.info("%d prompts in %s", write_prompts(benchmark, source, out), out)
+
+
+def layout(benchmark: str, source: str, generated: str, out: str) -> None:
+    """Copy generated images into the layout that a benchmark of text to image reads.
+
+    Args:
+        benchmark: mjhq30k, geneval, geneval2 or dpg_bench.
+        source: as for mhla evaluate prompts.
+        generated: folder of mhla generate, from these prompts.
+        out: folder that is not there yet.
+    """
+    logger.info("images of %d prompts in %s", export_benchmark(benchmark, source, generated, out), out)
+
+
 def main(arguments: Sequence[str], prog: str, name: str) -> None:
     """Score, or do what else there is."""
     commands: dict[str, Callable[..., Any]] = {
@@ -88,6 +113,8 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
         "stats": stats,
         "compare": compare,
         "vbench": vbench,
+        "prompts": prompts,
+        "layout": layout,
     }
     parse_and_call(commands[name], _with_list(arguments) if name == "compare" else arguments, prog)
 

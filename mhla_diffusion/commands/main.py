@@ -58,17 +58,19 @@ MHLA = Command(
             ),
             "export": Command(
                 "write a training source as files, to look at or score against",
-                _lines(images="PNG files in class folders", videos="MP4 files with captions.csv"),
+                _lines(
+                    images="PNG files in class folders or with captions", videos="MP4 files with captions.csv"
+                ),
             ),
         },
         "train": {
-            "train-image": Command("train a class-conditional image model"),
+            "train-image": Command("train a model of images, of classes or of texts"),
             "train-video": Command("train a text-to-video model"),
         },
         "use": {
             "generate": Command(
                 "generate into a folder with a manifest; interrupted, it goes on",
-                _lines(image="images of classes", video="videos of texts"),
+                _lines(image="images of classes or texts", video="videos of texts"),
             ),
         },
         "judge": {
@@ -80,6 +82,8 @@ MHLA = Command(
                     stats="write the statistics of images, to be given as --real from then on",
                     compare="put reports side by side",
                     vbench="copy generated videos into the layout that VBench reads",
+                    prompts="write the prompts of a benchmark of text to image, for generate",
+                    layout="copy generated images into the layout that such a benchmark reads",
                 ),
             ),
             "analyze": Command("rank, entropy and mixing of a model's attention, as a report"),

@@ -200,10 +200,10 @@ def build_source(config: ImageTrainingConfig, model: Any) -> ImageSamples | Cach
             source, channels=shape.in_channels, sizes=sizes_of(data, square), flip=data.flip,
             enlarge=data.enlarge,
         )  # fmt: skip
-    elif source.buckets is None and (source.channels, *source.sizes[0]) != (shape.in_channels, *square):
-        found, expected = (source.channels, *source.sizes[0]), (shape.in_channels, *square)
-        raise ValueError(f"{data.path} holds latents {found}, but the model takes {expected}")
     else:
+        found, expected = (source.channels, *source.sizes[0]), (shape.in_channels, *square)
+        if source.text is None and found != expected:
+            raise ValueError(f"{data.path} holds latents {found}, but the model takes {expected}")
         source.require_channels(model)
         _check_autoencoder(config, source)
     require_sizes(model, source.sizes)
