@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -24,7 +24,8 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
 
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.
@@ -32,6 +33,7 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
 
     old_norm_type = "ada_norm_single"
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"PixArt-Sigma-1024": {"caption_channels": 4096}}
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(PixArtTransformer2DModel)

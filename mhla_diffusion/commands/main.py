@@ -63,6 +63,19 @@ MHLA = Command(
                 ),
             ),
         },
+        "convert a trained softmax model": {
+            "linearize": Command("all of it: align, choose, distil, report; interrupted, it goes on"),
+            "align": Command("train each layer alone, in every candidate form, to give the teacher's output"),
+            "choose": Command("the form of each layer within a budget, and the student of them"),
+            "experiment": Command(
+                "what conversion loses, over seeds, with tables",
+                _lines(conversion="train a teacher, convert it in every way, and compare"),
+            ),
+            "report": Command(
+                "what was lost and won, on a page",
+                _lines(conversion="a teacher, and its students plain, aligned and distilled"),
+            ),
+        },
         "train": {
             "train-image": Command("train a model of images, of classes or of texts"),
             "train-video": Command("train a text-to-video model"),

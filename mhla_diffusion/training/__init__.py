@@ -11,7 +11,7 @@ from .data.encoding import (
 )
 from .image import ImageTrainingConfig, SamplingConfig, train_image
 from .image_models import ModelConfig
-from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
+from .objectives import DDPM, DistillationConfig, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .run import train
 from .task import TrainingTask
 from .text import TextConfig
@@ -21,6 +21,7 @@ from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, t
 __all__ = [
     "DDPM",
     "DataConfig",
+    "DistillationConfig",
     "FlowMatching",
     "ImageTrainingConfig",
     "LatentCacheConfig",

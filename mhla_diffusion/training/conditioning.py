@@ -28,6 +28,10 @@ class Conditioning(Protocol):
         """
         ...
 
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return arguments of the model without their conditions."""
+        ...
+
     def facts(self, data: str) -> dict[str, Any]:
         """Return what a model card says of the conditioning, and under ``data`` of the data."""
         ...
@@ -55,6 +59,9 @@ class ClassLabels:
         labels = batch["class_labels"]
         dropped = _draw(generators, self.dropout).to(labels.device)
         return {"class_labels": labels.masked_fill(dropped, self.null_label)}
+
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"class_labels": torch.full_like(arguments["class_labels"], self.null_label)}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": f"{data} of {len(self.names)} classes", "class dropout": self.dropout}
@@ -111,6 +118,12 @@ class Captions:
             height, width = samples.shape[-2:]
             arguments |= self.sizes(len(samples), height, width, samples.device)
         return arguments
+
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        text = arguments["encoder_hidden_states"]
+        empty, mask = self.encoder.fill_up([self.encoder("").to(text)] * len(text))
+        masks = {"encoder_attention_mask": mask} if self.masked else {}
+        return {**arguments, "encoder_hidden_states": empty, **masks}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": data, "caption dropout": self.dropout}

@@ -91,10 +91,10 @@ class ImageTrainingConfig(RunConfig):
         require_probability("class_dropout", self.class_dropout)
         require_probability("caption_dropout", self.caption_dropout)
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        captioned = takes_texts(self.model.model_class)
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        captioned = takes_texts(self.model.model_class if model is None else type(model))
         _check_conditions(self, captioned)
-        return (_build_of_texts if captioned else _build_of_classes)(self, objective)
+        return (_build_of_texts if captioned else _build_of_classes)(self, objective, model)
 
 
 def _check_conditions(config: ImageTrainingConfig, captioned: bool) -> None:
@@ -108,9 +108,9 @@ def _check_conditions(config: ImageTrainingConfig, captioned: bool) -> None:
 
 
 def _build_of_classes(
-    config: ImageTrainingConfig, objective: Objective
+    config: ImageTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
-    model = build_model(config.model, objective)
+    model = model or build_model(config.model, objective)
     source = build_source(config, model)
     classes, names = model.config.num_embeds_ada_norm, source.class_names
     if len(names) > classes:
@@ -131,11 +131,12 @@ def _build_of_classes(
 
 
 def _build_of_texts(
-    config: ImageTrainingConfig, objective: Objective
+    config: ImageTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
     assert config.text is not None
     encoder = image_caption_encoder(*load_text_encoder(config.text), config.text)
-    model = build_model(config.model, objective, text_dim=encoder.text_encoder.config.hidden_size)
+    if model is None:
+        model = build_model(config.model, objective, text_dim=encoder.text_encoder.config.hidden_size)
     source = build_source(config, model)
     vae = None
     if isinstance(source, CachedLatents):

@@ -75,3 +75,13 @@ def test_facts_for_the_card(encoder: CaptionEncoder) -> None:
         "data": "x, 5 samples of 2 classes", "class dropout": 0.1,
     }  # fmt: skip
     assert Captions(encoder, 0.2).facts("x, 5 samples") == {"data": "x, 5 samples", "caption dropout": 0.2}
+
+
+def test_without_its_condition_a_caption_is_the_empty_one(encoder: CaptionEncoder) -> None:
+    conditioning = Captions(encoder, 0.0, masked=True)
+    arguments = {**conditioning.arguments({"caption": ["abc", "ab"]}, generators(2)), "other": 3}
+    empty = conditioning.arguments({"caption": ["", ""]}, generators(2))
+    found = conditioning.unconditional(arguments)
+    assert found["other"] == 3
+    assert all(torch.equal(found[name], empty[name]) for name in empty)
+    assert not torch.equal(arguments["encoder_attention_mask"], found["encoder_attention_mask"])
