@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .objectives.objective import BESIDE
 from .text import CaptionEncoder
 
 
@@ -73,6 +74,8 @@ class ClassLabels:
 class Captions:
     """Texts, from the column ``caption``, or embedded ones from the columns ``text`` and ``tokens``.
 
+    Known frames, in the columns ``condition`` and ``image_embeds``, are never dropped.
+
     Dropped ones become the empty text. The embeddings are ``[B, L, D]``.
 
     Args:
@@ -113,6 +116,10 @@ class Captions:
         arguments = {"encoder_hidden_states": embeddings}
         if self.masked:
             arguments["encoder_attention_mask"] = mask
+        if "condition" in batch:  # of image-to-video models
+            arguments[BESIDE] = batch["condition"]
+        if "image_embeds" in batch:
+            arguments["encoder_hidden_states_image"] = batch["image_embeds"].flatten(0, 1)
         if self.sizes is not None:
             samples = batch["samples"]
             height, width = samples.shape[-2:]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from diffusers import WanImageToVideoPipeline
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
@@ -15,6 +17,7 @@ from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedLatents, VideoDataConfig, VideoSamples
 from .data.captions import texts_of
+from .data.image_conditions import load_image_encoder
 from .data.stream import SampleSource
 from .objectives import Objective
 from .run import new_or_loaded, require_patches, train
@@ -109,14 +112,20 @@ class VideoTrainingConfig(RunConfig):
             latents.require_text(self.text, encoder)
         sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
         if model is None:
-            model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
+            text_dim = parts.text_encoder.config.hidden_size
+            model = build_model(self.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
         if latents is None:
             source = VideoSamples(source, self.data, channels=model.config.in_channels)
             warn_of_long_captions(texts_of(source.captions), parts.tokenizer, self.text.max_length)
         else:
             latents.require_channels(model)
         conditioning = Captions(encoder, self.caption_dropout, embedded=latents is not None)
-        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
+        pipeline: Callable[..., Any] = with_transformer(parts)
+        if latents is not None and latents.condition is not None:
+            if self.sampling.every:
+                raise ValueError("sampling.every must be 0 for image-to-video: a sheet has no first frames")
+            pipeline = with_first_frames(parts, latents)
+        task = TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
         return model, source, task
 
 
@@ -142,13 +151,46 @@ def with_transformer(parts: MHLAWanPipeline) -> Callable[..., MHLAWanPipeline]:
     return partial(MHLAWanPipeline, **others, max_sequence_length=config.max_sequence_length, fps=config.fps)
 
 
-def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tuple[int, ...]]) -> Any:
+def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callable[..., Any]:
+    """Return what makes diffusers' image-to-video pipeline of a transformer; it keeps no facts."""
+    names = ("tokenizer", "text_encoder", "vae", "scheduler")
+    others = {name: part for name, part in parts.components.items() if name in names}
+    if latents.image_encoder is not None:
+        others["image_processor"], others["image_encoder"] = load_image_encoder(latents.image_encoder)
+
+    def make(transformer: Any, training: Any) -> WanImageToVideoPipeline:
+        return WanImageToVideoPipeline(transformer=transformer, **others)
+
+    return make
+
+
+def _image_arguments(latents: CachedLatents | None) -> dict[str, Any]:
+    """Arguments of a new model that is given known frames."""
+    if latents is None or latents.condition is None:
+        return {}
+    arguments: dict[str, Any] = {"in_channels": latents.channels + latents.condition[0]}
+    if latents.image_embeds is not None:
+        images, tokens, width = latents.image_embeds
+        arguments["image_dim"] = width
+        # With positions the model takes two images.
+        arguments["pos_embed_seq_len"] = images * tokens if images > 1 else None
+    return arguments
+
+
+def build_model(
+    config: VideoModelConfig,
+    *,
+    text_dim: int,
+    sizes: Sequence[tuple[int, ...]],
+    images: Mapping[str, Any] | None = None,
+) -> Any:
     """Build a new transformer, or load the one that ``init_from`` names, in fp32.
 
     Args:
         config: of the model.
         text_dim: width of the text embeddings.
         sizes: frames, height and width of the samples.
+        images: arguments of a new model that is given known frames.
 
     Raises:
         ValueError: when samples do not divide into patches, or a loaded model does not fit the text encoder.
@@ -157,8 +199,15 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
     if config.patch_size is not None:
         require_patches(config.patch_size, sizes)
         grid = tuple(side // p for side, p in zip(sizes[0], config.patch_size, strict=True))
-        arguments = {"out_channels": config.in_channels, "text_dim": text_dim, "sample_grid": grid}
-    model = new_or_loaded(MHLAWanTransformer3DModel, config, **arguments)
+        arguments = {
+            "in_channels": config.in_channels, "out_channels": config.in_channels, "text_dim": text_dim,
+            "sample_grid": grid, **(images or {}),
+        }  # fmt: skip
+        if arguments.get("image_dim"):
+            arguments["added_kv_proj_dim"] = (config.num_attention_heads or 0) * (
+                config.attention_head_dim or 0
+            )
+    model = new_or_loaded(MHLAWanTransformer3DModel, config, without=("in_channels",), **arguments)
     if model.config.text_dim != text_dim:
         raise ValueError(
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -29,6 +29,7 @@ from ..text import (
 )
 from .captions import Caption, texts_of
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
+from .image_conditions import ImageConditions, load_image_encoder
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import VIDEO_AUTOENCODERS, load_vae
@@ -180,6 +181,10 @@ class VideoLatentCacheConfig:
         vae: folder or hub id of an AutoencoderKLWan, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
+        image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
+            ``"first_and_last"``.
+        image_encoder: folder or hub id of a CLIP vision model and its processor, or of a pipeline that has
+            both, for image-to-video models that read its embeddings of these frames (Wan 2.1).
         clips: random clips of each video.
         shard_size: clips per file.
     """
@@ -188,6 +193,8 @@ class VideoLatentCacheConfig:
     vae: str
     data: VideoDataConfig
     text: TextConfig
+    image_condition: Literal["none", "first", "first_and_last"] = "none"
+    image_encoder: str | None = None
     clips: int = 1
     shard_size: int = 128
 
@@ -195,6 +202,8 @@ class VideoLatentCacheConfig:
         for name in ("clips", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.image_encoder and self.image_condition == "none":
+            raise ValueError("image_encoder needs image_condition first or first_and_last, got none")
 
 
 def cache_video_latents(config: VideoLatentCacheConfig) -> None:
@@ -216,17 +225,31 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=config.text.max_length,
     )
-    encoder = video_caption_encoder(parts)
+    encoder, conditions = video_caption_encoder(parts), _load_conditions(config, vae)
     write_shards(
         config,
-        keep=("vae", "data", "text", "clips", "shard_size"),
+        keep=("vae", "data", "text", "image_condition", "image_encoder", "clips", "shard_size"),
         facts=_prepare(vae, encoder, videos.captions),
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
-            {"latents": _encode_clip(vae, sample["samples"]), **_embed(encoder, videos.captions[index])}
+            {
+                "latents": _encode_clip(vae, sample["samples"]),
+                **_embed(encoder, videos.captions[index]),
+                **conditions(sample["samples"]),
+            }
             for index, sample in readable(videos, rows, draws=config.clips)
         ],
     )
+
+
+def _load_conditions(config: VideoLatentCacheConfig, vae: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    if config.image_condition == "none":
+        return lambda clip: {}
+    processor, encoder = load_image_encoder(config.image_encoder) if config.image_encoder else (None, None)
+    if encoder is not None:
+        encoder.to(process_state().device)
+    last = config.image_condition == "first_and_last"
+    return ImageConditions(vae, last=last, processor=processor, encoder=encoder)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the 
 ``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
 or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up. Of several captions ``text``
 has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
-taken. See :mod:`.shards`.
+taken. Of clips for image-to-video models also what :class:`.image_conditions.ImageConditions` gives. See
+:mod:`.shards`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .videos import VideoSource
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 VIDEO_AUTOENCODERS = ("AutoencoderKLWan",)
+
+_KNOWN_FRAMES = ("condition", "image_embeds")
 
 
 def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
@@ -58,6 +61,9 @@ class CachedLatents:
         text: how captions were embedded; None when there are classes.
         fps: of clips, if they were taken at a rate.
         captions: None, as they are embedded.
+        condition: shape of what image-to-video models are given beside the noisy latents; None without.
+        image_embeds: shape of the embeddings of known frames; None without.
+        image_encoder: that they were made with.
 
     Raises:
         ValueError: when there is no cache, or it is not finished.
@@ -73,7 +79,12 @@ class CachedLatents:
         self.text = TextConfig(**config["text"]) if config.get("text") else None
         self.class_names: list[str] = self._record.get("class_names", [])
         self.fps: float | None = data.get("fps")
-        self._latents = "mean" if "mean" in self.shards.names(0) else "latents"
+        stored = self.shards.names(0)
+        self._latents = "mean" if "mean" in stored else "latents"
+        self.condition, self.image_embeds = (
+            self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
+        )
+        self.image_encoder: str | None = config.get("image_encoder")
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
@@ -98,7 +109,8 @@ class CachedLatents:
             return {"samples": samples, "class_labels": int(row["label"])}
         text = _draw_text(row, generator)
         missing = self.text.max_length - len(text)
-        return {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
+        sample = {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
+        return sample | {name: row[name].float() for name in _KNOWN_FRAMES if name in row}
 
     def load_vae(self) -> Any:
         """Load the autoencoder that the cache was made with.
@@ -146,10 +158,19 @@ class CachedLatents:
         Raises:
             ValueError: when it takes another number of channels, as those of another autoencoder.
         """
-        if model.config.in_channels != self.channels:
+        beside = 0 if self.condition is None else self.condition[0]
+        if model.config.in_channels != self.channels + beside:
             raise ValueError(
                 f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "
                 f"{model.config.in_channels}"
+                + (f", {beside} of which are for known frames" if beside else "")
+            )
+        takes = getattr(model.config, "image_dim", None)
+        gives = None if self.image_embeds is None else self.image_embeds[-1]
+        if takes != gives:
+            raise ValueError(
+                f"the model takes embeddings of images of width {takes}, but {self.shards.path} holds "
+                f"{gives}: cache it with the image_encoder that the model was trained with, or without one"
             )
 
 

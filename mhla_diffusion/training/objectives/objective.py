@@ -21,6 +21,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 Denoiser = Callable[..., Any]
 
+BESIDE = "beside"
+"""Name of what stands beside the noisy samples, as further channels, among the conditions."""
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
@@ -179,7 +182,13 @@ class Objective(ABC):
     def predict(
         self, model: Denoiser, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]
     ) -> Tensor:
-        """Return what a model, the trained one or another, makes of noisy samples, in fp32."""
+        """Return what a model, the trained one or another, makes of noisy samples, in fp32.
+
+        It is given what ``conditioning`` has under :data:`BESIDE` as further channels.
+        """
+        conditioning = dict(conditioning)
+        if BESIDE in conditioning:
+            noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
         return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)

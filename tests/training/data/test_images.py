@@ -181,7 +181,7 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
         ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
-            r"data\.split is for data\.source huggingface alone",
+            r"data\.split is for data\.source .*huggingface",
         ),
         (
             {"source": "latents", "path": "x", "flip": True},
