@@ -144,7 +144,7 @@ class DrawnScenes:
         side, scale = self.config.side, 4  # drawn larger, so that edges are smooth
         picture = Image.new("RGB", (scale * side, scale * side), (250, 250, 250))
         draw = ImageDraw.Draw(picture)
-        radius = random.uniform(0.125, 0.15) * side
+        radius = random.uniform(0.11, 0.13) * side
         across = random.uniform(0.2, 0.3) * side
         shift = random.uniform(-0.04, 0.04) * side
         for number in range(scene.count + 1):

@@ -122,7 +122,7 @@ def test_scenes_show_what_their_caption_says() -> None:
         assert np.array_equal(pixels, np.asarray(images.read(index)).astype(int))
         drawn = np.abs(pixels - np.array(COLOURS[colour])).sum(-1) < 12
         share = drawn.sum() / (COUNTS.index(count) + 1) / 32**2
-        assert 0.02 < share < 0.08, (shape, share)
+        assert 0.012 < share < 0.06, (shape, share)
         row, column = np.argwhere(drawn).mean(0) / 32
         assert {"left": column < 0.36, "right": column > 0.6, "top": row < 0.36, "bottom": row > 0.6}[
             place[-1]
