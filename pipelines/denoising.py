@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .model_card import CardedPipeline
+from .requests import require_generators, require_positive
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -87,8 +88,7 @@ class ImagePipeline(CardedPipeline):
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         if height <= 0 or width <= 0 or height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height} x {width}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
+        require_generators(generator, count)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -158,6 +158,7 @@ class ImagePipeline(CardedPipeline):
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = height or size, width or size
+        require_positive(num_inference_steps=num_inference_steps)
         self.check_inputs(count, height, width, output_type, generator, tensor_inputs)
         self._guidance_scale = guidance_scale
         self._interrupt = False

@@ -13,6 +13,7 @@ from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
 from .denoising import ImagePipeline, StepCallback, prediction_type_of
 from .model_card import Purpose
+from .requests import ClassNames
 
 
 class MHLADiTPipeline(ImagePipeline):
@@ -28,11 +29,7 @@ class MHLADiTPipeline(ImagePipeline):
             ``"flow_prediction"``. Taken from the first scheduler when None, and held against later ones.
     """
 
-    purpose = Purpose(
-        "Class-conditional image generation",
-        task="unconditional-image-generation",
-        tag="class-conditional-image-generation",
-    )
+    purpose = Purpose("Class-conditional image generation", task="unconditional-image-generation")
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
@@ -51,26 +48,17 @@ class MHLADiTPipeline(ImagePipeline):
             training=training,
             prediction_type=prediction_type or prediction_type_of(scheduler),
         )
-        self.labels = {
-            name.strip(): int(key) for key, names in (id2label or {}).items() for name in names.split(",")
-        }
+        self.class_names = ClassNames(id2label)
+        self.labels = self.class_names.ids
         self.prepare_decoding()
 
     def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
         """Class ids of names; ids pass through.
 
         Raises:
-            ValueError: for a name that the model does not know, or an id that is out of range.
+            ValueError: for a name that means no class or several, or an id that is out of range.
         """
-        labels = [label] if isinstance(label, (int, str)) else list(label)
-        if unknown := [name for name in labels if isinstance(name, str) and name not in self.labels]:
-            known = ", ".join(sorted(self.labels)) or "none: this pipeline has no id2label, give class ids"
-            raise ValueError(f"unknown class {', '.join(map(repr, unknown))}; the names are {known}")
-        ids = [self.labels[name] if isinstance(name, str) else int(name) for name in labels]
-        num_classes = self.transformer.config.num_embeds_ada_norm
-        if outside := [i for i in ids if not 0 <= i < num_classes]:
-            raise ValueError(f"class id {outside[0]} is out of range: the model knows 0 to {num_classes - 1}")
-        return ids
+        return self.class_names.find(label, self.transformer.config.num_embeds_ada_norm)
 
     @torch.no_grad()
     def __call__(

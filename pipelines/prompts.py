@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from mhla_diffusion.files.texts import read_text
+from mhla_diffusion.files.names import is_hidden
+from mhla_diffusion.files.text import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
@@ -146,7 +147,9 @@ def with_images(prompts: Sequence[Prompt], folder: str | os.PathLike[str]) -> li
     files = sorted(
         path
         for path in Path(folder).iterdir()
-        if path.suffix.lower() in Image.registered_extensions() and path.is_file() and path.name[0] != "."
+        if path.suffix.lower() in Image.registered_extensions()
+        and path.is_file()
+        and not is_hidden(path.name)
     )
     count = max(len(files), len(prompts))
     if not files or {len(files), len(prompts)} - {1, count}:

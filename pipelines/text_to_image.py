@@ -41,7 +41,7 @@ class MHLATextToImagePipeline(ImagePipeline):
         prediction_type: what the model predicts; see :class:`MHLADiTPipeline`.
     """
 
-    purpose = Purpose("Text-to-image generation", task="text-to-image", tag="text-to-image")
+    purpose = Purpose("Text-to-image generation", task="text-to-image")
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(

@@ -168,7 +168,7 @@ def test_images_with_captions_are_exported_trained_on_and_generated(tmp_path: Pa
         *("--out", scenes),
     )
     assert (scenes / "captions.csv").read_text().splitlines()[:2] == [
-        "path,caption", "000000.png,one red circle on the right",
+        "path,caption,weight", "000000.png,one red circle on the right,1.0",
     ]  # fmt: skip
     assert len(list(scenes.glob("*.png"))) == 6
     succeed(
@@ -186,6 +186,24 @@ def test_images_with_captions_are_exported_trained_on_and_generated(tmp_path: Pa
     sizes = [Image.open(images / row["file"]).size for row in rows]
     assert sizes == [(16, 16), (16, 16), (32, 32)]
     assert Image.open(tmp_path / "grid.png").width == 2 * 136
+
+
+def test_names_of_classes_lead_nowhere_out_of_the_folder(tmp_path: Path) -> None:
+    import datasets
+
+    names = ["../../up", "a/b", str(tmp_path / "out2"), "..", "a_b", "x" * 300]
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"image": [image] * 6, "label": list(range(6))}, features=features)
+    rows.save_to_disk(tmp_path / "rows")
+    succeed(
+        *("export_images", "--data.source", "huggingface", "--data.path", tmp_path / "rows"),
+        *("--out", tmp_path / "in" / "out"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "rows"]
+    folders = sorted(path.parent.name for path in (tmp_path / "in" / "out").glob("*/*.png"))
+    plain = str(tmp_path / "out2").replace("/", "_")
+    assert folders == sorted(["__.._up", "a_b", plain, "_", "a_b-4", "x" * 200])
 
 
 def test_the_benchmark_prints_a_table() -> None:

@@ -6,6 +6,7 @@ from .dit import MHLADiTTransformer2DModel
 from .ltx_video import MHLALTXVideoTransformer3DModel
 from .pixart import MHLAPixArtTransformer2DModel
 from .processors import MHLAAttnProcessor
+from .qwen_image import MHLAQwenImageTransformer2DModel
 from .registry import (
     BACKBONES,
     backbone_named,
@@ -27,6 +28,7 @@ __all__ = [
     "MHLADiTTransformer2DModel",
     "MHLALTXVideoTransformer3DModel",
     "MHLAPixArtTransformer2DModel",
+    "MHLAQwenImageTransformer2DModel",
     "MHLASanaTransformer2DModel",
     "MHLASanaVideoTransformer3DModel",
     "MHLASkyReelsV2Transformer3DModel",

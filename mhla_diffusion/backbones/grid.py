@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import MHLA
+from .processors import is_joint
 
 Grid = tuple[int, ...]
 
@@ -41,7 +43,10 @@ def send_as_argument(model: nn.Module, patch_size: Sequence[int], name: str) -> 
 
 
 def receive_grid(attn: nn.Module) -> None:
-    """Have an attention layer take the grid off its arguments and, with MHLA, hand it to its processor."""
+    """Have an attention layer take the grid off its arguments and, with MHLA, hand it to its processor.
+
+    What it holds of tokens ahead of those of the grid are extra ones.
+    """
     attn.register_forward_pre_hook(_hand_over_grid, with_kwargs=True)
 
 
@@ -75,7 +80,7 @@ def grid_of_latents(latents: Tensor, *, patch_size: tuple[int, ...]) -> Grid:
 def _append_grid(
     rope: nn.Module, args: tuple[Any, ...], tables: tuple[Tensor, ...], *, grid_of: Callable[..., Grid]
 ) -> tuple[Tensor, ...]:
-    return *tables, args[0].new_empty(*grid_of(*args), 0)
+    return *tables, tables[0].new_empty(*grid_of(*args), 0)
 
 
 def _add_argument(
@@ -102,6 +107,9 @@ def _hand_over_grid(
     rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
     if isinstance(attn.processor, MHLA):
         rest["grid"] = grid
+        tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if grid is not None and not is_joint(attn) and tokens > math.prod(grid):
+            rest["extra"] = tokens - math.prod(grid), 0
     return tuple(map(_without_grid, args)), rest
 
 

@@ -14,6 +14,7 @@ from mhla_diffusion.pipelines.denoising import size_arguments, vae_scale_factor
 from mhla_diffusion.pipelines.text_to_image import stock_pipeline
 
 from ..hub import component_subfolder
+from .adapters import require_trained
 from .conditioning import Captions, ClassLabels, require_probability
 from .config import changeable
 from .data import CachedLatents, DataConfig, ImageSamples
@@ -90,6 +91,7 @@ class ImageTrainingConfig(RunConfig):
     def __post_init__(self) -> None:
         require_probability("class_dropout", self.class_dropout)
         require_probability("caption_dropout", self.caption_dropout)
+        require_trained(self.lora, self.model.init_from)
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         captioned = takes_texts(self.model.model_class if model is None else type(model))
@@ -127,7 +129,8 @@ def _build_of_classes(
         id2label=dict(enumerate(names)),
     )
     conditioning = ClassLabels(names, null_label=classes, dropout=config.class_dropout)
-    return model, source, TrainingTask(conditioning, config.sampling, pipeline, config.data.title)
+    facts = config.data.chosen().facts()
+    return model, source, TrainingTask(conditioning, config.sampling, pipeline, config.data.title, facts)
 
 
 def _build_of_texts(
@@ -155,14 +158,16 @@ def _build_of_texts(
         ),
     )
     pipeline = _Finished(config, objective.scheduler(), encoder, vae)
-    side = model.config.sample_size * factor
-    return (
-        model,
-        source,
-        TrainingTask(
-            conditioning, config.sampling, pipeline, config.data.title, call={"height": side, "width": side}
-        ),
+    side, facts = model.config.sample_size * factor, config.data.chosen().facts()
+    task = TrainingTask(
+        conditioning,
+        config.sampling,
+        pipeline,
+        config.data.title,
+        facts,
+        call={"height": side, "width": side},
     )
+    return model, source, task
 
 
 @dataclass

@@ -13,6 +13,8 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..files.videos import require_video_writer
+from .adapters import require_trained
 from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedLatents, VideoDataConfig, VideoSamples
@@ -98,12 +100,15 @@ class VideoTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require_probability("caption_dropout", self.caption_dropout)
+        require_trained(self.lora, self.model.init_from)
         if self.text.instruction:
             raise ValueError("text.instruction is for models of images: remove it")
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        if self.sampling.every:
+            require_video_writer()
         source = self.data.open()
         latents = source if isinstance(source, CachedLatents) else None
         parts = build_parts(self, objective, latents)
@@ -120,13 +125,13 @@ class VideoTrainingConfig(RunConfig):
         else:
             latents.require_channels(model)
         conditioning = Captions(encoder, self.caption_dropout, embedded=latents is not None)
-        pipeline: Callable[..., Any] = with_transformer(parts)
+        pipeline: Callable[..., Any] = with_transformer(parts, parts.size_in_pixels(sizes[0]))
         if latents is not None and latents.condition is not None:
             if self.sampling.every:
                 raise ValueError("sampling.every must be 0 for image-to-video: a sheet has no first frames")
             pipeline = with_first_frames(parts, latents)
-        task = TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
-        return model, source, task
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_parts(
@@ -144,11 +149,22 @@ def build_parts(
     )
 
 
-def with_transformer(parts: MHLAWanPipeline) -> Callable[..., MHLAWanPipeline]:
-    """Return what makes such a pipeline of a transformer and the facts of its training."""
+def with_transformer(parts: MHLAWanPipeline, size: tuple[int, ...]) -> Callable[..., MHLAWanPipeline]:
+    """Return what makes such a pipeline of a transformer and the facts of its training.
+
+    Args:
+        parts: all but the transformer.
+        size: frames, height and width in pixels of the clips it is trained on.
+    """
     others = {name: part for name, part in parts.components.items() if name != "transformer"}
     config = parts.config
-    return partial(MHLAWanPipeline, **others, max_sequence_length=config.max_sequence_length, fps=config.fps)
+    return partial(
+        MHLAWanPipeline,
+        **others,
+        max_sequence_length=config.max_sequence_length,
+        fps=config.fps,
+        sample_size=size,
+    )
 
 
 def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callable[..., Any]:
@@ -164,10 +180,10 @@ def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callabl
     return make
 
 
-def _image_arguments(latents: CachedLatents | None) -> dict[str, Any]:
-    """Arguments of a new model that is given known frames."""
+def _image_arguments(latents: CachedLatents | None) -> dict[str, Any] | None:
+    """Arguments of a new model that is given known frames; None without them."""
     if latents is None or latents.condition is None:
-        return {}
+        return None
     arguments: dict[str, Any] = {"in_channels": latents.channels + latents.condition[0]}
     if latents.image_embeds is not None:
         images, tokens, width = latents.image_embeds
@@ -212,6 +228,13 @@ def build_model(
         raise ValueError(
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
             f"gives {text_dim}: use the text encoder that it was trained with"
+        )
+    given = model.config.image_dim is not None or model.config.in_channels != model.config.out_channels
+    if given and images is None:
+        raise ValueError(
+            f"{config.init_from} makes videos of images (in_channels {model.config.in_channels}, "
+            f"out_channels {model.config.out_channels}): train it on latents that mhla cache-latents video "
+            "made with --image_condition, or give a text-to-video model as model.init_from"
         )
     require_patches(tuple(model.config.patch_size), sizes)
     return model

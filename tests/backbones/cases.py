@@ -16,6 +16,7 @@ from mhla_diffusion import (
     MHLADiTTransformer2DModel,
     MHLALTXVideoTransformer3DModel,
     MHLAPixArtTransformer2DModel,
+    MHLAQwenImageTransformer2DModel,
     MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASkyReelsV2Transformer3DModel,
@@ -60,6 +61,10 @@ class Case:
     @property
     def stock_kind(self) -> str:
         return self.model.stock_attention
+
+    def attention(self, block: Any) -> Any:
+        """The self-attention of a block."""
+        return getattr(block, self.model.attention_name)
 
     def stock(self, **settings: Any) -> Any:
         model = self.model.stock(**{**self.settings, **settings})
@@ -151,6 +156,16 @@ CASES = {
             },
             grids=IMAGE_GRIDS,
             blocks=(2, 2),
+        ),
+        Case(
+            MHLAQwenImageTransformer2DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 3,
+                "num_layers": 2, "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            own={"sample_grid": (4, 4)},
         ),
         Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
         Case(MHLAWanTransformer3DModel, WAN, **VIDEO, layers="blocks"),

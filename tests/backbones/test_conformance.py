@@ -74,8 +74,8 @@ def test_blocks_and_processors_of_stock_layers_stay_stock(case: Case) -> None:
         assert isinstance(second, type(stock))
     else:
         assert type(second) is type(stock)
-    assert type(first.attn1.processor) is type(stock.attn1.processor)
-    assert isinstance(second.attn1.processor, MHLAAttnProcessor)
+    assert type(case.attention(first).processor) is type(case.attention(stock).processor)
+    assert isinstance(case.attention(second).processor, MHLAAttnProcessor)
 
 
 def test_any_grid_runs_and_is_heard(model: Any, case: Case) -> None:
@@ -138,10 +138,20 @@ def test_a_training_step_reaches_every_parameter(model: Any, case: Case) -> None
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-2)
     sample(model, case.inputs(model, case.grids[3])).square().mean().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not without
+    stock = case.stock()
+    sample(stock, case.inputs(stock, case.grids[0])).square().mean().backward()
+    # The text of joint attention is no output: its last queries, and what follows them, are of no use.
+    idle, without = (
+        {name for name, p in x.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        for x in (stock, model)
+    )
+    assert without <= idle
     optimizer.step()
-    unmoved = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    unmoved = [
+        name
+        for name, value in model.state_dict().items()
+        if torch.equal(value, before[name]) and name not in idle
+    ]
     # Softmax does not depend on the bias of its keys.
     assert all(name.endswith((".to_k.bias", ".linear_2.bias")) for name in unmoved), unmoved
 

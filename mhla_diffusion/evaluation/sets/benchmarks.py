@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ...files.texts import read_text
+from ...files.text import read_text
 from ...files.writing import require_absent, require_new_folder, write_file, write_folder
 from .images import open_images
 

@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from .shapes import Shape
 
 Size = tuple[int, int]
 """Height and width."""
 
 
-@dataclass
-class _Shapes:
-    """Height and width of each sample, read by a DataLoader: readers stay in its workers."""
-
-    read: Callable[[int], Size | None]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Size | None:
-        return self.read(index)
-
-
-def read_shapes(read: Callable[[int], Size | None], count: int, *, unit: str) -> list[Size | None]:
-    """Read the shape of every sample; None of those that cannot be decoded.
-
-    They are named, skipped and counted when their turn comes.
-    """
-    # One worker at least: a reader of videos in this process would make later workers hang.
-    loader: Any = DataLoader(_Shapes(read, count), batch_size=None, num_workers=1)  # type: ignore[arg-type]
-    return [shape and (int(shape[0]), int(shape[1])) for shape in tqdm(loader, desc="shapes", unit=unit)]
-
-
-def nearest_size(shape: Size | None, sizes: Sequence[Size]) -> int:
+def nearest_size(shape: Shape, sizes: Sequence[Size]) -> int:
     """Number of the size whose aspect ratio is nearest, by the logarithm of their quotient."""
     height, width = shape or sizes[0]
     return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0] * height / width)))

@@ -1,4 +1,4 @@
-"""Captions of files: in CSV, in JSONL, or in a text file beside each."""
+"""Captions of files: in CSV, JSONL or JSON, or in a text file beside each."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import io
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...files.texts import read_text
+from ...files.names import is_hidden
+from ...files.text import read_text
 
 logger = logging.getLogger(__name__)
 
 Caption = str | Mapping[str, float]
 """A text, or several and how often each is taken."""
 
-_CAPTION_FILES = ("captions.csv", "captions.jsonl")
+# The latter two are those of Hugging Face, as are the latter names of the columns.
+_CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
+_PATHS, _CAPTIONS = ("path", "file_name"), ("caption", "text")
+_LARGEST_FIELD = 1 << 24
+
+Rows = Iterator[tuple[int, Any]]
 
 
 def draw_caption(caption: Caption, generator: torch.Generator) -> str:
@@ -77,11 +85,11 @@ def read_captions(
     """Read which files are captioned, and how. Those that are missing stay in, to be named when skipped.
 
     Args:
-        folder: that paths are relative to.
-        captions: CSV with the columns path, caption and perhaps weight, or JSONL with these keys, where a
-            caption may be a list; lines of one path are several captions. ``captions.csv`` or
-            ``captions.jsonl`` in the folder by default; where there is neither, text files beside the files,
-            each line a caption.
+        folder: that paths are relative to, and lie in.
+        captions: CSV with the columns path (or file_name), caption (or text) and perhaps weight, or JSONL or
+            a JSON array of objects with these keys, where a caption may be a list; lines of one path are
+            several captions. ``captions.csv``, ``.jsonl`` or ``.json``, or ``metadata.csv`` or ``.jsonl``, in
+            the folder by default; where there is none, text files beside the files, each line a caption.
         extensions: of the files that are captioned, such as ``.png``. Those without a caption are said.
 
     Returns:
@@ -89,7 +97,7 @@ def read_captions(
 
     Raises:
         ValueError: when there are no captions, a line is not as it should be or is there twice (its number is
-            named), or none of the files exists.
+            named), a path leads out of the folder, or none of the files exists.
     """
     found = [folder / name for name in _CAPTION_FILES if (folder / name).is_file()]
     path = Path(captions) if captions else next(iter(found), None)
@@ -109,7 +117,11 @@ def read_captions(
 def _files(folder: Path, extensions: Collection[str]) -> list[Path]:
     if not extensions or not folder.is_dir():
         return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in extensions and not any(map(is_hidden, path.relative_to(folder).parts))
+    )
 
 
 def _read_beside(files: list[Path]) -> list[tuple[Path, Caption]]:
@@ -128,25 +140,27 @@ def _read_list(folder: Path, path: Path) -> list[tuple[Path, Caption]]:
             f"no captions at {path}: a CSV with the columns path and caption, or JSONL, is needed, or a .txt "
             "beside each file"
         )
-    rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
-    if not rows:
-        raise ValueError(f"{path} lists no files")
-    lines: dict[str, int] = {}
-    captions: dict[str, dict[str, float]] = {}
-    for number, name, texts in rows:
-        first, known = lines.setdefault(name, number), captions.setdefault(name, {})
+    read = _read_csv if path.suffix.lower() not in (".json", ".jsonl") else _read_json
+    place = os.path.abspath(folder)
+    lines: dict[Path, int] = {}
+    captions: dict[Path, dict[str, float]] = {}
+    for number, row in read(path, read_text(path)):
+        file, texts = _checked(path, number, row, folder, place)
+        first, known = lines.setdefault(file, number), captions.setdefault(file, {})
         if twice := known.keys() & texts.keys():
             raise ValueError(
-                f"{path}, line {number}: {name} has the caption {min(twice)[:80]!r} already, from line "
+                f"{path}, line {number}: {file.name} has the caption {min(twice)[:80]!r} already, from line "
                 f"{first} on: remove one of the two; weights say how often a caption is taken"
             )
         known.update(texts)
+    if not lines:
+        raise ValueError(f"{path} lists no files")
     _name_missing(path, folder, lines)
-    return [(folder / name, as_caption(texts) or "") for name, texts in captions.items()]
+    return [(file, as_caption(texts) or "") for file, texts in captions.items()]
 
 
-def _name_missing(path: Path, folder: Path, lines: Mapping[str, int]) -> None:
-    missing = [(n, folder / name) for name, n in lines.items() if not (folder / name).is_file()]
+def _name_missing(path: Path, folder: Path, lines: Mapping[Path, int]) -> None:
+    missing = [(number, file) for file, number in lines.items() if not os.path.exists(file)]
     if len(missing) == len(lines):
         raise ValueError(
             f"none of the {len(lines)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
@@ -158,42 +172,53 @@ def _name_missing(path: Path, folder: Path, lines: Mapping[str, int]) -> None:
         logger.warning("%d of %d files are missing and will be skipped", len(missing), len(lines))
 
 
-Rows = Iterator[tuple[int, str, dict[str, float]]]
-
-
-def _read_csv(path: Path) -> Rows:
-    """``(line number, path, texts and weights)`` of each row."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    if not {"path", "caption"} <= set(reader.fieldnames or ()):
-        raise ValueError(
-            f"{path}, line 1: the columns path and caption are needed, got {reader.fieldnames or 'none'}"
-        )
+def _read_csv(path: Path, text: str) -> Rows:
+    """Line number and values of each row."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_FIELD))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = reader.fieldnames or ()
+        if not all(any(name in names for name in known) for known in (_PATHS, _CAPTIONS)):
+            raise ValueError(
+                f"{path}, line 1: the columns path and caption are needed, got {names or 'none'}"
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(reader.fieldnames or ())} columns are needed; "
-                    "a caption with a comma stands in double quotes"
+                    f"{path}, line {reader.line_num}: {len(names)} columns are needed; a caption with a "
+                    "comma stands in double quotes"
                 )
-            yield _checked(path, reader.line_num, row)
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _read_jsonl(path: Path) -> Rows:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        yield _checked(path, number, row)
+def _read_json(path: Path, text: str) -> Rows:
+    """Line number and object of each line; of an array the number in it."""
+    if text.lstrip().startswith("["):
+        yield from enumerate(_parsed(text, str(path)), start=1)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _parsed(line, f"{path}, line {number}")
 
 
-def _checked(path: Path, number: int, row: Any) -> tuple[int, str, dict[str, float]]:
-    values = [row.get(key) for key in ("path", "caption", "weight")] if isinstance(row, dict) else [None] * 3
-    name, texts, weights = values
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from error
+
+
+def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tuple[Path, dict[str, float]]:
+    """Return file, texts and weights of a row, which may come from a stranger: the file lies in the folder.
+
+    Args:
+        place: the folder, as a whole path.
+    """
+    known = row if isinstance(row, dict) else {}
+    name, texts = (next((known[key] for key in keys if key in known), "") for keys in (_PATHS, _CAPTIONS))
+    weights = known.get("weight")
     try:
         if isinstance(weights, str):  # of a CSV
             weights = float(weights or 1)
@@ -202,6 +227,16 @@ def _checked(path: Path, number: int, row: Any) -> tuple[int, str, dict[str, flo
         raise ValueError(f"{path}, line {number}: {error}") from error
     if not (isinstance(name, str) and name.strip() and weighted):
         raise ValueError(
-            f"{path}, line {number}: path and caption must be texts that are not empty, got {row}"
+            f"{path}, line {number}: path and caption must be texts that are not empty, got {str(row)[:200]}"
         )
-    return number, name.strip(), weighted
+    if re.search("[\ud800-\udfff]", name + "".join(weighted)):
+        raise ValueError(
+            f"{path}, line {number}: holds halves of characters (surrogates): {str(row)[:200]!a}"
+        )
+    file = os.path.abspath(os.path.join(place, name.strip()))
+    if "\0" in name or not file.startswith(place.rstrip(os.sep) + os.sep):
+        raise ValueError(
+            f"{path}, line {number}: {name!r} leads out of {place}: put the files there, or give a folder "
+            "that holds them all"
+        )
+    return folder / name.strip(), weighted

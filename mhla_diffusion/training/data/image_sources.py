@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import make_dataset
 
+from ...files.arrays import npz_headers
+from ...files.names import is_hidden
+from ...files.pictures import EXTENSIONS, WHITE, background_color
 from .buckets import Size, pipeline_sizes
 from .captions import Caption, as_caption, read_captions, weighted_texts
-from .images import ArrayImages, ImageFiles, ImageRows
+from .images import ArrayImages, ImageFiles, ImageRows, require_labels
 from .sources import Source
 
 
@@ -47,17 +50,20 @@ class PictureSource(ImageSource):
             256, 512, 1024, 2048 or 4096.
         enlarge: take images that are smaller than the size they go to; otherwise they are named, skipped and
             counted.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
     Raises:
-        ValueError: for a size below 1, a side without a table, or both.
+        ValueError: for a size below 1, a side without a table, or both, or another background.
     """
 
     flip: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
     aspect_ratios: int | None = None
     enlarge: bool = True
+    background: str = WHITE
 
     def __post_init__(self) -> None:
+        background_color(self.background)
         if any(min(size) < 1 for size in self.sizes):
             raise ValueError(f"data.sizes must be pairs of height and width in pixels, got {self.sizes}")
         if self.aspect_ratios is not None:
@@ -105,18 +111,36 @@ class FolderImages(PictureSource):
         if not folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist")
         if captioned:
-            listed = read_captions(folder, self.captions, extensions=IMG_EXTENSIONS)
-            return ImageFiles([str(path) for path, _ in listed], captions=[caption for _, caption in listed])
-        class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            return self._open_captioned(folder)
+        class_names = sorted(
+            entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
         ids = {name: number for number, name in enumerate(class_names)}
         try:
-            files = make_dataset(folder, class_to_idx=ids, extensions=IMG_EXTENSIONS)
+            files = make_dataset(folder, class_to_idx=ids, extensions=EXTENSIONS)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images "
-                f"({', '.join(IMG_EXTENSIONS)}): {error}"
+                f"image folder {folder} must have one subfolder per class, each with images: {error}; "
+                "without classes put all of them into one subfolder"
             ) from error
-        return ImageFiles([path for path, _ in files], [label for _, label in files], class_names)
+        # One class could have a hidden folder below it, with copies of its images.
+        shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
+        return ImageFiles(
+            [path for path, _ in shown], [label for _, label in shown], class_names,
+            background=self.background,
+        )  # fmt: skip
+
+    def _open_captioned(self, folder: Path) -> ImageFiles:
+        listed = read_captions(folder, self.captions, extensions=EXTENSIONS)
+        place = Path(self.captions or folder / "captions")
+        return ImageFiles(
+            [str(path) for path, _ in listed], captions=[caption for _, caption in listed],
+            background=self.background, index=place.with_name(f"{place.name}.shapes.json"),
+        )  # fmt: skip
+
+
+def _is_below_hidden(file: Path, folder: Path) -> bool:
+    return any(map(is_hidden, file.relative_to(folder).parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +168,34 @@ class RowSource(PictureSource):
         import datasets
 
         image = find_column(path, rows, "image_column", self.image_column, datasets.Image)
+        try:  # as files, which are decoded here as everywhere
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path}: the column {image} holds no images: set data.image_column") from error
         if captioned:
-            return ImageRows(path, rows, image, captions=self._captions(path, rows))
+            captions = self._captions(path, rows)
+            return ImageRows(path, rows, image, captions=captions, background=self.background)
+        return self._labelled(path, rows, image)
+
+    def _labelled(self, path: str, rows: Any, image: str) -> ImageRows:
+        import datasets
+
         label = find_column(path, rows, "label_column", self.label_column, datasets.ClassLabel)
-        feature = rows.features[label]
+        feature, labels = rows.features[label], list(rows[label])
+        require_labels(path, labels, numbers=isinstance(feature, datasets.ClassLabel))
         if isinstance(feature, datasets.ClassLabel):
-            return ImageRows(path, rows, image, list(rows[label]), list(feature.names))
-        values = sorted(set(rows[label]))
+            names = list(feature.names)
+            return ImageRows(path, rows, image, labels, names, background=self.background)
+        if not all(isinstance(value, str | int | float) for value in labels):
+            raise ValueError(
+                f"{path}: the column {label} holds neither numbers nor names: set data.label_column to one "
+                f"of {', '.join(rows.features)}"
+            )
+        values = sorted(set(labels))
         ids = {value: number for number, value in enumerate(values)}
-        return ImageRows(path, rows, image, [ids[v] for v in rows[label]], [str(value) for value in values])
+        names = [str(value) for value in values]
+        numbers = [ids[value] for value in labels]
+        return ImageRows(path, rows, image, numbers, names, background=self.background)
 
     def _captions(self, path: str, rows: Any) -> list[Caption | None]:
         name = self.text_column
@@ -183,6 +226,11 @@ def find_column(path: str, rows: Any, key: str, name: str | None, kind: type) ->
     """
     features = rows.features
     found = [name] if name else [column for column in features if isinstance(features[column], kind)]
+    if len(found) > 1:
+        usual = key.removesuffix("_column")
+        if usual not in found:
+            raise ValueError(f"{path} has several: set data.{key} to one of {', '.join(found)}")
+        found = [usual]
     if not found or found[0] not in features:
         raise ValueError(
             f"{path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
@@ -271,13 +319,14 @@ class NpzImages(PictureSource):
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"image archive {path} does not exist")
+        names = npz_headers(path)
+        label_key = next((key for key in ("labels", "arr_1") if key in names), None)
+        if "arr_0" not in names or label_key is None:
+            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(names)}")
         with np.load(path) as arrays:
-            label_key = next((key for key in ("labels", "arr_1") if key in arrays), None)
-            if "arr_0" not in arrays or label_key is None:
-                raise ValueError(
-                    f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
-                )
-            return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
+            return ArrayImages(
+                arrays["arr_0"], arrays[label_key], origin=str(path), background=self.background
+            )
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ A sample is ``{"samples": float32 [C, H, W] in [-1, 1]}`` and ``"class_labels": 
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,14 +17,17 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 
-from .buckets import Size, nearest_size, read_shapes
+from ...files.pictures import DECODING_ERRORS, WHITE, flat_picture, open_picture, read_picture
+from ...processes import in_first_process
+from .buckets import Size, nearest_size
 from .captions import Caption, draw_caption
+from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
+from .shapes import Shape, measured, read_shapes
 from .stream import UnreadableSampleError
 
 logger = logging.getLogger(__name__)
 
-# What PIL raises for a file that is cut short, broken, no image, or absurdly large.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # of EXIF
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -48,12 +51,12 @@ class Images(Protocol):
         """Return what to call an image in a message."""
         ...
 
-    def size(self, index: int) -> Size:
-        """Read height and width of an image, without its pixels."""
+    def shapes(self) -> Sequence[Shape]:
+        """Return height and width of each image in pixels."""
         ...
 
     def read(self, index: int) -> Image.Image:
-        """Read an image."""
+        """Read an image, of 8 bits in mode L or RGB."""
         ...
 
 
@@ -62,10 +65,11 @@ class ArrayImages:
     """Images in memory.
 
     Args:
-        images: uint8 ``[N, H, W, C]`` or ``[N, H, W]``.
+        images: uint8 ``[N, H, W, C]`` or ``[N, H, W]``; a second or fourth channel is alpha.
         labels: ``[N]``, 0 to ``len(class_names) - 1``.
         origin: what to call them.
         class_names: the labels as text by default.
+        background: see :class:`.image_sources.PictureSource`.
 
     Raises:
         ValueError: for images that are not uint8 of that shape, or labels that are not as many.
@@ -75,6 +79,7 @@ class ArrayImages:
     labels: Any
     origin: str
     class_names: list[str] = field(default_factory=list)
+    background: str = WHITE
     captions: None = None
 
     def __post_init__(self) -> None:
@@ -86,11 +91,12 @@ class ArrayImages:
             )
         if len(shape) == 4 and shape[-1] == 1:
             self.images = self.images[..., 0]
-        if self.labels.shape != shape[:1] or self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
+        if self.labels.shape != shape[:1] or self.labels.dtype.kind not in "iu":
             raise ValueError(
                 f"{self.origin}: labels must be {shape[0]} integers >= 0, got {self.labels.dtype} "
                 f"{list(self.labels.shape)}"
             )
+        require_labels(self.origin, self.labels.tolist())
         self.class_names = self.class_names or [str(i) for i in range(int(self.labels.max()) + 1)]
 
     def __len__(self) -> int:
@@ -99,12 +105,15 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"{self.origin}, image {index}"
 
-    def size(self, index: int) -> Size:
+    def shapes(self) -> list[Shape]:
         height, width = self.images.shape[1:3]
-        return height, width
+        return [(height, width)] * len(self)
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+        return flat_picture(Image.fromarray(self.images[index]), self.background)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.labels.tolist(), lambda index: self.images[index].tobytes())
 
 
 @dataclass
@@ -114,12 +123,16 @@ class ImageFiles:
     Args:
         files: their paths.
         labels, class_names, captions: see :class:`Images`.
+        background: see :class:`.image_sources.PictureSource`.
+        index: where the shapes of the files are kept; None for nowhere.
     """
 
     files: Sequence[str]
     labels: Sequence[int] | None = None
     class_names: list[str] = field(default_factory=list)
     captions: Sequence[Caption | None] | None = None
+    background: str = WHITE
+    index: Path | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -127,14 +140,19 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return self.files[index]
 
-    def size(self, index: int) -> Size:
-        with Image.open(self.files[index]) as image:
-            return image.height, image.width
+    def shapes(self) -> list[Shape]:
+        return read_shapes([Path(file) for file in self.files], self._shape, self.index)
+
+    def _shape(self, index: int) -> Shape:
+        return shape_of(self.files[index])
 
     def read(self, index: int) -> Image.Image:
-        with Image.open(self.files[index]) as image:
-            image.load()
-        return image
+        return read_picture(self.files[index], self.background)
+
+    def fingerprint(self) -> str:
+        told = self.captions if self.labels is None else [self.class_names[label] for label in self.labels]
+        samples = list(zip(relative_names(self.files), told or (), strict=True))
+        return fingerprint(samples, lambda index: file_content(self.files[index]))
 
 
 @dataclass
@@ -143,7 +161,7 @@ class ImageRows:
 
     Args:
         path: what to call it.
-        rows: the dataset.
+        rows: the dataset, its images as they are stored.
         image_column: its name.
         labels, class_names, captions: see :class:`Images`.
     """
@@ -154,6 +172,7 @@ class ImageRows:
     labels: Sequence[int] | None = None
     class_names: list[str] = field(default_factory=list)
     captions: Sequence[Caption | None] | None = None
+    background: str = WHITE
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -161,19 +180,52 @@ class ImageRows:
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
 
-    @cached_property
-    def _encoded(self) -> Any:
-        import datasets
+    def shapes(self) -> list[Shape]:
+        return list(measured(self._shape, range(len(self))))
 
-        return self.rows.cast_column(self.image_column, datasets.Image(decode=False))
+    def _shape(self, index: int) -> Shape:
+        return shape_of(self._file(index)) if self.rows[index][self.image_column] else None
 
-    def size(self, index: int) -> Size:
-        stored = self._encoded[index][self.image_column]
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            return image.height, image.width
+    def _file(self, index: int) -> Any:
+        image = self.rows[index][self.image_column]
+        if image is None:
+            raise ValueError("the row has no picture")
+        return image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
 
     def read(self, index: int) -> Image.Image:
-        return self.rows[index][self.image_column]
+        return read_picture(self._file(index), self.background)
+
+    def fingerprint(self) -> str:
+        def content(index: int) -> bytes:
+            image = self.rows[index][self.image_column] or {"bytes": b"", "path": ""}
+            return file_content(image["path"]) if image["bytes"] is None else image["bytes"]
+
+        return fingerprint(list((self.captions if self.labels is None else self.labels) or ()), content)
+
+
+def shape_of(file: Any) -> Shape:
+    """Read height and width of a picture as a viewer shows it; None when it cannot be read."""
+    try:
+        with open_picture(file) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except DECODING_ERRORS:
+        return None
+
+
+def require_labels(origin: str, labels: Sequence[Any], *, numbers: bool = True) -> None:
+    """Check that every row has a label; data sets write None or -1 where there is none.
+
+    Raises:
+        ValueError: that names the first row without one.
+    """
+    without = [row for row, label in enumerate(labels) if label is None or (numbers and label < 0)]
+    if without:
+        more = f" (and {len(without) - 1:,} more rows have none)" if len(without) > 1 else ""
+        raise ValueError(
+            f"{origin}, row {without[0]}: the label is {labels[without[0]]}{more}; take out the rows without "
+            "labels, or choose another split or file"
+        )
 
 
 class ImageSamples:
@@ -219,10 +271,13 @@ class ImageSamples:
     def name(self, index: int) -> str:
         return self.images.name(index)
 
+    def fingerprint(self) -> str | None:
+        return fingerprint_of(self.images)
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         try:
             image = self.images.read(index).convert(_MODES[self.channels])
-        except _DECODING_ERRORS as error:
+        except DECODING_ERRORS as error:
             raise UnreadableSampleError(f"{self.images.name(index)}: {error}") from error
         size = self.sizes[self.buckets[index] if self.buckets else 0]
         if not self.enlarge and _is_smaller((image.height, image.width), size):
@@ -245,7 +300,7 @@ class ImageSamples:
         return {"caption": draw_caption(caption, generator)}
 
     def _choose_sizes(self) -> list[int]:
-        shapes = read_shapes(self._shape, len(self.images), unit="image")
+        shapes = in_first_process(self.images.shapes)
         buckets = [nearest_size(shape, self.sizes) for shape in shapes]
         small = [
             index
@@ -260,12 +315,6 @@ class ImageSamples:
                 self.sizes[buckets[small[0]]],
             )  # fmt: skip
         return buckets
-
-    def _shape(self, index: int) -> Size | None:
-        try:
-            return self.images.size(index)
-        except _DECODING_ERRORS:
-            return None
 
 
 def cover(image: Image.Image, size: Size) -> Image.Image:

@@ -26,7 +26,7 @@ from ...hub import component_subfolder, load_component_config
 from ..text import CaptionEncoder, TextConfig
 from .captions import draw_index
 from .image_sources import ImageSource
-from .shards import Shards
+from .shards import Shards, read_record
 from .videos import VideoSource
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
@@ -96,6 +96,9 @@ class CachedLatents:
 
     def name(self, index: int) -> str:
         return self.shards.name(index)
+
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index)
@@ -188,6 +191,9 @@ class ImageLatents(ImageSource):
 
     path: str
 
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
     def open(self, *, captioned: bool = False) -> CachedLatents:
         latents = CachedLatents(self.path)
         if captioned != (latents.text is not None):
@@ -206,5 +212,14 @@ class VideoLatents(VideoSource):
 
     path: str
 
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
     def open(self) -> CachedLatents:
         return CachedLatents(self.path)
+
+
+def _facts(path: str) -> dict[str, Any]:
+    """What a model card says of the data that a cache was made of."""
+    background = read_record(Path(path))["config"]["data"].get("background")
+    return {} if background is None else {"transparent pixels": f"on {background}"}

