@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .model_card import CardedPipeline
 from .requests import require_generators, require_positive
+from .schedulers import LEARNED_VARIANCES, reads_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-_LEARNED_VARIANCES = ("learned", "learned_range")
 
 StepCallback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 
@@ -96,15 +95,7 @@ class ImagePipeline(CardedPipeline):
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not among "
                 f"{self._callback_tensor_inputs}"
             )
-        found = prediction_type_of(self.scheduler)
-        if found != self.config.prediction_type:
-            raise ValueError(
-                f"the model was trained for {self.config.prediction_type}, but the scheduler "
-                f"{type(self.scheduler).__name__} expects {found}. For flow_prediction take "
-                "FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler or UniPCMultistepScheduler "
-                "with use_flow_sigmas=True and prediction_type='flow_prediction'; for epsilon DDIMScheduler, "
-                "DDPMScheduler, DPMSolverMultistepScheduler, ... made with from_config(pipe.scheduler.config)"
-            )
+        self.require_scheduler()
 
     def prepare_latents(
         self,
@@ -206,7 +197,7 @@ class ImagePipeline(CardedPipeline):
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             variance = variance.chunk(2)[0]
-        if _reads_variance(self.scheduler):
+        if reads_variance(self.scheduler):
             prediction = torch.cat([prediction, variance], dim=1)
         return prediction
 
@@ -223,12 +214,6 @@ class ImagePipeline(CardedPipeline):
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
 
-def _reads_variance(scheduler: Any) -> bool:
-    """Whether a scheduler takes the learned variance behind the prediction."""
-    readers = (DDPMScheduler, DDPMParallelScheduler)
-    return isinstance(scheduler, readers) and scheduler.config.variance_type in _LEARNED_VARIANCES
-
-
 @contextmanager
 def _all_channels(scheduler: Any) -> Iterator[None]:
     """Let fast solvers step with every channel of a prediction.
@@ -237,7 +222,7 @@ def _all_channels(scheduler: Any) -> Iterator[None]:
     three channels. What it is given here holds no variance.
     """
     variance_type = scheduler.config.get("variance_type")
-    if variance_type not in _LEARNED_VARIANCES or _reads_variance(scheduler):
+    if variance_type not in LEARNED_VARIANCES or reads_variance(scheduler):
         yield
         return
     scheduler.register_to_config(variance_type=None)
@@ -245,10 +230,3 @@ def _all_channels(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         scheduler.register_to_config(variance_type=variance_type)
-
-
-def prediction_type_of(scheduler: Any) -> str:
-    """What a scheduler takes from the model."""
-    if type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
-        return "flow_prediction"
-    return scheduler.config.get("prediction_type", "epsilon")

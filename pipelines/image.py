@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
-from .denoising import ImagePipeline, StepCallback, prediction_type_of
+from .denoising import ImagePipeline, StepCallback
 from .model_card import Purpose
 from .requests import ClassNames
+from .schedulers import prediction_of
 
 
 class MHLADiTPipeline(ImagePipeline):
@@ -26,7 +27,8 @@ class MHLADiTPipeline(ImagePipeline):
         id2label: class id to its name, or names separated by commas.
         training: facts about the training for the model card, such as ``{"data": ..., "steps": ...}``.
         prediction_type: what the model predicts, ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or
-            ``"flow_prediction"``. Taken from the first scheduler when None, and held against later ones.
+            ``"flow_prediction"`` (the velocity of flow matching) or ``"flow_sample"`` (its clean sample).
+            Taken from the first scheduler when None, and held against later ones.
     """
 
     purpose = Purpose("Class-conditional image generation", task="unconditional-image-generation")
@@ -46,14 +48,14 @@ class MHLADiTPipeline(ImagePipeline):
         self.register_to_config(
             id2label=None if id2label is None else {str(key): name for key, name in id2label.items()},
             training=training,
-            prediction_type=prediction_type or prediction_type_of(scheduler),
+            prediction_type=prediction_type or prediction_of(scheduler),
         )
         self.class_names = ClassNames(id2label)
         self.labels = self.class_names.ids
         self.prepare_decoding()
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
-        """Class ids of names; ids pass through.
+    def get_label_ids(self, label: int | str | list[Any]) -> list[int]:
+        """Class ids of names; ids pass through, and lists in lists are one list, as for DiTPipeline.
 
         Raises:
             ValueError: for a name that means no class or several, or an id that is out of range.

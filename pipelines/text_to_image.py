@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTransformer2DModel
 
-from .denoising import ImagePipeline, StepCallback, prediction_type_of, vae_scale_factor
+from .denoising import ImagePipeline, StepCallback, vae_scale_factor
 from .model_card import Purpose
+from .schedulers import prediction_of
 from .text import SANA_INSTRUCTION, encode_texts, warn_of_long_prompts
 
 
@@ -68,7 +69,7 @@ class MHLATextToImagePipeline(ImagePipeline):
             max_sequence_length=max_sequence_length,
             instruction=instruction,
             training=training,
-            prediction_type=prediction_type or prediction_type_of(scheduler),
+            prediction_type=prediction_type or prediction_of(scheduler),
         )
         self.prepare_decoding()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import MHLA
+from .layers import mhla_of
 from .processors import is_joint
 
 Grid = tuple[int, ...]
@@ -105,7 +105,7 @@ def _hand_over_grid(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     grid = find_grid(args, kwargs)
     rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
-    if isinstance(attn.processor, MHLA):
+    if mhla_of(attn.processor) is not None:
         rest["grid"] = grid
         tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
         if grid is not None and not is_joint(attn) and tokens > math.prod(grid):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import WanImageToVideoPipeline
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
@@ -224,6 +225,8 @@ def build_model(
                 config.attention_head_dim or 0
             )
     model = new_or_loaded(MHLAWanTransformer3DModel, config, without=("in_channels",), **arguments)
+    if config.init_from is None:
+        torch.nn.init.zeros_(model.proj_out.weight)  # as Wan's authors start
     if model.config.text_dim != text_dim:
         raise ValueError(
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "

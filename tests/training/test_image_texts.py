@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def test_a_run_in_two_sizes_leaves_a_pipeline_and_a_resumed_one_the_same(run: Ru
     assert pipeline("aa", height=6, width=12, num_inference_steps=1).images[0].size == (12, 6)
     card = (whole / "pipeline" / "README.md").read_text()
     assert "| caption dropout | 0.1 |" in card
-    assert f"| data | {tmp_path / 'pictures'}, 8 samples |" in card
+    assert re.search(r"\| data \| .*pictures, 8 samples \|", card)
 
     result = run("--output_dir", str(branch), "--resume", str(whole / "checkpoints" / "step-00000002"))
     assert result.returncode == 0, result.stdout
