@@ -9,7 +9,8 @@ from .data.encoding import (
     cache_latents,
     cache_video_latents,
 )
-from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
+from .image import ImageTrainingConfig, SamplingConfig, train_image
+from .image_models import ModelConfig
 from .objectives import DDPM, DistillationConfig, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .run import train
 from .settings import OptimizerConfig, RunConfig, TrainerConfig

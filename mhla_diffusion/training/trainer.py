@@ -230,11 +230,10 @@ class Trainer:
         return grad_norm
 
     def _loss(self, numbers: list[int], batch: dict[str, Any]) -> Tensor:
-        conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        samples = conditioning.pop("samples")
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
         generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
-        conditioning = self.task.conditioning.arguments(conditioning, generators)
-        return self.objective.loss(self.model, samples, conditioning, generators).mean()
+        conditioning = self.task.conditioning.arguments(batch, generators)
+        return self.objective.loss(self.model, batch["samples"], conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
         """Return the signal that any process received, as all must stop after the same step."""
