@@ -157,7 +157,7 @@ class CardedPipeline(DiffusionPipeline):
 
 @dataclass(frozen=True)
 class CardFields:
-    """What a card says beyond what the pipeline itself knows.
+    """Fields of a card that the pipeline itself knows nothing of.
 
     Args:
         scores: Markdown, such as the report.md of an evaluation.
