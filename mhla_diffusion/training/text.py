@@ -55,7 +55,7 @@ class TextConfig:
 
     @property
     def prefix(self) -> str:
-        """The instruction itself."""
+        """Instruction that stands before every caption."""
         return SANA_INSTRUCTION if self.instruction == "sana" else self.instruction
 
 

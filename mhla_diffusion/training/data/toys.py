@@ -48,7 +48,7 @@ PLACES = ("on the left", "on the right", "at the top", "at the bottom")
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things of a colour and a shape, in a row along an edge of the picture.
+    """Scene of one to three things of a colour and a shape, in a row along an edge of the picture.
 
     Args:
         count: things, less 1.
@@ -62,14 +62,14 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Such as "two red circles on the left"."""
+        """Caption, such as "two red circles on the left"."""
         shape = SHAPES[self.shape]
         plural = "" if self.count == 0 else "es" if shape == "cross" else "s"
         return f"{COUNTS[self.count]} {list(COLOURS)[self.colour]} {shape}{plural} {PLACES[self.place]}"
 
     @property
     def held_out(self) -> bool:
-        """True of one combination in four, so that of any two properties all pairs remain."""
+        """Flag of one combination in four, so that of any two properties all pairs remain."""
         return (self.count + self.colour + self.shape + self.place) % 4 == 0
 
 
