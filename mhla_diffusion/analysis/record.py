@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
-from ..backbones.grid import find_grid, token_grid
-from ..backbones.processors import rotary_pairs, split_heads
+from ..backbones.grid import our_arguments, token_grid
+from ..backbones.processors import rotary_heads, rotary_pairs
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,
@@ -72,7 +72,7 @@ def analyze_stored(
     inputs = transformer.example_inputs(
         token_grid(latents, patch), batch_size=batch_size, generator=generator
     )
-    inputs["timestep"] = torch.full((batch_size,), timestep)
+    inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
     return analyze(
         transformer,
         lambda: transformer(**inputs),
@@ -155,16 +155,18 @@ def _recording(
             note(name, module, q, k, kwargs)
 
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args, kwargs = our_arguments(attn, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         if x.ndim == 3 and (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
             q, k = (
-                split_heads(project(x), norm, attn.heads)
+                rotary_heads(project(x), attn, norm)
                 for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
             )
-            tables = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple)][:1]
-            found: dict[str, Any] = {"grid": find_grid(args, kwargs)}
-            if tables and isinstance(tables[0][0], Tensor):
-                found["rotary_emb"] = rotary_pairs(tables[0][:2], attn)
+            found: dict[str, Any] = {"grid": kwargs["grid"]}
+            # The fourth argument, or by one of two names.
+            by_name = kwargs.get("rotary_emb", kwargs.get("image_rotary_emb"))
+            if (tables := args[3] if len(args) > 3 else by_name) is not None:
+                found["rotary_emb"] = rotary_pairs(tables, attn)
             note(name, attn, q, k, found)
 
     handles = []

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import operator
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,6 +63,10 @@ class MHLAModelMixin(ModelMixin):
         layer_attention: the attention of each layer.
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
+        block_list: name of its list of blocks, whose self-attention is ``attn1``.
+        argument_names: what our processor calls the arguments of a self-attention layer, see
+            :func:`.grid.receive_grid`.
+        rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
@@ -71,6 +74,9 @@ class MHLAModelMixin(ModelMixin):
 
     stock: ClassVar[type[Any]]
     stock_attention: ClassVar[str] = "softmax"
+    block_list: ClassVar[str] = "transformer_blocks"
+    argument_names: ClassVar[Mapping[str, str | None]] = {}
+    rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -96,6 +102,16 @@ class MHLAModelMixin(ModelMixin):
         patch = self.config.patch_size
         return (patch,) * len(self.default_grid) if isinstance(patch, int) else tuple(patch)
 
+    @property
+    def grids_of_sample(self) -> int:
+        """Grids in a sample that self-attention goes over one by one, such as frames."""
+        return 1
+
+    @property
+    def self_attention(self) -> list[Any]:
+        """Self-attention layers that may have MHLA, without those of :meth:`branch_kinds`."""
+        return [block.attn1 for block in getattr(self, self.block_list)]
+
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
@@ -117,24 +133,19 @@ class MHLAModelMixin(ModelMixin):
             check_blocks(config, grid)
         return LayerPlan(attention, kinds, config, grid)
 
-    def build(
-        self,
-        stock: dict[str, Any],
-        plan: LayerPlan,
-        layers: Callable[[Any], Sequence[Any]] = lambda model: model.transformer_blocks,
-    ) -> None:
+    def build(self, stock: dict[str, Any], plan: LayerPlan) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
         self.stock.__init__(self, **stock)
-        self.set_attention([block.attn1 for block in layers(self)], plan)
+        self.set_attention(plan)
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""
         return []
 
-    def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
+    def set_attention(self, plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
-        for layer, kind in zip(layers, plan.kinds, strict=True):
+        for layer, kind in zip(self.self_attention, plan.kinds, strict=True):
             self.set_layer(layer, kind, plan)
         self.register_to_config(
             attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
@@ -150,7 +161,8 @@ class MHLAModelMixin(ModelMixin):
                 query_dim=layer.to_q.in_features,
             )  # fmt: skip
             layer.set_processor(processor)
-        receive_grid(layer)
+        layer.rotary_halves = self.rotary_halves
+        receive_grid(layer, self.argument_names)
 
     def set_attn_processor(self, processor: Any) -> None:
         """Set the processor of every attention layer but those with MHLA; of all layers by a dict of names.
@@ -260,7 +272,7 @@ class RotaryVideoMixin(MHLAModelMixin):
     """
 
     vae_stride = (4, 8, 8)
-    layers: ClassVar[str] = "blocks"
+    block_list = "blocks"
 
     def build_video(
         self,
@@ -271,10 +283,16 @@ class RotaryVideoMixin(MHLAModelMixin):
     ) -> LayerPlan:
         """Make the model as planned; see :meth:`MHLAModelMixin.build`."""
         plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
-        self.build(stock, plan, operator.attrgetter(self.layers))
-        send_with_rope(self.rope, functools.partial(grid_of_latents, patch_size=tuple(stock["patch_size"])))
+        self.build(stock, plan)
+        self.send_grid()
         self.register_to_config(sample_grid=list(sample_grid))
         return plan
+
+    def send_grid(self) -> None:
+        """Have the rope send the grid of the latents that it is given."""
+        send_with_rope(
+            self.rope, functools.partial(grid_of_latents, patch_size=tuple(self.config.patch_size))
+        )
 
     @property
     def default_grid(self) -> Grid:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from .grid import Grid, receive_grid, send_as_argument
+from .grid import Grid, in_dict, receive_grid, send_as_argument
 from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
 from .stock import after
 
@@ -43,7 +43,7 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
     ) -> None:
         grid = (stock["sample_size"] // stock["patch_size"],) * 2
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs")
+        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs", in_dict)
         for block in self.transformer_blocks:
             receive_grid(block.attn2)  # which gets the same arguments
 

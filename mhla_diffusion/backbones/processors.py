@@ -50,7 +50,8 @@ class MHLAAttnProcessor(MHLA):
     ) -> Tensor:
         """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
 
-        ``rotary_emb`` may also be as Wan has it: ``[1, N, 1, d]``, with each angle twice.
+        ``rotary_emb`` may be as any layer of diffusers has it, see :func:`rotary_pairs`. The output is
+        ``[B, N, D]``, or ``[B, N, H, d]`` of layers that leave its projection to others.
 
         Raises:
             ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
@@ -69,8 +70,8 @@ class MHLAAttnProcessor(MHLA):
         )  # fmt: skip
 
         def between_projections(q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
-            q, k = split_heads(q, attn.norm_q, attn.heads), split_heads(k, attn.norm_k, attn.heads)
-            return attend(q, k, split_heads(v, None, attn.heads), hidden_states=hidden_states)
+            q, k = rotary_heads(q, attn, attn.norm_q), rotary_heads(k, attn, attn.norm_k)
+            return attend(q, k, split_heads(v, attn), hidden_states=hidden_states)
 
         projected = *_project(attn, hidden_states, source), hidden_states
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
@@ -81,6 +82,8 @@ class MHLAAttnProcessor(MHLA):
             out = checkpoint(between_projections, *projected, use_reentrant=False, determinism_check="none")
         else:
             out = between_projections(*projected)
+        if isinstance(attn.to_out, nn.Identity):
+            return out.unflatten(-1, (attn.heads, -1))  # whoever called projects it
         out = attn.to_out[1](attn.to_out[0](out))
         if getattr(attn, "residual_connection", False):
             out = out + hidden_states
@@ -119,23 +122,69 @@ def _project(attn: Attention, hidden_states: Tensor, source: Tensor) -> tuple[Te
     return attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
 
 
-def split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
-    """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
+def split_heads(x: Tensor, attn: Any, norm: nn.Module | None = None) -> Tensor:
+    """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together.
+
+    Heads of keys and values that queries share are repeated.
+    """
+    norm = norm or nn.Identity()
     weight = getattr(norm, "weight", None)
-    if norm is not None and weight is not None and weight.shape[-1] == x.shape[-1]:
-        return norm(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return x if norm is None else norm(x)
+    over_all = weight is not None and weight.shape[-1] == x.shape[-1]
+    x = (norm(x) if over_all else x).unflatten(-1, (-1, attn.inner_dim // attn.heads)).transpose(1, 2)
+    x = x if over_all else norm(x)
+    shared = attn.heads // x.shape[1]
+    return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
-def rotary_pairs(rotary_emb: RotaryEmbedding, attn: Any) -> RotaryEmbedding:
-    """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]`` and LTX's ``[B, N, H d]``."""
+def rotary_heads(x: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:
+    """Split queries or keys into heads whose channels ``2i`` and ``2i + 1`` turn together.
+
+    In some models channel i turns with the one half a head further, or half of a third of a head. The order
+    of channels is all the same to products of queries and keys.
+    """
+    x, groups = split_heads(x, attn, norm), getattr(attn, "rotary_halves", 0)
+    return x.unflatten(-1, (groups, 2, -1)).transpose(-1, -2).flatten(-3) if groups else x
+
+
+def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
+    """Cosines and sines ``[..., N, d / 2]`` of the rotary tables that a layer of diffusers is given.
+
+    Those are cosines and sines of each pair, ``[N, d / 2]``; each of them twice, ``[N, d]`` or (Wan)
+    ``[1, N, 1, d]``; for each head its own, ``[B, N, H d]`` (LTX); complex numbers ``[..., N, d / 2]``, also
+    in a dict (AnyFlow); or tables of each axis and positions in them (Allegro).
+    """
+    if isinstance(rotary_emb, dict):
+        rotary_emb = rotary_emb["query"]
+    if isinstance(rotary_emb, Tensor):
+        return rotary_emb.real.float(), rotary_emb.imag.float()
+    if isinstance(rotary_emb[0], tuple):
+        return _of_positions(*rotary_emb)
     cos, sin = rotary_emb
     if cos.ndim == 3 and cos.shape[-1] == attn.inner_dim:  # for each head its own
         cos, sin = (table.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for table in (cos, sin))
         return cos[..., 0::2], sin[..., 1::2]
     if cos.ndim == 4 and cos.shape[2] == 1:
-        return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
+        cos, sin = cos[:, :, 0], sin[:, :, 0]
+    width = attn.inner_dim // attn.heads
+    if cos.shape[-1] != width:
+        return cos, sin
+    if getattr(attn, "rotary_halves", 0):
+        return cos[..., : width // 2], sin[..., : width // 2]
+    return cos[..., 0::2], sin[..., 1::2]
+
+
+def _of_positions(tables: Any, positions: Any) -> RotaryEmbedding:
+    """Cosines and sines of tokens at positions ``[1, N]`` in tables ``[n, d / 3]`` of three axes."""
+    cos, sin = (
+        torch.cat(
+            [
+                axis[part][at][..., : axis[part].shape[-1] // 2]
+                for axis, at in zip(tables, positions, strict=True)
+            ],
+            dim=-1,
+        )
+        for part in (0, 1)
+    )
     return cos, sin
 
 

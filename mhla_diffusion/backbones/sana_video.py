@@ -32,7 +32,7 @@ class MHLASanaVideoTransformer3DModel(RotaryVideoMixin, SanaVideoTransformer3DMo
     """
 
     stock_attention = "linear"
-    layers = "transformer_blocks"
+    block_list = "transformer_blocks"
     _repeated_blocks = ["SanaVideoTransformerBlock"]  # noqa: RUF012
 
     @after(SanaVideoTransformer3DModel)

@@ -5,6 +5,7 @@ Weights are nowhere zero, so that every part of a model shows in its output.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from mhla_diffusion import (
+    MHLAAllegroTransformer3DModel,
+    MHLAAnyFlowTransformer3DModel,
     MHLAChronoEditTransformer3DModel,
+    MHLACosmosTransformer3DModel,
     MHLADiTTransformer2DModel,
+    MHLAHunyuanDiT2DModel,
+    MHLALatteTransformer3DModel,
     MHLALTXVideoTransformer3DModel,
+    MHLALuminaNextDiT2DModel,
     MHLAPixArtTransformer2DModel,
     MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
     MHLAWanTransformer3DModel,
     MHLAWanVACETransformer3DModel,
 )
@@ -39,7 +47,8 @@ class Case:
         grids: the first is the one that the model is made for; the others are wide, tall and ragged.
         blocks: 4, along each axis.
         own: further arguments of our class.
-        layers: name of the list of blocks.
+        unused: parameters of the stock class that its forward does not use.
+        time_in_dtype: whether times have the dtype of the model.
     """
 
     model: type[Any]
@@ -47,11 +56,16 @@ class Case:
     grids: tuple[Grid, ...]
     blocks: Grid
     own: dict[str, Any] = field(default_factory=dict)
-    layers: str = "transformer_blocks"
+    unused: tuple[str, ...] = ()
+    time_in_dtype: bool = False
 
     @property
     def name(self) -> str:
-        return self.model.__name__.removeprefix("MHLA").partition("Transformer")[0]
+        return re.split("Transformer|2DModel", self.model.__name__.removeprefix("MHLA"))[0]
+
+    @property
+    def layers(self) -> str:
+        return self.model.block_list
 
     @property
     def stock_kind(self) -> str:
@@ -93,12 +107,15 @@ class Case:
             if isinstance(model, self.model)
             else self.make().example_inputs(grid, batch_size=batch_size, generator=generator)
         )
-        return {
-            name: value.to(dtype)
-            if isinstance(value, Tensor) and value.is_floating_point() and name != "timestep"
-            else value
-            for name, value in inputs.items()
-        }
+        return {name: self._cast(name, value, dtype) for name, value in inputs.items()}
+
+    def _cast(self, name: str, value: Any, dtype: torch.dtype) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        if "timestep" not in name:
+            return value.to(dtype)
+        # Rounded the same way for every dtype, so that outputs can be compared.
+        return value.half().bfloat16().to(dtype) if self.time_in_dtype else value
 
 
 def randomize(model: nn.Module) -> None:
@@ -148,16 +165,77 @@ CASES = {
             blocks=(2, 2),
         ),
         Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
-        Case(MHLAWanTransformer3DModel, WAN, **VIDEO, layers="blocks"),
-        Case(MHLASkyReelsV2Transformer3DModel, WAN, **VIDEO, layers="blocks"),
-        Case(MHLAChronoEditTransformer3DModel, WAN, **VIDEO, layers="blocks"),
+        Case(MHLAWanTransformer3DModel, WAN, **VIDEO),
+        Case(MHLASkyReelsV2Transformer3DModel, WAN, **VIDEO),
+        Case(MHLAChronoEditTransformer3DModel, WAN, **VIDEO),
+        Case(MHLAAnyFlowTransformer3DModel, {**WAN, "in_channels": 4}, **VIDEO),
+        Case(
+            MHLAWanAnimateTransformer3DModel,
+            {
+                **WAN, "in_channels": 10, "latent_channels": 3, "image_dim": None,
+                "inject_face_latents_blocks": 1, "motion_encoder_size": 8, "motion_style_dim": 8,
+                "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8,
+                "face_encoder_num_heads": 2, "motion_encoder_channel_sizes": {"4": 4, "8": 4},
+            },
+            **VIDEO,
+        ),
         Case(
             MHLAWanVACETransformer3DModel,
             {**WAN, "vace_layers": [0], "vace_in_channels": 5},
             **VIDEO,
-            layers="blocks",
         ),
         Case(MHLASanaVideoTransformer3DModel, SANA, **VIDEO),
+        Case(
+            MHLALatteTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 6,
+                "num_layers": 2, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 24,
+                "caption_channels": 10, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+                "attention_bias": True, "activation_fn": "gelu-approximate", "video_length": 3,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+        ),
+        Case(
+            MHLALuminaNextDiT2DModel,
+            {
+                "num_attention_heads": 2, "num_kv_heads": 1, "hidden_size": 24, "in_channels": 3,
+                "num_layers": 2, "sample_size": 8, "multiple_of": 8, "cross_attention_dim": 10,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            unused=("pad_token",),
+        ),
+        Case(
+            MHLAHunyuanDiT2DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "hidden_size": 24, "in_channels": 3,
+                "num_layers": 2, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 10,
+                "cross_attention_dim_t5": 16, "pooled_projection_dim": 8, "text_len": 4, "text_len_t5": 6,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            time_in_dtype=True,
+        ),
+        Case(
+            MHLACosmosTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 3, "out_channels": 4,
+                "num_layers": 2, "text_embed_dim": 10, "adaln_lora_dim": 8, "max_size": (8, 40, 40),
+            },
+            **VIDEO,
+            time_in_dtype=True,
+        ),
+        Case(
+            MHLAAllegroTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3,
+                "num_layers": 2, "cross_attention_dim": 24, "caption_channels": 10, "sample_frames": 3,
+                "sample_height": 8, "sample_width": 8,
+            },
+            grids=VIDEO_GRIDS,
+            blocks=(1, 2, 2),
+        ),
         Case(
             MHLALTXVideoTransformer3DModel,
             {

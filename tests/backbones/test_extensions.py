@@ -151,7 +151,7 @@ def test_one_processor_for_all_leaves_mhla_alone(name: str) -> None:
     assert set(model.state_dict()) == set(
         case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART).state_dict()
     )
-    if case.stock_kind == "softmax":
+    if case.stock_kind == "softmax" and name != "WanAnimate":  # whose layers for the face have another
         assert torch.equal(sample(model, inputs), expected)
 
 
