@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("mhla", "linear", "softmax")
 
+# What configs call the size that a model is made for.
+SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 AttentionChoice = str | Sequence[str]
 ConfigChoice = MHLAConfig | dict[str, Any] | None
@@ -256,7 +258,7 @@ class MHLAModelMixin(ModelMixin):
                 f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
                 "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
             )
-        for name in ("sample_size", "sample_grid"):
+        for name in SIZES:
             now, then = getattr(model.config, name, None), stored.get(name)
             if then is not None and now != then:
                 blocks = model.mixing_blocks

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mhla_diffusion import convert_to_mhla
+from mhla_diffusion.backbones.model import SIZES
 
 from .cases import CASES, EVERY_PART, Case, sample
 
@@ -196,11 +197,10 @@ def test_loading_at_another_size_says_so(
 ) -> None:
     model = case.make()
     model.save_pretrained(tmp_path)
-    name = "sample_grid" if case.own else "sample_size"
-    old = getattr(model.config, name)
-    new = [2 * side for side in old] if case.own else 2 * old
-    loaded = case.model.from_pretrained(tmp_path, **{name: new})
-    assert f"{name} {new} in place of {old}" in caplog.text
+    old = {name: model.config[name] for name in SIZES if name in model.config}
+    new = {name: 2 * side if isinstance(side, int) else [2 * s for s in side] for name, side in old.items()}
+    loaded = case.model.from_pretrained(tmp_path, **new)
+    assert all(f"{name} {new[name]} in place of {old[name]}" in caplog.text for name in old)
     assert loaded.mixing_blocks == model.mixing_blocks
     assert loaded.default_grid == tuple(2 * side for side in model.default_grid)
     assert sample(loaded, case.inputs(loaded, loaded.default_grid)).isfinite().all()
