@@ -171,7 +171,8 @@ def plan(
 
     Args:
         model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
-            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Wan2.1-1.3B, Wan2.1-14B.
+            of which only the config is read; or a published size, such as DiT-XL/2, PixArt-Sigma-XL/2,
+            Sana-0.6B, Wan2.1-1.3B or LTX-Video-2B; another name is answered with all of them.
         height: of the output in pixels.
         width: of the output in pixels.
         frames: of the output, for video models.
@@ -180,7 +181,8 @@ def plan(
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
-            stock model comes with: 8 for DiT and Wan2.1. Wan2.2-TI2V-5B has 16, models of pixels have 1.
+            stock model comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, models of
+            pixels have 1.
         dtype: of q, k, v and the output.
 
     Raises:

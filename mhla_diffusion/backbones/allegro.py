@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AllegroTransformer3DModel
@@ -31,6 +31,7 @@ class MHLAAllegroTransformer3DModel(MHLAModelMixin, AllegroTransformer3DModel):
     """
 
     vae_stride = (4, 8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"Allegro-3B": {}}
     argument_names = {"image_rotary_emb": "rotary_emb"}  # noqa: RUF012
     rotary_halves = 3  # of each axis
     _repeated_blocks = ["AllegroTransformerBlock"]  # noqa: RUF012

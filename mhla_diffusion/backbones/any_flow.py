@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
@@ -28,6 +28,8 @@ class MHLAAnyFlowTransformer3DModel(RotaryVideoMixin, AnyFlowTransformer3DModel)
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"AnyFlow-14B": {}}
 
     @after(AnyFlowTransformer3DModel)
     def __init__(

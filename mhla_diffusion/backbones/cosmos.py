@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import CosmosTransformer3DModel
@@ -33,6 +33,10 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
     """
 
     vae_stride = (8, 8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "Cosmos1.0-7B": {},
+        "Cosmos-Predict2-2B": {"num_attention_heads": 16, "extra_pos_embed_type": None},
+    }
     block_list = "transformer_blocks"
     argument_names = {"image_rotary_emb": "rotary_emb"}  # noqa: RUF012
     rotary_halves = 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import HunyuanDiT2DModel
@@ -30,6 +31,12 @@ class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
     """
 
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "HunyuanDiT-v1.2": {
+            "in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408, "num_layers": 40,
+            "mlp_ratio": 4.3637, "use_style_cond_and_image_meta_size": False,
+        }
+    }  # fmt: skip
     block_list = "blocks"
     argument_names = {"image_rotary_emb": "rotary_emb"}  # noqa: RUF012
     _repeated_blocks = ["HunyuanDiTBlock"]  # noqa: RUF012
@@ -47,6 +54,15 @@ class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
         send_as_argument(self, (stock["patch_size"],) * 2, "image_rotary_emb", in_tables)
         for block in self.blocks:
             receive_grid(block.attn2)  # which gets the same tables
+
+    @classmethod
+    def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        if num_layers % 2 and num_layers > 1:
+            raise ValueError(
+                f"HunyuanDiT has 1 layer or an even number, as the first are handed on to the last, got "
+                f"{num_layers}"
+            )
+        return {**arguments, "num_layers": num_layers}
 
     @property
     def default_grid(self) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import LatteTransformer3DModel
@@ -32,6 +32,14 @@ class MHLALatteTransformer3DModel(MHLAModelMixin, LatteTransformer3DModel):
     """
 
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "Latte-1": {
+            "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
+            "cross_attention_dim": 1152, "attention_bias": True, "patch_size": 2,
+            "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False, "norm_eps": 1e-6, "caption_channels": 4096,
+        }
+    }  # fmt: skip
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(LatteTransformer3DModel)

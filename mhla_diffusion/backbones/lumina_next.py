@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import LuminaNextDiT2DModel
@@ -34,6 +34,7 @@ class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
     """
 
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"Lumina-Next-2B": {"num_layers": 24, "num_kv_heads": 8}}
     block_list = "layers"
     argument_names = {  # noqa: RUF012
         "query_rotary_emb": "rotary_emb", "key_rotary_emb": None, "base_sequence_length": None,

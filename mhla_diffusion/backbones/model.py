@@ -121,6 +121,15 @@ class MHLAModelMixin(ModelMixin):
         raise NotImplementedError
 
     @classmethod
+    def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        """Return arguments of the same model with so many layers.
+
+        Raises:
+            ValueError: for a number that the model cannot have.
+        """
+        return {**arguments, "num_layers": num_layers}
+
+    @classmethod
     def plan_layers(
         cls, attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, grid: Sequence[int]
     ) -> LayerPlan:
@@ -322,6 +331,11 @@ def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, 
     return as_config(stored).blocks != as_config(wanted).blocks
 
 
+def attentions_of(stock: str) -> tuple[str, ...]:
+    """Return what the attention of a layer can be where the stock class has ``stock``."""
+    return ATTENTIONS if stock == "softmax" else ("mhla", stock)
+
+
 def layer_attention(
     attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
 ) -> list[str]:
@@ -332,7 +346,7 @@ def layer_attention(
             list together with ``layers``.
     """
     kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
-    known = ATTENTIONS if stock == "softmax" else ("mhla", stock)
+    known = attentions_of(stock)
     if unknown := sorted(set(kinds) - set(known)):
         raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     if len(kinds) != num_layers:

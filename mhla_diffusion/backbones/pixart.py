@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -31,6 +31,9 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
 
     old_norm_type = "ada_norm_single"
     vae_stride = (8, 8)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "PixArt-Sigma-XL/2": {"caption_channels": 4096, "use_additional_conditions": False},
+    }
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(PixArtTransformer2DModel)

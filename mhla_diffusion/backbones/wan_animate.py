@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanAnimateTransformer3DModel
@@ -29,6 +31,8 @@ class MHLAWanAnimateTransformer3DModel(RotaryVideoMixin, WanAnimateTransformer3D
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"Wan2.2-Animate-14B": {"added_kv_proj_dim": 5120}}
+
     @after(WanAnimateTransformer3DModel)
     def __init__(
         self,
@@ -39,6 +43,14 @@ class MHLAWanAnimateTransformer3DModel(RotaryVideoMixin, WanAnimateTransformer3D
         sample_grid: tuple[int, int, int] = (21, 45, 80),
     ) -> None:
         self.build_video(stock, attention, mhla_config, sample_grid)
+
+    @classmethod
+    def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        default = inspect.signature(cls.__init__).parameters["inject_face_latents_blocks"].default
+        # The face is looked at in the first layer and in every so many, which must come out even.
+        every = arguments.get("inject_face_latents_blocks", default)
+        every = next(count for count in range(every, 0, -1) if num_layers % count == 0)
+        return {**arguments, "num_layers": num_layers, "inject_face_latents_blocks": every}
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
