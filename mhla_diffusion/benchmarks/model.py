@@ -171,7 +171,8 @@ def _subject(backbone: str, frames: int | None, layers: int | None, widths: Mapp
         raise ValueError(f"{backbone} makes images, which have no frames, got frames={frames}; leave it out")
     if len(stock.latents_per_token) == 3 and frames is None:
         frames = _FRAMES
-    title = f"{backbone}, {len(stock.layer_attention)} layers" + (f", {frames} frames" if frames else "")
+    depth = len(stock.layer_attention)
+    title = f"{backbone}, {depth} layer{'s' * (depth > 1)}" + (f", {frames} frames" if frames else "")
     return _Subject(title, stock, arguments, frames)
 
 

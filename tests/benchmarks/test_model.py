@@ -32,7 +32,7 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
     frames = 9 if len(case.grids[0]) == 3 else None
     text = model([side], backbone=str(tmp_path), layers=1, frames=frames, repeats=1, device="cpu")
     title, _, head, _, denoising, training = text.splitlines()
-    assert f"{tmp_path}, 1 layers" in title
+    assert f"{tmp_path}, 1 layer" in title
     assert ("softmax, ms" in head) == (case.stock_kind == "softmax")
     assert "| denoising |" in denoising
     assert "| training |" in training
