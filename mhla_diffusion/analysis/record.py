@@ -72,7 +72,9 @@ def analyze_stored(
     inputs = transformer.example_inputs(
         token_grid(latents, patch), batch_size=batch_size, generator=generator
     )
-    inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+    scale = transformer.time_scale
+    time = timestep if scale == 1000 else timestep * scale / 1000
+    inputs["timestep"] = torch.full_like(inputs["timestep"], time)
     return analyze(
         transformer,
         lambda: transformer(**inputs),

@@ -32,6 +32,7 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
+    time_scale = 1
     vae_stride = (8, 8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Cosmos1.0-7B": {},

@@ -33,6 +33,7 @@ class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
+    time_scale = 1
     vae_stride = (8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"Lumina-Next-2B": {"num_layers": 24, "num_kv_heads": 8}}
     block_list = "layers"

@@ -65,11 +65,13 @@ class MHLAModelMixin(ModelMixin):
         layer_attention: the attention of each layer.
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
-        block_list: name of its list of blocks, whose self-attention is ``attn1``.
+        block_list: name of its list of blocks.
+        attention_name: of self-attention in a block.
         argument_names: what our processor calls the arguments of a self-attention layer, see
             :func:`.grid.receive_grid`.
         rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -80,6 +82,8 @@ class MHLAModelMixin(ModelMixin):
     argument_names: ClassVar[Mapping[str, str | None]] = {}
     rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
+    attention_name: ClassVar[str] = "attn1"
+    time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
@@ -112,7 +116,7 @@ class MHLAModelMixin(ModelMixin):
     @property
     def self_attention(self) -> list[Any]:
         """Self-attention layers that may have MHLA, without those of :meth:`branch_kinds`."""
-        return [block.attn1 for block in getattr(self, self.block_list)]
+        return [getattr(block, self.attention_name) for block in getattr(self, self.block_list)]
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

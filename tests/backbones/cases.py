@@ -47,7 +47,6 @@ class Case:
         grids: the first is the one that the model is made for; the others are wide, tall and ragged.
         blocks: 4, along each axis.
         own: further arguments of our class.
-        unused: parameters of the stock class that its forward does not use.
         time_in_dtype: whether times have the dtype of the model.
     """
 
@@ -56,7 +55,6 @@ class Case:
     grids: tuple[Grid, ...]
     blocks: Grid
     own: dict[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
     time_in_dtype: bool = False
 
     @property
@@ -70,6 +68,10 @@ class Case:
     @property
     def stock_kind(self) -> str:
         return self.model.stock_attention
+
+    def attention(self, block: Any) -> Any:
+        """The self-attention of a block."""
+        return getattr(block, self.model.attention_name)
 
     def stock(self, **settings: Any) -> Any:
         model = self.model.stock(**{**self.settings, **settings})
@@ -204,7 +206,6 @@ CASES = {
             },
             grids=IMAGE_GRIDS,
             blocks=(2, 2),
-            unused=("pad_token",),
         ),
         Case(
             MHLAHunyuanDiT2DModel,

@@ -83,8 +83,8 @@ def test_blocks_and_processors_of_stock_layers_stay_stock(case: Case) -> None:
         assert isinstance(second, type(stock))
     else:
         assert type(second) is type(stock)
-    assert type(first.attn1.processor) is type(stock.attn1.processor)
-    assert isinstance(second.attn1.processor, MHLAAttnProcessor)
+    assert type(case.attention(first).processor) is type(case.attention(stock).processor)
+    assert isinstance(case.attention(second).processor, MHLAAttnProcessor)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "mhla"])
@@ -182,11 +182,17 @@ def test_a_training_step_reaches_every_parameter(model: Any, case: Case) -> None
     # In proportion to no gradient, as some are too small for a step of SGD.
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-2)
     sample(model, case.inputs(model, case.grids[3])).square().mean().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert set(without) == set(case.unused)
+    stock = case.stock()
+    sample(stock, case.inputs(stock, case.grids[0])).square().mean().backward()
+    # Such as a token for padding that is not used.
+    idle, without = (
+        {name for name, p in x.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        for x in (stock, model)
+    )
+    assert without <= idle
     optimizer.step()
-    unmoved = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
-    assert set(unmoved) == set(case.unused)
+    unmoved = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unmoved <= idle
 
 
 def test_checkpointing_keeps_gradients_with_grids_interleaved(case: Case) -> None:
