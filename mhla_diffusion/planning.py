@@ -296,11 +296,11 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
         for name, operators in counter.get_flop_counts().items()
         if name.startswith(prefix)
     }
-    # Lumina leaves the projection of the output to cross-attention.
-    projections = sum(counts.get(f"attn1.{name}", 0) for name in ("to_q", "to_k", "to_v", "to_out.0"))
-    operators = _count_operators(model, 0)[0] * (counts["attn1"] - projections)
+    attention = model.attention_name
+    projections = sum(flops for name, flops in counts.items() if name.startswith(f"{attention}."))
+    operators = _count_operators(model, 0)[0] * (counts[attention] - projections)
     return {
-        "layer": {name: flops for name, flops in counts.items() if "." not in name and name != "attn1"},
+        "layer": {name: flops for name, flops in counts.items() if "." not in name and name != attention},
         "projections": projections,
         "rest": counter.get_total_flops() - operators,
     }

@@ -175,7 +175,7 @@ def _recording(
     for name, module in model.named_modules():
         if isinstance(module, MHLA):
             hook: Callable[..., None] = functools.partial(before_mhla, name)
-        elif isinstance(module, _ATTENTION_LAYERS) and not isinstance(module.processor, MHLA):
+        elif _is_stock(module):
             hook = functools.partial(before_attention, name)
         else:
             continue
@@ -186,6 +186,13 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Tell layers of diffusers, without those of texts in Kandinsky, which name their parts otherwise."""
+    if not isinstance(module, _ATTENTION_LAYERS) or isinstance(module.processor, MHLA):
+        return False
+    return hasattr(module, "to_q")
 
 
 def _analyze_layer(

@@ -7,6 +7,7 @@ from .convert import convert_to_mhla
 from .cosmos import MHLACosmosTransformer3DModel
 from .dit import MHLADiTTransformer2DModel
 from .hunyuan_dit import MHLAHunyuanDiT2DModel
+from .kandinsky5 import MHLAKandinsky5Transformer3DModel
 from .latte import MHLALatteTransformer3DModel
 from .ltx_video import MHLALTXVideoTransformer3DModel
 from .lumina_next import MHLALuminaNextDiT2DModel
@@ -36,6 +37,7 @@ __all__ = [
     "MHLACosmosTransformer3DModel",
     "MHLADiTTransformer2DModel",
     "MHLAHunyuanDiT2DModel",
+    "MHLAKandinsky5Transformer3DModel",
     "MHLALTXVideoTransformer3DModel",
     "MHLALatteTransformer3DModel",
     "MHLALuminaNextDiT2DModel",

@@ -151,10 +151,14 @@ def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
 
     Those are cosines and sines of each pair, ``[N, d / 2]``; each of them twice, ``[N, d]`` or (Wan)
     ``[1, N, 1, d]``; for each head its own, ``[B, N, H d]`` (LTX); complex numbers ``[..., N, d / 2]``, also
-    in a dict (AnyFlow); or tables of each axis and positions in them (Allegro).
+    in a dict (AnyFlow); rotations ``[B, N, 1, d / 2, 2, 2]`` (Kandinsky); or tables of each axis and
+    positions in them (Allegro).
     """
     if isinstance(rotary_emb, dict):
         rotary_emb = rotary_emb["query"]
+    if isinstance(rotary_emb, Tensor) and not rotary_emb.is_complex():
+        rotary_emb = rotary_emb.transpose(1, 2)
+        return rotary_emb[..., 0, 0], rotary_emb[..., 1, 0]
     if isinstance(rotary_emb, Tensor):
         return rotary_emb.real.float(), rotary_emb.imag.float()
     if isinstance(rotary_emb[0], tuple):

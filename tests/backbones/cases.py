@@ -19,6 +19,7 @@ from mhla_diffusion import (
     MHLACosmosTransformer3DModel,
     MHLADiTTransformer2DModel,
     MHLAHunyuanDiT2DModel,
+    MHLAKandinsky5Transformer3DModel,
     MHLALatteTransformer3DModel,
     MHLALTXVideoTransformer3DModel,
     MHLALuminaNextDiT2DModel,
@@ -47,6 +48,8 @@ class Case:
         grids: the first is the one that the model is made for; the others are wide, tall and ragged.
         blocks: 4, along each axis.
         own: further arguments of our class.
+        projections: of queries and values.
+        keeps_float32: whether the stock class runs in another dtype only with what it keeps in float32.
         time_in_dtype: whether times have the dtype of the model.
     """
 
@@ -55,6 +58,8 @@ class Case:
     grids: tuple[Grid, ...]
     blocks: Grid
     own: dict[str, Any] = field(default_factory=dict)
+    projections: tuple[str, str] = ("to_q", "to_v")
+    keeps_float32: bool = False
     time_in_dtype: bool = False
 
     @property
@@ -74,7 +79,7 @@ class Case:
         return getattr(block, self.model.attention_name)
 
     def stock(self, **settings: Any) -> Any:
-        model = self.model.stock(**{**self.settings, **settings})
+        model = self.model.stock(**self._arguments(settings))
         randomize(model)
         return model.eval()
 
@@ -83,10 +88,26 @@ class Case:
 
     def make(self, *, mhla: dict[str, Any] | None = None, **settings: Any) -> Any:
         """Our model in eval mode; ``mhla`` are settings beside the blocks."""
-        arguments = {**self.settings, **self.own, "mhla_config": self.config(**(mhla or {})), **settings}
-        model = self.model(**arguments)
+        ours = {**self.own, "mhla_config": self.config(**(mhla or {}))}
+        model = self.model(**{**ours, **self._arguments(settings)})
         randomize(model)
         return model.eval()
+
+    def cast(self, model: Any, dtype: torch.dtype) -> None:
+        """Cast a model, in place."""
+        model.to(dtype)
+        kept = set(self.model._keep_in_fp32_modules if self.keeps_float32 else ())
+        for name, module in model.named_modules():
+            if kept & set(name.split(".")):
+                module.float()
+
+    def _arguments(self, settings: dict[str, Any]) -> dict[str, Any]:
+        arguments = {**self.settings, **settings}
+        layers = settings.get("num_layers")
+        if layers is None:
+            return arguments
+        del arguments["num_layers"]
+        return self.model.with_depth(arguments, layers)
 
     def kinds(self) -> dict[str, dict[str, Any]]:
         """Arguments of :meth:`make` for each kind of layer."""
@@ -129,7 +150,8 @@ def randomize(model: nn.Module) -> None:
 
 
 def sample(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, return_dict=False)[0]
+    output = model(**inputs, return_dict=False)
+    return output if isinstance(output, Tensor) else output[0]  # Kandinsky's is no tuple
 
 
 IMAGE_GRIDS: tuple[Grid, ...] = ((4, 4), (2, 8), (8, 2), (3, 5))
@@ -226,6 +248,17 @@ CASES = {
             },
             **VIDEO,
             time_in_dtype=True,
+        ),
+        Case(
+            MHLAKandinsky5Transformer3DModel,
+            {
+                "in_visual_dim": 3, "out_visual_dim": 3, "in_text_dim": 10, "in_text_dim2": 6, "time_dim": 8,
+                "model_dim": 24, "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2,
+                "axes_dims": [4, 4, 4],
+            },
+            **VIDEO,
+            projections=("to_query", "to_value"),
+            keeps_float32=True,
         ),
         Case(
             MHLAAllegroTransformer3DModel,

@@ -66,7 +66,7 @@ def test_layerwise_casting_stores_linear_layers_in_less(
     model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     expected = sample(model, case.inputs(model))
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    attn = getattr(model, case.layers)[0].attn1
+    attn = model.self_attention[0]
     assert {attn.to_q.weight.dtype, attn.processor.gate.weight.dtype} == {torch.bfloat16}
     assert attn.processor.mixing.dtype == torch.float32
     output = sample(model, case.inputs(model))

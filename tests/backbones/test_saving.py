@@ -58,7 +58,7 @@ for key, (name, folder, inputs, arguments) in ways.items():
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     with torch.no_grad():
         outcome[key] = {
-            "state": model.state_dict(), "output": model(**inputs, return_dict=False)[0], "info": info,
+            "state": model.state_dict(), "output": model(**inputs).sample, "info": info,
             "devices": {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]},
         }
 torch.save(outcome, results)
@@ -91,7 +91,7 @@ def saved_and_loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any
             model = case.make(**case.kinds()[how.kind])
             if how.train:
                 train(model, case.inputs(model))
-            model.to(how.dtype)
+            case.cast(model, how.dtype)
             inputs = case.inputs(model, case.grids[3], dtype=how.dtype)
             folder = root / f"{name}-{way.replace(' ', '_')}"
             model.save_pretrained(folder, **how.save)
@@ -148,7 +148,9 @@ def test_the_stock_class_refuses_linear_attention_or_warns_of_it(
             case.model.stock.from_pretrained(tmp_path)
         return
     case.model.stock.from_pretrained(tmp_path)
-    assert "attn1.processor.mixing" in caplog.text, "every weight that it drops is named"
+    assert f"{case.model.attention_name}.processor.mixing" in caplog.text, (
+        "every weight that it drops is named"
+    )
 
 
 def test_the_stock_class_opens_stock_layers(case: Case, tmp_path: Path) -> None:

@@ -137,6 +137,17 @@ CALLS = [
         {"scheduler": FlowMapEulerDiscreteScheduler()},
     ),
     Call(
+        "Kandinsky5T2VPipeline",
+        CASES["Kandinsky5"],
+        {
+            "prompt_embeds_qwen": TEXT, "negative_prompt_embeds_qwen": OTHER_TEXT,
+            "prompt_embeds_clip": torch.ones(1, 6), "negative_prompt_embeds_clip": torch.zeros(1, 6),
+            "prompt_cu_seqlens": torch.tensor([0, 6]), "negative_prompt_cu_seqlens": torch.tensor([0, 6]),
+            "height": 32, "width": 96, "num_frames": 9,
+        },
+        FLOW,
+    ),
+    Call(
         "Cosmos2TextToImagePipeline",
         CASES["Cosmos"],
         {**TEXTS, "height": 32, "width": 96},
