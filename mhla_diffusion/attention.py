@@ -8,7 +8,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,16 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .hedgehog import Hedgehog
 from .ops import (
     FEATURE_MAPS,
+    LOCAL_FORMS,
     MIXING_STARTS,
     NORMALIZERS,
     BlockLayout,
+    apply_rotary_emb,
     initial_mixing,
     mhla,
+    mhla_local,
     mhla_parallel,
+    offset_means,
+    relative_mixing,
     resize_mixing,
 )
+from .ops.composite import counted
 from .ops.features import RotaryEmbedding
 
 CONSTRAINTS = ("clamp", "softmax", "none")
@@ -34,6 +41,9 @@ CPE_STARTS = (None, "zero", "identity")
 
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
+
+# Settings that came later than stored configs: written where they are used, so that those stay the same.
+_LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,18 @@ class MHLAConfig:
         blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
             The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
         key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
-        feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`.
+        feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`; or
+            ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`.
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
         constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
             ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
         mixing_per_head: one mixing matrix per head instead of one for all.
+        mixing_relative: weights by the offset of blocks, see :func:`mhla_diffusion.ops.relative_mixing`.
+        local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
+            ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`.
+        center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
+            share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
             fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
         qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
@@ -70,6 +86,9 @@ class MHLAConfig:
     mixing_init: str = "locality"
     constraint: str = "clamp"
     mixing_per_head: bool = False
+    mixing_relative: bool = field(default=False, metadata=_LATER)
+    local: str | None = field(default=None, metadata=_LATER)
+    center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
     qk_norm: bool = False
     gate: bool = False
@@ -89,12 +108,15 @@ class MHLAConfig:
             if not counts or not all(_is_int(count) and count >= 1 for count in counts):
                 raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
-            "feature_map": FEATURE_MAPS,
+            "feature_map": (*FEATURE_MAPS, "hedgehog"),
+            "local": (None, *LOCAL_FORMS),
             "normalizer": NORMALIZERS,
             "mixing_init": MIXING_STARTS,
             "constraint": CONSTRAINTS,
             "cpe": CPE_STARTS,
             "mixing_per_head": (False, True),
+            "mixing_relative": (False, True),
+            "center_keys": (False, True),
             "qk_norm": (False, True),
             "gate": (False, True),
             "output_norm": (False, True),
@@ -104,15 +126,29 @@ class MHLAConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}"
                 )
+        self._check_local()
         if not 0 < self.eps < 1:
             raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
         if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
+    def _check_local(self) -> None:
+        for name in ("local", "mixing_relative"):
+            if getattr(self, name) and self.key_blocks is not None:
+                raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
+        if self.local and (self.normalizer != "paper" or self.blocks == 1):
+            raise ValueError(
+                f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
+                f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values (lists, not tuples), as they stand in a model's config.json."""
-        values = dataclasses.asdict(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not self._is_left_out(f)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def _is_left_out(self, setting: dataclasses.Field[Any]) -> bool:
+        return "later" in setting.metadata and getattr(self, setting.name) == setting.default
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
@@ -199,9 +235,15 @@ class MHLA(nn.Module):
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
         inner_dim = heads * head_dim
-        size = (layout.num_blocks, (key_layout or layout).num_blocks)
+        size: tuple[int, ...] = (layout.num_blocks, (key_layout or layout).num_blocks)
         per_head = (heads,) if config.mixing_per_head else ()
+        if config.mixing_relative:
+            size = (math.prod(2 * count - 1 for count in layout.blocks),)
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
+        learned = config.feature_map == "hedgehog"
+        self.feature_q = Hedgehog(heads, head_dim) if learned else None
+        self.feature_k = Hedgehog(heads, head_dim) if learned else None
+        self.local = nn.Parameter(torch.empty(heads)) if config.local else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.cpe = _cpe_conv(inner_dim, len(grid)) if config.cpe else None
@@ -227,9 +269,11 @@ class MHLA(nn.Module):
                 keys = math.prod(self.key_blocks)
                 mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
             self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
-        for norm in (self.norm_q, self.norm_k, self.norm):
-            if norm is not None:
-                norm.reset_parameters()
+        for part in (self.norm_q, self.norm_k, self.norm, self.feature_q, self.feature_k):
+            if part is not None:
+                part.reset_parameters()
+        if self.local is not None:
+            nn.init.zeros_(self.local)
         if self.cpe is not None:
             nn.init.zeros_(self.cpe.weight)
             assert self.cpe.bias is not None
@@ -243,6 +287,8 @@ class MHLA(nn.Module):
 
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
+        if self.config.mixing_relative:
+            mixing = offset_means(mixing, self.blocks)
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
@@ -250,7 +296,10 @@ class MHLA(nn.Module):
         """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
-        return self.mixing.softmax(-1) if self.config.constraint == "softmax" else self.mixing
+        mixing: Tensor = self.mixing
+        if self.config.mixing_relative:
+            mixing = relative_mixing(mixing, self.blocks)
+        return mixing.softmax(-1) if self.config.constraint == "softmax" else mixing
 
     @torch.no_grad()
     def take_mixing(self, other: MHLA) -> None:
@@ -266,7 +315,7 @@ class MHLA(nn.Module):
             (other.blocks, other.key_blocks or other.blocks),
             (self.blocks, self.key_blocks or self.blocks),
         )
-        if mixing.ndim > self.mixing.ndim:  # one for each head, to one for all
+        if mixing.ndim == 3 and not self.config.mixing_per_head:
             mixing = mixing.mean(0)
         if self.config.constraint == "clamp":
             mixing = mixing / mixing.max().clamp_min(1)
@@ -303,19 +352,26 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
         layout, key_layout, mixing = self.fit(grid, key_grid, device=q.device)
+        q, k = self.normed(q, k)
+        window = (q, k)
+        if self.local is not None and rotary_emb is not None:
+            window = (apply_rotary_emb(q, rotary_emb), apply_rotary_emb(k, rotary_emb))
+        q, k = self.features(q, k, key_mask)
+        if self.feature_q is not None and rotary_emb is not None:  # both halves turn alike
+            rotary_emb = (torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1))
         attend: Callable[..., Tensor]
-        if group is None:
-            attend = functools.partial(mhla, key_layout=key_layout)
-        else:
+        if group is not None:
             attend = self._attend_in_parts(layout, key_layout, group)
+        elif self.local is not None:
+            attend = functools.partial(self._attend_locally, window)
+        else:
+            attend = functools.partial(mhla, key_layout=key_layout)
         # Sums over all tokens can be too large for float16 where no denominator follows, but a norm.
         before_norm = self.norm is not None and v.dtype == torch.float16
         out = attend(
             q, k, v, mixing.to(q.device), layout,
-            feature_map=self.config.feature_map, normalizer=self.config.normalizer,
+            feature_map=self.operator_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
             dtype=torch.float32 if before_norm else None,
         )  # fmt: skip
@@ -331,14 +387,48 @@ class MHLA(nn.Module):
             out = out + _convolve(self.cpe, v, grid)
         return out
 
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Return True where parts beside the operator read the tokens of other ranks."""
+        return self.cpe is not None or self.local is not None or self.config.center_keys
+
+    @property
+    def operator_map(self) -> str:
+        """Feature map inside the operator, behind :meth:`features`."""
+        # Learned features are positive, and relu leaves them as they are, plus eps.
+        return "relu" if self.feature_q is not None else self.config.feature_map
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys ``[B, H, N, d]`` behind their norms."""
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k
+
+    def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return normed queries and keys as the operator gets them: centred, in learned features."""
+        if self.config.center_keys:
+            count = k.shape[2] if key_mask is None else key_mask.sum(1).clamp_min(1)[:, None, None, None]
+            k = k - counted(k, key_mask).sum(2, keepdim=True) / count
+        if self.feature_q is not None and self.feature_k is not None:
+            q, k = self.feature_q(q), self.feature_k(k)
+        return q, k
+
+    def _attend_locally(
+        self, window: tuple[Tensor, Tensor], *tensors: Any, normalizer: str, dtype: Any, **settings: Any
+    ) -> Tensor:
+        """The operator with a softmax window."""
+        assert self.local is not None
+        assert self.config.local is not None
+        return mhla_local(*tensors, window=window, weight=self.local, form=self.config.local, **settings)
+
     def _attend_in_parts(
         self, layout: BlockLayout, key_layout: BlockLayout | None, group: dist.ProcessGroup
     ) -> Callable[..., Tensor]:
         """The operator over the ranks of a group."""
-        if key_layout is not None or self.cpe is not None:
+        if key_layout is not None or self.needs_all_tokens:
             raise ValueError(
-                "over ranks MHLA has no cross-attention and no convolution on v (cpe), which would read the "
-                "tokens of other ranks"
+                "over ranks MHLA has no cross-attention, no convolution on v (cpe), no local window and no "
+                "center_keys, which would read the tokens of other ranks"
             )
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         share, longer = divmod(layout.num_tokens, ranks)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
-from .backbones.model import layer_attention
+from .backbones.model import layer_settings
 from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
@@ -49,7 +49,8 @@ class Plan:
         layout: the grid of tokens and its blocks.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe: whether linear layers have an output gate, and a convolution on v.
+        gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
+            window, and learned features, which are twice as wide.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -69,6 +70,8 @@ class Plan:
     linear_layers: int
     gate: bool
     cpe: bool
+    local: bool
+    hedgehog: bool
     layer: dict[str, int]
     projections: int
     rest: int
@@ -81,13 +84,20 @@ class Plan:
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
+        Learned features double the linear forms and add ``4 N d^2 H``; a softmax window of n tokens adds
+        ``4 N n d H``.
         Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads * self.grids
         mixing = 2 * self.layout.num_blocks**2 if attention == "mhla" and self.layout.num_blocks > 1 else 0
-        return (4 * tokens + mixing) * d**2 * self.heads * self.grids
+        flops = (4 * tokens + mixing) * d**2
+        if self.hedgehog:
+            flops = 2 * flops + 4 * tokens * d**2
+        if self.local and attention == "mhla":
+            flops += 4 * tokens * math.prod(self.layout.block_shape) * d
+        return flops * self.heads * self.grids
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
@@ -110,6 +120,14 @@ class Plan:
             layer["attention operator"] + layer["gate and convolution"]
         )
 
+    def with_config(self, config: MHLAConfig) -> Plan:
+        """Return the plan of the same model and size with these settings in its linear layers."""
+        layout = config.layout(self.layout.grid)
+        return replace(
+            self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
+            local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
+        )  # fmt: skip
+
     @property
     def _fixed_flops(self) -> int:
         others = self.operators - self.linear_operators
@@ -129,13 +147,15 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """Speed-up of the whole model if linear attention, gate and convolution cost nothing."""
+        """Speed-up of the whole model if linear attention and what is beside it cost nothing."""
         return self.model_flops("softmax") / self._fixed_flops
 
     @property
     def mixing_share(self) -> float:
         """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        return 1 - self.operator_flops("linear") / self.operator_flops("mhla")
+        blocks = self.layout.num_blocks
+        mixing = 2 * blocks**2 if blocks > 1 else 0
+        return mixing / (4 * self.layout.num_tokens + mixing)
 
     @property
     def operator_bytes(self) -> int:
@@ -163,6 +183,8 @@ def plan(
     blocks: int | tuple[int, ...] | None = None,
     gate: bool | None = None,
     cpe: bool | None = None,
+    local: bool | None = None,
+    hedgehog: bool | None = None,
     linear_layers: int | None = None,
     vae_stride: int | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
@@ -179,6 +201,8 @@ def plan(
         blocks: number in all or along each axis; by default the model's own, else the recommended ones.
         gate: whether MHLA has an output gate; by default as in the model's config, else no.
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
+        local: whether MHLA has a softmax window; by default as in the model's config, else no.
+        hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
             stock model comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, models of
@@ -198,7 +222,10 @@ def plan(
     grid = token_grid(
         transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
     )
-    given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
+    given = {
+        "blocks": blocks, "gate": gate, "cpe": cpe, "local": local, "hedgehog": hedgehog,
+        "linear_layers": linear_layers,
+    }  # fmt: skip
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
     if not 1 <= settings["linear_layers"] <= num_layers:
@@ -253,6 +280,11 @@ def load_model_config(model: str) -> dict[str, Any]:
     return {**config, "_class_name": ours.stock.__name__}
 
 
+def count_parameters(model: str) -> int:
+    """Count the parameters of a model with its stock attention; see :func:`load_model_config`."""
+    return sum(weight.numel() for weight in _stock_model(load_model_config(model)).parameters())
+
+
 def _stock_model(config: dict[str, Any]) -> Any:
     """Our form of a model with its stock attention in every layer, on the meta device."""
     ours = backbone_of_config(config)
@@ -264,17 +296,23 @@ def _stock_model(config: dict[str, Any]) -> Any:
 
 
 def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Read what the stored config says of MHLA; a stock model becomes linear throughout."""
+    """Read what the stored config says of MHLA in its first linear layer; a stock model becomes linear."""
     num_layers, stock = len(model.layer_attention), model.stock_attention
-    mhla = MHLAConfig.from_dict(dict(stored.get("mhla_config") or {}))
-    kinds = layer_attention(stored.get("attention", stock), mhla.layers, num_layers, stock=stock)
-    if set(kinds) == {stock}:
-        return {"linear_layers": num_layers, "blocks": None, "gate": False, "cpe": False}
+    kinds, configs = layer_settings(
+        stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
+    )
+    linear = [number for number, kind in enumerate(kinds) if kind != stock]
+    mhla = configs[linear[0] if linear else 0]
+    if not linear:
+        none = dict.fromkeys(("gate", "cpe", "local", "hedgehog"), False)
+        return {"linear_layers": num_layers, "blocks": None, **none}
     return {
         "linear_layers": num_layers - kinds.count(stock),
         "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
+        "local": mhla.local is not None,
+        "hedgehog": mhla.feature_map == "hedgehog",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,16 +149,31 @@ def _attention(transformer: Any) -> dict[str, str]:
     counts = ", ".join(f"{kind} in {count} of {len(kinds)} layers" for kind, count in Counter(kinds).items())
     if not hasattr(transformer, "mixing_blocks") or set(kinds) == {"softmax"}:
         return {"attention": counts}
-    config = MHLAConfig.from_dict(dict(transformer.config.mhla_config)).to_dict()
-    changed = [
-        f"{key} = {config[key]}" for key, value in MHLAConfig().to_dict().items() if config[key] != value
+    stored = transformer.config.mhla_config
+    choices = stored if isinstance(stored, (list, tuple)) else [stored] * len(kinds)
+    # What layers with stock attention have is not used.
+    used = [
+        choice for choice, kind in zip(choices, kinds, strict=True) if kind != transformer.stock_attention
     ]
+    configs = [MHLAConfig.from_dict(dict(choice)).to_dict() for choice in used]
     return {
         "attention": counts,
         "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
-        "feature map, normalizer": f"{config['feature_map']}, {config['normalizer']}",
-        "settings that are not the default": ", ".join(changed) or "none",
+        "feature map, normalizer": _distinct(f"{c['feature_map']}, {c['normalizer']}" for c in configs),
+        "settings that are not the default": _distinct(map(_changed, configs)),
     }
+
+
+def _changed(config: Mapping[str, Any]) -> str:
+    """What is not the default."""
+    defaults = MHLAConfig().to_dict()
+    changed = [f"{key} = {value}" for key, value in config.items() if defaults.get(key, not value) != value]
+    return ", ".join(changed) or "none"
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    """Texts of the layers, each once."""
+    return "; ".join(dict.fromkeys(texts))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

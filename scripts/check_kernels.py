@@ -84,7 +84,7 @@ FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
 # Instructions that warps may issue in the loop for each token and head, at compute capability 9.0.
 BUDGET = {
     (case.name, name): budget
-    for case, budgets in ((DIT, (65, 60, 55, 85, 85, 80, 125)), (WAN, (65, 65, 60, 75, 95, 85, 110)))
+    for case, budgets in ((DIT, (65, 60, 55, 125, 85, 80, 140)), (WAN, (65, 65, 60, 85, 95, 85, 120)))
     for name, budget in zip(ALL, budgets, strict=True)
 }
 # Bytes a thread, within which nothing of a loop is.
@@ -149,7 +149,11 @@ def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    stages = {name: value for name, value in launch.options.items() if name in ("num_warps", "num_stages")}
+    stages = {
+        name: value
+        for name, value in launch.options.items()
+        if name in ("num_warps", "num_stages", "maxnreg")
+    }
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, values[parameter.name]

@@ -16,13 +16,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_diffusion import MHLA, MHLAConfig
-from mhla_diffusion.ops import BlockLayout, initial_mixing, mhla_reference, resize_mixing
+from mhla_diffusion.ops import (
+    BlockLayout,
+    apply_rotary_emb,
+    initial_mixing,
+    mhla_local_reference,
+    mhla_reference,
+    relative_mixing,
+    resize_mixing,
+)
 
 AssertClose = Callable[..., None]
 
 FULL = MHLAConfig(
-    blocks=(2, 3), feature_map="elu", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
-    cpe="zero", gate=True, output_norm=True, layers=(0, 2),
+    blocks=(2, 3), feature_map="hedgehog", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
+    mixing_relative=True, local="gate", center_keys=True, cpe="zero", gate=True, output_norm=True,
+    layers=(0, 2),
 )  # fmt: skip
 
 
@@ -30,6 +39,11 @@ def test_config_survives_json() -> None:
     assert MHLAConfig.from_json(FULL.to_json()) == FULL
     assert MHLAConfig.from_json(MHLAConfig().to_json()) == MHLAConfig()
     assert json.loads(FULL.to_json())["blocks"] == [2, 3]
+
+
+def test_settings_that_came_later_are_written_where_they_are_used() -> None:
+    assert {"local", "center_keys", "mixing_relative"}.isdisjoint(MHLAConfig().to_dict())
+    assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
 
 
 def test_config_is_frozen() -> None:
@@ -44,11 +58,20 @@ def test_config_is_frozen() -> None:
         ({"blocks": 0}, r"blocks must be an integer >= 1"),
         ({"blocks": (2, 0)}, r"blocks must be an integer >= 1"),
         ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
-        ({"feature_map": "exp"}, r"feature_map must be one of 'relu', 'elu', 'softmax', got 'exp'"),
+        (
+            {"feature_map": "exp"},
+            r"feature_map must be one of 'relu', 'elu', 'softmax', 'hedgehog', got 'exp'",
+        ),
         ({"normalizer": "paper "}, r"normalizer must be one of"),
         ({"mixing_init": "random"}, r"mixing_init must be one of"),
         ({"constraint": "sigmoid"}, r"constraint must be one of"),
         ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
+        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', got 'sum'"),
+        ({"local": "gate", "blocks": 1}, r"local 'gate' needs normalizer 'paper' and several blocks"),
+        ({"local": "gate", "normalizer": "none"}, r"got normalizer 'none' and blocks 16"),
+        ({"local": "gate", "key_blocks": 2}, r"local is for self-attention"),
+        ({"mixing_relative": True, "key_blocks": 2}, r"mixing_relative is for self-attention"),
+        ({"center_keys": 1.5}, r"center_keys must be one of False, True"),
         ({"gate": "yes"}, r"gate must be one of False, True"),
         ({"eps": 0.0}, r"eps must lie between 0 and 1"),
         ({"layers": (0, -1)}, r"layers must be None or layer numbers"),
@@ -93,6 +116,63 @@ def test_parts_for_fine_tuning_start_as_no_change(addition: dict[str, Any]) -> N
     extended, _, _ = make_module(MHLAConfig(blocks=4, **addition))
     arguments: dict[str, Any] = {"grid": (4, 6), "hidden_states": x}
     torch.testing.assert_close(extended(q, k, v, **arguments), plain(q, k, v, **arguments))
+
+
+@pytest.mark.parametrize("local", ["shared", "gate"])
+def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: AssertClose, local: str) -> None:
+    config = MHLAConfig(
+        blocks=(2, 2), feature_map="hedgehog", center_keys=True, local=local, mixing_relative=True,
+        mixing_per_head=True, qk_norm=True,
+    )  # fmt: skip
+    module, (q, k, v), _ = make_module(config)
+    assert module.feature_q is not None
+    assert module.feature_k is not None
+    assert module.local is not None
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 1)
+    angles = torch.rand(24, 3)
+    rotary = (angles.cos(), angles.sin())
+    q0, k0 = (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    q0, k0 = q0 * module.norm_q.weight.double(), k0 * module.norm_k.weight.double()  # type: ignore[union-attr]
+    centred = k0 - k0.mean(2, keepdim=True)
+    features = []
+    for x, part in ((q0, module.feature_q), (centred, module.feature_k)):
+        y = torch.einsum("bhnd,hed->bhne", x, part.weight.double())
+        features.append(torch.cat((y.softmax(-1), (-y).softmax(-1)), -1))
+    assert module.mixing is not None
+    assert module.mixing.shape == (2, 9)
+    doubled = (torch.cat((rotary[0],) * 2, -1), torch.cat((rotary[1],) * 2, -1))
+    expected = mhla_local_reference(
+        *features, v, relative_mixing(module.mixing, (2, 2)), BlockLayout((4, 6), (2, 2)),
+        window=(apply_rotary_emb(q0, rotary), apply_rotary_emb(k0, rotary)), weight=module.local, form=local,
+        rotary_emb=doubled,
+    )  # fmt: skip
+    out = module(q, k, v, grid=(4, 6), rotary_emb=rotary)
+    assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
+
+
+def test_centred_keys_leave_out_what_is_masked() -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, center_keys=True))
+    mask = torch.rand(2, 24) < 0.7
+    out = module(q, k, v, grid=(4, 6), key_mask=mask)
+    shifted = torch.where(mask[:, None, :, None], k + 3, torch.nan)
+    torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("constraint", ["clamp", "softmax", "none"])
+def test_relative_mixing_starts_near_the_start_and_is_resized(constraint: str) -> None:
+    config = MHLAConfig(blocks=(3, 4), mixing_relative=True, constraint=constraint)
+    module, (q, k, v), _ = make_module(config, (6, 8))
+    start = initial_mixing(BlockLayout((3, 4), (3, 4)), "locality")
+    assert module.mixing is not None
+    assert module.mixing.shape == (35,)
+    matrix = module.mixing_matrix()
+    assert (matrix - start).norm() < 0.5 * start.norm()
+    assert module(q, k, v, grid=(6, 8)).isfinite().all()
+    other = MHLA(MHLAConfig(blocks=(2, 2), mixing_relative=True), heads=2, head_dim=6, grid=(6, 8))
+    other.take_mixing(module)
+    resized = resize_mixing(matrix, BlockLayout((3, 4), (3, 4)), BlockLayout((2, 2), (2, 2)))
+    torch.testing.assert_close(other.mixing_matrix().diagonal(), resized.diagonal().mean().expand(4))
 
 
 def test_identity_cpe_adds_v() -> None:

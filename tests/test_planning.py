@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion import MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from mhla_diffusion import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
 from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
@@ -172,6 +172,20 @@ def test_parts_of_a_wan_layer_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert found["cross-attention"] == queries + text + image + scores
     assert found["feed-forward"] == 4 * tokens * width * 40
     assert "modulation" not in found  # a table, not a layer
+
+
+def test_learned_features_and_windows_are_counted() -> None:
+    plain = plan("DiT-XL/2", 512, 512, blocks=16)
+    tokens, heads, d = 32 * 32, 16, 72
+    base = (4 * tokens + 2 * 16**2) * d**2 * heads
+    assert plain.operator_flops("mhla") == base
+    learned = plain.with_config(MHLAConfig(blocks=16, feature_map="hedgehog"))
+    assert learned.operator_flops("mhla") == 2 * base + 4 * tokens * d**2 * heads
+    windowed = plan("DiT-XL/2", 512, 512, blocks=16, local=True)
+    assert windowed == plain.with_config(MHLAConfig(blocks=16, local="gate"))
+    assert windowed.operator_flops("mhla") == base + 4 * tokens * 64 * d * heads
+    assert windowed.operator_flops("linear") == plain.operator_flops("linear")
+    assert windowed.mixing_share == plain.mixing_share
 
 
 @pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])

@@ -50,12 +50,25 @@ class MixingAudit:
 
 
 def attention_matrices(
-    q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, rotary_emb: Any, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    rotary_emb: Any,
+    options: dict[str, Any],
+    features: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield for each attention the matrix that acts on values, and the positive one whose rows sum to 1."""
+    """Yield for each attention the matrix that acts on values, and the positive one whose rows sum to 1.
+
+    ``features`` are what linear attention gets in place of q and k.
+    """
     turned = [q, k] if rotary_emb is None else [apply_rotary_emb(x, rotary_emb) for x in (q, k)]
     softmax = (turned[0] @ turned[1].mT / math.sqrt(q.shape[-1])).softmax(-1)[0, 0]
     yield "softmax", (softmax, softmax)
+    if features is not None:
+        q, k = features
+    if rotary_emb is not None and q.shape[-1] != 2 * rotary_emb[0].shape[-1]:  # learned features, two halves
+        rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
     # The operator on values that are a unit matrix is its matrix.
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     whole = BlockLayout(layout.grid, (1,) * len(layout.grid))

@@ -151,10 +151,7 @@ def _recording(
 
     def before_mhla(name: str, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("key_grid") is None:
-            q, k = args[:2]
-            if module.norm_q is not None and module.norm_k is not None:
-                q, k = module.norm_q(q), module.norm_k(k)
-            note(name, module, q, k, kwargs)
+            note(name, module, *module.normed(*args[:2]), kwargs)
 
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = our_arguments(attn, args, kwargs)
@@ -202,9 +199,11 @@ def _analyze_layer(
     rotary_emb = kwargs.get("rotary_emb")
     options: dict[str, Any] = {}
     audit = picture = None
+    features = (q, k)
     if isinstance(module, MHLA):
         layout, _, mixing = module.fit(tuple(kwargs["grid"]))
-        options = {"feature_map": module.config.feature_map, "eps": module.config.eps}
+        options = {"feature_map": module.operator_map, "eps": module.config.eps}
+        features = module.features(q, k)
         kind = "linear" if module.mixing is None else "mhla"
         if module.mixing is not None:
             audit = audit_mixing(mixing, initial_mixing(layout, module.config.mixing_init))
@@ -218,11 +217,11 @@ def _analyze_layer(
     pairs = pairs[:: -(-len(pairs) // max_matrices)]
     found: dict[str, list[MatrixStatistics]] = {"softmax": [], "linear": [], "mhla": []}
     for b, h in pairs:
-        one_q, one_k = (x[b : b + 1, h : h + 1].double() for x in (q, k))
+        one_q, one_k, *mapped = (x[b : b + 1, h : h + 1].double() for x in (q, k, *features))
         tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
         weights = mixing[h] if mixing.ndim == 3 else mixing
         for attention, matrices in attention_matrices(
-            one_q, one_k, weights.to(q.device), layout, tables, options
+            one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1])
         ):
             found[attention].append(matrix_statistics(*matrices))
     return LayerAnalysis(

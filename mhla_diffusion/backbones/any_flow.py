@@ -22,7 +22,8 @@ class MHLAAnyFlowTransformer3DModel(RotaryVideoMixin, AnyFlowTransformer3DModel)
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
         sample_grid: as for :class:`MHLAWanTransformer3DModel`.
 
     Raises:

@@ -6,13 +6,17 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from ..attention import MHLAConfig
+from .model import AttentionChoice, ConfigChoice
 from .rebuild import rebuild
 from .registry import backbone_of, stock_names
 
 
 def convert_to_mhla(
-    model: ModelMixin, config: MHLAConfig | dict[str, Any] | None = None, *, output_loading_info: bool = False
+    model: ModelMixin,
+    config: ConfigChoice = None,
+    *,
+    attention: AttentionChoice = "mhla",
+    output_loading_info: bool = False,
 ) -> Any:
     """Put MHLA into the layers of a stock model that ``config.layers`` names (all by default).
 
@@ -25,7 +29,8 @@ def convert_to_mhla(
         model: of a class that has an MHLA form, or an MHLA model to be given another config. Then mixing
             matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
             that both configs ask for.
-        config: an :class:`MHLAConfig` or its dict.
+        config: an :class:`MHLAConfig` or its dict, or one for each layer.
+        attention: of all layers that ``config.layers`` names or, as a list, of each layer.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
 
     Returns:
@@ -38,5 +43,5 @@ def convert_to_mhla(
     target = backbone_of(model)
     if target is None:
         raise ValueError(f"no MHLA form of {type(model).__name__}; those that have one: {stock_names()}")
-    converted, info = rebuild(model, target, attention="mhla", mhla_config=config)
+    converted, info = rebuild(model, target, attention=attention, mhla_config=config)
     return (converted, info) if output_loading_info else converted

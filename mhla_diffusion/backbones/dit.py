@@ -65,7 +65,8 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
 
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.

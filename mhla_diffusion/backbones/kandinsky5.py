@@ -57,7 +57,8 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
         sample_grid: tokens along frames, height and width that the model is made for; by default that of 121
             frames of 512 x 768 pixels.
 

@@ -34,7 +34,8 @@ ATTENTIONS = ("mhla", "linear", "softmax")
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 AttentionChoice = str | Sequence[str]
-ConfigChoice = MHLAConfig | dict[str, Any] | None
+OneConfig = MHLAConfig | dict[str, Any] | None
+ConfigChoice = OneConfig | Sequence[OneConfig]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,21 @@ class LayerPlan:
     Args:
         attention: as it was asked for.
         kinds: ``"mhla"``, ``"linear"`` or ``"softmax"``, by layer.
-        config: of the linear layers.
+        configs: by layer; those of layers with stock attention do not count.
+        shared: whether one config was given for all.
         grid: tokens along each axis that the model is made for.
     """
 
     attention: AttentionChoice
     kinds: list[str]
-    config: MHLAConfig
+    configs: list[MHLAConfig]
     grid: Grid
+    shared: bool = True
+
+    @property
+    def registered(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Config, or those of the layers, as plain values."""
+        return self.configs[0].to_dict() if self.shared else [config.to_dict() for config in self.configs]
 
 
 class MHLAModelMixin(ModelMixin):
@@ -142,11 +150,11 @@ class MHLAModelMixin(ModelMixin):
         Raises:
             ValueError: for what does not fit together; the message says what and what to do.
         """
-        config, grid = as_config(mhla_config), tuple(grid)
-        kinds = layer_attention(attention, config.layers, num_layers, stock=cls.stock_attention)
-        if "mhla" in kinds:
+        grid = tuple(grid)
+        kinds, configs = layer_settings(attention, mhla_config, num_layers, stock=cls.stock_attention)
+        for config in dict.fromkeys(c for kind, c in zip(kinds, configs, strict=True) if kind == "mhla"):
             check_blocks(config, grid)
-        return LayerPlan(attention, kinds, config, grid)
+        return LayerPlan(attention, kinds, configs, grid, not isinstance(mhla_config, (list, tuple)))
 
     def build(self, stock: dict[str, Any], plan: LayerPlan) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
@@ -160,17 +168,19 @@ class MHLAModelMixin(ModelMixin):
     def set_attention(self, plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
-        for layer, kind in zip(self.self_attention, plan.kinds, strict=True):
-            self.set_layer(layer, kind, plan)
+        for number, layer in enumerate(self.self_attention):
+            self.set_layer(layer, number, plan)
         self.register_to_config(
             attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
-            mhla_config=plan.config.to_dict(),
+            mhla_config=plan.registered,
         )
 
-    def set_layer(self, layer: Any, kind: str, plan: LayerPlan) -> None:
-        """Put attention of this kind into one self-attention layer."""
+    def set_layer(self, layer: Any, number: int, plan: LayerPlan) -> None:
+        """Put the attention of layer ``number`` into one self-attention layer."""
+        kind, config = plan.kinds[number], plan.configs[number]
+        layer.layer_number = number  # for who goes over the layers, whatever they are called
         if kind != self.stock_attention:
-            config = plan.config if kind == "mhla" else dataclasses.replace(plan.config, blocks=1)
+            config = config if kind == "mhla" else dataclasses.replace(config, blocks=1)
             processor = MHLAAttnProcessor(
                 config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
                 query_dim=layer.to_q.in_features,
@@ -210,8 +220,8 @@ class MHLAModelMixin(ModelMixin):
         ``ulysses_anything=True``.
 
         Raises:
-            ValueError: for layers with softmax attention, a convolution on v, or the normalizer
-                ``"official"``, which need the tokens of other ranks.
+            ValueError: for layers with softmax attention or a softmax window, a convolution on v, centred
+                keys, or the normalizer ``"official"``, which need the tokens of other ranks.
         """
         if getattr(config, "context_parallel_config", config) and not isinstance(
             config, TensorParallelConfig
@@ -222,12 +232,12 @@ class MHLAModelMixin(ModelMixin):
     def _check_context_parallel(self) -> None:
         mhla = [module for module in self.modules() if isinstance(module, MHLA)]
         if self.stock_attention in self.layer_attention or any(
-            module.cpe is not None or module.config.normalizer == "official" for module in mhla
+            module.needs_all_tokens or module.config.normalizer == "official" for module in mhla
         ):
             raise ValueError(
-                "context parallelism needs linear attention in every layer, without cpe and with normalizer "
-                f"'paper' or 'none'; this model has {', '.join(self.layer_attention)} and "
-                f"mhla_config {self.config.mhla_config}"
+                "context parallelism needs linear attention in every layer, without cpe, local and "
+                f"center_keys, and with normalizer 'paper' or 'none'; this model has "
+                f"{', '.join(self.layer_attention)} and mhla_config {self.config.mhla_config}"
             )
 
     @classmethod
@@ -322,17 +332,43 @@ class RotaryVideoMixin(MHLAModelMixin):
         return torch.randn(batch_size, channels, *sizes, generator=generator)
 
 
-def as_config(mhla_config: ConfigChoice) -> MHLAConfig:
+def as_config(mhla_config: OneConfig) -> MHLAConfig:
     """Return the config of what a model's argument may be."""
     if mhla_config is None:
         return MHLAConfig()
     return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
 
 
-def _other_blocks(stored: dict[str, Any] | None, wanted: MHLAConfig | dict[str, Any] | None) -> bool:
+def _as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:
+    choices: Any = mhla_config if isinstance(mhla_config, (list, tuple)) else [mhla_config]
+    return [as_config(choice) for choice in choices]
+
+
+def layer_settings(
+    attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, *, stock: str = "softmax"
+) -> tuple[list[str], list[MHLAConfig]]:
+    """Return attention and config of each layer; see :func:`layer_attention`.
+
+    Raises:
+        ValueError: for a list of configs of the wrong length, or in which one names layers; and what
+            :func:`layer_attention` refuses.
+    """
+    configs = _as_configs(mhla_config)
+    if not isinstance(mhla_config, (list, tuple)):
+        return layer_attention(attention, configs[0].layers, num_layers, stock=stock), configs * num_layers
+    if len(configs) != num_layers or any(config.layers is not None for config in configs):
+        raise ValueError(
+            f"mhla_config is a list of {len(configs)} configs, but the model has {num_layers} layers: give "
+            "one for each, without layers, and name their attention as a list"
+        )
+    return layer_attention(attention, None, num_layers, stock=stock), configs
+
+
+def _other_blocks(stored: ConfigChoice, wanted: ConfigChoice) -> bool:
     if stored is None or wanted is None:
         return False
-    return as_config(stored).blocks != as_config(wanted).blocks
+    before, after = ([c.blocks for c in _as_configs(choice)] for choice in (stored, wanted))
+    return before != after and not (len(after) == 1 and set(before) == set(after))
 
 
 def attentions_of(stock: str) -> tuple[str, ...]:

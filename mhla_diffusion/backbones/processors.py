@@ -74,7 +74,7 @@ class MHLAAttnProcessor(MHLA):
             return attend(q, k, split_heads(v, attn), hidden_states=hidden_states)
 
         projected = *_project(attn, hidden_states, source), hidden_states
-        extras = any((attn.norm_q, self.norm_q, self.norm, self.gate))
+        extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
         if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the

@@ -24,7 +24,8 @@ class MHLASanaVideoTransformer3DModel(RotaryVideoMixin, SanaVideoTransformer3DMo
     Args:
         attention: ``"mhla"`` or ``"linear"`` (SanaVideo's own), for all layers that ``mhla_config.layers``
             names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
         sample_grid: as for :class:`MHLAWanTransformer3DModel`.
 
     Raises:

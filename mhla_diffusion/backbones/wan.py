@@ -42,7 +42,8 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
         sample_grid: tokens along frames, height and width that the model is made for. Only a number of blocks
             in all depends on it. By default that of 81 frames of 480 x 832 pixels.
 
@@ -53,6 +54,8 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Wan2.1-1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         "Wan2.1-14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+        # Each of its two.
+        "Wan2.2-A14B": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
     }
 
     @after(WanTransformer3DModel)

@@ -24,7 +24,8 @@ class MHLAWanVACETransformer3DModel(RotaryVideoMixin, WanVACETransformer3DModel)
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
             ``mhla_config.layers`` names or, as a list, for each layer.
-        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict; the defaults when None.
+        mhla_config: an :class:`~mhla_diffusion.MHLAConfig` or its dict, or one for each layer; the
+            defaults when None.
         sample_grid: as for :class:`MHLAWanTransformer3DModel`.
 
     Raises:
@@ -47,8 +48,8 @@ class MHLAWanVACETransformer3DModel(RotaryVideoMixin, WanVACETransformer3DModel)
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
         plan = self.build_video(stock, attention, mhla_config, sample_grid)
-        for block, kind in zip(self.vace_blocks, self.branch_kinds(plan.kinds), strict=True):
-            self.set_layer(block.attn1, kind, plan)
+        for block, number in zip(self.vace_blocks, self.config.vace_layers, strict=True):
+            self.set_layer(block.attn1, number, plan)
 
     @classmethod
     def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -61,6 +61,19 @@ MHLA = Command(
                 _lines(images="PNG files in class folders", videos="MP4 files with captions.csv"),
             ),
         },
+        "convert a trained softmax model": {
+            "linearize": Command("all of it: align, choose, distil, report; interrupted, it goes on"),
+            "align": Command("train each layer alone, in every candidate form, to give the teacher's output"),
+            "choose": Command("the form of each layer within a budget, and the student of them"),
+            "experiment": Command(
+                "what conversion loses, over seeds, with tables",
+                _lines(conversion="train a teacher, convert it in every way, and compare"),
+            ),
+            "report": Command(
+                "what was lost and won, on a page",
+                _lines(conversion="a teacher, and its students plain, aligned and distilled"),
+            ),
+        },
         "train": {
             "train-image": Command("train a class-conditional image model"),
             "train-video": Command("train a text-to-video model"),
@@ -82,6 +95,7 @@ MHLA = Command(
                     vbench="copy generated videos into the layout that VBench reads",
                 ),
             ),
+            "compare-attention": Command("variants of attention on one task, over seeds, as a page"),
             "analyze": Command("rank, entropy and mixing of a model's attention, as a report"),
         },
     },

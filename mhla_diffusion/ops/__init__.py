@@ -4,12 +4,22 @@ from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout, recommended_layout
 from .mhla import mhla
-from .mixing import MIXING_STARTS, block_distances, initial_mixing, locality_mixing, resize_mixing
+from .mixing import (
+    MIXING_STARTS,
+    block_distances,
+    initial_mixing,
+    locality_mixing,
+    offset_means,
+    relative_mixing,
+    resize_mixing,
+)
 from .parallel import exchanged_bytes, mhla_parallel
-from .reference import mhla_causal_reference, mhla_reference
+from .reference import mhla_causal_reference, mhla_local_reference, mhla_reference
+from .window import LOCAL_FORMS, mhla_local, window_attention
 
 __all__ = [
     "FEATURE_MAPS",
+    "LOCAL_FORMS",
     "MIXING_STARTS",
     "NORMALIZERS",
     "BlockLayout",
@@ -22,8 +32,13 @@ __all__ = [
     "mhla",
     "mhla_causal",
     "mhla_causal_reference",
+    "mhla_local",
+    "mhla_local_reference",
     "mhla_parallel",
     "mhla_reference",
+    "offset_means",
     "recommended_layout",
+    "relative_mixing",
     "resize_mixing",
+    "window_attention",
 ]

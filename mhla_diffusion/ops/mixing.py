@@ -70,6 +70,46 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
+def relative_mixing(weights: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Mixing matrix that depends on the offset of blocks alone, ``W[i, j] = w[i - j]`` (Toeplitz).
+
+    Args:
+        weights: w, ``[..., (2 a - 1)(2 b - 1)...]``, in the order of the offsets of each axis,
+            ``1 - a`` to ``a - 1``.
+        blocks: along each axis, ``(a, b, ...)``.
+
+    Returns:
+        ``[..., M, M]``.
+    """
+    return weights[..., _offsets(blocks, weights.device)]
+
+
+def offset_means(mixing: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Weights of :func:`relative_mixing` nearest to a matrix: the mean over all pairs of the same offset.
+
+    Args:
+        mixing: ``[..., M, M]``.
+        blocks: along each axis.
+
+    Returns:
+        ``[..., (2 a - 1)(2 b - 1)...]``.
+    """
+    offsets = _offsets(blocks, mixing.device).flatten()
+    counts = offsets.bincount()
+    sums = mixing.new_zeros(*mixing.shape[:-2], len(counts)).index_add(-1, offsets, mixing.flatten(-2))
+    return sums / counts
+
+
+def _offsets(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Number of the offset of each pair of blocks, ``[M, M]``."""
+    axes = [torch.arange(count, device=device) for count in blocks]
+    number = torch.zeros((), dtype=torch.int64, device=device)
+    for position, count in zip(torch.meshgrid(*axes, indexing="ij"), blocks, strict=True):
+        along = position.flatten()
+        number = number * (2 * count - 1) + along[:, None] - along + count - 1
+    return number
+
+
 def resize_mixing(
     mixing: Tensor,
     from_layout: BlockLayout,

@@ -38,7 +38,8 @@ class Summaries(NamedTuple):
 
     Args:
         matrices: ``[B, H, M, d_v + 1, d]``, the last row the sums of the features of keys; without
-            denominators, or with sums apart, ``[B, H, M, d_v, d]``. In float32 or wider, or bfloat16.
+            denominators, or with sums apart, ``[B, H, M, d_v, d]``. In float32 or wider, or bfloat16. On GPUs
+            more than 64 blocks are filled up to a multiple of 8 by summaries that are zero.
         sums: ``[B, H, M, d]`` where they are apart, which they are beside bfloat16; else ``[B, H, M, 0]``.
         centre: what was taken from the values, ``[B, H, d_v]``, and is to be added to the output; or
             ``[B, H, 0]``. It carries no gradient, as the output does not depend on it.
@@ -126,9 +127,11 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(function)
         def run(*args: Any) -> Any:
             device = args[0].device
-            # Triton launches on the current device, whatever its tensors are on.
-            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-            with on_device, torch.autocast(device.type, enabled=False):
+            with contextlib.ExitStack() as stack:
+                if device.type == "cuda":  # Triton launches on the current device, not that of its tensors
+                    stack.enter_context(torch.cuda.device(device))
+                if torch.is_autocast_enabled(device.type):
+                    stack.enter_context(torch.autocast(device.type, enabled=False))
                 return function(*args)
 
         return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
@@ -230,8 +233,8 @@ def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tupl
     centre, k, v, *tables = ctx.saved_tensors
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        joined = _joined(grad, grad_sums)
         objects = _objects(settings)
+        joined = _joined(grad, grad_sums)[:, :, : objects[0].num_blocks]
         grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *objects), (k, v), joined)
     else:
         grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
@@ -250,7 +253,9 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     if torch.is_grad_enabled():
         objects = _objects(settings)
         grads = _differentiate(
-            lambda q, s, z, w: composite.read(q, _joined(s, z), centre, w, *objects, dtype),
+            lambda q, s, z, w: composite.read(
+                q, _joined(s, z)[:, :, : mixing.shape[-1]], centre, w, *objects, dtype
+            ),
             (q, summaries, sums, mixing),
             grad,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,48 @@ def mhla_reference(
     if normalizer == "official":
         denominator = _official_denominator(q, k, mixing, layout)
     return numerator / torch.where(denominator == 0, 1.0, denominator)
+
+
+def mhla_local_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    *,
+    window: tuple[Tensor, Tensor],
+    weight: Tensor,
+    form: str,
+    feature_map: str = "relu",
+    rotary_emb: RotaryEmbedding | None = None,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """MHLA with a softmax window as dense attention: the measure of :func:`mhla_diffusion.ops.mhla_local`.
+
+    Returns:
+        ``[B, H, N, d]``, float64.
+    """
+    options: dict[str, Any] = {"feature_map": feature_map, "key_mask": key_mask, "eps": eps}
+    block = layout.block_index(q.device)
+    own = (block[:, None] == block).double()
+    window_q, window_k = (x.double() for x in window)
+    scores = (window_q @ window_k.mT / math.sqrt(window_q.shape[-1])).exp() * own
+    near = scores if key_mask is None else scores * key_mask[:, None, None, :]
+    near_sums = near.sum(-1, keepdim=True)
+    weight = weight.double()[:, None, None]
+    v = counted(v.double(), key_mask)
+    if form == "gate":
+        gate, softmax = weight.sigmoid(), near @ v / torch.where(near_sums == 0, 1.0, near_sums)
+        far = mhla_reference(q, k, v, mixing, layout, rotary_emb=rotary_emb, **options)
+        return gate * softmax + (1 - gate) * far
+    others = mixing.double() * (1 - torch.eye(layout.num_blocks, dtype=torch.float64, device=q.device))
+    ones = torch.ones_like(v[..., :1])
+    options["normalizer"] = "none"
+    far = weight.exp() * mhla_reference(q, k, v, others, layout, rotary_emb=rotary_emb, **options)
+    far_sums = weight.exp() * mhla_reference(q, k, ones, others, layout, **options)
+    sums = near_sums + far_sums
+    return (near @ v + far) / torch.where(sums == 0, 1.0, sums)
 
 
 def mhla_causal_reference(

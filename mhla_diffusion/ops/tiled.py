@@ -127,7 +127,7 @@ def new_outputs(
     q: Tensor, summaries: Tensor, sums: Tensor, features: Features, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Empty, ``[B, H, N, d_v]`` and ``[B, H, N, 1]``."""
-    channels = summaries.shape[-2] - (features.normalized and not sums.shape[-1])
+    channels = summaries.shape[-2] - int(features.normalized and not sums.shape[-1])
     denominators = torch.promote_types(summaries.dtype, torch.float32)
     return (
         _empty_in_order_of(q, channels, dtype),

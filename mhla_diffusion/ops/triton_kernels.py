@@ -78,6 +78,15 @@ def _angles(rotary, token, stride, column, valid, ROWS: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Factor of a product: x in bfloat16, or rounded to what TF32 holds, which hardware would cut off."""
+    if PRECISION == "tf32":
+        wide = x * 8193.0  # 2^13 + 1: what is left after taking 2^13 x away are the upper 11 bits
+        x = wide - (wide - x)
+    return x.to(OPERAND)
+
+
+@triton.jit
 def _counted(mask, b, token, inside, stride_b, stride_n, MASK: tl.constexpr):
     """Which rows count: those of the block that no mask hides."""
     if MASK:
@@ -102,32 +111,33 @@ def _summary(summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WID
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])
 def centre_kernel(
     v, centre, mask, v_b, v_h, v_n, v_d, mask_b, mask_n, heads, tokens, step,
-    MASK: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
+    MASK: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Mean of every step-th value, rounded to what the largest of them hold in bfloat16.
 
     So rounded, ``v - centre`` is exact for most values. Else its error would be the same for all that share
     an exponent, and would not average out.
     """
-    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
-    channel = tl.arange(0, DV)
-    total = tl.zeros((DV,), tl.float32)
-    largest = tl.zeros((DV,), tl.float32)
+    row = (tl.program_id(0) // TILES).to(tl.int64)
+    b, h = row // heads, row % heads
+    channel = tl.program_id(0) % TILES * DV + tl.arange(0, DV)
+    total = tl.zeros((ROWS, DV), tl.float32)
+    largest = tl.zeros((ROWS, DV), tl.float32)
     number = tl.zeros((ROWS,), tl.float32)
     for first in range(0, tokens, ROWS * step):
         token = first + tl.arange(0, ROWS).to(tl.int64) * step
         counts = _counted(mask, b, token, token < tokens, mask_b, mask_n, MASK)
         place = v + b * v_b + h * v_h + token[:, None] * v_n + channel[None, :] * v_d
         values = tl.load(place, counts[:, None] & (channel[None, :] < CHANNELS), 0.0).to(tl.float32)
-        total += tl.sum(values, 0)
-        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+        total += values
+        largest = tl.maximum(largest, tl.abs(values))
         number += counts.to(tl.float32)
-    mean = total / tl.maximum(tl.sum(number, 0), 1.0)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1.0)
+    power = (tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.maximum(power, 1e-30) / 128
     mean = tl.floor(mean / unit + 0.5) * unit
     mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
-    tl.store(centre + tl.program_id(0).to(tl.int64) * CHANNELS + channel, mean, channel < CHANNELS)
+    tl.store(centre + row * CHANNELS + channel, mean, channel < CHANNELS)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
@@ -152,10 +162,13 @@ def outer_kernel(
         middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
     total = tl.zeros((DV, D), tl.float32)
     features = tl.zeros((ROWS, D), tl.float32)
+    slot = first + tl.arange(0, ROWS)
+    following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        token = following.to(tl.int64)
+        following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
         real = inside[:, None] & (column[None, :] < WIDTH)
         plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
@@ -177,7 +190,10 @@ def outer_kernel(
         if ROTARY:
             cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
             rotated = _turn(plain, cos, sin, ROWS, D)
-        total = tl.dot(tl.trans(values.to(OPERAND)), rotated.to(OPERAND), total, input_precision=PRECISION)
+        factor = _operand(values.to(tl.float32), OPERAND, PRECISION)
+        total = tl.dot(
+            tl.trans(factor), _operand(rotated, OPERAND, PRECISION), total, input_precision=PRECISION
+        )
     at = ((b * heads + h) * blocks + block) * parts + part
     place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
     tl.store(place, total.to(summaries.dtype.element_ty), valid)
@@ -202,15 +218,18 @@ def inner_kernel(
     out += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     at = (b * heads + h) * blocks + block
     place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
-    matrix = tl.load(place, valid, 0.0).to(OPERAND)
+    matrix = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
     if QUOTIENT:
         z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
     if CENTRED:
         middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+    slot = first + tl.arange(0, ROWS)
+    following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        token = following.to(tl.int64)
+        following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
         real = inside[:, None] & (column[None, :] < WIDTH)
         plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
@@ -221,7 +240,8 @@ def inner_kernel(
         if ROTARY:
             cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
             rotated = _turn(plain, cos, sin, ROWS, D)
-        product = tl.dot(rotated.to(OPERAND), tl.trans(matrix), input_precision=PRECISION)
+        factor = _operand(rotated, OPERAND, PRECISION)
+        product = tl.dot(factor, tl.trans(matrix), input_precision=PRECISION)
         if QUOTIENT:
             denominator = tl.sum(plain * z[None, :], 1)
             # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
@@ -264,11 +284,14 @@ def rows_kernel(
         z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
     if TILES == 1:
         place, valid = _summary(summaries, at, summary_stride, tl.arange(0, DV), column, CHANNELS, WIDTH)
-        whole = tl.load(place, valid, 0.0).to(OPERAND)
+        whole = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
+    slot = first + tl.arange(0, ROWS)
+    following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = tl.load(order + slot, inside, 0).to(tl.int64)
+        token = following.to(tl.int64)
+        following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
         rotated = tl.zeros((ROWS, D), tl.float32)
         for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
@@ -283,8 +306,9 @@ def rows_kernel(
                 matrix = whole
             else:
                 place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
-                matrix = tl.load(place, valid, 0.0).to(OPERAND)
-            rotated = tl.dot(values.to(OPERAND), matrix, rotated, input_precision=PRECISION)
+                matrix = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
+            factor = _operand(values.to(tl.float32), OPERAND, PRECISION)
+            rotated = tl.dot(factor, matrix, rotated, input_precision=PRECISION)
         real = inside[:, None] & (column[None, :] < WIDTH)
         plain = rotated
         if ROTARY:

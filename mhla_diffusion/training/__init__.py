@@ -10,7 +10,7 @@ from .data.encoding import (
     cache_video_latents,
 )
 from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
-from .objectives import DDPM, FlowMatching, Objective, ObjectiveConfig, build_objective
+from .objectives import DDPM, DistillationConfig, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .run import train
 from .task import TrainingTask
 from .text import TextConfig
@@ -20,6 +20,7 @@ from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, t
 __all__ = [
     "DDPM",
     "DataConfig",
+    "DistillationConfig",
     "FlowMatching",
     "ImageTrainingConfig",
     "LatentCacheConfig",

@@ -29,6 +29,10 @@ class Conditioning(Protocol):
         """
         ...
 
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return arguments of the model without their conditions."""
+        ...
+
     def facts(self, data: str) -> dict[str, Any]:
         """Return what a model card says of the conditioning, and under ``data`` of the data."""
         ...
@@ -56,6 +60,9 @@ class ClassLabels:
         labels = batch["class_labels"]
         dropped = _draw(generators, self.dropout).to(labels.device)
         return {"class_labels": labels.masked_fill(dropped, self.null_label)}
+
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"class_labels": torch.full_like(arguments["class_labels"], self.null_label)}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": f"{data} of {len(self.names)} classes", "class dropout": self.dropout}
@@ -94,6 +101,11 @@ class Captions:
             for drop, text in zip(dropped, texts, strict=True)
         ]
         return {"encoder_hidden_states": torch.cat(embeddings)}
+
+    def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        text = arguments["encoder_hidden_states"]
+        empty = self._embed("", self.parts.text_encoder.device).to(text.device)
+        return {"encoder_hidden_states": empty.expand_as(text)}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": data, "caption dropout": self.dropout}

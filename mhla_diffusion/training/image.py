@@ -101,8 +101,8 @@ class ImageTrainingConfig(RunConfig):
     def __post_init__(self) -> None:
         require_probability("class_dropout", self.class_dropout)
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        model = build_model(self.model, objective)
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        model = model or build_model(self.model, objective)
         source = build_source(self.data, model)
         classes = model.config.num_embeds_ada_norm
         if outside := [label for label in self.sampling.class_labels if not 0 <= label < classes]:

@@ -14,7 +14,7 @@ from ..hub import component_subfolder
 from ..processes import in_first_process, one_fate
 from .checkpoints import find_checkpoint
 from .config import as_dict
-from .objectives import build_objective
+from .objectives import Distillation, build_objective
 from .trainer import RunConfig, Trainer
 
 
@@ -44,6 +44,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         set_seed(config.trainer.seed)
         objective = build_objective(config.objective)
         model, source, task = config.build(objective)
+        if isinstance(objective, Distillation):
+            objective.check(model)
+            objective.unconditional = task.conditioning.unconditional
         trainer = Trainer(
             model=model, objective=objective, source=source, task=task, run_config=config,
             checkpoint=checkpoint,

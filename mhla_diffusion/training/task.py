@@ -57,16 +57,21 @@ class TrainingTask:
     pipeline: Callable[..., Any]
     data_name: str
 
-    @torch.no_grad()
     def sample(self, model: Any, device: torch.device) -> Image.Image:
-        """Draw the sample sheet, the same in every process.
+        """Draw the sample sheet, the same in every process; see :meth:`samples`."""
+        rows = self.samples(model, device)
+        return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
+
+    @torch.no_grad()
+    def samples(self, model: Any, device: torch.device) -> list[list[Image.Image]]:
+        """Draw the rows of the sample sheet: images, or the frames of a video.
 
         Every process calls it, as a sharded model needs. It does not draw from the global generators.
         """
         sampling = self.sampling
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        rows = [
+        return [
             _pictures(
                 pipeline(
                     **arguments,
@@ -78,7 +83,6 @@ class TrainingTask:
             )
             for arguments in sampling.rows()
         ]
-        return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
 
     def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
         """Write the finished pipeline; ``training`` are the facts for its model card."""

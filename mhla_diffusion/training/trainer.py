@@ -165,8 +165,8 @@ class RunConfig:
     trainable: Literal["all", "attention"] = "all"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
-        """Build the model, on the CPU in fp32, the data and the task.
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        """Build the model, on the CPU in fp32, unless one is given, the data and the task.
 
         Raises:
             ValueError: when parts of the config do not fit together, or the data is not what it should be.
@@ -244,6 +244,7 @@ class Trainer:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.share.micro_batch_size
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
             optim.schedule,
@@ -339,6 +340,7 @@ class Trainer:
     def _step(self, batches: Iterator[tuple[list[int], dict[str, Any]]], throughput: Throughput) -> Tensor:
         """Take one optimizer step; returns the norm of the gradient before it was clipped."""
         max_norm = self.config.max_grad_norm or math.inf
+        self.objective.step = self.progress.step
         losses = []
         for _ in range(self.share.micro_batches):
             with throughput.waiting():
@@ -486,7 +488,7 @@ class Trainer:
         facts = {
             "data": f"{len(self.source):,} samples",
             "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
-            "objective": type(self.objective).__name__,
+            **self.objective.facts(),
             "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
             "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
             "weights": f"average with decay {config.ema_decay:g}",

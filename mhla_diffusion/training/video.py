@@ -98,14 +98,15 @@ class VideoTrainingConfig(RunConfig):
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
-    def build(self, objective: Objective) -> tuple[Any, SampleSource, TrainingTask]:
+    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         source = self.data.open()
         latents = source if isinstance(source, CachedVideoLatents) else None
         if latents is not None:
             _check_text(latents, self)
         parts = build_parts(self, objective, latents)
         sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
-        model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
+        if model is None:
+            model = build_model(self.model, text_dim=parts.text_encoder.config.hidden_size, sizes=sizes)
         if latents is None:
             source = VideoSamples(source, self.data, channels=model.config.in_channels)
             warn_of_long_captions(source.captions, parts.tokenizer, self.text.max_length)

@@ -37,6 +37,10 @@ Grid = tuple[int, ...]
 # Every part that a linear layer can have.
 EVERY_PART: dict[str, Any] = {"gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero"}
 
+LEARNED: dict[str, Any] = {
+    "feature_map": "hedgehog", "center_keys": True, "local": "shared", "mixing_relative": True,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:
@@ -114,6 +118,7 @@ class Case:
         return {
             "mhla": {"mhla": EVERY_PART},
             "softmax logits": {"mhla": {"constraint": "softmax", "mixing_per_head": True}},
+            "learned features and a window": {"mhla": LEARNED},
             "linear": {"attention": "linear", "mhla": {"gate": self.stock_kind == "softmax"}},
             "hybrid": {"attention": [self.stock_kind, "mhla"]},
             "stock": {"attention": self.stock_kind},

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +112,26 @@ def test_even_mixing_is_the_same_function_with_other_blocks(
     back = convert_to_mhla(converted, {"blocks": 4})
     assert back.transformer_blocks[0].attn1.processor.mixing.shape == (4, 4)
     torch.testing.assert_close(back(**make_inputs()).sample, expected)
+
+
+def test_each_layer_may_have_a_config_of_its_own(
+    make_stock: MakeStock, make_inputs: MakeInputs, tmp_path: Path
+) -> None:
+    configs = [MHLAConfig(blocks=4, local="gate", feature_map="hedgehog"), MHLAConfig(blocks=2, cpe="zero")]
+    model = convert_to_mhla(make_stock(), configs, attention=["mhla", "linear"])
+    first, second = (block.attn1.processor for block in model.transformer_blocks)
+    assert (first.blocks, first.local is None, first.cpe is None) == ((2, 2), False, True)
+    assert (second.blocks, second.local is None, second.cpe is None) == ((1, 1), True, False)
+    model.save_pretrained(tmp_path)
+    again = MHLADiTTransformer2DModel.from_pretrained(tmp_path)
+    assert again.layer_attention == ["mhla", "linear"]
+    assert torch.equal(again(**make_inputs()).sample, model(**make_inputs()).sample)
+    resized = MHLADiTTransformer2DModel.from_pretrained(
+        tmp_path, mhla_config=[dataclasses.replace(configs[0], blocks=2), configs[1]]
+    )
+    assert resized.transformer_blocks[0].attn1.processor.blocks == (1, 2)
+    with pytest.raises(ValueError, match=r"a list of 1 configs, but the model has 2 layers"):
+        convert_to_mhla(make_stock(), configs[:1], attention=["mhla", "linear"])
 
 
 def test_gradients_reach_every_converted_weight(make_stock: MakeStock, make_inputs: MakeInputs) -> None:

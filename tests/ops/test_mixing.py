@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from mhla_diffusion.ops import (
     MIXING_STARTS,
@@ -9,6 +13,8 @@ from mhla_diffusion.ops import (
     block_distances,
     initial_mixing,
     locality_mixing,
+    offset_means,
+    relative_mixing,
     resize_mixing,
 )
 
@@ -109,3 +115,18 @@ def test_resizing_what_does_not_fit_is_refused() -> None:
         resize_mixing(torch.rand(4, 4), LAYOUT, LAYOUT)
     with pytest.raises(ValueError, match="the numbers of axes differ"):
         resize_mixing(torch.rand(6, 6), LAYOUT, BlockLayout((1, 2, 3), (1, 2, 3)))
+
+
+@pytest.mark.parametrize("layout", [BlockLayout((8, 8), (2, 4)), BlockLayout((5, 6, 4), (3, 1, 2))], ids=str)
+def test_relative_mixing_is_a_function_of_the_offset(layout: BlockLayout) -> None:
+    count = math.prod(2 * blocks - 1 for blocks in layout.blocks)
+    weights = torch.rand(3, count)
+    matrix = relative_mixing(weights, layout.blocks)
+    assert matrix.shape == (3, layout.num_blocks, layout.num_blocks)
+    positions = torch.cartesian_prod(*(torch.arange(blocks) for blocks in layout.blocks))
+    by_offset: dict[tuple[int, ...], Tensor] = {}
+    for i, j in itertools.product(range(layout.num_blocks), repeat=2):
+        offset = tuple((positions[i] - positions[j]).tolist())
+        assert torch.equal(matrix[:, i, j], by_offset.setdefault(offset, matrix[:, i, j]))
+    assert len(by_offset) == count
+    torch.testing.assert_close(offset_means(matrix, layout.blocks), weights)

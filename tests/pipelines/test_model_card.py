@@ -68,7 +68,7 @@ def test_the_card_names_every_setting_that_is_not_the_default(
     chosen: dict[str, Any] = {
         "blocks": [1, 2], "feature_map": "elu", "normalizer": "none", "mixing_init": "uniform",
         "constraint": "softmax", "mixing_per_head": True, "cpe": "identity", "qk_norm": True, "gate": True,
-        "output_norm": True, "eps": 1e-5, "layers": [1],
+        "output_norm": True, "eps": 1e-5, "layers": [1], "center_keys": True,
     }  # fmt: skip
     pipeline = make_pipeline(mhla_config=chosen)
     stored = MHLAConfig.from_dict(dict(pipeline.transformer.config.mhla_config)).to_dict()
@@ -77,7 +77,11 @@ def test_the_card_names_every_setting_that_is_not_the_default(
     pipeline.save_pretrained(tmp_path)
     named = facts(card(tmp_path))["settings that are not the default"].split(", ")
     default = MHLAConfig()
-    differ = [f.name for f in dataclasses.fields(MHLAConfig) if stored[f.name] != getattr(default, f.name)]
+    differ = [
+        f.name
+        for f in dataclasses.fields(MHLAConfig)
+        if stored.get(f.name, getattr(default, f.name)) != getattr(default, f.name)
+    ]
     assert {*differ} == {*chosen, "key_blocks"}
     assert {setting.split(" = ")[0] for setting in named if " = " in setting} == set(differ)
     assert "qk_norm = True" in named

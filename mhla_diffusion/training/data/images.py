@@ -5,6 +5,7 @@ A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +241,39 @@ class NpzImages(ImageSource):
                     f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(arrays)}"
                 )
             return ArrayImages(arrays["arr_0"], arrays[label_key], origin=str(path))
+
+
+@dataclass(frozen=True)
+class IdxImages(ImageSource):
+    """Images as MNIST is published: train-images-idx3-ubyte and train-labels-idx1-ubyte, or .gz."""
+
+    path: str
+    split: str = "train"
+
+    def open(self) -> ArrayImages:
+        prefix = {"train": "train", "test": "t10k"}.get(self.split)
+        if prefix is None:
+            raise ValueError(f"data.split of idx files is train or test, got {self.split!r}")
+        images, labels = (
+            _read_idx(Path(self.path) / f"{prefix}-{name}")
+            for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        )
+        return ArrayImages(images, labels, origin=self.path)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Bytes in the shape that the file states."""
+    found = next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path} does not exist, nor {path.name}.gz")
+    content = found.read_bytes()
+    if found.suffix == ".gz":
+        content = gzip.decompress(content)
+    zeros, kind, axes = content[:2], content[2:3], content[3] if len(content) > 3 else 0
+    shape = np.frombuffer(content, ">u4", axes, offset=4) if len(content) >= 4 + 4 * axes else np.zeros(0)
+    if zeros != b"\0\0" or kind != b"\x08" or len(content) != 4 + 4 * axes + np.prod(shape, dtype=int):
+        raise ValueError(f"{found} is no idx file of bytes, or not whole")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape.astype(int))
 
 
 class ImageSamples:

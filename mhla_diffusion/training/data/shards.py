@@ -256,13 +256,18 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         if changes := [
             f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)
         ]:
-            raise ValueError(f"{folder} holds another latent cache:\n  " + "\n  ".join(changes))
+            raise ValueError(f"{folder} holds another {_kind(config)}:\n  " + "\n  ".join(changes))
         return cache
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no latent cache; choose another --output_dir")
+        raise ValueError(f"{folder} is not empty and holds no {_kind(config)}; choose another --output_dir")
     cache = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     write_file(path, json.dumps({**record, "id": cache}, indent=2))
     return cache
+
+
+def _kind(config: Any) -> str:
+    """What messages call the cache: ``kind`` of its config."""
+    return getattr(config, "kind", "latent cache")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class DDPM(Objective):
             "max_log_variance": betas.log(),
         }
 
+    def time_at(self, fractions: Tensor) -> Tensor:
+        return (NUM_TRAIN_TIMESTEPS * fractions).long()
+
     def draw_time(self, generator: torch.Generator) -> Tensor:
         return torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
 

@@ -28,6 +28,9 @@ class FlowMatching(Objective):
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
+    def time_at(self, fractions: Tensor) -> Tensor:
+        return fractions.clamp(1 / NUM_TRAIN_TIMESTEPS, 1)
+
     def draw_time(self, generator: torch.Generator) -> Tensor:
         config = self.config
         time = compute_density_for_timestep_sampling(

@@ -6,18 +6,62 @@ nothing here knows images from video.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 
 Denoiser = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Weights of what is added to the loss on data, where ``objective.teacher`` names a teacher.
+
+    The defaults are those of CLEAR (arXiv 2412.16112) and, for variances, of LiT (arXiv 2501.12976).
+
+    Args:
+        data: of the objective's own loss.
+        prediction: of the squared error of the student's prediction against the teacher's.
+        variance: of that of learned variances, with ``ddpm``.
+        attention: of the relative squared error of the outputs of self-attention.
+        every: layers to the next one whose outputs are compared.
+        fade_steps: optimizer steps over which the weight of attention falls to 0, linearly.
+        guidance_scale: of the teacher's prediction. 1: the student is guided in sampling as the teacher is.
+            Above 1: guidance is distilled, and the student is sampled at scale 1.
+        teacher_dtype: of the teacher's weights.
+
+    Raises:
+        ValueError: for a weight below 0, or another number below 1.
+    """
+
+    data: float = 1.0
+    prediction: float = 0.5
+    variance: float = 0.05
+    attention: float = 0.5
+    every: int = 4
+    fade_steps: int = 1000
+    guidance_scale: float = 1.0
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for least, names in (
+            (0, ("data", "prediction", "variance", "attention")),
+            (1, ("every", "fade_steps", "guidance_scale")),
+        ):
+            for name in names:
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(
+                        f"objective.distillation.{name} must be {least} or more, got {getattr(self, name)}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +80,9 @@ class ObjectiveConfig:
         mode_scale: of ``mode``.
         shift: flow only. Moves times towards noise, ``s t / (1 + (s - 1) t)``; the saved scheduler has the
             same shift.
+        teacher: folder or hub id of a model to distil from: the one, with softmax attention, that the student
+            was made of.
+        distillation: see :class:`DistillationConfig`.
 
     Raises:
         ValueError: for a scale or shift that is not positive, or a flow setting given to ``ddpm``.
@@ -48,13 +95,17 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     shift: float = 1.0
+    teacher: str | None = None
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         for name in ("logit_std", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
-        flow_only = [field for field in fields(self) if field.name != "name"]
-        given = [field.name for field in flow_only if getattr(self, field.name) != field.default]
+        if self.teacher is None and self.distillation != DistillationConfig():
+            raise ValueError("objective.distillation needs a teacher: give objective.teacher, or remove it")
+        flow_only = [its for its in fields(self) if its.name not in ("name", "teacher", "distillation")]
+        given = [its.name for its in flow_only if getattr(self, its.name) != its.default]
         if self.name == "ddpm" and given:
             raise ValueError(
                 f"objective.{given[0]} is for objective.name flow alone; remove it, or set the name to flow"
@@ -66,6 +117,9 @@ class Objective(ABC):
 
     predicts_variance: bool
     """True when the model has 2C output channels: the prediction, then its variance."""
+
+    step: int = 0
+    """Optimizer steps that were taken."""
 
     def loss(
         self,
@@ -116,9 +170,20 @@ class Objective(ABC):
         """Return what a model, the trained one or another, makes of noisy samples, in fp32."""
         return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
 
+    def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)
+        """Take what the loss needs beside the model, which is prepared, to where it is."""
+
+    def facts(self) -> dict[str, str]:
+        """Return what a model card says of the objective."""
+        return {"objective": type(self).__name__}
+
     def timestep(self, times: Tensor) -> Tensor:
         """Return what the model is given for times ``[B]``."""
         return times
+
+    @abstractmethod
+    def time_at(self, fractions: Tensor) -> Tensor:
+        """Return times ``[B]`` for fractions in [0, 1) of the way from data to noise."""
 
     @abstractmethod
     def draw_time(self, generator: torch.Generator) -> Tensor:

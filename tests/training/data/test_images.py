@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,30 @@ def test_the_crop_is_central_and_the_flip_is_drawn_from_the_generator(tmp_path: 
         assert torch.equal(image, again)
         seen.add(int(image[0, 0].argmax()))
     assert seen == {0, 3}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    content = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def test_idx_files_packed_or_not(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", pixels)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([2, 0, 1, 2]))
+    source = samples(DataConfig("idx", str(tmp_path)))
+    item = source.load(2, GENERATOR())
+    assert (len(source), item["class_labels"], source.class_names) == (4, 1, ["0", "1", "2"])
+    torch.testing.assert_close(item["samples"][0], torch.tensor(pixels[2] / 127.5 - 1, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte does not exist, nor t10k-images"):
+        DataConfig("idx", str(tmp_path), split="test").open()
+    with pytest.raises(ValueError, match=r"data.split of idx files is train or test, got 'all'"):
+        DataConfig("idx", str(tmp_path), split="all").open()
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte is no idx file of bytes, or not whole"):
+        DataConfig("idx", str(tmp_path)).open()
 
 
 def test_a_truncated_file_is_named(image_folder: Path) -> None:

@@ -1,0 +1,147 @@
+"""Grid recall: which attention finds the cell that carries a key, and how far away."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import MHLA, MHLAConfig
+from ..ops import BlockLayout
+from .config import Recall, Variant
+
+# Batches that accuracy is taken over, 32 questions times 32 samples each by default; none was trained on.
+_TEST_BATCHES = 16
+_TEST_SEED = 2**31 - 1
+
+
+def recall_batch(task: Recall, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw cells, places of queries and answers.
+
+    Returns:
+        ``[B, N, key_dim + values + 1]``: key, value (none in queries), and whether the cell is a query; the
+        numbers of the query cells ``[B, Q]``; the values that are right, ``[B, Q]``.
+    """
+    device, (batch, cells) = generator.device, (task.batch_size, task.side**2)
+    draw: dict[str, Any] = {"generator": generator, "device": device}
+    keys = F.normalize(torch.randn(batch, cells, task.key_dim, **draw), dim=-1)
+    values = torch.randint(task.values, (batch, cells), **draw)
+    queries = torch.rand(batch, cells, **draw).topk(task.queries, -1).indices
+    is_query = torch.zeros(batch, cells, dtype=torch.bool, device=device).scatter_(1, queries, True)
+    block = BlockLayout((task.side, task.side), (task.blocks, task.blocks)).block_index(device)
+    same = block[queries][..., None] == block  # [B, Q, N]
+    allowed = {"near": same, "far": ~same, "anywhere": torch.ones_like(same)}[task.distance]
+    chances = torch.rand(batch, task.queries, cells, **draw)
+    # A block may hold queries alone: then the answer lies elsewhere, in one of a very great many.
+    targets = (chances + 1.0 * allowed - 2.0 * is_query[:, None]).argmax(-1)
+    found = keys.gather(1, targets[..., None].expand(-1, -1, task.key_dim))
+    keys = keys.scatter(1, queries[..., None].expand(-1, -1, task.key_dim), found)
+    shown = F.one_hot(values, task.values) * ~is_query[..., None]
+    scale = math.sqrt(task.key_dim)
+    inputs = torch.cat((keys * scale, shown.to(keys.dtype), is_query[..., None].to(keys.dtype)), -1)
+    return inputs, queries, values.gather(1, targets)
+
+
+class RecallModel(nn.Module):
+    """A small transformer on the cells of a grid, with any attention.
+
+    Args:
+        task: sizes of the model and of the grid.
+        attention: settings of the layers, None for softmax.
+    """
+
+    def __init__(self, task: Recall, attention: MHLAConfig | None) -> None:
+        super().__init__()
+        width = task.heads * task.head_dim
+        self.embed = nn.Linear(task.key_dim + task.values + 1, width)
+        self.layers = nn.ModuleList(_Layer(task, attention) for _ in range(task.layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, task.values)
+
+    def forward(self, inputs: Tensor, queries: Tensor) -> Tensor:
+        """Return logits of the values ``[B, Q, values]``."""
+        x = self.embed(inputs)
+        for layer in self.layers:
+            x = layer(x)
+        x = x.gather(1, queries[..., None].expand(-1, -1, x.shape[-1]))
+        return self.head(self.norm(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, task: Recall, attention: MHLAConfig | None) -> None:
+        super().__init__()
+        width = task.heads * task.head_dim
+        self.heads, self.grid = task.heads, (task.side, task.side)
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.to_qkv, self.to_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mhla = (
+            None
+            if attention is None
+            else MHLA(attention, heads=task.heads, head_dim=task.head_dim, grid=self.grid)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm_attention(x)
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.to_qkv(normed).chunk(3, -1)
+        )
+        if self.mhla is None:
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        else:
+            out = self.mhla(q, k, v, grid=self.grid, hidden_states=normed)
+        x = x + self.to_out(out)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu") -> dict[str, Any]:
+    """Train one model and ask it.
+
+    All variants see the same cells in the same order for a seed.
+
+    Returns:
+        ``accuracy``, from 0 to 1, on cells that were not trained on; ``loss`` of the last tenth of the steps
+        in nats; ``seconds_per_step``; ``parameters``.
+
+    Raises:
+        ValueError: when the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    model = RecallModel(task, variant.config()).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
+    generator = torch.Generator(device).manual_seed(seed)
+    losses, start = [], time.perf_counter()
+    for _ in range(task.steps):
+        inputs, queries, answers = recall_batch(task, generator)
+        loss = F.cross_entropy(model(inputs, queries).flatten(0, 1), answers.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    final = torch.stack(losses[-max(1, task.steps // 10) :]).mean().item()
+    seconds = (time.perf_counter() - start) / task.steps
+    if not math.isfinite(final):
+        raise ValueError(f"{variant.name}, seed {seed}: the loss became {final}; lower learning_rate")
+    return {
+        "accuracy": _accuracy(model.eval(), task, device),
+        "loss": final,
+        "seconds_per_step": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, task: Recall, device: str) -> float:
+    generator = torch.Generator(device).manual_seed(_TEST_SEED)
+    right: list[Tensor] = []
+    for _ in range(_TEST_BATCHES):
+        inputs, queries, answers = recall_batch(task, generator)
+        right.append((model(inputs, queries).argmax(-1) == answers).float().mean())
+    return torch.stack(right).mean().item()

@@ -1,0 +1,149 @@
+"""Cache of activations: what goes into layers of the teacher and what comes out, for some calls."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones.teacher import layer_calls
+from ..training.data.shards import Shards, write_shards
+from ..training.data.stream import UnreadableSampleError
+from .calls import Calls
+
+# Activations of this many bytes are kept in memory while a layer is trained.
+_IN_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Cache to be made.
+
+    Args:
+        output_dir: where it goes.
+        teacher: fingerprint of the model.
+        calls: facts of what it is called with.
+        layers: their names.
+        samples: calls.
+        dtype: of what is stored.
+        shard_size: samples in a file.
+    """
+
+    output_dir: str
+    teacher: str
+    calls: Mapping[str, Any]
+    layers: tuple[str, ...]
+    samples: int
+    dtype: str = "bfloat16"
+    shard_size: int = 8
+
+    kind = "cache of activations"  # in messages
+
+
+def sample_bytes(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Count the bytes of a sample in a layer: its input and its output."""
+    return 2 * tokens * width * dtype.itemsize
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Check that a disk has room.
+
+    Raises:
+        OSError: when it has not.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the activations take {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free: make "
+            "room, or give less --disk, and layers are cached in smaller groups"
+        )
+
+
+def write_activations(model: Any, calls: Calls, config: CacheConfig) -> None:
+    """Run the teacher and keep what goes into and out of layers; see :func:`write_shards`.
+
+    Raises:
+        ValueError: for activations that are not finite, and when the folder holds those of another teacher,
+            other data or layers.
+        OSError: when the disk is full; what is written stays, and the next run goes on from there.
+    """
+    dtype = getattr(torch, config.dtype)
+
+    def make_rows(numbers: range) -> list[dict[str, Tensor]]:
+        return [_activations(model, calls, number, config.layers, dtype) for number in numbers]
+
+    write_shards(
+        config,
+        keep=("teacher", "calls", "layers", "samples", "dtype", "shard_size"),
+        num_samples=config.samples,
+        make_rows=make_rows,
+    )
+
+
+def _activations(
+    model: Any, calls: Calls, number: int, names: Sequence[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Input and output ``[N, D]`` of each layer in a call."""
+    row: dict[str, Tensor] = {}
+    for name, call in layer_calls(model, calls(number), names).items():
+        assert call.output is not None
+        for key, value in (("input", call.hidden_states), ("output", call.output)):
+            stored = value[0].to(dtype).cpu()
+            if not stored.isfinite().all():
+                raise ValueError(
+                    f"the {key} of layer {name} is not finite in call {number}: load the teacher in a wider "
+                    f"dtype than {str(value.dtype).removeprefix('torch.')}, or look for broken weights in it"
+                )
+            row[f"{name}.{key}"] = stored
+    return row
+
+
+class Activations:
+    """Activations of one layer.
+
+    Args:
+        shards: of the cache.
+        name: of the layer.
+    """
+
+    def __init__(self, shards: Shards, name: str) -> None:
+        self.shards, self.name = shards, name
+        shape = shards.shape(0, f"{name}.input")
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = None
+        if len(shards) * 8 * shape[0] * shape[1] <= _IN_MEMORY:
+            self._kept = {}
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return inputs and outputs of samples, ``[B, N, D]``, float32.
+
+        Raises:
+            ValueError: for a file that is damaged or holds what is not finite, naming layer and file.
+        """
+        inputs, outputs = zip(*(self._sample(number) for number in numbers), strict=True)
+        return torch.stack(inputs).float(), torch.stack(outputs).float()
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+        if self._kept is not None and number in self._kept:
+            return self._kept[number]
+        try:
+            found = self.shards.read(number, (f"{self.name}.input", f"{self.name}.output"))
+        except UnreadableSampleError as error:
+            raise ValueError(
+                f"activations of layer {self.name} are damaged, run again to make them: {error}"
+            ) from error
+        pair = found[f"{self.name}.input"], found[f"{self.name}.output"]
+        if not all(tensor.isfinite().all() for tensor in pair):
+            raise ValueError(
+                f"activations of layer {self.name} in {self.shards.name(number)} are not finite: remove the "
+                "file and run again"
+            )
+        if self._kept is not None:
+            self._kept[number] = pair
+        return pair

@@ -1,0 +1,249 @@
+"""Calls that a teacher is asked: arguments of its forward, by number, at times spread evenly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..backbones import MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from ..training import ImageTrainingConfig, VideoTrainingConfig
+from ..training.config import as_dict, parse_config
+from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
+from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
+
+# Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
+RUNS = {MHLADiTTransformer2DModel: ImageTrainingConfig, MHLAWanTransformer3DModel: VideoTrainingConfig}
+
+TIME_BUCKETS = 10
+
+
+class Calls(ABC):
+    """Calls of a model, one sample each; the same number gives the same call.
+
+    Call ``n`` is at a time of bucket ``n mod 10``: tenths of the way from data to noise.
+
+    Args:
+        model: the teacher.
+        seed: of every draw.
+    """
+
+    def __init__(self, model: Any, *, seed: int = 0) -> None:
+        self.model, self.seed = model, seed
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Everything that the calls depend on, beside the model, as plain values."""
+
+    @abstractmethod
+    def inputs(self, number: int) -> dict[str, Any]:
+        """Return the arguments of call ``number``, on the CPU."""
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Return the arguments of call ``number``, where the model is and in its dtype."""
+        return {name: self._placed(name, value) for name, value in self.inputs(number).items()}
+
+    def fraction(self, number: int) -> Tensor:
+        """Time of call ``number``, ``[1]`` in [0, 1)."""
+        generator = sample_generator(self.seed, number, FOR_LOSS)
+        return (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
+
+    def _placed(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        cast = value.is_floating_point() and name != "timestep"
+        return value.to(self.model.device, self.model.dtype if cast else value.dtype)
+
+
+class NoiseCalls(Calls):
+    """Noise and drawn conditions, on any grid: to try things, as no model is trained for it but near t = 1.
+
+    Args:
+        model, seed: see :class:`Calls`.
+        grid: of tokens; the model's own by default.
+    """
+
+    def __init__(self, model: Any, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> None:
+        super().__init__(model, seed=seed)
+        self.grid = tuple(grid or model.default_grid)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"data": "noise", "grid": list(self.grid), "seed": self.seed}
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        generator = sample_generator(self.seed, number, FOR_DATA)
+        inputs = self.model.example_inputs(self.grid, generator=generator)
+        return {**inputs, "timestep": (1000 * self.fraction(number)).to(inputs["timestep"].dtype)}
+
+
+class DataCalls(Calls):
+    """Noisy samples of a training run's data, with its conditions, some of them dropped as it drops them.
+
+    Args:
+        model, seed: see :class:`Calls`.
+        config: of the run.
+
+    Raises:
+        ValueError: when the data does not fit the model, or has several sizes.
+    """
+
+    def __init__(self, model: Any, config: Any, *, seed: int = 0) -> None:
+        super().__init__(model, seed=seed)
+        self.config = config
+        alone = replace(config.objective, teacher=None, distillation=DistillationConfig())
+        self.objective: Objective = build_objective(alone)
+        _, self.source, self.task = config.build(self.objective, model)
+        if self.source.buckets is not None and len(set(self.source.buckets)) > 1:
+            raise ValueError(
+                "the data has several sizes: layers are aligned on one; give data.sizes one size"
+            )
+        self.task.conditioning.to(model.device)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        names = ("data", "text", "class_dropout", "caption_dropout", "objective")
+        kept = {name: value for name, value in as_dict(self.config).items() if name in names}
+        return {**kept, "seed": self.seed}
+
+    def sample(self, number: int) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
+        """Return a clean sample ``[1, C, ...]``, its conditions, its time ``[1]`` and its noise."""
+        order = sample_generator(self.seed, number // len(self.source), FOR_DATA)
+        index = int(torch.randperm(len(self.source), generator=order)[number % len(self.source)])
+        generators = [sample_generator(self.seed, number, FOR_LOSS)]
+        batch = default_collate([self.source.load(index, generators[0])])
+        samples = batch.pop("samples")
+        conditions = self.task.conditioning.arguments(batch, generators)
+        noise = torch.randn(samples.shape, generator=generators[0])
+        return samples, conditions, self.objective.time_at(self.fraction(number)), noise
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        samples, conditions, times, noise = self.sample(number)
+        noisy = self.objective.noisy(samples.float(), times, noise)
+        return {"hidden_states": noisy, "timestep": self.objective.timestep(times), **conditions}
+
+    @torch.no_grad()
+    def loss(self, model: Any, number: int) -> float:
+        """Loss of the run's objective for a model at call ``number``."""
+        samples, conditions, times, noise = self.sample(number)
+        placed = {name: self._placed(name, value) for name, value in conditions.items()}
+        samples, noise, times = (x.to(self.model.device) for x in (samples.float(), noise, times))
+        return float(self.objective.loss_at(model, samples, placed, times=times, noise=noise))
+
+
+class SampledCalls(Calls):
+    """Noisy samples of the teacher's own, of the conditions that its ``example_inputs`` draw: no data needed.
+
+    A sample is made by steps of the objective's scheduler, without guidance, and noised to the call's time.
+
+    Args:
+        model, seed: see :class:`Calls`.
+        objective: that the teacher was trained with; flow matching by default.
+        steps: of the scheduler.
+        grid: of tokens; the model's own by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        seed: int = 0,
+        objective: ObjectiveConfig | None = None,
+        steps: int = 20,
+        grid: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(model, seed=seed)
+        self.settings = objective or ObjectiveConfig()
+        self.objective, self.steps = build_objective(self.settings), steps
+        self.grid = tuple(grid or model.default_grid)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "data": "samples", "objective": as_dict(self.settings), "steps": self.steps,
+            "grid": list(self.grid), "seed": self.seed,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def inputs(self, number: int) -> dict[str, Any]:
+        generator = sample_generator(self.seed, number, FOR_DATA)
+        inputs = self.model.example_inputs(self.grid, generator=generator)
+        placed = {name: self._placed(name, value) for name, value in inputs.items()}
+        x, scheduler = placed.pop("hidden_states"), self.objective.scheduler()
+        placed.pop("timestep")
+        scheduler.set_timesteps(self.steps)
+        for timestep in scheduler.timesteps:
+            prediction = self.model(x, timestep=timestep.expand(1).to(x.device), return_dict=False, **placed)[
+                0
+            ]
+            if self.objective.predicts_variance:
+                prediction = prediction.chunk(2, 1)[0]
+            x = scheduler.step(prediction, timestep, x).prev_sample
+        times, noise = (
+            self.objective.time_at(self.fraction(number)),
+            torch.randn(x.shape, generator=generator),
+        )
+        noisy = self.objective.noisy(x.float().cpu(), times, noise)
+        return {**inputs, "hidden_states": noisy, "timestep": self.objective.timestep(times)}
+
+
+def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> Calls:
+    """Return the calls that a word or a file names.
+
+    Args:
+        model: the teacher.
+        data: YAML of a training run, whose data, conditions and objective are taken; ``"samples"``, the
+            teacher's own (of flow matching; ``"samples-ddpm"`` of DDPM); or ``"noise"``.
+        seed: of every draw.
+        grid: of tokens, for samples and noise; the model's own by default.
+
+    Raises:
+        ValueError: for another word, a run of a kind that the model has no training of, or data that does not
+            fit the model.
+    """
+    if data == "noise":
+        return NoiseCalls(model, seed=seed, grid=grid)
+    if data in ("samples", "samples-ddpm"):
+        objective = ObjectiveConfig(name="ddpm" if data.endswith("ddpm") else "flow")
+        return SampledCalls(model, seed=seed, objective=objective, grid=grid)
+    return DataCalls(model, run_of(model, data), seed=seed)
+
+
+def run_of_file(path: str) -> Any:
+    """Read the config of a training run of any kind, which its keys tell.
+
+    Raises:
+        ValueError: when it is of none, with what the first kind says.
+    """
+    errors = []
+    for config_class in RUNS.values():
+        try:
+            return parse_config(config_class, ["--config", path])[0]
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def run_of(model: Any, path: str) -> Any:
+    """Read the config of a training run for models of this class.
+
+    Raises:
+        ValueError: when there is no such file, or no training of such a model.
+    """
+    config_class = RUNS.get(type(model))
+    if config_class is None:
+        raise ValueError(
+            f"there is no training of {type(model).__name__} that could give data: say noise or samples, got "
+            f"{path!r}"
+        )
+    if not Path(path).is_file():
+        raise ValueError(
+            f"data must be the YAML file of a training run, samples, samples-ddpm or noise, got {path!r}"
+        )
+    return parse_config(config_class, ["--config", path])[0]

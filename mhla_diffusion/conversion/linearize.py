@@ -1,0 +1,146 @@
+"""Linearize: align, choose, distil and report, one after the other; what is done is not done again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention import MHLAConfig
+from ..backbones.teacher import load_teacher
+from ..planning import Plan
+from ..processes import in_first_process, process_state
+from ..training import DistillationConfig, OptimizerConfig, train
+from ..training.checkpoints import list_checkpoints
+from .align import align
+from .calls import DataCalls, open_calls
+from .choose import RECORD as CHOICE
+from .choose import choose, save_student
+from .job import AlignConfig
+from .report import ReportConfig, report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearizeConfig:
+    """Settings of the four stages.
+
+    Args:
+        budget: most cost of self-attention, without its projections, as a share of the teacher's.
+        keep: layers that stay as they are.
+        align: see :class:`AlignConfig`.
+        steps: of distillation; 0 for none.
+        batch_size: of distillation; that of the run by default.
+        learning_rate: of distillation, which falls to 0 as a cosine.
+        distillation: see :class:`DistillationConfig`; attention outputs fade over half of the steps.
+        report: see :class:`ReportConfig`.
+
+    Raises:
+        ValueError: for steps below 0.
+    """
+
+    budget: float = 0.5
+    keep: tuple[int, ...] = (0,)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    steps: int = 2000
+    batch_size: int | None = None
+    learning_rate: float = 1e-4
+    distillation: DistillationConfig | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 (no distillation) or more, got {self.steps}")
+
+
+def linearize(
+    model: str,
+    data: str,
+    out: str | Path,
+    size: Plan,
+    *,
+    config: LinearizeConfig | None = None,
+    candidates: Mapping[str, MHLAConfig] | None = None,
+    dtype: torch.dtype = torch.float32,
+    grid: Sequence[int] | None = None,
+    component: str = "transformer",
+) -> int:
+    """Convert a softmax model: ``out`` gets aligned/, student/, distilled/ and report/.
+
+    Stopped anywhere, the same call goes on from there.
+
+    Args:
+        model: teacher, folder or hub id.
+        data: as for :func:`open_calls`. Distillation needs the YAML of a training run.
+        out: folder.
+        size: that costs, speed and memory are for.
+        config: see :class:`LinearizeConfig`.
+        candidates: forms by name; :func:`default_candidates` by default.
+        dtype: of the teacher in alignment, and of the student.
+        grid: of tokens, for data ``samples`` and ``noise``.
+        component: of the pipeline.
+
+    Returns:
+        0, or the number of the signal that stopped distillation.
+
+    Raises:
+        ValueError: what the stages refuse.
+    """
+    config, out = config or LinearizeConfig(), Path(out)
+    place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
+    teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
+    calls = open_calls(teacher, data, grid=None if grid is None else tuple(grid))
+    align(teacher, calls, out / "aligned", candidates=candidates, config=config.align, name=model)
+    student, students = out / "student", [str(out / "student")]
+
+    def assemble() -> None:
+        if not (student / CHOICE).is_file():
+            made, facts = choose(
+                teacher, calls, out / "aligned", size, budget=config.budget, keep=config.keep
+            )
+            save_student(made, facts, model, student, component=component)
+
+    in_first_process(assemble)
+    if config.steps and isinstance(calls, DataCalls):
+        stopped = distil(model, calls.config, out, config)
+        if stopped:
+            return stopped
+        students.append(str(out / "distilled"))
+    elif config.steps:
+        logger.warning("no distillation: it needs data, the YAML of a training run, got %s", data)
+    in_first_process(
+        lambda: report(
+            model, students, data, out / "report", size=size, config=config.report, component=component
+        )
+    )
+    return 0
+
+
+def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
+    """Train the student of ``out`` with its teacher, on the data of a run; see :func:`train`."""
+    folder = out / "distilled"
+    if (folder / "pipeline").is_dir():
+        return 0
+    settings = config.distillation or DistillationConfig(fade_steps=max(1, config.steps // 2))
+    trainer = replace(
+        run.trainer,
+        max_steps=config.steps,
+        batch_size=config.batch_size or run.trainer.batch_size,
+        optimizer=OptimizerConfig(learning_rate=config.learning_rate, schedule="cosine"),
+        # An average that is as long as a short run would be that of its start.
+        ema_decay=min(run.trainer.ema_decay, 1 - 10 / max(config.steps, 20)),
+        max_grad_norm=run.trainer.max_grad_norm or 1.0,
+    )
+    whole = replace(
+        run,
+        model=type(run.model)(init_from=str(out / "student")),
+        objective=replace(run.objective, teacher=teacher, distillation=settings),
+        trainer=trainer,
+        output_dir=str(folder),
+    )
+    return train(whole, resume="latest" if list_checkpoints(folder) else None)

@@ -1,0 +1,170 @@
+"""Measures of a converted model beside its teacher: losses, samples, branches, speed, scores."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..attention import MHLA
+from ..backbones.teacher import predict
+from ..benchmarks.timing import interleaved, peak_bytes
+from .calls import TIME_BUCKETS, Calls, DataCalls
+from .trial import prediction_error
+
+BRANCHES = ("mixing", "convolution", "gate", "window", "linear")
+
+# A weight of the window, in exponent, beside which the other side is nothing.
+_ALL = 1e4
+
+
+@torch.no_grad()
+def losses(model: Any, calls: DataCalls, numbers: Sequence[int]) -> list[float]:
+    """Return the loss of a model at each call."""
+    return [calls.loss(model, number) for number in numbers]
+
+
+def by_time(values: Sequence[float], numbers: Sequence[int]) -> list[float]:
+    """Return the mean of each tenth of the way from data to noise."""
+    sums, counts = np.zeros(TIME_BUCKETS), np.zeros(TIME_BUCKETS)
+    for value, number in zip(values, numbers, strict=True):
+        sums[number % TIME_BUCKETS] += value
+        counts[number % TIME_BUCKETS] += 1
+    return (sums / counts.clip(1)).tolist()
+
+
+def ratio(values: Sequence[float], others: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """Return sum over sum with its 95 % interval, by bootstrap over pairs: the noise of calls is shared."""
+    pairs = np.array([values, others])
+    picks = np.random.default_rng(seed).integers(pairs.shape[1], size=(1000, pairs.shape[1]))
+    sums = pairs[:, picks].sum(-1)
+    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
+    return {"value": float(pairs[0].sum() / pairs[1].sum()), "interval": [float(low), float(high)]}
+
+
+@contextmanager
+def without(model: nn.Module, branch: str) -> Iterator[int]:
+    """Switch a branch off in every layer that has it, inside the with block.
+
+    Args:
+        model: with MHLA in it.
+        branch: ``"mixing"`` (blocks weigh alike), ``"convolution"``, ``"gate"``, ``"window"`` (MHLA alone) or
+            ``"linear"`` (the window alone).
+
+    Yields:
+        In how many layers.
+    """
+    undo: list[tuple[MHLA, str, Any]] = []
+    changed: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for module in (part for part in model.modules() if isinstance(part, MHLA)):
+        name = {"convolution": "cpe", "gate": "gate", "window": "local"}.get(branch)
+        if name is not None and getattr(module, name) is not None:
+            undo.append((module, name, getattr(module, name)))
+            setattr(module, name, None)
+        weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
+        if weights is not None:
+            changed.append((weights, weights.detach().clone()))
+            off = _ALL if module.config.local == "gate" else -_ALL
+            weights.data.fill_(off if branch == "linear" else 1 / weights.shape[-1])
+    try:
+        yield len(undo) + len(changed)
+    finally:
+        for module, name, value in undo:
+            setattr(module, name, value)
+        for weights, before in changed:
+            weights.data.copy_(before)
+
+
+def branch_errors(model: Any, teacher: Any, calls: Calls, numbers: Sequence[int]) -> dict[str, float]:
+    """Return the error of prediction against the teacher's with each branch that there is switched off."""
+    errors = {}
+    for branch in BRANCHES:
+        with without(model, branch) as layers:
+            if layers:
+                errors[branch] = prediction_error(teacher, model, calls, numbers)
+    return errors
+
+
+@torch.no_grad()
+def speed(model: Any, grid: Sequence[int], repeats: int = 3) -> dict[str, float]:
+    """Return seconds and peak bytes of a forward on a grid of tokens."""
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in model.example_inputs(tuple(grid)).items()
+    }
+    device = str(model.device)
+    (times,) = interleaved([lambda: predict(model, inputs)], device, repeats)
+    return {"seconds": min(times), "bytes": float(peak_bytes(lambda: predict(model, inputs), device))}
+
+
+def pictures(model: Any, calls: DataCalls, *, playing: bool) -> list[str]:
+    """Draw the run's sample sheet, the same seeds for every model: data URIs of rows, or of playing clips."""
+    rows = calls.task.samples(model, model.device)
+    return [_clip(row) if playing else _strip(row) for row in rows]
+
+
+def _strip(images: Sequence[Image.Image]) -> str:
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        strip.paste(image.convert("RGB"), (number * width, 0))
+    return _uri(strip, "png")
+
+
+def _clip(frames: Sequence[Image.Image]) -> str:
+    first, *rest = (frame.convert("RGB") for frame in frames)
+    return _uri(first, "webp", save_all=True, append_images=rest, duration=125, loop=0, lossless=True)
+
+
+def _uri(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def training_hours(run: Path) -> float:
+    """Return the hours of a training run, from its metrics.jsonl, sampling and saving left out."""
+    path, hours, step = run / "metrics.jsonl", 0.0, 0
+    if not path.is_file():
+        return 0.0
+    config = (run / "config.yaml").read_text()
+    batch = int(next(line.split(":")[1] for line in config.splitlines() if "batch_size:" in line))
+    for line in map(json.loads, path.read_text().splitlines()):
+        hours += (line["step"] - step) * batch / line["samples_per_second"] / 3600
+        step = line["step"]
+    return hours
+
+
+def scores(pipeline: Any, real: str, out: Path, run: Any, num_samples: int) -> list[Mapping[str, Any]]:
+    """Generate samples with the settings of the run, and score them; what is there is gone on with."""
+    from mhla_diffusion.pipelines.generation import generate_images, generate_videos
+
+    from ..evaluation import evaluate_images, evaluate_videos
+
+    settings = {
+        "num_inference_steps": run.sampling.num_inference_steps,
+        "guidance_scale": run.sampling.guidance_scale,
+    }
+    if hasattr(run.sampling, "prompts"):
+        prompts = list(run.sampling.prompts)
+        each = -(-num_samples // len(prompts))
+        generate_videos(pipeline, out, prompts=prompts, per_prompt=each, **settings)
+        report = evaluate_videos(real, out, frames=run.data.frames)
+    else:
+        generate_images(pipeline, out, num_images=num_samples, **settings)
+        report = evaluate_images(real, out)
+    return [
+        {"name": score.name, "value": score.value, "interval": score.interval, "text": score.text()}
+        for score in report.scores
+    ]

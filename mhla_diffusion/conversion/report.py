@@ -1,0 +1,287 @@
+"""Report of a conversion: the teacher, and students plain, aligned and distilled, on one page and as JSON.
+
+Models are measured one after the other, and what is measured is kept, so that the same call goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from mhla_diffusion.pipelines import MHLAPipeline
+
+from ..attention import MHLAConfig
+from ..backbones import convert_to_mhla, load_transformer
+from ..backbones.teacher import as_teacher, fingerprint, load_teacher
+from ..files.writing import require_folder, write_file
+from ..optional import require
+from ..planning import Plan
+from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
+from .choose import RECORD as CHOICE
+from .knapsack import STOCK
+from .measures import branch_errors, by_time, losses, pictures, ratio, scores, speed, training_hours
+from .trial import prediction_error
+
+logger = logging.getLogger(__name__)
+
+FILE_NAMES = ("report.json", "report.html")
+# Far behind the calls that layers were aligned and chosen on.
+_FIRST_CALL = 1_000_000
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of a report.
+
+    Args:
+        calls: of each model in each tenth of the time.
+        real: images or videos to score against, see ``mhla evaluate``; no scores by default.
+        num_samples: to generate for scores.
+        samples: whether to draw the run's sample sheet with every model.
+        seed: of calls.
+
+    Raises:
+        ValueError: for fewer than 1 call, or scores of no samples.
+    """
+
+    calls: int = 8
+    real: str | None = None
+    num_samples: int = 0
+    samples: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calls < 1:
+            raise ValueError(f"calls must be 1 or more, got {self.calls}")
+        if (self.real is None) != (self.num_samples < 1):
+            raise ValueError(
+                f"scores need real and num_samples, got real {self.real} and num_samples {self.num_samples}"
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Model in a report.
+
+    Args:
+        name: what the page calls it.
+        stage: ``teacher``, ``plain``, ``aligned`` or ``distilled``.
+        load: gives the transformer.
+        choice: choice.json of its layers, if it has one.
+        hours: of the stage, on the machine that it ran on.
+        source: what it was read from, by which it is known again.
+    """
+
+    name: str
+    stage: str
+    load: Callable[[], Any]
+    choice: Mapping[str, Any] | None = None
+    hours: float = 0.0
+    source: str = ""
+
+
+def report(
+    teacher: str,
+    students: Sequence[str],
+    data: str,
+    out: str | Path,
+    *,
+    size: Plan | None = None,
+    config: ReportConfig | None = None,
+    component: str = "transformer",
+) -> dict[str, Any]:
+    """Measure a teacher and its students, and write report.json and report.html.
+
+    Args:
+        teacher: folder or hub id.
+        students: folders of mhla choose, or of training runs from one.
+        data: as for :func:`open_calls`; without a training run there are no losses and no samples.
+        out: folder.
+        size: what speed and memory are measured at; none by default.
+        config: see :class:`ReportConfig`.
+        component: of the pipeline.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        ValueError: for folders that hold no model, or students of another teacher.
+    """
+    config, out = config or ReportConfig(), require_folder(out)
+    place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
+    model = load_teacher(teacher, **place)
+    device = _device()
+    model.to(device)
+    calls = open_calls(model, data, seed=config.seed)
+    entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
+    for path in students:
+        entries += _entries(Path(path), model, place)
+    found: dict[str, dict[str, Any]] = {}
+    for entry in tqdm(entries, desc="models", disable=None):
+        key = _key(entry, model, calls, size, config)
+        kept = out / "measures" / f"{key}.json"
+        if not kept.is_file():
+            measured = _measure(entry, model, calls, teacher, out / "generated" / key, size, config)
+            write_file(kept, json.dumps(measured))
+        found[entry.name] = json.loads(kept.read_text())
+    content = _content(teacher, entries, found, calls, size, config)
+    write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
+    sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
+    write_file(out / FILE_NAMES[1], _page(content, sheets))
+    logger.info("Report: %s", out / FILE_NAMES[1])
+    return content
+
+
+def _device() -> Any:
+    from ..processes import process_state
+
+    return process_state().device
+
+
+def _entries(path: Path, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
+    """The models that a folder stands for: a student and its plain conversion, or a distilled one."""
+    run = (path / "pipeline").is_dir()
+    folder = path / "pipeline" if run else path
+    source = path
+    if run:
+        settings = yaml.safe_load((path / "config.yaml").read_text())
+        source = Path(settings["model"].get("init_from") or "")
+    choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
+    if choice is not None and choice["teacher"] != fingerprint(teacher):
+        raise ValueError(f"{source} was made of another teacher than this")
+
+    def load() -> Any:
+        return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
+
+    if run:
+        return [Entry(path.name, "distilled", load, choice, training_hours(path), str(path))]
+    if choice is None:
+        return [Entry(path.name, "converted", load, None, 0.0, str(path))]
+    hours = choice["align_seconds"] / 3600
+    return [
+        Entry(f"{path.name}, plain", "plain", lambda: plain(teacher, choice), choice, 0.0, str(path)),
+        Entry(path.name, "aligned", load, choice, hours, str(path)),
+    ]
+
+
+def plain(teacher: Any, choice: Mapping[str, Any]) -> Any:
+    """Return the conversion with a choice's forms whose layers were not aligned."""
+    forms = choice["chosen"]["forms"]
+    kinds = [teacher.stock_attention if form == STOCK else "mhla" for form in forms]
+    settings = [choice["candidates"].get(form, {}) for form in forms]
+    converted = convert_to_mhla(teacher, [MHLAConfig.from_dict(dict(s)) for s in settings], attention=kinds)
+    return converted.eval()
+
+
+def _key(entry: Entry, teacher: Any, calls: Calls, size: Plan | None, config: ReportConfig) -> str:
+    """Name under which measures are kept: of all that they depend on."""
+    weights = (
+        fingerprint(entry.load()) if entry.stage != "plain" else json.dumps(entry.choice, sort_keys=True)
+    )
+    facts = [
+        entry.stage, entry.source, weights, fingerprint(teacher), calls.facts, asdict(config),
+        None if size is None else list(size.layout.grid),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _measure(
+    entry: Entry,
+    teacher: Any,
+    calls: Calls,
+    path: str,
+    generated: Path,
+    size: Plan | None,
+    config: ReportConfig,
+) -> dict[str, Any]:
+    """Everything that is measured of one model."""
+    model = entry.load().to(teacher.device)
+    if entry.stage == "teacher":
+        model = as_teacher(model)
+    numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
+    few = numbers[: TIME_BUCKETS * min(config.calls, 2)]
+    found: dict[str, Any] = {
+        "attention": model.layer_attention,
+        "prediction_error": prediction_error(teacher, model, calls, few),
+        "branches": branch_errors(model, teacher, calls, few),
+    }
+    if isinstance(calls, DataCalls):
+        found["losses"] = losses(model, calls, numbers)
+        if config.samples and calls.task.sampling.rows():
+            found["pictures"] = pictures(model, calls, playing=len(model.default_grid) == 3)
+    if size is not None:
+        found["speed"] = speed(model, size.layout.grid)
+    if config.real is not None:
+        if not isinstance(calls, DataCalls):
+            raise ValueError("scores need the settings of a training run: give its YAML as data")
+        pipeline = MHLAPipeline.from_pretrained(path)
+        pipeline.register_modules(transformer=model)
+        found["scores"] = scores(pipeline, config.real, generated, calls.config, config.num_samples)
+    return found
+
+
+def _content(
+    teacher: str,
+    entries: Sequence[Entry],
+    found: Mapping[str, Mapping[str, Any]],
+    calls: Calls,
+    size: Plan | None,
+    config: ReportConfig,
+) -> dict[str, Any]:
+    """The content of report.json."""
+    numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
+    models = []
+    for entry in entries:
+        measured = {key: value for key, value in found[entry.name].items() if key != "pictures"}
+        if values := measured.pop("losses", None):
+            measured["loss"] = sum(values) / len(values)
+            measured["loss_by_time"] = by_time(values, numbers)
+            measured["loss_ratio"] = ratio(values, found["teacher"]["losses"])
+        chosen = entry.choice["chosen"] if entry.choice is not None else {}
+        models.append(
+            {
+                "name": entry.name, "stage": entry.stage, "hours": entry.hours,
+                "cost": chosen.get("cost", 1.0 if entry.stage == "teacher" else None), **measured,
+            }
+        )  # fmt: skip
+    choices = {
+        entry.name: {
+            key: entry.choice[key]
+            for key in ("chosen", "errors", "curve", "check", "budget", "cost_by", "size")
+        }
+        for entry in entries
+        if entry.choice is not None and entry.stage == "aligned"
+    }
+    return {
+        "teacher": teacher, "calls": calls.facts, "settings": asdict(config),
+        "size": None if size is None else size.size, "models": models, "choices": choices,
+    }  # fmt: skip
+
+
+def _page(content: Mapping[str, Any], sheets: Mapping[str, Sequence[str]]) -> str:
+    """The content of report.html, which needs no other file and no network."""
+    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
+    shown = {name: rows for name, rows in sheets.items() if rows}
+    return template.render(report=content, sheets=shown, stock=STOCK, curve=_curve)
+
+
+def _curve(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Points of error against cost for an SVG of 420 x 200, and the chosen one."""
+    points = choice["curve"]
+    most = max(point["error"] for point in points) or 1
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+        return round(10 + 400 * min(1.0, point["cost"]), 1), round(190 - 180 * point["error"] / most, 1)
+
+    line = " ".join(f"{x},{y}" for x, y in map(place, points))
+    return {"line": line, "chosen": place(choice["chosen"]), "most": most}

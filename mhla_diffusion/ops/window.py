@@ -1,0 +1,154 @@
+"""Softmax attention of each query inside its own block, beside MHLA on all blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .features import RotaryEmbedding
+from .layout import BlockLayout
+from .mhla import mhla
+from .operators import as_autocast
+
+LOCAL_FORMS = ("shared", "gate")
+
+# exp of it is 0 beside any other score, and float16 still has it.
+_NOTHING = -1e4
+
+
+def mhla_local(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    *,
+    window: tuple[Tensor, Tensor],
+    weight: Tensor,
+    form: str,
+    feature_map: str = "relu",
+    rotary_emb: RotaryEmbedding | None = None,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """MHLA with a softmax window: queries see the keys of their own block sharply, others by summaries.
+
+    With ``s`` the scores of softmax attention in the own block b(t) and ``l`` the weights of MHLA:
+
+    - ``"shared"``: one denominator, ``o_t = (sum_own exp(s) v + e^w sum_others l v) / (sum_own exp(s) +
+      e^w sum_others l)``;
+    - ``"gate"``: ``o_t = g softmax(s) v + (1 - g) mhla``, g the sigmoid of w, mhla over all blocks.
+
+    Args:
+        q, k, v, mixing, layout, feature_map, rotary_emb, key_mask, eps: see :func:`mhla_diffusion.ops.mhla`;
+            its normalizer is ``"paper"``.
+        window: queries and keys of the softmax, ``[B, H, N, d']`` each, with their positions in them.
+        weight: w, ``[H]``.
+        form: ``"shared"`` or ``"gate"``.
+
+    Returns:
+        ``[B, H, N, d_v]`` in the dtype of v.
+
+    Raises:
+        ValueError: for another form, and what the operator refuses.
+    """
+    if form not in LOCAL_FORMS:
+        raise ValueError(f"the form of a local window must be of {', '.join(LOCAL_FORMS)}, got {form!r}")
+
+    q, k, v, *window_tensors = as_autocast(q, k, v, *window)
+    queries, keys = window_tensors
+
+    def attend(values: Tensor, weights: Tensor, normalizer: str, rotary: RotaryEmbedding | None) -> Tensor:
+        return mhla(
+            q, k, values, weights, layout, feature_map=feature_map, normalizer=normalizer,
+            rotary_emb=rotary, key_mask=key_mask, eps=eps,
+            dtype=torch.promote_types(values.dtype, torch.float32),
+        )  # fmt: skip
+
+    if form == "gate":
+        gate = weight.sigmoid()[:, None, None]
+        near = window_attention(queries, keys, v, layout, key_mask=key_mask)
+        return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
+    # W without its diagonal: the own block is the window's.
+    others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
+    far = attend(v, others, "paper", rotary_emb)
+    sums = attend(torch.ones_like(v[..., :1]), others, "none", None)[..., 0]
+    tiny = torch.finfo(sums.dtype).tiny
+    log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(_NOTHING)
+    return window_attention(queries, keys, v, layout, key_mask=key_mask, rest=(far, log_sums)).to(v.dtype)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    key_mask: Tensor | None = None,
+    rest: tuple[Tensor, Tensor] | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Softmax attention of each query inside its own block; time O(N n d) for blocks of n tokens.
+
+    Args:
+        q, k: ``[B, H, N, d]`` in grid order.
+        v: ``[B, H, N, d_v]``.
+        layout: the grid and its blocks.
+        key_mask: bool ``[B, N]``, true where a key counts.
+        rest: the output on all else, ``[B, H, N, d_v]``, and the logarithm of its denominator, ``[B, H, N]``:
+            it joins the softmax as one more key of each query.
+        causal: tokens see no later one of their block; for runs of a sequence, ``BlockLayout((N,), (M,))``.
+            With ``rest`` from :func:`mhla_causal` under a strictly lower W it is the causal form of "shared".
+
+    Returns:
+        ``[B, H, N, d_v]`` in the dtype of v, or of ``rest``. A query that sees no key gets 0.
+    """
+    far, score = rest if rest is not None else (None, None)
+    q, k, v = as_autocast(q, k, v)
+    dim = v.shape[-1]
+    seen = _seen(layout, key_mask, causal=causal, device=q.device)
+    lacks_rest = score is None
+    if score is None:
+        score = q.new_full(q.shape[:-1], _NOTHING)
+    # The score of the rest is no product of q and a key: two channels more, whose keys are 1 for the rest and
+    # 0 for all others. Two, as one of bfloat16 would round a logarithm by up to 2 %.
+    high = score.to(q.dtype)
+    low = (score - high).to(q.dtype)
+    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high[..., None], low[..., None]), -1)
+    width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
+    queries, keys, values = (
+        F.pad(layout.pack(x), (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v)
+    )  # [B H, M, n, width]
+    ones = torch.zeros(2, width, dtype=q.dtype, device=q.device)
+    ones[0, q.shape[-1] : q.shape[-1] + 2] = ones[1, dim] = 1
+    keys, values = (
+        torch.cat((x, one.expand(*x.shape[:2], 1, width)), 2)
+        for x, one in zip((keys, values), ones, strict=True)
+    )
+    if seen is not None:
+        seen = seen.expand(*q.shape[:2], *seen.shape[2:]).flatten(0, 1)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
+    out = layout.unpack(out.unflatten(0, q.shape[:2]))
+    if lacks_rest or far is None:
+        return out[..., :dim]
+    return out[..., :dim] + out[..., dim : dim + 1] * far
+
+
+def _seen(
+    layout: BlockLayout, key_mask: Tensor | None, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Which keys of a block, and the rest behind them, a query sees, ``[B, 1, M, 1 or n, n + 1]``."""
+    if layout.is_even and key_mask is None and not causal:
+        return None
+    counted = (
+        torch.ones(1, layout.num_tokens, dtype=torch.bool, device=device) if key_mask is None else key_mask
+    )
+    seen = F.pad(layout.pack(counted[:, None, :, None].byte())[..., 0], (0, 1), value=1).bool()[..., None, :]
+    if causal:
+        tokens = seen.shape[-1] - 1
+        earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        seen = seen & F.pad(earlier, (0, 1), value=True)
+    return seen

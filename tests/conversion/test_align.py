@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhla_diffusion import MHLAConfig, convert_to_mhla
+from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, layer_calls
+from mhla_diffusion.conversion import (
+    AlignConfig,
+    NoiseCalls,
+    SampledCalls,
+    align,
+    cache,
+    default_candidates,
+    load_candidates,
+    open_calls,
+)
+from mhla_diffusion.training.data.shards import Shards
+
+from .conftest import FEW, FORMS, make_teacher
+
+
+def test_every_layer_comes_nearer_in_every_form_and_weights_are_what_errors_say(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    found = align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW)
+    jobs = [job for by_layer in found["jobs"].values() for job in by_layer.values()]
+    assert len(jobs) == 6
+    assert all(job["error"] <= job["before"] for job in jobs)
+    assert sum(job["error"] for job in jobs) < 0.9 * sum(job["before"] for job in jobs)
+    assert all(set(job["by_time"]) == {"6", "7", "8", "9"} for job in jobs), "held out are calls 6 to 9"
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not list((tmp_path / "aligned").glob("activations*")), "the disk is given back"
+    # The stored weights, measured here without a cache.
+    name, form = "transformer_blocks.1.attn1", "mhla"
+    layer = convert_to_mhla(teacher, FORMS[form]).get_submodule(name)
+    # Not copied into the layer, which shares its projections with the teacher.
+    layer.load_state_dict(load_file(tmp_path / "aligned" / form / f"{name}.safetensors"), assign=True)
+    errors = []
+    for number in FEW.held_out_numbers:
+        call = layer_calls(teacher, calls(number), [name])[name]
+        out = layer(call.hidden_states, *call.args, **call.kwargs)
+        errors.append(float((out - call.output).abs().sum() / call.output.abs().sum()))  # type: ignore[union-attr]
+    assert found["jobs"][form][name]["error"] == pytest.approx(sum(errors) / len(errors), rel=0.02)
+
+
+def test_what_is_done_is_not_done_again_and_candidates_may_be_added(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, forms = tmp_path / "aligned", {"mhla": FORMS["mhla"]}
+    align(teacher, calls, out, candidates=forms, config=FEW, layers=[0, 1])
+    records = {path: path.read_bytes() for path in out.rglob("*.json") if path.name != "align.json"}
+    (out / "mhla" / "transformer_blocks.1.attn1.json").unlink()  # as if stopped before its record was written
+    with caplog.at_level(logging.INFO):
+        found = align(teacher, calls, out, candidates=FORMS, config=FEW)
+    done = [line for line in caplog.messages if ": error" in line]
+    assert len(done) == 5, done
+    assert set(found["jobs"]) == {"linear", "mhla"}
+    first = out / "mhla" / "transformer_blocks.0.attn1.json"
+    assert first.read_bytes() == records[first]
+    again = json.loads((out / "mhla" / "transformer_blocks.1.attn1.json").read_text())
+    stored = json.loads(records[out / "mhla" / "transformer_blocks.1.attn1.json"])
+    assert again["error"] == stored["error"], "a job is the same whenever it is done"
+
+
+def test_layers_are_done_in_groups_that_the_disk_may_hold(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = FEW.all_samples * cache.sample_bytes(16, 16)
+    small = dataclasses.replace(FEW, disk=1.5 * size / 1e9)
+    with caplog.at_level(logging.INFO):
+        one_by_one = align(teacher, calls, tmp_path / "small", candidates=FORMS, config=small)
+    assert caplog.messages.count("activations of 1 layers in 10 calls") == 3
+    at_once = align(teacher, calls, tmp_path / "large", candidates=FORMS, config=FEW)
+    for form in FORMS:
+        for layer, job in at_once["jobs"][form].items():
+            assert one_by_one["jobs"][form][layer]["error"] == job["error"]
+    with pytest.raises(ValueError, match=r"holds the activations of no layer: 10 samples take .* raise disk"):
+        align(teacher, calls, tmp_path / "none", config=dataclasses.replace(FEW, disk=1e-9))
+
+
+def test_another_teacher_grid_or_setting_is_refused_by_name(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    out = tmp_path / "aligned"
+    align(teacher, calls, out, candidates=FORMS, config=FEW, layers=[0])
+    other = make_teacher()
+    torch.nn.init.normal_(other.transformer_blocks[0].attn1.to_q.weight, std=0.3)
+    with pytest.raises(ValueError, match=r"another alignment; choose another folder:\n  teacher: \w+ -> \w+"):
+        align(other, NoiseCalls(other), out, candidates=FORMS, config=FEW)
+    with pytest.raises(ValueError, match=r"calls: .*'grid': \[4, 4\].* -> .*'grid': \[4, 6\]"):
+        align(teacher, NoiseCalls(teacher, grid=(4, 6)), out, candidates=FORMS, config=FEW)
+    with pytest.raises(ValueError, match=r"settings: .*'steps': 20.* -> .*'steps': 9"):
+        align(teacher, calls, out, candidates=FORMS, config=dataclasses.replace(FEW, steps=9))
+    with pytest.raises(ValueError, match=r"candidate mhla: .* -> "):
+        align(teacher, calls, out, candidates={"mhla": MHLAConfig(blocks=2)}, config=FEW)
+
+
+def make_cache(teacher: Any, calls: NoiseCalls, folder: Path, fingerprint: str = "f") -> cache.CacheConfig:
+    config = cache.CacheConfig(str(folder), fingerprint, calls.facts, tuple(attention_layers(teacher)), 4)
+    cache.write_activations(teacher, calls, config)
+    return config
+
+
+def test_a_cache_of_another_teacher_is_refused(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    make_cache(teacher, calls, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"another cache of activations:\n.*teacher': 'f'.*teacher': 'g'"):
+        make_cache(teacher, calls, tmp_path / "cache", "g")
+
+
+def test_activations_that_are_not_finite_are_named(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    teacher.transformer_blocks[1].attn1.to_v.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"output of layer transformer_blocks.1.attn1 is not finite in call 0"
+    ):
+        align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW)
+
+
+def test_a_damaged_file_of_activations_is_named(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    config = make_cache(teacher, calls, tmp_path / "cache")
+    path = tmp_path / "cache" / "latents-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    activations = cache.Activations(Shards(config.output_dir), "transformer_blocks.2.attn1")
+    with pytest.raises(ValueError, match=r"layer transformer_blocks.2.attn1 are damaged.*latents-00000"):
+        activations.read([3])
+
+
+def test_a_full_disk_is_said_before_and_during(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+        with pytest.raises(OSError, match=r"the activations take .* GB, but .* has 1e-08 GB free"):
+            align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW)
+    written: list[Path] = []
+
+    def write_one(path: Path, content: Any) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        write_file(path, content)
+
+    from mhla_diffusion.training.data.shards import write_file
+
+    many = dataclasses.replace(FEW, samples=12)
+    with monkeypatch.context() as patch:
+        patch.setattr("mhla_diffusion.training.data.shards.write_file", write_one)
+        with pytest.raises(OSError, match="No space left"):
+            align(teacher, calls, tmp_path / "other", candidates=FORMS, config=many)
+    assert len(written) == 1
+    assert written[0].is_file(), "what was written stays, and the next run goes on from there"
+    assert align(teacher, calls, tmp_path / "other", candidates=FORMS, config=many)["jobs"]
+
+
+def test_a_teacher_that_has_mhla_already_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the teacher has mhla in layers 1 already"):
+        as_teacher(make_teacher(attention=["softmax", "mhla", "softmax"], mhla_config={"blocks": 4}))
+
+
+def test_calls_are_functions_of_their_number_at_even_times(
+    teacher: Any, write_run: Callable[..., Path]
+) -> None:
+    for calls in (
+        NoiseCalls(teacher),
+        SampledCalls(teacher, steps=2),
+        open_calls(teacher, str(write_run())),
+    ):
+        first, again, other = calls(3), calls(3), calls(13)
+        assert first.keys() == {"hidden_states", "timestep", "class_labels"}
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["hidden_states"], other["hidden_states"])
+        times = [float(calls(number)["timestep"]) for number in range(20)]
+        assert [int(time // 100) for time in times] == [*range(10), *range(10)]
+
+
+def test_data_that_cannot_be_is_refused(teacher: Any) -> None:
+    with pytest.raises(ValueError, match=r"the YAML file of a training run, samples, .* got 'nothing.yaml'"):
+        open_calls(teacher, "nothing.yaml")
+
+
+def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "candidates.yaml"
+    path.write_text("mhla: {blocks: [2, 2], local: gate}\nlinear: {blocks: 1}\n")
+    assert load_candidates(path) == {
+        "mhla": MHLAConfig(blocks=(2, 2), local="gate"), "linear": MHLAConfig(blocks=1),
+    }  # fmt: skip
+    path.write_text("mhla: {block: 2}\n")
+    with pytest.raises(ValueError, match="unknown MHLA setting block"):
+        load_candidates(path)
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="must map names to settings of MHLA"):
+        load_candidates(path)
+    assert list(default_candidates((8, 8))) == ["linear", "mhla", "mhla-local"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"steps": 0}, "steps must be 1 or more"), ({"learning_rate": 0.0}, "learning_rate and disk must be")],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignConfig(**settings)

@@ -1,0 +1,166 @@
+"""All four stages in one, their report, and what they take, planned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
+from mhla_diffusion.conversion.budget import conversion_budget
+from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
+from mhla_diffusion.conversion.job import AlignConfig
+from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
+from mhla_diffusion.planning import plan
+
+from .conftest import FEW, FORMS, make_teacher
+
+TOY = LinearizeConfig(budget=0.9, keep=(0,), align=FEW, steps=3, report=ReportConfig(calls=1))
+LOCAL = {"mhla": MHLAConfig(blocks=4, local="gate", cpe="zero", gate=True, feature_map="hedgehog")}
+
+
+def run(stored_teacher: Path, data: str, out: Path, config: LinearizeConfig = TOY) -> int:
+    size = plan(str(stored_teacher), 64, 64, vae_stride=1)
+    return linearize(str(stored_teacher), data, out, size, config=config, candidates=LOCAL)
+
+
+def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = {
+        "class_labels": [0, 1],
+        "images_per_class": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+    }
+    data, out = str(write_run(sampling=sampling)), tmp_path / "out"
+    assert run(stored_teacher, data, out) == 0
+    content = json.loads((out / "report" / "report.json").read_text())
+    assert [model["stage"] for model in content["models"]] == ["teacher", "plain", "aligned", "distilled"]
+    teacher, *students = content["models"]
+    assert teacher["loss_ratio"]["value"] == 1
+    assert teacher["prediction_error"] == 0
+    for student in students:
+        assert "mhla" in student["attention"]
+        assert student["prediction_error"] > 0
+        assert len(student["loss_by_time"]) == 10
+        assert set(student["branches"]) == set(BRANCHES)
+        assert student["speed"]["seconds"] > 0
+    assert content["models"][3]["hours"] > 0
+    page = (out / "report" / "report.html").read_text()
+    for name in ("student, plain", "distilled", "Samples of the same seeds", "Branches switched off"):
+        assert name in page
+    assert page.count("data:image/png;base64,") == 4 * 2
+    assert "http" not in page.replace("http-equiv", "")
+    pipeline = MHLAPipeline.from_pretrained(out / "distilled" / "pipeline")
+    assert "mhla" in pipeline.transformer.layer_attention
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was done already")
+
+    for module, done in (
+        ("align", "train_layer"), ("linearize", "train"), ("linearize", "choose"), ("report", "_measure"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys.modules[f"mhla_diffusion.conversion.{module}"], done, fail)
+    assert run(stored_teacher, data, out) == 0
+
+
+def test_without_data_there_is_no_distillation(
+    stored_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(stored_teacher, "samples", tmp_path / "out") == 0
+    assert "no distillation: it needs data" in caplog.text
+    models = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["models"]
+    assert [model["stage"] for model in models] == ["teacher", "plain", "aligned"]
+
+
+def test_students_of_another_teacher_are_refused(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(stored_teacher, "noise", tmp_path / "out")
+    student = str(tmp_path / "out" / "student")
+    other = make_teacher()
+    torch.nn.init.normal_(other.proj_out_2.weight)
+    shutil.rmtree(stored_teacher / "transformer")
+    other.save_pretrained(stored_teacher / "transformer")
+    with pytest.raises(ValueError, match="was made of another teacher than this"):
+        report(str(stored_teacher), [student], "noise", tmp_path / "report")
+    with pytest.raises(ValueError, match="scores need real and num_samples"):
+        ReportConfig(real="x")
+
+
+def test_a_branch_is_off_inside_and_on_again_behind() -> None:
+    teacher = make_teacher()
+    model = make_teacher(attention="mhla", mhla_config=LOCAL["mhla"].to_dict())
+    calls = NoiseCalls(model)
+    before = model(**calls(0)).sample
+    for branch in BRANCHES:
+        with without(model, branch) as layers:
+            assert layers == 3
+            assert not torch.allclose(model(**calls(0)).sample, before)
+        assert torch.equal(model(**calls(0)).sample, before)
+    with without(model, "linear"):
+        near = model(**calls(0)).sample
+    windows = make_teacher(attention="mhla", mhla_config={**LOCAL["mhla"].to_dict(), "local": "shared"})
+    windows.load_state_dict(model.state_dict())
+    with without(windows, "linear"):
+        torch.testing.assert_close(windows(**calls(0)).sample, near)
+    assert set(branch_errors(teacher, teacher, calls, [0])) == set()
+
+
+def test_a_ratio_has_the_interval_of_its_pairs() -> None:
+    found = ratio([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert found == {"value": 1.0, "interval": [1.0, 1.0]}
+    found = ratio([2.0, 2.0, 6.0], [1.0, 2.0, 3.0])
+    assert found["value"] == pytest.approx(10 / 6)
+    assert found["interval"][0] < found["value"] < found["interval"][1]
+
+
+def test_the_budget_by_hand() -> None:
+    size = plan("DiT-XL/2", 256, 256)
+    align = AlignConfig(samples=100, held_out=20, steps=100, batch_size=2, evaluate_every=50, disk=1.0)
+    forms = {"linear": FORMS["linear"]}
+    found = conversion_budget(size, forms, align, steps=10, batch_size=8, gpus=2, tflops=1e-12 / 3600)
+    layer = 120 * 2 * 256 * 1152 * 2
+    assert found.layer_bytes == layer
+    assert found.groups == -(-28 // int(1e9 // layer))
+    softmax = size.model_flops("softmax")
+    assert found.hours["cache"] == pytest.approx(found.groups * 120 * softmax)
+    attention = size.projections + size.with_config(forms["linear"]).operator_flops("mhla")
+    assert found.hours["align"] == pytest.approx(28 * attention * (3 * 100 * 2 + 20 * 2))
+    linear = size.with_config(forms["linear"]).model_flops("mhla")
+    assert found.hours["distil"] == pytest.approx(80 * (4 * linear + softmax))
+    assert found.memory == found.parameters * 22 / 2
+
+
+def test_the_experiment_compares_every_variant_and_goes_on(
+    write_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_attention_heads": 2,
+        "attention_head_dim": 8, "num_embeds_ada_norm": 2, "attention": "softmax",
+    }  # fmt: skip
+    forms = tmp_path / "forms.yaml"
+    forms.write_text("linear: {blocks: 1}\nmhla: {blocks: 4}\nmhla-local: {blocks: 4, local: shared}\n")
+    config = ExperimentConfig(
+        teacher=str(write_run(model=model)), out=str(tmp_path / "out"), height=8, width=8, vae_stride=1,
+        candidates=str(forms), seeds=(0, 1), align=AlignConfig(samples=2, held_out=1, steps=1, batch_size=1),
+        steps=1, calls=1,
+    )  # fmt: skip
+    content = experiment(config)
+    assert len(content["results"]) == 2 * 7
+    assert all(record["ratio"]["value"] > 0 for record in content["results"])
+    half = [record for record in content["results"] if record["variant"].startswith("half")]
+    assert {record["forms"].count("mhla") for record in half} == {1}, "at equal cost"
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert "1 steps of distillation, 25 % of the teacher's; seeds 0, 1" in lines[0]
+    assert len([line for line in lines if line.startswith("| all") or line.startswith("| half")]) == 7
+    monkeypatch.setattr("mhla_diffusion.conversion.experiment.distil", lambda *_: pytest.fail("done already"))
+    assert experiment(config) == content

@@ -1,0 +1,130 @@
+"""MHLA with a softmax window, forward and each gradient, against its O(N^2) reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhla_diffusion.ops import (
+    LOCAL_FORMS,
+    BlockLayout,
+    apply_rotary_emb,
+    mhla_causal,
+    mhla_local,
+    mhla_local_reference,
+    window_attention,
+)
+
+AssertClose = Callable[..., None]
+
+LAYOUTS = [
+    BlockLayout((8, 8), (2, 4)),
+    BlockLayout((7, 9), (3, 2)),
+    BlockLayout((1, 63), (1, 8)),
+    BlockLayout((5, 5, 3), (2, 2, 2)),
+]
+NAMES = ("q", "k", "v", "mixing", "window q", "window k", "weight")
+
+
+def make_inputs(layout: BlockLayout, dtype: torch.dtype = torch.float64, d: int = 6) -> list[Tensor]:
+    q, k, v, window_q, window_k = torch.randn(5, 2, 3, layout.num_tokens, d, dtype=torch.float64)
+    mixing = torch.rand(3, layout.num_blocks, layout.num_blocks, dtype=torch.float64)
+    tensors = (q, k, v, mixing, window_q, window_k, torch.randn(3, dtype=torch.float64))
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+def call(
+    operator: Callable[..., Tensor], inputs: list[Tensor], layout: BlockLayout, **options: Any
+) -> Tensor:
+    q, k, v, mixing, window_q, window_k, weight = inputs
+    return operator(q, k, v, mixing, layout, window=(window_q, window_k), weight=weight, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", LOCAL_FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_output_and_each_gradient_equal_the_reference(
+    assert_close: AssertClose, layout: BlockLayout, form: str, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(layout, dtype)
+    out = call(mhla_local, inputs, layout, form=form)
+    expected = call(mhla_local_reference, inputs, layout, form=form)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype)
+    cotangent = torch.randn_like(expected)
+    found = torch.autograd.grad(out, inputs, cotangent.to(dtype))
+    references = torch.autograd.grad(expected, inputs, cotangent)
+    for name, gradient, reference in zip(NAMES, found, references, strict=True):
+        try:
+            assert_close(gradient, reference, dtype)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from error
+
+
+@pytest.mark.parametrize("form", LOCAL_FORMS)
+def test_positions_and_a_mask_equal_the_reference(assert_close: AssertClose, form: str) -> None:
+    layout = LAYOUTS[1]
+    inputs = make_inputs(layout)
+    angles = torch.rand(layout.num_tokens, 3, dtype=torch.float64)
+    mask = torch.rand(2, layout.num_tokens) < 0.5
+    mask[1] = False
+    options: dict[str, Any] = {"form": form, "key_mask": mask, "rotary_emb": (angles.cos(), angles.sin())}
+    out = call(mhla_local, inputs, layout, **options)
+    assert_close(out, call(mhla_local_reference, inputs, layout, **options))
+    assert (out[1] == 0).all(), "no key is seen"
+
+
+def test_one_block_is_softmax_attention(assert_close: AssertClose) -> None:
+    layout = BlockLayout((4, 5), (1, 1))
+    inputs = make_inputs(layout)
+    expected = F.scaled_dot_product_attention(inputs[4], inputs[5], inputs[2])
+    assert_close(call(mhla_local, inputs, layout, form="shared"), expected)
+    assert_close(window_attention(inputs[4], inputs[5], inputs[2], layout), expected)
+
+
+def test_scores_far_from_zero_stay_finite() -> None:
+    layout = LAYOUTS[0]
+    q, k, v, mixing, window_q, window_k, weight = make_inputs(layout, torch.float32)
+    for scale in (100.0, -100.0):
+        window = (window_q.abs() * 10, scale * window_k.abs())
+        out = mhla_local(q, k, v, mixing, layout, window=window, weight=weight, form="shared")
+        assert out.isfinite().all()
+
+
+def test_the_causal_form_joins_the_causal_operator(assert_close: AssertClose) -> None:
+    layout = BlockLayout((24,), (4,))
+    q, k, v, mixing, window_q, window_k, _ = make_inputs(layout)
+    past = mixing.tril(-1)
+    far = mhla_causal(q, k, v, past, 6)
+    sums = mhla_causal(q, k, torch.ones_like(v[..., :1]), past, 6, normalizer="none")[..., 0]
+    out = window_attention(
+        window_q, window_k, v, layout, rest=(far, sums.clamp_min(1e-30).log()), causal=True
+    )
+    block = layout.block_index()
+    earlier = torch.ones(24, 24).tril().bool()
+    near = (window_q @ window_k.mT / math.sqrt(6)).exp() * (earlier & (block[:, None] == block))
+    others = (past[..., block, :][..., block]) * ((F.relu(q) + 1e-6) @ (F.relu(k) + 1e-6).mT)
+    weights = near + others
+    assert_close(out, weights @ v / weights.sum(-1, keepdim=True))
+
+
+def test_rotated_windows_see_offsets_alone() -> None:
+    layout = BlockLayout((12,), (2,))
+    q, k, v = (x[:, :, :1].expand(-1, -1, 12, -1) for x in make_inputs(layout)[:3])
+    angles = torch.arange(12.0, dtype=torch.float64)[:, None] * torch.tensor([0.3, 0.7, 1.1])
+    rotary = (angles.cos(), angles.sin())
+    v = torch.randn(2, 3, 6, 6, dtype=torch.float64).repeat(1, 1, 2, 1)
+    out = window_attention(apply_rotary_emb(q, rotary), apply_rotary_emb(k, rotary), v, layout)
+    torch.testing.assert_close(out[:, :, :6], out[:, :, 6:])
+
+
+def test_another_form_is_refused() -> None:
+    layout = LAYOUTS[0]
+    with pytest.raises(ValueError, match=r"local window must be of shared, gate, got 'sum'"):
+        call(mhla_local, make_inputs(layout), layout, form="sum")
