@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .registration import offer_pipelines
+
 if TYPE_CHECKING:
     from mhla_diffusion.pipelines import *  # noqa: F403
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["MHLA", "MHLAConfig"]
+
+offer_pipelines()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,11 @@
-"""MHLAConfig and MHLA: the operator with its parameters, as one module with flags."""
+"""MHLA: the operator with its parameters, as one module with flags."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .config import MHLAConfig
 from .hedgehog import Hedgehog
 from .ops import (
-    FEATURE_MAPS,
-    LOCAL_FORMS,
-    MIXING_STARTS,
-    NORMALIZERS,
     BlockLayout,
     apply_rotary_emb,
+    extend_mixing,
     initial_mixing,
     mhla,
     mhla_local,
@@ -34,165 +29,10 @@ from .ops import (
     resize_mixing,
 )
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding
-
-CONSTRAINTS = ("clamp", "softmax", "none")
-CPE_STARTS = (None, "zero", "identity")
+from .ops.features import RotaryEmbedding, turn_all
 
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
-
-# Settings that came later than stored configs: written where they are used, so that those stay the same.
-_LATER = {"later": True}
-
-
-@dataclass(frozen=True)
-class MHLAConfig:
-    """Settings of an MHLA layer.
-
-    Args:
-        blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
-            The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
-        key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
-        feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`; or
-            ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`.
-        normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
-        mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
-        constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
-            ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
-        mixing_per_head: one mixing matrix per head instead of one for all.
-        mixing_relative: weights by the offset of blocks, see :func:`mhla_diffusion.ops.relative_mixing`.
-        local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
-            ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`.
-        center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
-            share one, which softmax does not see.
-        cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
-            fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
-        qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
-        gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
-            changes no function. A deviation: the paper does not say how it starts.
-        output_norm: RMSNorm over each head's d, before the gate.
-        eps: added by the relu feature map.
-        layers: which layers of a model get linear attention, the others keep softmax; None for all.
-
-    Raises:
-        ValueError: for a value that is not allowed; the message names those that are.
-    """
-
-    blocks: int | tuple[int, ...] = 16
-    key_blocks: int | tuple[int, ...] | None = None
-    feature_map: str = "relu"
-    normalizer: str = "paper"
-    mixing_init: str = "locality"
-    constraint: str = "clamp"
-    mixing_per_head: bool = False
-    mixing_relative: bool = field(default=False, metadata=_LATER)
-    local: str | None = field(default=None, metadata=_LATER)
-    center_keys: bool = field(default=False, metadata=_LATER)
-    cpe: str | None = None
-    qk_norm: bool = False
-    gate: bool = False
-    output_norm: bool = False
-    eps: float = 1e-6
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "key_blocks", "layers"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("blocks", "key_blocks"):
-            value = getattr(self, name)
-            counts = value if isinstance(value, tuple) else (value,)
-            if value is None and name == "key_blocks":
-                continue
-            if not counts or not all(_is_int(count) and count >= 1 for count in counts):
-                raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
-        allowed: dict[str, tuple[Any, ...]] = {
-            "feature_map": (*FEATURE_MAPS, "hedgehog"),
-            "local": (None, *LOCAL_FORMS),
-            "normalizer": NORMALIZERS,
-            "mixing_init": MIXING_STARTS,
-            "constraint": CONSTRAINTS,
-            "cpe": CPE_STARTS,
-            "mixing_per_head": (False, True),
-            "mixing_relative": (False, True),
-            "center_keys": (False, True),
-            "qk_norm": (False, True),
-            "gate": (False, True),
-            "output_norm": (False, True),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}"
-                )
-        self._check_local()
-        if not 0 < self.eps < 1:
-            raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
-        if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
-            raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
-
-    def _check_local(self) -> None:
-        for name in ("local", "mixing_relative"):
-            if getattr(self, name) and self.key_blocks is not None:
-                raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
-        if self.local and (self.normalizer != "paper" or self.blocks == 1):
-            raise ValueError(
-                f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
-                f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values (lists, not tuples), as they stand in a model's config.json."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not self._is_left_out(f)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    def _is_left_out(self, setting: dataclasses.Field[Any]) -> bool:
-        return "later" in setting.metadata and getattr(self, setting.name) == setting.default
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
-        """Make a config of plain values, the inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: for an unknown key, naming the known ones.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(
-                f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
-            )
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """Write the values of :meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> MHLAConfig:
-        """Read a config from JSON; see :meth:`from_dict`."""
-        return cls.from_dict(json.loads(text))
-
-    def layout(self, grid: tuple[int, ...]) -> BlockLayout:
-        """Return the blocks on a grid.
-
-        Raises:
-            ValueError: when the grid cannot hold them.
-        """
-        return _layout(grid, self.blocks)
-
-    def key_layout(self, grid: tuple[int, ...] | None) -> BlockLayout | None:
-        """Return the blocks on the grid of the keys, for cross-attention; else None.
-
-        Raises:
-            ValueError: when the grid cannot hold them, or one of the grid and ``key_blocks`` is missing.
-        """
-        if (grid is None) != (self.key_blocks is None):
-            raise ValueError(
-                f"cross-attention takes key_blocks and the grid of the keys, self-attention neither; got "
-                f"key_blocks {self.key_blocks} and key_grid {grid}"
-            )
-        return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
 
 
 class MHLA(nn.Module):
@@ -235,7 +75,9 @@ class MHLA(nn.Module):
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
         inner_dim = heads * head_dim
-        size: tuple[int, ...] = (layout.num_blocks, (key_layout or layout).num_blocks)
+        size: tuple[int, ...] = tuple(
+            x.num_blocks + config.extra_block for x in (layout, key_layout or layout)
+        )
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
             size = (math.prod(2 * count - 1 for count in layout.blocks),)
@@ -264,7 +106,8 @@ class MHLA(nn.Module):
         """Bring every parameter to the start that the config names."""
         if self.mixing is not None:
             if self.key_blocks is None:
-                mixing = initial_mixing(BlockLayout(self.blocks, self.blocks), self.config.mixing_init)
+                layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
+                mixing = initial_mixing(layout, self.config.mixing_init)
             else:
                 keys = math.prod(self.key_blocks)
                 mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
@@ -285,6 +128,11 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
+    @property
+    def _no_extra(self) -> tuple[int, int] | None:
+        """The extra block of a layout in which it is empty."""
+        return (0, 0) if self.config.extra_block else None
+
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
         if self.config.mixing_relative:
@@ -293,7 +141,10 @@ class MHLA(nn.Module):
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
     def mixing_matrix(self, device: torch.device | None = None) -> Tensor:
-        """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention)."""
+        """Return W of the operator, ``[M, M]`` or ``[H, M, M]`` (``M_k`` columns in cross-attention).
+
+        The last row and column are those of extra tokens, if they are a block.
+        """
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
         mixing: Tensor = self.mixing
@@ -310,10 +161,16 @@ class MHLA(nn.Module):
         (``normalizer="none"``) only ``output_norm`` does.
         """
         assert self.mixing is not None
+        mixing, extra = other.mixing_matrix(), self.config.extra_block
+        if other.config.extra_block and not extra:
+            mixing = mixing[..., :-1, :-1]
+        elif extra and not other.config.extra_block:
+            mixing = extend_mixing(mixing)
         mixing = _resize(
-            other.mixing_matrix(),
+            mixing,
             (other.blocks, other.key_blocks or other.blocks),
             (self.blocks, self.key_blocks or self.blocks),
+            self._no_extra,
         )
         if mixing.ndim == 3 and not self.config.mixing_per_head:
             mixing = mixing.mean(0)
@@ -328,6 +185,7 @@ class MHLA(nn.Module):
         v: Tensor,
         *,
         grid: tuple[int, ...],
+        extra: tuple[int, int] | None = None,
         key_grid: tuple[int, ...] | None = None,
         hidden_states: Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
@@ -337,12 +195,15 @@ class MHLA(nn.Module):
         """Attend, and apply what the flags ask for: ``norm(mhla(q, k, v)) * SiLU(gate(x)) + cpe(v)``.
 
         Args:
-            q, k, v: ``[B, H, N, d]`` in grid order, before the feature map.
+            q, k, v: ``[B, H, N, d]`` in grid order, before the feature map; extra tokens before or after.
             grid: the grid of these tokens; ``key_grid`` that of k and v, in cross-attention.
+            extra: numbers of tokens before and after those of the grid that lie on none, others in every
+                call as may be. The convolution on v leaves them out. See ``extra_block`` of the config.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
-            group: ranks that hold one sequence, each the share that ``torch.tensor_split`` gives it, of which
-                all other tensors are then. See :func:`mhla_diffusion.ops.mhla_parallel`.
+            group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
+                it and ``extra`` tokens of its own, of which all other tensors are then. See
+                :func:`mhla_diffusion.ops.mhla_parallel`.
 
         Returns:
             ``[B, N, H d]``.
@@ -352,11 +213,12 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
-        layout, key_layout, mixing = self.fit(grid, key_grid, device=q.device)
+        layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         q, k = self.normed(q, k)
         window = (q, k)
         if self.local is not None and rotary_emb is not None:
-            window = (apply_rotary_emb(q, rotary_emb), apply_rotary_emb(k, rotary_emb))
+            turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
+            window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))
         q, k = self.features(q, k, key_mask)
         if self.feature_q is not None and rotary_emb is not None:  # both halves turn alike
             rotary_emb = (torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1))
@@ -384,7 +246,7 @@ class MHLA(nn.Module):
             out = out * F.silu(self.gate(hidden_states))
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
-            out = out + _convolve(self.cpe, v, grid)
+            out = out + _convolve(self.cpe, v, layout)
         return out
 
     @property
@@ -431,7 +293,7 @@ class MHLA(nn.Module):
                 "center_keys, which would read the tokens of other ranks"
             )
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        share, longer = divmod(layout.num_tokens, ranks)
+        share, longer = divmod(math.prod(layout.grid), ranks)
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
     def fit(
@@ -439,15 +301,30 @@ class MHLA(nn.Module):
         grid: tuple[int, ...],
         key_grid: tuple[int, ...] | None = None,
         *,
+        extra: tuple[int, int] | None = None,
         device: torch.device | None = None,
     ) -> tuple[BlockLayout, BlockLayout | None, Tensor]:
-        """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix."""
-        layout, mixing = _largest_layout(grid, self.blocks), self.mixing_matrix(device)
+        """Fit to these grids: layouts of queries and, in cross-attention, keys, and the mixing matrix.
+
+        Raises:
+            ValueError: for extra tokens where they have no block and there are several others.
+        """
+        layout = _largest_layout(grid, self.blocks, self._no_extra if extra is None else extra)
+        mixing = self.mixing_matrix(device)
         keys, key_layout = layout.blocks, None
         if key_grid is not None and self.key_blocks is not None:
             key_layout = _largest_layout(key_grid, self.key_blocks)
             keys = key_layout.blocks
-        mixing = _resize(mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys))
+        mixing = _resize(
+            mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys), self._no_extra
+        )
+        if extra is not None and not self.config.extra_block:
+            if self.mixing is not None or key_layout is not None:
+                raise ValueError(
+                    f"this MHLA has no row and column of the mixing matrix for extra tokens, got {extra}: "
+                    "set extra_block=True in its MHLAConfig (self-attention alone), or blocks=1"
+                )
+            mixing = F.pad(mixing, (0, 1, 0, 1), value=1.0)  # plain linear attention: all tokens are alike
         return layout, key_layout, mixing
 
     @torch.no_grad()
@@ -476,37 +353,36 @@ def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
     return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
 
 
-def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``."""
-    images = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)  # [B, H d, *grid]
+def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:
+    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``, 0 for extra tokens."""
+    on_grid = v[:, :, layout.grid_tokens]
+    images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
     # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of
     # the computation, which stored weights need not have (layerwise casting).
     dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
     with torch.autocast(v.device.type, enabled=False):
-        return conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
+        out = conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
+    return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 
 
-def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:
-    if isinstance(blocks, tuple):
-        return BlockLayout(grid, blocks)
-    return BlockLayout.with_num_blocks(grid, blocks)
-
-
-def _largest_layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
+def _largest_layout(
+    grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None = None
+) -> BlockLayout:
     """The blocks on a grid, or as many along each axis as it has tokens."""
     if len(grid) != len(blocks):
         return BlockLayout(grid, blocks)  # says so
-    return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)))
+    return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)), extra)
 
 
-def _resize(mixing: Tensor, old: tuple[tuple[int, ...], ...], new: tuple[tuple[int, ...], ...]) -> Tensor:
+def _resize(
+    mixing: Tensor,
+    old: tuple[tuple[int, ...], ...],
+    new: tuple[tuple[int, ...], ...],
+    extra: tuple[int, int] | None,
+) -> Tensor:
     """A mixing matrix for other blocks of queries and keys."""
     # One token a block: resizing depends on the blocks alone.
     (from_layout, from_keys), (to_layout, to_keys) = (
-        (BlockLayout(blocks, blocks) for blocks in both) for both in (old, new)
+        (BlockLayout(blocks, blocks, extra) for blocks in both) for both in (old, new)
     )
     return resize_mixing(mixing, from_layout, to_layout, from_keys=from_keys, to_keys=to_keys)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 
 class HelpParser(ArgumentParser):
-    """Parser whose help has plain names where docstrings have cross-references."""
+    """Parser whose help has plain names for cross-references, and in whose values ``~`` is the home.
+
+    The help names each option once.
+    """
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        return re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"\1", super().format_help(formatter))
+        usage, blank, rest = super().format_help(formatter).partition("\n\n")
+        assert usage.startswith("usage: ")
+        return f"usage: {self.prog} [options]" + re.sub(r"(?::[a-z]+:)?`+[~.]*([^`]+)`+", r"\1", blank + rest)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *more: Any, **settings: Any
+    ) -> Namespace:
+        """Parse arguments; in them and in files of configuration ``~/`` begins a path in the home."""
+        words = [with_home(word) for word in (sys.argv[1:] if args is None else args)]
+        values = super().parse_args(words, *more, **settings)
+        for key, value in list(values.items()):
+            if (expanded := _expanded(value)) != value:
+                values[key] = expanded
+        return values
+
+
+def with_home(word: str) -> str:
+    """Return an argument, ``~/path`` or ``--option=~/path``, with the home in the place of the tilde.
+
+    Shells replace it where it begins a word, and YAML and Python never do.
+    """
+    option, equals, path = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{option}{equals}{_expanded(path)}"
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_expanded, value))
+    return value

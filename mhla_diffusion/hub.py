@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 
@@ -23,6 +26,24 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     except OSError:
         return None
     return component
+
+
+@contextmanager
+def load_errors(path: str) -> Iterator[None]:
+    """Turn what diffusers and torch stumble over in what is stored into one sentence that names it.
+
+    Raises:
+        ValueError: instead of any error but those of the system and of memory.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be loaded: {kind}{error}") from error
 
 
 class _StoredModel(ConfigMixin):

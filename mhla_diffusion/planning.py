@@ -34,7 +34,11 @@ PRESETS = {
 }
 
 # What diffusers calls the parts of a layer, and we do.
-_PARTS = {"norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward"}
+_PARTS = {
+    "norm1": "modulation", "attn2": "cross-attention", "ff": "feed-forward", "ffn": "feed-forward",
+    "img_mod": "modulation", "txt_mod": "modulation of text",
+    "img_mlp": "feed-forward", "txt_mlp": "feed-forward of text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Plan:
 
     Args:
         model, size: what the table calls them.
-        layout: the grid of tokens and its blocks.
+        layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
@@ -96,7 +100,8 @@ class Plan:
         if self.hedgehog:
             flops = 2 * flops + 4 * tokens * d**2
         if self.local and attention == "mhla":
-            flops += 4 * tokens * math.prod(self.layout.block_shape) * d
+            extra = sum(self.layout.extra or ())
+            flops += 4 * ((tokens - extra) * math.prod(self.layout.block_shape) + extra**2) * d
         return flops * self.heads * self.grids
 
     def layer_flops(self, attention: str) -> dict[str, int]:
@@ -104,12 +109,12 @@ class Plan:
         width, extras = self.heads * self.head_dim, 0
         if attention != "softmax":
             convolution = 2 * 3 ** len(self.layout.grid) * width
-            tokens = self.layout.num_tokens * self.grids
-            extras = tokens * (self.gate * 2 * width**2 + self.cpe * convolution)
+            extras = self.layout.num_tokens * self.gate * 2 * width**2
+            extras += math.prod(self.layout.grid) * self.cpe * convolution
         return {
             "attention operator": self.operator_flops(attention),
             "projections q, k, v, out": self.projections,
-            "gate and convolution": extras,
+            "gate and convolution": extras * self.grids,
             **{_PARTS.get(name, name): flops for name, flops in self.layer.items()},
         }
 
@@ -122,7 +127,7 @@ class Plan:
 
     def with_config(self, config: MHLAConfig) -> Plan:
         """Return the plan of the same model and size with these settings in its linear layers."""
-        layout = config.layout(self.layout.grid)
+        layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
         return replace(
             self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
             local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
@@ -167,7 +172,7 @@ class Plan:
         """Bytes that parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
         if attention == "softmax":
             return self.operator_bytes
-        whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid))
+        whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
         return exchanged_bytes(layout, self.grids, self.heads, self.head_dim, self.head_dim)
 
@@ -187,6 +192,7 @@ def plan(
     hedgehog: bool | None = None,
     linear_layers: int | None = None,
     vae_stride: int | None = None,
+    extra_tokens: int | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Plan:
     """Plan MHLA for a model and a size: FLOPs, bytes, the bound on the speed-up, and blocks to take.
@@ -207,6 +213,7 @@ def plan(
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
             stock model comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, models of
             pixels have 1.
+        extra_tokens: tokens of the text, for models whose self-attention it takes part in; 128 by default.
         dtype: of q, k, v and the output.
 
     Raises:
@@ -222,6 +229,13 @@ def plan(
     grid = token_grid(
         transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
     )
+    if extra_tokens is not None:
+        if not transformer.extra_tokens or extra_tokens < 1:
+            raise ValueError(
+                f"extra_tokens must be 1 or more, and the text a part of self-attention, which it is "
+                f"{'' if transformer.extra_tokens else 'not '}in {model}; got {extra_tokens}"
+            )
+        transformer.extra_tokens = extra_tokens
     given = {
         "blocks": blocks, "gate": gate, "cpe": cpe, "local": local, "hedgehog": hedgehog,
         "linear_layers": linear_layers,
@@ -232,6 +246,8 @@ def plan(
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
+    if transformer.extra_tokens:
+        layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
     return Plan(
         model=model,
@@ -394,18 +410,25 @@ def _tokens(name: str, size: int, unit: int, reason: str, *, lead: int = 0) -> i
 def _heading(plan: Plan) -> Iterator[str]:
     layout, recommended = plan.layout, recommended_layout(plan.layout.grid)
     layers = "all" if plan.linear_layers == plan.num_layers else f"{plan.linear_layers} of"
-    even = "" if layout.is_even else "at most "
-    yield f"{plan.model}, {plan.size}: {_times(layout.grid)} = {layout.num_tokens:,} tokens"
+    even = "" if BlockLayout(layout.grid, layout.blocks).is_even else "at most "
+    extra = "" if layout.extra is None else f" and {sum(layout.extra):,} of text"
+    yield f"{plan.model}, {plan.size}: {_times(layout.grid)} = {math.prod(layout.grid):,} tokens{extra}"
     yield f"linear attention in {layers} {plan.num_layers} layers, {plan.heads} heads of {plan.head_dim}"
     yield (
-        f"blocks {_times(layout.blocks)} = {layout.num_blocks}, each of {even}{_times(layout.block_shape)} "
-        f"tokens; mixing is {100 * plan.mixing_share:.0f} % of the operator"
+        f"blocks {_times(layout.blocks)} = {math.prod(layout.blocks)}, each of {even}"
+        f"{_times(layout.block_shape)} tokens{' and one of text' if extra else ''}; mixing is "
+        f"{100 * plan.mixing_share:.0f} % of the operator"
     )
     yield (
         "these blocks are the recommended ones"
-        if layout == recommended
+        if layout.blocks == recommended.blocks
         else f"recommended: blocks {_times(recommended.blocks)} = {recommended.num_blocks}"
     )
+    usual = MHLAConfig().blocks
+    assert isinstance(usual, int)
+    if len(layout.grid) == 2 and recommended.num_blocks < usual <= math.isqrt(layout.num_tokens):
+        yield f"  (mixing is at most 20 % of the operator then; the paper and the configs take {usual} for"
+        yield "  images, which M^2 <= N allows here: more to mix, for more of the time)"
 
 
 def _table(plan: Plan) -> Iterator[str]:

@@ -10,9 +10,10 @@ import itertools
 import logging
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import psutil
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SILENCE = 45.0
+"""Seconds without a sign of life after which a process is taken for dead."""
+
 
 def process_state() -> PartialState:
     """Return accelerate's state of this process, after it joined the others of its run.
@@ -36,8 +40,10 @@ def process_state() -> PartialState:
         if not _is_one_of_several():
             _warn_of_missing_processes()
         state = PartialState(cpu=_has_only_cpus())
-        if state.num_processes > 1 and state.is_main_process:
-            logger.info("%d processes share the work", state.num_processes)
+        if state.num_processes > 1:
+            _Pulse(state.process_index).start()
+            if state.is_main_process:
+                logger.info("%d processes share the work", state.num_processes)
     return PartialState()
 
 
@@ -55,7 +61,8 @@ def in_first_process(work: Callable[[], T]) -> T:
         work: called in the first process alone; what it returns can be pickled.
 
     Raises:
-        ConnectionError: in the others, when ``work`` raised an exception in the first, with its message.
+        ConnectionError: in the others, when ``work`` raised an exception in the first, with its message, or
+            that process has ended.
     """
     state = process_state()
     if state.num_processes == 1:
@@ -70,7 +77,8 @@ def in_first_process(work: Callable[[], T]) -> T:
             failure, outcome[1] = error, str(error) or type(error).__name__
         _store().set(key, "done")
     else:
-        _wait(key)
+        _wait(key, 0)
+    _leave(key)
     value, message = broadcast_object_list(outcome)
     if failure is not None:
         raise failure
@@ -80,12 +88,17 @@ def in_first_process(work: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come here, for as long as it takes."""
+    """Wait until every process has come here, for as long as it takes.
+
+    Raises:
+        ConnectionError: when one of them has ended.
+    """
     state, key = process_state(), f"mhla_diffusion/{next(_turns)}"
     if state.num_processes > 1:
         _store().set(f"{key}/{state.process_index}", "here")
         for index in range(state.num_processes):
-            _wait(f"{key}/{index}")
+            _wait(f"{key}/{index}", index)
+        _leave(key)
 
 
 @contextmanager
@@ -113,14 +126,54 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _wait(key: str) -> None:
-    while True:  # in short waits, between which Ctrl-C is heard
-        try:
-            return _store().wait([key], timedelta(seconds=10))
-        except dist.DistNetworkError:
-            raise
-        except dist.DistStoreError:
+class _Pulse(threading.Thread):
+    """Shows the other processes that this one lives, through the store, until it ends, however it ends."""
+
+    seconds = 2.0
+
+    def __init__(self, index: int) -> None:
+        super().__init__(daemon=True)
+        self.key = _pulse_of(index)
+
+    def run(self) -> None:
+        with suppress(RuntimeError):  # the store has ended
+            for beat in itertools.count():
+                _store().set(self.key, str(beat))
+                time.sleep(self.seconds)
+
+
+def _pulse_of(index: int) -> str:
+    return f"mhla_diffusion/pulse/{index}"
+
+
+def _wait(key: str, index: int) -> None:
+    """Wait for what a process will say, for as long as it lives.
+
+    Raises:
+        ConnectionError: when it has given no sign of life for :data:`SILENCE` seconds.
+    """
+    store, pulse, heard = _store(), b"", time.monotonic()
+    while not store.check([key]):  # by looking, as a wait would keep the pulse out of the store
+        time.sleep(0.05)
+        if time.monotonic() - heard < _Pulse.seconds:
             continue
+        beat = store.get(_pulse_of(index)) if store.check([_pulse_of(index)]) else pulse
+        if beat != pulse:
+            pulse, heard = beat, time.monotonic()
+        elif time.monotonic() - heard > SILENCE:
+            raise ConnectionError(
+                f"process {index} of this run has ended, and what it said last tells why; start the run again"
+            )
+
+
+def _leave(key: str) -> None:
+    """Let the first process, with which the store ends, be the last that needs it."""
+    state = process_state()
+    if not state.is_main_process:
+        _store().set(f"{key}/{state.process_index}/left", "")
+        return
+    for index in range(1, state.num_processes):
+        _wait(f"{key}/{index}/left", index)
 
 
 def _is_one_of_several() -> bool:
@@ -147,18 +200,24 @@ def _has_only_cpus() -> bool:
     return several and (accelerator is None or accelerator.type == "mps")
 
 
-def _warn_of_missing_processes() -> None:
-    """Say when ``accelerate launch`` was asked for several processes, but started this one alone."""
+def launch_option(name: str) -> str | None:
+    """Return what ``accelerate launch`` was given for one of its options, None where it was not."""
     try:
         parent = psutil.Process().parent()
         command = " ".join(parent.cmdline() if parent is not None else [])
     except psutil.Error:
-        return
-    asked = re.search(r"\baccelerate\b.*--num[_-]processes[ =](\d+)", command)
-    if asked is not None and int(asked[1]) > 1:
+        return None
+    found = re.search(rf"\baccelerate\b.* --{name.replace('_', '[_-]')}[ =](\S+)", command)
+    return None if found is None else found[1]
+
+
+def _warn_of_missing_processes() -> None:
+    """Say when ``accelerate launch`` was asked for several processes, but started this one alone."""
+    asked = launch_option("num_processes") or ""
+    if asked.isdecimal() and int(asked) > 1:
         logger.warning(
             "accelerate launch was asked for %s processes and started one, as it does without a GPU: "
             "torchrun --nproc_per_node %s -- SCRIPT starts them all",
-            asked[1],
-            asked[1],
+            asked,
+            asked,
         )

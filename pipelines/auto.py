@@ -9,7 +9,8 @@ import diffusers
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
-from mhla_diffusion.hub import hub_arguments, locate_subfolder
+from mhla_diffusion.backbones.model import as_config
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
 from .video import MHLAWanPipeline
@@ -17,8 +18,9 @@ from .video import MHLAWanPipeline
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
 _OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
 
-# Pipelines that call a transformer on tokens that lie on no grid.
-_WITHOUT_GRID = ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline")
+# Pipelines that call a transformer on tokens of which it does not say on which grid they lie, and those that
+# put tokens of images ahead of the grid.
+_WITHOUT_GRID, _WITH_EXTRA_TOKENS = ("LTXI2VLongMultiPromptPipeline",), ("LTXConditionPipeline",)
 
 
 class MHLAPipeline:
@@ -63,11 +65,13 @@ class MHLAPipeline:
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(
-                f"{path} holds a single model (config.json), not a pipeline (model_index.json); load it with "
-                "its class, such as MHLADiTTransformer2DModel.from_pretrained, and build the pipeline with "
-                "MHLADiTPipeline(transformer=..., scheduler=...)"
+                f"{path} holds a single model (config.json), not a pipeline (model_index.json); open it with "
+                f"{_opener(load_config(path))} and give it to a pipeline as transformer=..., or convert it "
+                "alone (mhla convert --only_transformer true)"
             )
         index = diffusers.DiffusionPipeline.load_config(path, **hub_arguments(kwargs))
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"model_index.json in {path} names no pipeline: it is damaged")
         names = [name for name, stored in index.items() if _is_transformer(stored)]
         pipeline_class = _OWN.get(index["_class_name"]) or getattr(diffusers, index["_class_name"], None)
         if pipeline_class is None or not names:
@@ -80,7 +84,14 @@ class MHLAPipeline:
                 f"a {pipeline_class.__name__} puts tokens of images between those of the video, which then "
                 "lie on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
             )
-        pipeline = pipeline_class.from_pretrained(path, **kwargs)
+        needs_block = pipeline_class.__name__ in _WITH_EXTRA_TOKENS and mhla_config is not None
+        if needs_block and not as_config(mhla_config).extra_block:
+            raise ValueError(
+                f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
+                "set extra_block=True in mhla_config, so that they are a block of their own"
+            )
+        with load_errors(path):
+            pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
             transformer, config = getattr(pipeline, name), mhla_config
             ours = backbone_of(transformer)
@@ -92,6 +103,12 @@ class MHLAPipeline:
             if config is not None:
                 pipeline.register_modules(**{name: convert_to_mhla(transformer, config)})
         return pipeline
+
+
+def _opener(config: dict[str, Any]) -> str:
+    ours, name = backbone_of_config(config), config.get("_class_name", "its class")
+    module = "mhla_diffusion" if ours is not None and ours.__name__ == name else "diffusers"
+    return f"{module}.{name}.from_pretrained"
 
 
 def _is_transformer(stored: Any) -> bool:

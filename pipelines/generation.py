@@ -17,10 +17,12 @@ from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
+from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe
 from .prompts import MAX_SEED, Prompt
+from .requests import require_positive
 from .rows import class_rows, prompt_rows
 from .sampling import Kind, call_arguments, call_parameters, frames_per_second, output_kind, sample
 from .sheets import save_grid, save_image, save_strips
@@ -175,9 +177,7 @@ def generate_videos(
 
 def _check_numbers(settings: Mapping[str, float | None]) -> None:
     """Refuse what would fail, or give nothing, only after the model has been moved to its device."""
-    for name, value in settings.items():
-        if name != "guidance_scale" and value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_positive(**{name: value for name, value in settings.items() if name != "guidance_scale"})
 
 
 def _require_output(pipeline: Any, kind: Kind) -> None:
@@ -210,6 +210,8 @@ def _generate(
 
         def enter() -> None:
             stack.enter_context(only_writer(folder))
+            for place in {(folder / row["file"]).parent for row in rows}:
+                remove_partial(place)
             _check_folder(folder, manifest)
             write_manifest(folder, manifest)
             made = [row["file"] for row in rows if (folder / row["file"]).is_file()]

@@ -24,6 +24,7 @@ from torch import Tensor
 from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
 from .model_card import CardedPipeline, Purpose
+from .requests import ClassNames, require_generators, require_positive
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -43,11 +44,7 @@ class MHLADiTPipeline(CardedPipeline):
             ``"flow_prediction"``. Taken from the first scheduler when None, and held against later ones.
     """
 
-    purpose = Purpose(
-        "Class-conditional image generation",
-        task="unconditional-image-generation",
-        tag="class-conditional-image-generation",
-    )
+    purpose = Purpose("Class-conditional image generation", task="unconditional-image-generation")
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar = ["vae"]
     _callback_tensor_inputs: ClassVar = ["latents"]
@@ -68,9 +65,8 @@ class MHLADiTPipeline(CardedPipeline):
             training=training,
             prediction_type=prediction_type or _prediction_type(scheduler),
         )
-        self.labels = {
-            name.strip(): int(key) for key, names in (id2label or {}).items() for name in names.split(",")
-        }
+        self.class_names = ClassNames(id2label)
+        self.labels = self.class_names.ids
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -94,17 +90,9 @@ class MHLADiTPipeline(CardedPipeline):
         """Class ids of names; ids pass through.
 
         Raises:
-            ValueError: for a name that the model does not know, or an id that is out of range.
+            ValueError: for a name that means no class or several, or an id that is out of range.
         """
-        labels = [label] if isinstance(label, (int, str)) else list(label)
-        if unknown := [name for name in labels if isinstance(name, str) and name not in self.labels]:
-            known = ", ".join(sorted(self.labels)) or "none: this pipeline has no id2label, give class ids"
-            raise ValueError(f"unknown class {', '.join(map(repr, unknown))}; the names are {known}")
-        ids = [self.labels[name] if isinstance(name, str) else int(name) for name in labels]
-        num_classes = self.transformer.config.num_embeds_ada_norm
-        if outside := [i for i in ids if not 0 <= i < num_classes]:
-            raise ValueError(f"class id {outside[0]} is out of range: the model knows 0 to {num_classes - 1}")
-        return ids
+        return self.class_names.find(label, self.transformer.config.num_embeds_ada_norm)
 
     def check_inputs(
         self,
@@ -123,8 +111,7 @@ class MHLADiTPipeline(CardedPipeline):
         if not class_labels or num_images_per_prompt < 1:
             raise ValueError("nothing to generate: class_labels is empty or num_images_per_prompt below 1")
         count = len(class_labels) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
+        require_generators(generator, count)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -215,6 +202,7 @@ class MHLADiTPipeline(CardedPipeline):
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = height or size, width or size
+        require_positive(num_inference_steps=num_inference_steps)
         ids = self.get_label_ids(class_labels)
         self.check_inputs(ids, height, width, output_type, num_images_per_prompt, generator, tensor_inputs)
         self._guidance_scale = guidance_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,34 +11,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub import ModelCardData, create_repo
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
 from .identity import transformers_of
+from .sampling import call_parameters, output_kind
 
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
 
+PICTURE = "samples.png"
+
 _BODY = """
 {mark}
 
-# {name}
+# {title}
 
 {purpose} with Multi-Head Linear Attention (MHLA,
 [arXiv 2601.07832](https://arxiv.org/abs/2601.07832)): attention in linear time over blocks of the token grid.
+{picture}
+{status}
 
 {facts}
-
+{scores}
 ## How to load it
+
+`pip install .` in a copy of the mhla_diffusion repository, then:
 
 ```python
 from mhla_diffusion import MHLAPipeline
 
-pipe = MHLAPipeline.from_pretrained("{name}")
+pipe = MHLAPipeline.from_pretrained("{name}")  # or your path to this folder
 {call}
 ```
+{hint}"""
+
+_CONVERTED = """**Converted, not fine-tuned yet.** All weights are those of {base}; MHLA is at its start.
+It is not the same function, but a start for fine-tuning: its samples are no measure of either model."""
+
+_FIELDS = """# Before publishing say here, as the hub has it: license: ..., datasets: [...], language: [...]
 """
 
 
@@ -48,12 +62,10 @@ class Purpose:
     Args:
         text: the beginning of a sentence.
         task: the hub's name for it.
-        tag: one more of the hub's tags.
     """
 
     text: str
     task: str
-    tag: str
 
 
 class CardedPipeline(DiffusionPipeline):
@@ -105,40 +117,140 @@ class CardedPipeline(DiffusionPipeline):
             return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
 
-def write_model_card(pipeline: CardedPipeline, folder: str | os.PathLike[str], *, repo_id: str) -> None:
-    """Write README.md into a folder, unless one that is not ours lies there."""
+@dataclass(frozen=True)
+class CardFields:
+    """What a card says beyond what the pipeline itself knows.
+
+    Args:
+        scores: Markdown, such as the report.md of an evaluation.
+        base_model: hub id or path of the model that this one was made of.
+        license: as the hub names it, such as ``"apache-2.0"``.
+        datasets: hub ids.
+        converted: whether it was converted from ``base_model`` and not trained since.
+    """
+
+    scores: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    converted: bool = False
+
+
+def write_model_card(
+    pipeline: Any, folder: str | os.PathLike[str], *, repo_id: str, fields: CardFields = CardFields()
+) -> None:
+    """Write README.md into a folder, unless one that is not ours lies there.
+
+    Shows the picture samples.png when that is in the folder.
+
+    Args:
+        pipeline: ours, or one of diffusers with our transformer.
+        folder: of the saved pipeline.
+        repo_id: what it is loaded by.
+        fields: what else is to be said.
+    """
     path = os.path.join(folder, "README.md")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as existing:
             if _MARK not in existing.read():
                 return
-    facts = "\n".join(f"| {key} | {value} |" for key, value in _facts(pipeline).items())
-    purpose = pipeline.purpose
+    training = dict(pipeline.config.get("training") or {})
+    base = fields.base_model or training.get("base model")
+    purpose = _purpose(pipeline)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=purpose.task,
-        tags=["mhla", "linear-attention", purpose.tag],
+        license=fields.license,
+        datasets=list(fields.datasets) or None,
+        base_model=base if base and _is_hub_id(base) else None,
+        tags=["mhla", "linear-attention", purpose.task],
     )
+    facts = "\n".join(f"| {key} | {_without_folders(value)} |" for key, value in _facts(pipeline).items())
+    picture = os.path.isfile(os.path.join(folder, PICTURE))
     body = _BODY.format(
         mark=_MARK,
         name=repo_id,
+        title=_title(pipeline, repo_id, training),
         purpose=purpose.text,
+        picture=f"\n![Samples]({PICTURE})\n" if picture else "",
+        status=_status(training, base, fields),
         facts=f"| | |\n|---|---|\n{facts}",
-        call=pipeline.example_call(),
+        scores=f"\n## Scores\n\n{_without_folders(fields.scores)}\n" if fields.scores else "",
+        call=_example_call(pipeline, training),
+        hint=""
+        if fields.license
+        else "\nNo licence is stated: that of the weights is their author's to say.\n",
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    write_file(path, card.save)
+    # As it is: ModelCard.save would drop the line on fields that are still to be filled.
+    write_file(path, f"---\n{data.to_yaml()}\n{'' if fields.license else _FIELDS}---\n{body}")
 
 
-def _facts(pipeline: CardedPipeline) -> dict[str, str]:
+def _purpose(pipeline: Any) -> Purpose:
+    if isinstance(pipeline, CardedPipeline):
+        return pipeline.purpose
+    if output_kind(pipeline) == "images":
+        return Purpose("Text-to-image generation", task="text-to-image")
+    if "image" in call_parameters(pipeline):
+        return Purpose("Image-to-video generation", task="image-to-video")
+    return Purpose("Text-to-video generation", task="text-to-video")
+
+
+def _title(pipeline: Any, repo_id: str, training: Mapping[str, Any]) -> str:
+    """The name on the hub; of a folder, whose name says little, what it is."""
+    if _is_hub_id(repo_id):
+        return repo_id.split("/")[-1]
+    transformer = next(iter(transformers_of(pipeline).values()))
+    model = type(transformer).__name__.partition("Transformer")[0].replace("MHLA", "MHLA-")
+    data = str(training.get("data") or "").partition(",")[0]
+    return f"{model} of {_without_folders(data)}" if data else model
+
+
+def _status(training: Mapping[str, Any], base: str | None, fields: CardFields) -> str:
+    """What was trained and what was not."""
+    if fields.converted:
+        return _CONVERTED.format(base=_without_folders(base or "the stock model"))
+    if not training:
+        return "How it was trained is not recorded."
+    start = f", starting from {_without_folders(base)}" if base else ", from scratch"
+    return f"Trained: {training['trained']}{start}." if "trained" in training else f"Trained{start}."
+
+
+def _example_call(pipeline: Any, training: Mapping[str, Any]) -> str:
+    """A line that generates, with the steps and guidance of the samples that were made during training."""
+    if isinstance(pipeline, CardedPipeline):
+        call = pipeline.example_call()
+    elif output_kind(pipeline) == "images":
+        call = 'images = pipe("...").images'
+    else:
+        picture = "image, " if "image" in call_parameters(pipeline) else ""
+        call = f'video = pipe({picture}prompt="...").frames[0]'
+    chosen = dict(training.get("sampled with") or {})
+    given = "".join(
+        f", {name}={chosen[name]}" for name in ("num_inference_steps", "guidance_scale") if name in chosen
+    )
+    return re.sub(r"\)\.(images|frames)", rf"{given}).\1", call, count=1)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def _without_folders(text: Any) -> str:
+    """A text whose absolute paths are the names of their files alone."""
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/|,;]+/)+([^\s/|,;]+)", r"\1", str(text))
+
+
+def _facts(pipeline: Any) -> dict[str, str]:
     """What a reader of the card wants to know, as text."""
     facts: dict[str, str] = {}
     for name, transformer in transformers_of(pipeline).items():
         suffix = f" ({name})" if facts else ""
         facts |= {f"{key}{suffix}": value for key, value in _attention(transformer).items()}
         facts[f"parameters{suffix}"] = f"{sum(p.numel() for p in transformer.parameters()):,}"
-    facts |= {**pipeline.sizes(), "scheduler": type(pipeline.scheduler).__name__}
-    training = pipeline.config.training or {"training": "not recorded"}
+    if isinstance(pipeline, CardedPipeline):
+        facts |= pipeline.sizes()
+    facts["scheduler"] = type(pipeline.scheduler).__name__
+    training = pipeline.config.get("training") or {"training": "not recorded"}
     return facts | {key.replace("_", " "): str(value) for key, value in _flatten(training).items()}
 
 

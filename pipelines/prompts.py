@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from mhla_diffusion.files.names import is_hidden
+from mhla_diffusion.files.text import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
@@ -138,7 +140,9 @@ def with_images(prompts: Sequence[Prompt], folder: str | os.PathLike[str]) -> li
     files = sorted(
         path
         for path in Path(folder).iterdir()
-        if path.suffix.lower() in Image.registered_extensions() and path.is_file() and path.name[0] != "."
+        if path.suffix.lower() in Image.registered_extensions()
+        and path.is_file()
+        and not is_hidden(path.name)
     )
     count = max(len(files), len(prompts))
     if not files or {len(files), len(prompts)} - {1, count}:
@@ -170,14 +174,8 @@ def _texts_in_brackets(value: str) -> list[str]:
 def _read_file(path: Path, images: Path | None) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of prompts ({', '.join(_READERS)})")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line} is not UTF-8: store the file as UTF-8") from error
     prompts = []
-    for line, row in _READERS[path.suffix.lower()](text, path):
+    for line, row in _READERS[path.suffix.lower()](read_text(path), path):
         origin = f"{path} line {line}"
         if unknown := sorted(row.keys() - set(_COLUMNS)):
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
+from mhla_diffusion.files.pictures import DECODING_ERRORS, open_picture
 
 from .prompts import Prompt, with_images
 from .sampling import Kind
@@ -100,9 +100,9 @@ def _add_pictures(rows: list[dict[str, Any]], prompts: list[Prompt]) -> list[Pat
             raise prompt.error("has no image, and others have one: give each an image, or none")
         if path not in digests:
             try:
-                with Image.open(path) as image:
+                with open_picture(path) as image:
                     image.verify()
-            except (OSError, SyntaxError) as error:
+            except DECODING_ERRORS as error:
                 raise prompt.error(f"the image {path} cannot be read ({error})") from error
             digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         row |= {"image": path.name, "image_sha256": digests[path]}

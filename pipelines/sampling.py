@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mhla_diffusion.files.pictures import read_picture
 
 Kind = Literal["images", "videos"]
 
@@ -141,7 +142,7 @@ def sample(
     asked: dict[str, Any] = dict(conditions(rows))
     if images[0] is not None:
         assert len(images) == 1
-        asked["image"] = load_image(str(images[0]))
+        asked["image"] = read_picture(images[0]).convert("RGB")
     generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
     with _remedies(pipeline):
         made = pipeline(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
+from .requests import count_samples, require_generators, require_positive
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,12 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         vae: decodes latents; None when the model works on pixels, in one channel (gray) or three.
         max_sequence_length: tokens that prompts are cut or filled up to, as in training.
         fps: frames per second of the clips it was trained on.
+        sample_size: frames, height and width in pixels of these clips, the size that it makes by default; the
+            transformer's ``sample_grid`` when None.
         training: facts about the training for the model card.
     """
 
-    purpose = Purpose("Text-to-video generation", task="text-to-video", tag="text-to-video")
+    purpose = Purpose("Text-to-video generation", task="text-to-video")
     _optional_components: ClassVar = ["vae", "transformer", "transformer_2"]
 
     def __init__(
@@ -64,6 +68,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         max_sequence_length: int = 512,
         fps: float = 16.0,
         training: dict | None = None,
+        sample_size: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -75,7 +80,12 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(max_sequence_length=max_sequence_length, fps=fps, training=training)
+        self.register_to_config(
+            max_sequence_length=max_sequence_length,
+            fps=fps,
+            training=training,
+            sample_size=None if sample_size is None else list(sample_size),
+        )
 
     @property
     def _model(self) -> MHLAWanTransformer3DModel:
@@ -86,18 +96,31 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
     def pixels_per_token(self) -> tuple[int, int, int]:
         """Frames, height and width."""
         patch = self._model.config.patch_size
+        return tuple(p * stride for p, stride in zip(patch, self._pixels_per_latent, strict=True))
+
+    @property
+    def _pixels_per_latent(self) -> tuple[int, int, int]:
         if self.vae is None:
-            return tuple(patch)
+            return 1, 1, 1
         factor = self.vae_scale_factor_spatial
-        return (patch[0] * self.vae_scale_factor_temporal, patch[1] * factor, patch[2] * factor)
+        return self.vae_scale_factor_temporal, factor, factor
+
+    def size_in_pixels(self, latents: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, height and width of what the autoencoder, if any, makes of latents of this size."""
+        strides = self._pixels_per_latent
+        frames, height, width = (n * stride for n, stride in zip(latents, strides, strict=True))
+        # An autoencoder of videos makes one latent frame of the first, then one of every four.
+        return frames - strides[0] + 1, height, width
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the clips that the model was made for."""
-        grid = self._model.config.sample_grid
-        frames, height, width = (n * p for n, p in zip(grid, self.pixels_per_token, strict=True))
-        # An autoencoder of videos makes one latent frame of the first, then one of every four.
-        return frames if self.vae is None else frames - self.vae_scale_factor_temporal + 1, height, width
+        """Frames, height and width of the clips that it was trained on, else that the model was made for."""
+        if self.config.sample_size is not None:
+            return tuple(self.config.sample_size)
+        config = self._model.config
+        return self.size_in_pixels(
+            [n * p for n, p in zip(config.sample_grid, config.patch_size, strict=True)]
+        )
 
     @torch.no_grad()
     def __call__(
@@ -107,15 +130,23 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        *,
-        num_videos_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
-        output_type: str = "np",
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "np",
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (as the base class has it)
         max_sequence_length: int | None = None,
-        **kwargs: Any,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos; as :meth:`diffusers.WanPipeline.__call__`, with the training's sizes as defaults.
 
@@ -124,17 +155,22 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             negative_prompt: what they should not show.
             height, width: in pixels.
             num_frames: with an autoencoder of videos one more than a multiple of four.
+            num_inference_steps: denoising steps.
+            guidance_scale: above 1 for classifier-free guidance; ``guidance_scale_2`` is that of the second
+                transformer, where there is one.
             num_videos_per_prompt: videos for each prompt.
             generator: one, or one for each video.
             latents: the start noise, ``[B, C, F, H, W]``.
-            prompt_embeds: ``[B, L, text_dim]`` in place of the prompt.
+            prompt_embeds: ``[B, L, text_dim]`` in place of the prompt; ``negative_prompt_embeds`` likewise.
             output_type: ``"np"`` ``[B, F, H, W, C]`` or ``"pt"`` ``[B, F, C, H, W]`` in 0 to 1; ``"pil"``;
                 ``"latent"``.
             return_dict: whether to return a ``WanPipelineOutput`` instead of a tuple.
+            attention_kwargs: handed to the transformer, such as ``{"scale": ...}`` for LoRA.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after each step;
+                what it returns replaces the tensors.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets.
             max_sequence_length: tokens that prompts are cut or filled up to; as in training by default. A
                 warning names those that are cut.
-            kwargs: num_inference_steps, guidance_scale, negative_prompt_embeds, attention_kwargs,
-                callback_on_step_end and its tensor inputs, as for WanPipeline.
 
         Returns:
             ``frames``, one video for each prompt.
@@ -144,14 +180,25 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         """
         frames, default_height, default_width = self.default_size
         size = (num_frames or frames, height or default_height, width or default_width)
+        require_positive(
+            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps
+        )
+        count = count_samples(prompt, negative_prompt, prompt_embeds, num_videos_per_prompt)
+        require_generators(generator, count)
         call: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
-            "prompt_embeds": prompt_embeds,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
             "num_videos_per_prompt": num_videos_per_prompt,
             "generator": generator,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length or self.config.max_sequence_length,
-            **kwargs,
         }
         self._warn_of_long_prompts(prompt, negative_prompt, max_length=call["max_sequence_length"])
         if self.vae is not None:
@@ -159,10 +206,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
                 num_frames=size[0], height=size[1], width=size[2], latents=latents,
                 output_type=output_type, return_dict=return_dict, **call,
             )  # fmt: skip
-        given = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        if given is None:
-            raise ValueError("nothing to generate: give a prompt or prompt_embeds")
-        noise = self._pixel_noise(len(given) * num_videos_per_prompt, size, generator, latents)
+        noise = self._pixel_noise(count, size, generator, latents)
         # The base class would check sizes against the autoencoder that is not there; noise given, it does not
         # use them.
         multiple = 16 * math.lcm(*self.pixels_per_token)

@@ -99,6 +99,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one token a block": {"grid": (4, 6), "blocks": (4, 6)},
     "one head, one frame": {"grid": (1, 9, 9), "blocks": (1, 3, 3), "heads": 1, "batch": 1},
     "nothing seen": {"grid": (8, 8), "blocks": (2, 2), "nothing": True},
+    "extra tokens": {"grid": (13, 17), "blocks": (3, 4), "extra": (77, 5), "rotary": True, "mask": True},
+    "many extra tokens": {"grid": (16, 16), "blocks": (4, 4), "extra": (0, 512)},
     "another width of values": {"grid": (13, 17), "blocks": (3, 4), "d": 128, "d_v": 40},
 }  # fmt: skip
 WIDTHS = (16, 20, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
@@ -127,6 +129,7 @@ def _compare(
     grid: tuple[int, ...],
     blocks: tuple[int, ...],
     *,
+    extra: tuple[int, int] | None = None,
     keys: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     d: int = 64,
     d_v: int | None = None,
@@ -140,7 +143,7 @@ def _compare(
 ) -> tuple[str, bool]:
     """Errors of the output and of all gradients against the dense reference."""
     torch.manual_seed(0)
-    layout, key_layout = BlockLayout(grid, blocks), BlockLayout(*keys) if keys else None
+    layout, key_layout = BlockLayout(grid, blocks, extra), BlockLayout(*keys) if keys else None
     tokens, key_tokens = layout.num_tokens, (key_layout or layout).num_tokens
     q, k = (at.heads_inside(batch, n, heads, d, dtype) for n in (tokens, key_tokens))
     v = at.heads_inside(batch, key_tokens, heads, d_v or d, dtype)
@@ -272,7 +275,7 @@ def runtime_checks(at: Machine) -> Iterator[tuple[str, Check]]:
         return f"{len(x)} samples", torch.equal(out[-1:], last)
 
     def operators() -> tuple[str, bool]:
-        settings = (None, None, [32, 32], [4, 4], "relu", 1e-6, True, False)
+        settings = (None, None, [32, 32], [4, 4], None, "relu", 1e-6, True, False)
         leaves = [x.detach().requires_grad_() for x in (k, v)]
         torch.library.opcheck(torch.ops.mhla.summarize.default, (*leaves, *settings))
         summaries = torch.ops.mhla.summarize(k, v, *settings)

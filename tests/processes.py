@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,26 +38,76 @@ def torchrun(num_processes: int) -> list[str]:
     ]
 
 
+class Script:
+    """``python scripts/<name>.py arguments`` in the root of the repository, on one thread, as it runs.
+
+    Args:
+        name, arguments: of the script.
+        stderr_to_stdout: take both for one.
+        before: called in the process, before the script.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *arguments: object,
+        stderr_to_stdout: bool = False,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        self.command = [f"scripts/{name}.py", *map(str, arguments)]
+        self._folder = tempfile.TemporaryDirectory()
+        names = ["stdout", "stdout" if stderr_to_stdout else "stderr"]
+        self._outputs = [Path(self._folder.name) / name for name in names]
+        self._process = _SERVER.Process(target=_run, args=(self.command, *map(str, self._outputs), before))
+        self._process.start()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the end, but no longer; tell whether it came."""
+        self._process.join(seconds)
+        return not self._process.is_alive()
+
+    def says(self, text: str) -> bool:
+        """Wait until it prints a text; tell whether it did before its end."""
+        while not any(text in path.read_text(errors="replace") for path in self._outputs if path.exists()):
+            if self.ends_within(0.02):
+                return False
+        return True
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        pid = self._process.pid
+        if self._process.is_alive() and pid is not None:
+            os.kill(pid, number)
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; returns what it printed.
+
+        Raises:
+            TimeoutExpired: when it takes longer; it is killed then.
+        """
+        with self._folder:
+            if not self.ends_within(timeout):
+                self._process.kill()
+                self._process.join()
+                raise subprocess.TimeoutExpired(self.command, timeout)
+            # One that was killed at once has none.
+            stdout, stderr = (
+                path.read_text(errors="replace") if path.exists() else "" for path in self._outputs
+            )
+        code = self._process.exitcode
+        assert code is not None
+        one = self._outputs[0] == self._outputs[1]
+        return subprocess.CompletedProcess(self.command, code, stdout, "" if one else stderr)
+
+
 def run_script(
     name: str, *arguments: object, stderr_to_stdout: bool = False, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """``python scripts/<name>.py arguments`` in the root of the repository, on one thread."""
-    command = [f"scripts/{name}.py", *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / "stdout", Path(folder) / ("stdout" if stderr_to_stdout else "stderr")]
-        process = _SERVER.Process(target=_run, args=(command, *map(str, outputs)))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
-        stdout, stderr = (path.read_text(errors="replace") for path in outputs)
-    code = process.exitcode
-    assert code is not None
-    return subprocess.CompletedProcess(command, code, stdout, "" if stderr_to_stdout else stderr)
+    """Run a :class:`Script` to its end."""
+    return Script(name, *arguments, stderr_to_stdout=stderr_to_stdout).finish(timeout)
 
 
-def _run(command: list[str], stdout: str, stderr: str) -> None:
+def _run(command: list[str], stdout: str, stderr: str, before: Callable[[], object] | None) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -64,6 +115,8 @@ def _run(command: list[str], stdout: str, stderr: str) -> None:
     os.chdir(ROOT)
     sys.argv = command
     sys.path.insert(0, str(ROOT / "scripts"))
+    if before is not None:
+        before()
     try:
         runpy.run_path(command[0], run_name="__main__")
         code: object = 0

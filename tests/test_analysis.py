@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
 from mhla_diffusion.ops import BlockLayout, initial_mixing
+from tests.backbones.cases import CASES
 from tests.processes import run_script
 
 
@@ -131,6 +132,52 @@ def test_audit_counts_what_a_checkpoint_may_hold() -> None:
     assert (audit.row_sum_minimum, audit.row_sum_maximum) == (0, 1)
     assert audit.change == pytest.approx(1)
     assert audit_mixing(start, start).row_entropy == pytest.approx(math.log(4))
+
+
+def test_extra_tokens_are_analyzed_and_padding_is_not() -> None:
+    grid, extra = (4, 4), (0, 5)
+    qk = torch.randn(2, 1, 2, 21, 4)
+    mask = torch.arange(21)[None] < 18
+    config = MHLAConfig(blocks=(2, 2), extra_block=True, feature_map="softmax")
+    arguments: dict[str, Any] = {"grid": grid, "extra": extra, "qk": qk}
+    layer = analyze_one(config, **arguments)
+    assert (layer.grid, layer.blocks, layer.extra, layer.num_tokens) == (grid, (2, 2), 5, 21)
+    assert layer.rank_bound == 20, "five blocks of at most d"
+    # At the start they weigh as much as the own block, whose neighbours have 1 - 1 / sqrt(2) of that.
+    own = 1 / (1 + 2 * (1 - 2**-0.5))
+    assert layer.mixing.extra_share == pytest.approx(own / (1 + own))
+    masked, shorter = (
+        analyze_one(config, **arguments, key_mask=mask),
+        analyze_one(config, grid=grid, extra=(0, 2), qk=qk[..., :18, :]),
+    )
+    for kind in ("softmax", "linear", "mhla"):
+        assert masked.matrices[kind].rank == shorter.matrices[kind].rank
+        assert masked.matrices[kind].entropy == pytest.approx(shorter.matrices[kind].entropy)
+    identity = torch.eye(5)
+    alone = analyze_one(config, **arguments, mixing=identity)
+    assert alone.mixing.extra_share == 0
+    assert mixing_map(identity, BlockLayout(grid, (2, 2), extra)) == mixing_map(
+        identity[:4, :4], BlockLayout(grid, (2, 2))
+    )
+
+
+@torch.no_grad()
+def test_joint_attention_is_analyzed_whatever_its_kind() -> None:
+    """On what the layer attends with: its matrix is that of softmax over text and image, padding left out."""
+    case = CASES["QwenImage"]
+    model = case.make(attention=["softmax", "linear"])
+    inputs = case.inputs(model, (3, 5), batch_size=1)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :6]
+    inputs["encoder_hidden_states_mask"] = torch.arange(6)[None] < 4
+    softmax, linear = analyze(model, lambda: model(**inputs)).layers
+    assert (softmax.kind, linear.kind) == ("softmax", "linear")
+    assert {layer.num_tokens for layer in (softmax, linear)} == {21}
+    assert softmax.matrices["linear"].rank <= 12
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :4]
+    del inputs["encoder_hidden_states_mask"]
+    for padded, bare in zip((softmax, linear), analyze(model, lambda: model(**inputs)).layers, strict=True):
+        for kind in ("softmax", "linear"):
+            assert padded.matrices[kind].entropy == pytest.approx(bare.matrices[kind].entropy)
 
 
 def test_map_shows_each_query_block_where_it_lies() -> None:

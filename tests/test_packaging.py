@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
+
+from mhla_diffusion.backbones import BACKBONES
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +78,23 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {extra for extra in ("train", "eval", "demo", "test") if f"Provides-Extra: {extra}" in text} == {
         "train", "eval", "demo", "test",
     }  # fmt: skip
+
+
+def test_what_pipelines_of_diffusers_need_comes_with_the_package() -> None:
+    """What those of our backbones ask for before they use it, or are not the same without."""
+    asked: set[str] = set()
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        source = path.read_text()
+        if any(stock.__name__ in source for stock in BACKBONES):
+            asked |= set(re.findall(r"is_(\w+)_available", source))
+    assert "ftfy" in asked
+    packages = {"bs4": "beautifulsoup4"}
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    installed = config["options"]["install_requires"].split()
+    elsewhere = {"torch_xla"}  # of other devices
+    assert {packages.get(name, name) for name in asked - elsewhere} <= set(installed)
+    assert {"sentencepiece", "protobuf"} <= set(installed)  # tokenizers that are stored as spiece.model alone
 
 
 @pytest.fixture(scope="module")

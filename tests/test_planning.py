@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, WanTransformer3DModel
+from diffusers import DiTTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion import MHLAConfig, MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from mhla_diffusion import (
+    MHLAConfig,
+    MHLADiTTransformer2DModel,
+    MHLAQwenImageTransformer2DModel,
+    MHLAWanTransformer3DModel,
+)
 from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
@@ -30,6 +35,10 @@ DIT: dict[str, Any] = {
 WAN: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 4, "num_layers": 2,
     "text_dim": 10, "freq_dim": 16, "ffn_dim": 40,
+}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 3, "num_layers": 3,
+    "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
 }  # fmt: skip
 WAN_IMAGE: dict[str, Any] = {**WAN, "in_channels": 5, "image_dim": 6, "added_kv_proj_dim": 24}
 
@@ -221,6 +230,52 @@ def test_wan_with_mhla_does_what_is_planned(tmp_path: Path) -> None:
     assert 0 <= counted - planned.model_flops("mhla") <= planned.operator_flops("mhla") / 12
 
 
+def run_qwen(model: Any, text: int) -> Callable[[], Any]:
+    """On 8 x 4 tokens and a text."""
+    return lambda: model(
+        torch.zeros(1, 32, 12), torch.zeros(1, text, 10), timestep=torch.zeros(1), img_shapes=[[(1, 8, 4)]]
+    )
+
+
+@pytest.mark.parametrize("text", [None, 7])
+def test_text_in_joint_attention_is_planned(text: int | None, tmp_path: Path) -> None:
+    model = QwenImageTransformer2DModel(**QWEN)
+    planned = plan(
+        save_config(model, tmp_path), 128, 64, extra_tokens=text, blocks=(2, 2), gate=True, cpe=True
+    )
+    tokens = 32 + (text or 128)
+    assert planned.layout == BlockLayout((8, 4), (2, 2), (text or 128, 0))
+    assert planned.model_flops("softmax") == count_flops(run_qwen(model, text or 128))
+    parts, width = planned.layer_flops("mhla"), 24
+    assert parts["attention operator"] == 2 * 12**2 * (4 * tokens + 2 * 5**2)
+    assert parts["projections q, k, v, out"] == 8 * tokens * width**2
+    assert parts["gate and convolution"] == 2 * tokens * width**2 + 32 * width * 2 * 9
+    assert parts["feed-forward of text"] == 16 * (text or 128) * width**2
+    assert planned.operator_bytes == 4 * tokens * width * 2
+    assert planned.exchange_bytes("mhla") == 5 * 2 * 12 * 13 * 4
+
+
+def test_joint_attention_with_mhla_does_what_is_planned(tmp_path: Path) -> None:
+    """But for the denominators; with the blocks and the flags that the config has."""
+    config = {"blocks": 4, "layers": [0, 2], "gate": True}
+    model = MHLAQwenImageTransformer2DModel(**QWEN, mhla_config=config, sample_grid=(8, 4))
+    planned = plan(save_config(model, tmp_path), 128, 64, extra_tokens=5)
+    assert (planned.linear_layers, planned.layout.num_blocks) == (2, 5)
+    counted = count_flops(run_qwen(model, 5))
+    assert 0 <= counted - planned.model_flops("mhla") <= 2 * planned.operator_flops("mhla") / 12
+    assert "8 x 4 = 32 tokens and 5 of text" in str(planned)
+    assert "each of 2 x 4 tokens and one of text" in str(planned).replace("4 x 2", "2 x 4")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("DiT-S/2", "which it is not in DiT-S/2; got 9"), ("Qwen-Image", "1 or more.* got 0")],
+)
+def test_text_where_there_is_none_is_not_planned(model: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(model, 256, 256, extra_tokens=0 if model == "Qwen-Image" else 9)
+
+
 def test_a_config_of_the_time_when_dit_had_no_class_is_that_of_dit(tmp_path: Path) -> None:
     config = {**DIT, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "attention_type": "x"}
     (tmp_path / "transformer").mkdir()
@@ -359,7 +414,9 @@ SIZE = ("--height", "720", "--width", "1280", "--frames", "81")
         (("Wan2.1-14B", *SIZE, "--blocks", "[3, 5, 10]", "--cpe", "true"), "blocks 3 x 5 x 10 = 150, each"),
         (("Wan2.1-14B", *SIZE, "--linear_layers", "20", "--dtype", "float16"), "in 20 of 40 layers"),
         (("DiT-XL/2", "--height", "4096", "--width", "4096"), "256 x 256 = 65,536 tokens"),
+        (("Qwen-Image", *SIZE[:4], "--extra_tokens", "512"), "45 x 80 = 3,600 tokens and 512 of text"),
         (("DiT-XL/2", "--height", "256", "--width", "256", "--blocks", "1"), "recommended: blocks 2 x 4 = 8"),
+        (("DiT-XL/2", "--height", "256", "--width", "256"), "the paper and the configs take 16 for"),
     ],
     ids=str,
 )

@@ -161,6 +161,24 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     assert "num must be 1 to 5000, the number of images, got 5001" in too_many.stderr
 
 
+def test_names_of_classes_lead_nowhere_out_of_the_folder(tmp_path: Path) -> None:
+    import datasets
+
+    names = ["../../up", "a/b", str(tmp_path / "out2"), "..", "a_b", "x" * 300]
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"image": [image] * 6, "label": list(range(6))}, features=features)
+    rows.save_to_disk(tmp_path / "rows")
+    succeed(
+        *("export_images", "--data.source", "huggingface", "--data.path", tmp_path / "rows"),
+        *("--out", tmp_path / "in" / "out"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "rows"]
+    folders = sorted(path.parent.name for path in (tmp_path / "in" / "out").glob("*/*.png"))
+    plain = str(tmp_path / "out2").replace("/", "_")
+    assert folders == sorted(["__.._up", "a_b", plain, "_", "a_b-4", "x" * 200])
+
+
 def test_the_benchmark_prints_a_table() -> None:
     text = succeed(
         "benchmark", "operator", "--shapes", "[1k]", "--dtypes", "[float32]", "--passes", "[forward]",

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..ops import BlockLayout, apply_rotary_emb, mhla_reference
+from ..ops.features import turn_all
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class MixingAudit:
         negatives: how many are below zero, which checkpoints of the public reference code have.
         row_sum_minimum, row_sum_maximum: 1 at the locality start.
         row_entropy: mean over rows of ``|W|``, in nats; ``log M`` where all blocks weigh the same.
+        extra_share: mean over the blocks of a grid of what of their row is the weight of extra tokens.
         change: Frobenius norm of the difference from the start, over that of the start.
     """
 
@@ -47,6 +49,7 @@ class MixingAudit:
     row_sum_maximum: float
     row_entropy: float
     change: float
+    extra_share: float | None = None
 
 
 def attention_matrices(
@@ -62,8 +65,12 @@ def attention_matrices(
 
     ``features`` are what linear attention gets in place of q and k.
     """
+    rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
     turned = [q, k] if rotary_emb is None else [apply_rotary_emb(x, rotary_emb) for x in (q, k)]
-    softmax = (turned[0] @ turned[1].mT / math.sqrt(q.shape[-1])).softmax(-1)[0, 0]
+    scores = turned[0] @ turned[1].mT / math.sqrt(q.shape[-1])
+    if (mask := options.get("key_mask")) is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    softmax = scores.softmax(-1)[0, 0]
     yield "softmax", (softmax, softmax)
     if features is not None:
         q, k = features
@@ -71,8 +78,9 @@ def attention_matrices(
         rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
     # The operator on values that are a unit matrix is its matrix.
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
-    whole = BlockLayout(layout.grid, (1,) * len(layout.grid))
-    for name, weights, blocks in (("linear", mixing.new_ones(1, 1), whole), ("mhla", mixing, layout)):
+    whole = BlockLayout(layout.grid, (1,) * len(layout.grid), layout.extra)
+    ones = mixing.new_ones(whole.num_blocks, whole.num_blocks)
+    for name, weights, blocks in (("linear", ones, whole), ("mhla", mixing, layout)):
         plain = mhla_reference(q, k, unit, weights, blocks, **options)[0, 0]
         if rotary_emb is None:
             yield name, (plain, plain)
@@ -107,14 +115,22 @@ def tables_of(rotary_emb: tuple[Tensor, Tensor], batch: int, head: int) -> tuple
     return tuple(t[min(batch, len(t) - 1), min(head, t.shape[1] - 1)] for t in (cos, sin))  # type: ignore[return-value]
 
 
-def audit_mixing(mixing: Tensor, start: Tensor) -> MixingAudit:
-    """See :class:`MixingAudit`; mixing ``[M, M]`` or ``[H, M, M]``, start ``[M, M]``."""
+def audit_mixing(mixing: Tensor, start: Tensor, *, extra: bool = False) -> MixingAudit:
+    """See :class:`MixingAudit`.
+
+    Args:
+        mixing: ``[M, M]`` or ``[H, M, M]``.
+        start: ``[M, M]``.
+        extra: whether the last row and column are of extra tokens.
+    """
     mixing, start = mixing.detach().double().cpu(), start.double()
     sums = mixing.sum(-1)
+    shares = (mixing[..., -1] / sums)[..., :-1]
     return MixingAudit(
         minimum=float(mixing.min()), maximum=float(mixing.max()), negatives=int((mixing < 0).sum()),
         row_sum_minimum=float(sums.min()), row_sum_maximum=float(sums.max()), row_entropy=_entropy(mixing),
         change=float((mixing - start).norm() / start.expand_as(mixing).norm()),
+        extra_share=float(shares.mean()) if extra else None,
     )  # fmt: skip
 
 
@@ -123,7 +139,7 @@ def mixing_map(mixing: Tensor, layout: BlockLayout, *, gap: int = 1, side: int =
 
     Args:
         mixing: ``[M, M]``, or ``[H, M, M]``, of which the mean is drawn.
-        layout: the blocks.
+        layout: the blocks. That of extra tokens, which lies nowhere, is not drawn.
         gap: pixels between tiles, before scaling.
         side: of the longer side of the picture, in pixels, about.
     """
@@ -131,7 +147,8 @@ def mixing_map(mixing: Tensor, layout: BlockLayout, *, gap: int = 1, side: int =
     weights = weights.mean(0) if weights.ndim == 3 else weights
     # Frames go beside each other: (F, H, W) is drawn as H x (F W).
     frames, height, width = ((1,) * 3 + layout.blocks)[-3:]
-    tiles = weights.view(frames, height, width, frames, height, width).permute(1, 0, 2, 4, 3, 5)
+    weights = weights[: math.prod(layout.blocks), : math.prod(layout.blocks)]
+    tiles = weights.reshape(frames, height, width, frames, height, width).permute(1, 0, 2, 4, 3, 5)
     tiles = tiles.reshape(height, frames * width, height, frames * width)
     low, high = min(0.0, float(tiles.min())), float(tiles.max())
     shades = ((tiles - low) / max(high - low, 1e-12) * 255).round().byte()

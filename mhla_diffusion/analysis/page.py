@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files.writing import require_absent, write_file
+from ..files.writing import write_together
 from ..optional import require
 from .matrices import MatrixStatistics, MixingAudit, mean_statistics
 
@@ -26,6 +26,7 @@ class LayerAnalysis:
         kind: ``"mhla"``, ``"linear"`` (one block) or ``"softmax"``: what the layer does in the model.
         grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
             start.
+        extra: how many tokens beside those of the grid, which are a block of their own.
         rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
         matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
         mixing: of layers that mix.
@@ -41,10 +42,11 @@ class LayerAnalysis:
     matrices: dict[str, MatrixStatistics]
     mixing: MixingAudit | None = None
     mixing_map: bytes | None = None
+    extra: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return math.prod(self.grid)
+        return math.prod(self.grid) + self.extra
 
     @property
     def mixing_map_uri(self) -> str | None:
@@ -88,8 +90,5 @@ class Analysis:
         Raises:
             ValueError: when ``out`` holds a report and ``overwrite`` is false.
         """
-        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-        for name, content in zip(
-            FILE_NAMES, (json.dumps(self.to_dict(), indent=2), self.to_html()), strict=True
-        ):
-            write_file(Path(out) / name, content)
+        contents = json.dumps(self.to_dict(), indent=2), self.to_html()
+        write_together(out, dict(zip(FILE_NAMES, contents, strict=True)), overwrite=overwrite)

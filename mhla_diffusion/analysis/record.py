@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
-from ..backbones.processors import rotary_heads, rotary_pairs
+from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,
@@ -156,17 +157,22 @@ def _recording(
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = our_arguments(attn, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        if x.ndim == 3 and (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
-            q, k = (
-                rotary_heads(project(x), attn, norm)
-                for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
-            )
-            found: dict[str, Any] = {"grid": kwargs["grid"]}
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        if x.ndim == 3 and (text is None or is_joint(attn)):
+            q, k, grid = [attn.to_q(x)], [attn.to_k(x)], kwargs["grid"]
+            found: dict[str, Any] = {"grid": grid}
+            if text is not None:
+                q, k = [*q, attn.add_q_proj(text)], [*k, attn.add_k_proj(text)]
+                mask = joint_mask(kwargs.get("encoder_hidden_states_mask"), x)
+                found |= {
+                    "extra": (text.shape[1], x.shape[1] - math.prod(grid or (x.shape[1],))),
+                    "key_mask": mask,
+                }
             # The fourth argument, or by one of two names.
             by_name = kwargs.get("rotary_emb", kwargs.get("image_rotary_emb"))
             if (tables := args[3] if len(args) > 3 else by_name) is not None:
                 found["rotary_emb"] = rotary_pairs(tables, attn)
-            note(name, attn, q, k, found)
+            note(name, attn, join_heads(attn, q, "norm_q"), join_heads(attn, k, "norm_k"), found)
 
     handles = []
     for name, module in model.named_modules():
@@ -196,21 +202,23 @@ def _analyze_layer(
     name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any], *, max_matrices: int
 ) -> LayerAnalysis:
     tokens, d = q.shape[2:]
-    rotary_emb = kwargs.get("rotary_emb")
+    rotary_emb, key_mask, extra = (kwargs.get(name) for name in ("rotary_emb", "key_mask", "extra"))
     options: dict[str, Any] = {}
     audit = picture = None
     features = (q, k)
     if isinstance(module, MHLA):
-        layout, _, mixing = module.fit(tuple(kwargs["grid"]))
+        layout, _, mixing = module.fit(tuple(kwargs["grid"]), extra=extra)
         options = {"feature_map": module.operator_map, "eps": module.config.eps}
-        features = module.features(q, k)
+        features = module.features(q, k, key_mask)
         kind = "linear" if module.mixing is None else "mhla"
         if module.mixing is not None:
-            audit = audit_mixing(mixing, initial_mixing(layout, module.config.mixing_init))
+            start = initial_mixing(layout, module.config.mixing_init)
+            audit = audit_mixing(mixing, start, extra=layout.extra is not None)
             picture = mixing_map(mixing, layout)
     else:
         kind = "linear" if "Linear" in type(module.processor).__name__ else "softmax"  # Sana's own is linear
-        layout = recommended_layout(kwargs["grid"] or _square(tokens))
+        grid = kwargs["grid"] or _square(tokens - sum(extra or ()))
+        layout = dataclasses.replace(recommended_layout(grid), extra=extra)
         mixing = locality_mixing(layout)
     # One matrix at a time: samples and heads as a batch of single heads.
     pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
@@ -220,12 +228,15 @@ def _analyze_layer(
         one_q, one_k, *mapped = (x[b : b + 1, h : h + 1].double() for x in (q, k, *features))
         tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
         weights = mixing[h] if mixing.ndim == 3 else mixing
-        for attention, matrices in attention_matrices(
+        options["key_mask"] = None if key_mask is None else key_mask[b : b + 1]
+        for attention, (acting, plain) in attention_matrices(
             one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1])
         ):
-            found[attention].append(matrix_statistics(*matrices))
+            if key_mask is not None:  # padding asks nothing, either
+                acting, plain = (matrix[key_mask[b]][:, key_mask[b]] for matrix in (acting, plain))
+            found[attention].append(matrix_statistics(acting, plain))
     return LayerAnalysis(
-        name, kind, layout.grid, layout.blocks,
+        name, kind, layout.grid, layout.blocks, extra=sum(layout.extra or ()),
         rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
         matrices={attention: mean_statistics(statistics) for attention, statistics in found.items()},
         mixing=audit, mixing_map=picture,

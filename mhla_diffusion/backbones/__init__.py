@@ -13,6 +13,7 @@ from .ltx_video import MHLALTXVideoTransformer3DModel
 from .lumina_next import MHLALuminaNextDiT2DModel
 from .pixart import MHLAPixArtTransformer2DModel
 from .processors import MHLAAttnProcessor
+from .qwen_image import MHLAQwenImageTransformer2DModel
 from .registry import (
     BACKBONES,
     backbone_named,
@@ -42,6 +43,7 @@ __all__ = [
     "MHLALatteTransformer3DModel",
     "MHLALuminaNextDiT2DModel",
     "MHLAPixArtTransformer2DModel",
+    "MHLAQwenImageTransformer2DModel",
     "MHLASanaTransformer2DModel",
     "MHLASanaVideoTransformer3DModel",
     "MHLASkyReelsV2Transformer3DModel",

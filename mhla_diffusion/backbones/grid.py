@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import MHLA
+from .processors import is_joint
 
 Grid = tuple[int, ...]
 
@@ -72,6 +74,8 @@ def in_tables(given: tuple[Any, ...] | None, carrier: Tensor) -> tuple[Any, ...]
 
 def receive_grid(attn: Any, names: Mapping[str, str | None] | None = None) -> None:
     """Have an attention layer take the grid off its arguments and, with MHLA, hand it to its processor.
+
+    What it holds of tokens ahead of those of the grid are extra ones.
 
     Args:
         attn: attention layer.
@@ -155,7 +159,11 @@ def _add_argument(
 
 def _hand_over_grid(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     if isinstance(attn.processor, MHLA):
-        return our_arguments(attn, args, kwargs)
+        args, rest = our_arguments(attn, args, kwargs)
+        grid, tokens = rest["grid"], (args[0] if args else rest["hidden_states"]).shape[1]
+        if grid is not None and not is_joint(attn) and tokens > math.prod(grid):
+            rest["extra"] = tokens - math.prod(grid), 0
+        return args, rest
     rest = {name: _without_grid(value) for name, value in kwargs.items() if name != "grid"}
     return tuple(map(_without_grid, args)), rest
 

@@ -23,7 +23,9 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     Takes every argument of :class:`diffusers.LTXVideoTransformer3DModel` and three more. Its registered
     config rebuilds it. Rotary positions turn the numerators alone; LTX's norm of queries and keys, over all
     heads together, stays. Cross-attention to text stays softmax. The forward must be given ``num_frames``,
-    ``height`` and ``width``, which say the grid.
+    ``height`` and ``width``, which say the grid, or ``video_coords``, from which it is read (a GPU is waited
+    for). Tokens of images and videos ahead of the grid, as ``LTXConditionPipeline`` has them, need
+    ``extra_block`` in the config.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that
@@ -50,7 +52,7 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
         sample_grid: tuple[int, int, int] = (16, 16, 22),
     ) -> None:
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid))
-        send_with_rope(self.rope, _grid_of_sizes)
+        send_with_rope(self.rope, _grid_of_tokens)
         self.register_to_config(sample_grid=list(sample_grid))
 
     @property
@@ -76,8 +78,33 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
         }
 
 
-def _grid_of_sizes(hidden_states: Tensor, *sizes: Any) -> Grid:
-    """Return the grid that the rope is told."""
-    if None in sizes[:3]:
+def _grid_of_tokens(
+    hidden_states: Tensor,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    rope_interpolation_scale: Any = None,
+    video_coords: Tensor | None = None,
+) -> Grid:
+    """Return the grid of what the rope is told."""
+    if video_coords is not None:
+        return _grid_of_coordinates(video_coords[0])
+    if num_frames is None or height is None or width is None:
         raise ValueError("MHLA needs the grid of its tokens: give num_frames, height and width to the model")
-    return tuple(map(operator.index, sizes[:3]))
+    return operator.index(num_frames), operator.index(height), operator.index(width)
+
+
+def _grid_of_coordinates(coordinates: Tensor) -> Grid:
+    """Return the grid of coordinates ``[3, N]``: its tokens are the last, and the first of them lies at 0.
+
+    Those ahead of them, of images and videos at other times, do not.
+    """
+    origins = (coordinates == 0).all(0).nonzero()
+    first = int(origins[-1]) if len(origins) else 0
+    grid = tuple(len(axis.unique()) for axis in coordinates[:, first:])
+    if math.prod(grid) != coordinates.shape[1] - first:
+        raise ValueError(
+            f"video_coords have {' x '.join(map(str, grid))} places from the last token that lies at 0, but "
+            f"{coordinates.shape[1] - first} tokens: MHLA needs a whole grid there"
+        )
+    return grid

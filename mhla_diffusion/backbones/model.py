@@ -28,6 +28,9 @@ from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
 
+# In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
+FULL_WEIGHTS = "lora_full"
+
 ATTENTIONS = ("mhla", "linear", "softmax")
 
 # What configs call the size that a model is made for.
@@ -79,6 +82,8 @@ class MHLAModelMixin(ModelMixin):
             :func:`.grid.receive_grid`.
         rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
+            nothing else is said; they are a block of their own (``extra_block`` of the config).
         time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
@@ -91,6 +96,7 @@ class MHLAModelMixin(ModelMixin):
     rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
+    extra_tokens: int = 0
     time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -152,6 +158,8 @@ class MHLAModelMixin(ModelMixin):
         """
         grid = tuple(grid)
         kinds, configs = layer_settings(attention, mhla_config, num_layers, stock=cls.stock_attention)
+        if cls.extra_tokens:
+            configs = [dataclasses.replace(config, extra_block=True) for config in configs]
         for config in dict.fromkeys(c for kind, c in zip(kinds, configs, strict=True) if kind == "mhla"):
             check_blocks(config, grid)
         return LayerPlan(attention, kinds, configs, grid, not isinstance(mhla_config, (list, tuple)))
@@ -180,7 +188,8 @@ class MHLAModelMixin(ModelMixin):
         kind, config = plan.kinds[number], plan.configs[number]
         layer.layer_number = number  # for who goes over the layers, whatever they are called
         if kind != self.stock_attention:
-            config = config if kind == "mhla" else dataclasses.replace(config, blocks=1)
+            if kind == "linear":
+                config = dataclasses.replace(config, blocks=1, extra_block=False)
             processor = MHLAAttnProcessor(
                 config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
                 query_dim=layer.to_q.in_features,
@@ -255,7 +264,7 @@ class MHLAModelMixin(ModelMixin):
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)
-        resized = _other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
+        resized = cls._other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
         wanted = kwargs.pop("mhla_config") if resized else None
         try:
             model, info = super().from_pretrained(
@@ -287,6 +296,17 @@ class MHLAModelMixin(ModelMixin):
                 blocks = model.mixing_blocks
                 logger.warning("%s %s in place of %s: the blocks stay %s", name, now, then, blocks)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _other_blocks(cls, stored: ConfigChoice, wanted: ConfigChoice) -> bool:
+        """Tell from two choices of configs that mixing matrices differ in size."""
+        if stored is None or wanted is None:
+            return False
+        before, after = (
+            [(c.blocks, c.extra_block or cls.extra_tokens > 0) for c in _as_configs(choice)]
+            for choice in (stored, wanted)
+        )
+        return before != after and not (len(after) == 1 and set(before) == set(after))
 
 
 class RotaryVideoMixin(MHLAModelMixin):
@@ -322,6 +342,40 @@ class RotaryVideoMixin(MHLAModelMixin):
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        prefix: str | None = "transformer",
+        **kwargs: Any,
+    ) -> None:
+        """Load as diffusers does, with self-attention that was trained in full beside the adapters.
+
+        That takes the place of what is here, and stays when adapters are unloaded.
+
+        Raises:
+            ValueError: for weights that do not fit this model.
+        """
+        weights = pretrained_model_name_or_path_or_dict
+        if isinstance(weights, dict):
+            start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
+            full = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+            weights = {key: value for key, value in weights.items() if not key.startswith(start)}
+            self._take_weights(full)
+        super().load_lora_adapter(weights, prefix=prefix, **kwargs)
+
+    @torch.no_grad()
+    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+        own = dict(self.named_parameters())
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                here = tuple(own[name].shape) if name in own else "no such weight"
+                raise ValueError(
+                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
+                    f"{here}: load them beside the model that they were trained from"
+                )
+        for name, weight in weights.items():
+            own[name].copy_(weight)
 
     def example_latents(
         self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None
@@ -362,13 +416,6 @@ def layer_settings(
             "one for each, without layers, and name their attention as a list"
         )
     return layer_attention(attention, None, num_layers, stock=stock), configs
-
-
-def _other_blocks(stored: ConfigChoice, wanted: ConfigChoice) -> bool:
-    if stored is None or wanted is None:
-        return False
-    before, after = ([c.blocks for c in _as_configs(choice)] for choice in (stored, wanted))
-    return before != after and not (len(after) == 1 and set(before) == set(after))
 
 
 def attentions_of(stock: str) -> tuple[str, ...]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from diffusers import ParallelConfig
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -27,6 +31,10 @@ class MHLAAttnProcessor(MHLA):
     ``key_blocks`` in the config and pass ``key_grid`` here; a call without one takes the keys for a sequence,
     ``(N_k,)``. See :class:`mhla_diffusion.MHLA` for the arguments.
 
+    Where the layer projects a text, too (``add_q_proj``), attention over both is joint and the result a pair,
+    that of the text last. Set ``extra_block`` in the config: the text is of extra tokens, and so is what the
+    other stream holds behind the tokens of the grid.
+
     In training, where there are norms or a gate and 1,024 tokens or more, only what the projections give is
     kept for the backward, which computes the rest again.
     """
@@ -45,35 +53,50 @@ class MHLAAttnProcessor(MHLA):
         rotary_emb: RotaryEmbedding | None = None,
         *,
         grid: tuple[int, ...] | None = None,
+        extra: tuple[int, int] | None = None,
         key_grid: tuple[int, ...] | None = None,
         key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for the last arguments.
+        image_rotary_emb: RotaryEmbedding | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for what is not said here.
 
-        ``rotary_emb`` may be as any layer of diffusers has it, see :func:`rotary_pairs`. The output is
-        ``[B, N, D]``, or ``[B, N, H, d]`` of layers that leave its projection to others.
+        Args:
+            rotary_emb: as any layer of diffusers has it, see :func:`rotary_pairs`.
+            image_rotary_emb: in joint attention: of the image and the text, complex ``[N, d / 2]``.
+            encoder_hidden_states_mask: in joint attention: bool ``[B, N]``, true where a token of the text
+                counts.
+
+        Returns:
+            ``[B, N, D]``, or ``[B, N, H, d]`` of layers that leave its projection to others.
 
         Raises:
             ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
                 and for keys that the processor was not built for.
         """
-        self._check_call(grid, encoder_hidden_states, attention_mask)
+        text = encoder_hidden_states if is_joint(attn) else None
+        keys = None if is_joint(attn) else encoder_hidden_states
+        self._check_call(grid, keys, attention_mask)
         assert grid is not None
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and key_grid is None:
-            key_grid = (encoder_hidden_states.shape[1],)
         config = self._parallel_config and self._parallel_config.context_parallel_config
+        group = config._flattened_mesh.get_group() if config else None
+        if keys is not None and key_grid is None:
+            key_grid = (keys.shape[1],)
+        if text is not None:
+            extra = text.shape[1], _tokens_beyond(grid, hidden_states, group)
+            rotary_emb, key_mask = image_rotary_emb, joint_mask(encoder_hidden_states_mask, hidden_states)
         attend = functools.partial(
-            super().__call__, grid=grid, key_grid=key_grid, key_mask=key_mask,
+            super().__call__, grid=grid, extra=extra, key_grid=key_grid, key_mask=key_mask, group=group,
             rotary_emb=None if rotary_emb is None else rotary_pairs(rotary_emb, attn),
-            group=config._flattened_mesh.get_group() if config else None,
         )  # fmt: skip
 
-        def between_projections(q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
-            q, k = rotary_heads(q, attn, attn.norm_q), rotary_heads(k, attn, attn.norm_k)
-            return attend(q, k, split_heads(v, attn), hidden_states=hidden_states)
+        def between_projections(*projected: Tensor) -> Tensor:
+            q, k, v, x = (projected[i::4] for i in range(4))
+            gated = x[0] if self.gate is None or text is None else torch.cat(x[::-1], 1)
+            q_heads, k_heads = join_heads(attn, q, "norm_q"), join_heads(attn, k, "norm_k")
+            return attend(q_heads, k_heads, join_heads(attn, v), hidden_states=gated)
 
-        projected = *_project(attn, hidden_states, source), hidden_states
+        projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
         if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
@@ -82,12 +105,7 @@ class MHLAAttnProcessor(MHLA):
             out = checkpoint(between_projections, *projected, use_reentrant=False, determinism_check="none")
         else:
             out = between_projections(*projected)
-        if isinstance(attn.to_out, nn.Identity):
-            return out.unflatten(-1, (attn.heads, -1))  # whoever called projects it
-        out = attn.to_out[1](attn.to_out[0](out))
-        if getattr(attn, "residual_connection", False):
-            out = out + hidden_states
-        return out / getattr(attn, "rescale_output_factor", 1.0)
+        return _project_out(attn, out, hidden_states, text)
 
     def _check_call(
         self, grid: tuple[int, ...] | None, encoder_hidden_states: Tensor | None, mask: Tensor | None
@@ -114,12 +132,74 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _project(attn: Attention, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, N, D]``, from one layer where ``fuse_qkv_projections`` made it."""
+def _project(attn: Any, hidden_states: Tensor, source: Tensor, text: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values ``[B, N, D]`` and what they are made of; in joint attention the text's too.
+
+    From one layer where ``fuse_qkv_projections`` made it.
+    """
     if getattr(attn, "fused_projections", False) and source is hidden_states:
-        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        return q, k, v
-    return attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        projected = [*attn.to_qkv(hidden_states).chunk(3, dim=-1), hidden_states]
+    else:
+        projected = [attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), hidden_states]
+    if text is not None:
+        projected += [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text), text]
+    return projected
+
+
+def _project_out(
+    attn: Any, out: Tensor, hidden_states: Tensor, text: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What the layer returns: the tokens, or in joint attention those of the image and those of the text."""
+    if text is not None:
+        of_text, out = out[:, : text.shape[1]], out[:, text.shape[1] :]
+        return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(of_text)
+    if isinstance(attn.to_out, nn.Identity):
+        return out.unflatten(-1, (attn.heads, -1))  # whoever called projects it
+    out = attn.to_out[1](attn.to_out[0](out))
+    if getattr(attn, "residual_connection", False):
+        out = out + hidden_states
+    return out / getattr(attn, "rescale_output_factor", 1.0)
+
+
+def is_joint(attn: Any) -> bool:
+    """Return True for a layer that attends over an image and a text at once, as of SD3 and Qwen-Image."""
+    return getattr(attn, "add_q_proj", None) is not None
+
+
+def join_heads(attn: Any, streams: Sequence[Tensor], norm: str = "") -> Tensor:
+    """``[B, N, D]`` of an image and, in joint attention, of a text to ``[B, H, N, d]``, the text first.
+
+    Args:
+        attn: the layer.
+        streams: what it projected.
+        norm: the name of its norm, ``"norm_q"`` or ``"norm_k"``, which texts have as ``"norm_added_q"``.
+    """
+    split = rotary_heads if norm else split_heads
+    heads = [split(streams[0], attn, getattr(attn, norm) if norm else None)]
+    if len(streams) == 1:
+        return heads[0]
+    added = getattr(attn, norm.replace("norm", "norm_added")) if norm else None
+    heads.insert(0, split(streams[1], attn, added))
+    return torch.cat([x.transpose(1, 2) for x in heads], 1).transpose(1, 2)
+
+
+def joint_mask(mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """Mask ``[B, N]`` of the tokens of a text, and after it of an image, which all count."""
+    return None if mask is None else F.pad(mask.bool(), (0, hidden_states.shape[1]), value=True)
+
+
+def _tokens_beyond(grid: tuple[int, ...], hidden_states: Tensor, group: dist.ProcessGroup | None) -> int:
+    """How many tokens follow those of the grid: of other images."""
+    tokens, found = math.prod(grid), hidden_states.shape[1]
+    if group is None:
+        return max(0, found - tokens)
+    share, longer = divmod(tokens, dist.get_world_size(group))
+    if found != share + (dist.get_rank(group) < longer):
+        raise ValueError(
+            f"over ranks an image has the tokens of its grid {grid} alone, but this rank holds {found} of "
+            f"{tokens}: leave other images (of an edit) out, or do without context parallelism"
+        )
+    return 0
 
 
 def split_heads(x: Tensor, attn: Any, norm: nn.Module | None = None) -> Tensor:
@@ -151,8 +231,9 @@ def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
 
     Those are cosines and sines of each pair, ``[N, d / 2]``; each of them twice, ``[N, d]`` or (Wan)
     ``[1, N, 1, d]``; for each head its own, ``[B, N, H d]`` (LTX); complex numbers ``[..., N, d / 2]``, also
-    in a dict (AnyFlow); rotations ``[B, N, 1, d / 2, 2, 2]`` (Kandinsky); or tables of each axis and
-    positions in them (Allegro).
+    in a dict (AnyFlow), or a pair of them of an image and a text, of which the text then comes first
+    (Qwen-Image); rotations ``[B, N, 1, d / 2, 2, 2]`` (Kandinsky); or tables of each axis and positions in
+    them (Allegro).
     """
     if isinstance(rotary_emb, dict):
         rotary_emb = rotary_emb["query"]
@@ -164,6 +245,9 @@ def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
     if isinstance(rotary_emb[0], tuple):
         return _of_positions(*rotary_emb)
     cos, sin = rotary_emb
+    if cos.is_complex():
+        turns = torch.cat((sin, cos))
+        return turns.real, turns.imag
     if cos.ndim == 3 and cos.shape[-1] == attn.inner_dim:  # for each head its own
         cos, sin = (table.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for table in (cos, sin))
         return cos[..., 0::2], sin[..., 1::2]

@@ -6,7 +6,8 @@ import os
 import statistics
 from pathlib import Path
 
-from ..files.videos import clip_indices, open_video
+from ..files.clips import choose_clip
+from ..files.videos import open_video
 from .timing import check_at_least, interleaved, markdown_table, spread
 
 
@@ -54,7 +55,7 @@ def loading(
     def loop() -> None:
         for i in range(clips // 4 * 4):
             reader = open_video(files[i % len(files)])
-            reader.read(clip_indices(reader.num_frames, length=frames, start=(i * 0.618) % 1))
+            reader.read(choose_clip(reader, length=frames, start=(i * 0.618) % 1))
 
     rates = [
         [clips // 4 * 4 / seconds for seconds in times]

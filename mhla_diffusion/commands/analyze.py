@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files.writing import require_absent
+from ..files.writing import require_room
 from ..optional import require
 from .parsing import parse_and_call
 
@@ -39,7 +39,7 @@ def report(
     from ..analysis import FILE_NAMES, analyze_stored
 
     require("jinja2")
-    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
+    require_room(out, FILE_NAMES, overwrite=overwrite)
     analysis = analyze_stored(
         model, height=height, width=width, frames=frames, timestep=timestep, batch_size=batch_size, seed=seed
     )

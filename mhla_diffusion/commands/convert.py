@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ..attention import MHLAConfig
-from ..files.writing import require_new_folder, write_folder
+from ..files.locking import new_folder
+from ..files.writing import write_folder
 from .parsing import parse_and_call
 
 
@@ -40,22 +42,31 @@ def convert(
         normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
+    from mhla_diffusion.pipelines.model_card import CardFields, write_model_card
+
     from .. import MHLAPipeline
     from ..backbones import convert_to_mhla, load_transformer
     from ..backbones.official import load_official_wan
 
-    target = require_new_folder(out)
     place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if source == "official-wan-mhla":
-        converted: Any = load_official_wan(model, normalizer=normalizer)
-        use = "MHLAWanTransformer3DModel.from_pretrained opens it"
-    else:
-        use = "it is a start for fine-tuning"
-        if only_transformer:
-            converted = convert_to_mhla(load_transformer(model, **place), mhla)
+    with new_folder(out) as target:
+        if source == "official-wan-mhla":
+            converted: Any = load_official_wan(model, normalizer=normalizer)
+            use = "MHLAWanTransformer3DModel.from_pretrained opens it"
         else:
-            converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
-    write_folder(target, converted.save_pretrained)
+            use = "it is a start for fine-tuning"
+            if only_transformer:
+                converted = convert_to_mhla(load_transformer(model, **place), mhla)
+            else:
+                converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
+
+        def write(folder: Path) -> None:
+            converted.save_pretrained(folder)
+            if hasattr(converted, "components"):
+                fields = CardFields(base_model=model, converted=True)
+                write_model_card(converted, folder, repo_id=target.name, fields=fields)
+
+        write_folder(target, write)
     logging.info("saved %s; %s", out, use)
 
 

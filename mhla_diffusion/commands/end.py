@@ -7,15 +7,15 @@ its traceback.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import pickle
-import re
 import signal
 import struct
 import sys
 import zipfile
 from collections.abc import Callable
+
+from ..optional import how_to_install
 
 
 class CommandError(Exception):
@@ -54,27 +54,6 @@ def _broken_file_errors() -> tuple[type[Exception], ...]:
     safetensors = sys.modules.get("safetensors")
     of_safetensors = (safetensors.SafetensorError,) if safetensors else ()
     return (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, *of_safetensors)
-
-
-def how_to_install(module: str) -> str:
-    """Return what to say about a missing module: the command that installs it, by its extra if it has one."""
-    package = module.partition(".")[0]
-    what = package
-    for requirement in _requirements():  # the extras that others include come first
-        name = re.split(r"[^\w.-]", requirement)[0]
-        extra = re.search(r"extra == ['\"](\w+)", requirement)
-        if re.sub("[-_.]", "", name) == package.replace("_", ""):
-            # demo has everything: too much for one package
-            what = name if extra is None or extra[1] == "demo" else f'"mhla-diffusion[{extra[1]}]"'
-            break
-    return f"the package {package} is not installed: pip install {what}"
-
-
-def _requirements() -> list[str]:
-    try:
-        return importlib.metadata.requires("mhla-diffusion") or []
-    except importlib.metadata.PackageNotFoundError:  # a copy that is not installed
-        return []
 
 
 def _tell(error: object, code: int) -> int:

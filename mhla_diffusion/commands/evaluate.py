@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from ..evaluation import Report, compare_reports, compute_statistics, evaluate_i
 from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.vbench import export_vbench
+from ..files.locking import only_writer
 from ..processes import in_first_process
-from .parsing import parse_and_call
+from .parsing import join_prompts, parse_and_call, with_list
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,8 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real images are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_images(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_images(**evaluation), out, save_stats, overwrite)
 
 
 def video(out: str, save_stats: str | None = None, overwrite: bool = False, **evaluation: Any) -> None:
@@ -39,8 +42,8 @@ def video(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real videos are written too.
         overwrite: replace a report or statistics that are already there.
     """
-    _require_room(out, save_stats, overwrite)
-    _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
+    with _room(out, save_stats, overwrite):
+        _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
 
 
 def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
@@ -56,18 +59,74 @@ def stats(out: str, overwrite: bool = False, **computation: Any) -> None:
     logger.info("Statistics: %s", out)
 
 
-def compare(reports: list[str], out: str, overwrite: bool = False) -> None:
+def compare(reports: list[str], out: str, labels: list[str] | None = None, overwrite: bool = False) -> None:
     """Put reports side by side, as comparison.md and comparison.html.
 
     Args:
         reports: folders of two reports or more.
         out: folder for the comparison.
+        labels: what each is called, such as "[softmax, mhla, mhla]"; runs with equal labels are one group, of
+            which mean and deviation are given. By default a part of its path, and groups are runs that
+            differ in seeds alone.
         overwrite: replace a comparison that is already there.
     """
-    table = compare_reports(reports)
+    table = compare_reports(reports, labels=labels)
     table.save(out, overwrite=overwrite)
     logger.info("%s", table.to_markdown())
     logger.info("Comparison: %s", Path(out) / "comparison.html")
+
+
+def steps(
+    run: str,
+    real: str,
+    out: str,
+    num: int = 1000,
+    prompts: list[str] | None = None,
+    num_inference_steps: int | None = None,
+    guidance: float | None = None,
+    generation_batch_size: int = 32,
+    **evaluation: Any,
+) -> None:
+    """Score every checkpoint of an image training, and put the scores side by side; called again it goes on.
+
+    Args:
+        run: output folder of the training; trainer.keep_checkpoints says how many there are.
+        real: as for mhla evaluate image.
+        out: folder for the samples and the report of each step, and comparison.md and comparison.html of all.
+        num: images of each checkpoint; with prompts that many of them, in turn.
+        prompts: texts or files of them, for models of texts.
+        num_inference_steps: denoising steps; the pipeline's default if not given.
+        guidance: scale of classifier-free guidance; the pipeline's default if not given.
+        generation_batch_size: images that are generated at a time.
+    """
+    # Here, as scores need no models.
+    from mhla_diffusion.pipelines.generation import generate_images
+    from mhla_diffusion.pipelines.prompts import read_prompts
+
+    from ..training.checkpoints import list_checkpoints
+    from ..training.export import open_checkpoint
+
+    checkpoints = list_checkpoints(Path(run))
+    if not checkpoints:
+        raise ValueError(f"{run} has no checkpoints: give the output folder of a training")
+    texts = None if prompts is None else read_prompts(prompts)
+    reports = [Path(out) / checkpoint.name / "report" for checkpoint in checkpoints]
+    for checkpoint, report in zip(checkpoints, reports, strict=True):
+        if (report / "report.json").is_file():
+            logger.info("%s is scored already", checkpoint.name)
+            continue
+        samples = report.with_name("samples")
+        generate_images(
+            open_checkpoint(checkpoint), samples, num_images=num, prompts=texts,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance,
+            batch_size=generation_batch_size,
+        )  # fmt: skip
+        found = evaluate_images(real, samples, **evaluation)
+        in_first_process(partial(found.save, report))
+    if len(reports) > 1:
+        table = compare_reports(reports, labels=[checkpoint.name for checkpoint in checkpoints])
+        in_first_process(lambda: table.save(out, overwrite=True))
+        logger.info("%s", table.to_markdown())
 
 
 def vbench(generated: str, out: str) -> None:
@@ -87,22 +146,29 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
         "video": video,
         "stats": stats,
         "compare": compare,
+        "steps": steps,
         "vbench": vbench,
     }
-    parse_and_call(commands[name], _with_list(arguments) if name == "compare" else arguments, prog)
+    if name == "compare":
+        arguments = with_list(arguments, "reports")
+    elif name == "steps":
+        arguments = join_prompts(arguments)
+    parse_and_call(commands[name], arguments, prog)
 
 
-def _with_list(arguments: Sequence[str]) -> list[str]:
-    """Return ``A B C --out D`` as ``--reports [A, B, C] --out D``."""
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    reports = list(arguments[:count])
-    return [*(["--reports", str(reports)] if reports else []), *arguments[count:]]
+@contextmanager
+def _room(out: str, save_stats: str | None, overwrite: bool) -> Iterator[None]:
+    """Check, before the work, that what it gives can be written, and keep the place."""
+    with ExitStack() as stack:
 
+        def enter() -> None:
+            require_no_report(out, overwrite=overwrite)
+            if save_stats:
+                require_new_npz(save_stats, overwrite=overwrite)
+            stack.enter_context(only_writer(out))
 
-def _require_room(out: str, save_stats: str | None, overwrite: bool) -> None:
-    require_no_report(out, overwrite=overwrite)
-    if save_stats:
-        require_new_npz(save_stats, overwrite=overwrite)
+        in_first_process(enter)
+        yield
 
 
 def _save(report: Report, out: str, save_stats: str | None, overwrite: bool) -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..files.locking import new_folder
 from ..files.videos import require_video_writer, write_video
-from ..files.writing import require_new_folder, write_folder
+from ..files.writing import write_folder
 from ..training.data import DataConfig, VideoDataConfig, VideoSamples, open_images, open_videos
 from ..training.data.stream import UnreadableSampleError
 from .parsing import parse_and_call
@@ -35,21 +39,20 @@ def images(data: DataConfig, out: str, num: int | None = None) -> None:
         out: a folder that does not exist yet.
         num: how many of the images, evenly spaced; all by default.
     """
-    target = require_new_folder(out)
-    source = open_images(data)
-    num = len(source) if num is None else num
-    if not 1 <= num <= len(source):
-        raise ValueError(f"num must be 1 to {len(source)}, the number of images, got {num}")
+    with new_folder(out) as target:
+        source = open_images(data)
+        folders = _class_folders(source.class_names)
+        num = _require_num(num, len(source), "images")
 
-    def write(folder: Path) -> None:
-        for name in source.class_names:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for n in tqdm(range(num), desc="exporting", unit="image"):
-            i = n * len(source) // num
-            image, label = source.read(i)
-            image.save(folder / source.class_names[label] / f"{i:06d}.png")
+        def write(folder: Path) -> None:
+            for name in folders:
+                (folder / name).mkdir()
+            for n in tqdm(range(num), desc="exporting", unit="image"):
+                i = n * len(source) // num
+                image, label = source.read(i)
+                image.save(folder / folders[label] / f"{i:06d}.png")
 
-    write_folder(target, write)
+        write_folder(target, write)
 
 
 def videos(data: VideoDataConfig, out: str, num: int | None = None, gray: bool = False) -> None:
@@ -61,27 +64,42 @@ def videos(data: VideoDataConfig, out: str, num: int | None = None, gray: bool =
         num: how many, from the first on; all by default.
         gray: without colours.
     """
-    target = require_new_folder(out)
-    require_video_writer()
-    source = VideoSamples(open_videos(data), data, channels=1 if gray else 3)
-    num = len(source) if num is None else num
-    if not 1 <= num <= len(source):
-        raise ValueError(f"num must be 1 to {len(source)}, the number of videos, got {num}")
+    with new_folder(out) as target:
+        require_video_writer()
+        source = VideoSamples(open_videos(data), data, channels=1 if gray else 3)
+        num = _require_num(num, len(source), "videos")
+        write_folder(target, partial(_write_videos, source, num, data.fps or 16))
 
-    def write(folder: Path) -> None:
-        with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-            captions = csv.writer(file)
-            captions.writerow(["path", "caption"])
-            for i in tqdm(range(num), desc="exporting", unit="video"):
-                try:
-                    sample = source.load(i, torch.Generator().manual_seed(i))
-                except UnreadableSampleError as error:
-                    logging.warning("skipped: %s", error)
-                    continue
-                # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
-                pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
-                frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
-                write_video(frames, folder / f"{i:06d}.mp4", fps=data.fps or 16)
-                captions.writerow([f"{i:06d}.mp4", sample["caption"]])
 
-    write_folder(target, write)
+def _require_num(num: int | None, there: int, kind: str) -> int:
+    num = there if num is None else num
+    if not 1 <= num <= there:
+        raise ValueError(f"num must be 1 to {there}, the number of {kind}, got {num}")
+    return num
+
+
+def _class_folders(class_names: Sequence[str]) -> list[str]:
+    """Return a folder's name for each class: what a data set calls a class may lead to another place."""
+    folders = list[str]()
+    for number, name in enumerate(class_names):
+        folder = re.sub(r"[/\\\0]|^\.+", "_", name).strip() or "_"
+        folder = os.fsdecode(os.fsencode(folder)[:200])
+        folders.append(f"{folder}-{number}" if folder in folders else folder)
+    return folders
+
+
+def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> None:
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        captions = csv.writer(file)
+        captions.writerow(["path", "caption"])
+        for i in tqdm(range(num), desc="exporting", unit="video"):
+            try:
+                sample = source.load(i, torch.Generator().manual_seed(i))
+            except UnreadableSampleError as error:
+                logging.warning("skipped: %s", error)
+                continue
+            # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
+            pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
+            frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
+            write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
+            captions.writerow([f"{i:06d}.mp4", sample["caption"]])

@@ -8,7 +8,7 @@ Interrupted, the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from mhla_diffusion.pipelines.sampling import output_kind
 from .. import MHLAPipeline
 from ..files.writing import require_writable
 from ..processes import in_first_process
-from .parsing import parse_and_call
+from ..training.export import is_run, newest_model, open_checkpoint
+from .parsing import join_prompts, parse_and_call
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -48,7 +49,7 @@ def image(
     """Generate images of classes or texts: PNG files and manifest.json.
 
     Args:
-        model: folder or hub id of a pipeline.
+        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it.
         out: a new folder, or that of an unfinished run.
         num: number of images; of texts one for each prompt by default.
         classes: class ids or names to go through; all by default.
@@ -100,7 +101,7 @@ def video(
     """Generate videos of texts, or of texts and images: MP4 files and manifest.json.
 
     Args:
-        model: folder or hub id of a pipeline.
+        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it.
         out: a new folder, or that of an unfinished run.
         prompts: a text, commas included; a list in brackets, each text in quotes; or a file: .txt with one
             text a line, .csv or .jsonl with the columns prompt, seed, negative_prompt, file (name of the
@@ -144,25 +145,22 @@ def _require_picture(path: str | None) -> None:
 
 def load(model: str, dtype: DType, kind: str) -> Any:
     """Load the pipeline, which must be one that makes what this command writes."""
-    pipeline = MHLAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipeline = _open(model, getattr(torch, dtype))
     if output_kind(pipeline) != kind:
         other = output_kind(pipeline).removesuffix("s")
         raise ValueError(f"{model} holds a {type(pipeline).__name__}: use mhla generate {other}")
     return pipeline
 
 
-def join_prompts(arguments: Sequence[str]) -> list[str]:
-    """Put one list in place of all ``--prompts``: the option may be repeated, and no text is taken apart."""
-    rest: list[str] = []
-    prompts: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--prompts" or not (equals or (value := next(remaining, ""))):
-            rest.append(argument)
-        else:
-            prompts.append(value)
-    return [*rest, f"--prompts={json.dumps(prompts, ensure_ascii=False)}"] if prompts else rest
+def _open(model: str, dtype: torch.dtype) -> Any:
+    run = Path(model)
+    if is_run(run):
+        newest = newest_model(run)
+        logging.info("%s: taking %s", run, newest)
+        if newest.parent != run:
+            return open_checkpoint(newest).to(dtype)
+        model = str(newest)
+    return MHLAPipeline.from_pretrained(model, dtype=dtype)
 
 
 def main(arguments: Sequence[str], prog: str, kind: str) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from .end import CommandError, exit_code
+from .pages import page_for
 
 
 class Command(NamedTuple):
@@ -77,8 +78,11 @@ MHLA = Command(
         "train": {
             "train-image": Command("train a class-conditional image model"),
             "train-video": Command("train a text-to-video model"),
+            "export-checkpoint": Command("write a checkpoint of a training as a pipeline"),
         },
         "use": {
+            "demo": Command("a page in the browser: a pipeline and its teacher side by side, with times"),
+            "card": Command("write the model card of a pipeline with its scores, a picture and its licence"),
             "generate": Command(
                 "generate into a folder with a manifest; interrupted, it goes on",
                 _lines(image="images of classes", video="videos of texts"),
@@ -92,6 +96,7 @@ MHLA = Command(
                     video="score generated videos",
                     stats="write the statistics of images, to be given as --real from then on",
                     compare="put reports side by side",
+                    steps="score every checkpoint of a training",
                     vbench="copy generated videos into the layout that VBench reads",
                 ),
             ),
@@ -100,6 +105,14 @@ MHLA = Command(
         },
     },
 )
+
+
+def paths() -> list[list[str]]:
+    """List the commands that have no others below them, each as the words that lead to it."""
+    found: list[list[str]] = []
+    for name, command in MHLA.commands.items():
+        found += [[name, below] for below in command.commands] or [[name]]
+    return found
 
 
 def main() -> None:
@@ -141,6 +154,9 @@ def _find_and_run(words: Sequence[str], arguments: list[str], prog: str) -> int 
             prog = f"{prog} {name}"
         command = command.commands[name]
         path.append(name)
+    if (page := page_for(path, arguments, prog)) is not None:
+        print(page.rstrip())
+        return 0
     module = importlib.import_module(f".{path[0].replace('-', '_')}", __package__)
     return module.main(arguments, prog, *path[1:])
 
@@ -160,13 +176,13 @@ def _help(command: Command, prog: str) -> str:
         lines += ["", f"{title}:"]
         for name, below in group.items():
             more = f" ({', '.join(below.commands)})" if below.below else ""
-            text = textwrap.wrap(below.line + more, 82)
+            text = textwrap.wrap(below.line + more, 96 - width)
             lines += [f"  {start:{width}}  {line}" for start, line in zip_longest([name], text, fillvalue="")]
     lines += ["", f"{prog} COMMAND --help says what a command takes."]
     if command is MHLA:
         lines += [
             "On several processes: accelerate launch -m mhla_diffusion COMMAND ...",
-            "What a command needs beside the package is in the extras train, eval, video and benchmark:",
-            'pip install "mhla-diffusion[train]".',
+            "What a command needs beside the package is in the extras train, eval, video and benchmark: in a",
+            'copy of the repository pip install ".[train]", and so on.',
         ]
     return "\n".join(lines)

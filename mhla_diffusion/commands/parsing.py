@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -34,6 +35,27 @@ def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog:
         prog=prog,
         parser_class=_Parser,
     )
+
+
+def with_list(arguments: Sequence[str], option: str) -> list[str]:
+    """Return ``A B C --out D`` as ``--option [A, B, C] --out D``."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    words = list(arguments[:count])
+    return [*([f"--{option}", str(words)] if words else []), *arguments[count:]]
+
+
+def join_prompts(arguments: Sequence[str]) -> list[str]:
+    """Put one list in place of all ``--prompts``: the option may be repeated, and no text is taken apart."""
+    rest: list[str] = []
+    prompts: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--prompts" or not (equals or (value := next(remaining, ""))):
+            rest.append(argument)
+        else:
+            prompts.append(value)
+    return [*rest, f"--prompts={json.dumps(prompts, ensure_ascii=False)}"] if prompts else rest
 
 
 class _Parser(HelpParser):

@@ -114,6 +114,10 @@ class Comparison:
             raise ValueError(f"variants must have names of their own, got {names}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more and all different, got {self.seeds}")
+        if not self.settings or not all(self.settings.values()):
+            raise ValueError(
+                f"settings need a list of one value or more, such as side: [16], got {self.settings}"
+            )
         known = {f.name for f in dataclasses.fields(Recall)}
         if unknown := sorted(set(self.settings) - known):
             raise ValueError(

@@ -95,7 +95,7 @@ def _column(comparison: Comparison, records: list[dict[str, Any]], setting: dict
     cells = dict.fromkeys(found, "")
     for name, interval in intervals.items():
         best = all(interval.is_above(other) for key, other in intervals.items() if key != name)
-        missing = "" if interval.seeds == len(comparison.seeds) else f" ({interval.seeds} seeds)"
+        missing = f" ({interval.seeds} seeds)" if 1 < interval.seeds < len(comparison.seeds) else ""
         cells[name] = (f"**{interval}**" if best and len(intervals) > 1 else str(interval)) + missing
     return cells
 

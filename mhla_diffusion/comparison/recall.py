@@ -47,7 +47,7 @@ def recall_batch(task: Recall, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 class RecallModel(nn.Module):
-    """A small transformer on the cells of a grid, with any attention.
+    """Transformer on the cells of a grid, with any attention.
 
     Args:
         task: sizes of the model and of the grid.

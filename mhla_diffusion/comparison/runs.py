@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """One training: a setting of the task, a variant and a seed."""
+    """Training of one variant in one setting with one seed."""
 
     task: Recall
     variant: Variant
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """Plain values that say what was run."""
+        """Values that say what was run, as JSON holds them."""
         return {
             "task": dataclasses.asdict(self.task),
             "variant": dataclasses.asdict(self.variant),
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Where its result lies: under the variant, by what it was run with."""
+        """Path of its result: under the variant, by what it was run with."""
         text = json.dumps(self.record, sort_keys=True)
         return Path(self.variant.name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 

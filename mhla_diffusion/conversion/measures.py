@@ -110,8 +110,8 @@ def speed(model: Any, grid: Sequence[int], repeats: int = 3) -> dict[str, float]
 
 def pictures(model: Any, calls: DataCalls, *, playing: bool) -> list[str]:
     """Draw the run's sample sheet, the same seeds for every model: data URIs of rows, or of playing clips."""
-    rows = calls.task.samples(model, model.device)
-    return [_clip(row) if playing else _strip(row) for row in rows]
+    sheet = calls.task.sample(model, model.device)
+    return [_clip(row) if playing else _strip(row) for row in sheet.rows]
 
 
 def _strip(images: Sequence[Image.Image]) -> str:

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..files.pictures import WHITE
+from ..optional import require
 from ..processes import in_first_process, one_fate, process_state
 from .measure import Pass, PassSettings, measure
 from .networks.extractor import FeatureExtractor, load_extractors
@@ -21,7 +23,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, LackingError, Measured, choose_metrics
+from .scores.metrics import METRICS, Comparison, LackingError, Measured, by_published_name, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.images import open_images
@@ -53,6 +55,7 @@ def evaluate_images(
     weights: str | Path | None = None,
     bootstrap: int = BOOTSTRAP,
     seed: int = 0,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 16,
@@ -74,12 +77,14 @@ def evaluate_images(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
-            extractors and the sets allow.
+            extractors and the sets allow; ``fid`` is ``frechet`` on clean-fid's Inception.
         extractor: ``auto``, ``inception`` (clean-fid's), ``inception_adm``, ``dinov2``, ``clip`` or
             ``efficientnet_lite0`` (see ``load_extractor``), an own one, or several.
         weights: of the extractor; of several extractors each as ``"name=weights"``.
         bootstrap: replicates of the bootstrap over samples that intervals come from; 0 for none.
         seed: of the bootstrap.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb; what the model was
+            trained on, ``data.background``.
         max_skipped: files that cannot be read are skipped, named and counted up to this share of a set; more
             are an error.
         cache: folder in which features are kept for later runs, and from which a run that was stopped goes
@@ -99,10 +104,11 @@ def evaluate_images(
             statistics are of another extractor, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image")
     return _evaluate(
         real,
         generated,
-        open_set=open_images,
+        open_set=partial(open_images, background=background),
         load=partial(
             load_extractors,
             extractor,
@@ -130,12 +136,14 @@ def evaluate_videos(
     *,
     frames: int = 16,
     stride: int = 1,
+    fps: float | None = None,
     frame_wise: bool = False,
     metrics: str | Sequence[str] = "auto",
     extractor: str | FeatureExtractor | Sequence[str | FeatureExtractor] = "auto",
     weights: str | Path | None = None,
     bootstrap: int = BOOTSTRAP,
     seed: int = 0,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 8,
@@ -147,8 +155,8 @@ def evaluate_videos(
     """Score generated videos against real ones by the features of one clip of each.
 
     The clip begins at a random frame, which depends on ``seed`` and the name of the file alone. Memory does
-    not depend on the number of videos. Generated videos should come with as many frames per second as the
-    real ones.
+    not depend on the number of videos. Where the sets have other frames per second, ``fps`` takes
+    clips of both by time.
 
     Args:
         real: folder of videos or of folders of frames, zip or tar, npy of clips, see
@@ -157,15 +165,18 @@ def evaluate_videos(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         frames: of a clip; StyleGAN-V's protocol takes 16.
         stride: frames of the video from one of the clip to the next.
+        fps: frames per second of a clip, chosen by the time at which they are shown, in place of a stride;
+            videos with fewer are skipped and counted.
         frame_wise: score the frames of the clips as images, with an extractor of images: frame-wise FID.
         metrics: out of ``frechet``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` and
-            ``frechet_per_class``; ``auto`` are all that the sets allow.
+            ``frechet_per_class``; ``auto`` are all that the sets allow; ``fvd`` is ``frechet`` on I3D.
         extractor: ``auto``, ``i3d``, ``cdfvd_i3d``, ``cdfvd_videomae``, ``videomae`` or ``transnetv2`` (see
             ``load_video_extractor``), an own one, or several; of images (see ``load_extractor``) when
             ``frame_wise``.
         weights: of the extractor; of several extractors each as ``"name=weights"``.
         bootstrap: replicates of the bootstrap over videos that intervals come from; 0 for none.
         seed: of the clips' beginnings and of the bootstrap.
+        background: colour behind transparent pixels; see ``evaluate_images``.
         max_skipped: videos that cannot be read or are too short are skipped, named and counted up to this
             share of a set; more are an error.
         cache: folder in which features are kept for later runs; see ``evaluate_images``.
@@ -184,11 +195,20 @@ def evaluate_videos(
             clips, or features are not finite.
         ImportError: when the ``eval`` extra is not installed.
     """
+    metrics, extractor = by_published_name(metrics, extractor, "image" if frame_wise else "video")
     load = load_extractor if frame_wise else partial(load_video_extractor, frames=frames)
     return _evaluate(
         real,
         generated,
-        open_set=partial(open_videos, frames=frames, stride=stride, seed=seed, frame_wise=frame_wise),
+        open_set=partial(
+            open_videos,
+            frames=frames,
+            stride=stride,
+            fps=fps,
+            seed=seed,
+            frame_wise=frame_wise,
+            background=background,
+        ),
         load=partial(
             load_extractors, extractor, load, weights=weights, device=device, trust_weights=trust_weights
         ),
@@ -210,6 +230,7 @@ def compute_statistics(
     *,
     extractor: str | FeatureExtractor = "auto",
     weights: str | Path | None = None,
+    background: str = WHITE,
     max_skipped: float = 0.01,
     cache: str | Path | None = None,
     batch_size: int = 16,
@@ -226,7 +247,7 @@ def compute_statistics(
         ImportError: when the ``eval`` extra is not installed.
     """
     settings = PassSettings(batch_size, num_workers, max_skipped, cache)
-    image_set = open_images(images)
+    image_set = open_images(images, background)
     process_state()  # before a device is chosen
     for note in image_set.notes:
         logger.warning("Caution: %s", note)
@@ -260,6 +281,7 @@ def _evaluate(
     settings: _Settings,
 ) -> Report:
     """Score one set against another, whatever they are of; extractors are loaded once both sets are there."""
+    require("jinja2")  # of the report: missed now, and not after the work
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)
@@ -435,6 +457,7 @@ def _protocol(
 
 def _describe(extractor: FeatureExtractor) -> dict[str, Any]:
     return {
+        **({"chosen": f"by auto, because {extractor.chosen}"} if extractor.chosen else {}),
         "feature_dimension": extractor.dimension,
         "weights": extractor.weights,
         "weights_sha256": extractor.weights_sha256,

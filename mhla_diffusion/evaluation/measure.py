@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,21 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from ..files.arrays import require_regular
 from ..files.sums import file_sha256
 from ..processes import process_state
 from .networks.extractor import FeatureExtractor
 from .scores.frechet import FeatureStatistics, RunningStatistics
 from .scores.metrics import Measured
-from .sets.arrays import require_regular
-from .sets.samples import Pixels, SampleKind, SampleSet, SetSummary, SkippedFile, one_if_large
+from .sets.samples import (
+    EARLIER_CONVERSIONS,
+    Pixels,
+    SampleKind,
+    SampleSet,
+    SetSummary,
+    SkippedFile,
+    one_if_large,
+)
 from .store import CachedSample, FeatureCache, FeatureFile, Row
 
 logger = logging.getLogger(__name__)
@@ -321,9 +329,9 @@ class _Loader:
         digest = hashlib.sha256(str(pixels.shape).encode())
         digest.update(np.ascontiguousarray(pixels).data)
         row.digest = digest.digest()
-        if self.cache is not None and file is None:
-            row.key = row.digest.hex()
-            if self._recall(row):
+        if self.cache is not None:
+            row.key = row.key or row.digest.hex()
+            if (file is None and self._recall(row)) or self._recall(row, row.digest):
                 return row
         with one_if_large(pixels.nbytes):
             row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in self.extractors}
@@ -336,19 +344,26 @@ class _Loader:
         # Where in a video its clip begins depends on the file's name too, which need not be text.
         return f"{key} {file.name.encode('utf-8', 'backslashreplace').decode()}"
 
-    def _recall(self, row: _Row) -> bool:
-        """Take the features from the cache, if those of all extractors are there."""
+    def _recall(self, row: _Row, of_pixels: bytes | None = None) -> bool:
+        """Take the features from the cache, if those of all extractors are there.
+
+        Args:
+            of_pixels: the hash of the sample's pixels, for features of earlier versions, which read some
+                pictures otherwise: they hold where the pixels are the same.
+        """
         assert self.cache is not None
+        kind = self.samples.kind
+        if of_pixels is not None:
+            kind = replace(kind, conversion=EARLIER_CONVERSIONS["video" if self.by_name else "image"])
         for extractor in self.extractors:
             dimensions = {
                 output: extractor.dimension if output == "features" else None for output in extractor.outputs
             }
-            protocol = _cache_protocol(extractor, self.samples.kind)
-            known = self.cache.find(protocol, row.key, dimensions)
-            if known is None:
+            known = self.cache.find(_cache_protocol(extractor, kind), row.key, dimensions)
+            if known is None or of_pixels not in (None, known.digest):
                 return False
             row.digest, row.features[extractor.name] = known.digest, known.features
-        row.recalled = True
+        row.recalled = of_pixels is None  # what is found so is kept anew
         return True
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.writing import require_folder, require_writable
+from ..files.writing import disk_errors, require_folder, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class FeatureFile:
     def append(self, rows: NDArray[np.float32]) -> None:
         """Add ``[B, d]``."""
         self._dimension = rows.shape[1]
-        with open(self.path, "ab") as file:
+        with disk_errors(self.path), open(self.path, "ab") as file:
             file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
 
     def read(self) -> NDArray[np.float32]:
@@ -72,7 +72,7 @@ class FeatureCache:
             with suppress(sqlite3.OperationalError):  # it is there, but for caches of earlier versions
                 self._connection.execute("ALTER TABLE features ADD COLUMN checksum INTEGER")
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is not a cache of features ({error}): remove it") from error
+            raise self._error(error) from error
 
     def find(self, protocol: str, sample: str, dimensions: Mapping[str, int | None]) -> CachedSample | None:
         """Find what is stored of a sample; None when nothing is, or it is damaged, which is logged.
@@ -88,7 +88,7 @@ class FeatureCache:
             with self._lock:
                 found = self._connection.execute(query, (protocol, sample)).fetchall()
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"the cache {self._path} is damaged ({error}): remove it") from error
+            raise self._error(error) from error
         if not found:
             return None
         known = [
@@ -104,18 +104,34 @@ class FeatureCache:
         return CachedSample(known[0][1], features)
 
     def store(self, protocol: str, samples: Iterable[tuple[str, CachedSample]]) -> None:
-        """Keep samples, all or none."""
+        """Keep samples, all or none.
+
+        Raises:
+            OSError: when the disk is full.
+            ValueError: when the file is damaged as a whole.
+        """
         rows = []
         for sample, known in samples:
             for output, values in known.features.items():
                 data = np.asarray(values, np.float32).tobytes()
                 rows.append((protocol, sample, output, known.digest, data, _checksum(known.digest, data)))
-        with self._lock, self._connection:
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO features (protocol, sample, output, digest, data, checksum) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                rows,
+        try:
+            with self._lock, self._connection:
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO features (protocol, sample, output, digest, data, checksum) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    rows,
+                )
+        except sqlite3.DatabaseError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: sqlite3.DatabaseError) -> Exception:
+        """Tell a file that is none of ours, or damaged, from a disk that is full or cannot be read."""
+        if isinstance(error, sqlite3.OperationalError):
+            return OSError(
+                f"the cache {self._path} cannot be used ({error}): is the disk full, or read-only?"
             )
+        return ValueError(f"{self._path} is not a cache of features, or damaged ({error}): remove it")
 
     def close(self) -> None:
         """Release the file."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .names import is_hidden
+from .pictures import DECODING_ERRORS, WHITE, read_picture
 from .video_packets import UnreadableVideoError, file_stamp
 from .video_reader import Frames, require_frames
 
@@ -18,8 +20,6 @@ VIDEO_EXTENSIONS = (
     *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts", ".mxf", ".ogv", ".gif", ".apng"),
 )
 _SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Modes of Pillow that RGB of 8 bits holds without loss, but for transparency.
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
 class FrameFolder:
@@ -30,6 +30,7 @@ class FrameFolder:
 
     Args:
         path: of the folder.
+        background: colour behind transparent pixels.
 
     Attributes:
         num_frames: pictures in it.
@@ -43,22 +44,22 @@ class FrameFolder:
     fps = 25.0
     times: NDArray[np.float64] | None = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, background: str = WHITE) -> None:
         names = sorted(filter(_is_picture, os.listdir(path)), key=_by_number)
         if not names:
             raise UnreadableVideoError(f"{path}: a folder without pictures ({', '.join(_SUFFIXES)})")
         self._paths = [os.path.join(path, name) for name in names]
-        self._path, self.num_frames = path, len(names)
+        self._path, self._background, self.num_frames = path, background, len(names)
 
     def read(self, indices: Sequence[int]) -> Frames:
         """Return the pictures at ``indices``, uint8 ``[n, H, W, 3]``.
 
         Raises:
-            UnreadableVideoError: when one is not there, cannot be read, has other values than RGB of 8 bits,
-                or not the size of the others.
+            UnreadableVideoError: when one is not there, cannot be read as RGB of 8 bits, or has not the
+                size of the others.
         """
         require_frames(self._path, self.num_frames, indices)
-        frames = {index: _read_picture(self._paths[index]) for index in sorted(set(indices))}
+        frames = {index: _read_frame(self._paths[index], self._background) for index in sorted(set(indices))}
         shapes = {frame.shape: self._paths[index] for index, frame in frames.items()}
         if len(shapes) > 1:
             sizes = ", ".join(f"{path} {shape[0]} x {shape[1]}" for shape, path in shapes.items())
@@ -76,7 +77,7 @@ def is_frame_folder(path: str | os.PathLike[str]) -> bool:
 
 def _is_picture(name: str) -> bool:
     # Hidden ones are left by writers that were killed, and by macOS.
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(_SUFFIXES) and not is_hidden(name)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -84,16 +85,9 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _read_picture(path: str) -> Frames:
-    from PIL import Image
-
+def _read_frame(path: str, background: str) -> Frames:
     file_stamp(path)
     try:
-        with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise UnreadableVideoError(
-                    f"{path}: pixels of mode {image.mode} do not fit into RGB of 8 bits; convert the picture"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return np.asarray(read_picture(path, background).convert("RGB"))
+    except DECODING_ERRORS as error:
         raise UnreadableVideoError(f"{path} cannot be read ({error})") from error

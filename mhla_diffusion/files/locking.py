@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .writing import remove_partial, remove_unfinished, require_new_folder, require_writable
 
 try:
     import fcntl
@@ -21,7 +24,8 @@ logger = logging.getLogger(__name__)
 def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Be the only one that writes into a folder, inside the with block.
 
-    The folder is made when it is not there, and removed again when nothing was written.
+    The folder is made when it is not there, and removed again when nothing was written. What writers that
+    were killed left of it is removed.
 
     Raises:
         ValueError: when another process writes there, or ``folder`` is a file.
@@ -32,6 +36,9 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     made = not folder.exists()
     descriptor = _lock(folder)
     try:
+        place = folder.resolve()
+        remove_unfinished(place.parent, glob.escape(place.name))
+        remove_partial(place)
         yield
     finally:
         if descriptor in _held:  # a fork that comes here has let go already
@@ -40,6 +47,19 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
                     folder.rmdir()
             _held.discard(descriptor)
             os.close(descriptor)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Be the only one that makes a folder, inside the with block, which is given its whole path.
+
+    Raises:
+        ValueError: as :func:`.writing.require_new_folder`, and when another process makes it.
+    """
+    path = Path(folder).resolve()
+    require_writable(path.parent)
+    with only_writer(path):
+        yield require_new_folder(path)
 
 
 _held: set[int] = set()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from .writing import disk_errors
 
 SUMS = "SHA256SUMS"
 
@@ -20,13 +23,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def record_sums(folder: Path, names: Iterable[str]) -> None:
-    """Add files of a folder to its record. Several processes may do so at once."""
-    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
-    descriptor = os.open(folder / SUMS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(descriptor, lines.encode())  # at once: others append too, and a kill may follow
-    finally:
-        os.close(descriptor)
+    """Add files of a folder to its record. Several processes may do so at once.
+
+    Raises:
+        OSError: when the disk is full.
+    """
+    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names).encode()
+    path = folder / SUMS
+    with disk_errors(path), open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # cut short, by a full disk
+            lines = b"\n" + lines
+        if file.write(lines) < len(lines):  # at once: others append too, and a kill may follow
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def record_all(folder: Path) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ..optional import require
+from .video_damage import give_up_at_damage
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, file_stamp, open_stream, restart_test
-from .video_reader import Frames, display_matrix, require_frames
+from .video_reader import Frames, display_matrix, pixel_aspect, require_frames
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -31,10 +32,10 @@ class DecordReader:
     """Frames by number, as decord gives them.
 
     A file is read only if it is proven that decord finds its frames: H.264 or HEVC in MP4, MOV or MKV, 4:2:0
-    of 8 bits, neither turned nor mirrored; PyAV decodes all of it without an error; each of its key packets
-    is a point of restart; and decord counts the frames, their times and the key frames that its
-    :class:`~mhla_diffusion.files.video_index.VideoIndex` has. The proof takes as long as decoding the file
-    once. A process remembers it for the last 128 files.
+    of 8 bits, of square pixels, neither turned nor mirrored; PyAV decodes all of it without an error; each of
+    its key packets is a point of restart; and decord counts the frames, their times and the key frames that
+    its :class:`~mhla_diffusion.files.video_index.VideoIndex` has. The proof takes as long as decoding the
+    file once. A process remembers it for the last 128 files.
 
     Nothing is held open between reads, so that readers may cross a fork and be used by several threads.
 
@@ -52,7 +53,7 @@ class DecordReader:
     """
 
     def __init__(self, path: str) -> None:
-        require("decord", "video")
+        require("decord")
         self._path, self._index = path, video_index(path)
         self.num_frames, self.fps, self.times = self._index.num_frames, self._index.fps, self._index.times
         _require_right(path, file_stamp(path))
@@ -88,6 +89,8 @@ def _doubt_of_kind(video: OpenVideo) -> str | None:
         return f"it is {kind}, not H.264 or HEVC in MP4, MOV or MKV"
     if context.pix_fmt not in _FORMATS:
         return f"its pixels are {context.pix_fmt}, not {' or '.join(sorted(_FORMATS))}"
+    if pixel_aspect(video.stream) != 1:
+        return f"its pixels are not square ({video.stream.sample_aspect_ratio})"
     return None
 
 
@@ -96,8 +99,7 @@ def _doubt_of_frames(video: OpenVideo, index: VideoIndex) -> str | None:
 
     The video is decoded, as decord conceals damage without a word.
     """
-    # Errors that are concealed otherwise are told.
-    video.stream.codec_context.options = {"err_detect": "explode"}
+    give_up_at_damage(video)
     is_restart, keys, errors = restart_test(video.stream), list[bool](), list[None]()
 
     def packets() -> Iterator[tuple[int, Packet]]:

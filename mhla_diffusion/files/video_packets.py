@@ -165,6 +165,15 @@ def restart_test(stream: VideoStream) -> Callable[[memoryview], bool] | None:
     return _picture_test(stream, {"h264": range(5, 6), "hevc": range(16, 22)})
 
 
+def clean_start_test(stream: VideoStream) -> Callable[[memoryview], bool] | None:
+    """Test of a key packet: does nothing after it refer to what was before? None where it is not known.
+
+    Where a video was cut, pictures after other starts may refer to some that are gone, which is no damage.
+    """
+    known = _picture_test(stream, {"h264": range(5, 6), "hevc": range(16, 21)})
+    return known or (None if _codec_of(stream) in ("h264", "hevc") else lambda data: True)
+
+
 def _codec_of(stream: VideoStream) -> str:
     return stream.codec_context.codec.canonical_name
 

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from .pictures import WHITE, flat_picture
+from .video_damage import damaged_packets, give_up_at_damage
 from .video_index import VideoIndex, video_index
 from .video_packets import OpenVideo, UnreadableVideoError, open_stream, place_of
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 Frames = NDArray[np.uint8]
 
@@ -30,6 +34,7 @@ class IndexedReader:
 
     Args:
         path: of the file.
+        background: colour behind transparent pixels.
 
     Attributes:
         num_frames: that are shown.
@@ -40,8 +45,8 @@ class IndexedReader:
         UnreadableVideoError: when it is no video, or only a part of one.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path, self._index = path, video_index(path)
+    def __init__(self, path: str, background: str = WHITE) -> None:
+        self._path, self._index, self._background = path, video_index(path), background
         self.num_frames, self.fps, self.times = self._index.num_frames, self._index.fps, self._index.times
 
     def read(self, indices: Sequence[int]) -> Frames:
@@ -53,9 +58,9 @@ class IndexedReader:
         require_frames(self._path, self.num_frames, indices)
         wanted = sorted(set(indices))
         try:
-            found = _read_from_starts(self._path, self._index, wanted)
+            found = _read_from_starts(self._path, self._index, wanted, self._background)
         except _AstrayError:
-            found = _read_from_beginning(self._path, self._index, wanted)
+            found = _read_from_beginning(self._path, self._index, wanted, self._background)
         return np.stack([found[index] for index in indices])
 
 
@@ -69,7 +74,7 @@ def require_frames(path: str, num_frames: int, indices: Sequence[int]) -> None:
         raise UnreadableVideoError(f"{path} has the frames 0 to {num_frames - 1}, asked were {list(indices)}")
 
 
-def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
+def _read_from_starts(path: str, index: VideoIndex, wanted: list[int], background: str) -> dict[int, Frames]:
     """Decode from the nearest start before each frame; neighbouring starts are decoded through.
 
     Raises:
@@ -82,7 +87,8 @@ def _read_from_starts(path: str, index: VideoIndex, wanted: list[int]) -> dict[i
     found: dict[int, Frames] = {}
     try:
         with open_stream(path) as video:
-            picture = _Picture(video)
+            give_up_at_damage(video)
+            picture = _Picture(video, background)
             for _, run in groupby(range(len(wanted)), key=lambda i: runs[i]):
                 members = [wanted[i] for i in run]
                 frames = _decode_from(video, index, index.start_of(members[0]), last=members[-1])
@@ -145,15 +151,17 @@ def _seek(video: OpenVideo, index: VideoIndex, row: int) -> tuple[Iterator[Packe
     raise _AstrayError
 
 
-def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dict[int, Frames]:
-    """Decode the whole file up to the last frame, as FFmpeg does, with all that it conceals.
+def _read_from_beginning(
+    path: str, index: VideoIndex, wanted: list[int], background: str
+) -> dict[int, Frames]:
+    """Decode the whole file up to the last frame, as FFmpeg does.
 
     Raises:
-        UnreadableVideoError: when frames are lost, so that numbers would mean others.
+        UnreadableVideoError: when frames are lost, so that numbers would mean others, or are damaged.
     """
     found: dict[int, Frames] = {}
     with open_stream(path) as video:
-        picture, numbers = _Picture(video), set(wanted)
+        picture, numbers = _Picture(video, background), set(wanted)
         frames = video.decode(enumerate(video.packets()), on_error=lambda: None)
         for number, (packet, frame) in enumerate(frames):
             if number in numbers and packet == index.shown[number]:
@@ -163,23 +171,45 @@ def _read_from_beginning(path: str, index: VideoIndex, wanted: list[int]) -> dic
     lost = [number for number in wanted if number not in found]
     if lost:
         raise UnreadableVideoError(f"{path} is damaged: the frames up to {lost[0]} are not all there")
+    damaged = damaged_packets(path)
+    # Of a frame whose packet is unknown it is not known either.
+    wrong = [number for number in wanted if damaged and index.shown[number] in damaged | {-1}]
+    if wrong:
+        raise UnreadableVideoError(f"{path} is damaged: frame {wrong[0]} is not what was encoded")
     return found
 
 
 class _Picture:
-    """Frames as pixels: RGB, upright, and of the size of the first when the size changes in a video."""
+    """Frames as pixels: RGB, upright, square, all of the size of the first."""
 
-    def __init__(self, video: OpenVideo) -> None:
+    def __init__(self, video: OpenVideo, background: str) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self._reformatter, context = VideoReformatter(), video.stream.codec_context
-        self._size = {"width": context.width, "height": context.height}
+        self._reformatter, self._background = VideoReformatter(), background
+        self._width, self._height = _square_size(video.stream)
 
     def pixels(self, frame: VideoFrame) -> Frames:
-        rgb = self._reformatter.reformat(
-            frame, **self._size, format="rgb24", interpolation="BICUBIC", threads=1
-        ).to_ndarray()
-        return _upright(cast(Frames, rgb), display_matrix(frame))
+        transparent = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+        pixels = self._reformatter.reformat(
+            frame, width=self._width, height=self._height, format="rgba" if transparent else "rgb24",
+            interpolation="BICUBIC", threads=1,
+        ).to_ndarray()  # fmt: skip
+        if transparent:
+            pixels = np.asarray(flat_picture(Image.fromarray(pixels), self._background))
+        return _upright(cast(Frames, pixels), display_matrix(frame))
+
+
+def _square_size(stream: VideoStream) -> tuple[int, int]:
+    """Width and height of a frame whose pixels are square: the shorter side of its pixels is enlarged."""
+    width, height = stream.codec_context.width, stream.codec_context.height
+    wide = pixel_aspect(stream)
+    return (round(width * wide), height) if wide > 1 else (width, round(height / wide))
+
+
+def pixel_aspect(stream: VideoStream) -> float:
+    """Return width by height of a pixel; 1 where it is not stored, or beyond what any camera records."""
+    wide = float(stream.sample_aspect_ratio or 1)
+    return wide if 0.25 <= wide <= 4 else 1.0
 
 
 def display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:

@@ -13,11 +13,13 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..optional import how_to_install
 from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
+from .pictures import WHITE
 from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
 from .video_reader import Frames, IndexedReader
-from .writing import write_file
+from .writing import disk_of, write_file
 
 __all__ = [
     "VIDEO_EXTENSIONS",
@@ -25,7 +27,6 @@ __all__ = [
     "Frames",
     "UnreadableVideoError",
     "VideoReader",
-    "clip_indices",
     "is_frame_folder",
     "open_video",
     "require_video_writer",
@@ -60,7 +61,9 @@ class VideoReader(Protocol):
         ...
 
 
-def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> VideoReader:
+def open_video(
+    path: str | os.PathLike[str], *, decoder: Decoder = "auto", background: str = WHITE
+) -> VideoReader:
     """Open a video for reading.
 
     Frames are those that FFmpeg gives when it decodes the whole file, whatever the container: chosen by the
@@ -76,6 +79,8 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
             PyAV, which is faster: clips of H.264 took 0.4 to 0.8 times as long as with decord, whose proof
             comes before the first (docs/performance.md, "Reading clips").
             ``"torchcodec"``, which old configs name, is read with PyAV, too.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb. That VP8 and VP9 in
+            WebM are transparent is not decoded.
 
     Raises:
         UnreadableVideoError: when the file is missing, empty, not a regular file, cut short, no video, or of
@@ -87,56 +92,17 @@ def open_video(path: str | os.PathLike[str], *, decoder: Decoder = "auto") -> Vi
         raise ValueError(f"decoder must be one of {', '.join(get_args(Decoder))}, got {decoder!r}")
     path = os.fspath(path)
     if os.path.isdir(path):
-        return FrameFolder(path)
+        return FrameFolder(path, background)
     if find_spec("av") is None:
-        raise ImportError("reading videos needs PyAV: pip install mhla-diffusion[video]")
+        raise ImportError(f"reading videos needs PyAV: {how_to_install('av')}")
     if decoder == "torchcodec":
         _say_that_torchcodec_is_not_used()
-    return DecordReader(path) if decoder == "decord" else IndexedReader(path)
+    return DecordReader(path) if decoder == "decord" else IndexedReader(path, background)
 
 
 @cache
 def _say_that_torchcodec_is_not_used() -> None:
     logger.warning("The decoder torchcodec is no longer used; videos are read with PyAV.")
-
-
-def clip_indices(
-    num_frames: int,
-    *,
-    length: int,
-    step: float = 1.0,
-    start: float = 0.0,
-    times: NDArray[np.float64] | None = None,
-) -> list[int]:
-    """Choose the frames of a video that make a clip.
-
-    For a clip of ``fps`` frames per second, ``step`` is ``reader.fps / fps`` and ``times`` is
-    ``reader.times``: where the rate of the file varies, the clip is even in time, and each of its frames is
-    the one that the file shows at that moment.
-
-    Args:
-        num_frames: of the video.
-        length: frames of the clip.
-        step: frames of the video from one of the clip to the next; with ``times`` in frames of the mean rate.
-        start: where it begins, 0 (at the first frame) to 1 (as late as possible).
-        times: seconds ``[num_frames]`` at which the frames are shown, None when they are evenly spaced.
-
-    Raises:
-        UnreadableVideoError: when the video is too short for the clip.
-    """
-    span = int((length - 1) * step) + 1
-    if span > num_frames:
-        raise UnreadableVideoError(
-            f"the clip is shorter than asked: {length} frames, each {step:g} after the one before, need "
-            f"{span}, and there are {num_frames}"
-        )
-    first = min(int(start * (num_frames - span + 1)), num_frames - span)
-    if times is None or num_frames < 2:
-        return [first + int(i * step) for i in range(length)]
-    moments = times[0] + (first + np.arange(length) * step) * (times[-1] - times[0]) / (num_frames - 1)
-    # A hair later, as the moment of a frame must not fall before it by rounding.
-    shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
-    return [int(index) for index in shown]
 
 
 def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> None:
@@ -169,7 +135,9 @@ def write_video(frames: Frames, path: str | os.PathLike[str], *, fps: float) -> 
             export_to_video(images, str(file), fps=fps, quality=9.0, macro_block_size=2)
             written = open_video(file).num_frames
         except (OSError, UnreadableVideoError) as error:
-            raise OSError(f"{path} could not be written: {_first_line(error, file)}") from error
+            raise OSError(
+                f"{path} could not be written: {_first_line(error, file)}; {disk_of(path)}"
+            ) from error
         if written != len(images):
             raise OSError(f"{path} could not be written: it has {written} of {len(images)} frames")
 
@@ -188,6 +156,7 @@ def require_video_writer() -> None:
     Raises:
         ImportError: without the packages imageio, imageio-ffmpeg and av, which reads them back.
     """
-    if any(find_spec(name) is None for name in ("imageio", "imageio_ffmpeg", "av")):
-        # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
-        raise ImportError("videos are written with imageio-ffmpeg: pip install mhla-diffusion[video]")
+    for name in ("imageio", "imageio_ffmpeg", "av"):
+        if find_spec(name) is None:
+            # diffusers would fall back to OpenCV, whose MP4 files browsers do not play.
+            raise ImportError(f"videos are written with imageio-ffmpeg: {how_to_install(name)}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fnmatch
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
     # Short, as the name of the file itself may be as long as the file system allows.
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
-        if callable(content):
-            with disk_errors(path):
+        with disk_errors(path):
+            if callable(content):
+                temporary.touch()
+                mode = temporary.stat().st_mode
                 content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temporary)
-        temporary.replace(path)
+                temporary.chmod(mode)  # safetensors lets the owner alone read
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            _flush(temporary)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -63,7 +67,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
         with disk_errors(folder):
             write(temporary)
-        commit(temporary, folder)
+            commit(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary.parent, ignore_errors=True)
         raise
@@ -73,8 +77,13 @@ def start_writing(folder: Path) -> Path:
     """Make the empty folder to write into: under the same name, in a hidden one beside the place."""
     assert folder.name, f"{folder} has no name to write under"
     temporary = folder.parent / f"{_WRITING}{secrets.token_hex(8)}" / folder.name
-    temporary.mkdir(parents=True)
-    return temporary
+    while True:
+        # Between the two that are made, another process may take the first for one that was left.
+        with suppress(FileNotFoundError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(exist_ok=True)
+            temporary.mkdir()
+            return temporary
 
 
 def commit(temporary: Path, folder: Path) -> None:
@@ -82,7 +91,10 @@ def commit(temporary: Path, folder: Path) -> None:
 
     Where the file system can exchange two folders, there is no moment without the old or the new one.
     """
+    readable = temporary.stat().st_mode & 0o666  # as the umask of who writes leaves it
     for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | readable)  # safetensors lets the owner alone read
         _flush(path)
     if not folder.exists():
         temporary.rename(folder)
@@ -90,38 +102,74 @@ def commit(temporary: Path, folder: Path) -> None:
         folder.rename(temporary.with_name(f"{folder.name}.old"))
         temporary.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(temporary.parent)
+    shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the writers of safetensors and torch raise on a full disk into Python's own error.
+    """Turn what the writers of safetensors, torch and SQLite raise on a full disk into Python's own error.
 
     Args:
         path: what is written, for the message.
 
     Raises:
-        OSError: instead.
+        OSError: instead; when the disk is full, with its name.
     """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        name = str(error.filename or "")
+        unnamed = not name or _WRITING in name or ".partial" in name
+        if error.errno is None or not (unnamed or error.errno in _FULL):
+            raise
+        raise _disk_error(error.errno, path if unnamed else name) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise _disk_error(int(number[1]), path) from error
         if re.search(r"inline_container|PytorchStreamWriter", str(error)):
             full = shutil.disk_usage(path.parent).free < 1 << 20
-            code = errno.ENOSPC if full else errno.EIO
-            raise OSError(code, os.strerror(code), str(path)) from error
+            raise _disk_error(errno.ENOSPC if full else errno.EIO, path) from error
+        if "database or disk is full" in str(error):
+            raise _disk_error(errno.ENOSPC, path) from error
         raise
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what writes that were killed left in a folder of which this process is the only writer."""
+def disk_of(path: str | os.PathLike[str]) -> str:
+    """Return the disk that a path is or would be on, in words, with the room that is left."""
+    place = os.path.realpath(path)
+    while not os.path.ismount(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    free, total = (f"{getattr(shutil.disk_usage(place), part) / 1e9:.1f}" for part in ("free", "total"))
+    return f"the disk at {place} has {free} of {total} GB left"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_error(number: int, path: str | os.PathLike[str]) -> OSError:
+    reason = os.strerror(number)
+    return OSError(number, f"{reason} ({disk_of(path)})" if number in _FULL else reason, str(path))
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove what killed writers left of the folders in ``folder`` whose names match a pattern.
+
+    This process must be the only writer of these.
+    """
     for path in folder.glob(f"{_WRITING}*"):
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():  # made by no process of this project
+            continue
+        names = [entry.name for entry in path.iterdir()]
+        if not names or fnmatch.filter(names, pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files that killed writers left in a folder, of which this process is the only writer."""
+    for path in folder.glob(".*.partial*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
@@ -135,6 +183,48 @@ def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
         raise ValueError(
             f"{', '.join(existing)} already there: give another place, or ask for overwrite to replace it"
         )
+
+
+def write_together(
+    folder: str | os.PathLike[str], contents: Mapping[str, bytes | str], *, overwrite: bool = False
+) -> None:
+    """Write files that belong together into a folder, beside what else is there.
+
+    While they are written a hidden file stands beside them: of a process that was killed, what is there may
+    be replaced.
+
+    Args:
+        folder: made when it is not there.
+        contents: of each file, by its name.
+        overwrite: replace those that are there.
+
+    Raises:
+        ValueError: as :func:`require_room`.
+    """
+    require_room(folder, list(contents), overwrite=overwrite)
+    mark = _mark(folder, list(contents))
+    write_file(mark, "The files beside this one are only in part written.\n")
+    for name, content in contents.items():
+        write_file(Path(folder) / name, content)
+    mark.unlink()
+
+
+def require_room(folder: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False) -> None:
+    """Check, before hours are spent, that :func:`write_together` will find its place free.
+
+    Raises:
+        ValueError: when one of the files is there, whole, and ``overwrite`` is false; when ``folder`` is a
+            file or nothing can be written there.
+    """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is a file; a folder is needed")
+    unfinished = _mark(folder, names).is_file()
+    require_absent([Path(folder) / name for name in names], overwrite=overwrite or unfinished)
+    require_writable(Path(folder))
+
+
+def _mark(folder: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    return Path(folder) / f".{Path(names[0]).stem}.unfinished"
 
 
 def require_new_folder(folder: str | os.PathLike[str]) -> Path:
@@ -185,6 +275,7 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
 
 
 _WRITING = ".writing-"
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial(\..*)?")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 

@@ -1,5 +1,6 @@
 """The operator: tensors in, tensors out, on torch alone."""
 
+from . import decompositions  # noqa: F401 (they register themselves)
 from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
 from .layout import BlockLayout, recommended_layout
@@ -7,6 +8,7 @@ from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
     block_distances,
+    extend_mixing,
     initial_mixing,
     locality_mixing,
     offset_means,
@@ -27,6 +29,7 @@ __all__ = [
     "apply_rotary_emb",
     "block_distances",
     "exchanged_bytes",
+    "extend_mixing",
     "initial_mixing",
     "locality_mixing",
     "mhla",

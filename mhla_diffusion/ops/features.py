@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,6 +104,14 @@ def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
     return None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
 
 
+def turn_all(rotary_emb: RotaryEmbedding, tokens: int, extra: tuple[int, int] | None) -> RotaryEmbedding:
+    """Tables ``[..., N, d / 2]`` of all tokens, from those of the grid's alone: extra ones are not turned."""
+    if extra is None or rotary_emb[0].shape[-2] == tokens:
+        return rotary_emb
+    cos, sin = rotary_emb
+    return F.pad(cos, (0, 0, *extra), value=1.0), F.pad(sin, (0, 0, *extra))
+
+
 def apply_rotary_emb(x: Tensor, rotary_emb: RotaryEmbedding) -> Tensor:
     """Rotate the pairs ``(x[..., 2i], x[..., 2i + 1])``.
 
@@ -136,9 +143,12 @@ def check_arguments(
         raise ValueError(f"normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
     _check_tensors(q, k, v, mixing, layout, key_layout or layout)
     if normalizer == "official" and not layout.is_even:
+        found = f"the grid {layout.grid} is not a multiple of the blocks {layout.blocks}"
+        if layout.extra is not None:
+            found = "extra tokens are a block of their own"
         raise ValueError(
-            f"normalizer 'official' pairs tokens by their place inside a block and needs equal blocks, but "
-            f"the grid {layout.grid} is not a multiple of the blocks {layout.blocks}; use normalizer='paper'"
+            "normalizer 'official' pairs tokens by their place inside a block and needs equal blocks, but "
+            f"{found}; use normalizer='paper'"
         )
     if key_layout is not None and (rotary_emb is not None or normalizer == "official"):
         raise ValueError(
@@ -146,11 +156,12 @@ def check_arguments(
             "rotary_emb out, and take normalizer 'paper' or 'none'"
         )
     tokens, d = q.shape[-2:]
+    lengths = tokens, tokens - sum(layout.extra or ())
     for table in rotary_emb or ():
-        if table.ndim < 2 or table.shape[-2:] != (tokens, d // 2) or d % 2:
+        if table.ndim < 2 or table.shape[-2] not in lengths or table.shape[-1] != d // 2 or d % 2:
             raise ValueError(
                 f"rotary_emb must be (cos, sin), each [..., N, d / 2] = [..., {tokens}, {d // 2}] with d "
-                f"even, got {tuple(table.shape)} at d = {d}"
+                f"even, or of the tokens on the grid alone, got {tuple(table.shape)} at d = {d}"
             )
         if table.requires_grad:
             raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
@@ -171,20 +182,24 @@ def _check_tensors(
         )
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same B, H and d, got {_shapes(q, k, v)}")
-    for name, x, grid in (("q", q, layout.grid), ("k and v", k, key_layout.grid)):
-        if x.shape[2] != math.prod(grid):
-            raise ValueError(f"{name} hold {x.shape[2]} tokens, but the grid {grid} has {math.prod(grid)}")
+    for name, x, on in (("q", q, layout), ("k and v", k, key_layout)):
+        if x.shape[2] != on.num_tokens:
+            raise ValueError(f"{name} hold {x.shape[2]} tokens, but {on.counted_tokens()}")
     size = layout.num_blocks, key_layout.num_blocks
     if tuple(mixing.shape) not in {size, (q.shape[1], *size)}:
         raise ValueError(
-            f"mixing must be [M, M_k] or [H, M, M_k] with M = {size[0]} (blocks {layout.blocks}), M_k = "
-            f"{size[1]} (blocks {key_layout.blocks}) and H = {q.shape[1]}, got {tuple(mixing.shape)}"
+            f"mixing must be [M, M_k] or [H, M, M_k] with M = {size[0]} (blocks {_blocks(layout)}), M_k = "
+            f"{size[1]} (blocks {_blocks(key_layout)}) and H = {q.shape[1]}, got {tuple(mixing.shape)}"
         )
     for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
         if not x.is_floating_point():
             raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q is on {q.device}, but {name} on {x.device}; move them to one device")
+
+
+def _blocks(layout: BlockLayout) -> str:
+    return f"{layout.blocks}{'' if layout.extra is None else ' and that of extra tokens'}"
 
 
 def _shapes(*tensors: Tensor) -> str:

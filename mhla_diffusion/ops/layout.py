@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,16 +20,22 @@ class BlockLayout:
     others ``floor(n / b)``. Blocks are boxes of the grid, never runs of the flattened sequence. Blocks, and
     the tokens inside one, are numbered in the order of the grid (last axis fastest).
 
+    Tokens that lie on no grid (a class token, registers, text in joint attention) are one more block, the
+    last one.
+
     Args:
         grid: tokens along each axis, ``(H, W)`` or ``(F, H, W)``.
         blocks: number of blocks along each axis, between 1 and the tokens there.
+        extra: how many such tokens stand before and after those of the grid; ``(0, 0)`` is a block without
+            tokens, None no block.
 
     Raises:
-        ValueError: for a grid or blocks that cannot be.
+        ValueError: for a grid, blocks or extra tokens that cannot be.
     """
 
     grid: tuple[int, ...]
     blocks: tuple[int, ...]
+    extra: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
@@ -44,6 +51,13 @@ class BlockLayout:
                     f"axis {axis} of grid {self.grid} has {tokens} tokens and cannot hold {count} blocks: "
                     f"blocks {self.blocks} must lie between 1 and {self.grid}; take fewer blocks or a larger "
                     "grid"
+                )
+        if self.extra is not None:
+            object.__setattr__(self, "extra", tuple(int(n) for n in self.extra))
+            if len(self.extra) != 2 or min(self.extra) < 0:
+                raise ValueError(
+                    "extra must be (before, after), numbers of tokens before and after those of the grid, "
+                    f"each 0 or more, got {self.extra}"
                 )
 
     @classmethod
@@ -66,13 +80,13 @@ class BlockLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
-        return math.prod(self.grid)
+        """N, with the extra ones."""
+        return math.prod(self.grid) + sum(self.extra or ())
 
     @property
     def num_blocks(self) -> int:
-        """M."""
-        return math.prod(self.blocks)
+        """M, with the extra one."""
+        return math.prod(self.blocks) + (self.extra is not None)
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -80,16 +94,28 @@ class BlockLayout:
         return tuple(-(-tokens // count) for tokens, count in zip(self.grid, self.blocks, strict=True))
 
     @property
+    def block_size(self) -> int:
+        """Tokens in the largest block."""
+        return max(math.prod(self.block_shape), sum(self.extra or ()))
+
+    @property
+    def grid_tokens(self) -> slice:
+        """Tokens of the grid among all."""
+        before, after = self.extra or (0, 0)
+        return slice(before, self.num_tokens - after)
+
+    @property
     def is_even(self) -> bool:
-        """Return True when all blocks have the same shape."""
-        return all(tokens % count == 0 for tokens, count in zip(self.grid, self.blocks, strict=True))
+        """Return True when all blocks have the same shape, which an extra one has not."""
+        whole = all(tokens % count == 0 for tokens, count in zip(self.grid, self.blocks, strict=True))
+        return whole and self.extra is None
 
     def block_index(self, device: torch.device | str | None = None) -> Tensor:
-        """Block of each token, ``[N]``, int64, tokens in grid order."""
+        """Block of each token, ``[N]``, int64, those of the grid in its order."""
         index = torch.zeros((), dtype=torch.int64, device=device)
         for tokens, count in zip(self.grid, self.blocks, strict=True):
             index = index[..., None] * count + _axis_positions(tokens, count, device)[0]
-        return index.flatten()
+        return F.pad(index.flatten(), self.extra or (0, 0), value=math.prod(self.blocks))
 
     def pack(self, x: Tensor) -> Tensor:
         """Grid order to blocks.
@@ -106,7 +132,7 @@ class BlockLayout:
         """
         if x.shape[-2] != self.num_tokens:
             raise ValueError(
-                f"expected {self.num_tokens} tokens, the grid {self.grid}, got {x.shape[-2]} "
+                f"expected {self.num_tokens} tokens, {self.counted_tokens()}, got {x.shape[-2]} "
                 f"(shape {tuple(x.shape)})"
             )
         lead, d = x.shape[:-2], x.shape[-1]
@@ -114,7 +140,7 @@ class BlockLayout:
             axes = [size for pair in zip(self.blocks, self.block_shape, strict=True) for size in pair]
             x = x.reshape(*lead, *axes, d).permute(*self._interleave(len(lead), split=True))
             return x.reshape(*lead, self.num_blocks, -1, d)
-        packed = x.new_zeros(*lead, self.num_blocks * math.prod(self.block_shape), d)
+        packed = x.new_zeros(*lead, self.num_blocks * self.block_size, d)
         packed = packed.index_copy(-2, self._slots(x.device), x)
         return packed.reshape(*lead, self.num_blocks, -1, d)
 
@@ -126,6 +152,11 @@ class BlockLayout:
             return x.permute(*self._interleave(len(lead), split=False)).reshape(*lead, self.num_tokens, d)
         return x.flatten(-3, -2).index_select(-2, self._slots(x.device))
 
+    def counted_tokens(self) -> str:
+        """Say for messages how many tokens there are."""
+        extra = "" if self.extra is None else f" and {sum(self.extra)} extra tokens"
+        return f"the grid {self.grid} has {math.prod(self.grid)}{extra}"
+
     def _interleave(self, lead: int, *, split: bool) -> list[int]:
         """The permutation between (block, inside) pairs per axis and all blocks before all insides."""
         axes = len(self.grid)
@@ -136,13 +167,18 @@ class BlockLayout:
         return [*range(lead), *inner, lead + 2 * axes]
 
     def _slots(self, device: torch.device) -> Tensor:
-        """Where each token goes among M * n slots, ``[N]``."""
+        """Where each token goes among M * n slots, n being the size of the largest block, ``[N]``."""
         block = inside = torch.zeros((), dtype=torch.int64, device=device)
         for tokens, count, size in zip(self.grid, self.blocks, self.block_shape, strict=True):
             axis_block, axis_inside = _axis_positions(tokens, count, device)
             block = block[..., None] * count + axis_block
             inside = inside[..., None] * size + axis_inside
-        return (block * math.prod(self.block_shape) + inside).flatten()
+        slots = (block * self.block_size + inside).flatten()
+        if self.extra is None:
+            return slots
+        first = math.prod(self.blocks) * self.block_size
+        before, after = torch.arange(first, first + sum(self.extra), device=device).split(self.extra)
+        return torch.cat((before, slots, after))
 
 
 def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .composite import features_of
-from .features import Features, RotaryEmbedding, check_arguments, rotary_table
+from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
 from .layout import BlockLayout
 from .operators import as_autocast, read, summarize
 
@@ -40,17 +40,18 @@ def mhla(
     Memory beyond inputs and output is that of the summaries, twice, and of a few tiles.
 
     Args:
-        q, k: ``[B, H, N, d]`` in grid order, before the feature map.
+        q, k: ``[B, H, N, d]`` in grid order, before the feature map; extra tokens before or after.
         v: ``[B, H, N, d_v]``.
         mixing: W, ``[M, M]`` or one per head ``[H, M, M]``; row i is how query block i weighs the key blocks.
-        layout: the grid and its blocks.
+        layout: the grid, its blocks, and whether there are extra tokens: one more block, the last.
         key_layout: those of the keys where they are others than the queries (cross-attention): k and v are
             ``[B, H, N_k, ...]`` then, and mixing ``[(H,) M, M_k]``.
         feature_map: ``"relu"`` (plus eps), ``"elu"`` (plus 1) or ``"softmax"`` over d.
         normalizer: ``"paper"``; ``"official"``, the denominator of the public reference code (see
             ``reference._official_denominator``); or ``"none"``, for a norm behind the operator.
         rotary_emb: cosines and sines, each ``[..., N, d / 2]``, for interleaved pairs. They turn the
-            features in the numerator alone: a rotated denominator is not positive.
+            features in the numerator alone: a rotated denominator is not positive. Tables of the tokens on
+            the grid alone leave extra ones as they are.
         key_mask: bool ``[B, N_k]``, true where a key counts. A query that sees no key at all gets 0.
         eps: added by the relu feature map.
         dtype: of the output, by default that of v. Without a denominator outputs are sums over all tokens,
@@ -69,7 +70,8 @@ def mhla(
     )  # fmt: skip
     q, k, v = as_autocast(q, k, v)
     dtype = dtype or v.dtype
-    features = Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb))
+    rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
+    features = Features(feature_map, eps, normalizer == "paper", rotary)
     key_features = dataclasses.replace(features, mask=key_mask)
     summaries = summarize(k, v, key_layout or layout, key_features)
     if normalizer != "official":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,10 @@ MIXING_STARTS = ("locality", "uniform", "identity", "cosine", "exponential", "ga
 
 
 def block_distances(layout: BlockLayout) -> Tensor:
-    """Euclidean distance between block centres on the block grid, ``[M, M]``, float64, in blocks."""
+    """Euclidean distance between block centres on the block grid, ``[M, M]``, float64, in blocks.
+
+    A block of extra tokens lies nowhere and is left out.
+    """
     axes = [torch.arange(count, dtype=torch.float64) for count in layout.blocks]
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
     return (centres[:, None] - centres[None]).square().sum(-1).sqrt()
@@ -22,7 +27,7 @@ def locality_mixing(layout: BlockLayout) -> Tensor:
     """Mixing matrix of the paper's start: nearer blocks weigh more (section 4.2).
 
     ``W[i, j]`` is proportional to ``1 - dist(i, j) / max_k dist(i, k)``, rows normalised to sum 1. With one
-    block, ``[[1]]``.
+    block, ``[[1]]``. For extra tokens see :func:`extend_mixing`.
 
     Returns:
         ``[M, M]``, float32, in [0, 1].
@@ -44,6 +49,8 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
     - ``official``: ``1 - r / R`` with columns normalised, as the public reference code has it, so that rows
       sum to about 0.8-1.2. A deviation from the paper, here only to reproduce runs of that code.
 
+    With extra tokens :func:`extend_mixing` adds their row and column, whatever the start.
+
     Returns:
         ``[M, M]``, float32, in [0, 1].
 
@@ -52,12 +59,17 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
     """
     if start not in MIXING_STARTS:
         raise ValueError(f"mixing start {start!r} is not one of {', '.join(MIXING_STARTS)}")
-    if layout.num_blocks == 1:
+    weights = _start_on_grid(layout, start)
+    return (weights if layout.extra is None else extend_mixing(weights)).float()
+
+
+def _start_on_grid(layout: BlockLayout, start: str) -> Tensor:
+    if math.prod(layout.blocks) == 1:
         return torch.ones(1, 1)
     r = block_distances(layout)
     if start == "official":
         weights = 1 - r / r.max()
-        return (weights / weights.sum(0, keepdim=True)).float()
+        return weights / weights.sum(0, keepdim=True)
     weights = {
         "locality": lambda: 1 - r / r.amax(1, keepdim=True),
         "uniform": lambda: torch.ones_like(r),
@@ -67,7 +79,26 @@ def initial_mixing(layout: BlockLayout, start: str) -> Tensor:
         "gaussian": lambda: torch.exp(-(r**2) / 2),
         "window": lambda: (r <= 1).double(),
     }[start]()
-    return (weights / weights.sum(1, keepdim=True)).float()
+    return weights / weights.sum(1, keepdim=True)
+
+
+def extend_mixing(mixing: Tensor) -> Tensor:
+    """Add a row and a column for extra tokens to a mixing matrix of a grid.
+
+    Extra tokens lie nowhere, and so as near to each block as can be: their column is the largest weight of
+    each row (the block's own, at the locality start), and their row sees all blocks alike. Rows keep their
+    sums, and the new one has the mean of them. An extension: the paper has tokens on a grid alone.
+
+    Args:
+        mixing: ``[M, M]`` or ``[H, M, M]``.
+
+    Returns:
+        ``[M + 1, M + 1]`` or ``[H, M + 1, M + 1]``.
+    """
+    wider = torch.cat((mixing, mixing.amax(-1, keepdim=True)), -1)
+    wider = torch.cat((wider, torch.ones_like(wider[..., :1, :])), -2)
+    sums = mixing.sum(-1)
+    return _with_sums(wider, torch.cat((sums, sums.mean(-1, keepdim=True)), -1))
 
 
 def relative_mixing(weights: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -121,7 +152,7 @@ def resize_mixing(
     """Mixing matrix for other blocks: interpolated linearly over the coordinates of query and key blocks.
 
     Each row keeps its sum: that of a new query block is interpolated between those of its neighbours. The
-    same blocks give the same matrix.
+    same blocks give the same matrix. The row and the column of extra tokens are interpolated along the grid.
 
     Args:
         mixing: ``[M, M]`` or ``[H, M, M]``, for the blocks of ``from_layout``.
@@ -134,7 +165,8 @@ def resize_mixing(
         fewer blocks than before.
 
     Raises:
-        ValueError: for a matrix of another size, or layouts with different numbers of axes.
+        ValueError: for a matrix of another size, or layouts with different numbers of axes, or of which one
+            alone has extra tokens.
     """
     from_keys, to_keys = from_keys or from_layout, to_keys or to_layout
     sizes = from_layout.num_blocks, from_keys.num_blocks
@@ -143,22 +175,38 @@ def resize_mixing(
             f"mixing must be [..., M, M_k] with M = {sizes[0]} (blocks {from_layout.blocks}) and M_k = "
             f"{sizes[1]} (blocks {from_keys.blocks}), got {tuple(mixing.shape)}"
         )
-    for old, new in ((from_layout.blocks, to_layout.blocks), (from_keys.blocks, to_keys.blocks)):
-        if len(old) != len(new):
-            raise ValueError(f"blocks {old} cannot be resized to {new}: the numbers of axes differ")
+    for old, new in ((from_layout, to_layout), (from_keys, to_keys)):
+        if len(old.blocks) != len(new.blocks):
+            raise ValueError(
+                f"blocks {old.blocks} cannot be resized to {new.blocks}: the numbers of axes differ"
+            )
+        if (old.extra is None) != (new.extra is None):
+            raise ValueError(
+                f"one alone of {old} and {new} has extra tokens: add their row and column with "
+                "extend_mixing, or cut them off, mixing[..., :-1, :-1]"
+            )
     if (from_layout.blocks, from_keys.blocks) == (to_layout.blocks, to_keys.blocks):
         return mixing
     weights = mixing.to(torch.promote_types(mixing.dtype, torch.float32))
     sums = _interpolate(weights.sum(-1), from_layout.blocks, to_layout.blocks)  # [..., M']
     weights = _interpolate(weights.mT, from_layout.blocks, to_layout.blocks).mT
     weights = _interpolate(weights, from_keys.blocks, to_keys.blocks)
-    new_sums = weights.sum(-1)
-    scale = torch.where(new_sums == 0, 0.0, sums / torch.where(new_sums == 0, 1.0, new_sums))
-    return (weights * scale[..., None]).to(mixing.dtype)
+    return _with_sums(weights, sums).to(mixing.dtype)
+
+
+def _with_sums(weights: Tensor, sums: Tensor) -> Tensor:
+    """Rows ``[..., M, M_k]`` scaled to sums ``[..., M]``; rows of sum zero become zero."""
+    found = weights.sum(-1)
+    scale = torch.where(found == 0, 0.0, sums / torch.where(found == 0, 1.0, found))
+    return weights * scale[..., None]
 
 
 def _interpolate(values: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Linear interpolation over a grid of blocks, which the last axis runs over: [..., M] to [..., M']."""
+    """Linear interpolation over a grid of blocks, which the last axis runs over: [..., M] to [..., M'].
+
+    What stands behind those blocks, of extra tokens, stays behind the new ones.
+    """
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(old)]
-    resized = F.interpolate(values.reshape(1, -1, *old), size=new, mode=mode)
-    return resized.reshape(*values.shape[:-1], -1)
+    on_grid, extra = values[..., : math.prod(old)], values[..., math.prod(old) :]
+    resized = F.interpolate(on_grid.reshape(1, -1, *old), size=new, mode=mode)
+    return torch.cat((resized.reshape(*values.shape[:-1], -1), extra), -1)

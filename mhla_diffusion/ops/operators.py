@@ -28,8 +28,8 @@ from .features import Features
 from .layout import BlockLayout
 
 _SETTINGS = (
-    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, str feature_map, float eps, bool normalized, "
-    "bool shared"
+    "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, int[]? extra, str feature_map, float eps, "
+    "bool normalized, bool shared"
 )
 
 
@@ -98,26 +98,29 @@ def _row_scale(mixing: Tensor) -> Tensor:
     """
     largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
     largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
+    if torch.compiler.is_exporting():  # ONNX has no frexp
+        return torch.exp2(-1 - largest.log2().floor())
     return torch.frexp(largest).mantissa / largest
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
-        features.rotary, features.mask, layout.grid, layout.blocks,
+        features.rotary, features.mask, layout.grid, layout.blocks, layout.extra,
         features.feature_map, features.eps, features.normalized, features.shared,
     )  # fmt: skip
 
 
-def _objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
-    rotary, mask, grid, blocks, feature_map, eps, normalized, shared = settings
-    layout = _layout(tuple(grid), tuple(blocks))
+def objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
+    """Return the objects of the last arguments of an operator."""
+    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared = settings
+    layout = _layout(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
     return layout, Features(feature_map, eps, normalized, rotary, mask, shared)
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
-    return BlockLayout(grid, blocks)
+def _layout(grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None) -> BlockLayout:
+    return BlockLayout(grid, blocks, extra)
 
 
 def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -141,7 +144,7 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 @_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
 def _summarize(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation_for(k, v).summarize(k, v, *_objects(settings))
+    return implementation_for(k, v).summarize(k, v, *objects(settings))
 
 
 @_operator(
@@ -152,7 +155,7 @@ def _summarize_backward(
     grad: Tensor, grad_sums: Tensor, k: Tensor, v: Tensor, centre: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     implementation = implementation_for(k, v)
-    return implementation.summarize_backward(grad, grad_sums, k, v, centre, *_objects(settings))
+    return implementation.summarize_backward(grad, grad_sums, k, v, centre, *objects(settings))
 
 
 @_operator(
@@ -163,7 +166,7 @@ def _summarize_backward(
 def _read(q: Tensor, summaries: Tensor, *tensors_and_settings: Any) -> tuple[Tensor, Tensor]:
     *tensors, dtype = tensors_and_settings
     tensors, settings = tensors[:3], tuple(tensors[3:])
-    return implementation_for(q, summaries).read(q, summaries, *tensors, *_objects(settings), dtype)
+    return implementation_for(q, summaries).read(q, summaries, *tensors, *objects(settings), dtype)
 
 
 @_operator(
@@ -182,7 +185,7 @@ def _read_backward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return implementation_for(q, summaries).read_backward(
-        grad, out, denominators, q, summaries, sums, mixing, *_objects(settings)
+        grad, out, denominators, q, summaries, sums, mixing, *objects(settings)
     )
 
 
@@ -191,7 +194,7 @@ def _read_backward(
 
 @_summarize.register_fake
 def _(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation_for(k, v).new_summaries(k, v, *_objects(settings))
+    return implementation_for(k, v).new_summaries(k, v, *objects(settings))
 
 
 @_summarize_backward.register_fake
@@ -205,7 +208,7 @@ def _(
 def _(
     q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    return tiled.new_outputs(q, summaries, sums, _objects(settings[:-1])[1], settings[-1])
+    return tiled.new_outputs(q, summaries, sums, objects(settings[:-1])[1], settings[-1])
 
 
 @_read_backward.register_fake
@@ -233,9 +236,9 @@ def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tupl
     centre, k, v, *tables = ctx.saved_tensors
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        objects = _objects(settings)
-        joined = _joined(grad, grad_sums)[:, :, : objects[0].num_blocks]
-        grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *objects), (k, v), joined)
+        its = objects(settings)
+        grad = joined(grad, grad_sums)[:, :, : its[0].num_blocks]
+        grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *its), (k, v), grad)
     else:
         grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
     return *grads, *[None] * len(settings)
@@ -251,10 +254,10 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     out, denominators, q, summaries, sums, centre, mixing, *tables = ctx.saved_tensors
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
     if torch.is_grad_enabled():
-        objects = _objects(settings)
+        its = objects(settings)
         grads = _differentiate(
             lambda q, s, z, w: composite.read(
-                q, _joined(s, z)[:, :, : mixing.shape[-1]], centre, w, *objects, dtype
+                q, joined(s, z)[:, :, : mixing.shape[-1]], centre, w, *its, dtype
             ),
             (q, summaries, sums, mixing),
             grad,
@@ -269,7 +272,7 @@ _summarize.register_autograd(_keys_backward, setup_context=_save_keys)
 _read.register_autograd(_queries_backward, setup_context=_save_queries)
 
 
-def _joined(matrices: Tensor, sums: Tensor) -> Tensor:
+def joined(matrices: Tensor, sums: Tensor) -> Tensor:
     """Summaries, or gradients of them, with the sums in the last row, in float32 or wider."""
     matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     return torch.cat((matrices, sums[..., None, :]), -2) if sums.shape[-1] else matrices

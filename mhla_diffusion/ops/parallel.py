@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled
 from .dispatch import implementation_for
-from .features import Features, RotaryEmbedding, check_arguments, rotary_table
+from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
 from .layout import BlockLayout
 from .operators import Summaries, as_autocast, read, summarize
 
@@ -43,10 +45,12 @@ def mhla_parallel(
     mixing, like those of other weights that all ranks share, is this rank's part: add them up over the group.
 
     Args:
-        q, k, v: ``[B, H, n, d]``, the tokens ``start`` to ``start + n`` in grid order.
+        q, k, v: ``[B, H, n, d]``, a run of tokens in grid order, and this rank's extra tokens before or after
+            them.
         mixing: W, the same on every rank.
-        layout: of all tokens.
-        start: number of this rank's first token.
+        layout: of the grid, with the extra tokens of this rank; a rank that has none where others have some
+            says ``extra=(0, 0)``.
+        start: number of this rank's first token on the grid.
         group: the ranks that hold one sequence; all by default.
         rotary_emb, key_mask: of these tokens, ``[..., n, d / 2]`` and ``[B, n]``.
         feature_map, normalizer, eps, dtype: see :func:`mhla_diffusion.ops.mhla`; normalizer ``"official"``
@@ -58,6 +62,7 @@ def mhla_parallel(
     Raises:
         ValueError: for arguments that do not fit together.
     """
+    rotary_emb = rotary_emb and turn_all(rotary_emb, k.shape[2], layout.extra)
     _check(q, k, v, mixing, layout, start, feature_map, normalizer, rotary_emb, key_mask)
     q, k, v = as_autocast(q, k, v)
     tokens = k.shape[2]
@@ -98,12 +103,14 @@ def exchanged_bytes(
 def _slots(
     layout: BlockLayout, start: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, BlockLayout]:
-    """The blocks that a run of tokens touches, ``[L]``; a place for each token, ``[n]``; and their layout.
+    """The blocks that a rank's tokens touch, ``[L]``; a place for each token, ``[n]``; and their layout.
 
     The places of a block lie together, as many as the fullest block needs. They are kept, as finding out how
     many that is waits for the device.
     """
-    block = layout.block_index(device)[start : start + tokens]
+    extra = layout.extra or (0, 0)
+    block = layout.block_index(device)[layout.grid_tokens][start : start + tokens - sum(extra)]
+    block = F.pad(block, extra, value=math.prod(layout.blocks))
     if tokens == 0:
         # One block, all of whose places stay empty: every rank has to take part in the exchange.
         return block.new_zeros(1), block, BlockLayout((1,), (1,))
@@ -163,9 +170,10 @@ def _check(
             "normalizer 'official' pairs tokens of all blocks; over ranks take 'paper' or 'none'"
         )
     tokens = k.shape[2]
-    if not 0 <= start <= start + tokens <= layout.num_tokens:
+    on_grid, all_on_grid = tokens - sum(layout.extra or ()), math.prod(layout.grid)
+    if not 0 <= start <= start + on_grid <= all_on_grid:
         raise ValueError(
-            f"tokens {start} to {start + tokens} are not on the grid {layout.grid} of {layout.num_tokens}"
+            f"tokens {start} to {start + on_grid} are not on the grid {layout.grid} of {all_on_grid}"
         )
     if mixing.shape[-2:] != (layout.num_blocks,) * 2:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .composite import counted
-from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi
+from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi, turn_all
 from .layout import BlockLayout
 
 
@@ -44,6 +44,7 @@ def mhla_reference(
     q, k = phi(q, feature_map, eps=eps), counted(phi(k, feature_map, eps=eps), key_mask)
     block, key_block = (x.block_index(q.device) for x in (layout, key_layout or layout))
     weights = mixing[..., block, :][..., key_block]  # [N, N_k] or [H, N, N_k]
+    rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
     numerator, denominator = _dense(q, k, v, weights, rotary_emb)
     if normalizer == "none":
         return numerator

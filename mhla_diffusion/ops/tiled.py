@@ -213,7 +213,7 @@ def _places(
         hidden = ~features.mask[:, None, :, None].expand(*x.shape[:-1], 1)
     buffers = _Buffers(x.device, dtype)
     for part, tiles in tile_groups(x, layout):
-        yield part, (_Place(part, tile, layout, features, rotary, hidden, buffers) for tile in tiles)
+        yield part, (_Place(part, tile, features, rotary, hidden, buffers) for tile in tiles)
 
 
 class _Place(NamedTuple):
@@ -221,7 +221,6 @@ class _Place(NamedTuple):
 
     part: Part
     tile: Tile
-    layout: BlockLayout
     settings: Features
     rotary: Tensor | None
     hidden: Tensor | None
@@ -261,11 +260,11 @@ class _Place(NamedTuple):
 
     def matrices(self, summaries: Tensor) -> Tensor:
         """The tile's own ``[T, c, d]`` of ``[b, h, M, c, d]``."""
-        return self.tile.blocks_of(summaries, self.layout).flatten(0, -3)
+        return self.tile.blocks_of(summaries).flatten(0, -3)
 
     def add_outer(self, values: Tensor, rows: _Rows, summaries: Tensor) -> None:
         """Add :func:`_outer` to the tile's own of ``[b, h, M, c, d]``; the first slab of a block writes."""
-        view = self.tile.blocks_of(summaries, self.layout)
+        view = self.tile.blocks_of(summaries)
         shape = len(values), *summaries.shape[-2:]
         if self.tile.first and view.is_contiguous():
             _outer(values, rows, out=view.view(shape))

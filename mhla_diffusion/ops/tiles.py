@@ -12,8 +12,9 @@ into tiles, each of as many whole blocks as it can hold::
     +---+---+---+
 
 A block that is larger than a tile is cut into slabs along its first axis; the first one writes the block's
-summary, the others add to it. A tile is never copied token by token: all its blocks have one shape and lie at
-equal distances, so that it is one strided view ``[b, h, *counts, *shape, d]`` of ``[B, H, N, d]``.
+summary, the others add to it. Extra tokens are slabs of a block with one axis: those before the grid, and
+those after it. A tile is never copied token by token: all its blocks have one shape and lie at equal
+distances, so that it is one strided view ``[b, h, *counts, *shape, d]`` of ``[B, H, N, d]``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Tile:
     """Box of blocks of equal shape, or a slab of one block that is too large for a tile.
 
     Args:
-        blocks: which blocks, a slice along each axis of the block grid.
+        block: the number of the first block.
+        block_steps: how far apart in block numbers neighbouring blocks are along each axis.
         counts: blocks along each axis.
         shape: tokens of a block, or slab of it, along each axis.
         start: the number of the first token.
@@ -66,7 +68,8 @@ class Tile:
         first: false for further slabs of a block.
     """
 
-    blocks: tuple[slice, ...]
+    block: int
+    block_steps: tuple[int, ...]
     counts: tuple[int, ...]
     shape: tuple[int, ...]
     start: int
@@ -92,9 +95,14 @@ class Tile:
             x.storage_offset() + start,
         )
 
-    def blocks_of(self, x: Tensor, layout: BlockLayout) -> Tensor:
+    def blocks_of(self, x: Tensor) -> Tensor:
         """View ``[B, H, *counts, ...]`` of ``x [B, H, M, ...]``."""
-        return x.unflatten(2, layout.blocks)[(slice(None), slice(None), *self.blocks)]
+        batch, head, block, *inner = x.stride()
+        return x.as_strided(
+            (*x.shape[:2], *self.counts, *x.shape[3:]),
+            (batch, head, *[step * block for step in self.block_steps], *inner),
+            x.storage_offset() + self.block * block,
+        )
 
 
 def tile_groups(x: Tensor, layout: BlockLayout) -> Iterator[tuple[Part, tuple[Tile, ...]]]:
@@ -116,8 +124,8 @@ def tile_groups(x: Tensor, layout: BlockLayout) -> Iterator[tuple[Part, tuple[Ti
 def _tiles(layout: BlockLayout, most: int) -> tuple[Tile, ...]:
     """Tiles of at most so many tokens, if one row of a block is not more already."""
     axes = [_equal_blocks(n, b) for n, b in zip(layout.grid, layout.blocks, strict=True)]
-    strides = [math.prod(layout.grid[i + 1 :]) for i in range(len(layout.grid))]
-    return tuple(tile for box in itertools.product(*axes) for tile in _box_tiles(box, strides, most))
+    boxes = (_box_tiles(box, layout, most) for box in itertools.product(*axes))
+    return *itertools.chain.from_iterable(boxes), *_extra_tiles(layout, most)
 
 
 class _Run(NamedTuple):
@@ -135,9 +143,13 @@ def _equal_blocks(tokens: int, count: int) -> list[_Run]:
     return [run for run in runs if run.blocks]
 
 
-def _box_tiles(box: tuple[_Run, ...], strides: list[int], most: int) -> Iterator[Tile]:
+def _box_tiles(box: tuple[_Run, ...], layout: BlockLayout, most: int) -> Iterator[Tile]:
     """Tiles of the blocks of one shape."""
-    shape = tuple(run.tokens for run in box)
+    shape, strides, block_steps = (
+        tuple(run.tokens for run in box),
+        _strides(layout.grid),
+        _strides(layout.blocks),
+    )
     steps = (*[stride * size for stride, size in zip(strides, shape, strict=True)], *strides)
     room = most // math.prod(shape)
     parts: list[list[slice]] = []
@@ -147,22 +159,44 @@ def _box_tiles(box: tuple[_Run, ...], strides: list[int], most: int) -> Iterator
         room //= each
     rows = min(shape[0], max(1, most // math.prod(shape[1:])))
     for part in itertools.product(*parts):
-        token = sum(
+        token = layout.grid_tokens.start + sum(
             (run.first_token + s.start * run.tokens) * stride
             for run, s, stride in zip(box, part, strides, strict=True)
         )
+        block = sum(
+            (run.first_block + s.start) * step for run, s, step in zip(box, part, block_steps, strict=True)
+        )
         for slab in _slices(shape[0], rows):
             yield Tile(
-                blocks=tuple(
-                    slice(run.first_block + s.start, run.first_block + s.stop)
-                    for run, s in zip(box, part, strict=True)
-                ),
+                block=block,
+                block_steps=block_steps,
                 counts=tuple(s.stop - s.start for s in part),
                 shape=(slab.stop - slab.start, *shape[1:]),
                 start=token + slab.start * strides[0],
                 steps=steps,
                 first=slab.start == 0,
             )
+
+
+def _extra_tiles(layout: BlockLayout, most: int) -> Iterator[Tile]:
+    """Slabs of the block of extra tokens; an empty one where there are none."""
+    if layout.extra is None:
+        return
+    slabs = [
+        (start + slab.start, start + slab.stop)
+        for start, size in zip((0, layout.grid_tokens.stop), layout.extra, strict=True)
+        for slab in _slices(size, _even_part(size, most))
+    ]
+    for i, (start, stop) in enumerate(slabs or [(0, 0)]):
+        yield Tile(
+            block=math.prod(layout.blocks), block_steps=(1,), counts=(1,), shape=(stop - start,),
+            start=start, steps=(1, 1), first=i == 0,
+        )  # fmt: skip
+
+
+def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """How far apart in numbers neighbours along each axis are."""
+    return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
 
 
 def _even_part(total: int, most: int) -> int:

@@ -315,7 +315,7 @@ def _vector(*tensors: _Meta) -> int:
 
 def _parts(name: str, rows: int, layout: BlockLayout) -> int:
     """How many programs share a block, for so many samples times heads."""
-    most = math.prod(layout.block_shape) // _FEWEST
+    most = layout.block_size // _FEWEST
     return max(1, min(most, -(-_PROGRAMS[name] // max(1, rows * layout.num_blocks))))
 
 

@@ -106,8 +106,11 @@ def window_attention(
     Returns:
         ``[B, H, N, d_v]`` in the dtype of v, or of ``rest``. A query that sees no key gets 0.
     """
-    far, score = rest if rest is not None else (None, None)
     q, k, v = as_autocast(q, k, v)
+    if layout.extra is not None:
+        assert not causal, "extra tokens are of grids"
+        return _apart(q, k, v, layout, key_mask, rest)
+    far, score = rest if rest is not None else (None, None)
     dim = v.shape[-1]
     seen = _seen(layout, key_mask, causal=causal, device=q.device)
     lacks_rest = score is None
@@ -135,6 +138,33 @@ def window_attention(
     if lacks_rest or far is None:
         return out[..., :dim]
     return out[..., :dim] + out[..., dim : dim + 1] * far
+
+
+def _apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    key_mask: Tensor | None,
+    rest: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Attend in the blocks of the grid and, apart, in that of extra tokens, which may be far larger."""
+    inside = layout.grid_tokens
+
+    def attend(tokens: Tensor | slice, part: BlockLayout) -> Tensor:
+        few = None if rest is None else (rest[0][:, :, tokens], rest[1][:, :, tokens])
+        counts = None if key_mask is None else key_mask[:, tokens]
+        query, key, value = (x[:, :, tokens] for x in (q, k, v))
+        return window_attention(query, key, value, part, key_mask=counts, rest=few)
+
+    on_grid = attend(inside, BlockLayout(layout.grid, layout.blocks))
+    number = sum(layout.extra or ())
+    if not number:
+        return on_grid
+    index = torch.arange(layout.num_tokens, device=q.device)
+    outside = torch.cat((index[: inside.start], index[inside.stop :]))
+    extra = attend(outside, BlockLayout((number,), (1,)))
+    return torch.cat((extra[:, :, : inside.start], on_grid, extra[:, :, inside.start :]), 2)
 
 
 def _seen(

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import WanPipeline
 from torch import nn
+
+from ..backbones.model import FULL_WEIGHTS
+from ..optional import how_to_install
 
 _SELF_ATTENTION = "attn1"
 
@@ -33,6 +39,19 @@ class LoraConfig:
             raise ValueError(
                 f"lora.alpha must be positive and needs a lora.rank, got {self.alpha} with rank {self.rank}"
             )
+
+
+def require_trained(lora: LoraConfig, init_from: str | None) -> None:
+    """Check that adapters are put beside weights that have learned something.
+
+    Raises:
+        ValueError: for a rank with a model from scratch, whose frozen weights would stay random.
+    """
+    if lora.rank and init_from is None:
+        raise ValueError(
+            f"lora.rank {lora.rank} trains adapters beside weights that stay as they are, and those of a new "
+            "model are random: give the trained model as model.init_from, or leave lora out"
+        )
 
 
 def set_trainable(model: nn.Module, trainable: str, lora: LoraConfig) -> None:
@@ -64,11 +83,38 @@ def merge_adapters(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), attribute, layer.base_layer)
 
 
+@torch.no_grad()
+def save_adapters(model: Any, lora: LoraConfig, folder: Path) -> None:
+    """Write the trained weights as ``load_lora_weights`` of diffusers reads them, before they are merged.
+
+    Adapters stand under their usual names, and self-attention, trained in full with its mixing matrices, as
+    the models' ``load_lora_adapter`` takes it.
+
+    Args:
+        model: with adapters, of a class whose pipelines load LoRA.
+        lora: its config.
+        folder: to write pytorch_lora_weights.safetensors into.
+    """
+    weights, targets = {}, []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            targets.append(name)
+            for part in ("lora_A", "lora_B"):
+                weights[f"{name}.{part}.weight"] = getattr(layer, part)["default"].weight.clone()
+    for name, parameter in model.named_parameters():
+        if _in_self_attention(name):
+            weights[f"{FULL_WEIGHTS}.{name}"] = parameter.clone()
+    metadata = {"r": lora.rank, "lora_alpha": lora.alpha or lora.rank, "target_modules": targets}
+    WanPipeline.save_lora_weights(
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
+    )
+
+
 def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("lora.rank needs the package peft: pip install peft") from error
+        raise ImportError(f"lora.rank needs peft: {how_to_install('peft')}") from error
     targets = [
         name
         for name, module in model.named_modules()

@@ -18,7 +18,9 @@ from typing import Any
 from accelerate.utils.other import load
 
 from ..files.sums import SUMS, damaged_files, record_all
-from .config import forbidden_changes
+from ..files.writing import remove_partial, remove_unfinished
+from .config import flat_dict, forbidden_changes
+from .pickles import require_known_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,26 @@ def keep_latest(output_dir: Path, count: int) -> None:
         shutil.rmtree(folder)
 
 
-def write_record(folder: Path, *, config: Mapping[str, Any], num_processes: int) -> None:
-    """Write what a run must share with one that goes on from here, and the hashes of all that is there."""
-    record = {"config": config, "num_processes": num_processes}
+def remove_what_was_left(output_dir: Path) -> None:
+    """Remove what a run that was killed had begun to write; this process is the only writer now."""
+    remove_unfinished(output_dir, "pipeline")
+    remove_unfinished(output_dir / _FOLDER, "step-*")
+    for name in ("samples", "not-finite"):
+        remove_partial(output_dir / name)
+
+
+def write_record(
+    folder: Path, *, config: Mapping[str, Any], num_processes: int, data: str | None = None
+) -> None:
+    """Write what a run must share with one that goes on from here, and the hashes of all that is there.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the run.
+        num_processes: of the run.
+        data: fingerprint of its data; None when they have none.
+    """
+    record = {"config": config, "num_processes": num_processes, "data": data}
     (folder / _RECORD).write_text(json.dumps(record, indent=2))
     record_all(folder)
 
@@ -90,7 +109,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
     if resume != "latest" and resume is not None:
         checkpoint = _named(output_dir, resume)
     elif list_checkpoints(output_dir) and resume is not None:
-        checkpoint = _latest_whole(output_dir)
+        checkpoint = latest_whole(output_dir)
     else:
         _require_room(output_dir, resume)
         return None
@@ -108,10 +127,47 @@ def saved_num_processes(checkpoint: Path) -> int:
     return _read_record(checkpoint)["num_processes"]
 
 
+def require_same_data(checkpoint: Path, config: Mapping[str, Any], data: str | None) -> None:
+    """Check that a run goes on with the samples that it began with, wherever they lie.
+
+    Args:
+        checkpoint: to go on from.
+        config: of the run that goes on.
+        data: fingerprint of its data.
+
+    Raises:
+        ValueError: when the path of the data is another, and so are the data, or the checkpoint has not
+            their fingerprint.
+    """
+    saved = _read_record(checkpoint)
+    old, new = (
+        {key: value for key, value in flat_dict(its).items() if key in ("data.path", "data.captions")}
+        for its in (saved["config"], config)
+    )
+    moved = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+    if saved["data"] == data:
+        return
+    if moved:
+        why = (
+            "what is there is not the same"
+            if saved["data"]
+            else "the checkpoint has no fingerprint of its data"
+        )
+        raise ValueError(
+            f"{checkpoint} was written with other data, {moved}, and {why}: give the path that it had, or "
+            "one of the same samples"
+        )
+    if saved["data"]:
+        logger.warning(
+            "the data have changed since %s was written: the run goes on with other samples", checkpoint
+        )
+
+
 def require_loadable(checkpoint: Path, process_index: int) -> None:
     """Refuse pickles that hold more than numbers, and say when random states are missing.
 
-    accelerate reads the other files without running code of theirs, but not those of registered objects.
+    accelerate reads the other files without running code of theirs, but not those of registered objects, nor
+    what DeepSpeed and FSDP keep in folders.
 
     Raises:
         ValueError: when such a file would run code, or cannot be read.
@@ -119,6 +175,8 @@ def require_loadable(checkpoint: Path, process_index: int) -> None:
     for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
         with load_errors(path):
             load(path, map_location="meta")
+    for path in sorted([*checkpoint.glob("*/**/*.pt"), *checkpoint.glob("*/**/.metadata")]):
+        require_known_names(path)
     states = checkpoint / f"random_states_{process_index}.pkl"
     try:
         load(states)["torch_manual_seed"]
@@ -148,7 +206,8 @@ def load_errors(path: Path) -> Iterator[None]:
 def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / _RECORD).read_text())
-        return {name: record[name] for name in ("config", "num_processes")}
+        known = {name: record[name] for name in ("config", "num_processes")}
+        return {**known, "data": record.get("data")}  # earlier versions wrote no fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint / _RECORD} is damaged ({type(error).__name__}): go on from another one"
@@ -163,7 +222,7 @@ def _require_room(output_dir: Path, resume: str | None) -> None:
         logger.warning("the run in %s was stopped before its first checkpoint: it begins anew", output_dir)
     elif resume is not None:
         raise ValueError(f"{output_dir} has no checkpoint to resume from; start without --resume")
-    elif names or output_dir.is_file():
+    elif visible or output_dir.is_file():
         raise ValueError(
             f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
         )
@@ -188,13 +247,28 @@ def _named(output_dir: Path, resume: str) -> Path:
     return checkpoint
 
 
-def _latest_whole(output_dir: Path) -> Path:
+def latest_whole(output_dir: Path) -> Path:
+    """Find the last whole checkpoint of a run; warns of those after it.
+
+    Raises:
+        ValueError: when none is.
+    """
     for checkpoint in reversed(list_checkpoints(output_dir)):
         damaged = _damage(checkpoint)
         if damaged is None:
             return checkpoint
         logger.warning("%s; trying the one before", damaged)
     raise ValueError(f"no checkpoint in {output_dir / _FOLDER} is whole: choose another --output_dir")
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Check that a checkpoint is what was written.
+
+    Raises:
+        ValueError: naming the files that are not.
+    """
+    if damaged := _damage(checkpoint):
+        raise ValueError(f"{damaged}; take another one")
 
 
 def _damage(checkpoint: Path) -> str | None:

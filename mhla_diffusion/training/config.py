@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentError
 
 from ..files.writing import write_file
-from ..help import HelpParser
+from ..help import HelpParser, with_home
 
 _CHANGEABLE = "changeable"
 
@@ -58,6 +59,7 @@ def parse_config(
     parser.add_argument("--config", action="config", help="YAML file of the run")
     parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
     parser.add_class_arguments(config_class)
+    arguments = [with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         _refuse_unknown_keys(config_class, arguments)
         values = parser.instantiate(parser.parse_args(arguments))
@@ -209,7 +211,8 @@ def _given_keys(arguments: Sequence[str] | None) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     known, rest = parser.parse_known_args(arguments)
-    keys = [token[2:].split("=", 1)[0] for token in rest if token.startswith("--")]
+    options = (token[2:].split("=", 1)[0] for token in rest if token.startswith("--"))
+    keys = [option for option in options if not option.endswith(".help")]
     for path in known.config:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None

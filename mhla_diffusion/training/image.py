@@ -10,6 +10,7 @@ from mhla_diffusion.pipelines import MHLADiTPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLADiTTransformer2DModel
+from .adapters import require_trained
 from .conditioning import ClassLabels, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedLatents, DataConfig, ImageSamples
@@ -100,6 +101,7 @@ class ImageTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require_probability("class_dropout", self.class_dropout)
+        require_trained(self.lora, self.model.init_from)
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         model = model or build_model(self.model, objective)
@@ -114,7 +116,8 @@ class ImageTrainingConfig(RunConfig):
             id2label=dict(enumerate(source.class_names)),
         )
         conditioning = ClassLabels(source.class_names, null_label=classes, dropout=self.class_dropout)
-        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title)
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_model(config: ModelConfig, objective: Objective) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..files.writing import write_file
+from ..files.writing import disk_errors, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:

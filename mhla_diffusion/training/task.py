@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image
+
+from mhla_diffusion.pipelines.model_card import PICTURE
 
 from .conditioning import Conditioning
 from .config import changeable
+from .sheets import SampleSheet, SheetClock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +26,21 @@ class SampleSheetConfig:
         guidance_scale: strength of classifier-free guidance; 1 for none.
         num_inference_steps: of the scheduler.
         seed: of the noise, the same each time.
+        max_share: of the time of the run that sheets may take without a warning.
     """
 
     every: int = changeable(0)
     guidance_scale: float = changeable(4.0)
     num_inference_steps: int = changeable(50)
     seed: int = changeable(0)
+    max_share: float = changeable(0.25)
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"sampling.max_share must be above 0 and at most 1, got {self.max_share}")
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what the pipeline is asked for in each row, as its arguments."""
@@ -50,46 +56,49 @@ class TrainingTask:
         sampling: of the config.
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
+        facts: what else it says of them.
     """
 
     conditioning: Conditioning
     sampling: SampleSheetConfig
     pipeline: Callable[..., Any]
     data_name: str
-
-    def sample(self, model: Any, device: torch.device) -> Image.Image:
-        """Draw the sample sheet, the same in every process; see :meth:`samples`."""
-        rows = self.samples(model, device)
-        return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
-    def samples(self, model: Any, device: torch.device) -> list[list[Image.Image]]:
-        """Draw the rows of the sample sheet: images, or the frames of a video.
+    def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
+        """Make the sample sheet, the same in every process.
 
         Every process calls it, as a sharded model needs. It does not draw from the global generators.
         """
-        sampling = self.sampling
+        sampling, asked = self.sampling, self.sampling.rows()
+        if clock is not None:
+            clock.start(len(asked) * sampling.num_inference_steps)
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        return [
-            _pictures(
-                pipeline(
-                    **arguments,
-                    guidance_scale=sampling.guidance_scale,
-                    num_inference_steps=sampling.num_inference_steps,
-                    generator=torch.Generator().manual_seed(sampling.seed),
-                    output_type="pil",
-                )
+        outputs = [
+            pipeline(
+                **arguments,
+                guidance_scale=sampling.guidance_scale,
+                num_inference_steps=sampling.num_inference_steps,
+                generator=torch.Generator().manual_seed(sampling.seed),
+                output_type="pil",
+                callback_on_step_end=clock,
             )
-            for arguments in sampling.rows()
+            for arguments in asked
         ]
+        if hasattr(outputs[0], "frames"):
+            return SampleSheet([output.frames[0] for output in outputs], fps=pipeline.config.fps)
+        return SampleSheet([output.images for output in outputs])
 
-    def save_pipeline(self, model: Any, folder: Path, training: Mapping[str, Any]) -> None:
-        """Write the finished pipeline; ``training`` are the facts for its model card."""
-        facts = {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}")}
-        self.pipeline(transformer=model, training=facts).save_pretrained(folder)
+    def save_pipeline(
+        self, model: Any, folder: Path, training: Mapping[str, Any], picture: Path | None = None
+    ) -> None:
+        """Write the finished pipeline; ``training`` and ``picture`` are for its model card."""
+        if picture is not None:
+            shutil.copyfile(picture, folder / PICTURE)
+        self.pipeline(transformer=model, training=self.all_facts(training)).save_pretrained(folder)
 
-
-def _pictures(output: Any) -> list[Image.Image]:
-    """Return the images of a pipeline's output, or the frames of its first video."""
-    return output.frames[0] if hasattr(output, "frames") else output.images
+    def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts of a run and those of its data."""
+        return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}

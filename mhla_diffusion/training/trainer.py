@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from accelerate import DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
@@ -28,15 +25,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files.writing import commit, disk_errors, remove_unfinished, start_writing, write_file, write_folder
-from ..processes import in_first_process, make_accelerator
+from ..files.writing import commit, disk_errors, start_writing, write_folder
+from ..processes import in_first_process
 from . import checkpoints
-from .adapters import LoraConfig, merge_adapters, set_trainable
+from .adapters import LoraConfig, merge_adapters, save_adapters, set_trainable
 from .config import as_dict, changeable, flat_dict, write_config
+from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
+from .export import run_facts
+from .idle import IdleRun
+from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, warn_of_idle_cores
 from .nonfinite import refuse_step
 from .objectives import Objective, ObjectiveConfig
 from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .sheets import SheetClock
 from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
@@ -135,18 +137,6 @@ def _require(config: Any, name: str, holds: bool, what: str) -> None:
         raise ValueError(f"{name} must be {what}, got {getattr(config, name)}")
 
 
-def _warn_of_idle_cores(num_processes: int) -> None:
-    """Unless told otherwise, ``accelerate launch`` gives each process one thread."""
-    threads, cores = torch.get_num_threads() * num_processes, os.cpu_count() or 1
-    if threads < cores:
-        logger.warning(
-            "training on %d of %d cores: accelerate launch --num_cpu_threads_per_process %d uses them all",
-            threads,
-            cores,
-            cores // num_processes,
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Config of a training run, the part that every kind has.
@@ -178,7 +168,7 @@ class Trainer:
     """Trains a model and leaves a pipeline.
 
     Writes into ``output_dir``: config.yaml, metrics.jsonl, checkpoints/, samples/, logs/ (trackers) and, at
-    the end, pipeline/.
+    the end, pipeline/, and lora/ with the adapters if there are any.
 
     Args:
         model: called as ``model(noisy, timestep=..., return_dict=False, **conditioning)``.
@@ -189,7 +179,8 @@ class Trainer:
         checkpoint: to go on from, as :func:`checkpoints.find_checkpoint` gives it.
 
     Raises:
-        ValueError: when the batch does not divide over the processes, or fp16 is asked for without a GPU.
+        ValueError: when the batch does not divide over the processes, fp16 is asked for without a GPU, or the
+            launcher says something else than the config.
     """
 
     def __init__(
@@ -206,11 +197,8 @@ class Trainer:
         self.run_config, self.config = run_config, run_config.trainer
         config, output_dir = self.config, Path(run_config.output_dir)
         self.output_dir = output_dir
-        self.accelerator = make_accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=list(config.trackers) or None,
-            project_dir=output_dir / "logs",
+        self.accelerator = start_accelerator(
+            config, log_with=list(config.trackers) or None, project_dir=output_dir / "logs"
         )
         self.share = BatchShare(
             config.batch_size,
@@ -219,9 +207,11 @@ class Trainer:
             micro_batches=config.gradient_accumulation_steps,
         )
         if self.accelerator.device.type == "cpu" and self.accelerator.is_main_process:
-            _warn_of_idle_cores(self.accelerator.num_processes)
-        self.progress = Progress()
+            warn_of_idle_cores(self.accelerator.num_processes)
+        self.progress, self.fingerprint = Progress(), in_first_process(lambda: fingerprint_of(source))
         self.metrics = MetricsFile(output_dir / "metrics.jsonl")
+        sampling, hidden = task.sampling, not self.accelerator.is_main_process
+        self.sheet_clock = SheetClock(sampling.every, sampling.max_share, hidden=hidden)
         self._prepare(model)
         self._open_run(checkpoint)
 
@@ -239,10 +229,8 @@ class Trainer:
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
             fused=True,
         )  # fmt: skip
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # DeepSpeed reads it off a prepared loader, and this one is not.
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.share.micro_batch_size
+        tell_deepspeed(self.accelerator, config, self.share)
+        compile_as_launched(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
@@ -263,8 +251,7 @@ class Trainer:
             self._load(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output_dir, self.output_dir / "checkpoints"):
-                remove_unfinished(folder)
+            checkpoints.remove_what_was_left(self.output_dir)
             checkpoints.set_newer_aside(self.output_dir, self.progress.step)
             write_config(self.run_config, self.output_dir / "config.yaml")
             self.metrics.forget_after(self.progress.step)
@@ -279,15 +266,18 @@ class Trainer:
             0, or the number of the signal that asked to stop, after a checkpoint was saved.
 
         Raises:
+            ValueError: when the gradient of the first steps is zero, so that nothing would be trained.
             FloatingPointError: when the loss or its gradient is no longer finite; the last checkpoint is from
                 before, and the batch that did it is kept.
         """
-        stream = self._stream()
+        stream, left = self._stream(), self.config.max_steps - self.progress.step
+        idle = IdleRun(self.accelerator.unwrap_model(self.model), steps=max(1, min(3, left)))
         with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
             batches, throughput = iter(stream), Throughput()
             while self.progress.step < self.config.max_steps:
                 with throughput.step():
                     grad_norm = self._next_step(batches, throughput)
+                idle.add(grad_norm)
                 bar.update()
                 stop = self._agree_to_stop(request)
                 if self._due(self.config.log_every):
@@ -416,17 +406,15 @@ class Trainer:
     def _save_samples(self, request: StopRequest) -> int:
         """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""
         with self._averaged_weights() as model:
-            sample = partial(self.task.sample, model, self.accelerator.device)
+            sample = partial(self.task.sample, model, self.accelerator.device, self.sheet_clock)
             # One of several processes must not leave the others alone in a sharded model.
-            images = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
-        if images is None:
+            sheet = request.interruptible(sample) if self.accelerator.num_processes == 1 else sample()
+        self.sheet_clock.end()
+        if sheet is None:
             return request.signal
         if self.accelerator.is_main_process:
-            write_file(self.output_dir / "samples" / f"step-{self.progress.step:08d}.png", images.save)
-        pixels = np.asarray(images.convert("RGB"))[None]  # [1, H, W, 3]
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=self.progress.step, **layout)
+            sheet.save(self.output_dir / "samples" / f"step-{self.progress.step:08d}")
+        sheet.log(self.accelerator.trackers, self.progress.step)
         return 0
 
     def _save_checkpoint(self) -> None:
@@ -444,7 +432,7 @@ class Trainer:
 
     def _finish_checkpoint(self, temporary: Path, folder: Path) -> None:
         config, processes = as_dict(self.run_config), self.accelerator.num_processes
-        checkpoints.write_record(temporary, config=config, num_processes=processes)
+        checkpoints.write_record(temporary, config=config, num_processes=processes, data=self.fingerprint)
         commit(temporary, folder)
         checkpoints.keep_latest(self.output_dir, self.config.keep_checkpoints)
         logger.info("saved %s", folder)
@@ -452,6 +440,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         """Restore everything that the next step depends on."""
         before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
+        checkpoints.require_same_data(checkpoint, as_dict(self.run_config), self.fingerprint)
         checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
         with checkpoints.load_errors(checkpoint):
             self.accelerator.load_state(str(checkpoint))
@@ -475,26 +464,25 @@ class Trainer:
                 whole = type(model).from_config(model.config)
                 set_trainable(whole, self.run_config.trainable, self.run_config.lora)
                 whole.load_state_dict(weights)
+                self._save_adapters(whole)
                 merge_adapters(whole)
-        folder, facts = self.output_dir / "pipeline", self._facts(len(stream.unreadable))
+        folder, sheets = self.output_dir / "pipeline", sorted(self.output_dir.glob("samples/step-*.png"))
+        picture = sheets[-1] if sheets else None
+        facts = run_facts(
+            self.run_config, len(self.source), self.progress.step, self.objective.facts(),
+            num_unreadable=len(stream.unreadable),
+        )  # fmt: skip
         in_first_process(
-            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts))
+            lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts, picture))
         )
         logger.info("saved %s", folder)
 
-    def _facts(self, num_unreadable: int) -> dict[str, Any]:
-        """Return what a model card should say of this run, in the card's words."""
-        config, optim = self.config, self.config.optimizer
-        facts = {
-            "data": f"{len(self.source):,} samples",
-            "steps": f"{self.progress.step:,} of batch size {config.batch_size}",
-            **self.objective.facts(),
-            "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
-            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
-            "weights": f"average with decay {config.ema_decay:g}",
-            "seed": config.seed,
-        }
-        return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+    def _save_adapters(self, model: Any) -> None:
+        """Write lora/ where diffusers loads adapters of such a model."""
+        lora, folder = self.run_config.lora, self.output_dir / "lora"
+        if lora.rank and hasattr(model, "load_lora_adapter"):
+            write_folder(folder, lambda path: save_adapters(model, lora, path))
+            logger.info("saved %s", folder)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained ones, which are those that are averaged."""

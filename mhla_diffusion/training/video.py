@@ -11,6 +11,8 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..files.videos import require_video_writer
+from .adapters import require_trained
 from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedVideoLatents, VideoDataConfig, VideoSamples
@@ -95,10 +97,13 @@ class VideoTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require_probability("caption_dropout", self.caption_dropout)
+        require_trained(self.lora, self.model.init_from)
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
+        if self.sampling.every:
+            require_video_writer()
         source = self.data.open()
         latents = source if isinstance(source, CachedVideoLatents) else None
         if latents is not None:
@@ -113,8 +118,9 @@ class VideoTrainingConfig(RunConfig):
         else:
             _check_channels(latents, model)
         conditioning = Captions(parts, self.caption_dropout, embedded=latents is not None)
-        task = TrainingTask(conditioning, self.sampling, with_transformer(parts), self.data.title)
-        return model, source, task
+        pipeline = with_transformer(parts, parts.size_in_pixels(sizes[0]))
+        facts = self.data.chosen().facts()
+        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
 
 
 def build_parts(
@@ -132,11 +138,22 @@ def build_parts(
     )
 
 
-def with_transformer(parts: MHLAWanPipeline) -> Callable[..., MHLAWanPipeline]:
-    """Return what makes such a pipeline of a transformer and the facts of its training."""
+def with_transformer(parts: MHLAWanPipeline, size: tuple[int, ...]) -> Callable[..., MHLAWanPipeline]:
+    """Return what makes such a pipeline of a transformer and the facts of its training.
+
+    Args:
+        parts: all but the transformer.
+        size: frames, height and width in pixels of the clips it is trained on.
+    """
     others = {name: part for name, part in parts.components.items() if name != "transformer"}
     config = parts.config
-    return partial(MHLAWanPipeline, **others, max_sequence_length=config.max_sequence_length, fps=config.fps)
+    return partial(
+        MHLAWanPipeline,
+        **others,
+        max_sequence_length=config.max_sequence_length,
+        fps=config.fps,
+        sample_size=size,
+    )
 
 
 def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tuple[int, ...]]) -> Any:
@@ -160,6 +177,12 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
         raise ValueError(
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "
             f"gives {text_dim}: use the text encoder that it was trained with"
+        )
+    if model.config.image_dim is not None or model.config.in_channels != model.config.out_channels:
+        raise ValueError(
+            f"{config.init_from} makes videos of images (in_channels {model.config.in_channels}, "
+            f"out_channels {model.config.out_channels}), and training is of text-to-video models: give one "
+            "as model.init_from. A converted one can be fine-tuned in your own loop, as any diffusers model"
         )
     _check_patches(tuple(model.config.patch_size), sizes)
     return model

@@ -24,6 +24,7 @@ from mhla_diffusion import (
     MHLALTXVideoTransformer3DModel,
     MHLALuminaNextDiT2DModel,
     MHLAPixArtTransformer2DModel,
+    MHLAQwenImageTransformer2DModel,
     MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASkyReelsV2Transformer3DModel,
@@ -118,7 +119,10 @@ class Case:
         return {
             "mhla": {"mhla": EVERY_PART},
             "softmax logits": {"mhla": {"constraint": "softmax", "mixing_per_head": True}},
-            "learned features and a window": {"mhla": LEARNED},
+            # Tokens that lie on no grid have no offset.
+            "learned features and a window": {
+                "mhla": {**LEARNED, "mixing_relative": not self.model.extra_tokens}
+            },
             "linear": {"attention": "linear", "mhla": {"gate": self.stock_kind == "softmax"}},
             "hybrid": {"attention": [self.stock_kind, "mhla"]},
             "stock": {"attention": self.stock_kind},
@@ -192,6 +196,16 @@ CASES = {
             },
             grids=IMAGE_GRIDS,
             blocks=(2, 2),
+        ),
+        Case(
+            MHLAQwenImageTransformer2DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 3,
+                "num_layers": 2, "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            own={"sample_grid": (4, 4)},
         ),
         Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
         Case(MHLAWanTransformer3DModel, WAN, **VIDEO),

@@ -101,7 +101,8 @@ def test_the_drawing_is_what_its_script_draws() -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(read("README.md").splitlines()) <= 125
+    """Beside the row that every backbone has."""
+    assert len(read("README.md").splitlines()) - len(matrix()) <= 110
 
 
 @pytest.mark.parametrize("page", PAGES)

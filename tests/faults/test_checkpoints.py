@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file
 
 from mhla_diffusion.files.sums import SUMS
 from mhla_diffusion.training import ImageTrainingConfig
 from mhla_diffusion.training.checkpoints import find_checkpoint, list_checkpoints, require_loadable
+from mhla_diffusion.training.pickles import require_known_names
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -99,15 +104,11 @@ def test_what_no_hash_covers_is_said(
 
 
 def test_a_pickle_that_runs_code_is_refused(whole: Path, run: Run, tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {tmp_path / 'ran'}",)
-
     last = whole / "checkpoints" / "step-00000006"
     (last / SUMS).unlink()
     for name in ("custom_checkpoint_1.pkl", "optimizer.bin"):
         content = (last / name).read_bytes()
-        torch.save(Evil(), last / name)
+        torch.save(Runs(tmp_path / "ran"), last / name)
         result = run("--output_dir", str(tmp_path / "branch"), "--resume", str(last))
         assert result.returncode == 1
         assert "cannot be loaded: Weights only load failed" in result.stdout
@@ -115,6 +116,42 @@ def test_a_pickle_that_runs_code_is_refused(whole: Path, run: Run, tmp_path: Pat
         (last / name).write_bytes(content)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "branch").exists()
+
+
+class Runs:
+    """Leaves a file behind where it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_what_deepspeed_and_fsdp_would_unpickle_is_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("deepspeed.runtime.fp16.loss_scaler")
+    scaler = type("LossScaler", (), {"__module__": module.__name__})
+    module.LossScaler = scaler  # type: ignore[attr-defined]
+    for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.fp16", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    model = torch.nn.Linear(2, 2)
+    states = {"module": model.state_dict(), "scaler": scaler(), "half": torch.ones(2).bfloat16()}
+    torch.save(states, tmp_path / "mp_rank_00_model_states.pt")
+    torch.distributed.checkpoint.save(states["module"], checkpoint_id=tmp_path / "fsdp", no_dist=True)
+    known = [tmp_path / "mp_rank_00_model_states.pt", tmp_path / "fsdp" / ".metadata"]
+    for path in known:
+        require_known_names(path)
+    torch.save({**states, "more": Runs(tmp_path / "ran")}, known[0])
+    known[1].write_bytes(pickle.dumps({"more": Runs(tmp_path / "ran")}))
+    for path in known:
+        with pytest.raises(ValueError, match=r"would call posix\.system when it is loaded"):
+            require_known_names(path)
+        path.write_bytes(path.read_bytes()[:40])
+        with pytest.raises(ValueError, match=r"cannot be read .*: go on from another checkpoint"):
+            require_known_names(path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--resume", "latest")], ids=["started again", "resumed"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mhla_diffusion import processes
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 from tests.processes import ROOT
 
@@ -70,12 +71,12 @@ def test_one_process_where_two_were_asked_for_is_said() -> None:
 def wait_long(rank: int) -> None:
     # The others wait for longer than a collective would.
     dist.destroy_process_group()
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=5))
     join(rank)
 
     def work() -> str:
         assert rank == 0
-        time.sleep(5)
+        time.sleep(8)
         return "scores"
 
     assert in_first_process(work) == "scores"
@@ -112,6 +113,24 @@ def test_the_loss_of_a_process_is_one_sentence_in_the_others(
     run_processes: Callable[..., None], tmp_path: Path
 ) -> None:
     run_processes(lose_peer, 2, str(tmp_path / "said"))
+    assert (tmp_path / "said").exists()
+
+
+def lose_peer_of_store(rank: int, file: str) -> None:
+    join(rank)
+    if rank == 1:
+        time.sleep(1)
+        os._exit(0)
+    processes.SILENCE = 5.0
+    with pytest.raises(ConnectionError, match="process 1 of this run has ended"):
+        wait_for_all()
+    Path(file).touch()
+
+
+def test_a_process_that_is_waited_for_and_dies_is_noticed(
+    run_processes: Callable[..., None], tmp_path: Path
+) -> None:
+    run_processes(lose_peer_of_store, 2, str(tmp_path / "said"))
     assert (tmp_path / "said").exists()
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -19,10 +20,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mhla_diffusion.files.locking import only_writer
-from mhla_diffusion.files.writing import write_file, write_folder
+from mhla_diffusion.files.locking import new_folder, only_writer
+from mhla_diffusion.files.writing import disk_errors, write_file, write_folder
 from mhla_diffusion.training import ImageTrainingConfig, train_image
 from mhla_diffusion.training.progress import StopRequest
+from tests.processes import run_script
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -98,6 +100,36 @@ def test_training_in_a_folder_that_another_process_trains_in_is_refused(run: Run
     assert line.startswith(f"error: another process is writing to {tmp_path / 'run'}")
 
 
+def test_two_conversions_exports_or_reports_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    images = tmp_path / "images"
+    images.mkdir()
+    commands: dict[str, tuple[object, ...]] = {
+        "convert": ("--model", "nowhere", "--out", out),
+        "export_images": ("--data.source", "mnist", "--num", "1", "--out", out),
+        "export_videos": ("--data.source", "moving_mnist", "--num", "1", "--out", out),
+        "evaluate": ("image", "--real", images, "--generated", images, "--out", out),
+    }
+    with only_writer(out):
+        for name, arguments in commands.items():
+            result = run_script(name, *arguments)
+            assert result.returncode == 1
+            assert f"error: another process is writing to {out}" in result.stderr
+    succeeded = run_script("export_images", *commands["export_images"])
+    assert succeeded.returncode == 0, succeeded.stderr
+
+
+def test_a_folder_that_was_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as target:
+        write_folder(target, lambda path: (path / "mine").touch())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(ValueError, match="is there already"), new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "failed"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_there_is_no_moment_without_the_old_or_the_new_folder(tmp_path: Path) -> None:
     folder, missing, done = tmp_path / "pipeline", [], threading.Event()
     write_folder(folder, lambda path: (path / "weights").touch())
@@ -146,6 +178,24 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_half_written(name: str, t
         with pytest.raises(OSError, match=r"File too large|Input/output error"):
             write_folder(tmp_path / "folder", lambda path: WRITERS[name](path / "weights"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        path.symlink_to("/dev/full")
+        path.write_bytes(bytes(100_000))
+
+    said = r"No space left on device \(the disk at /.* has [\d.]+ of [\d.]+ GB left\)"
+    with pytest.raises(OSError, match=said) as caught:
+        write_file(tmp_path / "weights", fill)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=said):
+        write_folder(tmp_path / "folder", lambda folder: fill(folder / "weights"))
+    full = sqlite3.connect(tmp_path / "full.sqlite")
+    full.execute("PRAGMA max_page_count = 2")
+    full.execute("CREATE TABLE rows (data BLOB)")
+    with pytest.raises(OSError, match=said), disk_errors(tmp_path):
+        full.execute("INSERT INTO rows VALUES (zeroblob(100000))")
 
 
 def test_a_disk_that_is_full_at_a_checkpoint_leaves_no_half_of_one(config: ImageTrainingConfig) -> None:

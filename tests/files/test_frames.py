@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.files import video_index
+from mhla_diffusion.files.clips import choose_clip
 from mhla_diffusion.files.videos import (
     VIDEO_EXTENSIONS,
     Decoder,
     UnreadableVideoError,
     VideoReader,
-    clip_indices,
     open_video,
 )
 
@@ -166,11 +166,19 @@ def assert_same(got: np.ndarray, expected: np.ndarray, *, interlaced: bool = Fal
 
 @pytest.mark.parametrize("name", MADE)
 def test_frames_are_those_of_decoding_the_whole_file(zoo: Zoo, name: str) -> None:
-    path = zoo.path(name)
-    assert_reads_frames(open_video(path), decode_whole(path), interlaced="interlaced" in name)
+    path, damaged = zoo.path(name), BORN_DAMAGED.get(name, range(0))
+    assert_reads_frames(
+        open_video(path), decode_whole(path), interlaced="interlaced" in name, damaged=damaged
+    )
 
 
-def assert_reads_frames(reader: VideoReader, whole: np.ndarray, *, interlaced: bool) -> None:
+# FFmpeg writes a key picture that its own decoder cannot read.
+BORN_DAMAGED = {"xvid_b.mp4": range(20, 29)}
+
+
+def assert_reads_frames(
+    reader: VideoReader, whole: np.ndarray, *, interlaced: bool, damaged: range = range(0)
+) -> None:
     count = len(whole)
     assert reader.num_frames == count > 8
     random = np.random.default_rng(0)
@@ -180,6 +188,10 @@ def assert_reads_frames(reader: VideoReader, whole: np.ndarray, *, interlaced: b
         clips.append(range(first, min(count, first + 4 * stride), stride))
     clips.append(random.permutation(count)[:4].tolist())
     for clip in clips:
+        if set(damaged) & set(clip):
+            with pytest.raises(UnreadableVideoError, match=r"is damaged: frame 2\d is not what"):
+                reader.read(clip)
+            clip = [index for index in clip if index not in damaged] or [0]
         assert_same(reader.read(clip), whole[list(clip)], interlaced=interlaced)
 
 
@@ -274,23 +286,15 @@ def test_a_varying_rate_is_told_by_its_times(slowing: VideoReader) -> None:
 
 
 def test_a_clip_of_a_varying_rate_is_even_in_time(slowing: VideoReader) -> None:
-    step = slowing.fps / 6.25  # four times 1 / 25 of a second
-    chosen = clip_indices(COUNT, length=16, step=step, times=slowing.times)
+    chosen = choose_clip(slowing, length=16, fps=6.25)  # four times 1 / 25 of a second
     assert chosen == [0, 4, 8, 12, 16, *range(20, 31)]
     assert numbers(slowing.read(chosen)) == chosen
 
 
-def test_even_times_choose_the_frames_that_steps_choose() -> None:
-    times = np.round(np.arange(100) / 29.97, 3)
-    for step in (1.0, 2.0, 2.5, 29.97 / 8):
-        for start in (0.0, 0.3, 1.0):
-            plain = clip_indices(100, length=16, step=step, start=start)
-            assert (
-                np.abs(
-                    np.subtract(clip_indices(100, length=16, step=step, start=start, times=times), plain)
-                ).max()
-                <= 1
-            )
+def test_a_clip_of_a_part_goes_by_the_times_of_that_part(slowing: VideoReader) -> None:
+    """The mean rate of the file, 9.9 a second, is not that of its fast beginning."""
+    assert choose_clip(slowing, length=4, fps=5, last=19) == [0, 5, 10, 15]
+    assert choose_clip(slowing, length=4, fps=5, first=2, last=19, start=1.0) == [4, 9, 14, 19]
 
 
 @pytest.mark.parametrize(("options", "turn"), [(("90",), 1), (("180",), 2), (("270",), 3)])
@@ -386,6 +390,24 @@ def test_damage_gives_the_frames_that_ffmpeg_gives_or_an_error(zoo: Zoo, tmp_pat
             assert str(path) in str(error)  # noqa: PT017
         else:
             assert_same(frames, whole[first : first + 4])
+
+
+@pytest.mark.parametrize("name", ["h264_no_b.mp4", "mpeg4.avi", "h263p.mov", "png.mov"])
+def test_frames_that_a_decoder_would_conceal_are_errors(zoo: Zoo, tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"damaged{Path(name).suffix}"
+    path.write_bytes(zoo.path(name).read_bytes())
+    index = video_index.video_index(str(path))
+    place, size = map(int, index.packets[13])
+    with path.open("r+b") as file:
+        file.seek(place + size // 2)
+        file.write(np.random.default_rng(0).bytes(12))
+    whole, reader = open_video(zoo.path(name)).read(range(COUNT)), open_video(path)
+    last = min(frame for frame in index.starts[:, 1].tolist() if frame > 13) - 1  # they refer to it
+    for frame in (0, 9, 12, last + 1, 39):
+        assert_same(reader.read([frame]), whole[[frame]])
+    for frame in (13, last):
+        with pytest.raises(UnreadableVideoError, match=r"damaged\.\w+ (is damaged|cannot be|is no video)"):
+            reader.read([frame])
 
 
 @pytest.fixture

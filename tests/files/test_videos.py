@@ -23,7 +23,6 @@ from mhla_diffusion.files.videos import (
     Decoder,
     UnreadableVideoError,
     VideoReader,
-    clip_indices,
     is_frame_folder,
     open_video,
     write_video,
@@ -143,28 +142,6 @@ def test_a_broken_file_is_named_with_the_reason(
         read_whole(path)
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "length", "step", "start", "expected"),
-    [
-        (20, 4, 1.0, 0.0, [0, 1, 2, 3]),
-        (20, 4, 1.0, 1.0, [16, 17, 18, 19]),
-        (20, 4, 2.0, 0.0, [0, 2, 4, 6]),
-        (20, 4, 2.5, 0.0, [0, 2, 5, 7]),
-        (3, 4, 0.5, 0.0, [0, 0, 1, 1]),
-        (1, 1, 1.0, 0.5, [0]),
-    ],
-)
-def test_frames_of_a_clip(
-    num_frames: int, length: int, step: float, start: float, expected: list[int]
-) -> None:
-    assert clip_indices(num_frames, length=length, step=step, start=start) == expected
-
-
-def test_a_video_shorter_than_the_clip_is_refused() -> None:
-    with pytest.raises(UnreadableVideoError, match=r"16 frames, each 2 after .* need 31, and there are 20"):
-        clip_indices(20, length=16, step=2)
-
-
 class _Opened(torch.utils.data.Dataset):
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -188,9 +165,9 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_needed_and_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhla_diffusion.files.videos.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"reading videos needs PyAV: pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match=r"reading videos needs PyAV: .* pip install .*av"):
         open_video(video)
-    with pytest.raises(ImportError, match=r"pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match=r"written with imageio-ffmpeg: .* pip install "):
         write_video(counting_frames(), video, fps=10)
 
 
@@ -211,7 +188,7 @@ def test_the_decoder_of_older_configs_is_said_to_be_another(
 
 def test_decord_that_is_not_installed_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(ImportError, match=r"'decord' .* pip install mhla-diffusion\[video\]"):
+    with pytest.raises(ImportError, match="package decord is not installed: pip install decord"):
         open_video(video, decoder="decord")
     assert open_video(video).num_frames == 20
 
@@ -300,7 +277,9 @@ def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) ->
     with pytest.raises(UnreadableVideoError, match=r"of one size, got .*1\.png 6 x 8, .*2\.png 6 x 9"):
         open_video(folder).read([0, 1])
     Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(folder / "3.png")
-    with pytest.raises(UnreadableVideoError, match=r"3\.png: pixels of mode I;16 do not fit into RGB"):
+    with pytest.raises(
+        UnreadableVideoError, match=r"3\.png cannot be read \(integer pixels from 4000 to 4000 would"
+    ):
         open_video(folder).read([2])
     (folder / "4.png").write_bytes((folder / "1.png").read_bytes()[:40])
     with pytest.raises(UnreadableVideoError, match=r"4\.png cannot be read"):

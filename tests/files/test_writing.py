@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mhla_diffusion.files.writing import remove_unfinished, require_new_folder, write_file, write_folder
 
@@ -97,5 +99,20 @@ def test_a_process_killed_while_writing_leaves_the_old_folder(tmp_path: Path) ->
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert (tmp_path / "run" / "part" / "weights").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path, "other")
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_unfinished(tmp_path, "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_written_can_be_read_as_the_umask_says(tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone may read."""
+    before = os.umask(0o027)
+    try:
+        write_folder(tmp_path / "model", lambda path: save_file({"a": torch.ones(2)}, path / "a.safetensors"))
+        write_file(tmp_path / "b.safetensors", lambda path: save_file({"b": torch.ones(2)}, path))
+        write_file(tmp_path / "c.txt", "text")
+    finally:
+        os.umask(before)
+    for name in ("model/a.safetensors", "b.safetensors", "c.txt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name

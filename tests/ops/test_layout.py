@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ LAYOUTS = [
     BlockLayout((5, 7, 3), (2, 3, 2)),
     BlockLayout((63,), (8,)),
     BlockLayout((6, 6), (1, 1)),
+    BlockLayout((4, 6), (2, 3), extra=(2, 3)),
+    BlockLayout((5, 3), (2, 2), extra=(0, 20)),
+    BlockLayout((4, 4), (2, 2), extra=(0, 0)),
 ]
 
 
@@ -28,8 +32,14 @@ def axis_blocks(tokens: int, count: int) -> list[int]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_blocks_are_boxes_as_even_as_they_can_be(layout: BlockLayout) -> None:
     axes = [axis_blocks(n, b) for n, b in zip(layout.grid, layout.blocks, strict=True)]
-    positions = torch.cartesian_prod(*[torch.arange(n) for n in layout.grid]).reshape(layout.num_tokens, -1)
-    for token, block in zip(positions.tolist(), layout.block_index().tolist(), strict=True):
+    positions = torch.cartesian_prod(*[torch.arange(n) for n in layout.grid]).reshape(
+        math.prod(layout.grid), -1
+    )
+    before, after = layout.extra or (0, 0)
+    index = layout.block_index().tolist()
+    last = math.prod(layout.blocks)
+    assert index[:before] + index[layout.grid_tokens.stop :] == [last] * (before + after)
+    for token, block in zip(positions.tolist(), index[layout.grid_tokens], strict=True):
         expected = 0
         for axis, (place, count) in enumerate(zip(token, layout.blocks, strict=True)):
             expected = expected * count + axes[axis][place]
@@ -87,6 +97,12 @@ def test_a_number_of_blocks_is_divided_evenly(
 def test_impossible_layouts_are_refused(grid: tuple[int, ...], blocks: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockLayout(grid, blocks)
+
+
+@pytest.mark.parametrize("extra", [(3,), (1, -1)])
+def test_impossible_extra_tokens_are_refused(extra: Any) -> None:
+    with pytest.raises(ValueError, match=r"extra must be \(before, after\).*each 0 or more, got"):
+        BlockLayout((4, 4), (2, 2), extra)
 
 
 def test_an_impossible_number_of_blocks_names_the_nearest() -> None:

@@ -23,6 +23,10 @@ LAYOUTS = [
     BlockLayout((6, 5), (1, 1)),
     BlockLayout((3, 6, 4), (3, 3, 2)),
     BlockLayout((5, 5, 3), (2, 2, 2)),
+    BlockLayout((7, 9), (3, 2), extra=(1, 30)),
+    BlockLayout((2, 6, 4), (1, 3, 2), extra=(5, 0)),
+    BlockLayout((4, 4), (1, 1), extra=(0, 3)),
+    BlockLayout((4, 5), (2, 2), extra=(0, 0)),
 ]
 EVEN_LAYOUTS = [layout for layout in LAYOUTS if layout.is_even]
 
@@ -116,6 +120,15 @@ def test_all_at_once_equals_the_reference(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("extra", [(None, (2, 1)), ((1, 0), None), ((0, 2), (3, 0))], ids=str)
+def test_queries_and_keys_may_each_have_extra_tokens(assert_close: AssertClose, extra: Any) -> None:
+    layout, key_layout = BlockLayout((7, 9), (3, 2), extra[0]), BlockLayout((11,), (4,), extra[1])
+    q, k, v = (torch.randn(2, 3, x.num_tokens, 8) for x in (layout, key_layout, key_layout))
+    mixing = torch.rand(layout.num_blocks, key_layout.num_blocks)
+    inputs = tuple(x.requires_grad_() for x in (q, k, v, mixing))
+    check_against_reference(assert_close, layout, torch.float32, inputs=inputs, key_layout=key_layout)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
 def test_keys_on_another_grid_equal_the_reference(
@@ -132,7 +145,9 @@ def test_keys_on_another_grid_equal_the_reference(
 
 
 @pytest.mark.parametrize(
-    "layout", [LAYOUTS[2], LAYOUTS[4], LAYOUTS[6], BlockLayout((40, 3), (1, 3))], ids=str
+    "layout",
+    [LAYOUTS[2], LAYOUTS[4], LAYOUTS[6], BlockLayout((40, 3), (1, 3)), LAYOUTS[7], LAYOUTS[10]],
+    ids=str,
 )
 @pytest.mark.parametrize("heads_inside", [False, True], ids=["heads outside", "heads inside"])
 @pytest.mark.parametrize("tile", [1, 40, 600])
@@ -154,7 +169,7 @@ def test_tiles_of_any_size_equal_the_reference(
     assert out.transpose(1, 2).is_contiguous() == heads_inside, "the order of the axes of q is kept"
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[6]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[6], LAYOUTS[7], LAYOUTS[10]], ids=str)
 def test_no_memory_is_read_before_it_is_written(assert_close: AssertClose, layout: BlockLayout) -> None:
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
@@ -189,10 +204,11 @@ def test_no_tokens_no_samples_no_heads() -> None:
         assert torch.autograd.grad(out.sum(), x)[0].shape == shape
 
 
-def test_compiles_in_one_piece() -> None:
-    layout = LAYOUTS[2]
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[7]], ids=str)
+def test_compiles_in_one_piece(layout: BlockLayout) -> None:
     q, k, v, mixing = make_inputs(layout, torch.float32)
-    options: dict[str, Any] = {"rotary_emb": make_rotary(layout), "key_mask": torch.rand(2, 63) > 0.2}
+    mask = torch.rand(2, layout.num_tokens) > 0.2
+    options: dict[str, Any] = {"rotary_emb": make_rotary(layout), "key_mask": mask}
 
     def attend(*inputs: Tensor) -> Tensor:
         return 2 * mhla(*inputs, layout, **options)
@@ -234,6 +250,74 @@ def test_a_key_mask_equals_the_reference_and_a_shorter_sequence(assert_close: As
         mhla(q, noisy_k, noisy_v, mixing, layout, key_mask=key_mask),
         mhla(q, k, v, mixing, layout, key_mask=key_mask),
     )
+
+
+EXTRA = [layout for layout in LAYOUTS if layout.extra is not None and any(layout.extra)]
+
+
+@pytest.mark.parametrize("layout", EXTRA, ids=str)
+def test_extra_tokens_are_one_more_block(layout: BlockLayout) -> None:
+    """The dense matrix, written down: W has a last row and a last column for them."""
+    assert layout.extra is not None
+    q, k, v, mixing = make_inputs(layout)
+    on_grid = BlockLayout(layout.grid, layout.blocks).block_index().tolist()
+    before, after = ([len(mixing) - 1] * count for count in layout.extra)
+    block = torch.tensor(before + on_grid + after)
+    weights = mixing[block][:, block] * ((q.relu() + 1e-6) @ (k.relu() + 1e-6).mT)
+    expected = weights @ v / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(mhla(q, k, v, mixing, layout), expected)
+    torch.testing.assert_close(mhla_reference(q, k, v, mixing, layout), expected)
+
+
+@pytest.mark.parametrize("normalizer", ["paper", "none"])
+@pytest.mark.parametrize("layout", EXTRA, ids=str)
+def test_positions_of_the_grid_alone_leave_extra_tokens_as_they_are(
+    assert_close: AssertClose, layout: BlockLayout, normalizer: str
+) -> None:
+    cos, sin = make_rotary(layout)
+    inside = layout.grid_tokens
+    tables = cos[inside], sin[inside]
+    check_against_reference(assert_close, layout, torch.float32, rotary_emb=tables, normalizer=normalizer)
+    q, k, v, mixing = make_inputs(layout)
+    still = torch.ones(layout.num_tokens, dtype=torch.bool)
+    still[inside] = False
+    cos[still], sin[still] = 1, 0
+    found, expected = (
+        mhla(q, k, v, mixing, layout, rotary_emb=emb, normalizer=normalizer) for emb in (tables, (cos, sin))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_extra_tokens_before_or_after_the_grid_are_the_same(assert_close: AssertClose) -> None:
+    after = BlockLayout((4, 6), (2, 2), extra=(0, 3))
+    q, k, v, mixing = make_inputs(after)
+    expected = mhla(q, k, v, mixing, after)
+    for before in (1, 3):
+        layout = BlockLayout((4, 6), (2, 2), extra=(before, 3 - before))
+        moved = (x.roll(before, 2) for x in (q, k, v))
+        assert_close(mhla(*moved, mixing, layout), expected.roll(before, 2))
+
+
+@pytest.mark.parametrize("text", [0, 1, 4, 9])
+def test_padding_of_text_does_not_count_whatever_the_length(assert_close: AssertClose, text: int) -> None:
+    """One W for texts of any length; outputs and gradients of a padded text are those of the text."""
+    grid, blocks, longest = (4, 5), (2, 2), 9
+    padded = BlockLayout(grid, blocks, extra=(0, longest))
+    inputs = make_inputs(padded)
+    layout, real = BlockLayout(grid, blocks, extra=(0, text)), slice(20 + text)
+    short = [*(x.detach()[:, :, real].requires_grad_() for x in inputs[:3]), inputs[3]]
+    mask = torch.arange(29).expand(2, -1) < 20 + text
+    out, expected = mhla(*inputs, padded, key_mask=mask)[:, :, real], mhla(*short, layout)
+    assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    gradients, references = (
+        torch.autograd.grad(y, x, cotangent) for y, x in ((out, inputs), (expected, short))
+    )
+    for gradient, reference in zip(gradients[:3], references[:3], strict=True):
+        assert_close(gradient[:, :, real], reference)
+        assert not gradient[:, :, real.stop :].any()
+    assert_close(gradients[3], references[3])
+    check_against_reference(assert_close, layout, torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -349,8 +433,9 @@ def test_inputs_need_not_be_contiguous(assert_close: AssertClose) -> None:
     assert_close(mhla(*strided, mixing, layout), mhla(q, k, v, mixing, layout).double())
 
 
-def test_gradients_of_gradients() -> None:
-    layout = BlockLayout((2, 3), (2, 2))
+@pytest.mark.parametrize("extra", [None, (1, 2)])
+def test_gradients_of_gradients(extra: tuple[int, int] | None) -> None:
+    layout = BlockLayout((2, 3), (2, 2), extra)
     inputs = make_inputs(layout, heads=1, d=2)
     assert torch.autograd.gradgradcheck(lambda *x: mhla(*x, layout, feature_map="elu"), inputs)
 
@@ -391,6 +476,22 @@ BAD_INPUT = {
     "uneven official": (
         {"layout": BlockLayout((2, 8), (2, 3)), "mixing": torch.ones(6, 6), "normalizer": "official"},
         r"needs equal blocks.*normalizer='paper'",
+    ),
+    "extra official": (
+        {
+            "layout": BlockLayout((4, 3), (2, 1), (1, 3)),
+            "mixing": torch.ones(3, 3),
+            "normalizer": "official",
+        },
+        r"extra tokens are a block of their own; use normalizer='paper'",
+    ),
+    "extra tokens": (
+        {"layout": BlockLayout((4, 4), (2, 2), (1, 3))},
+        r"q hold 16 tokens, but the grid \(4, 4\) has 16 and 4 extra tokens",
+    ),
+    "extra mixing": (
+        {"layout": BlockLayout((4, 3), (2, 2), (1, 3))},
+        r"M = 5 \(blocks \(2, 2\) and that of extra tokens\).*got \(4, 4\)",
     ),
     "rotary": ({"rotary_emb": (torch.ones(16, 4), torch.ones(16, 4))}, r"\[..., 16, 2\].*got \(16, 4\)"),
     "mask shape": ({"key_mask": torch.ones(1, 15, dtype=torch.bool)}, r"\[1, 16\].*\(1, 15\)"),

@@ -11,6 +11,7 @@ from mhla_diffusion.ops import (
     MIXING_STARTS,
     BlockLayout,
     block_distances,
+    extend_mixing,
     initial_mixing,
     locality_mixing,
     offset_means,
@@ -43,6 +44,24 @@ def test_starts_are_in_range_and_normalised(start: str) -> None:
     axis = 0 if start == "official" else 1
     torch.testing.assert_close(mixing.sum(axis), torch.ones(6))
     assert (mixing.diagonal() >= mixing.amax(1) - 1e-7).all(), "no block weighs more than one's own"
+
+
+@pytest.mark.parametrize("start", MIXING_STARTS)
+def test_extra_tokens_weigh_what_the_nearest_block_does(start: str) -> None:
+    plain, mixing = (initial_mixing(BlockLayout((8, 12), (2, 3), extra), start) for extra in (None, (0, 1)))
+    assert mixing.shape == (7, 7)
+    # Among blocks of the grid nothing changes, and rows keep their sums.
+    torch.testing.assert_close(mixing[:6, 6], mixing[:6, :6].amax(-1))
+    ratio = mixing[:6, :6] / plain.where(plain > 0, 1)
+    torch.testing.assert_close(ratio, ratio.amax(-1, keepdim=True).where(plain > 0, 0).expand_as(ratio))
+    torch.testing.assert_close(mixing.sum(-1)[:6], plain.sum(-1))
+    torch.testing.assert_close(mixing[6], plain.sum(-1).mean().expand(7) / 7)
+    torch.testing.assert_close(extend_mixing(plain.expand(2, 6, 6))[1], mixing)
+
+
+def test_extra_tokens_beside_one_block_are_plain_linear_attention() -> None:
+    mixing = initial_mixing(BlockLayout((4, 4), (1, 1), (1, 0)), "locality")
+    assert torch.equal(mixing, torch.full((2, 2), 0.5))
 
 
 @pytest.mark.parametrize("start", MIXING_STARTS)
@@ -110,7 +129,26 @@ def test_resizing_for_cross_attention_keeps_row_sums() -> None:
     assert resize_mixing(rows, old, old, from_keys=old_keys, to_keys=old_keys) is rows
 
 
+def test_resizing_keeps_what_a_token_of_the_text_weighs_beside_one_of_the_image() -> None:
+    old, new = BlockLayout((4, 4), (2, 2), (0, 1)), BlockLayout((4, 4), (4, 2), (3, 0))
+    mixing = torch.full((3, 5, 5), 0.2)
+    mixing[1, :4, 4] = 0.6  # every block hears the text three times as much
+    mixing[2, 4] = torch.tensor(
+        [0.1, 0.1, 0.3, 0.3, 0.2]
+    )  # and the text the lower half, as much as the upper
+    even, loud, low = resize_mixing(mixing, old, new)
+    torch.testing.assert_close(even, torch.full((9, 9), 1 / 9))
+    torch.testing.assert_close(loud[:8], torch.tensor([1.0] * 8 + [3.0]).expand(8, 9) * 1.4 / 11)
+    torch.testing.assert_close(low[:8], even[:8])
+    rows = torch.tensor([0.1, 0.1, 0.15, 0.15, 0.25, 0.25, 0.3, 0.3, 0.2])
+    torch.testing.assert_close(low[8], rows / rows.sum())
+    torch.testing.assert_close(resize_mixing(mixing, old, new).sum(-1)[:, 0], torch.tensor([1, 1.4, 1]))
+    assert resize_mixing(mixing, old, BlockLayout((8, 8), (2, 2), (9, 9))) is mixing
+
+
 def test_resizing_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has extra tokens: add their row and column with extend_mixing"):
+        resize_mixing(torch.rand(6, 6), LAYOUT, BlockLayout((8, 12), (2, 3), (0, 1)))
     with pytest.raises(ValueError, match=r"\[\.\.\., M, M_k\] with M = 6 .* got \(4, 4\)"):
         resize_mixing(torch.rand(4, 4), LAYOUT, LAYOUT)
     with pytest.raises(ValueError, match="the numbers of axes differ"):

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
 
 LAYOUT = BlockLayout((4, 4), (2, 2))
-SETTINGS = (None, None, [4, 4], [2, 2], "relu", 1e-6, True, False)
+SETTINGS = (None, None, [4, 4], [2, 2], None, "relu", 1e-6, True, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from mhla_diffusion.ops.operators import summarize
 from mhla_diffusion.ops.parallel import _centred
 
 RAGGED, VIDEO = BlockLayout((7, 5), (3, 2)), BlockLayout((3, 4, 4), (1, 2, 2))
+RAGGED_TEXT = BlockLayout((7, 5), (3, 2), extra=(0, 7))
 # The ends of each rank's tokens. Blocks lie on several ranks, and a rank may have none.
 CASES: list[tuple[BlockLayout, list[int], dict[str, Any]]] = [
     (RAGGED, [18, 35], {}),
@@ -23,6 +25,9 @@ CASES: list[tuple[BlockLayout, list[int], dict[str, Any]]] = [
     (RAGGED, [0, 35], {"mask": True, "feature_map": "elu"}),
     (VIDEO, [17, 20, 48], {"rotary": True}),
     (VIDEO, [10, 48], {"rotary": True, "normalizer": "none", "mask": True}),
+    # With extra tokens the ends are those on the grid; each rank has some of the extra ones, or none.
+    (RAGGED_TEXT, [18, 35], {"rotary": True, "mask": True, "extra": [(2, 0), (0, 5)]}),
+    (RAGGED_TEXT, [3, 3, 35], {"extra": [(0, 4), (2, 1), (0, 0)], "per_head": True}),
 ]
 
 
@@ -45,11 +50,16 @@ def make(layout: BlockLayout, case: dict[str, Any]) -> tuple[list[Tensor], dict[
 
 
 def compare(rank: int, ends: list[int], layout: BlockLayout, case: dict[str, Any]) -> None:
-    inputs, options, cotangent = make(layout, case)
+    extras = case.get("extra")
+    inputs, options, cotangent = make(layout, {key: x for key, x in case.items() if key != "extra"})
     expected = mhla(*inputs, layout, **options)
     references = torch.autograd.grad(expected, inputs, cotangent)
     start, stop = ([0, *ends][rank + i] for i in range(2))
-    part = slice(start, stop)
+    part = torch.arange(start, stop)
+    if extras is not None:
+        first = ends[-1] + sum(map(sum, extras[:rank]))
+        before, after = torch.arange(first, first + sum(extras[rank])).split(extras[rank])
+        part, layout = torch.cat((before, part, after)), dataclasses.replace(layout, extra=extras[rank])
     local = [x.detach()[:, :, part].requires_grad_() for x in inputs[:3]]
     mixing = inputs[3].detach().requires_grad_()
     if "rotary_emb" in options:

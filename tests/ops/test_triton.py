@@ -54,6 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16, blocks shared by programs": {
         "grid": (20, 39), "blocks": (1, 3), "mask": True, "dtype": "bfloat16",
     },
+    "extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (2, 20), "rotary": True, "mask": True},
+    "extra tokens, shared by programs": {"grid": (4, 4), "blocks": (2, 2), "extra": (300, 0)},
+    "bfloat16, extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (1, 9), "dtype": "bfloat16"},
+    "extra tokens beside 64 blocks": {"grid": (8, 8), "blocks": (8, 8), "extra": (1, 3)},
+    "no extra tokens this time": {"grid": (4, 4), "blocks": (2, 2), "extra": (0, 0)},
     "nothing seen": {"grid": (4, 6), "blocks": (2, 2), "nothing": True},
     "nothing seen, bfloat16": {"grid": (4, 6), "blocks": (2, 2), "nothing": True, "dtype": "bfloat16"},
 }  # fmt: skip
@@ -64,6 +69,7 @@ def compare(
     grid: tuple[int, ...],
     blocks: tuple[int, ...],
     *,
+    extra: tuple[int, int] | None = None,
     keys: tuple[int, int] | None = None,
     d: int = 8,
     d_v: int = 8,
@@ -81,7 +87,7 @@ def compare(
     Tensors lie amid NaN, and so does what is new.
     """
     torch.manual_seed(0)
-    layout = BlockLayout(grid, blocks)
+    layout = BlockLayout(grid, blocks, extra)
     key_layout = None if keys is None else BlockLayout(keys[:1], keys[1:])
     tokens, key_tokens = layout.num_tokens, (key_layout or layout).num_tokens
 

@@ -194,7 +194,7 @@ def test_a_single_model_is_refused_with_the_remedy(make_pipeline: MakePipeline, 
     make_pipeline().transformer.save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"single model.*MHLADiTTransformer2DModel\.from_pretrained.*MHLADiTPipeline\(transformer=",
+        match=r"single model.* mhla_diffusion\.MHLADiTTransformer2DModel\.from_pretrained .*as transformer=",
     ):
         MHLAPipeline.from_pretrained(tmp_path)
 

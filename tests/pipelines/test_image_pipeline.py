@@ -194,7 +194,7 @@ def test_a_single_label_is_a_single_image(make_pipeline: MakePipeline) -> None:
         ({"num_images_per_prompt": 0}, r"nothing to generate"),
         ({"height": 18}, r"height and width must be multiples of 4, got 18 x 16"),
         ({"width": -4}, r"height and width must be multiples of 4, got 16 x -4"),
-        ({"generator": [torch.Generator()]}, r"1 generators for 2 images; give one, or one an image"),
+        ({"generator": [torch.Generator()]}, r"1 generators for 2 samples; give one, or a list with one"),
         ({"latents": torch.zeros(2, 4, 8, 4)}, r"latents must be \(2, 4, 8, 8\), got \(2, 4, 8, 4\)"),
         ({"output_type": "jpg"}, r"output_type 'jpg' is not one of pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\] are not among \['latents'\]"),

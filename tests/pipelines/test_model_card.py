@@ -10,9 +10,11 @@ import diffusers.utils.hub_utils
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import mhla_diffusion.pipelines.image
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
+from tests.processes import run_script
 
 MakePipeline = Callable[..., MHLADiTPipeline]
 
@@ -120,6 +122,65 @@ def test_the_card_states_the_training_and_the_rest(make_pipeline: MakePipeline, 
         "parameters": f"{pipeline.transformer.num_parameters():,}",
     }
     assert facts(card(tmp_path)).items() >= expected.items()
+
+
+def test_the_card_says_what_was_trained_from_what_and_how_to_sample(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    training = {
+        "data": "/home/somebody/data/pets, 30 samples", "trained": "all weights",
+        "base model": "someone/base",
+        "sampled with": {"num_inference_steps": 20, "guidance_scale": 2.5},
+    }  # fmt: skip
+    (tmp_path / "samples.png").write_bytes(b"")
+    make_pipeline(training=training).save_pretrained(tmp_path)
+    text = card(tmp_path)
+    assert "\n# MHLA-DiT of pets\n" in text
+    assert "/home/" not in text
+    assert "Trained: all weights, starting from someone/base." in text
+    assert "pipe(['cat'], num_inference_steps=20, guidance_scale=2.5).images" in text
+    assert "![Samples](samples.png)" in text
+    header = ModelCard(text).data
+    assert (header.base_model, header.license) == ("someone/base", None)
+    assert "# Before publishing say here" in text
+    assert "pip install ." in text
+
+
+def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_gives(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    folder, report = tmp_path / "pipeline", tmp_path / "report"
+    make_pipeline().save_pretrained(folder)
+    report.mkdir()
+    (report / "report.md").write_text("| score | value |\n|---|---|\n| fid | 3.20 |\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    result = run_script(
+        "card", "--model", folder, "--report", report, "--picture", tmp_path / "grid.png", "--name",
+        "someone/pets", "--license", "apache-2.0", "--datasets", "[someone/photos]", "--base_model", "a/b",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    text, header = card(folder), ModelCard(card(folder)).data
+    assert (header.license, header.datasets, header.base_model) == ("apache-2.0", ["someone/photos"], "a/b")
+    assert "\n# pets\n" in text
+    assert "| fid | 3.20 |" in text
+    assert (folder / "samples.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    assert run_script("card", "--model", tmp_path).returncode == 1
+
+
+def test_a_converted_pipeline_of_diffusers_has_a_card_that_says_so(
+    make_stock_video_pipeline: Callable[[str], Any], tmp_path: Path
+) -> None:
+    make_stock_video_pipeline("wan").save_pretrained(tmp_path / "stock")
+    result = run_script(
+        "convert", "--model", tmp_path / "stock", "--out", tmp_path / "mhla", "--mhla.blocks", "8"
+    )
+    assert result.returncode == 0, result.stderr
+    text = card(tmp_path / "mhla")
+    assert "**Converted, not fine-tuned yet.** All weights are those of stock;" in text
+    assert 'video = pipe(prompt="...").frames[0]' in text
+    assert ModelCard(text).data.pipeline_tag == "text-to-video"
+    assert str(tmp_path) not in text
+    assert facts(text)["blocks"].count("x") == 2
 
 
 def test_what_is_not_known_is_said_to_be_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:

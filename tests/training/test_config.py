@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mhla_diffusion.help import with_home
 from mhla_diffusion.training import ImageTrainingConfig, VideoTrainingConfig, parse_config
 from mhla_diffusion.training.config import as_dict, forbidden_changes, write_config
 
@@ -144,3 +145,22 @@ def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     assert Path(config.output_dir).name == path.stem
     assert as_dict(config)["model"]["attention"] == "mhla" or config.model.init_from
     assert set(yaml.safe_load(path.read_text())) <= set(as_dict(config))
+
+
+@pytest.mark.parametrize("given", ["~/runs/a", "--output_dir=~/runs/a", "yaml"])
+def test_a_tilde_is_the_home(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"output_dir": "~/runs/b", "model": {"init_from": "~/models/a"}, "data": {"source": "mnist"}}
+    values["trainer"] = {"batch_size": 2, "max_steps": 1}
+    if given == "yaml":
+        values["output_dir"] = "~/runs/a"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = [] if given == "yaml" else ["--output_dir", given] if given.startswith("~") else [given]
+    config, _ = parse_config(ImageTrainingConfig, ["--config=~/run.yaml", *words])
+    assert config.output_dir == str(tmp_path / "runs" / "a")
+    assert config.model.init_from == str(tmp_path / "models" / "a")
+
+
+def test_a_tilde_in_the_middle_is_none() -> None:
+    assert with_home("--prompts=a ~/b") == "--prompts=a ~/b"
+    assert with_home("~ and more") == "~ and more"

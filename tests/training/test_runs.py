@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
-from mhla_diffusion.training.trainer import _warn_of_idle_cores
+from mhla_diffusion.training.launcher import warn_of_idle_cores
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -56,6 +56,7 @@ def test_a_run_leaves_a_pipeline_that_generates(whole: Path, losses: Losses) -> 
     assert all(0 <= value.min() <= value.max() <= 1 for value in mixing)
     card = (whole / "pipeline" / "README.md").read_text()
     assert "| steps | 6 of batch size 8 |" in card
+    assert "| transparent pixels | on white |" in card
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
@@ -166,7 +167,7 @@ def test_a_run_on_fewer_threads_than_cores_says_how_to_use_them(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    _warn_of_idle_cores(num_processes=8)
+    warn_of_idle_cores(num_processes=8)
     assert not caplog.text
-    _warn_of_idle_cores(num_processes=2)
+    warn_of_idle_cores(num_processes=2)
     assert "training on 2 of 8 cores: accelerate launch --num_cpu_threads_per_process 4" in caplog.text

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mhla_diffusion import MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import ObjectiveConfig, SamplingConfig, TrainingTask, build_objective
 from mhla_diffusion.training.conditioning import ClassLabels
+from mhla_diffusion.training.sheets import SampleSheet, SheetClock
 
 
 @pytest.fixture
@@ -35,14 +38,19 @@ def test_the_sheet_has_a_row_for_each_class_and_is_the_same_each_time(
 ) -> None:
     torch.nn.init.normal_(model.proj_out_2.weight)
     state = torch.get_rng_state()
-    sheet, again = (task.sample(model, torch.device("cpu")) for _ in range(2))
+    clock = SheetClock(1, 0.25, hidden=True)
+
+    def draw() -> Image.Image:
+        return task.sample(model, torch.device("cpu"), clock).picture()
+
+    sheet, again = draw(), draw()
     assert torch.equal(torch.get_rng_state(), state)
     assert sheet.size == (2 * 8, 3 * 8)
     pixels = np.asarray(sheet)
     assert np.array_equal(pixels, np.asarray(again))
     assert np.array_equal(pixels[:8], pixels[16:]), "the same class and noise"
     task.sampling = replace(task.sampling, seed=1)
-    assert not np.array_equal(pixels, np.asarray(task.sample(model, torch.device("cpu"))))
+    assert not np.array_equal(pixels, np.asarray(draw()))
 
 
 def test_the_pipeline_knows_what_it_was_trained_on(
@@ -51,3 +59,31 @@ def test_the_pipeline_knows_what_it_was_trained_on(
     task.save_pipeline(model, tmp_path, {"data": "7 samples", "steps": "5"})
     training = MHLAPipeline.from_pretrained(tmp_path).config.training
     assert training == {"data": "letters, 7 samples of 2 classes", "steps": "5", "class dropout": 0.1}
+
+
+def test_a_sheet_of_videos_is_a_file_that_plays_and_a_picture_of_a_few_frames(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (480, 320), (3 * i, 0, 0)) for i in range(33)]
+    sheet = SampleSheet([frames, frames[::-1]], fps=8)
+    sheet.save(tmp_path / "step-1")
+    assert Image.open(tmp_path / "step-1.png").size == (8 * 256, 2 * 171)
+    video = open_video(tmp_path / "step-1.mp4")
+    assert (video.num_frames, video.fps) == (33, 8)
+    assert video.read([0]).shape == (1, 640, 480, 3)
+
+
+def test_a_sheet_that_takes_more_than_its_share_says_so_after_its_first_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("mhla_diffusion.training.sheets.time.perf_counter", lambda: now[0])
+    clock = SheetClock(10, 0.25, hidden=False)
+    for training in (1000.0, 10.0, 10.0):  # steps of a sheet take 3 seconds
+        now[0] += training
+        clock.start(20)
+        now[0] += 3
+        clock(None, 0, None, {})
+        clock.end()
+    (record,) = caplog.records
+    assert "a sample sheet takes about 60 s, 86 % of the time" in record.message
+    assert "set sampling.every to 180" in record.message
+    assert "sample sheet" in capsys.readouterr().err

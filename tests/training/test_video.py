@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline, MHLAWanTransformer3DModel
+from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import (
     LoraConfig,
     ObjectiveConfig,
@@ -66,6 +67,7 @@ def test_a_run_leaves_a_pipeline_and_a_resumed_one_the_same(run_video: Run, tmp_
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert all(0 <= line["waiting_for_data"] <= 1 for line in lines)
     assert (whole / "samples" / "step-00000003.png").is_file()
+    assert open_video(whole / "samples" / "step-00000006.mp4").num_frames == 4
     pipeline = MHLAPipeline.from_pretrained(whole / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("digit 3", num_inference_steps=2).frames.shape == (1, 4, 24, 24, 1)
@@ -96,6 +98,36 @@ def test_lora_trains_attention_and_adapters_that_are_merged_at_the_end(
     delta = after["blocks.0.ffn.net.2.weight"] - before["blocks.0.ffn.net.2.weight"]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2
 
+    merged = MHLAPipeline.from_pretrained(tuned / "pipeline")
+    beside = MHLAPipeline.from_pretrained(first / "pipeline")
+    beside.load_lora_weights(tuned / "lora")
+    mixing = [pipe.transformer.blocks[0].attn1.processor.mixing for pipe in (merged, beside)]
+    assert torch.equal(*mixing)
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "prompt": "digit 3"}
+    videos = [pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (merged, beside)]
+    torch.testing.assert_close(*videos)
+    other = MHLAPipeline.from_pretrained(first / "pipeline", mhla_config={"blocks": [1, 1, 2], "gate": True})
+    with pytest.raises(ValueError, match=r"adapters were trained with .*mixing \(4, 4\), and this model has"):
+        other.load_lora_weights(tuned / "lora")
+
+
+def test_a_run_from_a_converted_model_makes_what_its_data_are(
+    run_video: Run, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The model was made for 81 frames of 480 x 832."""
+    converted = MHLAWanTransformer3DModel(
+        patch_size=(2, 4, 4), num_attention_heads=2, attention_head_dim=12, in_channels=1, out_channels=1,
+        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, mhla_config={"blocks": 8},
+    )  # fmt: skip
+    converted.save_pretrained(tmp_path / "converted")
+    settings["model"] = {"init_from": str(tmp_path / "converted")}
+    result = run_video("--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "3")
+    assert result.returncode == 0, result.stdout
+    assert open_video(tmp_path / "run" / "samples" / "step-00000003.mp4").read([0]).shape == (1, 24, 24, 3)
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.default_size == (4, 24, 24)
+    assert "4 frames of 24 x 24 pixels" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+
 
 @pytest.fixture
 def model() -> MHLAWanTransformer3DModel:
@@ -120,6 +152,7 @@ def test_a_new_model_has_the_grid_of_the_data(model: MHLAWanTransformer3DModel) 
         ({"text": {"encoder": "minilm", "max_length": 0}}, r"text.max_length must be 1 or more, got 0"),
         ({"objective": {"name": "ddpm"}}, r"Wan is trained by flow matching"),
         ({"sampling": {"every": 5}}, r"sampling.prompts must have at least one"),
+        ({"lora": {"rank": 4}}, r"lora.rank 4 trains adapters beside .* give the trained model as"),
         ({"lora": {"rank": -1}}, r"lora.rank must be 0 or more, got -1"),
         ({"lora": {"alpha": 2.0}}, r"lora.alpha must be positive and needs a lora.rank"),
     ],

@@ -40,6 +40,7 @@ class FeatureExtractor:
         normalization: what the network does to its pixels, in words.
         weights: what the weights are called.
         weights_sha256: hash of the file of weights.
+        chosen: why ``auto`` took it; None when it was asked for.
         caution: a sentence that stands beside the score, when it does not compare with published ones.
         packages: packages whose versions belong into the report.
         device: where the network is.
@@ -59,6 +60,7 @@ class FeatureExtractor:
     normalization: str
     weights: str
     weights_sha256: str
+    chosen: str | None = None
     caution: str | None = None
     packages: tuple[str, ...] = ()
     device: str = "cpu"
@@ -118,8 +120,8 @@ def resolve_name(
     names: tuple[str, ...],
     packaged: str,
     choose: Callable[[str | Path | None], tuple[str, str]],
-) -> tuple[str, str | Path | None]:
-    """Return the extractor that a name means, and its weights.
+) -> tuple[str, str | Path | None, str | None]:
+    """Return the extractor that a name means, its weights, and why ``auto`` chose it, if it did.
 
     ``"dinov2=folder"`` is the extractor dinov2 with the weights in folder, ``"auto"`` is what ``choose``
     says, with its reason.
@@ -136,10 +138,11 @@ def resolve_name(
         raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(names)}")
     if name == packaged and weights is not None:
         raise ValueError(f"extractor {packaged} brings its own weights: leave weights out")
-    if name == "auto":
-        name, reason = choose(weights)
-        logger.info("Extractor: %s, because %s", name, reason)
-    return name, weights
+    if name != "auto":
+        return name, weights, None
+    name, reason = choose(weights)
+    logger.info("Extractor: %s, because %s", name, reason)
+    return name, weights, reason
 
 
 def resolve_device(device: str | None) -> str:

@@ -6,6 +6,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,14 @@ def load_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
-    name, weights = resolve_name(name, weights, names=NAMES, packaged="efficientnet_lite0", choose=_choose)
+    name, weights, reason = resolve_name(
+        name, weights, names=NAMES, packaged="efficientnet_lite0", choose=_choose
+    )
     device = resolve_device(device)
     if name == "efficientnet_lite0":
-        return _efficientnet_lite0(device)
+        return replace(_efficientnet_lite0(device), chosen=reason)
     if name == "inception":
-        return _inception(weights, device, trust_weights)
+        return replace(_inception(weights, device, trust_weights), chosen=reason)
     return {"inception_adm": _inception_adm, "dinov2": _dinov2, "clip": _clip}[name](weights, device)
 
 
@@ -117,7 +120,8 @@ def _choose(weights: str | Path | None) -> tuple[str, str]:
         return "inception", f"its weights are at {INCEPTION.path}"
     return "efficientnet_lite0", (
         "no Inception weights are given nor at "
-        f"{INCEPTION.path}; its scores do not compare with published FID"
+        f"{INCEPTION.path}; its scores do not compare with published FID (--metrics fid takes Inception, and "
+        "downloads it)"
     )
 
 

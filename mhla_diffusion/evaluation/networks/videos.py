@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,12 @@ def load_video_extractor(
     """
     if isinstance(name, FeatureExtractor):
         return name
-    name, weights = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
+    name, weights, reason = resolve_name(name, weights, names=NAMES, packaged="transnetv2", choose=_choose)
     device = resolve_device(device)
     if name == "transnetv2":
-        return _transnetv2(device)
+        return replace(_transnetv2(device), chosen=reason)
     if name == "i3d":
-        return _i3d(weights, frames, device, trust_weights)
+        return replace(_i3d(weights, frames, device, trust_weights), chosen=reason)
     load = {
         "cdfvd_i3d": _cdfvd_i3d, "cdfvd_videomae": _cdfvd_videomae, "videomae": _videomae,
     }[name]  # fmt: skip
@@ -119,7 +120,8 @@ def _choose(weights: str | Path | None) -> tuple[str, str]:
     if I3D.path.exists():
         return "i3d", f"its weights are at {I3D.path}"
     return "transnetv2", (
-        f"no I3D weights are given nor at {I3D.path}; its scores do not compare with published FVD"
+        f"no I3D weights are given nor at {I3D.path}; its scores do not compare with published FVD "
+        "(--metrics fvd takes I3D, and downloads it)"
     )
 
 

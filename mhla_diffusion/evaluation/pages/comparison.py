@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ...files.writing import require_absent, write_file
+from ...files.writing import write_together
 from ..scores.score import Score, cautions, decimals, once
-from .report import SCHEMA_VERSION, encode, render
+from .notebook import in_frame
+from .report import encode, render
+from .runs import Group, Run, differing, group_runs, load_run, short_names
 
 FILE_NAMES = ("comparison.md", "comparison.html")
-
-# What differs from run to run without changing what is measured.
-_HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals")
-
-
-@dataclass(frozen=True)
-class Run:
-    """Report that is compared.
-
-    Args:
-        name: the path that was given.
-        scores: by name.
-        conditions: everything that must be equal in two runs that are compared, by a dotted key.
-        versions: of the packages.
-        kind: ``"image"`` or ``"video"``.
-        samples: a few generated ones, as they stand in samples.json; none when that is not there.
-    """
-
-    name: str
-    scores: dict[str, Score]
-    conditions: dict[str, str]
-    versions: dict[str, str]
-    kind: str
-    samples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,21 +25,22 @@ class ScoreRow:
         name: of the score.
         scores: one a run.
         best: indices of the best runs: those whose interval meets that of the best value.
-        mean, std: over the runs, as over seeds; None when a run has it not, or runs may not be compared.
+        means: mean and standard deviation over the runs of each group; None for a single run, where one has
+            it not, and when runs may not be compared.
     """
 
     name: str
     scores: list[Score | None]
     best: list[int]
-    mean: float | None
-    std: float | None
+    means: list[tuple[float, float] | None]
 
-    def summary(self) -> str:
-        """Format mean and standard deviation over the runs; empty when they are None."""
-        if self.mean is None or self.std is None:
+    def summary(self, group: int) -> str:
+        """Format mean and standard deviation over the runs of a group; empty when there are none."""
+        found = self.means[group]
+        if found is None:
             return ""
-        places = decimals(self.std)
-        return f"{self.mean:.{places}f} ± {self.std:.{places}f}"
+        places = decimals(found[1])
+        return f"{found[0]:.{places}f} ± {found[1]:.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -75,27 +52,59 @@ class SideBySide:
         rows: one a score.
         differences: conditions that are not the same in all runs, with what each run has.
         other_versions: packages whose versions differ, likewise.
+        groups: runs that are one experiment with several seeds, in the order of the runs.
+        made_differently: what the groups differ in, as far as manifests say it, with what each has.
     """
 
     runs: list[Run]
     rows: list[ScoreRow]
     differences: dict[str, list[str]]
     other_versions: dict[str, list[str]]
+    groups: list[Group]
+    made_differently: dict[str, list[str]]
+
+    @property
+    def repeated(self) -> list[int]:
+        """Indices of the groups of several runs."""
+        return [i for i, group in enumerate(self.groups) if len(group.indices) > 1]
+
+    def group_notes(self) -> list[str]:
+        """Say what means are over, and what they are not."""
+        if not self.repeated:
+            return [
+                "No two of these runs are known to be one experiment with other seeds: there is no mean "
+                "over them. Equal labels say that runs are one."
+            ]
+        return [
+            f"{group.label}: mean and standard deviation are over {len(group.indices)} runs {group.reason}."
+            for group in map(self.groups.__getitem__, self.repeated)
+        ]
+
+    def _repr_html_(self) -> str:
+        return in_frame(self.to_html())
 
     def cautions(self) -> list[str]:
         """Collect what has to be said of the scores, each once; what is of some runs alone names them."""
-        return once({run.name: cautions(run.scores.values()) for run in self.runs})
+        return once({run.label: cautions(run.scores.values()) for run in self.runs})
 
     def to_markdown(self) -> str:
         """Return the content of comparison.md, a table to paste."""
-        names = [run.name for run in self.runs]
-        lines = [f"| score | {' | '.join(names)} | mean ± std |", "|---" * (len(names) + 2) + "|"]
+        names = [
+            *(run.label for run in self.runs),
+            *(f"{self.groups[i].label}: mean ± std" for i in self.repeated),
+        ]
+        lines = [f"| score | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for row in self.rows:
             cells = [_cell(score, index in row.best) for index, score in enumerate(row.scores)]
-            lines.append(f"| {row.name} | {' | '.join(cells)} | {row.summary()} |")
+            cells += [row.summary(i) for i in self.repeated]
+            lines.append(f"| {row.name} | {' | '.join(cells)} |")
         if self.differences:
             lines += ["", "**These runs were not scored in the same way; their scores do not compare:**", ""]
             lines += [f"- {key}: {'; '.join(values)}" for key, values in self.differences.items()]
+        if self.made_differently:
+            lines += ["", "What the samples differ in:", ""]
+            lines += [f"- {key}: {'; '.join(values)}" for key, values in self.made_differently.items()]
+        lines += ["", *self.group_notes()]
         if said := self.cautions():
             lines += ["", *(f"- {caution}" for caution in said)]
         return "\n".join(lines) + "\n"
@@ -114,9 +123,8 @@ class SideBySide:
         Raises:
             ValueError: when they are there and ``overwrite`` is false.
         """
-        require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite)
-        for name, content in zip(FILE_NAMES, (self.to_markdown(), self.to_html()), strict=True):
-            write_file(Path(out) / name, encode(content))
+        contents = map(encode, (self.to_markdown(), self.to_html()))
+        write_together(out, dict(zip(FILE_NAMES, contents, strict=True)), overwrite=overwrite)
 
 
 def _cell(score: Score | None, best: bool) -> str:
@@ -125,76 +133,55 @@ def _cell(score: Score | None, best: bool) -> str:
     return f"**{score.text()}**" if best else score.text()
 
 
-def compare_reports(reports: Sequence[str | Path]) -> SideBySide:
+def compare_reports(reports: Sequence[str | Path], *, labels: Sequence[str] | None = None) -> SideBySide:
     """Put reports side by side.
+
+    Runs whose samples were made in the same way, by models that differ in the seed of their training at most,
+    are one group, and means are over the runs of a group.
 
     Args:
         reports: folders that ``Report.save`` wrote, or report.json files, two or more.
+        labels: what each run is called; the part of its path in which they differ by default. Runs with equal
+            labels are one group, whatever they are of.
 
     Raises:
-        ValueError: when there are fewer, or one is not a report of this version.
+        ValueError: when there are fewer, one is not a report of this version, or there is not a label each.
     """
     if len(reports) < 2:
         raise ValueError(f"two reports or more are compared, got {len(reports)}")
-    runs = [_load(Path(path)) for path in reports]
-    differences = _differing([run.conditions for run in runs])
+    if labels is not None and len(labels) != len(reports):
+        raise ValueError(f"{len(labels)} labels for {len(reports)} reports: give one each, or none")
+    paths = [Path(path) for path in reports]
+    runs = [load_run(*its) for its in zip(paths, labels or short_names(paths), strict=True)]
+    groups = group_runs(runs, by_label=labels is not None)
+    differences = differing([run.conditions for run in runs])
     names = dict.fromkeys(name for run in runs for name in run.scores)
     return SideBySide(
         runs=runs,
-        rows=[_row(name, runs, comparable=not differences) for name in names],
+        rows=[_row(name, runs, groups, comparable=not differences) for name in names],
         differences=differences,
-        other_versions=_differing([run.versions for run in runs]),
+        other_versions=differing([run.versions for run in runs]),
+        groups=groups,
+        made_differently=differing([runs[group.indices[0]].made for group in groups]),
     )
 
 
-def _load(path: Path) -> Run:
-    file = path / "report.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"it has schema_version {version}, not {SCHEMA_VERSION}: score the samples again"
-            )
-        protocol = content["protocol"]
-        conditions = {key: value for key, value in protocol.items() if key not in (*_HARMLESS, "scores")}
-        real, generated = content["real"], content["generated"]
-        conditions |= {
-            "kind": content["kind"],
-            "real": {"count": real["count"], "fingerprint": real["fingerprint"]},
-            "generated": {"count": generated["count"]},
-        }
-        scores = [Score(**score) for score in content["scores"]]
-        pictures = file.with_name("samples.json")
-        samples = json.loads(pictures.read_text("utf-8")) if pictures.is_file() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a report that can be compared: {error}") from error
-    return Run(
-        name=str(path),
-        scores={score.name: score for score in scores},
-        conditions=_flat(conditions),
-        versions=protocol["versions"],
-        kind=content["kind"],
-        samples=samples,
-    )
-
-
-def _row(name: str, runs: Sequence[Run], *, comparable: bool) -> ScoreRow:
+def _row(name: str, runs: Sequence[Run], groups: Sequence[Group], *, comparable: bool) -> ScoreRow:
     scores = [run.scores.get(name) for run in runs]
     present = [score for score in scores if score is not None]
-    values = np.array([score.value for score in present])
-    whole = comparable and len(present) == len(runs)
     best: list[int] = []
     if comparable:
         top = (max if present[0].higher_is_better else min)(present, key=lambda score: score.value)
         best = [i for i, score in enumerate(scores) if score is not None and _meets(score, top)]
-    return ScoreRow(
-        name,
-        scores,
-        best=best if len(best) < len(runs) else [],
-        mean=float(values.mean()) if whole else None,
-        std=float(values.std(ddof=1)) if whole else None,
-    )
+    means = [_mean([scores[i] for i in group.indices]) if comparable else None for group in groups]
+    return ScoreRow(name, scores, best=best if len(best) < len(runs) else [], means=means)
+
+
+def _mean(scores: Sequence[Score | None]) -> tuple[float, float] | None:
+    values = [score.value for score in scores if score is not None]
+    if len(values) < max(2, len(scores)):
+        return None
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def _meets(score: Score, top: Score) -> bool:
@@ -202,18 +189,3 @@ def _meets(score: Score, top: Score) -> bool:
     low, high = score.interval or (score.value, score.value)
     top_low, top_high = top.interval or (top.value, top.value)
     return low <= top_high and top_low <= high
-
-
-def _differing(conditions: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    keys = dict.fromkeys(key for its in conditions for key in its)
-    found = {key: [its.get(key, "(absent)") for its in conditions] for key in keys}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
-
-
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {key: str(value)}
-    flat: dict[str, str] = {}
-    for name, inner in value.items():
-        flat |= _flat(inner, f"{key}.{name}" if key else name)
-    return flat

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files.writing import require_absent, require_writable, write_file
+from ...files.writing import require_room, write_together
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
-from ..scores.score import Score, cautions, decimals
+from ..scores.score import Score, cautions
 from ..sets.samples import SetSummary
+from .notebook import in_frame
 from .pictures import Neighbours, PictureRow
+from .sentence import protocol_sentence
 
 SCHEMA_VERSION = 2
 FILE_NAMES = ("report.json", "report.md", "report.html", "samples.json")
-UNFINISHED = ".report.unfinished"
-"""Stands beside a report while it is written, so that one that was not finished can be told."""
 SAMPLES = 12
 
 
@@ -46,7 +46,23 @@ class Report:
     neighbours: Neighbours | None = None
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.scores), *(f"Caution: {said}" for said in cautions(self.scores))])
+        lines = [*self.choices(), *map(str, self.scores)]
+        return "\n".join([*lines, *(f"Caution: {said}" for said in cautions(self.scores))])
+
+    def _repr_html_(self) -> str:
+        return in_frame(self.to_html())
+
+    def choices(self) -> list[str]:
+        """Say which extractors were chosen for who asked for none, and why."""
+        return [
+            f"Extractor {name}, chosen {its['chosen']}."
+            for name, its in self.protocol["extractors"].items()
+            if "chosen" in its
+        ]
+
+    def sentence(self) -> str:
+        """State the protocol in full, for a paper: scores, counts, extractors, sampler, versions."""
+        return protocol_sentence(self.scores, self.real, self.generated, self.protocol, self.kind)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -62,7 +78,11 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the content of report.md, a table to paste."""
-        return scores_table(self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind)
+        table = scores_table(
+            self.scores, real=self.real.count, generated=self.generated.count, kind=self.kind
+        )
+        choices = "".join(f"{said}\n\n" for said in self.choices())
+        return f"{choices}{table}\nProtocol: {self.sentence()}\n"
 
     def samples(self) -> list[dict[str, Any]]:
         """Return the content of samples.json: a few generated samples, of each class as many."""
@@ -94,18 +114,15 @@ class Report:
         require_no_report(out, overwrite=overwrite)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         contents = (text, self.to_markdown(), self.to_html(), json.dumps(self.samples()))
-        mark = Path(out) / UNFINISHED
-        write_file(mark, "The report beside this file is only in part written.\n")
-        for name, content in zip(FILE_NAMES, contents, strict=True):
-            write_file(Path(out) / name, encode(content))
-        mark.unlink()
+        encoded = dict(zip(FILE_NAMES, map(encode, contents), strict=True))
+        write_together(out, encoded, overwrite=overwrite)
 
 
 def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | None, kind: str) -> str:
     """Return Markdown: a row a score with its interval, then what has to be said of them."""
     lines = ["| score | value [95 % interval] | N to infinity | |", "|---|---|---|---|"]
     for score in scores:
-        limit = "" if score.extrapolated is None else f"{score.extrapolated:.{decimals(score.value / 100)}f}"
+        limit = "" if score.extrapolated is None else score.format(score.extrapolated)
         better = "higher is better" if score.higher_is_better else "lower is better"
         lines.append(f"| {score.name} | {score.text()} | {limit} | {better} |")
     counts = ["an unstated number of" if count is None else f"{count:,}" for count in (generated, real)]
@@ -142,8 +159,4 @@ def require_no_report(out: str | Path, *, overwrite: bool = False) -> None:
         ImportError: when jinja2 is not installed.
     """
     require("jinja2")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out} is a file; a report needs a folder")
-    unfinished = (Path(out) / UNFINISHED).is_file()
-    require_absent([Path(out) / name for name in FILE_NAMES], overwrite=overwrite or unfinished)
-    require_writable(Path(out))
+    require_room(out, FILE_NAMES, overwrite=overwrite)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -308,6 +309,42 @@ METRICS = {
 }
 
 
+# Scores that papers report under a name of their own: of what, which metric on which extractors, the first
+# of which is taken where none is asked for.
+_PUBLISHED = {
+    "fid": ("image", "frechet", ("inception", "inception_adm")),
+    "fvd": ("video", "frechet", ("i3d", "cdfvd_i3d")),
+}
+
+
+def by_published_name(metrics: Any, extractor: Any, kind: str) -> tuple[Any, Any]:
+    """Return metrics and extractors with ``fid`` and ``fvd`` as what they are: a metric on an extractor.
+
+    Args:
+        metrics, extractor: as ``evaluate_images`` takes them.
+        kind: ``"image"`` or ``"video"``.
+
+    Raises:
+        ValueError: when one is of the other kind, or another extractor is asked for beside it.
+    """
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    for name in [name for name in names if name in _PUBLISHED]:
+        its_kind, metric, fit = _PUBLISHED[name]
+        given = [extractor] if isinstance(extractor, (str, FeatureExtractor)) else list(extractor)
+        found = [str(getattr(one, "name", one)).partition("=")[0] for one in given]
+        if its_kind != kind:
+            raise ValueError(f"{name} is of {its_kind}s: use mhla evaluate {its_kind}")
+        if found == ["auto"]:
+            extractor = fit[0]
+        elif not set(found) & set(fit):
+            raise ValueError(
+                f"{name} is the Frechet distance on {' or '.join(fit)}, and the extractor asked for is "
+                f"{', '.join(found)}: leave it out, or ask for {metric}, whose name will say what it is on"
+            )
+        names[names.index(name)] = metric
+    return (names if names != [metrics] else metrics), extractor
+
+
 def choose_metrics(
     asked: str | Sequence[str],
     extractors: Sequence[FeatureExtractor],
@@ -328,7 +365,8 @@ def choose_metrics(
     """
     names = list(METRICS) if asked == "auto" else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in METRICS]:
-        raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {', '.join(METRICS)}")
+        choices = ", ".join([*METRICS, *_PUBLISHED])
+        raise ValueError(f"metric {unknown[0]!r} is unknown; choose auto, or out of {choices}")
     chosen = []
     for name in names:
         metric = METRICS[name]

@@ -39,12 +39,15 @@ class Score:
         return f"{self.name} = {self.text()}"
 
     def text(self) -> str:
-        """Format the value and its interval, to as many places as the interval bears."""
+        """Format the value and its interval."""
         if self.interval is None:
-            return f"{self.value:.{decimals(self.value / 100)}f}"
-        low, high = self.interval
-        places = decimals((high - low) / 2)
-        return f"{self.value:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
+            return self.format(self.value)
+        return f"{self.format(self.value)} [{', '.join(map(self.format, self.interval))}]"
+
+    def format(self, number: float) -> str:
+        """Format a number of this score, its value or another, to as many places as the interval bears."""
+        spread = self.value / 100 if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+        return f"{number:.{decimals(spread)}f}"
 
 
 def decimals(spread: float) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..sets.arrays import describe_kind, file_kind, npz_headers, require_regular
+from ...files.arrays import describe_kind, file_kind, npz_headers, require_regular
 
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s")
 FACTS = ("n", "extractor", "sha256", "fingerprint", "sampling")

@@ -7,14 +7,16 @@ import os
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ...files.arrays import file_kind
 from ...files.manifest import MANIFEST, parse_manifest
-from .arrays import file_kind
+from ...files.names import is_hidden
 from .samples import Pixels, SampleKind, SampleSet
 
 LARGEST = 1 << 30
@@ -53,7 +55,7 @@ class Archives(SampleSet):
             prefix = f"{archive.name}/" if len(self.archives) > 1 else ""
             for member in sorted(_list(archive), key=lambda member: member.name):
                 self.members[prefix + member.name] = member
-        visible = [name for name in self.members if not PurePosixPath(name).name.startswith(".")]
+        visible = [name for name in self.members if not any(map(is_hidden, PurePosixPath(name).parts))]
         self.names = [name for name in visible if name.lower().endswith(self.kind.extensions)]
         samples = set(self.names)
         self.note_left_out(name for name in visible if name not in samples)
@@ -105,7 +107,10 @@ class Archives(SampleSet):
         if member.size > LARGEST:
             raise ValueError(f"{member.name} has {member.size:,} bytes; at most {LARGEST:,} are read")
         if member.offset is None:
-            return self.zips[member.archive].read(member.name)
+            try:
+                return self.zips[member.archive].read(member.name)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+                raise ValueError(f"{member.name} in {member.archive} cannot be read: {error}") from error
         descriptor = os.open(member.archive, os.O_RDONLY)
         try:
             return os.pread(descriptor, member.size, member.offset)
@@ -121,7 +126,7 @@ def open_archives(path: Path, kind: SampleKind) -> Archives | None:
     """
     if file_kind(path) in ("zip", "tar"):
         return Archives(path, kind, [path])
-    visible = [entry for entry in path.iterdir() if entry.name[0] != "."] if path.is_dir() else []
+    visible = [entry for entry in path.iterdir() if not is_hidden(entry.name)] if path.is_dir() else []
     archives = sorted(entry for entry in visible if entry.suffix in (".zip", ".tar"))
     if not archives or any(entry.suffix not in (".zip", ".tar", ".json", ".txt") for entry in visible):
         return None

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...files.arrays import file_kind, require_regular
+from ...files.names import is_hidden
 from ...optional import require
-from .arrays import file_kind, require_regular
 from .samples import Pixels, SampleKind, SampleSet
 
 LABELS = ("label", "labels", "class")
@@ -126,7 +127,7 @@ def _is_bytes(feature: Any) -> bool:
 
 
 def _holds_only_parquet(path: Path) -> bool:
-    visible = [entry for entry in path.iterdir() if entry.name[0] != "."] if path.is_dir() else []
+    visible = [entry for entry in path.iterdir() if not is_hidden(entry.name)] if path.is_dir() else []
     return bool(visible) and all(entry.suffix == ".parquet" for entry in visible)
 
 

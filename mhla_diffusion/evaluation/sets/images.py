@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, PngImagePlugin
 
+from ...files.arrays import describe_kind, file_kind, npz_headers, read_npy_header
+from ...files.pictures import (
+    EXTENSIONS,
+    PICTURE_CONVERSION,
+    WHITE,
+    background_color,
+    flat_picture,
+    open_picture,
+)
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, npz_headers, read_npy_header
 from .datasets import open_dataset
 from .samples import Folder, Pixels, SampleKind, SampleSet, one_if_large
-
-# Other decoders run programs (EPS), or wait for a library that registers one.
-_NOT_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "PCD"}
-Image.init()
-FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
-EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS))
-# Prompts and workflows of generators, and colour profiles, are often larger than Pillow's 1 MiB.
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
 
 
 @dataclass
@@ -72,71 +71,61 @@ class NpzImages(SampleSet):
                 yield partial(_repeat_gray, row)
 
 
-def read_image(path: Path | str | IO[bytes]) -> Pixels:
-    """Decode a file as uint8 ``[H, W, 3]``, converted as ``IMAGES`` says.
+def read_image(source: Path | str | IO[bytes], background: str = WHITE) -> Pixels:
+    """Decode a file as uint8 ``[H, W, 3]``, converted as :func:`image_kind` says.
 
     Raises:
-        ValueError: when its values would be lost: floating-point pixels, which have no defined range, or
-            integers of 16 bits and more that do not use these.
+        ValueError: when its values would be lost, see :func:`~mhla_diffusion.files.pictures.flat_picture`.
     """
-    with Image.open(path, formats=FORMATS) as image, one_if_large(3 * image.width * image.height):
-        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-            return _from_16_bits(np.asarray(image).astype(np.int64))
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        deep = ";16" in str([tile[3] for tile in image.tile])
-        pixels = np.asarray(image.convert("RGB"))
-        if deep and pixels.max() < 16:  # Pillow takes the high 8 bits
-            raise ValueError("16 bits a colour of which only the low ones are used: save it with 8 bits")
-        return pixels
+    with open_picture(source) as image, one_if_large(3 * image.width * image.height):
+        return np.asarray(flat_picture(image, background).convert("RGB"))
 
 
-def _from_16_bits(values: np.ndarray) -> Pixels:
-    low, high = values.min(), values.max()
-    if low < 0 or high > 0xFFFF:
-        raise ValueError(f"pixels from {low} to {high}; 0 to 65535 are expected")
-    if 0 < high < 0x1000:
-        raise ValueError(
-            f"integer pixels from {low} to {high} would become nearly black, as 65535 is white: save them "
-            "with 8 bits, or stretched to 16"
-        )
-    return _repeat_gray((values >> 8).astype(np.uint8))
+def image_kind(background: str = WHITE) -> SampleKind:
+    """Describe images as samples.
+
+    Args:
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
+
+    Raises:
+        ValueError: for another.
+    """
+    background_color(background)
+    return SampleKind(
+        name="image",
+        extensions=EXTENSIONS,
+        read=partial(read_image, background=background),
+        conversion=PICTURE_CONVERSION.format(background=background),
+        published_count=50_000,
+    )
 
 
-IMAGES = SampleKind(
-    name="image",
-    extensions=EXTENSIONS,
-    read=read_image,
-    conversion="RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided "
-    "by 256, first frame of an animation, EXIF orientation not applied (as clean-fid)",
-    published_count=50_000,
-)
-
-
-def open_images(path: str | Path) -> SampleSet:
+def open_images(path: str | Path, background: str = WHITE) -> SampleSet:
     """Open the images of a set; none is decoded yet.
 
     Args:
         path: folder of images; npz of the ADM layout; zip, tar (webdataset) or parquet, or a folder of such
             files; folder that ``datasets`` saved; or ``hf://name``, ``hf://name:split`` of a dataset on the
             hub (split ``train`` when not given).
+        background: colour behind transparent pixels.
 
     Raises:
         ValueError: when there is nothing at ``path``, no image in it, or it cannot be read.
     """
-    if (dataset := open_dataset(path, IMAGES)) is not None:
+    kind = image_kind(background)
+    if (dataset := open_dataset(path, kind)) is not None:
         return dataset
     path = Path(path)
-    if (archives := open_archives(path, IMAGES)) is not None:
+    if (archives := open_archives(path, kind)) is not None:
         return archives
     if path.is_dir():
-        return Folder(path, IMAGES)
-    kind = file_kind(path)
-    if kind == "npz":
-        return NpzImages(path, IMAGES)
+        return Folder(path, kind)
+    found = file_kind(path)
+    if found == "npz":
+        return NpzImages(path, kind)
     raise ValueError(
         f"{path} is neither a folder of images nor an .npz file, zip, tar, parquet or dataset: "
-        f"{describe_kind(kind)}"
+        f"{describe_kind(found)}"
     )
 
 

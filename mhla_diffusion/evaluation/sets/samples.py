@@ -19,13 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.arrays import file_kind, require_regular
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from ...files.names import is_hidden
 from ...files.sums import SUMS
-from .arrays import file_kind, require_regular
 
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
+
+EARLIER_CONVERSIONS = {
+    "image": "RGB, 8 bits; grayscale repeated, palette looked up, alpha dropped, 16-bit grayscale divided "
+    "by 256, first frame of an animation, EXIF orientation not applied (as clean-fid)",
+    "video": "RGB, 8 bits, as the decoder gives it; grayscale repeated",
+}
+"""What earlier versions said of a kind: samples of the same pixels have the same features and scores."""
 
 _LARGE = 96 << 20
 _one_large = threading.Lock()
@@ -334,9 +342,9 @@ def find_files(folder: Path) -> list[str]:
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(".") and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
+            if not is_hidden(name) and not _lies_in(here, os.path.realpath(os.path.join(root, name)))
         ]
         below = os.path.relpath(root, folder)
         prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in files if not name.startswith(".")]
+        found += [prefix + name for name in files if not is_hidden(name)]
     return found

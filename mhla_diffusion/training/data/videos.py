@@ -14,11 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ...files.videos import Decoder, Frames, UnreadableVideoError, clip_indices, open_video
+from ...files.clips import choose_clip
+from ...files.pictures import WHITE, background_color
+from ...files.videos import Decoder, Frames, UnreadableVideoError, open_video
+from ...processes import in_first_process
 from .captions import read_captions
+from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
+from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError
 
@@ -34,11 +37,15 @@ class CaptionedVideos(Protocol):
         ...
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
-        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; see ``clip_indices`` for the arguments.
+        """Read a clip, uint8 ``[F, H, W, 3]`` or gray ``[F, H, W]``; arguments as of ``choose_clip``.
 
         Raises:
             UnreadableVideoError: when it cannot be decoded or is too short.
         """
+        ...
+
+    def shapes(self) -> Sequence[Shape]:
+        """Return height and width of each video in pixels."""
         ...
 
 
@@ -59,10 +66,23 @@ class VideoFile:
 
 
 class VideoFiles:
-    """Videos in files. Each is opened, read and closed by whoever loads the sample."""
+    """Videos in files. Each is opened, read and closed by whoever loads the sample.
 
-    def __init__(self, files: Sequence[VideoFile], *, decoder: Decoder = "auto") -> None:
-        self.files, self.decoder = list(files), decoder
+    Args:
+        files: in the order of the samples.
+        decoder, background: see :class:`FileSource`.
+        index: where the shapes of the files are kept; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[VideoFile],
+        *,
+        decoder: Decoder = "auto",
+        background: str = WHITE,
+        index: Path | None = None,
+    ) -> None:
+        self.files, self.decoder, self.background, self.index = list(files), decoder, background, index
         self.captions = [file.caption for file in self.files]
 
     def name(self, index: int) -> str:
@@ -70,15 +90,31 @@ class VideoFiles:
 
     def read(self, index: int, *, length: int, fps: float | None, start: float) -> Frames:
         file = self.files[index]
-        reader = open_video(file.path, decoder=self.decoder)
-        last = reader.num_frames - 1 if file.last is None else file.last
+        reader = open_video(file.path, decoder=self.decoder, background=self.background)
         try:
-            step = 1.0 if fps is None else reader.fps / fps
-            times = None if fps is None or reader.times is None else reader.times[file.first : last + 1]
-            indices = clip_indices(last + 1 - file.first, length=length, step=step, start=start, times=times)
+            chosen = choose_clip(
+                reader, length=length, fps=fps, start=start, first=file.first, last=file.last
+            )
         except UnreadableVideoError as error:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
-        return reader.read([file.first + i for i in indices])
+        return reader.read(chosen)
+
+    def fingerprint(self) -> str:
+        names = relative_names([file.path for file in self.files])
+        samples = [
+            (name, file.caption, file.first, file.last) for name, file in zip(names, self.files, strict=True)
+        ]
+        return fingerprint(samples, lambda index: file_content(self.files[index].path))
+
+    def shapes(self) -> list[Shape]:
+        """Return height and width of each video in pixels, out of the index as far as it has them."""
+        return read_shapes([file.path for file in self.files], self._shape, self.index)
+
+    def _shape(self, index: int) -> Shape:
+        try:
+            return self.read(index, length=1, fps=None, start=0.0).shape[1:3]
+        except UnreadableVideoError:
+            return None  # named, skipped and counted when its turn comes
 
 
 class VideoSource(Source):
@@ -113,8 +149,10 @@ class FileSource(ClipSource):
     """Videos in files.
 
     Args:
-        fps: frames per second of a clip, taken out of the file's; every frame of the file when not given.
+        fps: frames per second of a clip, chosen by the time at which they are shown; a file with fewer is
+            named and skipped. Every frame of the file when not given.
         decoder: see :func:`mhla_diffusion.files.videos.open_video`.
+        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
 
     Raises:
         ValueError: for a value out of its range.
@@ -122,9 +160,11 @@ class FileSource(ClipSource):
 
     fps: float | None = None
     decoder: Decoder = "auto"
+    background: str = WHITE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        background_color(self.background)
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"data.fps must be positive, got {self.fps}")
 
@@ -135,8 +175,8 @@ class FolderVideos(FileSource):
 
     Args:
         path: of the folder.
-        captions: CSV with the columns path and caption, or JSONL with these keys; paths are relative to the
-            folder. captions.csv or captions.jsonl in it by default.
+        captions: CSV with the columns path (or file_name) and caption (or text), or JSON or JSONL with these
+            keys; paths are relative to the folder, and lie in it. captions.csv or .jsonl in it by default.
     """
 
     path: str
@@ -144,7 +184,9 @@ class FolderVideos(FileSource):
 
     def open(self) -> VideoFiles:
         files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
-        return VideoFiles(files, decoder=self.decoder)
+        place = Path(self.captions or Path(self.path) / "captions")
+        index = place.with_name(f"{place.name}.shapes.json")
+        return VideoFiles(files, decoder=self.decoder, background=self.background, index=index)
 
 
 class VideoSamples:
@@ -175,6 +217,9 @@ class VideoSamples:
     def name(self, index: int) -> str:
         return self.videos.name(index)
 
+    def fingerprint(self) -> str | None:
+        return fingerprint_of(self.videos)
+
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         config, start = self.config, float(torch.rand((), generator=generator))
         try:
@@ -199,29 +244,11 @@ def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Ten
     return tvf.center_crop(clip, list(size)).float()
 
 
-class _Shapes:
-    """Height and width of each video, read by a DataLoader: readers stay in its workers."""
-
-    def __init__(self, videos: CaptionedVideos) -> None:
-        self.videos = videos
-
-    def __len__(self) -> int:
-        return len(self.videos.captions)
-
-    def __getitem__(self, index: int) -> tuple[int, ...] | None:
-        try:
-            return self.videos.read(index, length=1, fps=None, start=0.0).shape[1:3]
-        except UnreadableVideoError:
-            return None  # named, skipped and counted when its turn comes
-
-
 def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
-    # One worker at least: a reader in this process would make later workers hang.
-    loader: Any = DataLoader(_Shapes(videos), batch_size=None, num_workers=1)  # type: ignore[arg-type]
     ratios = [math.log(width / height) for height, width in sizes]
     nearest = []
-    for shape in tqdm(loader, desc="shapes", unit="video"):
+    for shape in in_first_process(videos.shapes):
         ratio = ratios[0] if shape is None else math.log(shape[1] / shape[0])
         nearest.append(min(range(len(sizes)), key=lambda i: abs(ratios[i] - ratio)))
     return nearest

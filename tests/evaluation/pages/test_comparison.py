@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation import FeatureExtractor, compare_reports, evaluate_images
+from mhla_diffusion.evaluation.pages.runs import short_names
 from tests.processes import run_script
 
 MakeReport = Callable[..., Path]
@@ -38,18 +40,26 @@ def make_report(
     return make
 
 
-def test_runs_of_one_protocol_are_ranked_and_averaged(make_report: MakeReport) -> None:
+def test_runs_of_one_protocol_are_ranked_and_those_of_one_label_averaged(make_report: MakeReport) -> None:
     folders = [make_report("good", 0), make_report("better?", 1, bootstrap=30), make_report("bad", 40)]
-    table = compare_reports(folders)
+    table = compare_reports(folders, labels=["mhla", "mhla", "softmax"])
     assert table.differences == {}
+    assert [(group.label, group.indices) for group in table.groups] == [("mhla", [0, 1]), ("softmax", [2])]
     row = table.rows[0]
     assert row.name == "fd_mean_colours"
     values = [json.loads((folder / "report.json").read_text())["scores"][0]["value"] for folder in folders]
     assert [score.value for score in row.scores if score] == values
     assert row.best == [0, 1]
-    assert row.mean == pytest.approx(np.mean(values))
-    assert row.std == pytest.approx(np.std(values, ddof=1))
+    assert row.means == [
+        (pytest.approx(np.mean(values[:2])), pytest.approx(np.std(values[:2], ddof=1))),
+        None,
+    ]
     text = table.to_markdown()
+    assert "| score | mhla | mhla | softmax | mhla: mean ± std |" in text
+    assert "mhla: mean and standard deviation are over 2 runs that have this label." in text
+    assert row.summary(0) in text
+    assert row.summary(0) in table.to_html()
+    assert "<iframe srcdoc=" in table._repr_html_()
     assert "do not compare" not in text
     assert f"**{row.scores[0].text()}**" in text  # type: ignore[union-attr]
 
@@ -59,7 +69,7 @@ def test_runs_of_different_protocols_are_not_compared_silently(make_report: Make
     table = compare_reports(folders)
     assert table.differences["generated.count"] == ["25", "20", "25"]
     assert table.differences["extractors.mean_colours.resize"] == ["16 x 16", "16 x 16", "8 x 8"]
-    assert all(row.best == [] and row.mean is None for row in table.rows)
+    assert all(row.best == [] and row.means == [None] * 3 for row in table.rows)
     assert "were not scored in the same way" in table.to_markdown()
     page = table.to_html()
     assert 'class="card alarm" role="alert"' in page
@@ -71,8 +81,8 @@ def test_cautions_stand_once_below_the_scores(make_report: MakeReport) -> None:
     table = compare_reports(folders)
     first, second, third = table.cautions()
     assert first.startswith("Only 30 real images")
-    assert second.startswith(f"{folders[0]}, {folders[1]}: Only 25 generated images")
-    assert third.startswith(f"{folders[2]}: Only 20 generated images")
+    assert second.startswith("a, bb: Only 25 generated images")
+    assert third.startswith("ccc: Only 20 generated images")
     for text in (table.to_markdown(), table.to_html()):
         last = max(text.index(row.name) for row in table.rows)
         for caution in (first, second, third):
@@ -92,6 +102,55 @@ def test_samples_of_runs_stand_side_by_side(make_report: MakeReport) -> None:
     page = compare_reports(folders).to_html()
     assert samples[0][0]["data_uri"] in page
     assert "No samples.json beside this report." in page
+
+
+MANIFEST = {
+    "model": "runs/a/pipeline", "weights_sha256": "a", "guidance_scale": 4.0, "scheduler": {"class": "DDIM"},
+    "training": {"steps": "100", "seed": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "together", "reason"),
+    [
+        ({}, True, "of one model, whose samples have other seeds"),
+        (
+            {"weights_sha256": "b", "model": "b", "training": {"steps": "100", "seed": 1}},
+            True,
+            r"that differ in the seed of the training \(0, 1\)",
+        ),
+        ({"guidance_scale": 2.0}, False, "guidance_scale"),
+        ({"training": {"steps": "200", "seed": 1}}, False, "training.steps"),
+        ({"training": None, "weights_sha256": "b"}, False, "weights_sha256"),
+    ],
+)
+def test_means_are_over_runs_that_differ_in_seeds_alone(
+    make_report: MakeReport, change: dict[str, object], together: bool, reason: str
+) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1)]
+    for folder, manifest in zip(folders, (MANIFEST, {**MANIFEST, **change}), strict=True):
+        report = json.loads((folder / "report.json").read_text())
+        report["generated"]["manifest"] = manifest
+        (folder / "report.json").write_text(json.dumps(report))
+    table = compare_reports(folders)
+    assert (len(table.groups) == 1) == together
+    assert (table.rows[0].means[0] is not None) == together
+    said = table.group_notes()[0] if together else " ".join(table.made_differently)
+    assert re.search(reason, said)
+    if not together:
+        assert "there is no mean" in table.to_markdown()
+        assert reason in table.to_markdown()
+
+
+def test_labels_are_one_each(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0), make_report("bb", 1)]
+    with pytest.raises(ValueError, match="1 labels for 2 reports: give one each, or none"):
+        compare_reports(folders, labels=["a"])
+
+
+def test_runs_are_called_by_what_differs_in_their_paths() -> None:
+    assert short_names([Path("runs/a/report"), Path("runs/b/c/report")]) == ["a", "b/c"]
+    assert short_names([Path("a"), Path("a")]) == ["a", "a"]
 
 
 def test_what_is_no_report_is_refused(make_report: MakeReport, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import os
 import re
@@ -14,9 +16,9 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation import FeatureExtractor, Report, compare_reports, evaluate_images
-from mhla_diffusion.evaluation.pages import report as report_module
 from mhla_diffusion.evaluation.pages.report import FILE_NAMES, require_no_report
 from mhla_diffusion.evaluation.scores.frechet import require_new_npz
+from mhla_diffusion.files import writing
 from mhla_diffusion.files.writing import write_file
 from tests.processes import run_script
 
@@ -156,7 +158,7 @@ def test_a_report_that_was_half_written_may_be_written_again(
         written.append(path)
         write_file(path, content)
 
-    monkeypatch.setattr(report_module, "write_file", killed)
+    monkeypatch.setattr(writing, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):
         report.save(tmp_path / "out")
     monkeypatch.undo()
@@ -192,3 +194,44 @@ def test_names_that_are_no_text_do_not_cost_the_report(
     report.save(tmp_path / "b")
     assert r"caf\udce9.png" in (tmp_path / "a" / "report.html").read_text("utf-8")
     compare_reports([tmp_path / "a", tmp_path / "b"]).save(tmp_path / "both")
+
+
+def test_a_choice_of_auto_stands_above_the_scores(
+    extractor: FeatureExtractor,
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: Callable[..., Path],
+) -> None:
+    folder = write_folder("real", make_pixels(12))
+    chosen = dataclasses.replace(extractor, chosen="there is no other")
+    report = evaluate_images(folder, folder, extractor=chosen)
+    said = "Extractor mean_colours, chosen by auto, because there is no other."
+    for text in (str(report), report.to_markdown(), report.to_html().partition("<table")[0]):
+        assert text.count(said) == 1
+    assert str(report).startswith(said)
+    assert report.to_markdown().startswith(said)
+
+
+def test_the_protocol_is_a_sentence_to_paste(report: Report) -> None:
+    sentence = report.sentence()
+    for part in (
+        str(report.scores[0]), "of 7 generated against 12 real images", "mean_colours", "sha256 000000000000",
+        "resized", "bootstrap replicates", "made by a pipeline with 20 steps", "Scored with mhla-diffusion",
+    ):  # fmt: skip
+        assert part in sentence, (part, sentence)
+    assert report.to_markdown().endswith(f"Protocol: {sentence}\n")
+    assert sentence in html.unescape(report.to_html())
+    bare = dataclasses.replace(report, generated=dataclasses.replace(report.generated, manifest={}))
+    assert "How the images were made is not recorded." in bare.sentence()
+
+
+def test_a_number_is_written_the_same_way_on_every_page(report: Report) -> None:
+    score = report.scores[0]
+    for text in (str(report), report.to_markdown()):
+        assert score.text() in text
+    assert f"<strong>{score.format(score.value)}</strong>" in report.to_html()
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(report: Report) -> None:
+    shown = report._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+    assert "<html" not in shown

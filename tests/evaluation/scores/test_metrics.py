@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from mhla_diffusion.evaluation import FeatureExtractor, FeatureStatistics, evaluate_images, frechet_distance
-from mhla_diffusion.evaluation.scores.metrics import METRICS, Comparison, Measured
+from mhla_diffusion.evaluation.scores.metrics import METRICS, Comparison, Measured, by_published_name
 from mhla_diffusion.evaluation.scores.neighbours import find_neighbourhoods
 from mhla_diffusion.evaluation.scores.resampling import (
     draw_replicates,
@@ -236,6 +236,11 @@ def test_clip_score(extractor: FeatureExtractor) -> None:
     ("metrics", "message"),
     [
         ("sharpness", "metric 'sharpness' is unknown; choose auto, or out of frechet, sfid"),
+        (
+            "fid",
+            "fid is the Frechet distance on inception or inception_adm, and the extractor asked for is me",
+        ),
+        ("fvd", "fvd is of videos: use mhla evaluate video"),
         (["sfid"], "sfid needs the extractor inception_adm"),
         (["clip_score"], "clip_score needs the extractor clip"),
         (["frechet_per_class"], "frechet_per_class needs classes in both sets"),
@@ -324,3 +329,13 @@ def test_scores_that_what_was_read_does_not_suffice_for_are_left_out_and_flagged
         assert all(wanted in score.flags for score in report.scores)
     with pytest.raises(ValueError, match=r"no score can be computed .* there are 5"):
         evaluate_images(folder, folder, extractor=extractor, metrics="precision", max_skipped=0.5)
+
+
+def test_fid_and_fvd_are_the_frechet_distance_on_the_networks_they_are_defined_with() -> None:
+    assert by_published_name("fid", "auto", "image") == (["frechet"], "inception")
+    assert by_published_name(["kid", "fid"], "inception_adm", "image") == (
+        ["kid", "frechet"],
+        "inception_adm",
+    )
+    assert by_published_name("fvd", "i3d=weights.pt", "video") == (["frechet"], "i3d=weights.pt")
+    assert by_published_name("auto", "auto", "image") == ("auto", "auto")

@@ -36,8 +36,8 @@ def _read_all(path: Path) -> list[np.ndarray]:
         (Image.fromarray(GRAY), np.stack([GRAY] * 3, axis=-1)),
         (Image.fromarray(GRAY.astype(np.uint16) * 256 + 200), np.stack([GRAY] * 3, axis=-1)),
         (Image.fromarray(RGB), RGB),
-        (Image.fromarray(np.concatenate([RGB, GRAY[..., None]], axis=-1)), RGB),
-        (Image.fromarray(np.stack([GRAY, 255 - GRAY], axis=-1)), np.stack([GRAY] * 3, axis=-1)),
+        (Image.fromarray(np.concatenate([RGB, np.full_like(GRAY, 255)[..., None]], axis=-1)), RGB),
+        (Image.fromarray(np.stack([GRAY, np.zeros_like(GRAY)], axis=-1)), np.full((4, 6, 3), 255)),
         (Image.fromarray(RGB).quantize(64), RGB),
         (Image.fromarray((GRAY > 100) * np.uint8(255)).convert("1"), np.stack([(GRAY > 100) * 255] * 3, -1)),
     ],
@@ -54,7 +54,7 @@ def test_orientation_frames_and_inks(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), RGB)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(RGB, -1))
     frames = [Image.fromarray(RGB).quantize(64), Image.fromarray(255 - RGB).quantize(64)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(read_image(tmp_path / "two.gif"), np.asarray(frames[0].convert("RGB")))
@@ -436,3 +436,11 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_and_large_ones_decoded_on
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(read_image, [tmp_path / "image.png"] * 4))
         assert (most > 1) is together
+
+
+def test_what_systems_put_beside_images_is_none_of_the_set(tmp_path: Path) -> None:
+    for name in ("a.png", ".a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    assert open_images(tmp_path).names == ["a.png"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,46 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
         assert sorted(labels) == [0] * 10 + [1] * 10
 
 
+def test_columns_of_a_dataset_are_chosen_and_not_guessed(tmp_path: Path) -> None:
+    import datasets
+
+    pictures = [Image.new("L", (8, 8), 9), None, Image.fromarray(np.full((8, 8), 40_000, np.uint16))]
+    features = {name: datasets.Image() for name in ("first", "second")}
+    labels, text = datasets.ClassLabel(names=["cat", "dog"]), datasets.Value("string")
+    rows = datasets.Dataset.from_dict(
+        {"first": pictures, "second": pictures, "label": [1, 0, 1], "list": [["a"], ["b"], []]},
+        features=datasets.Features({**features, "label": labels, "list": datasets.List(text)}),
+    )
+    rows.save_to_disk(tmp_path / "rows")
+    config = partial(DataConfig, "huggingface", str(tmp_path / "rows"))
+    with pytest.raises(ValueError, match=r"has several: set data\.image_column to one of first, second"):
+        samples(config())
+    with pytest.raises(ValueError, match=r"the column list holds neither numbers nor names: set data\.label"):
+        samples(config(image_column="first", label_column="list"))
+    with pytest.raises(ValueError, match=r"the column label holds no images: set data\.image_column"):
+        samples(config(image_column="label", label_column="label"))
+    source = samples(config(image_column="first"))
+    sample = source.load(2, GENERATOR())  # 16 bits, not clipped at 255
+    assert sample["class_labels"] == 1
+    assert sample["samples"].mean().item() == pytest.approx((40_000 >> 8) / 127.5 - 1, abs=1e-5)
+
+
+def test_no_program_is_run_and_no_pipe_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cat" / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "1.avif")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "drawing.eps")
+    (tmp_path / "cat" / "drawing.eps").rename(tmp_path / "cat" / "2.png")
+    os.mkfifo(tmp_path / "cat" / "3.png")
+    source = samples(DataConfig("folder", str(tmp_path)))
+    assert len(source) == 4
+    for index in (0, 1):
+        source.load(index, GENERATOR())
+    for index, message in ((2, "cannot identify image file"), (3, "is no regular file")):
+        with pytest.raises(UnreadableSampleError, match=message):
+            source.load(index, GENERATOR())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -174,7 +216,7 @@ def test_hugging_face(tmp_path: Path, image_folder: Path, saved: str) -> None:
         ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
-            r"data\.split is for data\.source huggingface alone",
+            r"data\.split is for data\.source huggingface or idx alone",
         ),
         ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
     ],
@@ -187,3 +229,14 @@ def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> 
 def test_images_have_1_or_3_channels(image_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.in_channels is 4; for latents"):
         samples(DataConfig("folder", str(image_folder)), channels=4)
+
+
+def test_folders_that_systems_make_are_no_classes(image_folder: Path) -> None:
+    before = open_images(DataConfig(source="folder", path=str(image_folder)))
+    for name in (".ipynb_checkpoints", "@eaDir", f"{before.class_names[0]}/.ipynb_checkpoints"):
+        folder = image_folder / name
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "copy.png")
+    after = open_images(DataConfig(source="folder", path=str(image_folder)))
+    assert after.class_names == before.class_names
+    assert len(after) == len(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import tokenize
 import zipfile
 import zlib
 from math import prod
@@ -78,9 +79,12 @@ def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     Raises:
         ValueError: when it is none, or is of Python objects or in Fortran order.
     """
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    form = np.lib.format
+    try:
+        read = form.read_array_header_1_0 if form.read_magic(stream) == (1, 0) else form.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except (SyntaxError, tokenize.TokenError, TypeError, OverflowError) as error:
+        raise ValueError(f"its header is damaged ({error})") from error
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are pickled and can run code: save plain numbers")
     if fortran and len(shape) > 2:

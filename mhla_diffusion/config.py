@@ -1,0 +1,200 @@
+"""MHLAConfig: the settings of an MHLA layer, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ops import FEATURE_MAPS, LOCAL_FORMS, MIXING_STARTS, NORMALIZERS, BlockLayout
+
+CONSTRAINTS = ("clamp", "softmax", "none")
+CPE_STARTS = (None, "zero", "identity")
+
+# Settings that came later than stored configs: written where they are used, so that those stay the same.
+_LATER = {"later": True}
+
+
+@dataclass(frozen=True)
+class MHLAConfig:
+    """Settings of an MHLA layer.
+
+    Args:
+        blocks: number of blocks in all (divided over the grid as evenly as it goes), or along each axis.
+            The paper uses 16 for images. Keep M^2 <= N, or mixing costs more than attention.
+        extra_block: one more block, of tokens that lie on no grid (a class token, registers, text in joint
+            attention): a row and a column of the mixing matrix, whose start is that of
+            :func:`mhla_diffusion.ops.extend_mixing`. Without it they can join plain linear attention alone.
+        key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
+        feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`; or
+            ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`.
+        normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
+        mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
+        constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
+            ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
+        mixing_per_head: one mixing matrix per head instead of one for all.
+        mixing_relative: weights by the offset of blocks, see :func:`mhla_diffusion.ops.relative_mixing`.
+        local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
+            ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`.
+        center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
+            share one, which softmax does not see.
+        cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
+            fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
+        qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
+        gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
+            changes no function. A deviation: the paper does not say how it starts.
+        output_norm: RMSNorm over each head's d, before the gate.
+        eps: added by the relu feature map.
+        layers: which layers of a model get linear attention, the others keep softmax; None for all.
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names those that are.
+    """
+
+    blocks: int | tuple[int, ...] = 16
+    key_blocks: int | tuple[int, ...] | None = None
+    feature_map: str = "relu"
+    normalizer: str = "paper"
+    mixing_init: str = "locality"
+    constraint: str = "clamp"
+    mixing_per_head: bool = False
+    mixing_relative: bool = field(default=False, metadata=_LATER)
+    local: str | None = field(default=None, metadata=_LATER)
+    center_keys: bool = field(default=False, metadata=_LATER)
+    cpe: str | None = None
+    qk_norm: bool = False
+    gate: bool = False
+    output_norm: bool = False
+    eps: float = 1e-6
+    layers: tuple[int, ...] | None = None
+    extra_block: bool = field(default=False, metadata=_LATER)
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "key_blocks", "layers"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("blocks", "key_blocks"):
+            value = getattr(self, name)
+            counts = value if isinstance(value, tuple) else (value,)
+            if value is None and name == "key_blocks":
+                continue
+            if not counts or not all(_is_int(count) and count >= 1 for count in counts):
+                raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
+        allowed: dict[str, tuple[Any, ...]] = {
+            "feature_map": (*FEATURE_MAPS, "hedgehog"),
+            "local": (None, *LOCAL_FORMS),
+            "normalizer": NORMALIZERS,
+            "mixing_init": MIXING_STARTS,
+            "constraint": CONSTRAINTS,
+            "cpe": CPE_STARTS,
+            "mixing_per_head": (False, True),
+            "mixing_relative": (False, True),
+            "center_keys": (False, True),
+            "qk_norm": (False, True),
+            "gate": (False, True),
+            "output_norm": (False, True),
+            "extra_block": (False, True),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}"
+                )
+        self._check_local()
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
+        self._check_extra_block()
+        if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
+            raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
+
+    def _check_extra_block(self) -> None:
+        if self.extra_block and self.mixing_relative:
+            raise ValueError(
+                "mixing_relative weighs by the offset of blocks, which extra tokens lack: leave it out, "
+                "or extra_block"
+            )
+        if self.extra_block and self.key_blocks is not None:
+            raise ValueError(
+                f"extra_block is for self-attention, key_blocks {self.key_blocks} for cross-attention: leave "
+                "one out"
+            )
+
+    def _check_local(self) -> None:
+        for name in ("local", "mixing_relative"):
+            if getattr(self, name) and self.key_blocks is not None:
+                raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
+        if self.local and (self.normalizer != "paper" or self.blocks == 1):
+            raise ValueError(
+                f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
+                f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
+            )
+
+    def __repr__(self) -> str:
+        """Name what is not the default, and the blocks: a line that gives the config again."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shown = [f"{k}={v!r}" for k, v in values.items() if k == "blocks" or v != defaults[k]]
+        return f"MHLAConfig({', '.join(shown)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values (lists, not tuples), as they stand in a model's config.json."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not self._is_left_out(f)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def _is_left_out(self, setting: dataclasses.Field[Any]) -> bool:
+        return "later" in setting.metadata and getattr(self, setting.name) == setting.default
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
+        """Make a config of plain values, the inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: for an unknown key, naming the known ones.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(
+                f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Write the values of :meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> MHLAConfig:
+        """Read a config from JSON; see :meth:`from_dict`."""
+        return cls.from_dict(json.loads(text))
+
+    def layout(self, grid: tuple[int, ...]) -> BlockLayout:
+        """Return the blocks on a grid.
+
+        Raises:
+            ValueError: when the grid cannot hold them.
+        """
+        return _layout(grid, self.blocks)
+
+    def key_layout(self, grid: tuple[int, ...] | None) -> BlockLayout | None:
+        """Return the blocks on the grid of the keys, for cross-attention; else None.
+
+        Raises:
+            ValueError: when the grid cannot hold them, or one of the grid and ``key_blocks`` is missing.
+        """
+        if (grid is None) != (self.key_blocks is None):
+            raise ValueError(
+                f"cross-attention takes key_blocks and the grid of the keys, self-attention neither; got "
+                f"key_blocks {self.key_blocks} and key_grid {grid}"
+            )
+        return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
+
+
+def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:
+    if isinstance(blocks, tuple):
+        return BlockLayout(grid, blocks)
+    return BlockLayout.with_num_blocks(grid, blocks)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

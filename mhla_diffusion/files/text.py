@@ -1,0 +1,22 @@
+"""Text files that people made, in the encodings that they have."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from pathlib import Path
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read UTF-8, or what begins with a mark that says which other Unicode it is.
+
+    Raises:
+        ValueError: when it is another encoding, with the line that shows it.
+    """
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8: store the file as UTF-8") from error

@@ -1,0 +1,35 @@
+"""The two halves of MHLA in operations of torch's core, for exporters such as that of ONNX.
+
+``torch.export`` keeps ``mhla::summarize`` and ``mhla::read`` whole, and so does torch.compile. What knows
+torch's own operators alone, ``torch.onnx.export(model, args, dynamo=True)``, takes these in their place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from . import composite
+from .operators import joined, objects
+
+
+@register_decomposition(torch.ops.mhla.summarize.default)
+def summarize(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mhla_diffusion.ops.operators.summarize`; sums are in the matrices, no values are centred."""
+    layout, features = objects(settings)
+    centre = v.new_empty(*v.shape[:2], 0)
+    matrices = composite.summarize(k, v, centre, layout, features)
+    return matrices, matrices.new_empty(*matrices.shape[:3], 0), centre
+
+
+@register_decomposition(torch.ops.mhla.read.default)
+def read(
+    q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mhla_diffusion.ops.operators.read`; no denominators, which a backward alone reads."""
+    layout, features = objects(settings[:-1])
+    out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
+    return out, out.new_empty(*out.shape[:3], 0)

@@ -1,0 +1,173 @@
+"""Checkpoints as pipelines: what a run has learned so far, without going on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate.utils.other import load
+from safetensors.torch import load_file
+
+from ..files.writing import require_new_folder, write_folder
+from . import checkpoints
+from .adapters import merge_adapters, set_trainable
+from .config import parse_config
+from .objectives import build_objective
+
+if TYPE_CHECKING:
+    from .task import TrainingTask
+    from .trainer import RunConfig
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["averaged", "raw"]
+
+# As accelerate names what the trainer registers: the learning rate, the average, the progress.
+_AVERAGE = "custom_checkpoint_1.pkl"
+
+
+def is_run(folder: Path) -> bool:
+    """Tell the output folder of a training from one that holds a pipeline."""
+    return (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file()
+
+
+def newest_model(run: Path) -> Path:
+    """Find the newest that a run has written: its finished pipeline, or a checkpoint that is newer than that.
+
+    Raises:
+        ValueError: when there is neither, or no checkpoint is whole.
+    """
+    finished, found = run / "pipeline", checkpoints.list_checkpoints(run)
+    if not finished.is_dir() and not found:
+        raise ValueError(f"{run} has no pipeline and no checkpoint yet: it is written every checkpoint_every")
+    if finished.is_dir() and (not found or found[-1].stat().st_mtime <= finished.stat().st_mtime):
+        return finished
+    return checkpoints.latest_whole(run)
+
+
+def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
+    """Load a checkpoint as the pipeline that its run will leave, with all that belongs to it.
+
+    The data of the run must be where they were, as they say what the classes are called.
+
+    Args:
+        checkpoint: ``<run>/checkpoints/step-00000100``.
+        weights: ``"averaged"``, which is what a finished run leaves, or ``"raw"``, as the optimizer has them.
+
+    Raises:
+        ValueError: when it is not whole, or sharded, or the run's config does not fit what is there.
+    """
+    checkpoints.require_whole(checkpoint)
+    config = _read_config(checkpoint.parents[1])
+    objective = build_objective(config.objective)
+    model, source, task = config.build(objective)
+    set_trainable(model, config.trainable, config.lora)
+    _load_weights(model, checkpoint, weights)
+    merge_adapters(model)
+    step = checkpoints.checkpoint_step(checkpoint)
+    facts = run_facts(config, len(source), step, objective.facts(), weights=weights)
+    return _pipeline(task, model, facts)
+
+
+def export_checkpoint(
+    run: str | Path, out: str | Path, *, checkpoint: str | None = None, weights: Weights = "averaged"
+) -> Path:
+    """Write a checkpoint as a pipeline, with a model card; see :func:`open_checkpoint`.
+
+    Args:
+        run: output folder of a training.
+        out: a folder that does not exist yet.
+        checkpoint: such as ``"step-00000100"``; the last that is whole by default.
+        weights: ``"averaged"`` or ``"raw"``.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: when there is no such run or checkpoint, or ``out`` is there.
+    """
+    target, run = require_new_folder(out), Path(run)
+    if not is_run(run):
+        raise ValueError(f"{run} is no output folder of a training (it has no config.yaml)")
+    names = [path.name for path in checkpoints.list_checkpoints(run)]
+    if checkpoint is not None and checkpoint not in names:
+        raise ValueError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(names) or 'none'}")
+    folder = checkpoints.latest_whole(run) if checkpoint is None else run / "checkpoints" / checkpoint
+    pipeline = open_checkpoint(folder, weights)
+    write_folder(target, pipeline.save_pretrained)
+    return folder
+
+
+def run_facts(
+    config: RunConfig,
+    num_samples: int,
+    step: int,
+    objective: Mapping[str, Any],
+    *,
+    num_unreadable: int = 0,
+    weights: Weights = "averaged",
+) -> dict[str, Any]:
+    """Return what a model card should say of a run, in the card's words."""
+    trainer, optim = config.trainer, config.trainer.optimizer
+    average = f"average with decay {trainer.ema_decay:g}"
+    facts: dict[str, Any] = {
+        "data": f"{num_samples:,} samples",
+        "steps": f"{step:,} of batch size {trainer.batch_size}",
+        **objective,
+        "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
+        "precision": "fp32" if trainer.mixed_precision == "no" else trainer.mixed_precision,
+        "weights": average if weights == "averaged" else "as the optimizer has them, not averaged",
+        "seed": trainer.seed,
+        "trained": _trained(config),
+    }
+    sampling, model = getattr(config, "sampling", None), getattr(config, "model", None)
+    if sampling is not None:
+        names = ("num_inference_steps", "guidance_scale")
+        facts["sampled with"] = {name: getattr(sampling, name) for name in names}
+    if model is not None and model.init_from is not None:
+        facts["base model"] = model.init_from
+    return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+
+
+def _trained(config: RunConfig) -> str:
+    if config.lora.rank:
+        return f"self-attention in full, all else through adapters of rank {config.lora.rank} (LoRA)"
+    return "all weights" if config.trainable == "all" else "self-attention alone"
+
+
+def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
+    return task.pipeline(transformer=model.eval(), training=task.all_facts(facts))
+
+
+def _read_config(run: Path) -> RunConfig:
+    """Read the config of a run, of whichever kind it is."""
+    from .image import ImageTrainingConfig
+    from .video import VideoTrainingConfig
+
+    errors: list[str] = []
+    for kind in (ImageTrainingConfig, VideoTrainingConfig):
+        try:
+            return parse_config(kind, ["--config", str(run / "config.yaml")])[0]
+        except ValueError as error:
+            errors.append(f"{kind.__name__}: {error}")
+    raise ValueError(f"{run / 'config.yaml'} is of no kind of training. {' '.join(errors)}")
+
+
+@torch.no_grad()
+def _load_weights(model: Any, checkpoint: Path, weights: Weights) -> None:
+    file = checkpoint / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"{checkpoint} has no {file.name}: it is of a sharded run (FSDP, DeepSpeed); resume it for no "
+            "more steps, which leaves a pipeline"
+        )
+    with checkpoints.load_errors(checkpoint):
+        model.load_state_dict(load_file(file))
+        if weights == "averaged":
+            averages: Sequence[torch.Tensor] = load(checkpoint / _AVERAGE)["shadow_params"]
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter, average in zip(trained, averages, strict=True):
+                parameter.copy_(average)

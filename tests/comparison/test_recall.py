@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mhla_diffusion.comparison import Recall, RecallModel, Variant, recall_batch, train_recall
+from mhla_diffusion.ops import BlockLayout
+
+TASK = Recall(side=8, blocks=2, queries=8, batch_size=4, head_dim=16, steps=3)
+
+
+def draw(task: Recall, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    return recall_batch(task, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("distance", ["near", "far", "anywhere"])
+def test_the_answer_is_the_value_of_the_one_cell_that_has_the_key_of_the_query(distance: str) -> None:
+    task = dataclasses.replace(TASK, distance=distance)
+    inputs, queries, answers = draw(task)
+    keys, values, is_query = inputs.split((task.key_dim, task.values, 1), -1)
+    assert is_query.sum() == task.batch_size * task.queries
+    assert not values[is_query[..., 0] == 1].any()
+    block = BlockLayout((8, 8), (2, 2)).block_index(torch.device("cpu"))
+    same = []
+    for sample in range(task.batch_size):
+        for query, answer in zip(queries[sample], answers[sample], strict=True):
+            likeness = keys[sample] @ keys[sample, query] - 100 * is_query[sample, :, 0]
+            target = likeness.argmax()
+            assert likeness[target] == pytest.approx(task.key_dim, rel=1e-4)
+            assert values[sample, target].argmax() == answer
+            assert values[sample, target].sum() == 1
+            same.append(bool(block[target] == block[query]))
+    assert {"near": all(same), "far": not any(same), "anywhere": len(set(same)) == 2}[distance]
+
+
+def test_a_seed_gives_the_same_cells_and_another_seed_others() -> None:
+    first, again, other = draw(TASK), draw(TASK), draw(TASK, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("softmax", "softmax"),
+        Variant("linear", "linear"),
+        Variant("MHLA", mhla={"blocks": [2, 2], "cpe": "zero", "gate": True}),
+    ],
+    ids=lambda variant: variant.name,
+)
+def test_a_model_sees_what_its_attention_sees(variant: Variant) -> None:
+    model = RecallModel(TASK, variant.config())
+    inputs, queries, _ = draw(TASK)
+    kinds = [layer.mhla and layer.mhla.blocks for layer in model.layers]
+    assert kinds == [{"softmax": None, "linear": (1, 1), "MHLA": (2, 2)}[variant.name]] * 2
+    before = model(inputs, queries)
+    assert before.shape == (4, 8, 16)
+    changed = inputs.clone()
+    changed[:, -1] += 1
+    assert not torch.equal(model(changed, queries), before)
+
+
+def test_training_gives_the_same_numbers_again_and_others_for_another_seed() -> None:
+    variant = Variant("linear", "linear")
+    first, again, other = (train_recall(TASK, variant, seed) for seed in (0, 0, 1))
+    assert first["loss"] == again["loss"] != other["loss"]
+    assert 0 <= first["accuracy"] <= 1
+    assert first["seconds_per_step"] > 0
+
+
+def test_a_window_finds_what_is_near() -> None:
+    """Chance is 1 in 2 here; a softmax inside the block needs few steps."""
+    task = dataclasses.replace(
+        TASK, side=4, queries=4, distance="near", values=2, steps=250, batch_size=16, layers=1
+    )
+    found = train_recall(task, Variant("window", mhla={"blocks": [2, 2], "local": "shared"}), 0)
+    assert found["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"distance": "close"}, "near, far, anywhere"),
+        ({"blocks": 3}, "divide side"),
+        ({"queries": 33}, "half of the 64 cells"),
+        ({"steps": 0}, "steps must be above 0"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(setting: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(TASK, **setting)
+
+
+def test_a_loss_that_is_not_finite_is_no_result() -> None:
+    with pytest.raises(ValueError, match="linear, seed 0: the loss became nan"):
+        train_recall(dataclasses.replace(TASK, learning_rate=1e30, steps=20), Variant("linear", "linear"), 0)

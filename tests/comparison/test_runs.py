@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mhla_diffusion.commands.main import MHLA
+from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, write_page
+from mhla_diffusion.comparison.page import Interval
+from mhla_diffusion.comparison.runs import records, runs_of
+
+ROOT = Path(__file__).parents[2]
+TASK = Recall(side=4, blocks=2, queries=4, batch_size=2, head_dim=16, steps=2, layers=1)
+COMPARISON = Comparison(
+    "tiny",
+    [Variant("softmax", "softmax"), Variant("linear", "linear")],
+    TASK,
+    {"distance": ["near", "far"]},
+    [0, 1],
+)
+
+
+def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds_per_step"} for record in found]
+
+
+def test_runs_are_done_once_and_side_by_side_as_alone(tmp_path: Path) -> None:
+    alone = compare_attention(COMPARISON, tmp_path / "alone")
+    assert len(alone) == 8
+    assert len({json.dumps(record["variant"]) for record in alone}) == 2
+    paths = [tmp_path / "alone" / run.path for run in runs_of(COMPARISON)]
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[3].unlink()  # as if stopped before it
+    again = compare_attention(COMPARISON, tmp_path / "alone", processes=2)
+    assert without_times(again) == without_times(alone)
+    changed = [path.stat().st_mtime_ns != time for path, time in zip(paths, times, strict=True)]
+    assert changed == [i == 3 for i in range(8)]
+
+
+def test_another_setting_is_another_run(tmp_path: Path) -> None:
+    few = dataclasses.replace(COMPARISON, settings={"distance": ["near"]}, seeds=[0])
+    compare_attention(few, tmp_path)
+    assert len(records(COMPARISON, tmp_path)) == 2
+    longer = dataclasses.replace(few, task=dataclasses.replace(TASK, steps=3))
+    assert records(longer, tmp_path) == []
+
+
+def of(variant: str, seed: int, accuracy: float, distance: str = "near") -> dict[str, Any]:
+    task = dataclasses.asdict(dataclasses.replace(TASK, distance=distance))
+    return {
+        "task": task, "variant": {"name": variant}, "seed": seed, "device": "cpu", "accuracy": accuracy,
+        "seconds_per_step": 0.01, "parameters": 1000,
+    }  # fmt: skip
+
+
+def test_a_page_says_what_is_best_only_where_intervals_lie_apart(tmp_path: Path) -> None:
+    found = [of("softmax", s, 0.9 + s / 100) for s in (0, 1)] + [
+        of("linear", s, 0.1 + s / 100) for s in (0, 1)
+    ]
+    found += [of("softmax", s, 0.9 - s / 2, "far") for s in (0, 1)] + [
+        of("linear", s, 0.4, "far") for s in (0, 1)
+    ]
+    text = write_page(COMPARISON, found, tmp_path, "mhla compare-attention").read_text()
+    assert "Incomplete" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| softmax")]
+    near, far = rows[0].split("|")[2:4]
+    assert near.strip() == "**0.905 ± 0.064**"
+    assert "**" not in far
+    assert json.loads((tmp_path / "tiny.json").read_text())["runs"] == found
+
+
+def test_a_page_says_what_is_missing(tmp_path: Path) -> None:
+    text = write_page(COMPARISON, [of("softmax", 0, 0.9)], tmp_path, "x").read_text()
+    assert "**Incomplete: 1 of 8 runs are done.**" in text
+    assert "0.900 (one seed) (1 seeds)" not in text
+    assert "0.900 (one seed)" in text
+    assert "| linear |  |  |" in text
+
+
+def test_an_interval_is_students() -> None:
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert Interval.of([3.0]).half == math.inf
+    assert not Interval.of([3.0]).is_above(Interval.of([1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"variants": [Variant("a"), Variant("a")]}, "names of their own"),
+        ({"seeds": []}, "seeds must be one or more"),
+        ({"settings": {"sides": [4]}}, "unknown settings sides"),
+        ({"settings": {}}, "a list of one value or more"),
+        ({"settings": {"side": [2]}}, "queries may be half"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused(setting: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(COMPARISON, **setting)
+    with pytest.raises(ValueError, match="attention must be one of"):
+        Variant("a", "flash")
+    with pytest.raises(ValueError, match="letters, digits"):
+        Variant("../a")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_configs_can_be_run(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    variants = [Variant(**variant) for variant in values.pop("variants")]
+    comparison = Comparison(variants=variants, task=Recall(**values.pop("task")), **values)
+    assert comparison.name == path.stem
+    assert len(comparison.seeds) >= 3
+    assert "compare-attention" in MHLA.commands

@@ -1,0 +1,88 @@
+"""Checkpoints as pipelines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.training.export import export_checkpoint, newest_model, open_checkpoint
+from tests.processes import run_script
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def finished(run: Run, settings: dict[str, Any], tmp_path: Path) -> Path:
+    """A run of 6 steps with checkpoints at 3 and 6, and a moving average that is not the last."""
+    settings["trainer"]["ema_decay"] = 0.5
+    result = run()
+    assert result.returncode == 0, result.stdout
+    return tmp_path / "run"
+
+
+def weights(pipeline: Any) -> dict[str, torch.Tensor]:
+    return pipeline.transformer.state_dict()
+
+
+def test_a_checkpoint_is_exported_as_the_pipeline_that_its_run_leaves(finished: Path, tmp_path: Path) -> None:
+    left = weights(MHLAPipeline.from_pretrained(finished / "pipeline"))
+    result = run_script("export_checkpoint", "--run", finished, "--out", tmp_path / "last")
+    assert result.returncode == 0, result.stderr
+    last = MHLAPipeline.from_pretrained(tmp_path / "last")
+    assert all(torch.equal(value, left[name]) for name, value in weights(last).items())
+    assert last.labels == {"cat": 0, "dog": 1}
+
+    export_checkpoint(finished, tmp_path / "first", checkpoint="step-00000003", weights="raw")
+    first = MHLAPipeline.from_pretrained(tmp_path / "first")
+    assert first.config.training["steps"] == "3 of batch size 8"
+    assert "not averaged" in first.config.training["weights"]
+    averaged = weights(open_checkpoint(finished / "checkpoints" / "step-00000003"))
+    assert not torch.equal(weights(first)["proj_out_2.weight"], averaged["proj_out_2.weight"])
+
+
+def test_the_folder_of_a_run_is_a_model_its_newest(finished: Path, tmp_path: Path) -> None:
+    assert newest_model(finished) == finished / "pipeline"
+    command = ["generate", "image", "--model", finished, "--num", "2", "--steps", "2"]
+    result = run_script(*command, "--out", tmp_path / "made")
+    assert result.returncode == 0, result.stderr
+    assert f"{finished}: taking {finished / 'pipeline'}" in result.stderr
+    last = finished / "checkpoints" / "step-00000006"
+    os.utime(last, (4e9, 4e9))
+    assert newest_model(finished) == last
+    result = run_script(*command, "--out", tmp_path / "of-checkpoint")
+    assert result.returncode == 0, result.stderr
+    files = [(tmp_path / name / "000000.png").read_bytes() for name in ("made", "of-checkpoint")]
+    assert files[0] == files[1]
+
+
+def test_what_cannot_be_exported_is_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no checkpoint 'step-9'; it has step-00000003, step-00000006"):
+        export_checkpoint(finished, tmp_path / "out", checkpoint="step-9")
+    with pytest.raises(ValueError, match="is no output folder of a training"):
+        export_checkpoint(tmp_path / "images", tmp_path / "out")
+    (finished / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is damaged: model\.safetensors; take another one"):
+        export_checkpoint(finished, tmp_path / "out", checkpoint="step-00000003")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_checkpoint_is_scored_by_one_command_which_goes_on(
+    finished: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "steps", "--run", finished, "--real", image_folder, "--out", tmp_path / "steps"]
+    options = ["--num", "4", "--num_inference_steps", "2", "--metrics", "frechet", "--bootstrap", "0"]
+    result = run_script(*command, *options)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "steps" / "comparison.md").read_text()
+    assert "| score | step-00000003 | step-00000006 |" in table
+    assert (tmp_path / "steps" / "step-00000003" / "report" / "report.html").is_file()
+    again = run_script(*command, *options)
+    assert again.returncode == 0, again.stderr
+    assert "step-00000006 is scored already" in again.stderr

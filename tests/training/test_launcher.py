@@ -1,0 +1,149 @@
+"""Launchers that say something else than the run's config, and runs that would train nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.training import ImageTrainingConfig, train_image
+from mhla_diffusion.training.config import parse_config
+from mhla_diffusion.training.launcher import require_agreement
+from mhla_diffusion.training.trainer import TrainerConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def train(write_settings: Callable[[], Path]) -> Callable[..., int]:
+    """Trains in this process, with the settings as a test changed them."""
+
+    def train(*arguments: str) -> int:
+        config, resume = parse_config(ImageTrainingConfig, ["--config", str(write_settings()), *arguments])
+        return train_image(config, resume=resume)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", "mixed_precision bf16 beside trainer.mixed_precision no of the run"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4 beside .* 1 of the run"),
+        ("GRADIENT_CLIPPING", "0.5", r"gradient_clipping 0\.5 beside trainer\.max_grad_norm 1\.0 of the run"),
+    ],
+)
+def test_a_launcher_that_says_something_else_is_refused_before_any_step(
+    name: str,
+    value: str,
+    message: str,
+    train: Callable[..., int],
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        train()
+    assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_an_option_that_accelerate_launch_would_lose_is_held_against_the_run(
+    write_settings: Callable[[], Path],
+) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    launch += ["--gradient_accumulation_steps", "4"]
+    result = subprocess.run(
+        [*launch, "scripts/train_image.py", "--config", str(write_settings())],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "error: the launcher asks for gradient_accumulation_steps 4 beside trainer." in result.stderr
+    assert result.returncode != 0
+
+
+def test_what_a_launcher_leaves_open_is_the_run_s(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["trainer"] |= {"max_steps": 2, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch writes when nobody chose
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    assert train() == 0
+
+
+def test_what_deepspeed_is_configured_for_is_held_against_the_run() -> None:
+    config = TrainerConfig(batch_size=64, max_steps=10, gradient_accumulation_steps=8, max_grad_norm=1.0)
+    require_agreement({"gradient_accumulation_steps": "auto", "gradient_clipping": 1.0}, config)
+    with pytest.raises(
+        ValueError, match=r"steps 1 beside trainer\.gradient_accumulation_steps 8; for train_batch"
+    ):
+        require_agreement({"gradient_accumulation_steps": 1, "train_batch_size": 32}, config)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_launch_settings_of_the_repository_leave_the_run_its_own(name: str) -> None:
+    launch = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
+    said = getattr(launch, "deepspeed_config", None) or {}
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & said.keys()
+
+
+def test_a_compiled_run_is_the_plain_one_and_leaves_a_pipeline(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert train() == 0
+    plain = Path(settings["output_dir"])
+    settings["output_dir"] = str(tmp_path / "compiled")
+    settings["sampling"] |= {"every": 3}
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    torch.compiler.reset()
+    counters["frames"].clear()
+    assert train() == 0
+    assert counters["frames"]["ok"] > 0
+    compiled = Path(settings["output_dir"])
+    MHLAPipeline.from_pretrained(compiled / "pipeline")
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (plain, compiled)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    names = [
+        load_file(run / "checkpoints" / "step-00000006" / "model.safetensors").keys()
+        for run in (plain, compiled)
+    ]
+    assert names[0] == names[1]
+    # A run goes on whether it is compiled or not.
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    branch = ["--output_dir", str(tmp_path / "branch"), "--resume"]
+    settings["sampling"] |= {"every": 0}
+    settings["trainer"] |= {"max_steps": 7}
+    assert train(*branch, str(compiled / "checkpoints" / "step-00000006")) == 0
+
+
+def test_a_run_that_trains_nothing_says_why_and_stops(
+    train: Callable[..., int], settings: dict[str, Any]
+) -> None:
+    settings["trainer"]["max_steps"] = 1000
+    with pytest.raises(
+        ValueError, match=r"trains nothing.*proj_out_2\.weight.*start at 0.*Set trainable to all"
+    ):
+        train("--trainable", "attention")
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) < 4
+
+
+def test_attention_of_a_trained_model_is_trained(
+    train: Callable[..., int], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert train() == 0
+    settings["model"] = {"init_from": str(Path(settings["output_dir"]) / "pipeline")}
+    settings["output_dir"] = str(tmp_path / "attention")
+    assert train("--trainable", "attention") == 0
