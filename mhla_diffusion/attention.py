@@ -31,6 +31,9 @@ from .ops import (
 from .ops.composite import counted
 from .ops.features import RotaryEmbedding, turn_all
 
+# Summed values of more, each of about 1, begin to exceed what float16 holds.
+_MOST_SUMMED_IN_FLOAT16 = 16384
+
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
 
@@ -74,13 +77,13 @@ class MHLA(nn.Module):
             )
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
-        inner_dim = heads * head_dim
+        self.head_dim, inner_dim = head_dim, heads * head_dim
         size: tuple[int, ...] = tuple(
             x.num_blocks + config.extra_block for x in (layout, key_layout or layout)
         )
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
-            size = (math.prod(2 * count - 1 for count in layout.blocks),)
+            size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
@@ -116,7 +119,7 @@ class MHLA(nn.Module):
             if part is not None:
                 part.reset_parameters()
         if self.local is not None:
-            nn.init.zeros_(self.local)
+            nn.init.constant_(self.local, self._local_start())
         if self.cpe is not None:
             nn.init.zeros_(self.cpe.weight)
             assert self.cpe.bias is not None
@@ -128,6 +131,18 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
+    def _local_start(self) -> float:
+        """The start of the softmax window: a gate half open, or one denominator in which keys weigh alike.
+
+        A key that the softmax sees weighs about exp(0); one of MHLA about 1 / M, as rows of W sum to 1, times
+        the product of two features, which is 2 / d for learned ones without preference.
+        """
+        if self.config.local == "gate":
+            return 0.0
+        d = self.head_dim
+        products = {"hedgehog": 2 / d, "softmax": 1 / d, "relu": d / (2 * math.pi), "elu": 1.35 * d}
+        return math.log(math.prod(self.blocks) / products[self.config.feature_map])
+
     @property
     def _no_extra(self) -> tuple[int, int] | None:
         """The extra block of a layout in which it is empty."""
@@ -136,7 +151,7 @@ class MHLA(nn.Module):
     def _unconstrained(self, mixing: Tensor) -> Tensor:
         """The parameter that gives a mixing matrix."""
         if self.config.mixing_relative:
-            mixing = offset_means(mixing, self.blocks)
+            mixing = offset_means(mixing, self.blocks, extra=self.config.extra_block)
         # Logits. A weight of exactly 0 would have no gradient.
         return mixing.clamp_min(1e-4).log() if self.config.constraint == "softmax" else mixing
 
@@ -149,7 +164,7 @@ class MHLA(nn.Module):
             return torch.ones(math.prod(self.blocks), 1, device=device)
         mixing: Tensor = self.mixing
         if self.config.mixing_relative:
-            mixing = relative_mixing(mixing, self.blocks)
+            mixing = relative_mixing(mixing, self.blocks, extra=self.config.extra_block)
         return mixing.softmax(-1) if self.config.constraint == "softmax" else mixing
 
     @torch.no_grad()
@@ -213,6 +228,12 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
+        unbounded = self.config.normalizer == "none" and self.norm is None
+        if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
+            raise ValueError(
+                f"normalizer 'none' without output_norm sums over {_MOST_SUMMED_IN_FLOAT16} tokens or more; "
+                "float16 holds no more than 65,504: use bfloat16 or float32"
+            )
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         q, k = self.normed(q, k)
         window = (q, k)
@@ -357,10 +378,11 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
     """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``, 0 for extra tokens."""
     on_grid = v[:, :, layout.grid_tokens]
     images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
-    # Not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Elsewhere v has the dtype of
-    # the computation, which stored weights need not have (layerwise casting).
-    dtype = conv.weight.dtype if torch.is_autocast_enabled(v.device.type) else v.dtype
-    with torch.autocast(v.device.type, enabled=False):
+    # Weights in float32 are not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Others
+    # may be stored in another dtype than that of the computation (layerwise casting): v or autocast has it.
+    autocast, in_float32 = torch.is_autocast_enabled(v.device.type), conv.weight.dtype == torch.float32
+    dtype = torch.float32 if autocast and in_float32 else v.dtype
+    with torch.autocast(v.device.type, enabled=autocast and not in_float32):
         out = conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
     return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 

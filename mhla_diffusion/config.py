@@ -32,7 +32,8 @@ class MHLAConfig:
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
         constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
-            ``"softmax"`` learns logits, each row sums to 1; ``"none"``.
+            ``"softmax"`` learns logits, each row sums to 1; ``"none"``. What peft adds to the matrix
+            (``target_parameters``) is not clamped, a copy that it trains (``modules_to_save``) is.
         mixing_per_head: one mixing matrix per head instead of one for all.
         mixing_relative: weights by the offset of blocks, see :func:`mhla_diffusion.ops.relative_mixing`.
         local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
@@ -104,24 +105,11 @@ class MHLAConfig:
         self._check_local()
         if not 0 < self.eps < 1:
             raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
-        self._check_extra_block()
         if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
-    def _check_extra_block(self) -> None:
-        if self.extra_block and self.mixing_relative:
-            raise ValueError(
-                "mixing_relative weighs by the offset of blocks, which extra tokens lack: leave it out, "
-                "or extra_block"
-            )
-        if self.extra_block and self.key_blocks is not None:
-            raise ValueError(
-                f"extra_block is for self-attention, key_blocks {self.key_blocks} for cross-attention: leave "
-                "one out"
-            )
-
     def _check_local(self) -> None:
-        for name in ("local", "mixing_relative"):
+        for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) and self.key_blocks is not None:
                 raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
         if self.local and (self.normalizer != "paper" or self.blocks == 1):

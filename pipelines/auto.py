@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from mhla_diffusion.backbones.model import as_config
 from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline
+from .schedulers import prediction_of, require_scheduler, scales_inputs
 from .video import MHLAWanPipeline
 
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
@@ -57,7 +59,8 @@ class MHLAPipeline:
             are converted, ``transformer_2`` too.
 
         Raises:
-            ValueError: when what is stored is no pipeline, or one that there is no MHLA form of.
+            ValueError: when what is stored is no pipeline, or one that there is no MHLA form of, and for a
+                ``scheduler`` that takes another prediction than the stored one.
         """
         path = os.fspath(pretrained_model_name_or_path)
         if subfolder is not None:
@@ -90,6 +93,8 @@ class MHLAPipeline:
                 f"a {pipeline_class.__name__} puts tokens of images ahead of those of the video, on no grid: "
                 "set extra_block=True in mhla_config, so that they are a block of their own"
             )
+        if kwargs.get("scheduler") is not None:
+            _require_same_prediction(kwargs["scheduler"], index, pipeline_class, path, hub_arguments(kwargs))
         with load_errors(path):
             pipeline = pipeline_class.from_pretrained(path, **kwargs)
         for name in names:
@@ -103,6 +108,21 @@ class MHLAPipeline:
             if config is not None:
                 pipeline.register_modules(**{name: convert_to_mhla(transformer, config)})
         return pipeline
+
+
+def _require_same_prediction(
+    scheduler: Any, index: Mapping[str, Any], pipeline_class: type[Any], path: str, place: dict[str, Any]
+) -> None:
+    """Hold a scheduler against the stored one, which fits what the model was trained to predict."""
+    stored_class = getattr(diffusers, index["scheduler"][1], None)
+    if stored_class is None:
+        return
+    stored = stored_class.from_pretrained(path, subfolder="scheduler", **place)
+    scaled, mu = scales_inputs(pipeline_class), bool(stored.config.get("use_dynamic_shifting"))
+    expected = prediction_of(stored, scaled=scaled, mu=mu)
+    if expected is not None:
+        noise = getattr(stored, "alphas_cumprod", None)
+        require_scheduler(scheduler, expected, scaled=scaled, mu=mu, alphas_cumprod=noise)
 
 
 def _opener(config: dict[str, Any]) -> str:

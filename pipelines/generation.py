@@ -35,7 +35,7 @@ _SCRIPTS: dict[Kind, str] = {"images": "image", "videos": "video"}
 # The folder of the model and the versions are for the reader: the hashes say which model it is.
 _NOT_COMPARED = {"complete", "versions", "model", "training"}
 # Folders that were begun before these were written are gone on with.
-_LATER = {"components", "pipeline", "fps"}
+_LATER = {"components", "pipeline", "fps", "pipeline.prediction_type", "pipeline.sample_size"}
 
 
 def generate_images(
@@ -306,6 +306,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if before == after or key.startswith("_"):  # what diffusers notes of itself in a config
+            continue
+        if key not in old and f"{prefix}{key}" in _LATER:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             changes += _differences(before, after, f"{prefix}{key}.")

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMParallelScheduler,
-    DDPMScheduler,
     DiTTransformer2DModel,
     ImagePipelineOutput,
 )
@@ -25,10 +23,9 @@ from mhla_diffusion.backbones import MHLADiTTransformer2DModel
 
 from .model_card import CardedPipeline, Purpose
 from .requests import ClassNames, require_generators, require_positive
+from .schedulers import LEARNED_VARIANCES, prediction_of, reads_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-_LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class MHLADiTPipeline(CardedPipeline):
@@ -41,7 +38,8 @@ class MHLADiTPipeline(CardedPipeline):
         id2label: class id to its name, or names separated by commas.
         training: facts about the training for the model card, such as ``{"data": ..., "steps": ...}``.
         prediction_type: what the model predicts, ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or
-            ``"flow_prediction"``. Taken from the first scheduler when None, and held against later ones.
+            ``"flow_prediction"`` (the velocity of flow matching) or ``"flow_sample"`` (its clean sample).
+            Taken from the first scheduler when None, and held against later ones.
     """
 
     purpose = Purpose("Class-conditional image generation", task="unconditional-image-generation")
@@ -63,7 +61,7 @@ class MHLADiTPipeline(CardedPipeline):
         self.register_to_config(
             id2label=None if id2label is None else {str(key): name for key, name in id2label.items()},
             training=training,
-            prediction_type=prediction_type or _prediction_type(scheduler),
+            prediction_type=prediction_type or prediction_of(scheduler),
         )
         self.class_names = ClassNames(id2label)
         self.labels = self.class_names.ids
@@ -86,8 +84,8 @@ class MHLADiTPipeline(CardedPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
-        """Class ids of names; ids pass through.
+    def get_label_ids(self, label: int | str | list[Any]) -> list[int]:
+        """Class ids of names; ids pass through, and lists in lists are one list, as for DiTPipeline.
 
         Raises:
             ValueError: for a name that means no class or several, or an id that is out of range.
@@ -119,15 +117,7 @@ class MHLADiTPipeline(CardedPipeline):
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not among "
                 f"{self._callback_tensor_inputs}"
             )
-        found = _prediction_type(self.scheduler)
-        if found != self.config.prediction_type:
-            raise ValueError(
-                f"the model was trained for {self.config.prediction_type}, but the scheduler "
-                f"{type(self.scheduler).__name__} expects {found}. For flow_prediction take "
-                "FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler or UniPCMultistepScheduler "
-                "with use_flow_sigmas=True and prediction_type='flow_prediction'; for epsilon DDIMScheduler, "
-                "DDPMScheduler, DPMSolverMultistepScheduler, ... made with from_config(pipe.scheduler.config)"
-            )
+        self.require_scheduler()
 
     def prepare_latents(
         self,
@@ -252,7 +242,7 @@ class MHLADiTPipeline(CardedPipeline):
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             variance = variance.chunk(2)[0]
-        if _reads_variance(self.scheduler):
+        if reads_variance(self.scheduler):
             prediction = torch.cat([prediction, variance], dim=1)
         return prediction
 
@@ -285,12 +275,6 @@ class MHLADiTPipeline(CardedPipeline):
 MHLADiTPipeline.__module__ = "mhla_diffusion"
 
 
-def _reads_variance(scheduler: Any) -> bool:
-    """Whether a scheduler takes the learned variance behind the prediction."""
-    readers = (DDPMScheduler, DDPMParallelScheduler)
-    return isinstance(scheduler, readers) and scheduler.config.variance_type in _LEARNED_VARIANCES
-
-
 @contextmanager
 def _all_channels(scheduler: Any) -> Iterator[None]:
     """Let fast solvers step with every channel of a prediction.
@@ -299,7 +283,7 @@ def _all_channels(scheduler: Any) -> Iterator[None]:
     three channels. What it is given here holds no variance.
     """
     variance_type = scheduler.config.get("variance_type")
-    if variance_type not in _LEARNED_VARIANCES or _reads_variance(scheduler):
+    if variance_type not in LEARNED_VARIANCES or reads_variance(scheduler):
         yield
         return
     scheduler.register_to_config(variance_type=None)
@@ -307,10 +291,3 @@ def _all_channels(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         scheduler.register_to_config(variance_type=variance_type)
-
-
-def _prediction_type(scheduler: Any) -> str:
-    """What a scheduler takes from the model."""
-    if type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
-        return "flow_prediction"
-    return scheduler.config.get("prediction_type", "epsilon")

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCardData, create_repo
@@ -18,6 +18,7 @@ from mhla_diffusion.files.writing import write_file
 
 from .identity import transformers_of
 from .sampling import call_parameters, output_kind
+from .schedulers import prediction_of, require_scheduler
 
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
@@ -72,6 +73,39 @@ class CardedPipeline(DiffusionPipeline):
     """Pipeline that is saved with a model card."""
 
     purpose: Purpose
+    scales_inputs: ClassVar[bool] = True
+
+    def require_scheduler(self) -> None:
+        """Check that the scheduler fits what the model was trained to predict.
+
+        Raises:
+            ValueError: otherwise, saying which would.
+        """
+        if self.scheduler is None:
+            return
+        require_scheduler(
+            self.scheduler, self.config.prediction_type, scaled=self.scales_inputs,
+            alphas_cumprod=self._alphas_cumprod,
+        )  # fmt: skip
+
+    def register_modules(self, **modules: Any) -> None:
+        """Register components; the first scheduler has the noise of the training."""
+        if not hasattr(self, "_alphas_cumprod"):
+            self._alphas_cumprod = getattr(modules.get("scheduler"), "alphas_cumprod", None)
+        super().register_modules(**modules)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> CardedPipeline:
+        """Load as :meth:`diffusers.DiffusionPipeline.from_pretrained` does."""
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "scheduler" not in kwargs and pipeline.config.prediction_type == "flow_prediction":
+            # Earlier versions called the clean sample of a flow so too; what is stored together fits.
+            found = prediction_of(pipeline.scheduler, scaled=cls.scales_inputs)
+            if found == "flow_sample":
+                pipeline.register_to_config(prediction_type=found)
+        return pipeline
 
     def example_call(self) -> str:
         """Return a line of Python that generates."""
@@ -99,7 +133,11 @@ class CardedPipeline(DiffusionPipeline):
 
         Returns:
             The address of the upload, if there was one.
+
+        Raises:
+            ValueError: for a scheduler that does not fit the model.
         """
+        self.require_scheduler()
         super().save_pretrained(save_directory, **kwargs)
         repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
         if push_to_hub:
@@ -119,7 +157,7 @@ class CardedPipeline(DiffusionPipeline):
 
 @dataclass(frozen=True)
 class CardFields:
-    """What a card says beyond what the pipeline itself knows.
+    """Fields of a card that the pipeline itself knows nothing of.
 
     Args:
         scores: Markdown, such as the report.md of an evaluation.

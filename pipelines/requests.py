@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ class ClassNames:
     def find(self, labels: Any, num_classes: int) -> list[int]:
         """Return the class ids of one label or a list of them, each a name or an id.
 
+        Lists in lists are one list, as for :class:`diffusers.DiTPipeline`.
+
         Raises:
             ValueError: for a name that means no class or several, an id out of range, or another form.
         """
-        labels = [labels] if isinstance(labels, (int, str)) else list(labels)
+        labels = list(_flat(labels))
         if other := [label for label in labels if not isinstance(label, str) and not _is_id(label)]:
-            raise ValueError(
-                f"class labels are names or ids, in one list for all images, got {other[0]!r} in it"
-            )
+            raise ValueError(f"class labels are names or ids, got {other[0]!r} among them")
         names = {label for label in labels if isinstance(label, str)}
         known = self.ids | self._wholes
         for name in sorted(names & self.shared.keys()):
@@ -55,6 +55,15 @@ class ClassNames:
         if outside := [i for i in ids if not 0 <= i < num_classes]:
             raise ValueError(f"class id {outside[0]} is out of range: the model knows 0 to {num_classes - 1}")
         return ids
+
+
+def _flat(labels: Any) -> Iterator[Any]:
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    if isinstance(labels, Iterable) and not isinstance(labels, str):
+        for part in labels:
+            yield from _flat(part)
+    else:
+        yield labels
 
 
 def _is_id(label: Any) -> bool:

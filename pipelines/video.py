@@ -19,6 +19,7 @@ from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
 from .requests import count_samples, require_generators, require_positive
+from .schedulers import prediction_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,13 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         sample_size: frames, height and width in pixels of these clips, the size that it makes by default; the
             transformer's ``sample_grid`` when None.
         training: facts about the training for the model card.
+        prediction_type: what the model predicts, ``"flow_prediction"`` (the velocity of flow matching) or
+            ``"flow_sample"`` (its clean sample). Taken from the first scheduler when None, and held against
+            later ones.
     """
 
     purpose = Purpose("Text-to-video generation", task="text-to-video")
+    scales_inputs = False
     _optional_components: ClassVar = ["vae", "transformer", "transformer_2"]
 
     def __init__(
@@ -69,6 +74,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         fps: float = 16.0,
         training: dict | None = None,
         sample_size: tuple[int, int, int] | None = None,
+        prediction_type: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -85,6 +91,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             fps=fps,
             training=training,
             sample_size=None if sample_size is None else list(sample_size),
+            prediction_type=prediction_type or prediction_of(scheduler, scaled=False),
         )
 
     @property
@@ -176,8 +183,9 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             ``frames``, one video for each prompt.
 
         Raises:
-            ValueError: for sizes or latents that do not fit the model.
+            ValueError: for sizes, latents or a scheduler that do not fit the model.
         """
+        self.require_scheduler()
         frames, default_height, default_width = self.default_size
         size = (num_frames or frames, height or default_height, width or default_width)
         require_positive(

@@ -206,10 +206,8 @@ def test_extra_tokens_join_plain_linear_attention_and_nothing_else_without_a_blo
     module, _, _ = make_module(MHLAConfig(blocks=4))
     with pytest.raises(ValueError, match=r"no row and column .* got \(1, 2\): set extra_block=True"):
         module(q, k, v, grid=(4, 6), extra=(1, 2))
-    with pytest.raises(ValueError, match="extra_block is for self-attention, key_blocks 2 for cross"):
+    with pytest.raises(ValueError, match="extra_block is for self-attention: leave it out, or key_blocks"):
         MHLAConfig(extra_block=True, key_blocks=2)
-    with pytest.raises(ValueError, match="offset of blocks, which extra tokens lack"):
-        MHLAConfig(extra_block=True, mixing_relative=True)
 
 
 def test_the_mixing_of_extra_tokens_is_taken_over_and_fits_another_grid(assert_close: AssertClose) -> None:
@@ -271,6 +269,14 @@ def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: Assert
     )  # fmt: skip
     out = module(q, k, v, grid=(4, 6), rotary_emb=rotary)
     assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
+
+
+def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
+    config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
+    module, (q, k, v), _ = make_module(config)
+    out = module(0 * q, 0 * k, v, grid=(4, 6))
+    mean = v.mean(2, keepdim=True).expand_as(v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, mean, atol=1e-4, rtol=1e-3)
 
 
 def test_centred_keys_leave_out_what_is_masked() -> None:
@@ -498,6 +504,25 @@ def _project(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, Ten
         F.rms_norm(k, dim, weights["norm_k.weight"], 1e-6),
     )
     return q, k, v, x
+
+
+@pytest.mark.parametrize(
+    "addition", [{"output_norm": True}, {"normalizer": "paper"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_sums_that_float16_cannot_hold_are_refused(addition: dict[str, Any]) -> None:
+    """Without a denominator and a norm that sees the sums before they are rounded."""
+    dtype = getattr(torch, addition.get("dtype", "float16"))
+    settings_added = {key: value for key, value in addition.items() if key != "dtype"}
+    grid, settings = (1, 130, 128), {"blocks": (1, 2, 2), "normalizer": "none"}
+    x = 8 * torch.rand(1, 1, 130 * 128, 4)
+
+    def attend(dtype: torch.dtype, **values: Any) -> torch.Tensor:
+        module = MHLA(MHLAConfig(**{**settings, **values}), heads=1, head_dim=4, grid=grid).to(dtype)
+        return module(x.to(dtype), x.to(dtype), x.to(dtype), grid=grid)
+
+    with pytest.raises(ValueError, match=r"16384 tokens or more.*use bfloat16 or float32"):
+        attend(torch.float16)
+    assert attend(dtype, **settings_added).isfinite().all()
 
 
 class OwnAttention(torch.nn.Module):

@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(Path("mhla_diffusion") / path.relative_to(ROOT / "mhla_diffusion"))
         for path in (ROOT / "mhla_diffusion").rglob("*")
-        if path.suffix in (".py", ".html", ".css", ".typed")
+        if path.suffix in (".py", ".html", ".css", ".typed", ".txt")
     } | {f"mhla_diffusion/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
     assert content == expected
     assert "License: Apache-2.0" in text or "License-Expression: Apache-2.0" in text

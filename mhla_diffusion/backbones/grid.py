@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import MHLA
+from .layers import mhla_of
 from .processors import is_joint
 
 Grid = tuple[int, ...]
@@ -158,7 +158,7 @@ def _add_argument(
 
 
 def _hand_over_grid(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    if isinstance(attn.processor, MHLA):
+    if mhla_of(attn.processor) is not None:
         args, rest = our_arguments(attn, args, kwargs)
         grid, tokens = rest["grid"], (args[0] if args else rest["hidden_states"]).shape[1]
         if grid is not None and not is_joint(attn) and tokens > math.prod(grid):

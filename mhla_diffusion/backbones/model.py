@@ -16,14 +16,16 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin, TensorParallelConfig
+from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
 
 from ..attention import MHLA, MHLAConfig
 from ..hub import hub_arguments
 from ..ops import recommended_layout
 from .grid import Grid, grid_of_latents, receive_grid, send_with_rope
+from .layers import KeepsMHLA, keep_mhla, mhla_of
 from .processors import MHLAAttnProcessor
-from .rebuild import rebuild
+from .rebuild import rebuild, require_plain_weights
 from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ logger = logging.getLogger(__name__)
 FULL_WEIGHTS = "lora_full"
 
 ATTENTIONS = ("mhla", "linear", "softmax")
+# Arguments that say where the file of an adapter is.
+_ADAPTER_PLACE = (
+    "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
+    "revision", "subfolder",
+)  # fmt: skip
 
 # What configs call the size that a model is made for.
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
@@ -195,6 +202,7 @@ class MHLAModelMixin(ModelMixin):
                 query_dim=layer.to_q.in_features,
             )  # fmt: skip
             layer.set_processor(processor)
+            keep_mhla(layer)
         layer.rotary_halves = self.rotary_halves
         receive_grid(layer, self.argument_names)
 
@@ -206,10 +214,74 @@ class MHLAModelMixin(ModelMixin):
         """
         if not isinstance(processor, dict):
             processor = {
-                name: known if isinstance(known, MHLA) else processor
+                name: known if mhla_of(known) is not None else processor
                 for name, known in self.attn_processors.items()
             }
         super().set_attn_processor(processor)
+
+    # Pipelines look at the signature for what they may hand on.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as :meth:`diffusers.ModelMixin.save_pretrained` does, never what does not load again.
+
+        Raises:
+            ValueError: when a layer has lost its MHLA, or weights lie in adapters.
+        """
+        require_plain_weights(self, fused=True)
+        for name, module in self.named_modules():
+            if isinstance(module, KeepsMHLA) and not isinstance(module.processor, MHLA):
+                found = type(module.processor).__name__
+                raise ValueError(
+                    f"{name} has a {found} in place of MHLA, whose weights are gone: save before "
+                    "set_attn_processor or set_processor is called, or load the model again"
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: Any, *, mhla_config: ConfigChoice = None, **kwargs: Any
+    ) -> Any:
+        """Load a stock model from one file, and convert it.
+
+        Takes what the stock class's method takes.
+
+        Raises:
+            ValueError: without ``mhla_config``, and for a file that lacks weights of the stock model.
+        """
+        if mhla_config is None:
+            raise ValueError(
+                "single files hold stock models: give mhla_config= to have it converted; one with MHLA is a "
+                f"folder for {cls.__name__}.from_pretrained"
+            )
+        try:
+            # What a file lacks then is on the meta device; otherwise it would be there, at random.
+            model = cls.stock.from_single_file(
+                pretrained_model_link_or_path_or_dict, **{**kwargs, "low_cpu_mem_usage": True}
+            )
+            lacking = [name for name, weight in model.named_parameters() if weight.is_meta]
+        except NotImplementedError as error:  # diffusers casts meta tensors
+            lacking = [str(error)]
+        if lacking:
+            raise ValueError(f"the file lacks weights of {cls.stock.__name__}: {lacking[0]}")
+        return rebuild(model, cls, attention="mhla", mhla_config=mhla_config)[0]
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        prefix: str | None = "transformer",
+        **kwargs: Any,
+    ) -> None:
+        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``)."""
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict):
+            place = {name: kwargs.pop(name, None) for name in _ADAPTER_PLACE}
+            source, metadata = _fetch_state_dict(
+                source, user_agent={}, allow_pickle=False, metadata=kwargs.pop("metadata", None), **place
+            )
+            kwargs["metadata"] = metadata
+        # diffusers takes a file whose first weight is no adapter's for one of another format.
+        ordered = dict(sorted(source.items(), key=lambda item: ".lora_" not in item[0]))
+        super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..attention import MHLA
 
@@ -31,6 +32,7 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
         ValueError: for changes that do not fit the model, or weights that cannot be taken.
     """
     require_plain_weights(model)
+    _require_plain_layers(model)
     # The config of an old checkpoint has more fields than the class takes.
     known = inspect.signature(target.__init__).parameters
     arguments = {key: value for key, value in model.config.items() if key in known}
@@ -51,6 +53,7 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
         parameter.requires_grad_(name not in frozen)
     if model.is_gradient_checkpointing:
         rebuilt.enable_gradient_checkpointing()
+    _take_quantizer(model, rebuilt)
     for module in rebuilt.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -63,23 +66,56 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     return rebuilt, {"new": new, "dropped": dropped}
 
 
-def require_plain_weights(model: ModelMixin) -> None:
+def require_plain_weights(model: ModelMixin, *, fused: bool = False) -> None:
     """Check that all weights are there, under the names that the class gives them.
+
+    Args:
+        fused: whether projections may be fused, which leaves the plain ones beside them.
 
     Raises:
         ValueError: for adapters, fused projections and offloaded weights, saying what to do.
     """
     names = dict(model.named_parameters())
-    for part, remedy in (
-        ("base_layer", "merge or unload its adapters first (fuse_lora, then unload_lora_weights)"),
-        ("to_qkv", "call unfuse_qkv_projections() first"),
-    ):
+    merge = (
+        "merge or unload its adapters first (fuse_lora, then unload_lora_weights; with peft merge_and_unload)"
+    )
+    remedies = {"base_layer": merge, "original_module": merge}
+    if not fused:
+        remedies["to_qkv"] = "call unfuse_qkv_projections() first"
+    for part, remedy in remedies.items():
         if found := next((name for name in names if f".{part}." in name), None):
             raise ValueError(f"the model has {found}: {remedy}")
+    found = next((name for name, weight in names.items() if hasattr(weight, "__tensor_flatten__")), None)
+    if found and not isinstance(names[found], DTensor) and getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(
+            f"{found} is a {type(names[found]).__name__}, which no file holds: quantise when the model is "
+            "loaded, with quantization_config="
+        )
     if found := next((name for name, weight in names.items() if weight.is_meta), None):
         raise ValueError(
-            f"{found} is offloaded, so that its values are not there: convert before offloading is enabled"
+            f"{found} is offloaded, so that its values are not there: take the model before that"
         )
+
+
+def _require_plain_layers(model: ModelMixin) -> None:
+    """Refuse quantisation that has put other layers in place of linear ones."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = "torchao" if quantizer is None else quantizer.quantization_config.quant_method
+    method = getattr(method, "value", method)
+    if method != "torchao":
+        raise ValueError(
+            f"the model is quantised by {method}, whose layers are others: convert it as it was before, save "
+            "it, and give quantization_config= when it is loaded"
+        )
+
+
+def _take_quantizer(model: ModelMixin, rebuilt: ModelMixin) -> None:
+    """Carry over what saves quantised weights, and what says that they are."""
+    if (quantizer := getattr(model, "hf_quantizer", None)) is None:
+        return
+    rebuilt.hf_quantizer = quantizer
+    rebuilt.is_quantized, rebuilt.quantization_method = model.is_quantized, model.quantization_method
+    rebuilt.register_to_config(quantization_config=model.config["quantization_config"])
 
 
 def _is_stock(key: str) -> bool:

@@ -82,9 +82,10 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
     def _reset_parameters(self) -> None:
         """Xavier, as Wan's authors start, since diffusers has no start of its own.
 
-        One deviation: their embedding of text starts at 0.02, ours at Xavier. What reads it learns in
-        proportion to it, so that short runs hear the text sooner. The processors keep the start that their
-        config names.
+        Two deviations: their embedding of text starts at 0.02, ours at Xavier. What reads it learns in
+        proportion to it, so that short runs hear the text sooner. And their output starts at zero, which is
+        left to training: a model that returns nothing cannot be tried. The processors keep the start that
+        their config names.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ".processor" not in name:
@@ -95,4 +96,3 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.proj_out.weight)

@@ -80,7 +80,10 @@ class NoiseCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         generator = sample_generator(self.seed, number, FOR_DATA)
         inputs = self.model.example_inputs(self.grid, generator=generator)
-        return {**inputs, "timestep": (1000 * self.fraction(number)).to(inputs["timestep"].dtype)}
+        return {
+            **inputs,
+            "timestep": (self.model.time_scale * self.fraction(number)).to(inputs["timestep"].dtype),
+        }
 
 
 class DataCalls(Calls):

@@ -23,7 +23,7 @@ from ..planning import Plan
 from .align import job_files, read_aligned
 from .calls import Calls
 from .costs import layer_costs
-from .knapsack import STOCK, Limits, frontier, within
+from .knapsack import STOCK, Choice, Limits, frontier, within
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -81,18 +81,26 @@ def choose(
         )
         limits = Limits(errors, costs, budget, [number % count for number in keep])
         chosen, notes = trial.check(choices, chosen, limits, repairs=repairs)
-    facts = {
-        "model": record["model"], "teacher": record["teacher"], "budget": budget, "cost_by": cost,
-        "size": plan.size, "keep": list(keep), "chosen": asdict(chosen), "check": notes,
-        "curve": [{"cost": choice.cost, "error": choice.error} for choice in choices],
-        "errors": errors, "costs": costs, "candidates": record["candidates"],
-        "align_seconds": sum(job["seconds"] for jobs in record["jobs"].values() for job in jobs.values()),
-    }  # fmt: skip
+    limits = Limits(errors, costs, budget, keep)
+    facts = {**describe(record, plan, chosen, choices, limits), "cost_by": cost, "check": notes}
     logger.info(
         "%d of %d layers converted, cost %.3f, error %.4f",
         count - chosen.forms.count(STOCK), count, chosen.cost, chosen.error,
     )  # fmt: skip
     return assemble(teacher, chosen.forms, record, aligned), facts
+
+
+def describe(
+    record: Mapping[str, Any], plan: Plan, chosen: Choice, choices: Sequence[Choice], limits: Limits
+) -> dict[str, Any]:
+    """Return the content of choice.json, for a choice by FLOPs that was not checked."""
+    return {
+        "model": record["model"], "teacher": record["teacher"], "budget": limits.budget, "cost_by": "flops",
+        "size": plan.size, "keep": list(limits.keep), "chosen": asdict(chosen), "check": {},
+        "curve": [{"cost": choice.cost, "error": choice.error} for choice in choices],
+        "errors": limits.errors, "costs": limits.costs, "candidates": record["candidates"],
+        "align_seconds": sum(job["seconds"] for jobs in record["jobs"].values() for job in jobs.values()),
+    }  # fmt: skip
 
 
 def layer_errors(record: Mapping[str, Any], count: int) -> list[dict[str, float]]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mhla_diffusion.pipelines import MHLAPipeline
+
 from ..attention import MHLAConfig
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
@@ -25,12 +27,12 @@ from ..training import train
 from ..training.checkpoints import list_checkpoints
 from .align import align, load_candidates
 from .calls import TIME_BUCKETS, DataCalls, run_of_file
-from .choose import assemble, layer_errors, save_student
+from .choose import assemble, describe, layer_errors, save_student
 from .costs import layer_costs
 from .job import AlignConfig
-from .knapsack import STOCK, Choice, Limits, frontier, within
+from .knapsack import STOCK, Limits, frontier, within
 from .linearize import LinearizeConfig, distil
-from .measures import losses, ratio
+from .measures import losses, ratio, scores
 from .report import plain
 from .trial import prediction_error
 
@@ -55,9 +57,11 @@ class ExperimentConfig:
         steps: of distillation; at most 5 % of the teacher's, or it says nothing about cheap conversion.
         learning_rate: of distillation.
         calls: in each tenth of the time, that losses are measured on.
+        real, num_samples: images or videos to score against, see ``mhla evaluate``, and how many samples of
+            each model; no scores by default.
 
     Raises:
-        ValueError: for no seed, steps or calls.
+        ValueError: for no seed, steps or calls, or scores of no samples.
     """
 
     teacher: str
@@ -72,10 +76,16 @@ class ExperimentConfig:
     steps: int = 500
     learning_rate: float = 1e-4
     calls: int = 20
+    real: str | None = None
+    num_samples: int = 0
 
     def __post_init__(self) -> None:
         if not self.seeds or self.steps < 1 or self.calls < 1:
             raise ValueError("the experiment needs a seed, and steps and calls of 1 or more")
+        if (self.real is None) != (self.num_samples < 1):
+            raise ValueError(
+                f"scores need real and num_samples, got real {self.real} and num_samples {self.num_samples}"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,11 +117,9 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
             raise KeyboardInterrupt(stopped)
     path = str(teacher_folder / "pipeline")
     size = plan(path, config.height, config.width, config.frames, vae_stride=config.vae_stride)
-    results = [
-        record
-        for seed in config.seeds
-        for record in _Seed(config, run, forms, path, size, seed).results().values()
-    ]
+    results = [] if config.real is None else [_teacher_scores(config, run, path)]
+    for seed in config.seeds:
+        results += _Seed(config, run, forms, path, size, seed).results().values()
     content = {
         "teacher": config.teacher, "steps": config.steps, "teacher_steps": run.trainer.max_steps,
         "seeds": list(config.seeds), "size": size.size, "results": results,
@@ -120,6 +128,22 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     in_first_process(lambda: write_file(out / "results.md", table(content)))
     logger.info("Results: %s", out / "results.md")
     return content
+
+
+def _teacher_scores(config: ExperimentConfig, run: Any, path: str) -> dict[str, Any]:
+    """The teacher's row: its scores, beside which those of students stand."""
+    kept = Path(config.out) / "teacher.json"
+    if not kept.is_file():
+        found = _scores(config, run, path, Path(config.out) / "teacher-samples")
+        in_first_process(lambda: write_file(kept, json.dumps(found)))
+    exact = {"value": 1.0, "interval": [1.0, 1.0]}
+    scored = json.loads(kept.read_text())
+    return {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": exact, "scores": scored}
+
+
+def _scores(config: ExperimentConfig, run: Any, path: str, folder: Path) -> list[Mapping[str, Any]]:
+    assert config.real is not None
+    return scores(MHLAPipeline.from_pretrained(path), config.real, folder, run, config.num_samples)
 
 
 class _Seed:
@@ -157,8 +181,8 @@ class _Seed:
         tables = [{form: table[form] for form in (STOCK, "mhla")} for table in errors]
         costs = layer_costs(self.teacher, self.record, self.size, errors, by="flops")
         every_second = tuple("mhla" if number % 2 else STOCK for number in range(count))
-        budget = Limits(tables, costs, 1.0).choice(every_second).cost
-        chosen: Choice = within(frontier(tables, costs), budget)
+        self.limits = Limits(errors, costs, budget=1.0)
+        chosen = within(frontier(tables, costs), self.limits.choice(every_second).cost)
         return {
             "half, chosen": Variant(chosen.forms),
             "half, every second": Variant(every_second),
@@ -174,7 +198,10 @@ class _Seed:
         folder = self.folder / name.replace(", ", "-").replace(" ", "-")
         if (folder / "result.json").is_file():
             return json.loads((folder / "result.json").read_text())
-        facts = {"chosen": {"forms": variant.forms}, "candidates": self.record["candidates"]}
+        chosen = self.limits.choice(variant.forms)
+        facts = describe(
+            self.record, self.size, chosen, frontier(self.limits.errors, self.limits.costs), self.limits
+        )
         if variant.aligned:
             start = assemble(self.teacher, variant.forms, self.record, self.folder / "aligned")
         else:
@@ -193,6 +220,9 @@ class _Seed:
             "error": prediction_error(self.teacher, student, self.calls, self.numbers[:TIME_BUCKETS]),
             **self._losses(student),
         }  # fmt: skip
+        if self.config.real is not None:
+            pipeline = str(folder / "distilled" / "pipeline")
+            result["scores"] = _scores(self.config, self.run, pipeline, folder / "samples")
         in_first_process(lambda: write_file(folder / "result.json", json.dumps(result)))
         return result
 
@@ -208,19 +238,24 @@ def table(content: Mapping[str, Any]) -> str:
     for record in content["results"]:
         by_variant.setdefault(record["variant"], []).append(record)
     head = ["variant", "loss over the teacher's", "error of prediction", "before distillation"]
+    names = [score["name"] for score in content["results"][0].get("scores", [])]
     rows = [
         [
             name,
             _spread([record["ratio"]["value"] for record in records]),
             _spread([record["error"] for record in records]),
             _spread([record["before"] for record in records]),
+            *(
+                _spread([record["scores"][number]["value"] for record in records])
+                for number in range(len(names))
+            ),
         ]
         for name, records in by_variant.items()
     ]
     share = 100 * content["steps"] / content["teacher_steps"]
     return (
         f"{content['size']}; {content['steps']} steps of distillation, {share:.3g} % of the teacher's; seeds "
-        f"{', '.join(map(str, content['seeds']))}\n\n{markdown_table([head, *rows])}\n"
+        f"{', '.join(map(str, content['seeds']))}\n\n{markdown_table([head + names, *rows])}\n"
     )
 
 

@@ -92,6 +92,8 @@ def linearize(
         ValueError: what the stages refuse.
     """
     config, out = config or LinearizeConfig(), Path(out)
+    if config.steps and component != "transformer":
+        raise ValueError(f"training is of the component transformer alone: steps must be 0 for {component}")
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
     calls = open_calls(teacher, data, grid=None if grid is None else tuple(grid))

@@ -101,43 +101,50 @@ def extend_mixing(mixing: Tensor) -> Tensor:
     return _with_sums(wider, torch.cat((sums, sums.mean(-1, keepdim=True)), -1))
 
 
-def relative_mixing(weights: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def relative_mixing(weights: Tensor, blocks: tuple[int, ...], *, extra: bool = False) -> Tensor:
     """Mixing matrix that depends on the offset of blocks alone, ``W[i, j] = w[i - j]`` (Toeplitz).
 
     Args:
         weights: w, ``[..., (2 a - 1)(2 b - 1)...]``, in the order of the offsets of each axis,
             ``1 - a`` to ``a - 1``.
         blocks: along each axis, ``(a, b, ...)``.
+        extra: whether there are extra tokens, which lie at no offset: w has three weights more, that of
+            their column, of their row, and of themselves.
 
     Returns:
         ``[..., M, M]``.
     """
-    return weights[..., _offsets(blocks, weights.device)]
+    return weights[..., _offsets(blocks, weights.device, extra)]
 
 
-def offset_means(mixing: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def offset_means(mixing: Tensor, blocks: tuple[int, ...], *, extra: bool = False) -> Tensor:
     """Weights of :func:`relative_mixing` nearest to a matrix: the mean over all pairs of the same offset.
 
     Args:
         mixing: ``[..., M, M]``.
         blocks: along each axis.
+        extra: whether its last row and column are of extra tokens.
 
     Returns:
-        ``[..., (2 a - 1)(2 b - 1)...]``.
+        ``[..., (2 a - 1)(2 b - 1)...]``, and three weights more for extra tokens.
     """
-    offsets = _offsets(blocks, mixing.device).flatten()
+    offsets = _offsets(blocks, mixing.device, extra).flatten()
     counts = offsets.bincount()
     sums = mixing.new_zeros(*mixing.shape[:-2], len(counts)).index_add(-1, offsets, mixing.flatten(-2))
     return sums / counts
 
 
-def _offsets(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+def _offsets(blocks: tuple[int, ...], device: torch.device, extra: bool) -> Tensor:
     """Number of the offset of each pair of blocks, ``[M, M]``."""
+    most = math.prod(2 * count - 1 for count in blocks)
     axes = [torch.arange(count, device=device) for count in blocks]
     number = torch.zeros((), dtype=torch.int64, device=device)
     for position, count in zip(torch.meshgrid(*axes, indexing="ij"), blocks, strict=True):
         along = position.flatten()
         number = number * (2 * count - 1) + along[:, None] - along + count - 1
+    if extra:
+        number = F.pad(F.pad(number, (0, 1), value=most), (0, 0, 0, 1), value=most + 1)
+        number[-1, -1] = most + 2
     return number
 
 

@@ -362,9 +362,8 @@ class Trainer:
         """Return the signal that any process received, as all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return request.signal
-        return int(
-            self.accelerator.gather(torch.tensor([request.signal], device=self.accelerator.device)).max()
-        )
+        signals = torch.tensor([request.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(signals).max())
 
     def _log(self, grad_norm: Tensor | None, throughput: Throughput) -> None:
         self._require_finite()
@@ -379,9 +378,8 @@ class Trainer:
         self.progress.start_interval()
         if self.accelerator.is_main_process:
             step = self.progress.step
-            logger.info(
-                "step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            )
+            line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d  %s", step, line)
             self.metrics.append({"step": step, **values})
         self.accelerator.log(values, step=self.progress.step)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..attention import MHLAConfig
@@ -173,6 +175,8 @@ def build_model(config: VideoModelConfig, *, text_dim: int, sizes: Sequence[tupl
         grid = tuple(side // p for side, p in zip(sizes[0], config.patch_size, strict=True))
         arguments = {"out_channels": config.in_channels, "text_dim": text_dim, "sample_grid": grid}
     model = new_or_loaded(MHLAWanTransformer3DModel, config, **arguments)
+    if config.init_from is None:
+        torch.nn.init.zeros_(model.proj_out.weight)  # as Wan's authors start
     if model.config.text_dim != text_dim:
         raise ValueError(
             f"{config.init_from} takes text of width {model.config.text_dim}, but text.encoder "

@@ -73,3 +73,23 @@ def test_layerwise_casting_stores_linear_layers_in_less(
     assert output.dtype == torch.float32
     error = (output - expected).norm() / expected.norm()
     assert 0 < error < 5e-2
+
+
+@pytest.mark.parametrize("way", ["alone", "autocast", "training"])
+def test_fp8_is_stored_and_bfloat16_computed(case: Case, way: str) -> None:
+    model = case.make(mhla=EVERY_PART)
+    inputs = case.inputs(model, case.grids[3], dtype=torch.float32 if way == "autocast" else torch.bfloat16)
+    expected = sample(model, case.inputs(model, case.grids[3])).detach()
+    if way != "autocast":
+        model.to(torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    layer = case.attention(getattr(model, case.layers)[0])
+    assert {layer.processor.cpe.weight.dtype, layer.processor.gate.weight.dtype} == {torch.float8_e4m3fn}
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        output = sample(model, inputs)
+    assert (output.float() - expected).norm() / expected.norm() < 0.2
+    if way == "training":
+        output.float().square().mean().backward()
+        assert layer.processor.cpe.weight.grad.any()
+        gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)

@@ -15,7 +15,7 @@ import torch
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
 from mhla_diffusion.conversion.budget import conversion_budget
-from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
+from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment, table
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
 from mhla_diffusion.planning import plan
@@ -164,3 +164,20 @@ def test_the_experiment_compares_every_variant_and_goes_on(
     assert len([line for line in lines if line.startswith("| all") or line.startswith("| half")]) == 7
     monkeypatch.setattr("mhla_diffusion.conversion.experiment.distil", lambda *_: pytest.fail("done already"))
     assert experiment(config) == content
+
+
+def test_the_table_has_means_and_spreads_and_scores() -> None:
+    def record(seed: int, variant: str, value: float) -> dict[str, Any]:
+        return {
+            "seed": seed, "variant": variant, "error": value, "before": 2 * value,
+            "ratio": {"value": 1 + value}, "scores": [{"name": "fid", "value": 10 * value}],
+        }  # fmt: skip
+
+    content = {
+        "size": "8 x 8 pixels", "steps": 5, "teacher_steps": 100, "seeds": [0, 1],
+        "results": [record(0, "teacher", 0.0), record(0, "all", 0.1), record(1, "all", 0.3)],
+    }  # fmt: skip
+    *_, head, _, teacher, row = table(content).splitlines()
+    assert head.endswith("| before distillation | fid |")
+    assert teacher == "| teacher | 1 | 0 | 0 | 0 |"
+    assert row == "| all | 1.2 (1.1 to 1.3) | 0.2 (0.1 to 0.3) | 0.4 (0.2 to 0.6) | 2 (1 to 3) |"

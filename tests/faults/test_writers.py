@@ -182,6 +182,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_half_written(name: str, t
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     def fill(path: Path) -> None:
+        path.unlink(missing_ok=True)
         path.symlink_to("/dev/full")
         path.write_bytes(bytes(100_000))
 

@@ -168,3 +168,15 @@ def test_relative_mixing_is_a_function_of_the_offset(layout: BlockLayout) -> Non
         assert torch.equal(matrix[:, i, j], by_offset.setdefault(offset, matrix[:, i, j]))
     assert len(by_offset) == count
     torch.testing.assert_close(offset_means(matrix, layout.blocks), weights)
+
+
+def test_extra_tokens_lie_at_no_offset_and_have_weights_of_their_own() -> None:
+    weights = torch.rand(3, 3 * 5 + 3)
+    matrix = relative_mixing(weights, (2, 3), extra=True)
+    assert matrix.shape == (3, 7, 7)
+    torch.testing.assert_close(matrix[:, :6, :6], relative_mixing(weights[:, :15], (2, 3)))
+    column, row, own = weights[:, 15:].unbind(1)
+    assert torch.equal(matrix[:, :6, 6], column[:, None].expand(3, 6))
+    assert torch.equal(matrix[:, 6, :6], row[:, None].expand(3, 6))
+    assert torch.equal(matrix[:, 6, 6], own)
+    torch.testing.assert_close(offset_means(matrix, (2, 3), extra=True), weights)

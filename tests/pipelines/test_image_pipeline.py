@@ -171,7 +171,11 @@ def test_num_images_per_prompt_keeps_the_order_of_the_labels(
     assert_close(repeated, generate(pipeline, labels=(0, 0, 2, 2)))
 
 
-@pytest.mark.parametrize("labels", [["cat", "fox"], ["kitten", 2], [0, "fox"], (0, 2)], ids=str)
+@pytest.mark.parametrize(
+    "labels",
+    [["cat", "fox"], ["kitten", 2], [0, "fox"], (0, 2), [["cat"], [2]], torch.tensor([0, 2])],
+    ids=str,
+)
 def test_classes_go_by_id_or_name(make_pipeline: MakePipeline, labels: Any) -> None:
     pipeline = make_pipeline()
     assert pipeline.get_label_ids(list(labels)) == [0, 2]

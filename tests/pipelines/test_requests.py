@@ -88,10 +88,15 @@ def test_a_whole_label_wins_over_a_name_among_others() -> None:
         names.find("sea", 6)
 
 
-@pytest.mark.parametrize("labels", [[[0, 1], [2]], [0.5], [None], [torch.tensor([0, 1])]], ids=str)
+@pytest.mark.parametrize("labels", [[0.5], [None], [[0, 1.5]]], ids=str)
 def test_labels_of_another_form_are_refused(labels: Any) -> None:
-    with pytest.raises(ValueError, match="class labels are names or ids, in one list for all images, got"):
+    with pytest.raises(ValueError, match="class labels are names or ids, got"):
         ClassNames({0: "a", 1: "b"}).find(labels, 2)
+
+
+def test_lists_in_lists_are_one_list_as_for_the_stock_pipeline() -> None:
+    names = ClassNames({0: "a", 1: "b"})
+    assert names.find([["a"], [1]], 2) == names.find([torch.tensor([0, 1])], 2) == [0, 1]
 
 
 def test_ids_of_numpy_and_torch_are_ids() -> None:

@@ -61,9 +61,10 @@ def digest_files(folder: Path, pattern: str = "**/*") -> Digest:
 
 def _digest_training(folder: Path) -> Digest:
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = max(path.name for path in folder.glob("checkpoints/step-*"))  # a signal leaves one more before
     return {
         **digest_files(folder, "pipeline/**/*"),
-        **digest_files(folder, "checkpoints/step-*/*.safetensors"),
+        **digest_files(folder, f"checkpoints/{last}/*.safetensors"),
         "losses": str([(line["step"], line["loss"]) for line in metrics]),
     }
 

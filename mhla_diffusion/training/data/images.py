@@ -163,7 +163,7 @@ class ImageRows:
         self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
         try:  # as files, which are decoded here as everywhere
             self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError) as error:
+        except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: the column {self.image_column} holds no images: set data.image_column"
             ) from error

@@ -1,0 +1,71 @@
+"""The commands one after the other, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.commands import align, choose, experiment, linearize, report
+from mhla_diffusion.commands.end import exit_code
+
+STEPS = [
+    *("--settings.samples", "3", "--settings.held_out", "2", "--settings.steps", "2"),
+    *("--settings.batch_size", "1", "--settings.evaluate_every", "1"),
+]
+
+
+def test_align_choose_and_report(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    sampling = {"class_labels": [0], "images_per_class": 1, "num_inference_steps": 2}
+    data, teacher = str(write_run(sampling=sampling)), str(stored_teacher)
+    forms, out, student = tmp_path / "forms.yaml", str(tmp_path / "aligned"), str(tmp_path / "student")
+    forms.write_text("mhla: {blocks: 4}\n")
+    align.main(
+        ["--model", teacher, "--data", data, "--out", out, "--candidates", str(forms), *STEPS], "mhla align"
+    )
+    size = ["--height", "64", "--width", "64", "--vae_stride", "1", "--data", data]
+    choose.main(["--aligned", out, "--budget", "0.8", "--out", student, *size], "mhla choose")
+    assert MHLAPipeline.from_pretrained(student).transformer.layer_attention.count("mhla") >= 1
+    page = ["--teacher", teacher, "--students", f"[{student}]", "--out", str(tmp_path / "report")]
+    report.main([*page, *size, "--settings.calls", "1"], "mhla report conversion", "conversion")
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["teacher", "student, plain", "student"]
+
+
+def test_a_budget_that_no_choice_meets_says_the_nearest(
+    stored_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "aligned")
+    align.main(["--model", str(stored_teacher), "--data", "noise", "--out", out, *STEPS], "mhla align")
+    arguments = [
+        *("--aligned", out, "--budget", "0.01", "--out", str(tmp_path / "student"), "--data", "noise"),
+        *("--height", "64", "--width", "64", "--vae_stride", "1"),
+    ]
+    assert exit_code(lambda: choose.main(arguments, "mhla choose")) == 1
+    message = capsys.readouterr().err
+    assert "error: no choice costs 0.01 or less of the teacher's self-attention; the nearest costs" in message
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_plan_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "configs/linearize_wan_1.3b_480p.yaml", "--plan_only", "true"]
+    assert linearize.main(arguments, "mhla linearize") == 0
+    printed = capsys.readouterr().out
+    assert "Wan2.1-1.3B, 480 x 832 pixels, 81 frames: 1.42 B parameters" in printed
+    assert "GPU-hours" in printed
+
+
+def test_an_experiment_needs_all_forms(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    forms = tmp_path / "forms.yaml"
+    forms.write_text("mhla: {blocks: 4}\n")
+    arguments = [
+        *("--teacher", str(write_run()), "--out", str(tmp_path / "out"), "--height", "8", "--width", "8"),
+        *("--candidates", str(forms)),
+    ]
+    with pytest.raises(ValueError, match="must have linear, mhla, mhla-local, it has mhla"):
+        experiment.main(arguments, "mhla experiment conversion", "conversion")
