@@ -8,7 +8,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from .grid import Grid, receive_grid, send_as_argument
+from .grid import Grid, in_dict, receive_grid, send_as_argument
 from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
 from .stock import after
 
@@ -33,7 +33,9 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
 
     old_norm_type = "ada_norm_single"
     vae_stride = (8, 8)
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"PixArt-Sigma-1024": {"caption_channels": 4096}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "PixArt-Sigma-XL/2": {"caption_channels": 4096, "use_additional_conditions": False},
+    }
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(PixArtTransformer2DModel)
@@ -46,7 +48,7 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
     ) -> None:
         grid = (stock["sample_size"] // stock["patch_size"],) * 2
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs")
+        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs", in_dict)
         for block in self.transformer_blocks:
             receive_grid(block.attn2)  # which gets the same arguments
 
