@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +58,7 @@ class Plan:
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
+        grids: how often self-attention goes over the grid for a sample; once for each frame in Latte.
         operators, linear_operators: of self-attention in the whole model, and those that are or become
             linear; more than layers where a model has branches beside them.
         stock_attention: of the layers that do not become linear, ``"softmax"`` or ``"linear"``.
@@ -83,6 +83,7 @@ class Plan:
     linear_operators: int
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
+    grids: int = 1
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
@@ -93,7 +94,7 @@ class Plan:
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
-            return 4 * tokens**2 * d * self.heads
+            return 4 * tokens**2 * d * self.heads * self.grids
         mixing = 2 * self.layout.num_blocks**2 if attention == "mhla" and self.layout.num_blocks > 1 else 0
         flops = (4 * tokens + mixing) * d**2
         if self.hedgehog:
@@ -101,7 +102,7 @@ class Plan:
         if self.local and attention == "mhla":
             extra = sum(self.layout.extra or ())
             flops += 4 * ((tokens - extra) * math.prod(self.layout.block_shape) + extra**2) * d
-        return flops * self.heads
+        return flops * self.heads * self.grids
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
@@ -113,7 +114,7 @@ class Plan:
         return {
             "attention operator": self.operator_flops(attention),
             "projections q, k, v, out": self.projections,
-            "gate and convolution": extras,
+            "gate and convolution": extras * self.grids,
             **{_PARTS.get(name, name): flops for name, flops in self.layer.items()},
         }
 
@@ -164,7 +165,8 @@ class Plan:
     @property
     def operator_bytes(self) -> int:
         """Bytes that any operator reads and writes in a layer: q, k, v and the output."""
-        return 4 * self.layout.num_tokens * self.heads * self.head_dim * self.dtype.itemsize
+        tokens = self.layout.num_tokens * self.grids
+        return 4 * tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     def exchange_bytes(self, attention: str) -> int:
         """Bytes that parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
@@ -172,7 +174,7 @@ class Plan:
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
-        return exchanged_bytes(layout, 1, self.heads, self.head_dim, self.head_dim)
+        return exchanged_bytes(layout, self.grids, self.heads, self.head_dim, self.head_dim)
 
     def __str__(self) -> str:
         return "\n".join([*_heading(self), *_table(self)])
@@ -197,8 +199,8 @@ def plan(
 
     Args:
         model: folder, config.json or hub id of a transformer that has an MHLA form, or of a pipeline of one,
-            of which only the config is read; or DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2, Qwen-Image, Wan2.1-1.3B,
-            Wan2.1-14B.
+            of which only the config is read; or a published size, such as DiT-XL/2, PixArt-Sigma-XL/2,
+            Sana-0.6B, Wan2.1-1.3B or LTX-Video-2B; another name is answered with all of them.
         height: of the output in pixels.
         width: of the output in pixels.
         frames: of the output, for video models.
@@ -209,7 +211,8 @@ def plan(
         hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
-            stock model comes with: 8 for DiT and Wan2.1. Wan2.2-TI2V-5B has 16, models of pixels have 1.
+            stock model comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, models of
+            pixels have 1.
         extra_tokens: tokens of the text, for models whose self-attention it takes part in; 128 by default.
         dtype: of q, k, v and the output.
 
@@ -219,7 +222,9 @@ def plan(
     """
     stored = load_model_config(model)
     transformer = _stock_model(stored)
-    config, strides = transformer.config, transformer.vae_stride
+    attn, num_layers, strides = (
+        transformer.self_attention[0], len(transformer.layer_attention), transformer.vae_stride,
+    )  # fmt: skip
     stride = strides[-1] if vae_stride is None else vae_stride
     grid = token_grid(
         transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
@@ -237,8 +242,8 @@ def plan(
     }  # fmt: skip
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
-    if not 1 <= settings["linear_layers"] <= config.num_layers:
-        raise ValueError(f"linear_layers must lie between 1 and {config.num_layers}, got {linear_layers}")
+    if not 1 <= settings["linear_layers"] <= num_layers:
+        raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
     if transformer.extra_tokens:
@@ -248,14 +253,15 @@ def plan(
         model=model,
         size=f"{height} x {width} pixels" + (f", {frames} frames" if frames is not None else ""),
         layout=layout,
-        heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        num_layers=config.num_layers,
+        heads=attn.heads,
+        head_dim=attn.inner_dim // attn.heads,
+        num_layers=num_layers,
         stock_attention=transformer.stock_attention,
         operators=operators,
         linear_operators=linear_operators,
         **_count_flops(transformer, grid),
         dtype=getattr(torch, dtype),
+        grids=transformer.grids_of_sample,
         **settings,
     )
 
@@ -307,7 +313,7 @@ def _stock_model(config: dict[str, Any]) -> Any:
 
 def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
     """Read what the stored config says of MHLA in its first linear layer; a stock model becomes linear."""
-    num_layers, stock = model.config.num_layers, model.stock_attention
+    num_layers, stock = len(model.layer_attention), model.stock_attention
     kinds, configs = layer_settings(
         stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
     )
@@ -328,7 +334,7 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:
     """Count self-attention in layers and branches, all and linear; the first layers are the linear ones."""
-    kinds = ["linear"] * linear_layers + ["other"] * (model.config.num_layers - linear_layers)
+    kinds = ["linear"] * linear_layers + ["other"] * (len(model.layer_attention) - linear_layers)
     kinds += model.branch_kinds(kinds)
     return len(kinds), kinds.count("linear")
 
@@ -338,8 +344,7 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
     """Count the whole model and the parts of its first layer, without the operators of self-attention."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**model.example_inputs(grid))
-    layers = next(name for name, part in model.named_children() if isinstance(part, nn.ModuleList))
-    prefix = f"{type(model).__name__}.{layers}.0."
+    prefix = f"{type(model).__name__}.{model.block_list}.0."
     counts = {
         name.removeprefix(prefix): sum(operators.values())
         for name, operators in counter.get_flop_counts().items()

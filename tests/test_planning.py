@@ -22,7 +22,7 @@ from mhla_diffusion import (
     MHLAQwenImageTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
-from mhla_diffusion.backbones import MHLAWanVACETransformer3DModel
+from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
@@ -285,16 +285,30 @@ def test_a_config_of_the_time_when_dit_had_no_class_is_that_of_dit(tmp_path: Pat
     assert plan(str(tmp_path), 256, 256).model_flops("softmax") == count_flops(run_dit(model, 256, 256))
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiT-XL/2", "Wan2.1-1.3B"])
+# Millions: DiT's of its Table 1, the others' of their names or their authors. Those of VACE, Wan Animate and
+# ChronoEdit have the names of the Wan that they were made of.
+WEIGHTS = {
+    "DiT-S/2": 33, "DiT-XL/2": 675, "PixArt-Sigma-XL/2": 600, "Sana-0.6B": 590, "Sana-1.6B": 1604,
+    "Sana-Video-2B": 2000, "Latte-1": 1056, "Lumina-Next-2B": 1750, "HunyuanDiT-v1.2": 1500,
+    "LTX-Video-2B": 1900, "Cosmos1.0-7B": 7200, "Cosmos-Predict2-2B": 1960, "Allegro-3B": 2800,
+    "Wan2.1-1.3B": 1300, "AnyFlow-14B": 14000, "SkyReels-V2-1.3B": 1400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_presets_have_as_many_weights_as_published(name: str) -> None:
-    """Millions, DiT's of its Table 1 and Wan's of its name."""
     config = {key: value for key, value in PRESETS[name].items() if key != "_class_name"}
+    ours = backbone_named(PRESETS[name]["_class_name"])
+    assert ours is not None
     with torch.device("meta"):
-        model = (DiTTransformer2DModel if name.startswith("DiT") else WanTransformer3DModel)(**config)
+        model = ours.stock(**config)
     # Diffusers' DiT embeds time and class anew in each layer: not counted.
     own = [p.numel() for key, p in model.named_parameters() if "norm1.emb" not in key]
-    expected = {"DiT-S/2": 33, "DiT-XL/2": 675, "Wan2.1-1.3B": 1300}[name]
-    assert sum(own) / 1e6 == pytest.approx(expected, rel=0.1)
+    assert sum(own) / 1e6 == pytest.approx(WEIGHTS[name], rel=0.1)
+
+
+def test_every_backbone_has_a_published_size() -> None:
+    assert all(ours.presets for ours in BACKBONES.values())
 
 
 @pytest.mark.parametrize(

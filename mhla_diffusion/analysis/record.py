@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
-from ..backbones.grid import find_grid, token_grid
+from ..backbones.grid import our_arguments, token_grid
 from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
@@ -74,7 +74,8 @@ def analyze_stored(
         token_grid(latents, patch), batch_size=batch_size, generator=generator
     )
     scale = transformer.time_scale
-    inputs["timestep"] = torch.full((batch_size,), timestep if scale == 1000 else timestep * scale / 1000)
+    time = timestep if scale == 1000 else timestep * scale / 1000
+    inputs["timestep"] = torch.full_like(inputs["timestep"], time)
     return analyze(
         transformer,
         lambda: transformer(**inputs),
@@ -154,12 +155,11 @@ def _recording(
             note(name, module, *module.normed(*args[:2]), kwargs)
 
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args, kwargs = our_arguments(attn, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         if x.ndim == 3 and (text is None or is_joint(attn)):
-            q, k = [attn.to_q(x)], [attn.to_k(x)]
-            tables = [value for value in (*args, *kwargs.values()) if isinstance(value, tuple)][:1]
-            grid = find_grid(args, kwargs)
+            q, k, grid = [attn.to_q(x)], [attn.to_k(x)], kwargs["grid"]
             found: dict[str, Any] = {"grid": grid}
             if text is not None:
                 q, k = [*q, attn.add_q_proj(text)], [*k, attn.add_k_proj(text)]
@@ -168,15 +168,17 @@ def _recording(
                     "extra": (text.shape[1], x.shape[1] - math.prod(grid or (x.shape[1],))),
                     "key_mask": mask,
                 }
-            if tables and isinstance(tables[0][0], Tensor):
-                found["rotary_emb"] = rotary_pairs(tables[0][:2], attn)
+            # The fourth argument, or by one of two names.
+            by_name = kwargs.get("rotary_emb", kwargs.get("image_rotary_emb"))
+            if (tables := args[3] if len(args) > 3 else by_name) is not None:
+                found["rotary_emb"] = rotary_pairs(tables, attn)
             note(name, attn, join_heads(attn, q, "norm_q"), join_heads(attn, k, "norm_k"), found)
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, MHLA):
             hook: Callable[..., None] = functools.partial(before_mhla, name)
-        elif isinstance(module, _ATTENTION_LAYERS) and not isinstance(module.processor, MHLA):
+        elif _is_stock(module):
             hook = functools.partial(before_attention, name)
         else:
             continue
@@ -187,6 +189,13 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Tell layers of diffusers, without those of texts in Kandinsky, which name their parts otherwise."""
+    if not isinstance(module, _ATTENTION_LAYERS) or isinstance(module.processor, MHLA):
+        return False
+    return hasattr(module, "to_q")
 
 
 def _analyze_layer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ChronoEditTransformer3DModel
@@ -28,6 +28,10 @@ class MHLAChronoEditTransformer3DModel(RotaryVideoMixin, ChronoEditTransformer3D
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "ChronoEdit-14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    }
 
     @after(ChronoEditTransformer3DModel)
     def __init__(

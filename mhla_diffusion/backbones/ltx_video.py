@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -40,6 +40,7 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     """
 
     vae_stride = (8, 32, 32)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"LTX-Video-2B": {}}
 
     @after(LTXVideoTransformer3DModel)
     def __init__(

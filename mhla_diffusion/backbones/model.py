@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import operator
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +40,8 @@ _ADAPTER_PLACE = (
     "revision", "subfolder",
 )  # fmt: skip
 
+# What configs call the size that a model is made for.
+SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 AttentionChoice = str | Sequence[str]
 OneConfig = MHLAConfig | dict[str, Any] | None
@@ -82,8 +83,12 @@ class MHLAModelMixin(ModelMixin):
         layer_attention: the attention of each layer.
         stock: the stock class.
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
-        old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
+        block_list: name of its list of blocks.
         attention_name: of self-attention in a block.
+        argument_names: what our processor calls the arguments of a self-attention layer, see
+            :func:`.grid.receive_grid`.
+        rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
+        old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
         extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
             nothing else is said; they are a block of their own (``extra_block`` of the config).
         time_scale: times are 0 to this.
@@ -93,6 +98,9 @@ class MHLAModelMixin(ModelMixin):
 
     stock: ClassVar[type[Any]]
     stock_attention: ClassVar[str] = "softmax"
+    block_list: ClassVar[str] = "transformer_blocks"
+    argument_names: ClassVar[Mapping[str, str | None]] = {}
+    rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
     extra_tokens: int = 0
@@ -121,11 +129,30 @@ class MHLAModelMixin(ModelMixin):
         patch = self.config.patch_size
         return (patch,) * len(self.default_grid) if isinstance(patch, int) else tuple(patch)
 
+    @property
+    def grids_of_sample(self) -> int:
+        """Grids in a sample that self-attention goes over one by one, such as frames."""
+        return 1
+
+    @property
+    def self_attention(self) -> list[Any]:
+        """Self-attention layers that may have MHLA, without those of :meth:`branch_kinds`."""
+        return [getattr(block, self.attention_name) for block in getattr(self, self.block_list)]
+
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
         """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
         raise NotImplementedError
+
+    @classmethod
+    def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        """Return arguments of the same model with so many layers.
+
+        Raises:
+            ValueError: for a number that the model cannot have.
+        """
+        return {**arguments, "num_layers": num_layers}
 
     @classmethod
     def plan_layers(
@@ -144,24 +171,19 @@ class MHLAModelMixin(ModelMixin):
             check_blocks(config, grid)
         return LayerPlan(attention, kinds, configs, grid, not isinstance(mhla_config, (list, tuple)))
 
-    def build(
-        self,
-        stock: dict[str, Any],
-        plan: LayerPlan,
-        layers: Callable[[Any], Sequence[Any]] = lambda model: model.transformer_blocks,
-    ) -> None:
+    def build(self, stock: dict[str, Any], plan: LayerPlan) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
         self.stock.__init__(self, **stock)
-        self.set_attention([getattr(block, self.attention_name) for block in layers(self)], plan)
+        self.set_attention(plan)
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         """Return the attention of self-attention layers beside the main ones, which have ``kinds``."""
         return []
 
-    def set_attention(self, layers: Sequence[Any], plan: LayerPlan) -> None:
+    def set_attention(self, plan: LayerPlan) -> None:
         """Put MHLA into self-attention layers as planned, and register what was asked for."""
         self.layer_attention = plan.kinds
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(self.self_attention):
             self.set_layer(layer, number, plan)
         self.register_to_config(
             attention=plan.attention if isinstance(plan.attention, str) else list(plan.attention),
@@ -181,7 +203,8 @@ class MHLAModelMixin(ModelMixin):
             )  # fmt: skip
             layer.set_processor(processor)
             keep_mhla(layer)
-        receive_grid(layer)
+        layer.rotary_halves = self.rotary_halves
+        receive_grid(layer, self.argument_names)
 
     def set_attn_processor(self, processor: Any) -> None:
         """Set the processor of every attention layer but those with MHLA; of all layers by a dict of names.
@@ -339,7 +362,7 @@ class MHLAModelMixin(ModelMixin):
                 f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
                 "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
             )
-        for name in ("sample_size", "sample_grid"):
+        for name in SIZES:
             now, then = getattr(model.config, name, None), stored.get(name)
             if then is not None and now != then:
                 blocks = model.mixing_blocks
@@ -366,7 +389,7 @@ class RotaryVideoMixin(MHLAModelMixin):
     """
 
     vae_stride = (4, 8, 8)
-    layers: ClassVar[str] = "blocks"
+    block_list = "blocks"
 
     def build_video(
         self,
@@ -377,10 +400,16 @@ class RotaryVideoMixin(MHLAModelMixin):
     ) -> LayerPlan:
         """Make the model as planned; see :meth:`MHLAModelMixin.build`."""
         plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
-        self.build(stock, plan, operator.attrgetter(self.layers))
-        send_with_rope(self.rope, functools.partial(grid_of_latents, patch_size=tuple(stock["patch_size"])))
+        self.build(stock, plan)
+        self.send_grid()
         self.register_to_config(sample_grid=list(sample_grid))
         return plan
+
+    def send_grid(self) -> None:
+        """Have the rope send the grid of the latents that it is given."""
+        send_with_rope(
+            self.rope, functools.partial(grid_of_latents, patch_size=tuple(self.config.patch_size))
+        )
 
     @property
     def default_grid(self) -> Grid:
@@ -461,6 +490,11 @@ def layer_settings(
     return layer_attention(attention, None, num_layers, stock=stock), configs
 
 
+def attentions_of(stock: str) -> tuple[str, ...]:
+    """Return what the attention of a layer can be where the stock class has ``stock``."""
+    return ATTENTIONS if stock == "softmax" else ("mhla", stock)
+
+
 def layer_attention(
     attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
 ) -> list[str]:
@@ -471,7 +505,7 @@ def layer_attention(
             list together with ``layers``.
     """
     kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
-    known = ATTENTIONS if stock == "softmax" else ("mhla", stock)
+    known = attentions_of(stock)
     if unknown := sorted(set(kinds) - set(known)):
         raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     if len(kinds) != num_layers:

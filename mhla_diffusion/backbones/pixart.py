@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
+from torch import Tensor
 
-from .grid import Grid, receive_grid, send_as_argument
+from .grid import Grid, in_dict, receive_grid, send_as_argument
 from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
 from .stock import after
 
@@ -32,7 +33,9 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
 
     old_norm_type = "ada_norm_single"
     vae_stride = (8, 8)
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"PixArt-Sigma-1024": {"caption_channels": 4096}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "PixArt-Sigma-XL/2": {"caption_channels": 4096, "use_additional_conditions": False},
+    }
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(PixArtTransformer2DModel)
@@ -45,7 +48,7 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
     ) -> None:
         grid = (stock["sample_size"] // stock["patch_size"],) * 2
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs")
+        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs", in_dict)
         for block in self.transformer_blocks:
             receive_grid(block.attn2)  # which gets the same arguments
 
@@ -59,15 +62,25 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
         config = self.config
         sizes = [tokens * config.patch_size for tokens in grid]
         width = config.caption_channels or config.cross_attention_dim
-        conditions = None
-        if self.use_additional_conditions:  # of alpha at 1024 pixels
-            conditions = {
-                "resolution": 8.0 * torch.tensor([sizes] * batch_size),
-                "aspect_ratio": torch.full((batch_size, 1), sizes[0] / sizes[1]),
-            }
         return {
             "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
             "timestep": torch.randint(1000, (batch_size,), generator=generator),
             "encoder_hidden_states": torch.randn(batch_size, _TEXT_TOKENS, width, generator=generator),
-            "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},
+            **self.size_arguments(batch_size, *(8 * size for size in sizes)),
         }
+
+    def size_arguments(
+        self, batch_size: int, height: int, width: int, *, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        """Return what the forward is told of the size in pixels, as the pipelines of alpha and sigma tell it.
+
+        A model with ``use_additional_conditions``, as alpha at 1024 pixels, is told the resolution ``[B, 2]``
+        and the aspect ratio, height over width, ``[B, 1]``.
+        """
+        told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.use_additional_conditions:
+            told = {
+                "resolution": torch.tensor([[height, width]] * batch_size, device=device, dtype=self.dtype),
+                "aspect_ratio": torch.full((batch_size, 1), height / width, device=device, dtype=self.dtype),
+            }
+        return {"added_cond_kwargs": told}

@@ -62,10 +62,13 @@ class MHLAAttnProcessor(MHLA):
         """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for what is not said here.
 
         Args:
-            rotary_emb: also as Wan has it: ``[1, N, 1, d]``, with each angle twice.
+            rotary_emb: as any layer of diffusers has it, see :func:`rotary_pairs`.
             image_rotary_emb: in joint attention: of the image and the text, complex ``[N, d / 2]``.
             encoder_hidden_states_mask: in joint attention: bool ``[B, N]``, true where a token of the text
                 counts.
+
+        Returns:
+            ``[B, N, D]``, or ``[B, N, H, d]`` of layers that leave its projection to others.
 
         Raises:
             ValueError: without a grid, for an additive attention mask, which linear attention has no form of,
@@ -150,6 +153,8 @@ def _project_out(
     if text is not None:
         of_text, out = out[:, : text.shape[1]], out[:, text.shape[1] :]
         return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(of_text)
+    if isinstance(attn.to_out, nn.Identity):
+        return out.unflatten(-1, (attn.heads, -1))  # whoever called projects it
     out = attn.to_out[1](attn.to_out[0](out))
     if getattr(attn, "residual_connection", False):
         out = out + hidden_states
@@ -169,11 +174,12 @@ def join_heads(attn: Any, streams: Sequence[Tensor], norm: str = "") -> Tensor:
         streams: what it projected.
         norm: the name of its norm, ``"norm_q"`` or ``"norm_k"``, which texts have as ``"norm_added_q"``.
     """
-    heads = [split_heads(streams[0], getattr(attn, norm) if norm else None, attn.heads)]
+    split = rotary_heads if norm else split_heads
+    heads = [split(streams[0], attn, getattr(attn, norm) if norm else None)]
     if len(streams) == 1:
         return heads[0]
     added = getattr(attn, norm.replace("norm", "norm_added")) if norm else None
-    heads.insert(0, split_heads(streams[1], added, attn.heads))
+    heads.insert(0, split(streams[1], attn, added))
     return torch.cat([x.transpose(1, 2) for x in heads], 1).transpose(1, 2)
 
 
@@ -196,20 +202,48 @@ def _tokens_beyond(grid: tuple[int, ...], hidden_states: Tensor, group: dist.Pro
     return 0
 
 
-def split_heads(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
-    """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together."""
-    weight = getattr(norm, "weight", None)
-    if norm is not None and weight is not None and weight.shape[-1] == x.shape[-1]:
-        return norm(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return x if norm is None else norm(x)
+def split_heads(x: Tensor, attn: Any, norm: nn.Module | None = None) -> Tensor:
+    """``[B, N, D]`` to ``[B, H, N, d]``; the norm is over each head, or (Wan) over all together.
 
-
-def rotary_pairs(rotary_emb: RotaryEmbedding, attn: Any) -> RotaryEmbedding:
-    """Cosines and sines ``[..., N, d / 2]``, also of Wan's ``[1, N, 1, d]`` and LTX's ``[B, N, H d]``.
-
-    And of Qwen-Image's complex pair of an image and a text, the text first.
+    Heads of keys and values that queries share are repeated.
     """
+    norm = norm or nn.Identity()
+    weight = getattr(norm, "weight", None)
+    over_all = weight is not None and weight.shape[-1] == x.shape[-1]
+    x = (norm(x) if over_all else x).unflatten(-1, (-1, attn.inner_dim // attn.heads)).transpose(1, 2)
+    x = x if over_all else norm(x)
+    shared = attn.heads // x.shape[1]
+    return x if shared == 1 else x.repeat_interleave(shared, dim=1)
+
+
+def rotary_heads(x: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:
+    """Split queries or keys into heads whose channels ``2i`` and ``2i + 1`` turn together.
+
+    In some models channel i turns with the one half a head further, or half of a third of a head. The order
+    of channels is all the same to products of queries and keys.
+    """
+    x, groups = split_heads(x, attn, norm), getattr(attn, "rotary_halves", 0)
+    return x.unflatten(-1, (groups, 2, -1)).transpose(-1, -2).flatten(-3) if groups else x
+
+
+def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
+    """Cosines and sines ``[..., N, d / 2]`` of the rotary tables that a layer of diffusers is given.
+
+    Those are cosines and sines of each pair, ``[N, d / 2]``; each of them twice, ``[N, d]`` or (Wan)
+    ``[1, N, 1, d]``; for each head its own, ``[B, N, H d]`` (LTX); complex numbers ``[..., N, d / 2]``, also
+    in a dict (AnyFlow), or a pair of them of an image and a text, of which the text then comes first
+    (Qwen-Image); rotations ``[B, N, 1, d / 2, 2, 2]`` (Kandinsky); or tables of each axis and positions in
+    them (Allegro).
+    """
+    if isinstance(rotary_emb, dict):
+        rotary_emb = rotary_emb["query"]
+    if isinstance(rotary_emb, Tensor) and not rotary_emb.is_complex():
+        rotary_emb = rotary_emb.transpose(1, 2)
+        return rotary_emb[..., 0, 0], rotary_emb[..., 1, 0]
+    if isinstance(rotary_emb, Tensor):
+        return rotary_emb.real.float(), rotary_emb.imag.float()
+    if isinstance(rotary_emb[0], tuple):
+        return _of_positions(*rotary_emb)
     cos, sin = rotary_emb
     if cos.is_complex():
         turns = torch.cat((sin, cos))
@@ -218,7 +252,27 @@ def rotary_pairs(rotary_emb: RotaryEmbedding, attn: Any) -> RotaryEmbedding:
         cos, sin = (table.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for table in (cos, sin))
         return cos[..., 0::2], sin[..., 1::2]
     if cos.ndim == 4 and cos.shape[2] == 1:
-        return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
+        cos, sin = cos[:, :, 0], sin[:, :, 0]
+    width = attn.inner_dim // attn.heads
+    if cos.shape[-1] != width:
+        return cos, sin
+    if getattr(attn, "rotary_halves", 0):
+        return cos[..., : width // 2], sin[..., : width // 2]
+    return cos[..., 0::2], sin[..., 1::2]
+
+
+def _of_positions(tables: Any, positions: Any) -> RotaryEmbedding:
+    """Cosines and sines of tokens at positions ``[1, N]`` in tables ``[n, d / 3]`` of three axes."""
+    cos, sin = (
+        torch.cat(
+            [
+                axis[part][at][..., : axis[part].shape[-1] // 2]
+                for axis, at in zip(tables, positions, strict=True)
+            ],
+            dim=-1,
+        )
+        for part in (0, 1)
+    )
     return cos, sin
 
 

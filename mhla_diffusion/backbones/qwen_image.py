@@ -84,7 +84,7 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
         }
 
 
-def _grid_of_shapes(img_shapes: list[Any], *_: Any) -> Grid:
+def _grid_of_shapes(img_shapes: list[Any], *_: Any, **rest: Any) -> Grid:
     """Return the grid of the image that is made, the first of each sample's."""
     shape = img_shapes[0][0] if isinstance(img_shapes[0], list) else img_shapes[0]
     if shape[0] != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -65,6 +65,13 @@ class MHLASanaTransformer2DModel(MHLAModelMixin, SanaTransformer2DModel):
 
     stock_attention = "linear"
     vae_stride = (32, 32)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "Sana-0.6B": {
+            "num_attention_heads": 36, "num_layers": 28, "num_cross_attention_heads": 16,
+            "cross_attention_head_dim": 72, "cross_attention_dim": 1152,
+        },
+        "Sana-1.6B": {},
+    }  # fmt: skip
     _repeated_blocks = ["_GridBlock"]  # noqa: RUF012
     _no_split_modules = ["_GridBlock", "PatchEmbed", "SanaModulatedNorm"]  # noqa: RUF012
 

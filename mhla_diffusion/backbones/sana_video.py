@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SanaVideoTransformer3DModel
@@ -33,7 +33,8 @@ class MHLASanaVideoTransformer3DModel(RotaryVideoMixin, SanaVideoTransformer3DMo
     """
 
     stock_attention = "linear"
-    layers = "transformer_blocks"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"Sana-Video-2B": {}}
+    block_list = "transformer_blocks"
     _repeated_blocks = ["SanaVideoTransformerBlock"]  # noqa: RUF012
 
     @after(SanaVideoTransformer3DModel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
@@ -30,6 +30,10 @@ class MHLASkyReelsV2Transformer3DModel(RotaryVideoMixin, SkyReelsV2Transformer3D
     Raises:
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "SkyReels-V2-1.3B": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+    }
 
     @after(SkyReelsV2Transformer3DModel)
     def __init__(

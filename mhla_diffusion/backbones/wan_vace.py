@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanVACETransformer3DModel
@@ -31,6 +32,12 @@ class MHLAWanVACETransformer3DModel(RotaryVideoMixin, WanVACETransformer3DModel)
         ValueError: for settings that do not fit together; the message says which and what to do.
     """
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "Wan2.1-VACE-1.3B": {
+            "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "vace_layers": [*range(0, 30, 2)],
+        }
+    }  # fmt: skip
+
     @after(WanVACETransformer3DModel)
     def __init__(
         self,
@@ -43,6 +50,12 @@ class MHLAWanVACETransformer3DModel(RotaryVideoMixin, WanVACETransformer3DModel)
         plan = self.build_video(stock, attention, mhla_config, sample_grid)
         for block, number in zip(self.vace_blocks, self.config.vace_layers, strict=True):
             self.set_layer(block.attn1, number, plan)
+
+    @classmethod
+    def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        default = inspect.signature(cls.__init__).parameters["vace_layers"].default
+        layers = [layer for layer in arguments.get("vace_layers", default) if layer < num_layers]
+        return {**arguments, "num_layers": num_layers, "vace_layers": layers}
 
     def branch_kinds(self, kinds: Sequence[str]) -> list[str]:
         return [kinds[number] for number in self.config.vace_layers]

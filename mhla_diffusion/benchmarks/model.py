@@ -1,21 +1,26 @@
-"""Steps of a whole DiT with MHLA, plain linear and softmax attention."""
+"""Steps of a whole model with MHLA, plain linear and its stock attention."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..backbones import MHLADiTTransformer2DModel
+from ..backbones import backbone_of_config
+from ..backbones.model import attentions_of
 from ..files.writing import write_file
 from ..ops import recommended_layout
+from ..planning import load_model_config, token_grid
 from .timing import (
     check_at_least,
     check_choices,
@@ -28,15 +33,23 @@ from .timing import (
     spread,
 )
 
-ATTENTIONS = ("mhla", "linear", "softmax")
+# Sides of square images or frames in pixels, where those of others say nothing of a model.
+_SIZES = {
+    "PixArt-Sigma-XL/2": (512, 1024, 2048),
+    "Sana-0.6B": (1024, 2048, 4096),
+    "Sana-1.6B": (1024, 2048, 4096),
+}
+_IMAGE_SIZES, _VIDEO_SIZES, _FRAMES = (256, 512, 1024, 2048), (512, 768), 121
 
 
 def model(
-    sizes: Sequence[int] = (256, 512, 1024, 2048),
-    attentions: Sequence[str] = ATTENTIONS,
-    layers: int = 12,
-    heads: int = 6,
-    head_dim: int = 64,
+    sizes: Sequence[int] | None = None,
+    attentions: Sequence[str] | None = None,
+    backbone: str = "DiT-S/2",
+    layers: int | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+    frames: int | None = None,
     batch_size: int = 1,
     dtype: str = "float32",
     repeats: int = 5,
@@ -44,15 +57,21 @@ def model(
     out: Path | None = None,
     device: str | None = None,
 ) -> str:
-    """Time a denoising step and a training step of a DiT with MHLA, plain linear and softmax attention.
+    """Time a denoising step and a training step of a model with MHLA and with other attention.
 
-    DiT-S/2 by default, random weights. MHLA has the blocks that are recommended for the size.
+    Random weights. MHLA has the blocks that are recommended for the size.
 
     Args:
-        sizes: of the square images, in pixels; latents have an eighth of that, tokens a sixteenth.
-        attentions: of mhla, linear, softmax.
-        layers, heads, head_dim: of the model; DiT-XL/2 has 28, 16, 72.
-        batch_size: images in a step.
+        sizes: of the square images or frames, in pixels; by default 512, 1024, 2048 for PixArt-Sigma-XL/2,
+            1024, 2048, 4096 for Sana, 256 to 2048 for other images, and 512, 768 for videos.
+        attentions: of mhla, linear and softmax; by default all that the model can have. Of a model whose own
+            attention is linear, such as Sana, linear is its own.
+        backbone: a preset of `mhla plan`, such as DiT-S/2, PixArt-Sigma-XL/2, Sana-0.6B or LTX-Video-2B, or a
+            folder, config.json or hub id, of which only the config is read.
+        layers: of the model, to fit a machine; by default its own.
+        heads, head_dim: of the model, by default its own.
+        frames: of videos, 121 by default.
+        batch_size: images or videos in a step.
         dtype: float32, or bfloat16 for autocast.
         repeats: interleaved runs, of which the median counts.
         seconds: one attention at one size takes no more runs than fit into this, and one at least.
@@ -63,65 +82,109 @@ def model(
         A table in Markdown.
 
     Raises:
-        ValueError: for a choice that does not exist, or a number that is too small.
+        ValueError: for a choice that does not exist, a number that is too small, or a size that does not
+            divide into tokens.
         ModuleNotFoundError: for a drawing without matplotlib.
     """
-    check_choices(attentions=(attentions, ATTENTIONS), dtype=((dtype,), ("float32", "bfloat16")))
+    widths = {"num_attention_heads": heads, "attention_head_dim": head_dim}
+    given = {name: number for name, number in widths.items() if number is not None}
+    check_at_least(1, layers=1 if layers is None else layers, batch_size=batch_size, repeats=repeats, **given)
+    subject = _subject(backbone, frames, layers, given)
+    possible = attentions_of(subject.stock.stock_attention)
+    attentions = possible if attentions is None else attentions
+    check_choices(attentions=(attentions, possible), dtype=((dtype,), ("float32", "bfloat16")))
+    if sizes is None:
+        sizes = _SIZES.get(backbone, _VIDEO_SIZES if subject.frames else _IMAGE_SIZES)
     check_at_least(16, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
-    check_at_least(1, layers=layers, heads=heads, head_dim=head_dim, batch_size=batch_size, repeats=repeats)
+    grids = [subject.grid(size) for size in sizes]
     if out is not None:
         require_plots()
     device = device or default_device()
     records = []
-    for size in tqdm(sizes, desc="sizes", disable=None):
-        grid = (size // 16, size // 16)
+    for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):
         steps: list[Callable[[], Any]] = []
         for attention in attentions:
-            dit = MHLADiTTransformer2DModel(
-                num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
-                sample_size=size // 8, attention=attention, out_channels=8,
-                mhla_config={"blocks": recommended_layout(grid).blocks},
-            ).to(device)  # fmt: skip
-            steps += _model_steps(dit, size // 8, batch_size, getattr(torch, dtype), device)
+            made = subject.make(grid, attention)
+            inputs = send_to_device(made.example_inputs(grid, batch_size=batch_size), device)
+            steps += _model_steps(made.to(device), inputs, getattr(torch, dtype), device)
         times = interleaved(steps, device, repeats, seconds)
-        for i, attention in enumerate(attentions):
-            denoising, training = times[2 * i : 2 * i + 2]
-            records.append(
-                {
-                    "size": size, "tokens": math.prod(grid), "attention": attention,
-                    "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
-                    "denoising": statistics.median(denoising), "training": statistics.median(training),
-                    "spread": {"denoising": spread(denoising), "training": spread(training)},
-                }
-            )  # fmt: skip
-    text = f"{machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
+        pairs = zip(attentions, times[::2], times[1::2], strict=True)
+        records += [_record(size, grid, *measured) for measured in pairs]
+    text = f"{subject.title}; {machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
     if out is not None:
-        write_file(out / "model.md", text)
-        record = {"machine": machine(device), "dtype": dtype, "measurements": records}
-        write_file(out / "model.json", json.dumps(record, indent=2))
-        lines = {
-            f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
-            for attention in attentions
-            for step in ("denoising", "training")
-        }
-        write_file(out / "model.png", plot(lines, "image size, pixels", "seconds a step"))
+        _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=subject.title)
     return text
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is timed.
+
+    Args:
+        title: what the table calls it.
+        stock: the model with its own attention, on the meta device.
+        arguments: of our class.
+        frames: of videos.
+    """
+
+    title: str
+    stock: Any
+    arguments: dict[str, Any]
+    frames: int | None
+
+    def grid(self, size: int) -> tuple[int, ...]:
+        """Return the tokens of a square image or video of this side in pixels."""
+        patch, strides = self.stock.latents_per_token, self.stock.vae_stride
+        return token_grid(patch, size, size, self.frames, vae_stride=strides[-1], frame_stride=strides[0])
+
+    def make(self, grid: tuple[int, ...], attention: str) -> Any:
+        """Make the model for a grid."""
+        latents = [tokens * patch for tokens, patch in zip(grid, self.stock.latents_per_token, strict=True)]
+        sizes = {
+            "sample_grid": grid, "sample_size": latents[-1],
+            **dict(zip(("sample_width", "sample_height", "sample_frames"), reversed(latents), strict=False)),
+        }  # fmt: skip
+        known = inspect.signature(type(self.stock).__init__).parameters
+        # SanaVideo has a size beside its grid, which says nothing.
+        names = ["sample_grid"] if "sample_grid" in known else [name for name in sizes if name in known]
+        arguments = {**self.arguments, **{name: sizes[name] for name in names}}
+        blocks = recommended_layout(grid).blocks
+        return type(self.stock)(**arguments, attention=attention, mhla_config={"blocks": blocks})
+
+
+def _subject(backbone: str, frames: int | None, layers: int | None, widths: Mapping[str, int]) -> _Subject:
+    """Read what is to be timed, cut in depth and width as asked for."""
+    stored = load_model_config(backbone)
+    ours = backbone_of_config(stored)
+    assert ours is not None
+    known = inspect.signature(ours.__init__).parameters
+    own = {"attention", "mhla_config"}
+    arguments = {name: value for name, value in stored.items() if name in known and name not in own}
+    if unknown := [name for name in widths if name not in known]:
+        raise ValueError(f"{backbone} has no {unknown[0]} of its own: leave heads and head_dim out")
+    arguments |= widths
+    if layers is not None:
+        arguments = ours.with_depth(arguments, layers)
+    with torch.device("meta"):
+        stock = ours(**arguments, attention=ours.stock_attention)
+    if len(stock.latents_per_token) == 2 and frames is not None:
+        raise ValueError(f"{backbone} makes images, which have no frames, got frames={frames}; leave it out")
+    if len(stock.latents_per_token) == 3 and frames is None:
+        frames = _FRAMES
+    depth = len(stock.layer_attention)
+    title = f"{backbone}, {depth} layer{'s' * (depth > 1)}" + (f", {frames} frames" if frames else "")
+    return _Subject(title, stock, arguments, frames)
+
+
 def _model_steps(
-    dit: nn.Module, side: int, batch_size: int, dtype: torch.dtype, device: str
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype, device: str
 ) -> list[Callable[[], Any]]:
     """A denoising step, and a training step with AdamW."""
-    latents = torch.randn(batch_size, 4, side, side, device=device)
-    arguments = {
-        "timestep": torch.full((batch_size,), 500, device=device),
-        "class_labels": torch.zeros(batch_size, dtype=torch.long, device=device),
-    }
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def forward() -> Tensor:
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            return dit(latents, **arguments).sample
+            return model(**inputs).sample
 
     def train() -> None:
         forward().float().square().mean().backward()
@@ -129,6 +192,32 @@ def _model_steps(
         optimizer.zero_grad()
 
     return [torch.no_grad()(forward), train]
+
+
+def _record(
+    size: int, grid: tuple[int, ...], attention: str, denoising: list[float], training: list[float]
+) -> dict[str, Any]:
+    """Seconds of the steps of one attention at one size."""
+    return {
+        "size": size, "tokens": math.prod(grid), "attention": attention,
+        "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
+        "denoising": statistics.median(denoising), "training": statistics.median(training),
+        "spread": {"denoising": spread(denoising), "training": spread(training)},
+    }  # fmt: skip
+
+
+def _write(
+    out: Path, text: str, records: Sequence[dict[str, Any]], attentions: Sequence[str], **facts: Any
+) -> None:
+    """Write the table, the measurements and a drawing of them."""
+    write_file(out / "model.md", text)
+    write_file(out / "model.json", json.dumps({**facts, "measurements": records}, indent=2))
+    lines = {
+        f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
+        for attention in attentions
+        for step in ("denoising", "training")
+    }
+    write_file(out / "model.png", plot(lines, "side of the image, pixels", "seconds a step"))
 
 
 def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -> str:

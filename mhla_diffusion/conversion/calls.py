@@ -56,6 +56,8 @@ class Calls(ABC):
         return (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
 
     def _placed(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):  # as PixArt's added_cond_kwargs
+            return {key: self._placed(key, part) for key, part in value.items()}
         if not isinstance(value, Tensor):
             return value
         cast = value.is_floating_point() and name != "timestep"
@@ -122,7 +124,7 @@ class DataCalls(Calls):
         index = int(torch.randperm(len(self.source), generator=order)[number % len(self.source)])
         generators = [sample_generator(self.seed, number, FOR_LOSS)]
         batch = default_collate([self.source.load(index, generators[0])])
-        samples = batch.pop("samples")
+        samples = batch["samples"]
         conditions = self.task.conditioning.arguments(batch, generators)
         noise = torch.randn(samples.shape, generator=generators[0])
         return samples, conditions, self.objective.time_at(self.fraction(number)), noise

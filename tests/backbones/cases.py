@@ -5,6 +5,7 @@ Weights are nowhere zero, so that every part of a model shows in its output.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from mhla_diffusion import (
+    MHLAAllegroTransformer3DModel,
+    MHLAAnyFlowTransformer3DModel,
     MHLAChronoEditTransformer3DModel,
+    MHLACosmosTransformer3DModel,
     MHLADiTTransformer2DModel,
+    MHLAHunyuanDiT2DModel,
+    MHLAKandinsky5Transformer3DModel,
+    MHLALatteTransformer3DModel,
     MHLALTXVideoTransformer3DModel,
+    MHLALuminaNextDiT2DModel,
     MHLAPixArtTransformer2DModel,
     MHLAQwenImageTransformer2DModel,
     MHLASanaTransformer2DModel,
     MHLASanaVideoTransformer3DModel,
     MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
     MHLAWanTransformer3DModel,
     MHLAWanVACETransformer3DModel,
 )
@@ -44,7 +53,9 @@ class Case:
         grids: the first is the one that the model is made for; the others are wide, tall and ragged.
         blocks: 4, along each axis.
         own: further arguments of our class.
-        layers: name of the list of blocks.
+        projections: of queries and values.
+        keeps_float32: whether the stock class runs in another dtype only with what it keeps in float32.
+        time_in_dtype: whether times have the dtype of the model.
     """
 
     model: type[Any]
@@ -52,11 +63,17 @@ class Case:
     grids: tuple[Grid, ...]
     blocks: Grid
     own: dict[str, Any] = field(default_factory=dict)
-    layers: str = "transformer_blocks"
+    projections: tuple[str, str] = ("to_q", "to_v")
+    keeps_float32: bool = False
+    time_in_dtype: bool = False
 
     @property
     def name(self) -> str:
-        return self.model.__name__.removeprefix("MHLA").partition("Transformer")[0]
+        return re.split("Transformer|2DModel", self.model.__name__.removeprefix("MHLA"))[0]
+
+    @property
+    def layers(self) -> str:
+        return self.model.block_list
 
     @property
     def stock_kind(self) -> str:
@@ -67,7 +84,7 @@ class Case:
         return getattr(block, self.model.attention_name)
 
     def stock(self, **settings: Any) -> Any:
-        model = self.model.stock(**{**self.settings, **settings})
+        model = self.model.stock(**self._arguments(settings))
         randomize(model)
         return model.eval()
 
@@ -76,17 +93,36 @@ class Case:
 
     def make(self, *, mhla: dict[str, Any] | None = None, **settings: Any) -> Any:
         """Our model in eval mode; ``mhla`` are settings beside the blocks."""
-        arguments = {**self.settings, **self.own, "mhla_config": self.config(**(mhla or {})), **settings}
-        model = self.model(**arguments)
+        ours = {**self.own, "mhla_config": self.config(**(mhla or {}))}
+        model = self.model(**{**ours, **self._arguments(settings)})
         randomize(model)
         return model.eval()
+
+    def cast(self, model: Any, dtype: torch.dtype) -> None:
+        """Cast a model, in place."""
+        model.to(dtype)
+        kept = set(self.model._keep_in_fp32_modules if self.keeps_float32 else ())
+        for name, module in model.named_modules():
+            if kept & set(name.split(".")):
+                module.float()
+
+    def _arguments(self, settings: dict[str, Any]) -> dict[str, Any]:
+        arguments = {**self.settings, **settings}
+        layers = settings.get("num_layers")
+        if layers is None:
+            return arguments
+        del arguments["num_layers"]
+        return self.model.with_depth(arguments, layers)
 
     def kinds(self) -> dict[str, dict[str, Any]]:
         """Arguments of :meth:`make` for each kind of layer."""
         return {
             "mhla": {"mhla": EVERY_PART},
             "softmax logits": {"mhla": {"constraint": "softmax", "mixing_per_head": True}},
-            "learned features and a window": {"mhla": LEARNED},
+            # Tokens that lie on no grid have no offset.
+            "learned features and a window": {
+                "mhla": {**LEARNED, "mixing_relative": not self.model.extra_tokens}
+            },
             "linear": {"attention": "linear", "mhla": {"gate": self.stock_kind == "softmax"}},
             "hybrid": {"attention": [self.stock_kind, "mhla"]},
             "stock": {"attention": self.stock_kind},
@@ -103,12 +139,15 @@ class Case:
             if isinstance(model, self.model)
             else self.make().example_inputs(grid, batch_size=batch_size, generator=generator)
         )
-        return {
-            name: value.to(dtype)
-            if isinstance(value, Tensor) and value.is_floating_point() and name != "timestep"
-            else value
-            for name, value in inputs.items()
-        }
+        return {name: self._cast(name, value, dtype) for name, value in inputs.items()}
+
+    def _cast(self, name: str, value: Any, dtype: torch.dtype) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        if "timestep" not in name:
+            return value.to(dtype)
+        # Rounded the same way for every dtype, so that outputs can be compared.
+        return value.half().bfloat16().to(dtype) if self.time_in_dtype else value
 
 
 def randomize(model: nn.Module) -> None:
@@ -120,7 +159,8 @@ def randomize(model: nn.Module) -> None:
 
 
 def sample(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, return_dict=False)[0]
+    output = model(**inputs, return_dict=False)
+    return output if isinstance(output, Tensor) else output[0]  # Kandinsky's is no tuple
 
 
 IMAGE_GRIDS: tuple[Grid, ...] = ((4, 4), (2, 8), (8, 2), (3, 5))
@@ -168,16 +208,87 @@ CASES = {
             own={"sample_grid": (4, 4)},
         ),
         Case(MHLASanaTransformer2DModel, {**SANA, "sample_size": 4}, grids=IMAGE_GRIDS, blocks=(2, 2)),
-        Case(MHLAWanTransformer3DModel, WAN, **VIDEO, layers="blocks"),
-        Case(MHLASkyReelsV2Transformer3DModel, WAN, **VIDEO, layers="blocks"),
-        Case(MHLAChronoEditTransformer3DModel, WAN, **VIDEO, layers="blocks"),
+        Case(MHLAWanTransformer3DModel, WAN, **VIDEO),
+        Case(MHLASkyReelsV2Transformer3DModel, WAN, **VIDEO),
+        Case(MHLAChronoEditTransformer3DModel, WAN, **VIDEO),
+        Case(MHLAAnyFlowTransformer3DModel, {**WAN, "in_channels": 4}, **VIDEO),
+        Case(
+            MHLAWanAnimateTransformer3DModel,
+            {
+                **WAN, "in_channels": 10, "latent_channels": 3, "image_dim": None,
+                "inject_face_latents_blocks": 1, "motion_encoder_size": 8, "motion_style_dim": 8,
+                "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8,
+                "face_encoder_num_heads": 2, "motion_encoder_channel_sizes": {"4": 4, "8": 4},
+            },
+            **VIDEO,
+        ),
         Case(
             MHLAWanVACETransformer3DModel,
             {**WAN, "vace_layers": [0], "vace_in_channels": 5},
             **VIDEO,
-            layers="blocks",
         ),
         Case(MHLASanaVideoTransformer3DModel, SANA, **VIDEO),
+        Case(
+            MHLALatteTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 6,
+                "num_layers": 2, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 24,
+                "caption_channels": 10, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+                "attention_bias": True, "activation_fn": "gelu-approximate", "video_length": 3,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+        ),
+        Case(
+            MHLALuminaNextDiT2DModel,
+            {
+                "num_attention_heads": 2, "num_kv_heads": 1, "hidden_size": 24, "in_channels": 3,
+                "num_layers": 2, "sample_size": 8, "multiple_of": 8, "cross_attention_dim": 10,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+        ),
+        Case(
+            MHLAHunyuanDiT2DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "hidden_size": 24, "in_channels": 3,
+                "num_layers": 2, "sample_size": 8, "patch_size": 2, "cross_attention_dim": 10,
+                "cross_attention_dim_t5": 16, "pooled_projection_dim": 8, "text_len": 4, "text_len_t5": 6,
+            },
+            grids=IMAGE_GRIDS,
+            blocks=(2, 2),
+            time_in_dtype=True,
+        ),
+        Case(
+            MHLACosmosTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 3, "out_channels": 4,
+                "num_layers": 2, "text_embed_dim": 10, "adaln_lora_dim": 8, "max_size": (8, 40, 40),
+            },
+            **VIDEO,
+            time_in_dtype=True,
+        ),
+        Case(
+            MHLAKandinsky5Transformer3DModel,
+            {
+                "in_visual_dim": 3, "out_visual_dim": 3, "in_text_dim": 10, "in_text_dim2": 6, "time_dim": 8,
+                "model_dim": 24, "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2,
+                "axes_dims": [4, 4, 4],
+            },
+            **VIDEO,
+            projections=("to_query", "to_value"),
+            keeps_float32=True,
+        ),
+        Case(
+            MHLAAllegroTransformer3DModel,
+            {
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3,
+                "num_layers": 2, "cross_attention_dim": 24, "caption_channels": 10, "sample_frames": 3,
+                "sample_height": 8, "sample_width": 8,
+            },
+            grids=VIDEO_GRIDS,
+            blocks=(1, 2, 2),
+        ),
         Case(
             MHLALTXVideoTransformer3DModel,
             {

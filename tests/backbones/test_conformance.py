@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from mhla_diffusion import MHLAAttnProcessor, convert_to_mhla
+from mhla_diffusion.backbones.grid import our_arguments
+from mhla_diffusion.backbones.processors import is_joint, rotary_heads, rotary_pairs, split_heads
+from mhla_diffusion.ops import apply_rotary_emb, mhla_reference
 
 from .cases import CASES, EVERY_PART, Case, sample
 
@@ -25,6 +29,11 @@ KINDS = list(CASES["DiT"].kinds())
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, case: Case) -> Any:
     return case.make(**case.kinds()[request.param])
+
+
+def one_of(value: Any, i: int) -> Any:
+    """Argument of sample i alone."""
+    return value[i : i + 1] if isinstance(value, Tensor) and len(value) == 2 else value
 
 
 def gradients(model: nn.Module, *batches: dict[str, Any]) -> dict[str, Tensor]:
@@ -78,6 +87,47 @@ def test_blocks_and_processors_of_stock_layers_stay_stock(case: Case) -> None:
     assert isinstance(case.attention(second).processor, MHLAAttnProcessor)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "mhla"])
+@torch.no_grad()
+def test_a_layer_is_its_formula_on_the_queries_and_keys_of_the_stock_layer(
+    case: Case, kind: str, assert_close: Callable[..., None]
+) -> None:
+    if kind == "softmax" and case.stock_kind != "softmax":
+        pytest.skip("the stock layer is linear")
+    model = case.make(attention=kind)
+    calls: list[Any] = []
+    attn = model.self_attention[0]
+    if is_joint(attn):
+        pytest.skip("its text has a test of its own")
+    attn.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(our_arguments(attn, args, kwargs)),
+        with_kwargs=True,
+        prepend=True,
+    )
+    attn.register_forward_hook(lambda _, args, output: calls.append(output))
+    grid = case.grids[3]
+    sample(model, case.inputs(model, grid))
+    (args, kwargs), output = calls
+    assert kwargs["grid"] == grid
+    x = args[0] if args else kwargs["hidden_states"]
+    q, k = rotary_heads(attn.to_q(x), attn, attn.norm_q), rotary_heads(attn.to_k(x), attn, attn.norm_k)
+    v = split_heads(attn.to_v(x), attn)
+    tables = args[3] if len(args) > 3 else kwargs.get("rotary_emb", kwargs.get("image_rotary_emb"))
+    turns = None if tables is None else rotary_pairs(tables, attn)
+    if kind == "softmax":
+        q, k = (x if turns is None else apply_rotary_emb(x, turns) for x in (q, k))
+        expected = F.scaled_dot_product_attention(q, k, v)
+    else:
+        layout, _, mixing = attn.processor.fit(grid)
+        expected = mhla_reference(q, k, v, mixing, layout, rotary_emb=turns).float()
+    expected = expected.transpose(1, 2)
+    if output.ndim == 3:
+        expected = attn.to_out[0](expected.flatten(2))
+    # Kandinsky rounds queries and keys before softmax.
+    rounded = case.name == "Kandinsky5" and kind == "softmax"
+    assert_close(output, expected, torch.bfloat16 if rounded else None)
+
+
 def test_any_grid_runs_and_is_heard(model: Any, case: Case) -> None:
     outputs = [sample(model, case.inputs(model, grid)) for grid in case.grids]
     for grid, output in zip(case.grids, outputs, strict=True):
@@ -93,7 +143,9 @@ def test_a_size_that_the_patch_does_not_divide_is_refused(case: Case) -> None:
         pytest.skip("is given tokens")
     if getattr(model.config, "patch_size", 2) == 1:
         pytest.skip("has patches of one latent")
-    inputs["hidden_states"] = inputs["hidden_states"][..., :-1]
+    last = -2 if case.name == "Kandinsky5" else -1  # channels are last there
+    latents = inputs["hidden_states"]
+    inputs["hidden_states"] = latents.narrow(last, 0, latents.shape[last] - 1)
     with pytest.raises(ValueError, match="must be multiples of the patch"):
         model(**inputs)
 
@@ -103,19 +155,15 @@ def test_two_calls_agree_and_a_tuple_holds_the_output(model: Any, case: Case) ->
     output = model(**inputs)
     assert torch.equal(output.sample, model(**inputs).sample)
     as_tuple = model(**inputs, return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    assert len(as_tuple) == 1
-    assert torch.equal(as_tuple[0], output.sample)
+    assert case.name == "Kandinsky5" or (isinstance(as_tuple, tuple) and len(as_tuple) == 1)
+    assert torch.equal(sample(model, inputs), output.sample)
 
 
 def test_each_sample_of_a_batch_is_on_its_own(
     model: Any, case: Case, assert_close: Callable[..., None]
 ) -> None:
     inputs = case.inputs(model, case.grids[3])
-    alone = [
-        sample(model, {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()})
-        for i in range(2)
-    ]
+    alone = [sample(model, {k: one_of(v, i) for k, v in inputs.items()}) for i in range(2)]
     assert_close(sample(model, inputs), torch.cat(alone))
 
 
@@ -136,27 +184,25 @@ def test_config_rebuilds_the_architecture(model: Any, case: Case, tmp_path: Path
 
 def test_a_training_step_reaches_every_parameter(model: Any, case: Case) -> None:
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-2)
+    # In proportion to no gradient, as some are too small for a step of SGD.
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-2)
     sample(model, case.inputs(model, case.grids[3])).square().mean().backward()
     stock = case.stock()
     sample(stock, case.inputs(stock, case.grids[0])).square().mean().backward()
-    # The text of joint attention is no output: its last queries, and what follows them, are of no use.
+    # Such as a token for padding, or the last queries of a text in joint attention, which is no output.
     idle, without = (
         {name for name, p in x.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
         for x in (stock, model)
     )
     assert without <= idle
     optimizer.step()
-    unmoved = [
-        name
-        for name, value in model.state_dict().items()
-        if torch.equal(value, before[name]) and name not in idle
-    ]
-    # Softmax does not depend on the bias of its keys.
-    assert all(name.endswith((".to_k.bias", ".linear_2.bias")) for name in unmoved), unmoved
+    unmoved = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unmoved <= idle
 
 
 def test_checkpointing_keeps_gradients_with_grids_interleaved(case: Case) -> None:
+    if not case.model._supports_gradient_checkpointing:
+        pytest.skip("the stock class has none")
     model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     batches = [case.inputs(model, grid) for grid in case.grids[:3]]
     expected = gradients(model.train(), *batches)
@@ -214,8 +260,8 @@ def test_ema_follows_saves_and_loads(model: Any, case: Case, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_and_keeps_its_dtype(model: Any, case: Case, dtype: torch.dtype) -> None:
     expected = sample(model, case.inputs(model, case.grids[3]))
-    model.to(dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    case.cast(model, dtype)
+    assert case.keeps_float32 or {parameter.dtype for parameter in model.parameters()} == {dtype}
     output = sample(model, case.inputs(model, case.grids[3], dtype=dtype))
     assert output.dtype == dtype
     # Two layers of rounding, with random weights ten times the usual size.
@@ -284,6 +330,15 @@ def test_weights_that_are_not_there_are_not_converted(case: Case) -> None:
 
 def test_settings_that_do_not_fit_are_refused_before_weights_are_made(case: Case) -> None:
     many = [100] * len(case.blocks)
+    # As large as it likes to be: 400 billion weights would not be made in time.
+    known = inspect.signature(case.model.stock).parameters
+    sizes = {
+        "num_attention_heads": 1000,
+        "attention_head_dim": 1000,
+        "hidden_size": 10**6,
+        "model_dim": 12 * 10**5,
+    }
+    large = {name: size for name, size in sizes.items() if name in known}
     for settings, message in (
         ({"attention": "flash"}, "attention must be one of mhla, .*linear.*, got 'flash'"),
         ({"attention": ["mhla"]}, "attention names 1 layers, but the model has 2"),
@@ -291,6 +346,5 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_made(case: Case
         ({"mhla_config": {"blocks": many}}, "cannot hold 100 blocks"),
         ({"mhla_config": {"block": 4}}, "unknown MHLA setting block"),
     ):
-        # As large as it likes to be: 400 billion weights would not be made in time.
         with pytest.raises(ValueError, match=message):
-            case.make(**{"num_attention_heads": 1000, "attention_head_dim": 1000, **settings})
+            case.make(**{**large, **settings})

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mhla_diffusion import convert_to_mhla
+from mhla_diffusion.backbones.model import SIZES
 
 from .cases import CASES, EVERY_PART, Case, sample
 
@@ -57,7 +58,7 @@ for key, (name, folder, inputs, arguments) in ways.items():
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     with torch.no_grad():
         outcome[key] = {
-            "state": model.state_dict(), "output": model(**inputs, return_dict=False)[0], "info": info,
+            "state": model.state_dict(), "output": model(**inputs).sample, "info": info,
             "devices": {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]},
         }
 torch.save(outcome, results)
@@ -90,7 +91,7 @@ def saved_and_loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any
             model = case.make(**case.kinds()[how.kind])
             if how.train:
                 train(model, case.inputs(model))
-            model.to(how.dtype)
+            case.cast(model, how.dtype)
             inputs = case.inputs(model, case.grids[3], dtype=how.dtype)
             folder = root / f"{name}-{way.replace(' ', '_')}"
             model.save_pretrained(folder, **how.save)
@@ -199,11 +200,10 @@ def test_loading_at_another_size_says_so(
 ) -> None:
     model = case.make()
     model.save_pretrained(tmp_path)
-    name = "sample_grid" if case.own else "sample_size"
-    old = getattr(model.config, name)
-    new = [2 * side for side in old] if case.own else 2 * old
-    loaded = case.model.from_pretrained(tmp_path, **{name: new})
-    assert f"{name} {new} in place of {old}" in caplog.text
+    old = {name: model.config[name] for name in SIZES if name in model.config}
+    new = {name: 2 * side if isinstance(side, int) else [2 * s for s in side] for name, side in old.items()}
+    loaded = case.model.from_pretrained(tmp_path, **new)
+    assert all(f"{name} {new[name]} in place of {old[name]}" in caplog.text for name in old)
     assert loaded.mixing_blocks == model.mixing_blocks
     assert loaded.default_grid == tuple(2 * side for side in model.default_grid)
     assert sample(loaded, case.inputs(loaded, loaded.default_grid)).isfinite().all()

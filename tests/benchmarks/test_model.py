@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from mhla_diffusion.benchmarks.model import model
+from tests.backbones.cases import CASES, Case
 
 
 def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
@@ -19,3 +23,34 @@ def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "model.json").read_text())
     assert len(record["measurements"]) == 6
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case, tmp_path: Path) -> None:
+    case.stock().save_config(tmp_path)
+    side = 2 * case.make().latents_per_token[-1] * case.model.vae_stride[-1]
+    frames = 9 if len(case.grids[0]) == 3 else None
+    text = model([side], backbone=str(tmp_path), layers=1, frames=frames, repeats=1, device="cpu")
+    title, _, head, _, denoising, training = text.splitlines()
+    assert f"{tmp_path}, 1 layer" in title
+    assert ("softmax, ms" in head) == (case.stock_kind == "softmax")
+    assert "| denoising |" in denoising
+    assert "| training |" in training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "Sana-0.6B", "attentions": ["softmax"]}, "attentions must be of mhla, linear, got"),
+        ({"backbone": "DiT-S/2", "frames": 9}, "makes images, which have no frames"),
+        ({"backbone": "Lumina-Next-2B", "head_dim": 9}, "has no attention_head_dim of its own"),
+        ({"backbone": "HunyuanDiT-v1.2", "layers": 3}, "1 layer or an even number"),
+        ({"backbone": "Sana-0.6B", "sizes": [1000]}, "does not divide into tokens of 32"),
+        ({"backbone": "Sana-0.7B"}, "none of .*Sana-0.6B"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)

@@ -100,5 +100,4 @@ def test_every_config_in_the_repository_is_valid(
         assert run.model.attention == "softmax"
         assert config.steps <= 0.05 * run.trainer.max_steps
     else:
-        run = read_run_config(path)
-        assert run.model.attention == "softmax" or run.objective.teacher
+        pytest.fail(f"no command takes {path.name}")
