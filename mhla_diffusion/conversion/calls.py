@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..backbones import MHLADiTTransformer2DModel, MHLAWanTransformer3DModel
+from ..backbones import (
+    MHLADiTTransformer2DModel,
+    MHLAPixArtTransformer2DModel,
+    MHLASanaTransformer2DModel,
+    MHLAWanTransformer3DModel,
+)
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import as_dict, parse_config
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
@@ -19,7 +24,12 @@ from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig
 from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
-RUNS = {MHLADiTTransformer2DModel: ImageTrainingConfig, MHLAWanTransformer3DModel: VideoTrainingConfig}
+RUNS: dict[type[Any], type[Any]] = {
+    MHLADiTTransformer2DModel: ImageTrainingConfig,
+    MHLAPixArtTransformer2DModel: ImageTrainingConfig,
+    MHLASanaTransformer2DModel: ImageTrainingConfig,
+    MHLAWanTransformer3DModel: VideoTrainingConfig,
+}
 
 TIME_BUCKETS = 10
 
@@ -58,6 +68,8 @@ class Calls(ABC):
     def _placed(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):  # as PixArt's added_cond_kwargs
             return {key: self._placed(key, part) for key, part in value.items()}
+        if isinstance(value, dict):
+            return {key: self._placed(key, its) for key, its in value.items()}
         if not isinstance(value, Tensor):
             return value
         cast = value.is_floating_point() and name != "timestep"
@@ -83,10 +95,8 @@ class NoiseCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         generator = sample_generator(self.seed, number, FOR_DATA)
         inputs = self.model.example_inputs(self.grid, generator=generator)
-        return {
-            **inputs,
-            "timestep": (self.model.time_scale * self.fraction(number)).to(inputs["timestep"].dtype),
-        }
+        time = self.model.time_scale * float(self.fraction(number))
+        return {**inputs, "timestep": torch.full_like(inputs["timestep"], time)}
 
 
 class DataCalls(Calls):
@@ -182,11 +192,11 @@ class SampledCalls(Calls):
         inputs = self.model.example_inputs(self.grid, generator=generator)
         placed = {name: self._placed(name, value) for name, value in inputs.items()}
         x, scheduler = placed.pop("hidden_states"), self.objective.scheduler()
-        placed.pop("timestep")
+        given = placed.pop("timestep")
         scheduler.set_timesteps(self.steps)
         for timestep in scheduler.timesteps:
-            time = self._time(timestep).expand(1).to(x.device)
-            prediction = self.model(x, timestep=time, return_dict=False, **placed)[0]
+            at = torch.full_like(given, float(self._time(timestep)))
+            prediction = self.model(x, timestep=at, return_dict=False, **placed)[0]
             if self.objective.predicts_variance:
                 prediction = prediction.chunk(2, 1)[0]
             if prediction.shape != x.shape:
@@ -198,7 +208,8 @@ class SampledCalls(Calls):
         times = self.objective.time_at(self.fraction(number))
         noise = torch.randn(x.shape, generator=generator)
         noisy = self.objective.noisy(x.float().cpu(), times, noise)
-        return {**inputs, "hidden_states": noisy, "timestep": self._time(self.objective.timestep(times))}
+        time = float(self._time(self.objective.timestep(times)))
+        return {**inputs, "hidden_states": noisy, "timestep": torch.full_like(inputs["timestep"], time)}
 
     def _time(self, timestep: Tensor) -> Tensor:
         """A time of the objective, 0 to 1,000, as the model counts it."""
