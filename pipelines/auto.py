@@ -15,10 +15,12 @@ from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_s
 
 from .image import MHLADiTPipeline
 from .schedulers import prediction_of, require_scheduler, scales_inputs
+from .text_to_image import MHLATextToImagePipeline
 from .video import MHLAWanPipeline
 
 # Our own pipelines, by what model_index.json says; all others are diffusers'.
-_OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLAWanPipeline)} | {"DiTPipeline": MHLADiTPipeline}
+_OWN = {cls.__name__: cls for cls in (MHLADiTPipeline, MHLATextToImagePipeline, MHLAWanPipeline)}
+_OWN |= {"DiTPipeline": MHLADiTPipeline}
 
 # Pipelines that call a transformer on tokens of which it does not say on which grid they lie, and those that
 # put tokens of images ahead of the grid.
@@ -53,10 +55,11 @@ class MHLAPipeline:
                 token, cache_dir, device_map, components to use instead of stored ones, ...
 
         Returns:
-            :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLAWanPipeline` for video models
-            that this package trained; else the diffusers pipeline that is stored, of any class that has a
-            component of :data:`mhla_diffusion.backbones.BACKBONES`. With ``mhla_config`` all such components
-            are converted, ``transformer_2`` too.
+            :class:`MHLADiTPipeline` for class-conditional images; :class:`MHLATextToImagePipeline` and
+            :class:`MHLAWanPipeline` for models of texts that this package trained; else the diffusers
+            pipeline that is stored, of any class that has a component of
+            :data:`mhla_diffusion.backbones.BACKBONES`. With ``mhla_config`` all such components are
+            converted, ``transformer_2`` too.
 
         Raises:
             ValueError: when what is stored is no pipeline, or one that there is no MHLA form of, and for a

@@ -24,7 +24,15 @@ from .identity import describe
 from .prompts import MAX_SEED, Prompt
 from .requests import require_positive
 from .rows import class_rows, prompt_rows
-from .sampling import Kind, call_arguments, call_parameters, frames_per_second, output_kind, sample
+from .sampling import (
+    Kind,
+    batches,
+    call_arguments,
+    call_parameters,
+    frames_per_second,
+    output_kind,
+    sample,
+)
 from .sheets import save_grid, save_image, save_strips
 
 __all__ = ["generate_images", "generate_videos", "save_grid", "save_strips"]
@@ -133,7 +141,8 @@ def generate_videos(
         pipeline: makes videos of texts, or of texts and pictures; moved to the device of this process.
         out: a new or empty folder, or that of an unfinished run.
         prompts: video i shows ``prompts[i % len(prompts)]``. A :class:`.Prompt` may have a seed, a negative
-            prompt, a name for its file and a picture of its own; see :func:`.read_prompts` for files of them.
+            prompt, a name for its file, a size and a picture of its own; see :func:`.read_prompts` for files
+            of them.
         images: for image-to-video, a folder with a picture for each prompt, in the order of their names.
         num_videos: how many; one for each prompt by default.
         per_prompt: videos of each prompt, one after the other, instead of ``num_videos``.
@@ -221,12 +230,11 @@ def _generate(
         in_first_process(enter)
         pipeline.to(state.device)
         pipeline.set_progress_bar_config(disable=True)
-        starts = range(0, len(rows), batch_size)[state.process_index :: state.num_processes]
-        total = sum(len(rows[start : start + batch_size]) for start in starts)
+        mine = batches(rows, batch_size)[state.process_index :: state.num_processes]
+        total = sum(len(rows[batch]) for batch in mine)
         hidden, sums = not state.is_main_process, read_sums(folder) or {}
         with tqdm(total=total, desc="generating", unit=_SCRIPTS[kind], disable=hidden) as progress:
-            for start in starts:
-                batch = slice(start, start + batch_size)
+            for batch in mine:
                 if not _is_made(folder, rows[batch], sums):
                     _make_batch(pipeline, folder, rows[batch], pictures[batch], call, fps)
                 progress.update(len(rows[batch]))

@@ -33,6 +33,7 @@ class Prompt:
         negative_prompt: what the samples should not show.
         file: name of the sample in the folder of the run, in a subfolder if wanted (``"cats/first"``); by
             default a number.
+        height, width: of the sample in pixels; those of the whole run by default.
         image: the picture that a video begins with.
         origin: where it was read, for messages.
 
@@ -44,6 +45,8 @@ class Prompt:
     seed: int | None = None
     negative_prompt: str | None = None
     file: str | None = None
+    height: int | None = None
+    width: int | None = None
     image: str | os.PathLike[str] | None = None
     origin: str = ""
 
@@ -56,6 +59,10 @@ class Prompt:
             raise self.error("the prompt is empty")
         if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= MAX_SEED):
             raise self.error(f"seed must be a whole number from 0 to {MAX_SEED}, got {self.seed!r}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise self.error(f"{name} must be a whole number of pixels, got {value!r}")
         if self.file is not None:
             self._check_name(self.file)
 
@@ -100,8 +107,8 @@ def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None
     Each value is one of these:
 
     - a file: ``.txt`` with one prompt a line, ``.csv`` with a header, or ``.jsonl`` with an object a line.
-      The columns are prompt and, if need be, seed, negative_prompt, file and image, a path inside ``images``
-      or else inside the folder of the file. Empty lines are skipped;
+      The columns are prompt and, if need be, seed, negative_prompt, file, height, width and image, a path
+      inside ``images`` or else inside the folder of the file. Empty lines are skipped;
     - a list in brackets, of one text, ``[a red car]``, or of several in quotes, ``["a car", "wind, rain"]``;
     - any other text is a prompt, its commas included.
 
@@ -232,18 +239,19 @@ def _read_csv(text: str, path: Path) -> Rows:
             values: dict[str, Any] = {key: value or None for key, value in row.items()}
             if not any(values.values()):
                 continue
-            if values.get("seed"):
-                values["seed"] = _whole_number(values["seed"], place)
+            for name in _NUMBERS:
+                if values.get(name):
+                    values[name] = _whole_number(name, values[name], place)
             yield reader.line_num, values
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.reader.line_num} is no CSV ({error})") from error
 
 
-def _whole_number(text: str, place: str) -> int:
+def _whole_number(name: str, text: str, place: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{place}: seed must be a whole number, got {text!r}") from None
+        raise ValueError(f"{place}: {name} must be a whole number, got {text!r}") from None
 
 
 def _read_jsonl(text: str, path: Path) -> Rows:
@@ -269,4 +277,5 @@ _READERS: dict[str, Callable[[str, Path], Rows]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
 }
-_COLUMNS = ("prompt", "seed", "negative_prompt", "file", "image")
+_NUMBERS = ("seed", "height", "width")
+_COLUMNS = ("prompt", "seed", "negative_prompt", "file", "height", "width", "image")

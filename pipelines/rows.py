@@ -71,6 +71,7 @@ def prompt_rows(
         }
         if negative := prompt.negative_prompt or negative_prompt:
             row["negative_prompt"] = negative
+        row |= {n: getattr(prompt, n) for n in ("height", "width") if getattr(prompt, n) is not None}
         rows.append(row)
     _check_names(rows, [prompt for prompt, _ in shown])
     return rows, _add_pictures(rows, [prompt for prompt, _ in shown])

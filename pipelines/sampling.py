@@ -90,7 +90,9 @@ def call_arguments(
         if key in parameters
     }
     call |= options | {key: value for key, value in named.items() if value is not None}
-    asked = {*call, *conditions(rows)} | ({"image"} & rows[0].keys())
+    asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))} | (
+        {"image"} & rows[0].keys()
+    )
     if unknown := sorted(asked - parameters.keys()):
         raise ValueError(f"{name} takes no {', '.join(unknown)}")
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
@@ -110,6 +112,20 @@ def conditions(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return asked
 
 
+def own_size(row: Mapping[str, Any]) -> dict[str, int]:
+    """Return the height and width of a row that has its own."""
+    return {key: row[key] for key in ("height", "width") if key in row}
+
+
+def batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[slice]:
+    """Divide rows into calls: those one after the other that have one size, at most ``batch_size``."""
+    starts = [0]
+    for i in range(1, len(rows)):
+        if i - starts[-1] == batch_size or own_size(rows[i]) != own_size(rows[starts[-1]]):
+            starts.append(i)
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
 def frames_per_second(pipeline: Any, call: Mapping[str, Any], fps: float | None) -> float:
     """Frames per second of the videos: as asked, else as the pipeline states, else 16."""
     return float(fps or call.get("frame_rate") or pipeline.config.get("fps") or DEFAULT_FPS)
@@ -121,7 +137,7 @@ def sample(
     """Make what the rows of a manifest say, in one call.
 
     Args:
-        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt.
+        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt; all of one size.
         call: see :func:`call_arguments`.
         images: of each row the picture to begin with, or None. With pictures one row at a time, as diffusers'
             image-to-video pipelines take one image.
@@ -146,7 +162,7 @@ def sample(
     generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
     with _remedies(pipeline):
         made = pipeline(
-            **asked, **call, **watch,
+            **asked, **{**call, **own_size(rows[0])}, **watch,
             generator=generators, output_type="np", return_dict=False,
         )[0]  # fmt: skip
     values = np.asarray(made)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mhla_diffusion.files.manifest import MANIFEST
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.files.writing import write_file
 
+MOST = 64
+
 
 def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:
     """Draw one picture of a generated folder: a column for each class or prompt, in the manifest's order.
+
+    With one image for each prompt the first :data:`MOST` are laid out in a square, their prompts below them.
 
     Args:
         folder: as :func:`.generate_images` leaves it.
@@ -29,8 +35,31 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
     for row in images:
         by_class.setdefault(row.get("class_id", row.get("prompt")), []).append(row["file"])
     rows = min(rows, *(len(files) for files in by_class.values()))
+    if rows == 1 and "prompt" in images[0]:
+        shown = list(by_class.items())[:MOST]
+        cells = [_with_text(Image.open(Path(folder) / files[0]), str(text)) for text, files in shown]
+        columns = math.isqrt(len(cells) - 1) + 1
+        rows = -(-len(cells) // columns)
+        cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
+        save_image(make_image_grid(cells, rows=rows, cols=columns), Path(path))
+        return
     cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
     _save_cells(cells, Path(path), rows=rows, columns=len(by_class))
+
+
+def _with_text(image: Image.Image, text: str) -> Image.Image:
+    """A picture, enlarged to 128 pixels if it is smaller, and two lines of text below it."""
+    factor = max(1, 128 // min(image.size))
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    size = max(10, image.width // 16)
+    cell = Image.new("RGB", (image.width + 8, image.height + 3 * size + 8), "white")
+    cell.paste(image, (4, 4))
+    font, lines = (
+        ImageFont.load_default(size=size),
+        textwrap.wrap(text, width=round(1.9 * image.width / size)),
+    )
+    ImageDraw.Draw(cell).multiline_text((4, image.height + 6), "\n".join(lines[:2]), fill="black", font=font)
+    return cell
 
 
 def save_strips(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, rows: int = 8) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -20,20 +19,7 @@ from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 from .model_card import CardedPipeline, Purpose
 from .requests import count_samples, require_generators, require_positive
 from .schedulers import prediction_of
-
-logger = logging.getLogger(__name__)
-
-
-def long_prompts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> list[str]:
-    """List the distinct prompts of more tokens, which the text encoder is not shown to their end."""
-    distinct = list(dict.fromkeys(prompts))
-    parts = (distinct[start : start + 10_000] for start in range(0, len(distinct), 10_000))
-    return [
-        prompt
-        for part in parts
-        for prompt, ids in zip(part, tokenizer(part, verbose=False)["input_ids"], strict=True)
-        if len(ids) > max_length
-    ]
+from .text import warn_of_long_prompts
 
 
 class MHLAWanPipeline(CardedPipeline, WanPipeline):
@@ -208,7 +194,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length or self.config.max_sequence_length,
         }
-        self._warn_of_long_prompts(prompt, negative_prompt, max_length=call["max_sequence_length"])
+        warn_of_long_prompts(self.tokenizer, call["max_sequence_length"], prompt, negative_prompt)
         if self.vae is not None:
             return super().__call__(
                 num_frames=size[0], height=size[1], width=size[2], latents=latents,
@@ -225,17 +211,6 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         if output_type != "latent":
             video = self.video_processor.postprocess_video(video.float(), output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
-
-    def _warn_of_long_prompts(self, *prompts: str | list[str] | None, max_length: int) -> None:
-        # Anything but texts is refused by the base class.
-        texts = [
-            text
-            for given in prompts
-            for text in (given if isinstance(given, list) else [given])
-            if isinstance(text, str)
-        ]
-        for prompt in long_prompts(texts, self.tokenizer, max_length):
-            logger.warning("cut after max_sequence_length %d tokens: %r", max_length, prompt)
 
     def _pixel_noise(
         self,

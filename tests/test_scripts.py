@@ -161,6 +161,33 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     assert "num must be 1 to 5000, the number of images, got 5001" in too_many.stderr
 
 
+def test_images_with_captions_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
+    scenes, training, images = tmp_path / "scenes", tmp_path / "training", tmp_path / "images"
+    succeed(
+        *("export_images", "--data.source", "scene", "--data.scenes.num_images", "6", "--captions", "true"),
+        *("--out", scenes),
+    )
+    assert (scenes / "captions.csv").read_text().splitlines()[:2] == [
+        "path,caption,weight", "000000.png,one red circle on the right,1.0",
+    ]  # fmt: skip
+    assert len(list(scenes.glob("*.png"))) == 6
+    succeed(
+        *("train_image", "--config", "configs/image_pixart_scenes.yaml", "--output_dir", training),
+        *("--data.source", "folder", "--data.path", scenes, "--trainer.max_steps", "1"),
+        *("--trainer.batch_size", "2", "--sampling.every", "0", "--model.num_layers", "1"),
+    )
+    (tmp_path / "prompts.csv").write_text("prompt,seed,height,width\na cat,7,16,16\na dog,,16,16\nit,,,\n")
+    succeed(
+        *("generate", "image", "--model", training / "pipeline", "--out", images, "--steps", "1"),
+        *("--prompts", tmp_path / "prompts.csv", "--grid", tmp_path / "grid.png"),
+    )
+    rows = json.loads((images / "manifest.json").read_text())["images"]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [("a cat", 7), ("a dog", 1), ("it", 2)]
+    sizes = [Image.open(images / row["file"]).size for row in rows]
+    assert sizes == [(16, 16), (16, 16), (32, 32)]
+    assert Image.open(tmp_path / "grid.png").width == 2 * 136
+
+
 def test_names_of_classes_lead_nowhere_out_of_the_folder(tmp_path: Path) -> None:
     import datasets
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import PixArtTransformer2DModel
+from torch import Tensor
 
 from .grid import Grid, in_dict, receive_grid, send_as_argument
 from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
@@ -61,15 +62,25 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
         config = self.config
         sizes = [tokens * config.patch_size for tokens in grid]
         width = config.caption_channels or config.cross_attention_dim
-        conditions = None
-        if self.use_additional_conditions:  # of alpha at 1024 pixels
-            conditions = {
-                "resolution": 8.0 * torch.tensor([sizes] * batch_size),
-                "aspect_ratio": torch.full((batch_size, 1), sizes[0] / sizes[1]),
-            }
         return {
             "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
             "timestep": torch.randint(1000, (batch_size,), generator=generator),
             "encoder_hidden_states": torch.randn(batch_size, _TEXT_TOKENS, width, generator=generator),
-            "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},
+            **self.size_arguments(batch_size, *(8 * size for size in sizes)),
         }
+
+    def size_arguments(
+        self, batch_size: int, height: int, width: int, *, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        """Return what the forward is told of the size in pixels, as the pipelines of alpha and sigma tell it.
+
+        A model with ``use_additional_conditions``, as alpha at 1024 pixels, is told the resolution ``[B, 2]``
+        and the aspect ratio, height over width, ``[B, 1]``.
+        """
+        told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.use_additional_conditions:
+            told = {
+                "resolution": torch.tensor([[height, width]] * batch_size, device=device, dtype=self.dtype),
+                "aspect_ratio": torch.full((batch_size, 1), height / width, device=device, dtype=self.dtype),
+            }
+        return {"added_cond_kwargs": told}

@@ -24,16 +24,46 @@ _PROBES = 256
 class LayerCall:
     """Call of a self-attention layer.
 
+    In joint attention a text is a second stream, in and out.
+
     Args:
         hidden_states: ``[B, N, D]``.
-        args, kwargs: what else it got: grid, rotary tables.
-        output: ``[B, N, D]``, behind its output projection.
+        args, kwargs: what else it got: grid, rotary tables, a text.
+        output: ``[B, N, D]``, behind its output projection; of the text too in joint attention.
     """
 
     hidden_states: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor | None = None
+    output: Any = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """Tokens of all streams, ``[B, T + N, D]``, the text first."""
+        text = self.kwargs.get("encoder_hidden_states")
+        return self.hidden_states if text is None else torch.cat((text, self.hidden_states), 1)
+
+    @property
+    def outputs(self) -> Tensor:
+        """Outputs for all streams, as :attr:`inputs` has them."""
+        return _streams(self.output)
+
+    def replay(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the outputs of a layer for other :attr:`inputs`, all else as in this call, of one sample."""
+        text = self.kwargs.get("encoder_hidden_states")
+        if text is None:
+            return layer(inputs, *self.args, **self.kwargs)
+        rows, length = len(inputs), text.shape[1]
+        kwargs = {**self.kwargs, "encoder_hidden_states": inputs[:, :length]}
+        mask = kwargs.get("encoder_hidden_states_mask")
+        if mask is not None:
+            kwargs["encoder_hidden_states_mask"] = mask.expand(rows, *mask.shape[1:])
+        return _streams(layer(inputs[:, length:], *self.args, **kwargs))
+
+
+def _streams(output: Any) -> Tensor:
+    """One tensor of the outputs of a layer, which gives that of the text second."""
+    return torch.cat((output[1], output[0]), 1) if isinstance(output, tuple) else output
 
 
 def load_teacher(
@@ -103,7 +133,7 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Laye
         return note
 
     def behind(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[name].output = output
 
         return note

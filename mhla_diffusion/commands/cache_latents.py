@@ -2,6 +2,9 @@
 
     accelerate launch scripts/cache_latents.py image --vae stabilityai/sd-vae-ft-ema --size 256 \
         --output_dir latents/imagenet256 --data.source folder --data.path imagenet/train --data.flip true
+    accelerate launch scripts/cache_latents.py image --vae PixArt-alpha/PixArt-Sigma-XL-2-1024-MS \
+        --text.encoder PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --text.max_length 300 --data.source webdataset \
+        --data.path TARS --data.aspect_ratios 1024 --output_dir latents/pictures
     accelerate launch scripts/cache_latents.py video --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --text.encoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data.source folder --data.path clips --data.fps 16 \
         --data.frames 81 --data.sizes "[[480, 832]]" --output_dir latents/clips

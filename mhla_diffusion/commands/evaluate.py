@@ -14,6 +14,7 @@ from typing import Any
 from ..evaluation import Report, compare_reports, compute_statistics, evaluate_images, evaluate_videos
 from ..evaluation.pages.report import require_no_report
 from ..evaluation.scores.frechet import require_new_npz
+from ..evaluation.sets.benchmarks import export_benchmark, write_prompts
 from ..evaluation.sets.vbench import export_vbench
 from ..files.locking import only_writer
 from ..processes import in_first_process
@@ -139,6 +140,30 @@ def vbench(generated: str, out: str) -> None:
     logger.info("%d videos in %s", export_vbench(generated, out), out)
 
 
+def prompts(benchmark: str, source: str, out: str) -> None:
+    """Write the prompts of a benchmark of text to image as a CSV file for mhla generate image --prompts.
+
+    Args:
+        benchmark: mjhq30k, geneval, geneval2 or dpg_bench.
+        source: its own file or folder of prompts: meta_data.json, evaluation_metadata.jsonl,
+            geneval2_data.jsonl, or the folder prompts.
+        out: the CSV file, which is not there yet.
+    """
+    logger.info("%d prompts in %s", write_prompts(benchmark, source, out), out)
+
+
+def layout(benchmark: str, source: str, generated: str, out: str) -> None:
+    """Copy generated images into the layout that a benchmark of text to image reads.
+
+    Args:
+        benchmark: mjhq30k, geneval, geneval2 or dpg_bench.
+        source: as for mhla evaluate prompts.
+        generated: folder of mhla generate, from these prompts.
+        out: folder that is not there yet.
+    """
+    logger.info("images of %d prompts in %s", export_benchmark(benchmark, source, generated, out), out)
+
+
 def main(arguments: Sequence[str], prog: str, name: str) -> None:
     """Score, or do what else there is."""
     commands: dict[str, Callable[..., Any]] = {
@@ -148,6 +173,8 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
         "compare": compare,
         "steps": steps,
         "vbench": vbench,
+        "prompts": prompts,
+        "layout": layout,
     }
     if name == "compare":
         arguments = with_list(arguments, "reports")

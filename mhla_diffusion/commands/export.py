@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,26 +32,33 @@ def main(arguments: Sequence[str], prog: str, kind: str) -> None:
     parse_and_call(kinds[kind], arguments, prog)
 
 
-def images(data: DataConfig, out: str, num: int | None = None) -> None:
-    """Write the images of a training source as PNG files in class folders.
+def images(data: DataConfig, out: str, num: int | None = None, captions: bool = False) -> None:
+    """Write the images of a training source as PNG files, in class folders or with captions.csv.
 
     Args:
         data: where the images come from.
         out: a folder that does not exist yet.
         num: how many of the images, evenly spaced; all by default.
+        captions: with captions in place of classes, as models of texts are trained on them.
     """
     with new_folder(out) as target:
-        source = open_images(data)
+        source = open_images(data, captioned=captions)
         folders = _class_folders(source.class_names)
         num = _require_num(num, len(source), "images")
 
         def write(folder: Path) -> None:
             for name in folders:
                 (folder / name).mkdir()
+            listed: list[tuple[str, str, float]] = []
             for n in tqdm(range(num), desc="exporting", unit="image"):
                 i = n * len(source) // num
-                image, label = source.read(i)
-                image.save(folder / folders[label] / f"{i:06d}.png")
+                place = "" if source.labels is None else folders[source.labels[i]]
+                source.read(i).save(folder / place / f"{i:06d}.png")
+                caption = None if source.captions is None else source.captions[i]
+                texts = {caption: 1.0} if isinstance(caption, str) else caption or {}
+                listed += [(f"{i:06d}.png", text, weight) for text, weight in texts.items()]
+            if captions:
+                _write_captions(folder, [("path", "caption", "weight"), *listed])
 
         write_folder(target, write)
 
@@ -89,17 +97,21 @@ def _class_folders(class_names: Sequence[str]) -> list[str]:
 
 
 def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> None:
+    listed = []
+    for i in tqdm(range(num), desc="exporting", unit="video"):
+        try:
+            sample = source.load(i, torch.Generator().manual_seed(i))
+        except UnreadableSampleError as error:
+            logging.warning("skipped: %s", error)
+            continue
+        # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
+        pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
+        frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
+        write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
+        listed.append((f"{i:06d}.mp4", sample["caption"]))
+    _write_captions(folder, [("path", "caption"), *listed])
+
+
+def _write_captions(folder: Path, rows: Sequence[Sequence[Any]]) -> None:
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-        captions = csv.writer(file)
-        captions.writerow(["path", "caption"])
-        for i in tqdm(range(num), desc="exporting", unit="video"):
-            try:
-                sample = source.load(i, torch.Generator().manual_seed(i))
-            except UnreadableSampleError as error:
-                logging.warning("skipped: %s", error)
-                continue
-            # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
-            pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
-            frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
-            write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
-            captions.writerow([f"{i:06d}.mp4", sample["caption"]])
+        csv.writer(file).writerows(rows)

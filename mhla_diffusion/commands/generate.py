@@ -105,7 +105,7 @@ def video(
         out: a new folder, or that of an unfinished run.
         prompts: a text, commas included; a list in brackets, each text in quotes; or a file: .txt with one
             text a line, .csv or .jsonl with the columns prompt, seed, negative_prompt, file (name of the
-            video) and image (path inside images, or the folder of the file). May be repeated.
+            video), height, width and image (path inside images, or the folder of the file). May be repeated.
         images: for image-to-video, a folder of images: one for each prompt in the order of their names, or
             those that the column image names.
         num: number of videos; one for each prompt by default.

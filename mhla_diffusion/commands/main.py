@@ -59,7 +59,9 @@ MHLA = Command(
             ),
             "export": Command(
                 "write a training source as files, to look at or score against",
-                _lines(images="PNG files in class folders", videos="MP4 files with captions.csv"),
+                _lines(
+                    images="PNG files in class folders or with captions", videos="MP4 files with captions.csv"
+                ),
             ),
         },
         "convert a trained softmax model": {
@@ -76,7 +78,7 @@ MHLA = Command(
             ),
         },
         "train": {
-            "train-image": Command("train a class-conditional image model"),
+            "train-image": Command("train a model of images, of classes or of texts"),
             "train-video": Command("train a text-to-video model"),
             "export-checkpoint": Command("write a checkpoint of a training as a pipeline"),
         },
@@ -85,7 +87,7 @@ MHLA = Command(
             "card": Command("write the model card of a pipeline with its scores, a picture and its licence"),
             "generate": Command(
                 "generate into a folder with a manifest; interrupted, it goes on",
-                _lines(image="images of classes", video="videos of texts"),
+                _lines(image="images of classes or texts", video="videos of texts"),
             ),
         },
         "judge": {
@@ -98,6 +100,8 @@ MHLA = Command(
                     compare="put reports side by side",
                     steps="score every checkpoint of a training",
                     vbench="copy generated videos into the layout that VBench reads",
+                    prompts="write the prompts of a benchmark of text to image, for generate",
+                    layout="copy generated images into the layout that such a benchmark reads",
                 ),
             ),
             "compare-attention": Command("variants of attention on one task, over seeds, as a page"),

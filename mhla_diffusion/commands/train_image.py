@@ -1,6 +1,7 @@
-"""Train a class-conditional image model.
+"""Train a model of images, of classes or of texts.
 
     accelerate launch scripts/train_image.py --config configs/image_dit_mnist.yaml
+    accelerate launch scripts/train_image.py --config configs/image_pixart_scenes.yaml
     accelerate launch scripts/train_image.py --config FILE --trainer.max_steps 100 --resume latest
 
 Exit codes: 0 when trained to the end; 130 (Ctrl-C) or 143 (SIGTERM) when stopped, after saving a checkpoint

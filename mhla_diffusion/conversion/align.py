@@ -35,7 +35,7 @@ from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
 from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_room, sample_bytes, write_activations
-from .calls import TIME_BUCKETS, Calls
+from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls
 from .job import AlignConfig, train_layer
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def align(
 
 def grid_of(teacher: Any, calls: Calls) -> tuple[int, ...]:
     """Return the grid of tokens of a call."""
+    if isinstance(calls, NoiseCalls | SampledCalls):
+        return calls.grid
     latents = calls.inputs(0)["hidden_states"]
     return token_grid(latents.shape[2:], teacher.latents_per_token)
 
@@ -248,7 +250,7 @@ def _groups(jobs: Sequence[Job], first: Mapping[str, LayerCall], config: AlignCo
 
 
 def _layer_bytes(call: LayerCall, config: AlignConfig) -> int:
-    tokens, width = call.hidden_states.shape[1:]
+    tokens, width = call.inputs.shape[1:]
     return config.all_samples * sample_bytes(tokens, width, getattr(torch, config.dtype))
 
 

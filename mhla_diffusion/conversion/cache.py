@@ -93,8 +93,7 @@ def _activations(
     """Input and output ``[N, D]`` of each layer in a call."""
     row: dict[str, Tensor] = {}
     for name, call in layer_calls(model, calls(number), names).items():
-        assert call.output is not None
-        for key, value in (("input", call.hidden_states), ("output", call.output)):
+        for key, value in (("input", call.inputs), ("output", call.outputs)):
             stored = value[0].to(dtype).cpu()
             if not stored.isfinite().all():
                 raise ValueError(

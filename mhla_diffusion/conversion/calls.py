@@ -16,6 +16,7 @@ from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import as_dict, parse_config
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
+from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS = {MHLADiTTransformer2DModel: ImageTrainingConfig, MHLAWanTransformer3DModel: VideoTrainingConfig}
@@ -55,6 +56,8 @@ class Calls(ABC):
         return (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
 
     def _placed(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):  # as PixArt's added_cond_kwargs
+            return {key: self._placed(key, part) for key, part in value.items()}
         if not isinstance(value, Tensor):
             return value
         cast = value.is_floating_point() and name != "timestep"
@@ -121,7 +124,7 @@ class DataCalls(Calls):
         index = int(torch.randperm(len(self.source), generator=order)[number % len(self.source)])
         generators = [sample_generator(self.seed, number, FOR_LOSS)]
         batch = default_collate([self.source.load(index, generators[0])])
-        samples = batch.pop("samples")
+        samples = batch["samples"]
         conditions = self.task.conditioning.arguments(batch, generators)
         noise = torch.randn(samples.shape, generator=generators[0])
         return samples, conditions, self.objective.time_at(self.fraction(number)), noise
@@ -182,18 +185,25 @@ class SampledCalls(Calls):
         placed.pop("timestep")
         scheduler.set_timesteps(self.steps)
         for timestep in scheduler.timesteps:
-            prediction = self.model(x, timestep=timestep.expand(1).to(x.device), return_dict=False, **placed)[
-                0
-            ]
+            time = self._time(timestep).expand(1).to(x.device)
+            prediction = self.model(x, timestep=time, return_dict=False, **placed)[0]
             if self.objective.predicts_variance:
                 prediction = prediction.chunk(2, 1)[0]
+            if prediction.shape != x.shape:
+                raise ValueError(
+                    f"the teacher predicts {list(prediction.shape[1:])} for {list(x.shape[1:])}: say "
+                    "samples-ddpm where it predicts variances; for models that are given pictures, give data"
+                )
             x = scheduler.step(prediction, timestep, x).prev_sample
-        times, noise = (
-            self.objective.time_at(self.fraction(number)),
-            torch.randn(x.shape, generator=generator),
-        )
+        times = self.objective.time_at(self.fraction(number))
+        noise = torch.randn(x.shape, generator=generator)
         noisy = self.objective.noisy(x.float().cpu(), times, noise)
-        return {**inputs, "hidden_states": noisy, "timestep": self.objective.timestep(times)}
+        return {**inputs, "hidden_states": noisy, "timestep": self._time(self.objective.timestep(times))}
+
+    def _time(self, timestep: Tensor) -> Tensor:
+        """A time of the objective, 0 to 1,000, as the model counts it."""
+        scale = self.model.time_scale
+        return timestep if scale == NUM_TRAIN_TIMESTEPS else timestep * scale / NUM_TRAIN_TIMESTEPS
 
 
 def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> Calls:
@@ -216,21 +226,6 @@ def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | 
         objective = ObjectiveConfig(name="ddpm" if data.endswith("ddpm") else "flow")
         return SampledCalls(model, seed=seed, objective=objective, grid=grid)
     return DataCalls(model, run_of(model, data), seed=seed)
-
-
-def run_of_file(path: str) -> Any:
-    """Read the config of a training run of any kind, which its keys tell.
-
-    Raises:
-        ValueError: when it is of none, with what the first kind says.
-    """
-    errors = []
-    for config_class in RUNS.values():
-        try:
-            return parse_config(config_class, ["--config", path])[0]
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
 
 
 def run_of(model: Any, path: str) -> Any:

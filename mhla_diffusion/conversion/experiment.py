@@ -25,8 +25,9 @@ from ..planning import Plan, plan
 from ..processes import in_first_process, process_state
 from ..training import train
 from ..training.checkpoints import list_checkpoints
+from ..training.export import read_run_config
 from .align import align, load_candidates
-from .calls import TIME_BUCKETS, DataCalls, run_of_file
+from .calls import TIME_BUCKETS, DataCalls
 from .choose import assemble, describe, layer_errors, save_student
 from .costs import layer_costs
 from .job import AlignConfig
@@ -107,7 +108,8 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
             ``out``.
     """
     out = Path(config.out)
-    run, forms = run_of_file(config.teacher), load_candidates(config.candidates)
+    run: Any = read_run_config(config.teacher)
+    forms = load_candidates(config.candidates)
     if set(forms) != set(FORMS):
         raise ValueError(f"{config.candidates} must have {', '.join(FORMS)}, it has {', '.join(forms)}")
     teacher_folder = out / "teacher"

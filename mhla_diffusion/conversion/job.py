@@ -103,7 +103,9 @@ def train_layer(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - step / config.steps)
         inputs, outputs = activations.read(order.take())
-        difference = _replay(layer, inputs, call) - outputs.to(call.hidden_states.device)
+        difference = call.replay(layer, inputs.to(call.hidden_states.device)) - outputs.to(
+            call.hidden_states.device
+        )
         loss = difference.abs().mean() / outputs.abs().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -132,7 +134,7 @@ def held_out_errors(
     for number in config.held_out_numbers:
         inputs, outputs = activations.read([number])
         outputs = outputs.to(call.hidden_states.device)
-        difference = _replay(layer, inputs, call) - outputs
+        difference = call.replay(layer, inputs.to(call.hidden_states.device)) - outputs
         errors.append(float(difference.abs().sum() / outputs.abs().sum()))
     return errors
 
@@ -150,10 +152,6 @@ class _Order:
             self._epoch += 1
         batch, self._left = self._left[: self._config.batch_size], self._left[self._config.batch_size :]
         return batch
-
-
-def _replay(layer: nn.Module, inputs: Tensor, call: LayerCall) -> Tensor:
-    return layer(inputs.to(call.hidden_states.device), *call.args, **call.kwargs)
 
 
 def _optimizer(layer: nn.Module, config: AlignConfig) -> torch.optim.Optimizer:

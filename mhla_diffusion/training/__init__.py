@@ -9,12 +9,14 @@ from .data.encoding import (
     cache_latents,
     cache_video_latents,
 )
-from .image import ImageTrainingConfig, ModelConfig, SamplingConfig, train_image
+from .image import ImageTrainingConfig, SamplingConfig, train_image
+from .image_models import ModelConfig
 from .objectives import DDPM, DistillationConfig, FlowMatching, Objective, ObjectiveConfig, build_objective
 from .run import train
+from .settings import OptimizerConfig, RunConfig, TrainerConfig
 from .task import TrainingTask
 from .text import TextConfig
-from .trainer import OptimizerConfig, RunConfig, Trainer, TrainerConfig
+from .trainer import Trainer
 from .video import VideoModelConfig, VideoSamplingConfig, VideoTrainingConfig, train_video
 
 __all__ = [

@@ -6,25 +6,25 @@ condition (Ho and Salimans 2022, classifier-free guidance).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .text import embed_caption
+from .objectives.objective import BESIDE
+from .text import CaptionEncoder
 
 
 class Conditioning(Protocol):
     """Way from the columns of a batch to arguments of the model."""
 
-    def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Any]:
         """Return the model's keyword arguments, each with B rows.
 
         Args:
-            batch: on the device, its ``"samples"`` taken out.
+            batch: on the device.
             generators: one per sample, for what is dropped.
         """
         ...
@@ -72,47 +72,72 @@ class ClassLabels:
 
 
 class Captions:
-    """Texts, from the column ``caption``, or embedded ones ``[B, L, text_dim]`` from the column ``text``.
+    """Texts, from the column ``caption``, or embedded ones from the columns ``text`` and ``tokens``.
 
-    Dropped ones become the empty text.
+    Known frames, in the columns ``condition`` and ``image_embeds``, are never dropped.
+
+    Dropped ones become the empty text. The embeddings are ``[B, L, D]``.
 
     Args:
-        parts: a pipeline that encodes prompts; it needs no transformer.
+        encoder: embeds captions.
         dropout: probability in [0, 1).
         embedded: whether the column is ``text``; then the encoder stays where it is, as a large one takes the
             room of the model.
+        masked: tell the model which tokens are the text's; otherwise it sees the zeros after them.
+        sizes: what else the model is told, by the number of rows, the samples' height and width and their
+            device.
     """
 
-    def __init__(self, parts: Any, dropout: float, *, embedded: bool = False) -> None:
-        self.parts, self.dropout, self.embedded = parts, dropout, embedded
-        # Of one caption at a time, so that an embedding does not depend on what is beside it in a batch.
-        self._embed = lru_cache(maxsize=4096)(partial(embed_caption, parts))
+    def __init__(
+        self,
+        encoder: CaptionEncoder,
+        dropout: float,
+        *,
+        embedded: bool = False,
+        masked: bool = False,
+        sizes: Callable[[int, int, int, torch.device], dict[str, Any]] | None = None,
+    ) -> None:
+        self.encoder, self.dropout, self.embedded = encoder, dropout, embedded
+        self.masked, self.sizes = masked, sizes
 
-    def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        device = self.parts.text_encoder.device
+    def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Any]:
         texts = (
-            batch["text"].split(1)
+            [text[:tokens] for text, tokens in zip(batch["text"], batch["tokens"].tolist(), strict=True)]
             if self.embedded
-            else [self._embed(caption, device) for caption in batch["caption"]]
+            else [self.encoder(caption) for caption in batch["caption"]]
         )
         dropped = _draw(generators, self.dropout).tolist()
-        embeddings = [
-            self._embed("", device).to(text.device) if drop else text
-            for drop, text in zip(dropped, texts, strict=True)
-        ]
-        return {"encoder_hidden_states": torch.cat(embeddings)}
+        embeddings, mask = self.encoder.fill_up(
+            [
+                self.encoder("").to(text.device) if drop else text
+                for drop, text in zip(dropped, texts, strict=True)
+            ]
+        )
+        arguments = {"encoder_hidden_states": embeddings}
+        if self.masked:
+            arguments["encoder_attention_mask"] = mask
+        if "condition" in batch:  # of image-to-video models
+            arguments[BESIDE] = batch["condition"]
+        if "image_embeds" in batch:
+            arguments["encoder_hidden_states_image"] = batch["image_embeds"].flatten(0, 1)
+        if self.sizes is not None:
+            samples = batch["samples"]
+            height, width = samples.shape[-2:]
+            arguments |= self.sizes(len(samples), height, width, samples.device)
+        return arguments
 
     def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         text = arguments["encoder_hidden_states"]
-        empty = self._embed("", self.parts.text_encoder.device).to(text.device)
-        return {"encoder_hidden_states": empty.expand_as(text)}
+        empty, mask = self.encoder.fill_up([self.encoder("").to(text)] * len(text))
+        masks = {"encoder_attention_mask": mask} if self.masked else {}
+        return {**arguments, "encoder_hidden_states": empty, **masks}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": data, "caption dropout": self.dropout}
 
     def to(self, device: torch.device) -> None:
         if not self.embedded:
-            self.parts.text_encoder.to(device)
+            self.encoder.to(device)
 
 
 def require_probability(name: str, value: float) -> None:

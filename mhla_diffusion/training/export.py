@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils.other import load
@@ -16,14 +16,10 @@ from . import checkpoints
 from .adapters import merge_adapters, set_trainable
 from .config import parse_config
 from .objectives import build_objective
-
-if TYPE_CHECKING:
-    from .task import TrainingTask
-    from .trainer import RunConfig
+from .settings import RunConfig, Weights, run_facts
+from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
-
-Weights = Literal["averaged", "raw"]
 
 # As accelerate names what the trainer registers: the learning rate, the average, the progress.
 _AVERAGE = "custom_checkpoint_1.pkl"
@@ -61,7 +57,7 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
         ValueError: when it is not whole, or sharded, or the run's config does not fit what is there.
     """
     checkpoints.require_whole(checkpoint)
-    config = _read_config(checkpoint.parents[1])
+    config = read_run_config(checkpoint.parents[1] / "config.yaml")
     objective = build_objective(config.objective)
     model, source, task = config.build(objective)
     set_trainable(model, config.trainable, config.lora)
@@ -101,59 +97,26 @@ def export_checkpoint(
     return folder
 
 
-def run_facts(
-    config: RunConfig,
-    num_samples: int,
-    step: int,
-    objective: Mapping[str, Any],
-    *,
-    num_unreadable: int = 0,
-    weights: Weights = "averaged",
-) -> dict[str, Any]:
-    """Return what a model card should say of a run, in the card's words."""
-    trainer, optim = config.trainer, config.trainer.optimizer
-    average = f"average with decay {trainer.ema_decay:g}"
-    facts: dict[str, Any] = {
-        "data": f"{num_samples:,} samples",
-        "steps": f"{step:,} of batch size {trainer.batch_size}",
-        **objective,
-        "optimizer": f"AdamW, learning rate {optim.learning_rate:g}, {optim.schedule}",
-        "precision": "fp32" if trainer.mixed_precision == "no" else trainer.mixed_precision,
-        "weights": average if weights == "averaged" else "as the optimizer has them, not averaged",
-        "seed": trainer.seed,
-        "trained": _trained(config),
-    }
-    sampling, model = getattr(config, "sampling", None), getattr(config, "model", None)
-    if sampling is not None:
-        names = ("num_inference_steps", "guidance_scale")
-        facts["sampled with"] = {name: getattr(sampling, name) for name in names}
-    if model is not None and model.init_from is not None:
-        facts["base model"] = model.init_from
-    return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
-
-
-def _trained(config: RunConfig) -> str:
-    if config.lora.rank:
-        return f"self-attention in full, all else through adapters of rank {config.lora.rank} (LoRA)"
-    return "all weights" if config.trainable == "all" else "self-attention alone"
-
-
 def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
     return task.pipeline(transformer=model.eval(), training=task.all_facts(facts))
 
 
-def _read_config(run: Path) -> RunConfig:
-    """Read the config of a run, of whichever kind it is."""
+def read_run_config(path: str | Path) -> RunConfig:
+    """Read the config of a run, of whichever kind it is.
+
+    Raises:
+        ValueError: when it is of none, with what is wrong for each.
+    """
     from .image import ImageTrainingConfig
     from .video import VideoTrainingConfig
 
     errors: list[str] = []
     for kind in (ImageTrainingConfig, VideoTrainingConfig):
         try:
-            return parse_config(kind, ["--config", str(run / "config.yaml")])[0]
+            return parse_config(kind, ["--config", str(path)])[0]
         except ValueError as error:
             errors.append(f"{kind.__name__}: {error}")
-    raise ValueError(f"{run / 'config.yaml'} is of no kind of training. {' '.join(errors)}")
+    raise ValueError(f"{path} is of no kind of training. {' '.join(errors)}")
 
 
 @torch.no_grad()

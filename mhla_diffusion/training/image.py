@@ -1,60 +1,41 @@
-"""Training class-conditional image models."""
+"""Training models of images: of classes, and of texts."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mhla_diffusion.pipelines import MHLADiTPipeline
+from diffusers import DiffusionPipeline
 
-from ..attention import MHLAConfig
-from ..backbones import MHLADiTTransformer2DModel
+from mhla_diffusion.pipelines import MHLADiTPipeline, MHLATextToImagePipeline
+from mhla_diffusion.pipelines.denoising import size_arguments, vae_scale_factor
+from mhla_diffusion.pipelines.text_to_image import stock_pipeline
+
+from ..hub import component_subfolder
 from .adapters import require_trained
-from .conditioning import ClassLabels, require_probability
-from .config import changeable, require_shape_or_init_from
+from .conditioning import Captions, ClassLabels, require_probability
+from .config import changeable
 from .data import CachedLatents, DataConfig, ImageSamples
+from .data.captions import texts_of
+from .data.image_sources import sizes_of
+from .data.latents import load_vae
 from .data.stream import SampleSource
+from .image_models import ModelConfig, build_model, require_sizes, takes_texts
 from .objectives import Objective
-from .run import new_or_loaded, train
+from .run import train
+from .settings import RunConfig
 from .task import SampleSheetConfig, TrainingTask
-from .trainer import RunConfig
+from .text import (
+    CaptionEncoder,
+    TextConfig,
+    image_caption_encoder,
+    load_text_encoder,
+    warn_of_long_captions,
+)
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Transformer: either ``init_from``, or a shape for a new one.
-
-    Args:
-        init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
-            mhla convert writes.
-        sample_size: side of the image or latent.
-        patch_size: side of a token.
-        in_channels: 1 or 3 for pixels, the autoencoder's for latents.
-        num_layers, num_attention_heads, attention_head_dim: of the transformer.
-        num_embeds_ada_norm: number of classes; the null class is one more.
-        dropout: of the feed-forward layers; 0 by default.
-        attention: ``"mhla"`` (default), ``"linear"`` or ``"softmax"``, for all layers or as a list.
-        mhla: see :class:`MHLAConfig`; its defaults if not given.
-
-    Raises:
-        ValueError: when the shape is not complete, or is given beside ``init_from``.
-    """
-
-    init_from: str | None = None
-    sample_size: int | None = None
-    patch_size: int | None = None
-    in_channels: int | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    attention_head_dim: int | None = None
-    num_embeds_ada_norm: int | None = None
-    dropout: float | None = None
-    attention: str | tuple[str, ...] | None = None
-    mhla: MHLAConfig | None = None
-
-    def __post_init__(self) -> None:
-        require_shape_or_init_from(self, optional=("dropout", "attention", "mhla"))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +43,13 @@ class SamplingConfig(SampleSheetConfig):
     """Images during training; see also :class:`SampleSheetConfig`.
 
     Args:
-        class_labels: one row each.
+        class_labels: of models of classes, one row each.
+        prompts: of models of texts, one row each.
         images_per_class: columns.
     """
 
     class_labels: tuple[int, ...] = changeable((0,))
+    prompts: tuple[str, ...] = changeable(())
     images_per_class: int = changeable(4)
 
     def __post_init__(self) -> None:
@@ -77,6 +60,8 @@ class SamplingConfig(SampleSheetConfig):
             raise ValueError("sampling.class_labels must name at least one class")
 
     def rows(self) -> list[dict[str, Any]]:
+        if self.prompts:
+            return [{"prompt": [prompt] * self.images_per_class} for prompt in self.prompts]
         return [{"class_labels": [label] * self.images_per_class} for label in self.class_labels]
 
 
@@ -87,8 +72,10 @@ class ImageTrainingConfig(RunConfig):
     Args:
         model: see :class:`ModelConfig`.
         data: see :class:`DataConfig`.
+        text: of models of texts, see :class:`TextConfig`.
         sampling: see :class:`SamplingConfig`.
         class_dropout: probability that a label is replaced by the null class, for guidance.
+        caption_dropout: probability that a caption is replaced by the empty one, for guidance.
 
     Raises:
         ValueError: for a probability outside [0, 1).
@@ -96,68 +83,151 @@ class ImageTrainingConfig(RunConfig):
 
     model: ModelConfig
     data: DataConfig
+    text: TextConfig | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     class_dropout: float = 0.1
+    caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         require_probability("class_dropout", self.class_dropout)
+        require_probability("caption_dropout", self.caption_dropout)
         require_trained(self.lora, self.model.init_from)
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
-        model = model or build_model(self.model, objective)
-        source = build_source(self.data, model)
-        classes = model.config.num_embeds_ada_norm
-        if outside := [label for label in self.sampling.class_labels if not 0 <= label < classes]:
-            raise ValueError(f"sampling.class_labels must be 0 to {classes - 1}, got {outside[0]}")
-        pipeline = partial(
-            MHLADiTPipeline,
-            scheduler=objective.scheduler(),
-            vae=source.load_vae() if isinstance(source, CachedLatents) else None,
-            id2label=dict(enumerate(source.class_names)),
-        )
-        conditioning = ClassLabels(source.class_names, null_label=classes, dropout=self.class_dropout)
-        facts = self.data.chosen().facts()
-        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
+        captioned = takes_texts(self.model.model_class if model is None else type(model))
+        _check_conditions(self, captioned)
+        return (_build_of_texts if captioned else _build_of_classes)(self, objective, model)
 
 
-def build_model(config: ModelConfig, objective: Objective) -> Any:
-    """Build a new transformer, or load the one that ``init_from`` names, in fp32.
+def _check_conditions(config: ImageTrainingConfig, captioned: bool) -> None:
+    if captioned and config.text is None:
+        raise ValueError("the model takes texts: give text.encoder, such as minilm")
+    if captioned and config.sampling.every and not config.sampling.prompts:
+        raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
+    if not captioned and (config.text or config.sampling.prompts):
+        wrong = "text" if config.text else "sampling.prompts"
+        raise ValueError(f"the model takes classes: remove {wrong}, or take model.backbone pixart or sana")
 
-    Raises:
-        ValueError: when a loaded model does not have the output channels that the objective needs.
-    """
-    model = new_or_loaded(
-        MHLADiTTransformer2DModel, config, out_channels=objective.out_channels(config.in_channels or 0)
-    )
-    expected, found = objective.out_channels(model.config.in_channels), model.out_channels
-    if found != expected:
+
+def _build_of_classes(
+    config: ImageTrainingConfig, objective: Objective, model: Any
+) -> tuple[Any, SampleSource, TrainingTask]:
+    model = model or build_model(config.model, objective)
+    source = build_source(config, model)
+    classes, names = model.config.num_embeds_ada_norm, source.class_names
+    if len(names) > classes:
         raise ValueError(
-            f"{config.init_from} returns {found} channels, but this objective needs {expected}: set "
-            f"objective.name to {'flow' if objective.predicts_variance else 'ddpm'}, as it was trained"
+            f"the data has {len(names)} classes, but the model {classes}: set model.num_embeds_ada_norm to "
+            f"{len(names)} or more"
         )
-    return model
+    if outside := [label for label in config.sampling.class_labels if not 0 <= label < classes]:
+        raise ValueError(f"sampling.class_labels must be 0 to {classes - 1}, got {outside[0]}")
+    pipeline = partial(
+        MHLADiTPipeline,
+        scheduler=objective.scheduler(),
+        vae=source.load_vae() if isinstance(source, CachedLatents) else None,
+        id2label=dict(enumerate(names)),
+    )
+    conditioning = ClassLabels(names, null_label=classes, dropout=config.class_dropout)
+    facts = config.data.chosen().facts()
+    return model, source, TrainingTask(conditioning, config.sampling, pipeline, config.data.title, facts)
 
 
-def build_source(config: DataConfig, model: Any) -> ImageSamples | CachedLatents:
-    """Open the data, in the shape and with the classes that the model has.
+def _build_of_texts(
+    config: ImageTrainingConfig, objective: Objective, model: Any
+) -> tuple[Any, SampleSource, TrainingTask]:
+    assert config.text is not None
+    encoder = image_caption_encoder(*load_text_encoder(config.text), config.text)
+    if model is None:
+        model = build_model(config.model, objective, text_dim=encoder.text_encoder.config.hidden_size)
+    source = build_source(config, model)
+    vae = None
+    if isinstance(source, CachedLatents):
+        source.require_text(config.text, encoder)
+        vae = source.load_vae()
+    else:
+        warn_of_long_captions(texts_of(source.captions or ()), encoder.tokenizer, config.text.max_length)
+    factor = vae_scale_factor(vae)
+    conditioning = Captions(
+        encoder,
+        config.caption_dropout,
+        embedded=vae is not None,
+        masked=True,
+        sizes=lambda rows, height, width, device: size_arguments(
+            model, rows, factor * height, factor * width, device=device
+        ),
+    )
+    pipeline = _Finished(config, objective.scheduler(), encoder, vae)
+    side, facts = model.config.sample_size * factor, config.data.chosen().facts()
+    task = TrainingTask(
+        conditioning,
+        config.sampling,
+        pipeline,
+        config.data.title,
+        facts,
+        call={"height": side, "width": side},
+    )
+    return model, source, task
+
+
+@dataclass
+class _Finished:
+    """Pipeline of a transformer: that of diffusers where its defaults are the training's, else our own."""
+
+    config: ImageTrainingConfig
+    scheduler: Any
+    encoder: CaptionEncoder
+    vae: Any
+
+    def __call__(self, transformer: Any, training: dict[str, Any] | None) -> Any:
+        assert self.config.text is not None
+        parts = {
+            "tokenizer": self.encoder.tokenizer, "text_encoder": self.encoder.text_encoder,
+            "transformer": transformer, "scheduler": self.scheduler, "vae": self.vae,
+        }  # fmt: skip
+        text = {"max_sequence_length": self.config.text.max_length, "instruction": self.config.text.prefix}
+        stock = stock_pipeline(**parts, **text)
+        if stock is not None:
+            return stock(**parts)
+        return MHLATextToImagePipeline(**parts, **text, training=training)
+
+
+def build_source(config: ImageTrainingConfig, model: Any) -> ImageSamples | CachedLatents:
+    """Open the data, in the shape that the model has.
 
     Raises:
         ValueError: when they do not fit.
     """
-    shape, source = model.config, config.open()
-    if isinstance(source, CachedLatents):
-        expected = (shape.in_channels, shape.sample_size, shape.sample_size)
-        if source.shape != expected:
-            raise ValueError(f"{config.path} holds latents {source.shape}, but the model takes {expected}")
+    data, shape = config.data, model.config
+    source = data.open(captioned=takes_texts(type(model)))
+    square = (shape.sample_size,) * 2
+    if not isinstance(source, CachedLatents):
+        source = ImageSamples(
+            source, channels=shape.in_channels, sizes=sizes_of(data, square), flip=data.flip,
+            enlarge=data.enlarge,
+        )  # fmt: skip
     else:
-        source = ImageSamples(source, channels=shape.in_channels, size=shape.sample_size, flip=config.flip)
-    classes = len(source.class_names)
-    if classes > shape.num_embeds_ada_norm:
-        raise ValueError(
-            f"the data has {classes} classes, but the model {shape.num_embeds_ada_norm}: set "
-            f"model.num_embeds_ada_norm to {classes} or more"
-        )
+        found, expected = (source.channels, *source.sizes[0]), (shape.in_channels, *square)
+        if source.text is None and found != expected:
+            raise ValueError(f"{data.path} holds latents {found}, but the model takes {expected}")
+        source.require_channels(model)
+        _check_autoencoder(config, source)
+    require_sizes(model, source.sizes)
     return source
+
+
+def _check_autoencoder(config: ImageTrainingConfig, latents: CachedLatents) -> None:
+    """Refuse latents of another autoencoder than that of the pipeline that is trained on."""
+    path = config.model.init_from
+    if path is None or component_subfolder(path, "transformer") is None:
+        return
+    if not DiffusionPipeline.load_config(path).get("vae", [None])[0]:
+        return
+    if latents.made_with("vae", load_vae(path)) is False:
+        raise ValueError(
+            f"{latents.shards.path} holds latents of the autoencoder {latents.vae}, but {path} has another "
+            f"one: cache them with --vae {path}"
+        )
 
 
 def train_image(config: ImageTrainingConfig, *, resume: str | None = None) -> int:

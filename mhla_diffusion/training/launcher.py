@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,9 +13,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
 from ..processes import launch_option, make_accelerator
 from .data.stream import BatchShare
-
-if TYPE_CHECKING:
-    from .trainer import TrainerConfig
+from .settings import TrainerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ..processes import in_first_process, one_fate
 from .checkpoints import find_checkpoint
 from .config import as_dict
 from .objectives import Distillation, build_objective
-from .trainer import RunConfig, Trainer
+from .settings import RunConfig
+from .trainer import Trainer
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> int:
@@ -55,17 +57,41 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         return trainer.train()
 
 
-def new_or_loaded(model_class: Any, config: Any, **arguments: Any) -> Any:
+def require_patches(patch: Sequence[int], sizes: Sequence[tuple[int, ...]]) -> None:
+    """Check that samples divide into patches.
+
+    Args:
+        patch: height and width of a token, of clips frames first.
+        sizes: of the samples, along the same axes.
+
+    Raises:
+        ValueError: naming one that does not, and the nearest that does.
+    """
+    axes = ("frames", "height", "width")[-len(patch) :]
+    names = "data.frames and data.sizes" if len(patch) == 3 else "data.sizes"
+    for size in sizes:
+        if any(side % p for side, p in zip(size, patch, strict=True)):
+            raise ValueError(
+                f"{names} must be multiples of the patch {tuple(patch)} ({', '.join(axes)}), got "
+                f"{tuple(size)}; the nearest are "
+                f"{tuple(max(1, round(side / p)) * p for side, p in zip(size, patch, strict=True))}"
+            )
+
+
+def new_or_loaded(model_class: Any, config: Any, *, without: Sequence[str] = (), **arguments: Any) -> Any:
     """Build a transformer of a class, or load the one that ``init_from`` names, in fp32.
 
     Args:
         model_class: of the backbones.
         config: fields of its own, ``mhla`` and ``init_from``; those that are None are left to the class.
+        without: fields that are no arguments of the class.
         arguments: further ones, of a new model.
     """
     if config.init_from is not None:
         subfolder = component_subfolder(config.init_from, "transformer")
         return model_class.from_pretrained(config.init_from, subfolder=subfolder, dtype=torch.float32)
-    shape = {name: value for name, value in as_dict(config).items() if value is not None}
+    shape = {
+        name: value for name, value in as_dict(config).items() if value is not None and name not in without
+    }
     mhla_config = shape.pop("mhla", None)
     return model_class(**shape, mhla_config=mhla_config, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class TrainingTask:
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
         facts: what else it says of them.
+        call: further arguments of the pipeline's call, for sample sheets.
     """
 
     conditioning: Conditioning
@@ -64,6 +66,7 @@ class TrainingTask:
     pipeline: Callable[..., Any]
     data_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
@@ -76,14 +79,18 @@ class TrainingTask:
             clock.start(len(asked) * sampling.num_inference_steps)
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        # Some pipelines of diffusers know callbacks of another kind alone.
+        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+        watch = {"callback_on_step_end": clock} if watched else {}
         outputs = [
             pipeline(
                 **arguments,
+                **self.call,
+                **watch,
                 guidance_scale=sampling.guidance_scale,
                 num_inference_steps=sampling.num_inference_steps,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="pil",
-                callback_on_step_end=clock,
             )
             for arguments in asked
         ]

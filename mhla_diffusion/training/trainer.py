@@ -11,13 +11,11 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -28,140 +26,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..files.writing import commit, disk_errors, start_writing, write_folder
 from ..processes import in_first_process
 from . import checkpoints
-from .adapters import LoraConfig, merge_adapters, save_adapters, set_trainable
-from .config import as_dict, changeable, flat_dict, write_config
+from .adapters import merge_adapters, save_adapters, set_trainable
+from .config import as_dict, flat_dict, write_config
 from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
-from .export import run_facts
 from .idle import IdleRun
 from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, warn_of_idle_cores
 from .nonfinite import refuse_step
-from .objectives import Objective, ObjectiveConfig
+from .objectives import Objective
 from .progress import MetricsFile, Progress, StopRequest, Throughput
+from .settings import RunConfig, run_facts
 from .sheets import SheetClock
 from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning rate.
-
-    Args:
-        learning_rate: at the height of the schedule.
-        betas, eps, weight_decay: of AdamW.
-        schedule: diffusers' name for the shape of the learning rate over ``max_steps``.
-        warmup_steps: of linear growth at the start.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        _require(self, "learning_rate", self.learning_rate > 0, "positive")
-        _require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
-        if self.schedule == "constant" and self.warmup_steps:
-            raise ValueError(
-                "the schedule constant has no warmup: set optimizer.schedule to constant_with_warmup"
-            )
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Settings of the training loop.
-
-    Args:
-        batch_size: samples per optimizer step over all processes; divides by processes x accumulation steps.
-        max_steps: optimizer steps.
-        gradient_accumulation_steps: forward passes per optimizer step in each process.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        max_grad_norm: gradients are scaled down to this norm; None for no limit.
-        mixed_precision: autocast dtype; weights stay in fp32. fp16 needs a GPU.
-        ema_decay: of the averaged weights, which are what is sampled and saved. Lower in the first steps,
-            ``(1 + step) / (10 + step)``.
-        seed: of the weights, the order of the data and every draw.
-        optimizer: see :class:`OptimizerConfig`.
-        num_workers: processes that read data ahead, for each process of the run.
-        log_every: steps between log lines, which give the mean loss since the last.
-        checkpoint_every: steps between checkpoints; one is written at the end and on SIGINT and SIGTERM too.
-        keep_checkpoints: how many to keep.
-        skip_steps: optimizer steps, counted from 1, to pass over, as their batch made the loss not finite.
-        trackers: besides the log and metrics.jsonl.
-
-    Raises:
-        ValueError: for a value outside its range.
-    """
-
-    batch_size: int
-    max_steps: int = changeable()
-    gradient_accumulation_steps: int = changeable(1)
-    gradient_checkpointing: bool = changeable(False)
-    max_grad_norm: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    ema_decay: float = 0.9999
-    seed: int = 0
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    log_every: int = changeable(100)
-    checkpoint_every: int = changeable(10_000)
-    keep_checkpoints: int = changeable(2)
-    num_workers: int = changeable(0)
-    skip_steps: tuple[int, ...] = changeable(())
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = changeable(())
-
-    def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
-        _require(self, "num_workers", self.num_workers >= 0, "0 or more")
-        _require(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive")
-        _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        _require(self, "seed", self.seed >= 0, "0 or more")
-        installed = {str(tracker.value) for tracker in get_available_trackers()}
-        if missing := [name for name in self.trackers if name not in installed]:
-            raise ValueError(f"trackers: {missing[0]} is not installed; pip install {missing[0]}")
-
-
-def _require(config: Any, name: str, holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}, got {getattr(config, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Config of a training run, the part that every kind has.
-
-    Args:
-        trainer: see :class:`TrainerConfig`.
-        output_dir: where everything is written; new or empty unless the run is resumed.
-        objective: see :class:`ObjectiveConfig`.
-        trainable: ``"all"`` weights, or those of self-``"attention"`` alone.
-        lora: with a rank, self-attention is trained in full and all else through adapters.
-    """
-
-    trainer: TrainerConfig
-    output_dir: str = changeable()
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    trainable: Literal["all", "attention"] = "all"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
-        """Build the model, on the CPU in fp32, unless one is given, the data and the task.
-
-        Raises:
-            ValueError: when parts of the config do not fit together, or the data is not what it should be.
-        """
-        raise NotImplementedError
 
 
 class Trainer:
@@ -352,11 +230,10 @@ class Trainer:
         return grad_norm
 
     def _loss(self, numbers: list[int], batch: dict[str, Any]) -> Tensor:
-        conditioning = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        samples = conditioning.pop("samples")
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
         generators = [sample_generator(self.config.seed, number, FOR_LOSS) for number in numbers]
-        conditioning = self.task.conditioning.arguments(conditioning, generators)
-        return self.objective.loss(self.model, samples, conditioning, generators).mean()
+        conditioning = self.task.conditioning.arguments(batch, generators)
+        return self.objective.loss(self.model, batch["samples"], conditioning, generators).mean()
 
     def _agree_to_stop(self, request: StopRequest) -> int:
         """Return the signal that any process received, as all must stop after the same step."""

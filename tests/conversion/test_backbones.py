@@ -12,11 +12,19 @@ import pytest
 import yaml
 
 from mhla_diffusion import MHLAConfig, MHLAWanTransformer3DModel
-from mhla_diffusion.backbones.teacher import as_teacher, attention_layers
-from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, align, linearize
+from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, predict
+from mhla_diffusion.conversion import (
+    LinearizeConfig,
+    NoiseCalls,
+    ReportConfig,
+    SampledCalls,
+    align,
+    linearize,
+)
 from mhla_diffusion.conversion.choose import assemble
 from mhla_diffusion.conversion.trial import prediction_error
 from mhla_diffusion.planning import plan
+from mhla_diffusion.training import ObjectiveConfig
 from tests.backbones.cases import CASES, Case, randomize
 from tests.faults.test_processes import join
 from tests.training.test_video import MODEL
@@ -39,6 +47,19 @@ def test_every_backbone_is_aligned_and_assembled(case: Case, tmp_path: Path) -> 
     assert prediction_error(teacher, student, calls, [0]) > 0
     unchanged = assemble(teacher, ["stock", "stock"], record, tmp_path)
     assert prediction_error(teacher, unchanged, calls, [0]) < 1e-6
+    channels = case.settings["in_channels"]
+    ddpm = case.settings["out_channels"] == 2 * channels
+    sampled = SampledCalls(
+        teacher, grid=case.grids[0], steps=2, objective=ObjectiveConfig(name="ddpm" if ddpm else "flow")
+    )
+    if not ddpm and case.settings["out_channels"] == 4:  # as models that are given pictures
+        with pytest.raises(ValueError, match="for models that are given pictures, give data"):
+            sampled(7)
+        return
+    own = sampled(7)
+    assert own.keys() == calls(7).keys()
+    assert 0.7 <= float(own["timestep"]) / teacher.time_scale < 0.8
+    assert predict(teacher, own).isfinite().all()
 
 
 def test_a_video_model_goes_through_all_stages(

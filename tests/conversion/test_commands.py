@@ -53,7 +53,7 @@ def test_a_budget_that_no_choice_meets_says_the_nearest(
 
 
 def test_a_plan_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "configs/linearize_wan_1.3b_480p.yaml", "--plan_only", "true"]
+    arguments = ["--config", "configs/conversion/linearize_wan_1.3b_480p.yaml", "--plan_only", "true"]
     assert linearize.main(arguments, "mhla linearize") == 0
     printed = capsys.readouterr().out
     assert "Wan2.1-1.3B, 480 x 832 pixels, 81 frames: 1.42 B parameters" in printed

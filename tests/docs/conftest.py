@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
-from mhla_diffusion import MHLADiTPipeline, MHLAPipeline, MHLAWanTransformer3DModel
+from mhla_diffusion import (
+    MHLADiTPipeline,
+    MHLAPipeline,
+    MHLAPixArtTransformer2DModel,
+    MHLATextToImagePipeline,
+    MHLAWanTransformer3DModel,
+)
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.pipelines.generation import generate_videos
 from tests.backbones.test_official import their_weights
@@ -20,6 +28,7 @@ from tests.pipelines.conftest import (  # noqa: F401 (fixtures)
     make_stock_pipeline,
     make_stock_video_pipeline,
     make_vae,
+    sana_pipeline,
     video_vae,
 )
 
@@ -66,12 +75,51 @@ def generate_clips(model: str, folder: Path) -> None:
     )  # fmt: skip
 
 
+def _benchmarks(folder: Path) -> dict[str, str]:
+    """Prompts of MJHQ-30K and GenEval, and real images of the former in folders by category."""
+    names = [(category, number) for category in ("animals", "people") for number in range(4)]
+    texts = {f"{category}{number}": f"{category} {number}" for category, number in names}
+    entries = {name: {"category": name[:-1], "prompt": text} for name, text in texts.items()}
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    lines = [json.dumps({"tag": "counting", "prompt": text}) for text in list(texts.values())[:2]]
+    (folder / "evaluation_metadata.jsonl").write_text("\n".join(lines))
+    generator = np.random.default_rng(0)
+    for name in texts:
+        (folder / "mjhq" / name[:-1]).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "mjhq" / name[:-1] / f"{name}.jpg")
+    return {
+        "META_DATA": str(folder / "meta_data.json"),
+        "EVALUATION_METADATA": str(folder / "evaluation_metadata.jsonl"),
+        "MJHQ": str(folder / "mjhq"),
+    }
+
+
+@pytest.fixture
+def text_model(tmp_path: Path, text_parts: dict[str, Any]) -> Path:
+    """A small model of texts on pixels, saved."""
+    transformer = MHLAPixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, patch_size=2, in_channels=3,
+        out_channels=3, caption_channels=16, cross_attention_dim=16, mhla_config={"blocks": 4},
+    )  # fmt: skip
+    pipeline = MHLATextToImagePipeline(
+        **text_parts,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        max_sequence_length=8,
+    )
+    pipeline.save_pretrained(tmp_path / "text-model")
+    return tmp_path / "text-model"
+
+
 @pytest.fixture
 def stand_ins(
     tmp_path: Path,
     make_pipeline: Callable[..., MHLADiTPipeline],  # noqa: F811
     make_stock_pipeline: Callable[[], Any],  # noqa: F811
     make_stock_video_pipeline: Callable[[str], Any],  # noqa: F811
+    sana_pipeline: Any,  # noqa: F811
+    text_model: Path,
 ) -> dict[str, str]:
     """What stands in for a word of a command or a string of a program, by how that begins."""
     digits = make_pipeline(channels=1, vae=False, num_embeds_ada_norm=10)
@@ -81,14 +129,19 @@ def stand_ins(
     make_stock_pipeline().save_pretrained(tmp_path / "dit")
     make_stock_video_pipeline("wan").save_pretrained(tmp_path / "wan")
     make_stock_video_pipeline("wan-image").save_pretrained(tmp_path / "wan-image")
+    sana_pipeline.save_pretrained(tmp_path / "sana")
     (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,1\na dog,2\n")
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "red.png")
+    (tmp_path / "pictures" / "captions.csv").write_text("path,caption\nred.png,red\n")
     photos, clips = _photos(tmp_path / "photos"), _clips(tmp_path / "clips")
     return {
         "facebook/DiT-XL-2-256": str(tmp_path / "dit"),
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(tmp_path / "wan"),
         "runs/quickstart/training/pipeline": str(tmp_path / "digits"),
+        "SANA": str(tmp_path / "sana"),
+        "TEXT_MODEL": str(text_model),
+        **_benchmarks(tmp_path),
         "WAN_I2V": str(tmp_path / "wan-image"),
         "WAN": str(tmp_path / "wan"),
         "CHECKPOINT": str(tmp_path / "wan.safetensors"),

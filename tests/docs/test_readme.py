@@ -48,7 +48,7 @@ def test_a_row_says_what_a_model_can(model: Any) -> None:
     assert (row["caches"] != "-") == issubclass(model, CacheMixin)
     assert (row["ranks"] != "-") == bool(model._cp_plan)
     assert (row["LoRA"] != "-") == hasattr(model, "add_adapter")
-    trained = {training.image.MHLADiTTransformer2DModel, training.video.MHLAWanTransformer3DModel}
+    trained = {*training.image_models.BACKBONES.values(), training.video.MHLAWanTransformer3DModel}
     assert (row["training"] != "-") == (model in trained)
 
 

@@ -27,10 +27,12 @@ SMALLER = {
     "--per_prompt": {"5": "2"},
     "--size": {"256": "16"},
     "--frames": {"16": "8"},
+    "--extractor": {"inception_adm": "efficientnet_lite0", "[inception, clip]": "efficientnet_lite0"},
+    "--metrics": {"[frechet, frechet_per_class, clip_score]": "[frechet, frechet_per_class]"},
+    "--data.aspect_ratios": {"512": "256"},
     "--data.frames": {"81": "5"},
     "--data.fps": {"16": "8"},
     "--data.sizes": {"[[480, 832]]": "[[32, 32]]"},
-    "--extractor": {"inception_adm": "efficientnet_lite0"},
     "--trainer.batch_size": {"256": "4"},
     "--trainer.max_steps": {"5000": "1", "400000": "1"},
 }
@@ -43,6 +45,12 @@ ALSO = {
         "--output_dir", "runs/digits-training", "--sampling.every", "0", "--trainer.num_workers", "0",
     ],
     "scripts/train_image.py --model.init_from": ["--trainer.num_workers", "0"],
+    "scripts/train_image.py --config configs/image_pixart_scenes.yaml": [*_STEP, "--trainer.batch_size", "2"],
+    "scripts/train_image.py --config configs/image_sana_0.6b_512px.yaml": [
+        *_STEP, "--model.init_from", "models/sana-0.6b-mhla", "--data.path", "data/pictures_512px_latents",
+        "--output_dir", "runs/sana", "--text.encoder", "SANA", "--trainer.batch_size", "1",
+        "--trainer.mixed_precision", "no", "--trainer.trackers", "[]",
+    ],
     "scripts/train_video.py --config configs/video_wan_films.yaml": _STEP,
     "scripts/train_video.py --config configs/video_wan_1.3b_480p.yaml": [
         *_STEP, "--model.init_from", "models/wan-1.3b-mhla", "--data.path", "data/videos_480p_latents",

@@ -89,6 +89,8 @@ def test_tables_have_columns_for_what_goes_with_a_prompt(tmp_path: Path) -> None
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2 is not valid JSON"),
         ("a.jsonl", '{"prompt": "a"}\n"b"\n', "line 2 must be an object"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1: prompt must be a text, got 3"),
+        ("a.csv", "prompt,width\na,0\n", "line 2: width must be a whole number of pixels, got 0"),
+        ("a.csv", "prompt,height\na,tall\n", "line 2: height must be a whole number, got 'tall'"),
         ("a.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed must be a whole number .* got True"),
         ("a.jsonl", '{"prompt": "a", "image": 3}\n', "line 1: image must be a path, got 3"),
         ("a.jsonl", '{"prompt": " "}\n', "line 1: the prompt is empty"),

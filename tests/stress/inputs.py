@@ -115,7 +115,7 @@ def _load_all(bench: Bench, kind: str, data: dict[str, Any]) -> str:
 
     samples: Any
     if kind == "image":
-        samples = ImageSamples(sources.open_images(sources.DataConfig(**data)), channels=3, size=8)
+        samples = ImageSamples(sources.open_images(sources.DataConfig(**data)), channels=3, sizes=[(8, 8)])
     else:
         config = sources.VideoDataConfig(**data, frames=4, sizes=((16, 16),))
         samples = sources.VideoSamples(sources.open_videos(config), config, channels=3)

@@ -9,18 +9,23 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
+from mhla_diffusion.training import TextConfig
 from mhla_diffusion.training.conditioning import Captions, ClassLabels
+from mhla_diffusion.training.text import CaptionEncoder, image_caption_encoder, video_caption_encoder
 
 
 def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-@pytest.fixture
-def parts(text_parts: dict[str, Any]) -> MHLAWanPipeline:
-    return MHLAWanPipeline(
+@pytest.fixture(params=["images", "videos"])
+def encoder(request: pytest.FixtureRequest, text_parts: dict[str, Any]) -> CaptionEncoder:
+    if request.param == "images":
+        return image_caption_encoder(**text_parts, config=TextConfig("x", max_length=8))
+    parts = MHLAWanPipeline(
         **text_parts, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), max_sequence_length=8
     )
+    return video_caption_encoder(parts)
 
 
 def test_a_share_of_the_labels_becomes_the_null_class() -> None:
@@ -34,11 +39,11 @@ def test_a_share_of_the_labels_becomes_the_null_class() -> None:
     assert torch.equal(again, given[:9]), "each sample's draw is its own"
 
 
-def test_captions_become_embeddings_and_dropped_ones_that_of_the_empty_text(parts: MHLAWanPipeline) -> None:
+def test_captions_become_embeddings_and_dropped_ones_that_of_the_empty_text(encoder: CaptionEncoder) -> None:
     captions = ["abc", "xyz"] * 20
-    whole = Captions(parts, 0.0).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
-    some = Captions(parts, 0.5).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
-    empty = Captions(parts, 0.0).arguments({"caption": [""]}, generators(1))["encoder_hidden_states"][0]
+    whole = Captions(encoder, 0.0).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
+    some = Captions(encoder, 0.5).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
+    empty = Captions(encoder, 0.0).arguments({"caption": [""]}, generators(1))["encoder_hidden_states"][0]
     assert whole.shape == (40, 8, 16)
     assert torch.equal(whole[0], whole[2])
     assert not torch.equal(whole[0], whole[1])
@@ -47,24 +52,36 @@ def test_captions_become_embeddings_and_dropped_ones_that_of_the_empty_text(part
     assert all(torch.equal(row, empty) for row, keep in zip(some, kept, strict=True) if not keep)
 
 
-def test_labels_and_captions_drop_the_same_samples(parts: MHLAWanPipeline) -> None:
+def test_labels_and_captions_drop_the_same_samples(encoder: CaptionEncoder) -> None:
     labels = torch.zeros(30, dtype=torch.long)
     null = ClassLabels(["cat"], null_label=1, dropout=0.4).arguments({"class_labels": labels}, generators(30))
     texts = torch.ones(30, 8, 16)
-    text = Captions(parts, 0.4, embedded=True).arguments({"text": texts}, generators(30))
+    text = Captions(encoder, 0.4, embedded=True).arguments(
+        {"text": texts, "tokens": torch.full((30,), 8)}, generators(30)
+    )
     kept = (text["encoder_hidden_states"] == 1).all(dim=2).all(dim=1)
     assert torch.equal(kept, null["class_labels"] == 0)
 
 
-def test_only_an_encoder_that_is_used_in_training_moves(parts: MHLAWanPipeline) -> None:
-    Captions(parts, 0.1, embedded=True).to(torch.device("meta"))
-    assert parts.text_encoder.device.type == "cpu"
-    Captions(parts, 0.1).to(torch.device("meta"))
-    assert parts.text_encoder.device.type == "meta"
+def test_only_an_encoder_that_is_used_in_training_moves(encoder: CaptionEncoder) -> None:
+    Captions(encoder, 0.1, embedded=True).to(torch.device("meta"))
+    assert encoder.text_encoder.device.type == "cpu"
+    Captions(encoder, 0.1).to(torch.device("meta"))
+    assert encoder.text_encoder.device.type == "meta"
 
 
-def test_facts_for_the_card(parts: MHLAWanPipeline) -> None:
+def test_facts_for_the_card(encoder: CaptionEncoder) -> None:
     assert ClassLabels(["a", "b"], 2, 0.1).facts("x, 5 samples") == {
         "data": "x, 5 samples of 2 classes", "class dropout": 0.1,
     }  # fmt: skip
-    assert Captions(parts, 0.2).facts("x, 5 samples") == {"data": "x, 5 samples", "caption dropout": 0.2}
+    assert Captions(encoder, 0.2).facts("x, 5 samples") == {"data": "x, 5 samples", "caption dropout": 0.2}
+
+
+def test_without_its_condition_a_caption_is_the_empty_one(encoder: CaptionEncoder) -> None:
+    conditioning = Captions(encoder, 0.0, masked=True)
+    arguments = {**conditioning.arguments({"caption": ["abc", "ab"]}, generators(2)), "other": 3}
+    empty = conditioning.arguments({"caption": ["", ""]}, generators(2))
+    found = conditioning.unconditional(arguments)
+    assert found["other"] == 3
+    assert all(torch.equal(found[name], empty[name]) for name in empty)
+    assert not torch.equal(arguments["encoder_attention_mask"], found["encoder_attention_mask"])

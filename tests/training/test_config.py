@@ -143,7 +143,9 @@ def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     config_class = ImageTrainingConfig if path.stem.startswith("image_") else VideoTrainingConfig
     config, _ = parse_config(config_class, ["--config", str(path)])
     assert Path(config.output_dir).name == path.stem
-    assert as_dict(config)["model"]["attention"] == "mhla" or config.model.init_from
+    teacher = path.stem in ("image_dit_fashion_small", "image_dit_fashion_softmax")
+    attention = as_dict(config)["model"]["attention"]
+    assert config.model.init_from or attention == ("softmax" if teacher else "mhla")
     assert set(yaml.safe_load(path.read_text())) <= set(as_dict(config))
 
 

@@ -20,7 +20,7 @@ from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.training import ImageTrainingConfig, train_image
 from mhla_diffusion.training.config import parse_config
 from mhla_diffusion.training.launcher import require_agreement
-from mhla_diffusion.training.trainer import TrainerConfig
+from mhla_diffusion.training.settings import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 

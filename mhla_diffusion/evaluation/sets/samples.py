@@ -145,6 +145,8 @@ class SampleSet(ABC):
             self.class_names = {
                 row["class_id"]: str(row["class_name"]) for row in rows if row.get("class_name")
             }
+        elif self.prompts:  # of texts: subfolders are categories, as those of MJHQ-30K
+            self.label_by_subfolder()
 
     def note_left_out(self, others: Iterable[str]) -> None:
         """Count files that are no samples, without those that go with samples, such as captions."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
-from .images import ImageSamples, ImageSource
-from .latents import CachedLatents, CachedVideoLatents
+from .image_sources import ImageSource
+from .images import ImageSamples
+from .latents import CachedLatents
 from .sources import Source, SourceConfig
 from .toys import MovingDigitsConfig
 from .videos import VideoSamples, VideoSource
 
 __all__ = [
     "CachedLatents",
-    "CachedVideoLatents",
     "DataConfig",
     "ImageSamples",
     "ImageSource",

@@ -1,4 +1,4 @@
-"""Captions beside the files that they describe, in CSV, JSONL or JSON."""
+"""Captions of files: in CSV, JSONL or JSON, or in a text file beside each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ...files.names import is_hidden
 from ...files.text import read_text
 
 logger = logging.getLogger(__name__)
+
+Caption = str | Mapping[str, float]
+"""A text, or several and how often each is taken."""
 
 # The latter two are those of Hugging Face, as are the latter names of the columns.
 _CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
@@ -24,45 +31,145 @@ _LARGEST_FIELD = 1 << 24
 Rows = Iterator[tuple[int, Any]]
 
 
-def read_captions(folder: Path, captions: str | None = None) -> list[tuple[Path, str]]:
-    """Read which files a list of captions names. Those that are missing stay in, to be named when skipped.
+def draw_caption(caption: Caption, generator: torch.Generator) -> str:
+    """Return the text, or draw one of several by their weights."""
+    if isinstance(caption, str):
+        return caption
+    return list(caption)[draw_index(list(caption.values()), generator)]
+
+
+def draw_index(weights: list[float], generator: torch.Generator) -> int:
+    """Draw a number below that of the weights; one alone takes no random number."""
+    if len(weights) == 1:
+        return 0
+    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=generator))
+
+
+def texts_of(captions: Iterable[Caption | None]) -> list[str]:
+    """List every text of captions."""
+    return [
+        text
+        for caption in captions
+        if caption is not None
+        for text in ([caption] if isinstance(caption, str) else caption)
+    ]
+
+
+def weighted_texts(texts: Any, weights: Any = None) -> dict[str, float]:
+    """Return texts and how often each is taken, from a text, or a list and perhaps a list of weights.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    weights = [1.0] * len(texts) if weights is None else weights if isinstance(weights, list) else [weights]
+    if len(weights) != len(texts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a caption is a text, or texts and as many weights, got {texts} and {weights}")
+    if not all(isinstance(weight, (int, float)) and 0 < weight < math.inf for weight in weights):
+        raise ValueError(f"weights of captions must be above 0, got {weights}")
+    found: dict[str, float] = {}
+    for text, weight in zip(texts, weights, strict=True):
+        if text.strip():
+            found[text.strip()] = found.get(text.strip(), 0.0) + weight
+    return found
+
+
+def as_caption(weighted: Mapping[str, float]) -> Caption | None:
+    """Return the caption that weighted texts are; None where there is no text, as in rows without one."""
+    return next(iter(weighted), None) if len(weighted) < 2 else weighted
+
+
+def read_captions(
+    folder: Path, captions: str | None = None, *, extensions: Collection[str] = ()
+) -> list[tuple[Path, Caption]]:
+    """Read which files are captioned, and how. Those that are missing stay in, to be named when skipped.
 
     Args:
         folder: that paths are relative to, and lie in.
-        captions: CSV with the columns path (or file_name) and caption (or text), or JSONL or a JSON array of
-            objects with these keys, in UTF-8; ``captions.csv``, ``.jsonl`` or ``.json``, or ``metadata.csv``
-            or ``.jsonl``, in the folder by default.
+        captions: CSV with the columns path (or file_name), caption (or text) and perhaps weight, or JSONL or
+            a JSON array of objects with these keys, where a caption may be a list; lines of one path are
+            several captions. ``captions.csv``, ``.jsonl`` or ``.json``, or ``metadata.csv`` or ``.jsonl``, in
+            the folder by default; where there is none, text files beside the files, each line a caption.
+        extensions: of the files that are captioned, such as ``.png``. Those without a caption are said.
 
     Returns:
         Path and caption of each.
 
     Raises:
-        ValueError: when there is no such list, a line is not as it should be (its number is named), a path
-            leads out of the folder, or none of the files exists.
+        ValueError: when there are no captions, a line is not as it should be or is there twice (its number is
+            named), a path leads out of the folder, or none of the files exists.
     """
     found = [folder / name for name in _CAPTION_FILES if (folder / name).is_file()]
-    path = Path(captions) if captions else next(iter(found), folder / _CAPTION_FILES[0])
+    path = Path(captions) if captions else next(iter(found), None)
+    there = _files(folder, extensions)
+    if path is None and any(file.with_suffix(".txt").is_file() for file in there):
+        captioned = _read_beside(there)
+    else:
+        captioned = _read_list(folder, path or folder / _CAPTION_FILES[0])
+    listed = {file for file, _ in captioned}
+    if silent := [file for file in there if file not in listed]:
+        logger.warning(
+            "%d files in %s have no caption and are left out, first %s", len(silent), folder, silent[0]
+        )
+    return captioned
+
+
+def _files(folder: Path, extensions: Collection[str]) -> list[Path]:
+    if not extensions or not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in extensions and not any(map(is_hidden, path.relative_to(folder).parts))
+    )
+
+
+def _read_beside(files: list[Path]) -> list[tuple[Path, Caption]]:
+    """Read the text files beside files; those that have none, or an empty one, are left out."""
+    captions = {
+        file: as_caption(weighted_texts(read_text(file.with_suffix(".txt")).splitlines()))
+        for file in files
+        if file.with_suffix(".txt").is_file()
+    }
+    return [(file, caption) for file, caption in captions.items() if caption is not None]
+
+
+def _read_list(folder: Path, path: Path) -> list[tuple[Path, Caption]]:
     if not path.is_file():
         raise ValueError(
-            f"no captions at {path}: a CSV with the columns path and caption, or JSONL, is needed"
+            f"no captions at {path}: a CSV with the columns path and caption, or JSONL, is needed, or a .txt "
+            "beside each file"
         )
-    text = read_text(path)
     read = _read_csv if path.suffix.lower() not in (".json", ".jsonl") else _read_json
     place = os.path.abspath(folder)
-    rows = [(number, *_checked(path, number, row, folder, place)) for number, row in read(path, text)]
-    if not rows:
+    lines: dict[Path, int] = {}
+    captions: dict[Path, dict[str, float]] = {}
+    for number, row in read(path, read_text(path)):
+        file, texts = _checked(path, number, row, folder, place)
+        first, known = lines.setdefault(file, number), captions.setdefault(file, {})
+        if twice := known.keys() & texts.keys():
+            raise ValueError(
+                f"{path}, line {number}: {file.name} has the caption {min(twice)[:80]!r} already, from line "
+                f"{first} on: remove one of the two; weights say how often a caption is taken"
+            )
+        known.update(texts)
+    if not lines:
         raise ValueError(f"{path} lists no files")
-    missing = [(number, file) for number, file, _ in rows if not os.path.exists(file)]
-    if len(missing) == len(rows):
+    _name_missing(path, folder, lines)
+    return [(file, as_caption(texts) or "") for file, texts in captions.items()]
+
+
+def _name_missing(path: Path, folder: Path, lines: Mapping[Path, int]) -> None:
+    missing = [(number, file) for file, number in lines.items() if not os.path.exists(file)]
+    if len(missing) == len(lines):
         raise ValueError(
-            f"none of the {len(rows)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
+            f"none of the {len(lines)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
             f"paths are relative to {folder}"
         )
     for n, file in missing[:10]:
         logger.warning("%s, line %d: no such file %s", path, n, file)
     if missing:
-        logger.warning("%d of %d files are missing and will be skipped", len(missing), len(rows))
-    return [(file, caption) for _, file, caption in rows]
+        logger.warning("%d of %d files are missing and will be skipped", len(missing), len(lines))
 
 
 def _read_csv(path: Path, text: str) -> Rows:
@@ -103,19 +210,26 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
 
 
-def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tuple[Path, str]:
-    """Return file and caption of a row, which may come from a stranger: the file lies in the folder.
+def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tuple[Path, dict[str, float]]:
+    """Return file, texts and weights of a row, which may come from a stranger: the file lies in the folder.
 
     Args:
         place: the folder, as a whole path.
     """
     known = row if isinstance(row, dict) else {}
-    name, caption = (next((known[key] for key in keys if key in known), "") for keys in (_PATHS, _CAPTIONS))
-    if not all(isinstance(value, str) and value.strip() for value in (name, caption)):
+    name, texts = (next((known[key] for key in keys if key in known), "") for keys in (_PATHS, _CAPTIONS))
+    weights = known.get("weight")
+    try:
+        if isinstance(weights, str):  # of a CSV
+            weights = float(weights or 1)
+        weighted = weighted_texts(texts, weights) if isinstance(texts, (str, list)) else {}
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+    if not (isinstance(name, str) and name.strip() and weighted):
         raise ValueError(
             f"{path}, line {number}: path and caption must be texts that are not empty, got {str(row)[:200]}"
         )
-    if re.search("[\ud800-\udfff]", name + caption):
+    if re.search("[\ud800-\udfff]", name + "".join(weighted)):
         raise ValueError(
             f"{path}, line {number}: holds halves of characters (surrogates): {str(row)[:200]!a}"
         )
@@ -125,4 +239,4 @@ def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tup
             f"{path}, line {number}: {name!r} leads out of {place}: put the files there, or give a folder "
             "that holds them all"
         )
-    return folder / name.strip(), caption.strip()
+    return folder / name.strip(), weighted

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 # Each module's sources are in a config because it is imported here.
-from . import images, latents, toys, videos  # noqa: F401
-from .images import ImageSource, LabelledImages
+from . import image_sources, latents, toys, videos  # noqa: F401
+from .image_sources import ImageSource
+from .images import Images
 from .sources import SourceConfig
 from .videos import CaptionedVideos, VideoSource
 
@@ -17,14 +18,14 @@ class VideoDataConfig(SourceConfig, kind=VideoSource):
     """Source of clips, and its settings."""
 
 
-def open_images(config: DataConfig) -> LabelledImages:
-    """Open the images that a config names, not yet decoded.
+def open_images(config: DataConfig, *, captioned: bool = False) -> Images:
+    """Open the images that a config names, not yet decoded, of classes or with captions.
 
     Raises:
         ValueError: when they are not there or not of the form their source has.
     """
-    opened = config.open()
-    if not isinstance(opened, LabelledImages):
+    opened = config.open(captioned=captioned)
+    if not isinstance(opened, Images):
         raise ValueError("latents are not images: give the data.source that they were made from")
     return opened
 

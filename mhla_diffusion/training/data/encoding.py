@@ -6,21 +6,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from mhla_diffusion.pipelines.denoising import vae_scale_factor
+from mhla_diffusion.pipelines.identity import component_sha256
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ...processes import process_state
-from ..text import TextConfig, embed_caption, load_text_encoder, warn_of_long_captions
+from ..text import (
+    CaptionEncoder,
+    TextConfig,
+    image_caption_encoder,
+    load_text_encoder,
+    video_caption_encoder,
+    warn_of_long_captions,
+)
+from .captions import Caption, texts_of
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
+from .image_conditions import ImageConditions, load_image_encoder
+from .image_sources import sizes_of
 from .images import ImageSamples
-from .latents import load_vae, load_video_vae
+from .latents import VIDEO_AUTOENCODERS, load_vae
 from .shards import write_shards
 from .stream import SampleSource, UnreadableSampleError
 from .videos import VideoSamples
@@ -34,9 +46,10 @@ class LatentCacheConfig:
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKL, or of a pipeline that has one.
+        vae: folder or hub id of an AutoencoderKL or AutoencoderDC, or of a pipeline that has one.
         data: the images; with ``flip`` both the image and its mirror image are stored.
-        size: side of the images in pixels.
+        text: for models of texts: see :class:`TextConfig`. All captions of an image are embedded.
+        size: side of the images in pixels, where data.sizes and data.aspect_ratios do not say it.
         batch_size: images encoded at a time.
         shard_size: images per file.
     """
@@ -44,6 +57,7 @@ class LatentCacheConfig:
     output_dir: str
     vae: str
     data: DataConfig
+    text: TextConfig | None = None
     size: int = 256
     batch_size: int = 16
     shard_size: int = 1024
@@ -58,43 +72,104 @@ def cache_latents(config: LatentCacheConfig) -> None:
     """Encode a data set; see :func:`.shards.write_shards`.
 
     Raises:
-        ValueError: when ``output_dir`` holds another cache, with the keys that differ.
+        ValueError: when the autoencoder does not take images of a size, or ``output_dir`` holds another
+            cache, with the keys that differ.
     """
-    images = ImageSamples(open_images(config.data), channels=3, size=config.size)
-    vae = load_vae(config.vae).to(process_state().device)
-    facts = {
-        "class_names": images.class_names,
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
-    }
+    vae = load_vae(config.vae)
+    sizes = sizes_of(config.data, (config.size, config.size))
+    _check_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
+    images = ImageSamples(
+        open_images(config.data, captioned=config.text is not None),
+        channels=3, sizes=sizes, enlarge=config.data.enlarge,
+    )  # fmt: skip
+    encoder = None
+    if config.text is not None:
+        encoder = image_caption_encoder(*load_text_encoder(config.text), config.text)
+    facts: dict[str, Any] = {} if encoder else {"class_names": images.class_names}
+    if "AutoencoderKL" in type(vae).__name__:  # whose latents are drawn when they are read
+        facts |= {
+            "scaling_factor": vae.config.scaling_factor,
+            "shift_factor": vae.config.shift_factor or 0.0,
+        }
     write_shards(
         config,
-        keep=("vae", "data", "size", "shard_size"),
-        facts=facts,
+        keep=("vae", "data", "text", "size", "shard_size"),
+        facts=facts | _prepare(vae, encoder, images.captions or ()),
         num_samples=len(images),
-        make_rows=lambda rows: _encode_images(vae, images, rows, config),
+        make_rows=lambda rows: _encode_images(vae, encoder, images, rows, config),
     )
+
+
+def _prepare(
+    vae: Any, encoder: CaptionEncoder | None, captions: Sequence[Caption | None]
+) -> dict[str, dict[str, str]]:
+    """Name captions that are cut, return the hashes of what encodes, and move it to the device."""
+    parts = {"vae": vae}
+    if encoder is not None:
+        warn_of_long_captions(texts_of(captions), encoder.tokenizer, encoder.max_length)
+        parts |= {"tokenizer": encoder.tokenizer, "text_encoder": encoder.text_encoder}
+    hashes = {name: component_sha256(part) for name, part in parts.items()}
+    device = process_state().device
+    vae.to(device)
+    if encoder is not None:
+        encoder.to(device)
+    return {"components": hashes}
 
 
 @torch.no_grad()
 def _encode_images(
-    vae: Any, images: ImageSamples, rows: range, config: LatentCacheConfig
+    vae: Any, encoder: CaptionEncoder | None, images: ImageSamples, rows: range, config: LatentCacheConfig
 ) -> list[dict[str, Tensor]]:
-    """Encode some images: mean, std and label of each, and of their mirror images with ``data.flip``."""
-    samples = list(readable(images, rows))
-    pixels = [sample["samples"] for sample in samples]
-    labels = [torch.tensor(sample["class_labels"]) for sample in samples]
-    if config.data.flip:
-        pixels = [view for image in pixels for view in (image, image.flip(-1))]
-        labels = [label for label in labels for _ in range(2)]
-    encoded: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(pixels), config.batch_size):
-        batch = torch.stack(pixels[start : start + config.batch_size])
-        posterior = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist
-        encoded += zip(posterior.mean.half().cpu(), posterior.std.half().cpu(), strict=True)
-    return [
-        {"mean": mean, "std": std, "label": label} for (mean, std), label in zip(encoded, labels, strict=True)
-    ]
+    """Encode some images, and their mirror images with ``data.flip``: latents, and what is known of each."""
+    pixels: list[Tensor] = []
+    known: list[dict[str, Tensor]] = []
+    for index, sample in readable(images, rows):
+        if encoder is None:
+            about = {"label": torch.tensor(sample["class_labels"])}
+        else:
+            assert images.captions is not None
+            about = _embed(encoder, images.captions[index] or "")
+        views = [sample["samples"], sample["samples"].flip(-1)] if config.data.flip else [sample["samples"]]
+        pixels += views
+        known += [about] * len(views)
+    latents = _encode_batches(vae, pixels, config.batch_size)
+    return [{**encoded, **about} for encoded, about in zip(latents, known, strict=True)]
+
+
+def _encode_batches(vae: Any, pixels: Sequence[Tensor], batch_size: int) -> list[dict[str, Tensor]]:
+    """Encode images, those of a size together."""
+    encoded: list[dict[str, Tensor]] = [{}] * len(pixels)
+    shapes = [tuple(image.shape) for image in pixels]
+    for shape in dict.fromkeys(shapes):
+        alike = [number for number, other in enumerate(shapes) if other == shape]
+        for start in range(0, len(alike), batch_size):
+            numbers = alike[start : start + batch_size]
+            batch = torch.stack([pixels[number] for number in numbers]).to(vae.device, vae.dtype)
+            for number, latents in zip(numbers, _encode_batch(vae, batch), strict=True):
+                encoded[number] = latents
+    return encoded
+
+
+def _encode_batch(vae: Any, batch: Tensor) -> list[dict[str, Tensor]]:
+    output = vae.encode(batch)
+    if not hasattr(output, "latent_dist"):  # AutoencoderDC
+        scaled = output.latent * vae.config.scaling_factor
+        return [{"latents": latents} for latents in scaled.half().cpu()]
+    posterior = output.latent_dist
+    pairs = zip(posterior.mean.half().cpu(), posterior.std.half().cpu(), strict=True)
+    return [{"mean": mean, "std": std} for mean, std in pairs]
+
+
+def _embed(encoder: CaptionEncoder, caption: Caption) -> dict[str, Tensor]:
+    """Embed a caption; of several all of them, one after the other."""
+    if isinstance(caption, str):
+        return {"text": encoder(caption).cpu()}
+    texts = [encoder(text).cpu() for text in caption]
+    return {
+        "text": torch.cat(texts),
+        "tokens": torch.tensor([len(text) for text in texts]),
+        "weights": torch.tensor(list(caption.values())),
+    }
 
 
 @dataclass(frozen=True)
@@ -105,7 +180,11 @@ class VideoLatentCacheConfig:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
         vae: folder or hub id of an AutoencoderKLWan, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
-        text: see :class:`TextConfig`.
+        text: see :class:`TextConfig`. All captions of a video are embedded.
+        image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
+            ``"first_and_last"``.
+        image_encoder: folder or hub id of a CLIP vision model and its processor, or of a pipeline that has
+            both, for image-to-video models that read its embeddings of these frames (Wan 2.1).
         clips: random clips of each video.
         shard_size: clips per file.
     """
@@ -114,6 +193,8 @@ class VideoLatentCacheConfig:
     vae: str
     data: VideoDataConfig
     text: TextConfig
+    image_condition: Literal["none", "first", "first_and_last"] = "none"
+    image_encoder: str | None = None
     clips: int = 1
     shard_size: int = 128
 
@@ -121,6 +202,8 @@ class VideoLatentCacheConfig:
         for name in ("clips", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.image_encoder and self.image_condition == "none":
+            raise ValueError("image_encoder needs image_condition first or first_and_last, got none")
 
 
 def cache_video_latents(config: VideoLatentCacheConfig) -> None:
@@ -130,65 +213,81 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         ValueError: when the autoencoder does not take clips of that size, or ``output_dir`` holds another
             cache, with the keys that differ.
     """
-    vae = load_video_vae(config.vae).to(process_state().device)
-    _check_sizes(config.data, vae)
+    vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
+    _check_frames(config.data.frames, vae)
+    _check_multiples("data.sizes", config.data.sizes, vae.config.scale_factor_spatial)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     tokenizer, text_encoder = load_text_encoder(config.text)
-    warn_of_long_captions(videos.captions, tokenizer, config.text.max_length)
     parts = MHLAWanPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder.to(process_state().device),
+        text_encoder=text_encoder,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=config.text.max_length,
     )
+    encoder, conditions = video_caption_encoder(parts), _load_conditions(config, vae)
     write_shards(
         config,
-        keep=("vae", "data", "text", "clips", "shard_size"),
+        keep=("vae", "data", "text", "image_condition", "image_encoder", "clips", "shard_size"),
+        facts=_prepare(vae, encoder, videos.captions),
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
-            _encode_clip(parts, sample) for sample in readable(videos, rows, draws=config.clips)
+            {
+                "latents": _encode_clip(vae, sample["samples"]),
+                **_embed(encoder, videos.captions[index]),
+                **conditions(sample["samples"]),
+            }
+            for index, sample in readable(videos, rows, draws=config.clips)
         ],
     )
 
 
+def _load_conditions(config: VideoLatentCacheConfig, vae: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    if config.image_condition == "none":
+        return lambda clip: {}
+    processor, encoder = load_image_encoder(config.image_encoder) if config.image_encoder else (None, None)
+    if encoder is not None:
+        encoder.to(process_state().device)
+    last = config.image_condition == "first_and_last"
+    return ImageConditions(vae, last=last, processor=processor, encoder=encoder)
+
+
 @torch.no_grad()
-def _encode_clip(parts: MHLAWanPipeline, sample: dict[str, Any]) -> dict[str, Tensor]:
-    """Encode a clip, its latents by their mode, as Wan's own training has them, and the text."""
-    vae = parts.vae
-    clip = sample["samples"][None].to(vae.device, vae.dtype)
+def _encode_clip(vae: Any, clip: Tensor) -> Tensor:
+    """Encode a clip ``[C, F, H, W]`` by the mode of its latents, as Wan's own training has them, scaled."""
     mean, std = (
         torch.tensor(values, device=vae.device).view(-1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    latents = (vae.encode(clip).latent_dist.mode()[0] - mean) / std
-    text = embed_caption(parts, sample["caption"], vae.device)[0]
-    return {"latents": latents.half().cpu(), "text": text[text.any(dim=-1)].cpu()}
+    latents = vae.encode(clip[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+    return ((latents - mean) / std).half().cpu()
 
 
-def _check_sizes(data: VideoDataConfig, vae: Any) -> None:
-    step, factor = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
-    if extra := (data.frames - 1) % step:
-        lower = data.frames - extra
+def _check_frames(frames: int, vae: Any) -> None:
+    step = vae.config.scale_factor_temporal
+    if extra := (frames - 1) % step:
         raise ValueError(
-            f"data.frames must be one more than a multiple of {step} for this autoencoder, got "
-            f"{data.frames}; the nearest are {lower} and {lower + step}"
+            f"data.frames must be one more than a multiple of {step} for this autoencoder, got {frames}; the "
+            f"nearest are {frames - extra} and {frames - extra + step}"
         )
-    for size in data.sizes:
+
+
+def _check_multiples(name: str, sizes: Sequence[tuple[int, int]], factor: int) -> None:
+    for size in sizes:
         if any(side % factor for side in size):
             raise ValueError(
-                f"data.sizes must be multiples of {factor} for this autoencoder, got {tuple(size)}; the "
+                f"{name} must be multiples of {factor} for this autoencoder, got {tuple(size)}; the "
                 f"nearest is {tuple(max(1, round(side / factor)) * factor for side in size)}"
             )
 
 
-def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[dict[str, Any]]:
-    """Load the samples that can be decoded, each drawn ``draws`` times; the others are named."""
+def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Load the samples that can be decoded, with their numbers, each ``draws`` times; name the others."""
     skipped = 0
     for row in rows:
         try:
             # What is drawn depends on the row alone, so that any process writes the same.
-            yield dict(source.load(row // draws, torch.Generator().manual_seed(row)))
+            yield row // draws, dict(source.load(row // draws, torch.Generator().manual_seed(row)))
         except UnreadableSampleError as error:
             skipped += 1
             logger.warning("skipped, number %d of this file: %s", skipped, error)

@@ -1,11 +1,11 @@
-"""Labelled images from folders, Hugging Face datasets and arrays, as samples for training.
+"""Images of classes or with captions, read one by one, as samples for training.
 
-A sample is ``{"samples": float32 [C, H, W] in [-1, 1] or latents, "class_labels": int}``.
+A sample is ``{"samples": float32 [C, H, W] in [-1, 1]}`` and ``"class_labels": int`` or ``"caption": str``.
 """
 
 from __future__ import annotations
 
-import gzip
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,30 +16,34 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
-from torchvision.datasets.folder import make_dataset
 
-from ...files.arrays import npz_headers
-from ...files.names import is_hidden
-from ...files.pictures import (
-    DECODING_ERRORS,
-    EXTENSIONS,
-    WHITE,
-    background_color,
-    flat_picture,
-    read_picture,
-)
+from ...files.pictures import DECODING_ERRORS, WHITE, flat_picture, open_picture, read_picture
+from ...processes import in_first_process
+from .buckets import Size, nearest_size
+from .captions import Caption, draw_caption
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
-from .sources import Source
+from .shapes import Shape, measured, read_shapes
 from .stream import UnreadableSampleError
 
+logger = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112  # of EXIF
 _MODES = {1: "L", 3: "RGB"}
 
 
 @runtime_checkable
-class LabelledImages(Protocol):
-    """Images that are read one by one."""
+class Images(Protocol):
+    """Images that are read one by one.
 
+    Attributes:
+        labels: class of each; None when they have captions.
+        class_names: by their numbers.
+        captions: of each, None where there is none; None when they have classes.
+    """
+
+    labels: Sequence[int] | None
     class_names: list[str]
+    captions: Sequence[Caption | None] | None
 
     def __len__(self) -> int: ...
 
@@ -47,8 +51,12 @@ class LabelledImages(Protocol):
         """Return what to call an image in a message."""
         ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Read an image, of 8 bits in mode L or RGB, and its class."""
+    def shapes(self) -> Sequence[Shape]:
+        """Return height and width of each image in pixels."""
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image, of 8 bits in mode L or RGB."""
         ...
 
 
@@ -61,17 +69,18 @@ class ArrayImages:
         labels: ``[N]``, 0 to ``len(class_names) - 1``.
         origin: what to call them.
         class_names: the labels as text by default.
-        background: see :class:`PictureSource`.
+        background: see :class:`.image_sources.PictureSource`.
 
     Raises:
         ValueError: for images that are not uint8 of that shape, or labels that are not as many.
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: Any
     origin: str
     class_names: list[str] = field(default_factory=list)
     background: str = WHITE
+    captions: None = None
 
     def __post_init__(self) -> None:
         shape = self.images.shape
@@ -87,7 +96,7 @@ class ArrayImages:
                 f"{self.origin}: labels must be {shape[0]} integers >= 0, got {self.labels.dtype} "
                 f"{list(self.labels.shape)}"
             )
-        _require_labels(self.origin, self.labels.tolist())
+        require_labels(self.origin, self.labels.tolist())
         self.class_names = self.class_names or [str(i) for i in range(int(self.labels.max()) + 1)]
 
     def __len__(self) -> int:
@@ -96,106 +105,74 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"{self.origin}, image {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return flat_picture(Image.fromarray(self.images[index]), self.background), int(self.labels[index])
+    def shapes(self) -> list[Shape]:
+        height, width = self.images.shape[1:3]
+        return [(height, width)] * len(self)
+
+    def read(self, index: int) -> Image.Image:
+        return flat_picture(Image.fromarray(self.images[index]), self.background)
 
     def fingerprint(self) -> str:
         return fingerprint(self.labels.tolist(), lambda index: self.images[index].tobytes())
 
 
+@dataclass
 class ImageFiles:
     """Images in files.
 
     Args:
-        files: path and class of each.
-        class_names: by their numbers.
-        background: see :class:`PictureSource`.
+        files: their paths.
+        labels, class_names, captions: see :class:`Images`.
+        background: see :class:`.image_sources.PictureSource`.
+        index: where the shapes of the files are kept; None for nowhere.
     """
 
-    def __init__(
-        self, files: Sequence[tuple[str, int]], class_names: list[str], background: str = WHITE
-    ) -> None:
-        self.files, self.class_names, self.background = files, class_names, background
+    files: Sequence[str]
+    labels: Sequence[int] | None = None
+    class_names: list[str] = field(default_factory=list)
+    captions: Sequence[Caption | None] | None = None
+    background: str = WHITE
+    index: Path | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return self.files[index][0]
+        return self.files[index]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.files[index]
-        return read_picture(path, self.background), label
+    def shapes(self) -> list[Shape]:
+        return read_shapes([Path(file) for file in self.files], self._shape, self.index)
+
+    def _shape(self, index: int) -> Shape:
+        return shape_of(self.files[index])
+
+    def read(self, index: int) -> Image.Image:
+        return read_picture(self.files[index], self.background)
 
     def fingerprint(self) -> str:
-        paths = [path for path, _ in self.files]
-        labels = [self.class_names[label] for _, label in self.files]
-        samples = list(zip(relative_names(paths), labels, strict=True))
-        return fingerprint(samples, lambda index: file_content(paths[index]))
+        told = self.captions if self.labels is None else [self.class_names[label] for label in self.labels]
+        samples = list(zip(relative_names(self.files), told or (), strict=True))
+        return fingerprint(samples, lambda index: file_content(self.files[index]))
 
 
+@dataclass
 class ImageRows:
     """Images in the rows of a Hugging Face dataset.
 
     Args:
         path: what to call it.
-        rows: the dataset.
-        image_column, label_column: names; found by type when None.
-        background: see :class:`PictureSource`.
-
-    Raises:
-        ValueError: when it has no image or label column, the named ones are not there, or a row has no label.
+        rows: the dataset, its images as they are stored.
+        image_column: its name.
+        labels, class_names, captions: see :class:`Images`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        rows: Any,
-        *,
-        image_column: str | None,
-        label_column: str | None,
-        background: str = WHITE,
-    ) -> None:
-        import datasets
-
-        self.path, self.rows, self.background = path, rows, background
-        self.image_column = self._column("image_column", image_column, datasets.Image)
-        self.label_column = self._column("label_column", label_column, datasets.ClassLabel)
-        try:  # as files, which are decoded here as everywhere
-            self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: the column {self.image_column} holds no images: set data.image_column"
-            ) from error
-        feature, labels = rows.features[self.label_column], list(rows[self.label_column])
-        self._ids: dict[Any, int] | None = None
-        _require_labels(path, labels, numbers=isinstance(feature, datasets.ClassLabel))
-        if isinstance(feature, datasets.ClassLabel):
-            self.class_names = list(feature.names)
-        else:
-            if not all(isinstance(label, str | int | float) for label in labels):
-                raise ValueError(
-                    f"{path}: the column {self.label_column} holds neither numbers nor names: set "
-                    f"data.label_column to one of {', '.join(rows.features)}"
-                )
-            values = sorted(set(labels))
-            self._ids = {value: number for number, value in enumerate(values)}
-            self.class_names = [str(value) for value in values]
-
-    def _column(self, key: str, name: str | None, kind: type) -> str:
-        features = self.rows.features
-        found = [name] if name else [column for column in features if isinstance(features[column], kind)]
-        if len(found) > 1:
-            usual = key.removesuffix("_column")
-            if usual not in found:
-                raise ValueError(f"{self.path} has several: set data.{key} to one of {', '.join(found)}")
-            found = [usual]
-        if not found or found[0] not in features:
-            raise ValueError(
-                f"{self.path} has no {name or kind.__name__ + ' column'}: set data.{key} to one of "
-                f"{', '.join(features)}"
-            )
-        return found[0]
+    path: str
+    rows: Any
+    image_column: str
+    labels: Sequence[int] | None = None
+    class_names: list[str] = field(default_factory=list)
+    captions: Sequence[Caption | None] | None = None
+    background: str = WHITE
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -203,23 +180,40 @@ class ImageRows:
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        row = self.rows[index]
-        label, image = row[self.label_column], row[self.image_column]
+    def shapes(self) -> list[Shape]:
+        return list(measured(self._shape, range(len(self))))
+
+    def _shape(self, index: int) -> Shape:
+        return shape_of(self._file(index)) if self.rows[index][self.image_column] else None
+
+    def _file(self, index: int) -> Any:
+        image = self.rows[index][self.image_column]
         if image is None:
             raise ValueError("the row has no picture")
-        file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
-        return read_picture(file, self.background), int(label) if self._ids is None else self._ids[label]
+        return image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
+
+    def read(self, index: int) -> Image.Image:
+        return read_picture(self._file(index), self.background)
 
     def fingerprint(self) -> str:
         def content(index: int) -> bytes:
             image = self.rows[index][self.image_column] or {"bytes": b"", "path": ""}
             return file_content(image["path"]) if image["bytes"] is None else image["bytes"]
 
-        return fingerprint(list(self.rows[self.label_column]), content)
+        return fingerprint(list((self.captions if self.labels is None else self.labels) or ()), content)
 
 
-def _require_labels(origin: str, labels: Sequence[Any], *, numbers: bool = True) -> None:
+def shape_of(file: Any) -> Shape:
+    """Read height and width of a picture as a viewer shows it; None when it cannot be read."""
+    try:
+        with open_picture(file) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except DECODING_ERRORS:
+        return None
+
+
+def require_labels(origin: str, labels: Sequence[Any], *, numbers: bool = True) -> None:
     """Check that every row has a label; data sets write None or -1 where there is none.
 
     Raises:
@@ -234,178 +228,42 @@ def _require_labels(origin: str, labels: Sequence[Any], *, numbers: bool = True)
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSource(Source):
-    """Kind of source whose ``open()`` gives :class:`LabelledImages`, or samples that are ready.
-
-    Args:
-        flip: mirror each image with probability 1/2. For latents, cache both ways instead.
-    """
-
-    flip: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSource(ImageSource):
-    """Kind of source of pictures that may be transparent.
-
-    Args:
-        background: colour behind transparent pixels, by its name in CSS or as #rrggbb.
-
-    Raises:
-        ValueError: for another.
-    """
-
-    background: str = WHITE
-
-    def __post_init__(self) -> None:
-        background_color(self.background)
-
-
-@dataclass(frozen=True)
-class FolderImages(PictureSource):
-    """Images in one subfolder per class, classes numbered in the order of their names.
-
-    Args:
-        path: of the folder, file or dataset.
-    """
-
-    path: str
-
-    def open(self) -> ImageFiles:
-        folder = Path(self.path)
-        if not folder.is_dir():
-            raise ValueError(f"image folder {folder} does not exist")
-        class_names = sorted(
-            entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
-        )
-        ids = {name: number for number, name in enumerate(class_names)}
-        try:
-            files = make_dataset(folder, class_to_idx=ids, extensions=EXTENSIONS)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"image folder {folder} must have one subfolder per class, each with images: {error}; "
-                "without classes put all of them into one subfolder"
-            ) from error
-        # One class could have a hidden folder below it, with copies of its images.
-        shown = [(file, label) for file, label in files if not _is_below_hidden(Path(file), folder)]
-        return ImageFiles(shown, class_names, self.background)
-
-
-def _is_below_hidden(file: Path, folder: Path) -> bool:
-    return any(map(is_hidden, file.relative_to(folder).parts))
-
-
-@dataclass(frozen=True)
-class HuggingfaceImages(PictureSource):
-    """Dataset by its name, a folder that save_to_disk wrote, or one that load_dataset can read.
-
-    Args:
-        split: one of the dataset's.
-        image_column, label_column: of the dataset; found by type if not given.
-    """
-
-    path: str
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-
-    def open(self) -> ImageRows:
-        import datasets
-
-        path, split = self.path, self.split
-        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
-        if isinstance(rows, datasets.DatasetDict):
-            if split not in rows:
-                raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(rows)}")
-            rows = rows[split]
-        return ImageRows(
-            path,
-            rows,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            background=self.background,
-        )
-
-
-@dataclass(frozen=True)
-class NpzImages(PictureSource):
-    """Archive of arr_0 uint8 [N, H, W, C] or [N, H, W], and labels or arr_1 [N]."""
-
-    path: str
-
-    def open(self) -> ArrayImages:
-        path = Path(self.path)
-        if not path.is_file():
-            raise ValueError(f"image archive {path} does not exist")
-        names = npz_headers(path)
-        label_key = next((key for key in ("labels", "arr_1") if key in names), None)
-        if "arr_0" not in names or label_key is None:
-            raise ValueError(f"{path} must hold arr_0 and labels (or arr_1), it holds {', '.join(names)}")
-        with np.load(path) as arrays:
-            return ArrayImages(
-                arrays["arr_0"], arrays[label_key], origin=str(path), background=self.background
-            )
-
-
-@dataclass(frozen=True)
-class IdxImages(ImageSource):
-    """Images as MNIST is published: train-images-idx3-ubyte and train-labels-idx1-ubyte, or .gz."""
-
-    path: str
-    split: str = "train"
-
-    def open(self) -> ArrayImages:
-        prefix = {"train": "train", "test": "t10k"}.get(self.split)
-        if prefix is None:
-            raise ValueError(f"data.split of idx files is train or test, got {self.split!r}")
-        images, labels = (
-            _read_idx(Path(self.path) / f"{prefix}-{name}")
-            for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
-        )
-        return ArrayImages(images, labels, origin=self.path)
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Bytes in the shape that the file states."""
-    found = next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()), None)
-    if found is None:
-        raise ValueError(f"{path} does not exist, nor {path.name}.gz")
-    content = found.read_bytes()
-    if found.suffix == ".gz":
-        content = gzip.decompress(content)
-    zeros, kind, axes = content[:2], content[2:3], content[3] if len(content) > 3 else 0
-    shape = np.frombuffer(content, ">u4", axes, offset=4) if len(content) >= 4 + 4 * axes else np.zeros(0)
-    if zeros != b"\0\0" or kind != b"\x08" or len(content) != 4 + 4 * axes + np.prod(shape, dtype=int):
-        raise ValueError(f"{found} is no idx file of bytes, or not whole")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape.astype(int))
-
-
 class ImageSamples:
-    """Images, resized, cropped to a square and scaled to [-1, 1].
+    """Images, resized, cropped and scaled to [-1, 1].
 
     Args:
         images: where they come from.
         channels: 1 (gray) or 3 (RGB); images are converted.
-        size: side of the square in pixels. The shorter side is resized to it, the longer cropped at both
-            ends.
+        sizes: height and width in pixels. With several, each image goes to the one nearest to its own shape.
+            It is resized to cover its size, and cropped at both ends.
         flip: mirror with probability 1/2.
+        enlarge: take images that are smaller than their size; otherwise they cannot be read.
+
+    Attributes:
+        buckets: which of the sizes each image goes to; None when there is one size.
 
     Raises:
         ValueError: for another number of channels.
     """
 
-    buckets = None
-
-    def __init__(self, images: LabelledImages, *, channels: int, size: int, flip: bool = False) -> None:
+    def __init__(
+        self,
+        images: Images,
+        *,
+        channels: int,
+        sizes: Sequence[Size],
+        flip: bool = False,
+        enlarge: bool = True,
+    ) -> None:
         if channels not in _MODES:
             raise ValueError(
                 f"images have 1 or 3 channels, but model.in_channels is {channels}; for latents, cache them "
                 "with mhla cache-latents and set data.source to latents"
             )
-        self.images, self.channels, self.size, self.flip = images, channels, size, flip
-        self.class_names = images.class_names
+        self.images, self.channels, self.sizes = images, channels, list(sizes)
+        self.flip, self.enlarge = flip, enlarge
+        self.class_names, self.captions = images.class_names, images.captions
+        self.buckets = self._choose_sizes() if len(self.sizes) > 1 else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -418,13 +276,58 @@ class ImageSamples:
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         try:
-            image, label = self.images.read(index)
-            image = image.convert(_MODES[self.channels])
+            image = self.images.read(index).convert(_MODES[self.channels])
         except DECODING_ERRORS as error:
             raise UnreadableSampleError(f"{self.images.name(index)}: {error}") from error
-        if min(image.size) != self.size:
-            image = tvf.resize(image, [self.size], tvf.InterpolationMode.BICUBIC)
-        pixels = tvf.pil_to_tensor(tvf.center_crop(image, [self.size]))
+        size = self.sizes[self.buckets[index] if self.buckets else 0]
+        if not self.enlarge and _is_smaller((image.height, image.width), size):
+            raise UnreadableSampleError(
+                f"{self.images.name(index)}: {image.height} x {image.width} pixels are fewer than the "
+                f"{size[0]} x {size[1]} it goes to; data.enlarge true takes it"
+            )
+        pixels = tvf.pil_to_tensor(cover(image, size))
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
-        return {"samples": pixels.float() / 127.5 - 1, "class_labels": label}
+        return {"samples": pixels.float() / 127.5 - 1, **self._told(index, generator)}
+
+    def _told(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        if self.images.labels is not None:
+            return {"class_labels": int(self.images.labels[index])}
+        assert self.captions is not None, "images have classes or captions"
+        caption = self.captions[index]
+        if caption is None:
+            raise UnreadableSampleError(f"{self.images.name(index)}: no caption")
+        return {"caption": draw_caption(caption, generator)}
+
+    def _choose_sizes(self) -> list[int]:
+        shapes = in_first_process(self.images.shapes)
+        buckets = [nearest_size(shape, self.sizes) for shape in shapes]
+        small = [
+            index
+            for index, (shape, bucket) in enumerate(zip(shapes, buckets, strict=True))
+            if shape is not None and _is_smaller(shape, self.sizes[bucket])
+        ]
+        if small and self.enlarge:
+            logger.warning(
+                "%d of %d images are smaller than the size they go to and are enlarged, first %s (%s pixels "
+                "for %s); data.enlarge false leaves them out",
+                len(small), len(shapes), self.images.name(small[0]), shapes[small[0]],
+                self.sizes[buckets[small[0]]],
+            )  # fmt: skip
+        return buckets
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """Resize an image to cover a size, and crop it there at both ends."""
+    (height, width), (old_height, old_width) = size, (image.height, image.width)
+    if height * old_width >= width * old_height:
+        whole = [height, max(width, int(height * old_width / old_height))]
+    else:
+        whole = [max(height, int(width * old_height / old_width)), width]
+    if whole != [old_height, old_width]:
+        image = tvf.resize(image, whole, tvf.InterpolationMode.BICUBIC)
+    return tvf.center_crop(image, list(size))
+
+
+def _is_smaller(shape: Size, size: Size) -> bool:
+    return shape[0] < size[0] or shape[1] < size[1]

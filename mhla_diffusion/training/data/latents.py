@@ -1,115 +1,92 @@
 """Latents that scripts/cache_latents.py wrote, as samples for training; see :mod:`.encoding`.
 
-Rows of images are ``mean`` and ``std`` float16 ``[C, h, w]`` and ``label`` int64. Rows of clips are
-``latents`` float16 ``[C, f, h, w]``, scaled as Wan's pipeline scales them, and ``text``
-``[L, text_dim]``, the embeddings of the caption without the zeros that fill them up. See :mod:`.shards`.
+A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the pipeline scales them, or
+``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
+or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up. Of several captions ``text``
+has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
+taken. Of clips for image-to-video models also what :class:`.image_conditions.ImageConditions` gives. See
+:mod:`.shards`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from torch import Tensor
 from torch.nn import functional as F
 
-from ...hub import component_subfolder
-from ..text import TextConfig
-from .images import ImageSource
+from mhla_diffusion.pipelines.identity import component_sha256
+
+from ...hub import component_subfolder, load_component_config
+from ..text import CaptionEncoder, TextConfig
+from .captions import draw_index
+from .image_sources import ImageSource
 from .shards import Shards, read_record
 from .videos import VideoSource
 
+IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+VIDEO_AUTOENCODERS = ("AutoencoderKLWan",)
 
-def load_vae(path: str) -> Any:
-    """Load an autoencoder by the folder or hub id of itself or of a pipeline."""
-    vae = AutoencoderKL.from_pretrained(path, subfolder=component_subfolder(path, "vae"))
-    return vae.eval().requires_grad_(False)
+_KNOWN_FRAMES = ("condition", "image_embeds")
 
 
-def load_video_vae(path: str) -> Any:
-    """Load an autoencoder of videos, from where :func:`load_vae` does, in fp32 as Wan's runs."""
-    vae = AutoencoderKLWan.from_pretrained(
+def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
+    """Load a frozen autoencoder in fp32, by the folder or hub id of itself or of a pipeline.
+
+    Raises:
+        ValueError: when it is of another class.
+    """
+    name = load_component_config(path, "vae").get("_class_name", "model of no class of diffusers")
+    if name not in classes:
+        raise ValueError(f"{path} holds a {name}, but the autoencoder must be {' or '.join(classes)}")
+    vae = getattr(diffusers, name).from_pretrained(
         path, subfolder=component_subfolder(path, "vae"), dtype=torch.float32
     )
     return vae.eval().requires_grad_(False)
 
 
 class CachedLatents:
-    """Samples of a cache of images: ``(mean + std noise - shift) scaling``, as the pipeline scales.
-
-    Raises:
-        ValueError: when there is no cache, or it is not finished.
-    """
-
-    buckets = None
-
-    def __init__(self, path: str | Path) -> None:
-        self.shards = Shards(path)
-        record = self.shards.record
-        self.class_names: list[str] = record["class_names"]
-        self.vae: str = record["config"]["vae"]
-        self._shift, self._scaling = record["shift_factor"], record["scaling_factor"]
-        self.shape = self.shards.shape(0, "mean")
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def name(self, index: int) -> str:
-        return self.shards.name(index)
-
-    def fingerprint(self) -> str:
-        return self.shards.fingerprint()
-
-    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        row = self.shards.read(index, ("mean", "std", "label"))
-        mean, std = row["mean"].float(), row["std"].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        return {"samples": (latents - self._shift) * self._scaling, "class_labels": int(row["label"])}
-
-    def load_vae(self) -> AutoencoderKL:
-        """Load the autoencoder that the cache was made with."""
-        return load_vae(self.vae)
-
-
-@dataclass(frozen=True)
-class ImageLatents(ImageSource):
-    """Folder that scripts/cache_latents.py image wrote."""
-
-    path: str
-
-    def __post_init__(self) -> None:
-        if self.flip:
-            raise ValueError("latents cannot be flipped; cache them with --data.flip true, which stores both")
-
-    def facts(self) -> dict[str, Any]:
-        return _facts(self.path)
-
-    def open(self) -> CachedLatents:
-        return CachedLatents(self.path)
-
-
-class CachedVideoLatents:
-    """Samples of a cache of clips.
+    """Samples of a cache: the latents, and the class or the embedded caption.
 
     Attributes:
-        sizes: frames, height and width of the latents, each once.
+        sizes: of the latents, height and width, of clips frames too; each once.
         buckets: for each row the number of its size; None when there is one.
         channels: of the latents.
-        vae, text, fps: what the cache was made with.
+        class_names: empty when there are captions.
+        text: how captions were embedded; None when there are classes.
+        fps: of clips, if they were taken at a rate.
+        captions: None, as they are embedded.
+        condition: shape of what image-to-video models are given beside the noisy latents; None without.
+        image_embeds: shape of the embeddings of known frames; None without.
+        image_encoder: that they were made with.
 
     Raises:
         ValueError: when there is no cache, or it is not finished.
     """
 
+    captions = None
+
     def __init__(self, path: str | Path) -> None:
         self.shards = Shards(path)
-        config = self.shards.record["config"]
+        self._record = self.shards.record
+        config, data = self._record["config"], self._record["config"]["data"]
         self.vae: str = config["vae"]
-        self.text = TextConfig(**config["text"])
-        self.fps: float | None = config["data"]["fps"]
-        shapes = [self.shards.shape(index, "latents") for index in range(len(self.shards))]
+        self.text = TextConfig(**config["text"]) if config.get("text") else None
+        self.class_names: list[str] = self._record.get("class_names", [])
+        self.fps: float | None = data.get("fps")
+        stored = self.shards.names(0)
+        self._latents = "mean" if "mean" in stored else "latents"
+        self.condition, self.image_embeds = (
+            self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
+        )
+        self.image_encoder: str | None = config.get("image_encoder")
+        several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
+        shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
         self.sizes = sorted({shape[1:] for shape in shapes})
         self.buckets = [self.sizes.index(shape[1:]) for shape in shapes] if len(self.sizes) > 1 else None
@@ -124,9 +101,109 @@ class CachedVideoLatents:
         return self.shards.fingerprint()
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        row = self.shards.read(index, ("latents", "text"))
-        missing = self.text.max_length - len(row["text"])
-        return {"samples": row["latents"].float(), "text": F.pad(row["text"], (0, 0, 0, missing))}
+        row = self.shards.read(index)
+        if self._latents == "latents":
+            samples = row["latents"].float()
+        else:  # as the pipeline scales them
+            noise = torch.randn(row["mean"].shape, generator=generator)
+            drawn = row["mean"].float() + row["std"].float() * noise
+            samples = (drawn - self._record["shift_factor"]) * self._record["scaling_factor"]
+        if self.text is None:
+            return {"samples": samples, "class_labels": int(row["label"])}
+        text = _draw_text(row, generator)
+        missing = self.text.max_length - len(text)
+        sample = {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
+        return sample | {name: row[name].float() for name in _KNOWN_FRAMES if name in row}
+
+    def load_vae(self) -> Any:
+        """Load the autoencoder that the cache was made with.
+
+        Raises:
+            ValueError: when another one lies there now.
+        """
+        vae = load_vae(self.vae, IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS)
+        if self.made_with("vae", vae) is False:
+            raise ValueError(
+                f"{self.shards.path} was cached with the autoencoder that lay in {self.vae}, where another "
+                "one lies now: put the one of then there, or make the cache again"
+            )
+        return vae
+
+    def made_with(self, name: str, component: Any) -> bool | None:
+        """Tell if the cache was made with this ``vae``, ``tokenizer`` or ``text_encoder``, by its hash.
+
+        Returns:
+            None for a cache of an earlier version, which has no hashes.
+        """
+        stored = self._record.get("components", {}).get(name)
+        return None if stored is None else stored == component_sha256(component)
+
+    def require_text(self, config: TextConfig, encoder: CaptionEncoder) -> None:
+        """Check that the captions were embedded as a run embeds its prompts.
+
+        Raises:
+            ValueError: for another encoder, wherever it lies, another length or another instruction.
+        """
+        assert self.text is not None
+        same = [self.made_with(name, getattr(encoder, name)) for name in ("tokenizer", "text_encoder")]
+        if None in same:
+            same = [self.text.encoder == config.encoder]
+        if not all(same) or replace(self.text, encoder=config.encoder) != config:
+            moved = " (where another model lies now)" if self.text == config else ""
+            raise ValueError(
+                f"the captions in {self.shards.path} were encoded with {self.text}{moved}: set text to the "
+                f"same, got {config}"
+            )
+
+    def require_channels(self, model: Any) -> None:
+        """Check that a model takes these latents.
+
+        Raises:
+            ValueError: when it takes another number of channels, as those of another autoencoder.
+        """
+        beside = 0 if self.condition is None else self.condition[0]
+        if model.config.in_channels != self.channels + beside:
+            raise ValueError(
+                f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "
+                f"{model.config.in_channels}"
+                + (f", {beside} of which are for known frames" if beside else "")
+            )
+        takes = getattr(model.config, "image_dim", None)
+        gives = None if self.image_embeds is None else self.image_embeds[-1]
+        if takes != gives:
+            raise ValueError(
+                f"the model takes embeddings of images of width {takes}, but {self.shards.path} holds "
+                f"{gives}: cache it with the image_encoder that the model was trained with, or without one"
+            )
+
+
+def _draw_text(row: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Return the embedded caption ``[n, D]``, or draw one of several."""
+    if "tokens" not in row:
+        return row["text"]
+    texts = row["text"].split(row["tokens"].tolist())
+    return texts[draw_index(row["weights"].tolist(), generator)]
+
+
+@dataclass(frozen=True)
+class ImageLatents(ImageSource):
+    """Folder that scripts/cache_latents.py image wrote."""
+
+    path: str
+
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.path)
+
+    def open(self, *, captioned: bool = False) -> CachedLatents:
+        latents = CachedLatents(self.path)
+        if captioned != (latents.text is not None):
+            holds, needs = ("classes", "captions") if captioned else ("captions", "classes")
+            remedy = "with --text.encoder" if captioned else "without text"
+            raise ValueError(
+                f"{self.path} has latents with {holds}, but the model takes {needs}: cache them again "
+                f"{remedy}"
+            )
+        return latents
 
 
 @dataclass(frozen=True)
@@ -138,8 +215,8 @@ class VideoLatents(VideoSource):
     def facts(self) -> dict[str, Any]:
         return _facts(self.path)
 
-    def open(self) -> CachedVideoLatents:
-        return CachedVideoLatents(self.path)
+    def open(self) -> CachedLatents:
+        return CachedLatents(self.path)
 
 
 def _facts(path: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def read_shapes(
     kept = index
     for start in range(0, len(unknown), _KEPT_EVERY):
         numbers = unknown[start : start + _KEPT_EVERY]
-        for n, shape in zip(numbers, _measured(measure, numbers), strict=True):
+        for n, shape in zip(numbers, measured(measure, numbers), strict=True):
             found[n] = [*(stamps[n] or ()), *(shape or (None, None))]
         if kept is not None:
             entries = {name: entry for name, entry in zip(names, found, strict=True) if entry}
@@ -65,7 +65,8 @@ class _Numbered:
         return self.measure(self.numbers[place])
 
 
-def _measured(measure: Callable[[int], Shape], numbers: Sequence[int]) -> Any:
+def measured(measure: Callable[[int], Shape], numbers: Sequence[int]) -> Any:
+    """Return the shape of each of these samples, opened in other processes."""
     # Workers in any case: a reader in this process would make later ones hang.
     workers = min(8, os.cpu_count() or 1, len(numbers))
     files: Any = _Numbered(measure, numbers)

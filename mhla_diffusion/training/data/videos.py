@@ -5,7 +5,6 @@ A sample is ``{"samples": float32 [C, F, H, W] in [-1, 1], "caption": str}``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from ...files.clips import choose_clip
 from ...files.pictures import WHITE, background_color
-from ...files.videos import Decoder, Frames, UnreadableVideoError, open_video
+from ...files.videos import VIDEO_EXTENSIONS, Decoder, Frames, UnreadableVideoError, open_video
 from ...processes import in_first_process
-from .captions import read_captions
+from .buckets import nearest_size
+from .captions import Caption, draw_caption, read_captions
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
@@ -30,7 +30,7 @@ from .stream import UnreadableSampleError
 class CaptionedVideos(Protocol):
     """Videos that are read clip by clip."""
 
-    captions: list[str]
+    captions: Sequence[Caption]
 
     def name(self, index: int) -> str:
         """Return what to call a video in a message."""
@@ -60,7 +60,7 @@ class VideoFile:
     """
 
     path: Path
-    caption: str
+    caption: Caption
     first: int = 0
     last: int | None = None
 
@@ -175,15 +175,18 @@ class FolderVideos(FileSource):
 
     Args:
         path: of the folder.
-        captions: CSV with the columns path (or file_name) and caption (or text), or JSON or JSONL with these
-            keys; paths are relative to the folder, and lie in it. captions.csv or .jsonl in it by default.
+        captions: CSV with the columns path (or file_name), caption (or text) and perhaps weight, or JSON or
+            JSONL with these keys; paths are relative to the folder and lie in it, and lines of one path are
+            several captions. By default captions.csv or .jsonl in it, or else a .txt beside each video, each
+            line a caption.
     """
 
     path: str
     captions: str | None = None
 
     def open(self) -> VideoFiles:
-        files = [VideoFile(*file) for file in read_captions(Path(self.path), self.captions)]
+        listed = read_captions(Path(self.path), self.captions, extensions=VIDEO_EXTENSIONS)
+        files = [VideoFile(*file) for file in listed]
         place = Path(self.captions or Path(self.path) / "captions")
         index = place.with_name(f"{place.name}.shapes.json")
         return VideoFiles(files, decoder=self.decoder, background=self.background, index=index)
@@ -209,7 +212,10 @@ class VideoSamples:
             raise ValueError(f"videos have 1 or 3 channels, but model.in_channels is {channels}")
         self.videos, self.config, self.channels = videos, config, channels
         self.captions = videos.captions
-        self.buckets = _nearest_sizes(videos, config.sizes) if len(config.sizes) > 1 else None
+        self.buckets = None
+        if len(config.sizes) > 1:
+            shapes = in_first_process(videos.shapes)
+            self.buckets = [nearest_size(shape, config.sizes) for shape in shapes]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -228,7 +234,8 @@ class VideoSamples:
             raise UnreadableSampleError(str(error)) from error
         size = config.sizes[self.buckets[index] if self.buckets else 0]
         clip = prepare_clip(frames, size=size, channels=self.channels)
-        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": self.captions[index]}
+        caption = draw_caption(self.captions[index], generator)
+        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": caption}
 
 
 def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Tensor:
@@ -242,13 +249,3 @@ def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Ten
     if cover != list(clip.shape[2:]):
         clip = tvf.resize(clip, cover, tvf.InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(clip, list(size)).float()
-
-
-def _nearest_sizes(videos: CaptionedVideos, sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Choose for each video the size whose aspect ratio is nearest, by the logarithm of their quotient."""
-    ratios = [math.log(width / height) for height, width in sizes]
-    nearest = []
-    for shape in in_first_process(videos.shapes):
-        ratio = ratios[0] if shape is None else math.log(shape[1] / shape[0])
-        nearest.append(min(range(len(sizes)), key=lambda i: abs(ratios[i] - ratio)))
-    return nearest

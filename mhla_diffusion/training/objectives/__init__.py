@@ -27,7 +27,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     Raises:
         ValueError: for a teacher that has MHLA already.
     """
-    objective = DDPM() if config.name == "ddpm" else FlowMatching(config)
+    objective = DDPM(config) if config.name == "ddpm" else FlowMatching(config)
     if config.teacher is None:
         return objective
     teacher = load_teacher(config.teacher, dtype=getattr(torch, config.distillation.teacher_dtype))

@@ -9,20 +9,26 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .objective import NUM_TRAIN_TIMESTEPS, Objective, as_column, mean_flat
+from .objective import NUM_TRAIN_TIMESTEPS, Objective, ObjectiveConfig, as_column, mean_flat
 
 
 class DDPM(Objective):
-    """Noise by mean squared error, variance by the variational bound: the objective of DiT.
+    """Noise by mean squared error, variance by the variational bound: the objective of DiT and PixArt.
 
     ``L = |noise - eps|^2 + L_vlb`` (Nichol and Dhariwal 2021, equations 14 to 16), with L_vlb in bits per
     dimension and its gradient stopped at the mean, so that it trains the variance alone. The model returns 2C
-    channels: eps, and v in [-1, 1], which interpolates the log variance between its two bounds.
+    channels: eps, and v in [-1, 1], which interpolates the log variance between its two bounds. Without
+    ``learn_variance`` it returns eps, and the loss is the first term.
+
+    In place of eps a model may return ``x_0`` (sample) or ``sqrt(bar) eps - sqrt(1 - bar) x_0``
+    (v_prediction; Salimans and Ho 2022, arXiv 2202.00512); the error is that of what it returns.
     """
 
-    predicts_variance = True
-
-    def __init__(self) -> None:
+    def __init__(self, config: ObjectiveConfig | None = None) -> None:
+        config = config or ObjectiveConfig(name="ddpm")
+        given = config.prediction_type
+        self.prediction_type = "epsilon" if given == "flow_prediction" else given
+        self.predicts_variance = config.learn_variance
         betas = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
         bar = (1 - betas).cumprod(0)  # alpha bar of t
         previous = F.pad(bar[:-1], (1, 0), value=1.0)  # alpha bar of t - 1
@@ -48,10 +54,24 @@ class DDPM(Objective):
         return self._at("signal", times, samples) * samples + self._at("noise", times, samples) * noise
 
     def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
-        eps, v = prediction.chunk(2, dim=1)
+        mean, *variance = prediction.chunk(2, dim=1) if self.predicts_variance else (prediction,)
+        error = mean_flat((mean - self._target(samples, times, noise)) ** 2)
+        if not variance:
+            return error
         noisy = self.noisy(samples, times, noise)
-        bound = self.variational_bound(samples, noisy, times, eps=eps.detach(), v=v)
-        return mean_flat((eps - noise) ** 2) + bound
+        eps = self._eps(mean.detach(), noisy, times)
+        return error + self.variational_bound(samples, noisy, times, eps=eps, v=variance[0])
+
+    def _target(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        if self.prediction_type == "v_prediction":
+            return self._at("signal", times, samples) * noise - self._at("noise", times, samples) * samples
+        return samples if self.prediction_type == "sample" else noise
+
+    def _eps(self, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+        signal, noise = self._at("signal", times, noisy), self._at("noise", times, noisy)
+        if self.prediction_type == "v_prediction":
+            return signal * prediction + noise * noisy
+        return (noisy - signal * prediction) / noise if self.prediction_type == "sample" else prediction
 
     def variational_bound(
         self, samples: Tensor, noisy: Tensor, times: Tensor, *, eps: Tensor, v: Tensor
@@ -77,6 +97,7 @@ class DDPM(Objective):
             beta_end=0.02,
             beta_schedule="linear",
             clip_sample=False,
+            prediction_type=self.prediction_type,
         )
 
     def _at(self, name: str, times: Tensor, samples: Tensor) -> Tensor:

@@ -166,10 +166,8 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> int:
 
 def _relative_error(ours: LayerCall, theirs: LayerCall) -> Tensor:
     """``|a - a_T|^2 / |a_T|^2`` of each sample, ``[B]``."""
-    assert ours.output is not None
-    assert theirs.output is not None
-    wanted = theirs.output.float()
-    return mean_flat((ours.output.float() - wanted) ** 2) / mean_flat(wanted**2).clamp_min(1e-12)
+    wanted = theirs.outputs.float()
+    return mean_flat((ours.outputs.float() - wanted) ** 2) / mean_flat(wanted**2).clamp_min(1e-12)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

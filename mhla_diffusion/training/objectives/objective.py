@@ -21,6 +21,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 Denoiser = Callable[..., Any]
 
+BESIDE = "beside"
+"""Name of what stands beside the noisy samples, as further channels, among the conditions."""
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
@@ -69,10 +72,13 @@ class ObjectiveConfig:
     """Name of an objective, and its settings.
 
     Args:
-        name: ``"flow"`` (flow matching) or ``"ddpm"`` (noise and variance, as DiT was trained).
-        prediction_type: flow only. What the model returns, by diffusers' names: ``"flow_prediction"``, the
+        name: ``"flow"`` (flow matching, as Sana and Wan were trained) or ``"ddpm"`` (as DiT and PixArt were).
+        prediction_type: what the model returns, by diffusers' names. Of flow ``"flow_prediction"``, the
             velocity, or ``"sample"``, the clean sample, for models on pixels whose patches hold about as many
-            numbers as a token is wide, or more.
+            numbers as a token is wide, or more. Of ddpm ``"epsilon"``, the noise, which is meant where
+            nothing is given, ``"v_prediction"`` or ``"sample"``.
+        learn_variance: ddpm only. The model has twice the channels and returns the variance too, as DiT and
+            PixArt do.
         weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
             ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
             losses at even times, ``"none"`` does neither.
@@ -85,16 +91,17 @@ class ObjectiveConfig:
         distillation: see :class:`DistillationConfig`.
 
     Raises:
-        ValueError: for a scale or shift that is not positive, or a flow setting given to ``ddpm``.
+        ValueError: for a scale or shift that is not positive, or a setting of the other objective.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
-    prediction_type: Literal["flow_prediction", "sample"] = "flow_prediction"
+    prediction_type: Literal["flow_prediction", "sample", "epsilon", "v_prediction"] = "flow_prediction"
     weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
     shift: float = 1.0
+    learn_variance: bool = True
     teacher: str | None = None
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -104,12 +111,20 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
         if self.teacher is None and self.distillation != DistillationConfig():
             raise ValueError("objective.distillation needs a teacher: give objective.teacher, or remove it")
-        flow_only = [its for its in fields(self) if its.name not in ("name", "teacher", "distillation")]
-        given = [its.name for its in flow_only if getattr(self, its.name) != its.default]
-        if self.name == "ddpm" and given:
-            raise ValueError(
-                f"objective.{given[0]} is for objective.name flow alone; remove it, or set the name to flow"
-            )
+        both = ("name", "prediction_type", "teacher", "distillation")
+        given = {
+            its.name: "ddpm" if its.name == "learn_variance" else "flow"
+            for its in fields(self)
+            if its.name not in both and getattr(self, its.name) != its.default
+        }
+        if self.name == "flow" and self.prediction_type in ("epsilon", "v_prediction"):
+            given["prediction_type"] = "ddpm"
+        for name, taker in given.items():
+            if taker != self.name:
+                raise ValueError(
+                    f"objective.{name} is for objective.name {taker} alone; remove it, or set the name to "
+                    f"{taker}"
+                )
 
 
 class Objective(ABC):
@@ -167,7 +182,13 @@ class Objective(ABC):
     def predict(
         self, model: Denoiser, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]
     ) -> Tensor:
-        """Return what a model, the trained one or another, makes of noisy samples, in fp32."""
+        """Return what a model, the trained one or another, makes of noisy samples, in fp32.
+
+        It is given what ``conditioning`` has under :data:`BESIDE` as further channels.
+        """
+        conditioning = dict(conditioning)
+        if BESIDE in conditioning:
+            noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
         return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)

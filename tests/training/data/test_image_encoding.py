@@ -50,9 +50,9 @@ def test_latents_are_drawn_from_the_posterior_of_each_image_and_its_mirror(
     cache_latents(config)
     latents = CachedLatents(config.output_dir)
     assert len(latents) == 40
-    assert latents.shape == (2, 4, 4)
+    assert (latents.channels, latents.sizes) == (2, [(4, 4)])
     assert latents.class_names == ["cat", "dog"]
-    images = ImageSamples(open_images(config.data), channels=3, size=8)
+    images = ImageSamples(open_images(config.data), channels=3, sizes=[(8, 8)])
     for index in (0, 1, 17, 38):
         image = images.load(index // 2, torch.Generator())
         pixels = image["samples"].flip(-1) if index % 2 else image["samples"]
@@ -82,7 +82,7 @@ def test_a_cache_from_before_a_setting_came_is_the_same(config: LatentCacheConfi
     cache_latents(config)
     path = Path(config.output_dir) / "cache.json"
     record = json.loads(path.read_text())
-    assert record["config"].keys() == {"vae", "data", "size", "shard_size"}
+    assert record["config"].keys() == {"vae", "data", "text", "size", "shard_size"}
     del record["config"]["data"]["split"]
     path.write_text(json.dumps(record))
     cache_latents(config)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import io
+import json
 import os
+import tarfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN
 from PIL import Image
 
 from mhla_diffusion.training import DataConfig
 from mhla_diffusion.training.data import ImageSamples, open_images
+from mhla_diffusion.training.data.image_sources import sizes_of
 from mhla_diffusion.training.data.stream import UnreadableSampleError
 
 GENERATOR = torch.Generator
 
 
 def samples(config: DataConfig, *, channels: int = 1, size: int = 8) -> ImageSamples:
-    return ImageSamples(open_images(config), channels=channels, size=size, flip=config.flip)
+    return ImageSamples(open_images(config), channels=channels, sizes=[(size, size)], flip=config.flip)
 
 
 def test_class_folders_of_mixed_sizes(image_folder: Path) -> None:
@@ -216,14 +223,164 @@ def test_no_program_is_run_and_no_pipe_is_waited_for(tmp_path: Path) -> None:
         ({"source": "mnist", "path": "x"}, r"data\.path is for data\.source folder or .* alone"),
         (
             {"source": "npz", "path": "x", "split": "test"},
-            r"data\.split is for data\.source huggingface or idx alone",
+            r"data\.split is for data\.source .*huggingface",
         ),
-        ({"source": "latents", "path": "x", "flip": True}, "cannot be flipped"),
+        (
+            {"source": "latents", "path": "x", "flip": True},
+            r"data\.flip is for data\.source",
+        ),
     ],
 )
 def test_settings_that_do_not_belong_together(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**arguments)
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """A wide, a tall and a small image, and captions."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for number, size in enumerate([(40, 20), (18, 36), (6, 6)]):
+        Image.new("RGB", size, (255, 0, 0)).save(folder / f"{number}.png")
+    rows = "".join(f"{n}.png,{text}\n" for n, text in enumerate(["wide", "tall", "small"]))
+    (folder / "captions.csv").write_text("path,caption\n" + rows)
+    return folder
+
+
+def captioned_samples(config: DataConfig) -> ImageSamples:
+    images = open_images(config, captioned=True)
+    return ImageSamples(
+        images, channels=3, sizes=sizes_of(config, (8, 8)), flip=config.flip, enlarge=config.enlarge
+    )
+
+
+def test_captioned_images_go_to_the_size_of_their_shape(
+    captioned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = ((16, 16), (8, 24), (24, 8))
+    source = captioned_samples(DataConfig("folder", str(captioned), sizes=sizes))
+    assert source.buckets == [1, 2, 0]
+    items = [source.load(index, GENERATOR()) for index in range(3)]
+    assert [item["caption"] for item in items] == ["wide", "tall", "small"]
+    assert [tuple(item["samples"].shape) for item in items] == [(3, 8, 24), (3, 24, 8), (3, 16, 16)]
+    assert all((item["samples"][0] == 1).all() and (item["samples"][1:] == -1).all() for item in items)
+    assert "1 of 3 images are smaller than the size they go to and are enlarged, first" in caplog.text
+    assert "2.png ((6, 6) pixels for (16, 16)); data.enlarge false leaves them out" in caplog.text
+
+
+def test_images_smaller_than_their_size_are_left_out_if_asked(captioned: Path) -> None:
+    source = captioned_samples(DataConfig("folder", str(captioned), enlarge=False))
+    assert source.load(0, GENERATOR())["samples"].shape == (3, 8, 8)
+    with pytest.raises(
+        UnreadableSampleError, match=r"2\.png: 6 x 6 pixels are fewer than the 8 x 8 it goes to"
+    ):
+        source.load(2, GENERATOR())
+
+
+def test_sizes_are_those_that_the_pipelines_of_diffusers_round_to(captioned: Path) -> None:
+    config = DataConfig("folder", str(captioned), aspect_ratios=512)
+    sizes = sizes_of(config, (8, 8))
+    assert {(512, 512), (256, 1024), (1024, 256)} <= set(sizes)
+    assert PixArtImageProcessor.classify_height_width_bin(600, 400, ASPECT_RATIO_512_BIN) in sizes
+    with pytest.raises(ValueError, match=r"data.aspect_ratios must be one of 256, .* 4096, got 300"):
+        DataConfig("folder", str(captioned), aspect_ratios=300)
+    with pytest.raises(ValueError, match=r"brings its own sizes: remove data\.sizes"):
+        DataConfig("folder", str(captioned), aspect_ratios=512, sizes=((8, 8),))
+    with pytest.raises(ValueError, match=r"data\.sizes must be pairs of height and width"):
+        DataConfig("folder", str(captioned), sizes=((0, 8),))
+
+
+def test_what_has_classes_alone_has_no_captions(tmp_path: Path, image_folder: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 8, 8), np.uint8), labels=np.zeros(1, int))
+    for config in (DataConfig("mnist"), DataConfig("npz", str(tmp_path / "images.npz"))):
+        with pytest.raises(ValueError, match="has classes and no captions, which models of texts need"):
+            open_images(config, captioned=True)
+    with pytest.raises(ValueError, match=r"no captions at .*captions.csv: .* or a .txt beside each file"):
+        open_images(DataConfig("folder", str(image_folder)), captioned=True)
+    with pytest.raises(ValueError, match=r"data\.source scene has captions and no classes"):
+        open_images(DataConfig("scene"))
+
+
+def test_hugging_face_rows_with_texts(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(), "id": datasets.Value("string"), "url": datasets.Value("string"),
+            "texts": datasets.List(datasets.Value("string")),
+            "often": datasets.List(datasets.Value("float32")), "more": {"alt": datasets.Value("string")},
+        }
+    )  # fmt: skip
+    rows = [
+        ["a", ["x", "y"], [1.0, 9.0], "p"], ["b", ["z"], [1.0], None], ["c", None, [], "q"],
+    ]  # fmt: skip
+    datasets.Dataset.from_list(
+        [
+            {
+                "picture": Image.new("L", (10, 8)), "id": name, "url": name, "texts": texts, "often": often,
+                "more": {"alt": alt},
+            }
+            for name, texts, often, alt in rows
+        ],
+        features=features,
+    ).save_to_disk(tmp_path / "rows")  # fmt: skip
+    config = DataConfig(
+        "huggingface",
+        str(tmp_path / "rows"),
+        text_column="texts",
+        weight_column="often",
+        sizes=((8, 8), (8, 16)),
+    )
+    source = captioned_samples(config)
+    assert source.captions == [{"x": 1.0, "y": 9.0}, "z", None]
+    assert source.buckets == [0, 0, 0]
+    drawn = [source.load(0, GENERATOR().manual_seed(seed))["caption"] for seed in range(50)]
+    assert 35 < drawn.count("y") < 50
+    with pytest.raises(UnreadableSampleError, match="row 2: no caption"):
+        source.load(2, GENERATOR())
+    nested = dataclasses.replace(config, text_column="more.alt", weight_column=None)
+    assert captioned_samples(nested).captions == ["p", None, "q"]
+    with pytest.raises(
+        ValueError, match=r"no single column of texts: set data.text_column to one of picture"
+    ):
+        captioned_samples(dataclasses.replace(config, text_column=None))
+    with pytest.raises(ValueError, match="row 0: a caption is a text, or texts and as many weights"):
+        captioned_samples(dataclasses.replace(config, text_column="id"))
+
+
+def test_tar_files_of_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    number = 0
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for _ in range(2):
+                picture = io.BytesIO()
+                Image.new("RGB", (8, 8), (0, 50 * number, 0)).save(picture, "PNG")
+                about = json.dumps({"alt": f"about {number}"}).encode()
+                for ending, content in (
+                    ("png", picture.getvalue()), ("txt", f"picture {number}".encode()), ("json", about),
+                    ("cls", str(number % 2).encode()),
+                ):  # fmt: skip
+                    info = tarfile.TarInfo(f"{number:03d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                number += 1
+    source = captioned_samples(DataConfig("webdataset", str(tmp_path)))
+    assert [source.load(i, GENERATOR())["caption"] for i in range(4)] == [f"picture {i}" for i in range(4)]
+    green = source.load(3, GENERATOR())["samples"][1].mean()
+    assert green == pytest.approx(150 / 127.5 - 1)
+    by_json = DataConfig("webdataset", str(tmp_path / "1.tar"), text_column="json.alt")
+    assert captioned_samples(by_json).captions == ["about 2", "about 3"]
+    labelled = samples(DataConfig("webdataset", str(tmp_path / "*.tar"), label_column="cls"), channels=3)
+    assert (labelled.class_names, labelled.load(3, GENERATOR())["class_labels"]) == (["0", "1"], 1)
+    with pytest.raises(ValueError, match="holds no tar files"):
+        captioned_samples(DataConfig("webdataset", str(tmp_path / "cache")))
+    (tmp_path / "bad.tar").write_text("no tar")
+    with pytest.raises(ValueError, match=r"bad\.tar: "):
+        captioned_samples(DataConfig("webdataset", str(tmp_path / "bad.tar")))
 
 
 def test_images_have_1_or_3_channels(image_folder: Path) -> None:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from mhla_diffusion.training.data import MovingDigitsConfig, VideoDataConfig, VideoSamples, open_videos
-from mhla_diffusion.training.data.toys import MovingDigits, direction
+from mhla_diffusion.training import DataConfig
+from mhla_diffusion.training.data import (
+    MovingDigitsConfig,
+    VideoDataConfig,
+    VideoSamples,
+    open_images,
+    open_videos,
+)
+from mhla_diffusion.training.data.toys import (
+    COLOURS,
+    COUNTS,
+    PLACES,
+    SHAPES,
+    MovingDigits,
+    Scene,
+    ScenesConfig,
+    all_scenes,
+    direction,
+)
 
 
 def test_digits_move_the_way_the_caption_says() -> None:
@@ -80,3 +101,46 @@ def test_films_are_cut_into_captioned_clips() -> None:
     sample = source.load(8, torch.Generator())
     assert sample["samples"].shape == (3, 9, 24, 32)
     assert "bow tie" in sample["caption"]
+
+
+def test_what_is_held_out_leaves_every_pair_of_properties_in_training() -> None:
+    kept, held = all_scenes(held_out=False), all_scenes(held_out=True)
+    assert (len(kept), len(held)) == (216, 72)
+    assert not set(kept) & set(held)
+    names = [field.name for field in dataclasses.fields(Scene)]
+    sizes = dict(zip(names, map(len, (COUNTS, COLOURS, SHAPES, PLACES)), strict=True))
+    for first, second in itertools.combinations(names, 2):
+        pairs = {(getattr(scene, first), getattr(scene, second)) for scene in kept}
+        assert len(pairs) == sizes[first] * sizes[second]
+
+
+def test_scenes_show_what_their_caption_says() -> None:
+    images = open_images(DataConfig("scene", scenes=ScenesConfig(num_images=216)), captioned=True)
+    for index in range(0, 216, 7):
+        count, colour, shape, *place = str(images.captions and images.captions[index]).split()  # type: ignore[union-attr]
+        pixels = np.asarray(images.read(index)).astype(int)
+        assert np.array_equal(pixels, np.asarray(images.read(index)).astype(int))
+        drawn = np.abs(pixels - np.array(COLOURS[colour])).sum(-1) < 12
+        share = drawn.sum() / (COUNTS.index(count) + 1) / 32**2
+        assert 0.012 < share < 0.06, (shape, share)
+        row, column = np.argwhere(drawn).mean(0) / 32
+        assert {"left": column < 0.36, "right": column > 0.6, "top": row < 0.36, "bottom": row > 0.6}[
+            place[-1]
+        ]
+
+
+def test_the_quickstart_shows_as_many_scenes_that_were_trained_as_were_not() -> None:
+    script = (Path(__file__).parents[3] / "scripts" / "quickstart.sh").read_text()
+    prompts = script.partition("prompts.txt << end\n")[2].partition("\nend\n")[0].splitlines()
+    kept, held = ({scene.caption for scene in all_scenes(held_out=held)} for held in (False, True))
+    assert (len(prompts), len(set(prompts))) == (16, 16)
+    assert set(prompts[:8]) <= kept
+    assert set(prompts[8:]) <= held
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"num_images": 0}, "1 or more, got 0"), ({"side": 8}, "16 or more, got 8")]
+)
+def test_scenes_that_cannot_be_drawn_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScenesConfig(**settings)  # type: ignore[arg-type]

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from torch.utils.data import default_collate
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.files.videos import write_video
@@ -19,6 +21,7 @@ from mhla_diffusion.training import (
     VideoDataConfig,
     VideoLatentCacheConfig,
     VideoModelConfig,
+    VideoSamplingConfig,
     VideoTrainingConfig,
     build_objective,
     cache_video_latents,
@@ -26,7 +29,9 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
-from mhla_diffusion.training.data.latents import CachedVideoLatents
+from mhla_diffusion.training.data.image_conditions import ImageConditions
+from mhla_diffusion.training.data.latents import VIDEO_AUTOENCODERS, CachedLatents, load_vae
+from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
 
 
@@ -79,7 +84,7 @@ def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainin
 @torch.no_grad()
 def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfig) -> None:
     cache_video_latents(config)
-    cached = CachedVideoLatents(config.output_dir)
+    cached = CachedLatents(config.output_dir)
     assert (len(cached), cached.channels, cached.fps) == (10, 4, 8)
     assert cached.sizes == [(2, 2, 4), (2, 4, 2)]
     assert cached.buckets == [0] * 8 + [1] * 2
@@ -101,15 +106,17 @@ def test_rows_are_the_scaled_latents_and_the_texts(config: VideoLatentCacheConfi
 def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCacheConfig) -> None:
     cache_video_latents(config)
     run = training_config(config)
-    latents = CachedVideoLatents(config.output_dir)
+    latents = CachedLatents(config.output_dir)
     parts = build_parts(run, build_objective(run.objective), latents)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     rows = [latents.load(row, torch.Generator()) for row in range(8)]
     texts = torch.stack([row["text"] for row in rows])
-    cached = Captions(parts, 0.5, embedded=True).arguments({"text": texts}, generators)
+    encoder = video_caption_encoder(parts)
+    batch = {"text": texts, "tokens": torch.tensor([row["tokens"] for row in rows])}
+    cached = Captions(encoder, 0.5, embedded=True).arguments(batch, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = Captions(parts, 0.5).arguments({"caption": captions}, generators)
+    embedded = Captions(encoder, 0.5).arguments({"caption": captions}, generators)
     assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
     assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 
@@ -130,7 +137,79 @@ def test_a_broken_video_is_named_and_left_out(
     (folder / "1.mp4").write_bytes(b"no video")
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
-    assert len(CachedVideoLatents(config.output_dir)) == 8
+    assert len(CachedLatents(config.output_dir)) == 8
+
+
+@pytest.fixture
+def image_encoder(tmp_path: Path) -> str:
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "wan" / "image_encoder")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "wan" / "image_processor")
+    return str(tmp_path / "wan")
+
+
+@pytest.mark.parametrize("frames", ["first", "first_and_last"])
+@pytest.mark.parametrize("encoded", [False, True], ids=["latents", "embeddings"])
+def test_image_to_video_sees_the_known_frames(
+    config: VideoLatentCacheConfig, image_encoder: str, frames: Any, encoded: bool
+) -> None:
+    config = dataclasses.replace(
+        config, image_condition=frames, image_encoder=image_encoder if encoded else None, clips=1
+    )
+    cache_video_latents(config)
+    run = training_config(config)
+    objective = build_objective(run.objective)
+    model, source, task = run.build(objective)
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.3, 0.3)
+    assert (model.config.in_channels, model.config.out_channels) == (4 + 4 + 4, 4)
+    assert model.config.image_dim == (8 if encoded else None)
+    batch = default_collate([source.load(0, torch.Generator())])
+    mask = batch["condition"][0, :4, :, 0, 0]
+    assert mask.tolist() == [[1, 0]] * 3 + [[1, 1 if frames == "first_and_last" else 0]]
+
+    def loss() -> torch.Tensor:
+        arguments = task.conditioning.arguments(batch, [torch.Generator().manual_seed(3)])
+        return objective.loss(model, batch["samples"], arguments, [torch.Generator().manual_seed(1)])
+
+    whole = loss()
+    assert torch.equal(loss(), whole)
+    for name in ("condition", "image_embeds"):
+        if name in batch:
+            kept = batch[name].clone()
+            batch[name][..., -1] += 1
+            assert not torch.equal(loss(), whole), name
+            batch[name] = kept
+    assert ("image_embeds" in batch) == encoded
+    assert train_video(run) == 0
+    pipeline = MHLAPipeline.from_pretrained(Path(run.output_dir) / "pipeline")
+    assert type(pipeline) is WanImageToVideoPipeline
+    with pytest.raises(ValueError, match=r"sampling\.every must be 0 for image-to-video"):
+        dataclasses.replace(run, sampling=VideoSamplingConfig(every=1, prompts=("a",))).build(objective)
+    if encoded:
+        plain = dataclasses.replace(config, image_encoder=None, output_dir=f"{config.output_dir}-plain")
+        cache_video_latents(plain)
+        wrong = dataclasses.replace(run, data=VideoDataConfig("latents", path=plain.output_dir))
+        with pytest.raises(ValueError, match=r"takes embeddings of images of width 8, but .* holds None"):
+            wrong.build(objective, model)
+
+
+def test_the_condition_says_nothing_of_frames_that_are_not_known(
+    config: VideoLatentCacheConfig, image_encoder: str
+) -> None:
+    conditions = ImageConditions(load_vae(config.vae, VIDEO_AUTOENCODERS), last=False)
+    clip = torch.rand(3, 5, 16, 32) * 2 - 1
+    found = conditions(clip)["condition"]
+    clip[:, 1:] = 0
+    assert torch.equal(conditions(clip)["condition"], found)
+    clip[:, 0] = 0
+    assert not torch.equal(conditions(clip)["condition"], found)
+    with pytest.raises(ValueError, match="image_encoder needs image_condition first"):
+        dataclasses.replace(config, image_encoder=image_encoder)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""Text-to-image generation with models that this package trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    ImagePipelineOutput,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTransformer2DModel
+
+from .denoising import ImagePipeline, StepCallback, vae_scale_factor
+from .model_card import Purpose
+from .schedulers import prediction_of
+from .text import SANA_INSTRUCTION, encode_texts, warn_of_long_prompts
+
+
+class MHLATextToImagePipeline(ImagePipeline):
+    """Generates images of texts, in pixels or latents; knows the size and the text it was trained with.
+
+    The sibling of :class:`diffusers.PixArtSigmaPipeline` and :class:`diffusers.SanaPipeline`, which need an
+    autoencoder, and have lengths of text and sizes of their own as defaults.
+
+    Args:
+        tokenizer, text_encoder: of transformers, of any kind; see :func:`.text.encode_texts`.
+        transformer: the model.
+        scheduler: any diffusers scheduler for what the model was trained to predict.
+        vae: decodes latents; None when the model works on pixels, in one channel (gray) or three.
+        max_sequence_length: tokens that prompts are cut or filled up to, as in training.
+        instruction: put in front of prompts, as in training.
+        training: facts about the training for the model card.
+        prediction_type: what the model predicts; see :class:`MHLADiTPipeline`.
+    """
+
+    purpose = Purpose("Text-to-image generation", task="text-to-image")
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: PreTrainedModel,
+        transformer: MHLAPixArtTransformer2DModel | MHLASanaTransformer2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
+        max_sequence_length: int = 300,
+        instruction: str = "",
+        training: dict | None = None,
+        prediction_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+        )
+        self.register_to_config(
+            max_sequence_length=max_sequence_length,
+            instruction=instruction,
+            training=training,
+            prediction_type=prediction_type or prediction_of(scheduler),
+        )
+        self.prepare_decoding()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        guidance_scale: float = 4.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 20,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images.
+
+        Args:
+            prompt: what the images show, one image each.
+            negative_prompt: what they should not show.
+            guidance_scale: above 1 for classifier-free guidance.
+            generator: one, or one for each image.
+            num_inference_steps: denoising steps.
+            output_type: ``"pil"``; ``"np"`` ``[B, H, W, C]`` or ``"pt"`` ``[B, C, H, W]`` in [0, 1];
+                ``"latent"``.
+            return_dict: whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            height, width: in pixels, the size the model was trained at by default.
+            num_images_per_prompt: images for each prompt.
+            latents: the start noise, ``[B, C, h, w]``, instead of drawing it.
+            prompt_embeds, prompt_attention_mask: ``[B, L, D]`` and ``[B, L]`` in place of the prompt.
+            negative_prompt_embeds, negative_prompt_attention_mask: in place of the negative prompt.
+            max_sequence_length: tokens that prompts are cut or filled up to; as in training by default. A
+                warning names those that are cut.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see :class:`MHLADiTPipeline`.
+
+        Returns:
+            ``images``, in the order of the prompts.
+
+        Raises:
+            ValueError: for a prompt, size, scheduler or argument that does not fit.
+        """
+        length = max_sequence_length or self.config.max_sequence_length
+        warn_of_long_prompts(self.tokenizer, length, prompt, negative_prompt)
+        told = self.encode_prompt(
+            prompt, prompt_embeds, prompt_attention_mask, length, self.config.instruction
+        )
+        rows = len(told[0])
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * rows
+        untold = self.encode_prompt(
+            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, told[0].shape[1]
+        )
+        count = rows * num_images_per_prompt
+        if count < 1:
+            raise ValueError(f"num_images_per_prompt must be 1 or more, got {num_images_per_prompt}")
+        if len(untold[0]) != rows:
+            raise ValueError(
+                f"{len(untold[0])} negative prompts for {rows} prompts: give one, or one for each"
+            )
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        arguments = [
+            {
+                name: x.repeat_interleave(num_images_per_prompt, 0)
+                for name, x in zip(names, texts, strict=True)
+            }
+            for texts in (told, untold)
+        ]
+        return self.generate(
+            *arguments, count=count, height=height, width=width,
+            guidance_scale=guidance_scale, generator=generator, num_inference_steps=num_inference_steps,
+            output_type=output_type, return_dict=return_dict, latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        instruction: str = "",
+    ) -> tuple[Tensor, Tensor]:
+        """Return embeddings ``[B, L, D]`` and mask ``[B, L]``: those given, or the prompt's.
+
+        Raises:
+            ValueError: when neither is given, or both.
+        """
+        device, dtype = self._execution_device, self.transformer.dtype
+        if prompt_embeds is not None:
+            mask = prompt_attention_mask
+            mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+            return prompt_embeds.to(device, dtype), mask.to(device)
+        if prompt is None or prompt == []:
+            raise ValueError("nothing to generate: give a prompt or prompt_embeds")
+        embeddings, mask = encode_texts(
+            self.tokenizer,
+            self.text_encoder,
+            [prompt] if isinstance(prompt, str) else prompt,
+            max_length=max_sequence_length or self.config.max_sequence_length,
+            instruction=instruction,
+            device=device,
+        )
+        return embeddings.to(dtype), mask
+
+    def example_call(self) -> str:
+        return 'images = pipe("...").images'
+
+    def sizes(self) -> dict[str, str]:
+        size = self.transformer.config.sample_size * self.vae_scale_factor
+        return {
+            "size": f"{size} x {size} pixels, {'pixel space' if self.vae is None else 'latents'}",
+            "text encoder": f"{type(self.text_encoder).__name__}, {self.config.max_sequence_length} tokens",
+            "prediction": self.config.prediction_type,
+        }
+
+
+def stock_pipeline(
+    transformer: Any, scheduler: Any, vae: Any, max_sequence_length: int, instruction: str, **parts: Any
+) -> Any:
+    """Return the pipeline class of diffusers whose defaults are those that a model was trained with.
+
+    Args:
+        transformer, scheduler, vae, max_sequence_length, instruction: see :class:`MHLATextToImagePipeline`.
+        parts: further components, which are as they are.
+
+    Returns:
+        None where there is no such class: without an autoencoder, for sizes that the pipelines do not know,
+        and for texts of another length or instruction.
+    """
+    pixels, size = vae_scale_factor(vae), transformer.config.sample_size
+    if isinstance(transformer, MHLASanaTransformer2DModel):
+        found, texts, known = (
+            SanaPipeline,
+            (300, SANA_INSTRUCTION),
+            pixels == 32 and size in (16, 32, 64, 128),
+        )
+    else:
+        alpha = transformer.use_additional_conditions
+        found, texts = (PixArtAlphaPipeline, (120, "")) if alpha else (PixArtSigmaPipeline, (300, ""))
+        known = pixels == 8 and size in ((128,) if alpha else (32, 64, 256))
+        known = known and hasattr(scheduler, "scale_model_input")
+    shifted = vae is not None and vae.config.get("shift_factor")
+    return found if known and not shifted and (max_sequence_length, instruction) == texts else None
+
+
+# The name under which diffusers records the class, free of our file layout.
+MHLATextToImagePipeline.__module__ = "mhla_diffusion"
