@@ -35,6 +35,7 @@ class _Attention(Kandinsky5Attention):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
+        *,
         sparse_params: dict[str, Any] | None = None,
         rotary_emb: Tensor | None = None,
         **kwargs: Any,

