@@ -102,7 +102,7 @@ def test_the_drawing_is_what_its_script_draws() -> None:
 
 def test_the_readme_stays_short() -> None:
     """Beside the row that every backbone has."""
-    assert len(read("README.md").splitlines()) - len(matrix()) <= 118
+    assert len(read("README.md").splitlines()) - len(matrix()) <= 115
 
 
 @pytest.mark.parametrize("page", PAGES)
