@@ -73,9 +73,7 @@ def analyze_stored(
     inputs = transformer.example_inputs(
         token_grid(latents, patch), batch_size=batch_size, generator=generator
     )
-    scale = transformer.time_scale
-    time = timestep if scale == 1000 else timestep * scale / 1000
-    inputs["timestep"] = torch.full_like(inputs["timestep"], time)
+    inputs = transformer.at_time(inputs, timestep)
     return analyze(
         transformer,
         lambda: transformer(**inputs),

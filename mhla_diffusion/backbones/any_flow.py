@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,13 @@ class MHLAAnyFlowTransformer3DModel(RotaryVideoMixin, AnyFlowTransformer3DModel)
             "r_timestep": times.amin(0),
             **conditions,
         }
+
+    def at_time(
+        self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None
+    ) -> dict[str, Any]:
+        drawn = inputs["r_timestep"]
+        end = drawn.clamp(max=timestep) if until is None else torch.full_like(drawn, until)
+        return {**super().at_time(inputs, timestep), "r_timestep": end}
 
 
 def _grid_of_layout(layout_cfg: dict[str, Any], device: torch.device) -> Grid:

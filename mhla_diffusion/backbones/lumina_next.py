@@ -59,6 +59,10 @@ class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
         for block in self.layers:
             receive_grid(block.attn2)  # which gets the same arguments
 
+    @classmethod
+    def time_of(cls, timestep: float) -> float:
+        return 1 - timestep / 1000  # 0 is noise
+
     @property
     def default_grid(self) -> Grid:
         return (self.config.sample_size // self.config.patch_size,) * 2

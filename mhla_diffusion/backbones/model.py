@@ -146,6 +146,23 @@ class MHLAModelMixin(ModelMixin):
         raise NotImplementedError
 
     @classmethod
+    def time_of(cls, timestep: float) -> float:
+        """Return a time from 0, of data, to 1,000, of noise, as the model counts it."""
+        return timestep if cls.time_scale == 1000 else timestep * cls.time_scale / 1000
+
+    def at_time(
+        self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None
+    ) -> dict[str, Any]:
+        """Return arguments of the forward at a time from 0, of data, to 1,000, of noise.
+
+        Args:
+            inputs: as :meth:`example_inputs` gives them.
+            timestep: of the latents.
+            until: where the step ends, for models that are told; left as drawn, but no later, by default.
+        """
+        return {**inputs, "timestep": torch.full_like(inputs["timestep"], self.time_of(timestep))}
+
+    @classmethod
     def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         """Return arguments of the same model with so many layers.
 

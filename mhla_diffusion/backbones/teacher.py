@@ -153,7 +153,8 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Laye
 
 def predict(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Return what a model predicts for a call, in float32."""
-    return model(**inputs, return_dict=False)[0].float()
+    output = model(**inputs, return_dict=False)
+    return (output if isinstance(output, Tensor) else output[0]).float()  # Kandinsky's is no tuple
 
 
 @torch.no_grad()

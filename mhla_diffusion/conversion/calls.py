@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..backbones import (
     MHLASanaTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
+from ..backbones.teacher import predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import as_dict, parse_config
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
@@ -68,11 +70,9 @@ class Calls(ABC):
     def _placed(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):  # as PixArt's added_cond_kwargs
             return {key: self._placed(key, part) for key, part in value.items()}
-        if isinstance(value, dict):
-            return {key: self._placed(key, its) for key, its in value.items()}
         if not isinstance(value, Tensor):
             return value
-        cast = value.is_floating_point() and name != "timestep"
+        cast = value.is_floating_point() and "timestep" not in name
         return value.to(self.model.device, self.model.dtype if cast else value.dtype)
 
 
@@ -95,8 +95,7 @@ class NoiseCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         generator = sample_generator(self.seed, number, FOR_DATA)
         inputs = self.model.example_inputs(self.grid, generator=generator)
-        time = self.model.time_scale * float(self.fraction(number))
-        return {**inputs, "timestep": torch.full_like(inputs["timestep"], time)}
+        return self.model.at_time(inputs, NUM_TRAIN_TIMESTEPS * float(self.fraction(number)))
 
 
 class DataCalls(Calls):
@@ -163,6 +162,9 @@ class SampledCalls(Calls):
         objective: that the teacher was trained with; flow matching by default.
         steps: of the scheduler.
         grid: of tokens; the model's own by default.
+
+    Raises:
+        ValueError: for a model that goes from noise to data.
     """
 
     def __init__(
@@ -174,6 +176,11 @@ class SampledCalls(Calls):
         steps: int = 20,
         grid: tuple[int, ...] | None = None,
     ) -> None:
+        if model.time_of(0) != 0:
+            raise ValueError(
+                f"{type(model).__name__} counts its time from noise to data and predicts that way, which no "
+                "objective here does: it makes no samples; say noise"
+            )
         super().__init__(model, seed=seed)
         self.settings = objective or ObjectiveConfig()
         self.objective, self.steps = build_objective(self.settings), steps
@@ -191,12 +198,11 @@ class SampledCalls(Calls):
         generator = sample_generator(self.seed, number, FOR_DATA)
         inputs = self.model.example_inputs(self.grid, generator=generator)
         placed = {name: self._placed(name, value) for name, value in inputs.items()}
-        x, scheduler = placed.pop("hidden_states"), self.objective.scheduler()
-        given = placed.pop("timestep")
+        x, scheduler = placed["hidden_states"], self.objective.scheduler()
         scheduler.set_timesteps(self.steps)
-        for timestep in scheduler.timesteps:
-            at = torch.full_like(given, float(self._time(timestep)))
-            prediction = self.model(x, timestep=at, return_dict=False, **placed)[0]
+        for timestep, until in pairwise([*scheduler.timesteps, 0]):
+            at = self.model.at_time(placed, float(timestep), until=float(until))
+            prediction = predict(self.model, {**at, "hidden_states": x}).to(x.dtype)
             if self.objective.predicts_variance:
                 prediction = prediction.chunk(2, 1)[0]
             if prediction.shape != x.shape:
@@ -208,13 +214,8 @@ class SampledCalls(Calls):
         times = self.objective.time_at(self.fraction(number))
         noise = torch.randn(x.shape, generator=generator)
         noisy = self.objective.noisy(x.float().cpu(), times, noise)
-        time = float(self._time(self.objective.timestep(times)))
-        return {**inputs, "hidden_states": noisy, "timestep": torch.full_like(inputs["timestep"], time)}
-
-    def _time(self, timestep: Tensor) -> Tensor:
-        """A time of the objective, 0 to 1,000, as the model counts it."""
-        scale = self.model.time_scale
-        return timestep if scale == NUM_TRAIN_TIMESTEPS else timestep * scale / NUM_TRAIN_TIMESTEPS
+        inputs = self.model.at_time(inputs, float(self.objective.timestep(times)))
+        return {**inputs, "hidden_states": noisy}
 
 
 def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> Calls:

@@ -184,8 +184,8 @@ def test_memory_savers_leave_mhla_alone(case: Case, saver: str) -> None:
     SAVERS[saver](model)
     layer.set_attention_slice(None)
     assert layer.processor is processor
-    if (case.name, saver) == ("HunyuanDiT", "xformers"):
-        return  # whose cross-attention gets a processor without rotary positions, as in the stock model
+    if case.name in ("HunyuanDiT", "LuminaNextDiT") and saver == "xformers":
+        return  # whose cross-attention gets a processor that does not fit it, as in the stock model
     # npu and xla: diffusers switches cross-attention on where it is told off; Sana's own is exchanged.
     if saver not in ("npu", "xla") and case.stock_kind == "softmax":
         torch.testing.assert_close(sample(model, inputs), expected)

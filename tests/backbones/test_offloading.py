@@ -81,7 +81,7 @@ def test_fp8_is_stored_and_bfloat16_computed(case: Case, way: str) -> None:
     inputs = case.inputs(model, case.grids[3], dtype=torch.float32 if way == "autocast" else torch.bfloat16)
     expected = sample(model, case.inputs(model, case.grids[3])).detach()
     if way != "autocast":
-        model.to(torch.bfloat16)
+        case.cast(model, torch.bfloat16)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     layer = case.attention(getattr(model, case.layers)[0])
     assert {layer.processor.cpe.weight.dtype, layer.processor.gate.weight.dtype} == {torch.float8_e4m3fn}

@@ -80,13 +80,14 @@ def test_layers_that_quantisation_replaced_are_not_converted(case: Case) -> None
 
 def test_tensors_of_tensors_that_nobody_can_save_are_named(case: Case, tmp_path: Path) -> None:
     model = case.make()
-    layer = case.attention(getattr(model, case.layers)[0]).to_q
+    name = case.projections[0]
+    layer = getattr(case.attention(getattr(model, case.layers)[0]), name)
     layer.weight = torch.nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data), requires_grad=False)
     for refused in (
         lambda: model.save_pretrained(tmp_path / "out"),
         lambda: convert_to_mhla(model, case.config()),
     ):
-        with pytest.raises(ValueError, match=r"\.to_q\.weight is a TwoTensor.*quantization_config="):
+        with pytest.raises(ValueError, match=rf"\.{name}\.weight is a TwoTensor.*quantization_config="):
             refused()
     assert not (tmp_path / "out").exists()
 
