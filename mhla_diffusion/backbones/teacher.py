@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..attention import MHLAConfig
@@ -149,6 +150,19 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Laye
     finally:
         for handle in handles:
             handle.remove()
+
+
+def place(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a call where a model is and in its dtype; times and rotary tables keep theirs."""
+    return {name: _placed(model, name, value) for name, value in inputs.items()}
+
+
+def _placed(model: Any, name: str, value: Any) -> Any:
+    if isinstance(value, dict):  # as PixArt's added_cond_kwargs
+        return place(model, value)
+    if isinstance(value, Tensor) and value.is_floating_point() and "timestep" not in name:
+        return value.to(model.device, model.dtype)
+    return send_to_device(value, model.device)
 
 
 def predict(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from ..backbones import (
     MHLASanaTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
-from ..backbones.teacher import predict
+from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import as_dict, parse_config
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
@@ -60,20 +60,12 @@ class Calls(ABC):
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Return the arguments of call ``number``, where the model is and in its dtype."""
-        return {name: self._placed(name, value) for name, value in self.inputs(number).items()}
+        return place(self.model, self.inputs(number))
 
     def fraction(self, number: int) -> Tensor:
         """Time of call ``number``, ``[1]`` in [0, 1)."""
         generator = sample_generator(self.seed, number, FOR_LOSS)
         return (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
-
-    def _placed(self, name: str, value: Any) -> Any:
-        if isinstance(value, dict):  # as PixArt's added_cond_kwargs
-            return {key: self._placed(key, part) for key, part in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        cast = value.is_floating_point() and "timestep" not in name
-        return value.to(self.model.device, self.model.dtype if cast else value.dtype)
 
 
 class NoiseCalls(Calls):
@@ -147,7 +139,7 @@ class DataCalls(Calls):
     def loss(self, model: Any, number: int) -> float:
         """Loss of the run's objective for a model at call ``number``."""
         samples, conditions, times, noise = self.sample(number)
-        placed = {name: self._placed(name, value) for name, value in conditions.items()}
+        placed = place(self.model, conditions)
         samples, noise, times = (x.to(self.model.device) for x in (samples.float(), noise, times))
         return float(self.objective.loss_at(model, samples, placed, times=times, noise=noise))
 
@@ -197,7 +189,7 @@ class SampledCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         generator = sample_generator(self.seed, number, FOR_DATA)
         inputs = self.model.example_inputs(self.grid, generator=generator)
-        placed = {name: self._placed(name, value) for name, value in inputs.items()}
+        placed = place(self.model, inputs)
         x, scheduler = placed["hidden_states"], self.objective.scheduler()
         scheduler.set_timesteps(self.steps)
         for timestep, until in pairwise([*scheduler.timesteps, 0]):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..attention import MHLAConfig
-from ..backbones.teacher import attention_layers, layer_calls
+from ..backbones.teacher import attention_layers, layer_calls, place
 from ..benchmarks.timing import interleaved
 from ..planning import Plan
 from .align import aligned_layer
@@ -67,12 +67,7 @@ def form_seconds(
 ) -> dict[str, float]:
     """Return the seconds of a self-attention layer on the plan's grid, by form, measured here."""
     name = next(iter(attention_layers(teacher)))
-    inputs = {
-        key: value.to(teacher.device, teacher.dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in teacher.example_inputs(plan.layout.grid).items()
-    }
+    inputs = place(teacher, teacher.example_inputs(plan.layout.grid))
     call = layer_calls(teacher, inputs, [name])[name]
     layers = {STOCK: copy.deepcopy(teacher.get_submodule(name))}
     for form, config in forms.items():

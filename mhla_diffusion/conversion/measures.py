@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from ..attention import MHLA
-from ..backbones.teacher import predict
+from ..backbones.teacher import place, predict
 from ..benchmarks.timing import interleaved, peak_bytes
 from .calls import TIME_BUCKETS, Calls, DataCalls
 from .trial import prediction_error
@@ -97,12 +97,7 @@ def branch_errors(model: Any, teacher: Any, calls: Calls, numbers: Sequence[int]
 @torch.no_grad()
 def speed(model: Any, grid: Sequence[int], repeats: int = 3) -> dict[str, float]:
     """Return seconds and peak bytes of a forward on a grid of tokens."""
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in model.example_inputs(tuple(grid)).items()
-    }
+    inputs = place(model, model.example_inputs(tuple(grid)))
     device = str(model.device)
     (times,) = interleaved([lambda: predict(model, inputs)], device, repeats)
     return {"seconds": min(times), "bytes": float(peak_bytes(lambda: predict(model, inputs), device))}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.utils._pytree import tree_leaves
 
 from mhla_diffusion import MHLAConfig, MHLAWanTransformer3DModel, convert_to_mhla
 from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, predict
@@ -73,6 +74,16 @@ def test_every_backbone_is_asked_with_samples_of_its_own(case: Case) -> None:
     assert own.keys() == noise.keys()
     assert teacher.time_of(700) <= float(own["timestep"].flatten()[0]) < teacher.time_of(800)
     assert predict(teacher, own).isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_calls_go_where_the_model_is_and_in_its_dtype(case: Case) -> None:
+    teacher = as_teacher(case.stock()).to("meta", torch.bfloat16)
+    call = NoiseCalls(teacher, grid=case.grids[0])(0)
+    assert call["hidden_states"].dtype == torch.bfloat16
+    assert {part.device.type for part in tree_leaves(call) if isinstance(part, torch.Tensor)} == {"meta"}
+    kept = tree_leaves([call["timestep"], call.get("image_rotary_emb", ())])
+    assert torch.bfloat16 not in {part.dtype for part in kept}
 
 
 def test_steps_end_no_later_than_they_begin_and_lumina_counts_from_noise() -> None:
