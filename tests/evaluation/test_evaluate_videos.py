@@ -211,7 +211,7 @@ def test_script_writes_a_page_with_clips_that_play(write_videos: WriteVideos, tm
     for clip in clips:
         with Image.open(io.BytesIO(base64.b64decode(clip))) as animation:
             assert (animation.n_frames, animation.info["loop"]) == (6, 0)
-    assert "<figcaption>square &lt;1&gt;</figcaption>" in page
+    assert ">square &lt;1&gt;</figcaption>" in page
     assert "Generated videos against real videos" in page
     assert FeatureStatistics.load(tmp_path / "real.npz").sampling == content["protocol"]["clips"]
 

@@ -51,7 +51,7 @@ def _as_scored(folder: Path) -> np.ndarray:
 
 def _as_trained(config: DataConfig) -> np.ndarray:
     """What training sees of the one picture, its side 4 being what it has."""
-    sample = ImageSamples(open_images(config), channels=3, size=4).load(0, torch.Generator())
+    sample = ImageSamples(open_images(config), channels=3, sizes=[(4, 4)]).load(0, torch.Generator())
     return ((sample["samples"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -169,7 +169,7 @@ def test_a_label_of_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_a_row_without_a_picture_is_named_and_skipped(tmp_path: Path) -> None:
     config = _rows(tmp_path / "rows", [Image.fromarray(RGB), None], ["a", "b"], datasets.Value("string"))
-    samples = ImageSamples(open_images(config), channels=3, size=4)
+    samples = ImageSamples(open_images(config), channels=3, sizes=[(4, 4)])
     samples.load(0, torch.Generator())
     with pytest.raises(UnreadableSampleError, match="rows, row 1: the row has no picture"):
         samples.load(1, torch.Generator())
