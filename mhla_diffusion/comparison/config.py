@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..attention import MHLAConfig
+from ..config import MHLAConfig
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 DISTANCES = ("near", "far", "anywhere")
@@ -22,7 +22,7 @@ class Variant:
     Args:
         name: of the row, and of the folder of its runs.
         attention: ``softmax``, ``linear`` (MHLA with one block) or ``mhla``.
-        mhla: settings of :class:`mhla_diffusion.MHLAConfig`.
+        mhla: settings of :class:`mhla_diffusion.MHLAConfig`; without ``blocks`` they are those of the task.
     """
 
     name: str
@@ -36,12 +36,13 @@ class Variant:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
         MHLAConfig.from_dict(self.mhla)
 
-    def config(self) -> MHLAConfig | None:
-        """Settings of the layers, None for softmax."""
+    def config(self, task: Recall) -> MHLAConfig | None:
+        """Settings of the layers for a task, None for softmax."""
         if self.attention == "softmax":
             return None
-        blocks = {"blocks": 1} if self.attention == "linear" else {}
-        return MHLAConfig.from_dict({**self.mhla, **blocks})
+        if self.attention == "linear":
+            return MHLAConfig.from_dict({**self.mhla, "blocks": 1})
+        return MHLAConfig.from_dict({"blocks": [task.blocks, task.blocks], **self.mhla})
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Comparison:
             )
         for task in self.tasks():  # refuses what cannot be, before anything runs
             for variant in self.variants:
-                if (config := variant.config()) is not None:
+                if (config := variant.config(task)) is not None:
                     config.layout((task.side, task.side))
 
     def tasks(self) -> Iterator[Recall]:

@@ -68,7 +68,8 @@ def _parts(comparison: Comparison, records: list[dict[str, Any]], command: str) 
     parts = [
         f"# {comparison.name.replace('_', ' ').capitalize()}",
         f"`{command}`, on {devices}. Share of answers that are right, mean over "
-        f"{len(comparison.seeds)} seeds and its 95 % interval; chance is {1 / comparison.task.values:.3f}.",
+        f"{len(comparison.seeds)} seeds and its 95 % interval; chance is 1 in the number of values, "
+        f"{', '.join(map(str, sorted({task.values for task in comparison.tasks()})))}.",
     ]
     if len(records) < wanted:
         parts.append(f"**Incomplete: {len(records)} of {wanted} runs are done.**")

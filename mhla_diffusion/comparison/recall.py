@@ -111,7 +111,7 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
         ValueError: when the loss is not finite.
     """
     torch.manual_seed(seed)
-    model = RecallModel(task, variant.config()).to(device)
+    model = RecallModel(task, variant.config(task)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
     generator = torch.Generator(device).manual_seed(seed)

@@ -46,15 +46,19 @@ def test_a_seed_gives_the_same_cells_and_another_seed_others() -> None:
     [
         Variant("softmax", "softmax"),
         Variant("linear", "linear"),
-        Variant("MHLA", mhla={"blocks": [2, 2], "cpe": "zero", "gate": True}),
+        Variant("MHLA", mhla={"cpe": "zero", "gate": True}),
+        Variant("other blocks", mhla={"blocks": [4, 2]}),
     ],
     ids=lambda variant: variant.name,
 )
 def test_a_model_sees_what_its_attention_sees(variant: Variant) -> None:
-    model = RecallModel(TASK, variant.config())
+    model = RecallModel(TASK, variant.config(TASK))
     inputs, queries, _ = draw(TASK)
     kinds = [layer.mhla and layer.mhla.blocks for layer in model.layers]
-    assert kinds == [{"softmax": None, "linear": (1, 1), "MHLA": (2, 2)}[variant.name]] * 2
+    assert (
+        kinds
+        == [{"softmax": None, "linear": (1, 1), "MHLA": (2, 2), "other blocks": (4, 2)}[variant.name]] * 2
+    )
     before = model(inputs, queries)
     assert before.shape == (4, 8, 16)
     changed = inputs.clone()
@@ -75,7 +79,7 @@ def test_a_window_finds_what_is_near() -> None:
     task = dataclasses.replace(
         TASK, side=4, queries=4, distance="near", values=2, steps=250, batch_size=16, layers=1
     )
-    found = train_recall(task, Variant("window", mhla={"blocks": [2, 2], "local": "shared"}), 0)
+    found = train_recall(task, Variant("window", mhla={"local": "shared"}), 0)
     assert found["accuracy"] > 0.8
 
 
