@@ -19,6 +19,7 @@ from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
 from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
+from ..config import WINDOW_ONLY
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,
@@ -209,6 +210,8 @@ def _analyze_layer(
         options = {"feature_map": module.operator_map, "eps": module.config.eps}
         features = module.features(q, k, key_mask)
         kind = "linear" if module.mixing is None else "mhla"
+        if module.config.local == WINDOW_ONLY and layout.num_blocks == 1:
+            kind = "softmax"
         if module.mixing is not None:
             start = initial_mixing(layout, module.config.mixing_init)
             audit = audit_mixing(mixing, start, extra=layout.extra is not None)
