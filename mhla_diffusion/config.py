@@ -147,7 +147,7 @@ class MHLAConfig:
         form = {
             "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
             "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
-            "center_keys": False,
+            "mixing_content": False, "center_keys": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
 

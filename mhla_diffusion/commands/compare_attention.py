@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             found = compare_attention(comparison, folder, processes=processes, device=device, screen=screen)
             logger.info("%d runs are done; --page writes them to %s", len(found), results)
             return
-        command = f"{prog} {shlex.join(word for word in arguments if not word.startswith('--page'))}"
+        command = f"{prog} {re.sub(' --page[ =][^ ]+', '', f' {shlex.join(arguments)}').strip()}"
         screened = screened_out(comparison, folder) if screen else {}
         found = records(comparison, folder)
         print(write_page(comparison, found, Path(results), command, out=folder, screened=screened))

@@ -27,6 +27,7 @@ from ..evaluation.sets.samples import SampleSet
 from ..evaluation.sets.videos import open_videos
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import flat_dict, parse_config
+from ..training.data.captions import texts_of
 from .config import Variant
 from .measured import MeasuredRun
 from .real import FPS, open_source, write_statistics
@@ -296,7 +297,7 @@ class Videos(Samples, kind="videos"):
         return open_videos(folder, frames=self.frames)
 
     def generate(self, run: MeasuredRun, folder: Path) -> None:
-        captions = [str(caption) for caption in run.calls.source.captions[: self.num_samples]]
+        captions = list(texts_of(run.calls.source.captions))[: self.num_samples]
         height, width = self.values["data.sizes"][0]
         generate_videos(
             run.pipeline, folder, prompts=captions, num_videos=self.num_samples, batch_size=_BATCH // 4,

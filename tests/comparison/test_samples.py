@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,46 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from mhla_diffusion.comparison import Comparison, Images, Metric, Variant, compare_attention, write_page
+from mhla_diffusion.comparison import (
+    Comparison,
+    Images,
+    Metric,
+    Variant,
+    Videos,
+    compare_attention,
+    write_page,
+)
 from mhla_diffusion.comparison.measured import MeasuredRun, common_start
+from mhla_diffusion.comparison.real import open_source
 from mhla_diffusion.comparison.runs import Run, runs_of
 from mhla_diffusion.comparison.screen import Screen, left_out, screening_runs
 from mhla_diffusion.evaluation import FeatureExtractor
 from mhla_diffusion.evaluation.networks import images as networks
+from mhla_diffusion.evaluation.networks import videos as video_networks
 from mhla_diffusion.evaluation.networks.images import clean_resize
+from mhla_diffusion.training.data import toys
 
+SAVED = Path(__file__).parents[1] / "saved"
 SOFTMAX, LINEAR = Variant("softmax", "softmax"), Variant("linear", "linear")
 BOTH = Variant("softmax + both", "softmax", {"cpe": "zero", "gate": True})
 
 
+def _quarters(device: str) -> FeatureExtractor:
+    """Colours of quarters of a picture, or of a clip's first, in place of a network that takes seconds."""
+
+    def prepare(pixels: np.ndarray) -> np.ndarray:
+        return clean_resize(pixels if pixels.ndim == 3 else pixels[0], size=8)
+
+    return FeatureExtractor(
+        name="quarters", score_name="fd_quarters", dimension=12, prepare=prepare,
+        network=lambda images: F.adaptive_avg_pool2d(images, 2).flatten(1), resize="to 8 x 8",
+        normalization="none", weights="none", weights_sha256="0" * 64,
+    )  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _small_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Colours of quarters of a picture, in place of a network that takes seconds."""
-
-    def small(device: str) -> FeatureExtractor:
-        return FeatureExtractor(
-            name="quarters", score_name="fd_quarters", dimension=12,
-            prepare=functools.partial(clean_resize, size=8),
-            network=lambda images: F.adaptive_avg_pool2d(images, 2).flatten(1), resize="to 8 x 8",
-            normalization="none", weights="none", weights_sha256="0" * 64,
-        )  # fmt: skip
-
-    monkeypatch.setattr(networks, "_efficientnet_lite0", small)
+    monkeypatch.setattr(networks, "_efficientnet_lite0", _quarters)
 
 
 @pytest.fixture
@@ -124,6 +138,35 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task: Images, tmp_path:
     assert [step for step, _ in found["curve"]] == [1, 2, 3]
     assert found["peak_bytes"] > 0
     assert [(layer["kind"], layer["tokens"]) for layer in found["attention"]] == [("softmax", 16)] * 2
+
+
+def test_clips_are_trained_generated_and_scored_by_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
+    monkeypatch.setattr(video_networks, "_transnetv2", _quarters)
+    base = yaml.safe_load((SAVED / "training-video/config.yaml").read_text())
+    base["text"]["encoder"] = str(SAVED / "training-video/text")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    task = Videos(
+        base=str(tmp_path / "base.yaml"), num_samples=3, num_real=4, calls=1, analyzed=1,
+        training={"trainer.max_steps": 2, "sampling.num_inference_steps": 2},
+        held_out={"data.moving_digits.first_clip": 50},
+    )  # fmt: skip
+    assert (task.grid, task.tokens, task.default_blocks) == ((2, 3, 3), 18, [1, 1, 2])
+    task.prepare(tmp_path)
+    train, real = (
+        open_source(c).load(0, torch.Generator().manual_seed(0))["samples"]
+        for c in (task.config(LINEAR, 0, tmp_path), task.real_config(tmp_path))
+    )
+    assert train.shape == real.shape
+    assert not torch.equal(train, real)
+    folder = tmp_path / "linear/0"
+    found = task.train(LINEAR, 0, folder, "cpu")
+    assert found["frechet"] > 0
+    assert found["attention"][0]["kind"] == "linear"
+    assert Image.open(folder / "sheet.png").size == (3 * 24, 4 * 24)
 
 
 @pytest.mark.parametrize(
