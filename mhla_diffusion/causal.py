@@ -54,7 +54,7 @@ class CausalMHLA(MHLA):
         super().__init__(config, heads=heads, head_dim=head_dim, grid=(distances,), query_dim=query_dim)
         self.block_size = block_size
         if self.mixing is not None:
-            self.mixing = nn.Parameter(self.mixing[..., 0].clone())  # [m] or [H, m]
+            self.mixing = nn.Parameter(self.mixing[..., 0, :].clone())  # [m] or [H, m]
 
     def _mixing_start(self) -> Tensor:
         """Weights by distance, ``[m]``."""
