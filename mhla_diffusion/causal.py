@@ -13,7 +13,7 @@ from .ops import BlockLayout, MHLAState, causal_mixing, initial_mixing, mhla_cau
 from .ops.features import RotaryEmbedding
 
 # What looks at all tokens, or at a grid.
-_REFUSED = ("cpe", "local", "center_keys", "extra_block", "key_blocks", "mixing_relative")
+_REFUSED = ("cpe", "local", "center_keys", "extra_block", "key_blocks", "mixing_relative", "mixing_content")
 
 
 class CausalMHLA(MHLA):

@@ -1,4 +1,4 @@
-"""Our classes in the libraries that look for classes nowhere else: pipelines in diffusers, models in transformers."""
+"""Our classes where libraries look for classes: pipelines in diffusers, models in transformers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Models of transformers with MHLA: vision transformers and causal language models.
 
-They are to transformers what their stock classes are: its Auto classes, its Trainer and ``generate`` take them
-as they are. Each is the stock class behind a base of :mod:`.vision` or :mod:`.language`, made on first use.
+They are to transformers what their stock classes are: its Auto classes, its Trainer and ``generate`` take
+them as they are. Each is the stock class behind a base of ``vision.py`` or ``language.py``, made on first use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROOMS = {
     for kind in ("Config", *kinds)
 }
 
-__all__ = list(_ROOMS)  # noqa: PLE0605
+__all__ = list(_ROOMS)
 
 
 def __getattr__(name: str) -> Any:

@@ -26,13 +26,15 @@ class ConfigWithMHLA:
         if self.room == "language":
             self.block_size = block_size
         super().__post_init__(**settings)  # type: ignore[misc]
-        # A config in hand means that a model is wanted: only now its classes are imported, which takes seconds,
-        # and enter the Auto classes.
+        # A config in hand means that a model is wanted: only now its classes are imported, which takes
+        # seconds, and enter the Auto classes.
         importlib.import_module(f".{self.room}", __package__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # As JSON has it, whoever sets it.
-        super().__setattr__(name, value.to_dict() if name == "mhla_config" and hasattr(value, "to_dict") else value)
+        super().__setattr__(
+            name, value.to_dict() if name == "mhla_config" and hasattr(value, "to_dict") else value
+        )
 
 
 for _family, (_room, _) in FAMILIES.items():

@@ -17,8 +17,8 @@ from .pretrained import PretrainedMHLA, make_models, settings_of
 class MHLACacheLayer(CacheLayerMixin):
     """One layer of a cache of transformers that holds an :class:`mhla_diffusion.ops.MHLAState`.
 
-    Beams are reordered, repeated and selected; tokens cannot be taken back (``crop``), so that decoding with an
-    assistant is not possible.
+    Beams are reordered, repeated and selected; tokens cannot be taken back (``crop``), so that there is no
+    decoding with an assistant.
     """
 
     supports_early_init = False
@@ -187,7 +187,9 @@ def _refuse_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             )
     places = args[2] if len(args) > 2 else kwargs.get("position_ids")
     if places is not None and (places.diff(dim=-1) != 1).any():
-        raise ValueError("position_ids must count up by 1: several sequences packed into one are not told apart")
+        raise ValueError(
+            "position_ids must count up by 1: several sequences packed into one are not told apart"
+        )
 
 
 globals().update(make_models("language", LanguageMHLA))

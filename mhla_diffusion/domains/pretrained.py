@@ -53,12 +53,21 @@ def make_models(room: str, base: type[Any]) -> dict[str, type[Any]]:
     for family, (where, kinds) in FAMILIES.items():
         if where != room:
             continue
-        config, stored = getattr(configs, f"MHLA{family}Config"), f"{family.lower()}.modeling_{family.lower()}"
+        config, stored = (
+            getattr(configs, f"MHLA{family}Config"),
+            f"{family.lower()}.modeling_{family.lower()}",
+        )
         for kind in kinds:
             stock = getattr(importlib.import_module(f"transformers.models.{stored}"), family + kind)
-            values = {"config_class": config, "__module__": base.__module__, "__doc__": f"{family} with MHLA."}
+            values = {
+                "config_class": config,
+                "__module__": base.__module__,
+                "__doc__": f"{family} with MHLA.",
+            }
             MODELS[stock] = made[f"MHLA{family}{kind}"] = type(f"MHLA{family}{kind}", (base, stock), values)
-            auto = getattr(modeling_auto, f"Auto{'Model' * (kind != 'Model')}{kind.removesuffix('WithTeacher')}")
+            auto = getattr(
+                modeling_auto, f"Auto{'Model' * (kind != 'Model')}{kind.removesuffix('WithTeacher')}"
+            )
             known = auto._model_mapping.get(config, ())
             auto.register(config, (*known, MODELS[stock]), exist_ok=True)
             # Files have other names of weights than models, by class.

@@ -68,7 +68,7 @@ def _attend(
     gated: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: ``[B, H, N, d]`` each to ``[B, N, H, d]``; the mask is ``[B, N]``."""
+    """Attention function of transformers: ``[B, H, N, d]`` to ``[B, N, H, d]``; the mask is ``[B, N]``."""
     mask = None if attention_mask is None else attention_mask.bool()
     if not hasattr(module, "mhla"):
         sdpa = AttentionInterface()["sdpa"]
