@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mhla_diffusion.files.pictures import read_picture
 
+from .requests import require_finite
+
 Kind = Literal["images", "videos"]
 
 DEFAULT_FPS = 16.0
@@ -73,7 +75,8 @@ def call_arguments(
         options: more arguments of the pipeline's call.
 
     Raises:
-        ValueError: for an argument that the pipeline does not take, and when it needs one that is not given.
+        ValueError: for an argument that the pipeline does not take or that is NaN or infinite, and when it
+            needs one that is not given.
     """
     parameters, options, name = call_parameters(pipeline), dict(options or {}), type(pipeline).__name__
     allowed = {key for key in parameters if key not in _OURS and not key.endswith(_TENSORS)}
@@ -90,6 +93,7 @@ def call_arguments(
         if key in parameters
     }
     call |= options | {key: value for key, value in named.items() if value is not None}
+    require_finite(**call)
     asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))} | (
         {"image"} & rows[0].keys()
     )
