@@ -174,7 +174,7 @@ class ImagePipeline(CardedPipeline):
                 prediction = self._predict(latents, t, told, untold)
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, **self.texts_for_callback(told, untold)}
+                    tensors: dict[str, Any] = {"latents": latents, **self.texts_for_callback(told, untold)}
                     tensors = {name: tensors[name] for name in tensor_inputs}
                     changed = callback_on_step_end(self, i, t, tensors)
                     latents = changed.get("latents", latents)
@@ -188,7 +188,7 @@ class ImagePipeline(CardedPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Tensor]:
+    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Any]:
         """Return what a callback can ask for beside the latents, by its name."""
         return {}
 

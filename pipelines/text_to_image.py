@@ -79,7 +79,7 @@ class MHLATextToImagePipeline(ImagePipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         guidance_scale: float = 4.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 20,
@@ -196,13 +196,13 @@ class MHLATextToImagePipeline(ImagePipeline):
 
     def _encode_negative(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None,
         prompt_embeds: Tensor | None,
         prompt_attention_mask: Tensor | None,
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         """Return what stands for none in guidance, of the shape that the prompts' embeddings have."""
-        texts: Any = [prompt] * shape[0] if isinstance(prompt, str) else prompt
+        texts: Any = prompt if isinstance(prompt, list) else [prompt or ""] * shape[0]
         if prompt_embeds is not None and not prompt:
             texts = None  # the default
         found, mask = self.encode_prompt(texts, prompt_embeds, prompt_attention_mask, shape[1])
@@ -223,11 +223,12 @@ class MHLATextToImagePipeline(ImagePipeline):
         sana = isinstance(self.transformer, MHLASanaTransformer2DModel)
         return torch.float32 if sana else super().latents_dtype
 
-    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Tensor]:
+    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Any]:
         """Return the embeddings as diffusers has them: with guidance the negative ones before the others."""
         text, negative = (arguments["encoder_hidden_states"] for arguments in (told, untold))
-        both = torch.cat([negative, text]) if self.do_classifier_free_guidance else text
-        return {"prompt_embeds": both, "negative_prompt_embeds": negative}
+        if not self.do_classifier_free_guidance:
+            return {"prompt_embeds": text, "negative_prompt_embeds": None}
+        return {"prompt_embeds": torch.cat([negative, text]), "negative_prompt_embeds": negative}
 
     def take_from_callback(
         self, changed: dict[str, Tensor], told: dict[str, Tensor], untold: dict[str, Tensor]
