@@ -23,7 +23,14 @@ from transformers import (
     CLIPTextModel,
 )
 
-from mhla_diffusion.pipelines.text import SANA_INSTRUCTION, encode_texts, long_prompts
+from mhla_diffusion.pipelines.text import (
+    SANA_INSTRUCTION,
+    encode_texts,
+    long_prompts,
+    longest_text,
+    prepare_tokenizer,
+    require_positions,
+)
 
 from ..hub import component_subfolder
 
@@ -77,11 +84,8 @@ def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
     encoder = _encoder_class(path, folders["text_encoder"]).from_pretrained(
         path, subfolder=folders["text_encoder"]
     )
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ValueError(
-            f"text.max_length is {config.max_length}, but {config.encoder} takes at most {limit} tokens"
-        )
+    prepare_tokenizer(tokenizer)
+    require_positions(encoder, longest_text(tokenizer, config.max_length, config.prefix))
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
