@@ -76,5 +76,6 @@ def denoise(
     ours = extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
     if not isinstance(ours, DenoisingMixin):
         return model(samples, timestep=timestep, return_dict=False, **conditions)[0]
-    output = model(**ours.denoising_arguments(samples, timestep, conditions), return_dict=False)
+    arguments = ours.denoising_arguments(samples, timestep, conditions)
+    output = model(arguments.pop("hidden_states"), **arguments, return_dict=False)
     return ours.prediction(output if isinstance(output, Tensor) else output[0], samples)
