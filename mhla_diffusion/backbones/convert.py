@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from .model import AttentionChoice, ConfigChoice
+from .layer_plan import AttentionChoice, ConfigChoice
 from .rebuild import rebuild
 from .registry import backbone_of, stock_names
 
