@@ -19,6 +19,7 @@ from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
     apply_rotary_emb,
+    content_mixing,
     extend_mixing,
     initial_mixing,
     mhla,
@@ -85,6 +86,8 @@ class MHLA(nn.Module):
         if config.mixing_relative:
             size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
+        by_content = config.mixing_content and self.mixing is not None
+        self.strength = nn.Parameter(torch.empty(heads)) if by_content else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
         self.feature_k = Hedgehog(heads, head_dim) if learned else None
@@ -118,6 +121,8 @@ class MHLA(nn.Module):
         for part in (self.norm_q, self.norm_k, self.norm, self.feature_q, self.feature_k):
             if part is not None:
                 part.reset_parameters()
+        if self.strength is not None:
+            nn.init.zeros_(self.strength)
         if self.local is not None:
             nn.init.constant_(self.local, self._local_start())
         if self.cpe is not None:
@@ -236,6 +241,7 @@ class MHLA(nn.Module):
             )
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         q, k = self.normed(q, k)
+        mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
         if self.local is not None and rotary_emb is not None:
             turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
@@ -273,7 +279,8 @@ class MHLA(nn.Module):
     @property
     def needs_all_tokens(self) -> bool:
         """Return True where parts beside the operator read the tokens of other ranks."""
-        return self.cpe is not None or self.local is not None or self.config.center_keys
+        content = self.strength is not None or self.config.center_keys
+        return self.cpe is not None or self.local is not None or content
 
     @property
     def operator_map(self) -> str:
@@ -286,6 +293,20 @@ class MHLA(nn.Module):
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         return q, k
+
+    def weighed(
+        self,
+        mixing: Tensor,
+        q: Tensor,
+        k: Tensor,
+        layout: BlockLayout,
+        key_layout: BlockLayout | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return W as normed queries and keys make it, ``[B, H, M, M_k]``, or as it was without content."""
+        if self.strength is None:
+            return mixing
+        return content_mixing(mixing, q, k, self.strength, layout, key_layout=key_layout, key_mask=key_mask)
 
     def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return normed queries and keys as the operator gets them: centred, in learned features."""
@@ -310,8 +331,8 @@ class MHLA(nn.Module):
         """The operator over the ranks of a group."""
         if key_layout is not None or self.needs_all_tokens:
             raise ValueError(
-                "over ranks MHLA has no cross-attention, no convolution on v (cpe), no local window and no "
-                "center_keys, which would read the tokens of other ranks"
+                "over ranks MHLA has no cross-attention, no convolution on v (cpe), no local window, no "
+                "mixing_content and no center_keys, which would read the tokens of other ranks"
             )
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         share, longer = divmod(math.prod(layout.grid), ranks)

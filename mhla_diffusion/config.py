@@ -36,6 +36,8 @@ class MHLAConfig:
             (``target_parameters``) is not clamped, a copy that it trains (``modules_to_save``) is.
         mixing_per_head: one mixing matrix per head instead of one for all.
         mixing_relative: weights by the offset of blocks, see :func:`mhla_diffusion.ops.relative_mixing`.
+        mixing_content: weights by the content of blocks as well, with a learned strength for each head that
+            starts at 0, see :func:`mhla_diffusion.ops.content_mixing`.
         local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
             ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
@@ -61,6 +63,7 @@ class MHLAConfig:
     constraint: str = "clamp"
     mixing_per_head: bool = False
     mixing_relative: bool = field(default=False, metadata=_LATER)
+    mixing_content: bool = field(default=False, metadata=_LATER)
     local: str | None = field(default=None, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
@@ -91,6 +94,7 @@ class MHLAConfig:
             "cpe": CPE_STARTS,
             "mixing_per_head": (False, True),
             "mixing_relative": (False, True),
+            "mixing_content": (False, True),
             "center_keys": (False, True),
             "qk_norm": (False, True),
             "gate": (False, True),

@@ -213,6 +213,7 @@ def _analyze_layer(
             start = initial_mixing(layout, module.config.mixing_init)
             audit = audit_mixing(mixing, start, extra=layout.extra is not None)
             picture = mixing_map(mixing, layout)
+        mixing = module.weighed(mixing, q, k, layout, key_mask=key_mask)
     else:
         kind = "linear" if "Linear" in type(module.processor).__name__ else "softmax"  # Sana's own is linear
         grid = kwargs["grid"] or _square(tokens - sum(extra or ()))
@@ -225,7 +226,7 @@ def _analyze_layer(
     for b, h in pairs:
         one_q, one_k, *mapped = (x[b : b + 1, h : h + 1].double() for x in (q, k, *features))
         tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
-        weights = mixing[h] if mixing.ndim == 3 else mixing
+        weights = mixing[(b, h)[4 - mixing.ndim :]] if mixing.ndim > 2 else mixing
         options["key_mask"] = None if key_mask is None else key_mask[b : b + 1]
         for attention, (acting, plain) in attention_matrices(
             one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1])
