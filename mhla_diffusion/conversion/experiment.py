@@ -19,7 +19,7 @@ from mhla_diffusion.pipelines import MHLAPipeline
 from ..attention import MHLAConfig
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
-from ..benchmarks.timing import markdown_table
+from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..planning import Plan, plan
 from ..processes import in_first_process, process_state

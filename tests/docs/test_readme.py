@@ -13,7 +13,7 @@ from diffusers.models.cache_utils import CacheMixin
 
 from mhla_diffusion import MHLAConfig, analysis, planning, training
 from mhla_diffusion.backbones import BACKBONES
-from mhla_diffusion.backbones.model import ATTENTIONS
+from mhla_diffusion.backbones.layer_plan import ATTENTIONS
 from mhla_diffusion.evaluation.networks import images, videos
 from mhla_diffusion.evaluation.scores.metrics import METRICS
 from tests.backbones.cases import CASES, Case
