@@ -121,7 +121,7 @@ def _require_types(pipeline: Any, options: Mapping[str, Any]) -> None:
         kinds = {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
         # Numbers are numbers: pipelines state int where they mean either.
         number = bool(kinds & {int, float}) and isinstance(value, (int, float))
-        if number or not kinds <= _OF_JSON or isinstance(value, tuple(kinds)):
+        if value is None or number or not kinds <= _OF_JSON or isinstance(value, tuple(kinds)):
             continue
         stated = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
         raise ValueError(f"{name} of a {type(pipeline).__name__} must be {stated}, got {value!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import SanaPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def encode_texts(
         max_length: tokens of each.
         instruction: put in front of the texts; the encoder reads it, and its embeddings are left out but for
             the first, as in Sana (Xie et al. 2024, arXiv 2410.10629).
-        device: of the results; the encoder's own by default.
+        device: of the results; the encoder's own by default, which may be another.
 
     Returns:
         Embeddings ``[B, max_length, D]`` and mask ``[B, max_length]``, 1 for the tokens of the texts.
@@ -75,13 +76,15 @@ def embed(
     """
     require_positions(text_encoder, length)
     prepare_tokenizer(tokenizer)
+    place = get_module_execution_device(text_encoder)
     tokens = tokenizer(
         list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).to(text_encoder.device if device is None else device)
+    ).to(place)
     mask = tokens.attention_mask
     embeddings = text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
     # One without a token, as GPT's tokenizer makes of the empty text, has seen nothing: perhaps NaN.
-    return embeddings.masked_fill(~mask.any(dim=1)[:, None, None], 0.0), mask
+    embeddings = embeddings.masked_fill(~mask.any(dim=1)[:, None, None], 0.0)
+    return embeddings.to(device or place), mask.to(device or place)
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:

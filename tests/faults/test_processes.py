@@ -163,3 +163,9 @@ def test_a_training_process_that_dies_ends_the_others(
     assert launcher.returncode
     assert "error: another process of this run has ended" in output
     assert not ranks["0"].is_running()
+
+
+def test_the_pulse_of_a_process_ends_with_its_group_without_a_word() -> None:
+    """Accelerate ends the group at the end of a training, and the process some time later."""
+    assert not dist.is_initialized()
+    processes._Pulse(0).run()
