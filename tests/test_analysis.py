@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -93,6 +94,26 @@ def test_positions_turn_the_matrix_and_not_its_entropy() -> None:
     assert turned.matrices["mhla"].entropy == pytest.approx(plain.matrices["mhla"].entropy)
     assert turned.matrices["linear"].rank <= 4
     assert turned.matrices["softmax"].entropy != pytest.approx(plain.matrices["softmax"].entropy)
+
+
+@pytest.mark.parametrize("form", ["shared", "gate"])
+def test_a_softmax_window_is_in_the_matrix(form: str) -> None:
+    grid, config = (6, 6), MHLAConfig(blocks=(3, 3), local=form, feature_map="softmax")
+    model = OneLayer(config, grid).double()
+    model.layer.local.data.copy_(torch.tensor([-1.0, 2.0]))
+    q, k = 3 * torch.randn(2, 1, 2, 36, 4, dtype=torch.float64)
+    unit = torch.eye(36, dtype=torch.float64).expand(1, 2, 36, 36)
+    # The module on values that are a unit matrix is its matrix, head beside head.
+    matrices = model.layer(q, k, unit, grid=grid)[0].unflatten(-1, (2, 36)).transpose(0, 1)
+    (layer,) = analyze(model, lambda: model(q, k)).layers
+    expected = [float(torch.special.entr(matrix).sum(-1).mean()) for matrix in matrices]
+    assert layer.matrices["mhla"].entropy == pytest.approx(sum(expected) / 2)
+    assert layer.matrices["mhla"].rank == torch.linalg.matrix_rank(matrices, rtol=1e-5).double().mean()
+    plain = OneLayer(dataclasses.replace(config, local=None), grid).double()
+    (without,) = analyze(plain, lambda: plain(q, k)).layers
+    assert layer.matrices["mhla"].entropy < without.matrices["mhla"].entropy - 0.1
+    assert layer.matrices["linear"] == without.matrices["linear"]
+    assert layer.rank_bound == 36
 
 
 def test_every_kind_of_layer_is_found_and_hooks_are_gone() -> None:

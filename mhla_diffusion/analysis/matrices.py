@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..ops import BlockLayout, apply_rotary_emb, mhla_reference
+from ..ops import BlockLayout, apply_rotary_emb, mhla_local_reference, mhla_reference
 from ..ops.features import turn_all
 
 
@@ -60,10 +61,12 @@ def attention_matrices(
     rotary_emb: Any,
     options: dict[str, Any],
     features: tuple[Tensor, Tensor] | None = None,
+    window: dict[str, Any] | None = None,
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Yield for each attention the matrix that acts on values, and the positive one whose rows sum to 1.
 
-    ``features`` are what linear attention gets in place of q and k.
+    ``features`` are what linear attention gets in place of q and k; ``window`` the weight ``[1]`` and form of
+    the softmax window that MHLA has beside it.
     """
     rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
     turned = [q, k] if rotary_emb is None else [apply_rotary_emb(x, rotary_emb) for x in (q, k)]
@@ -81,11 +84,14 @@ def attention_matrices(
     whole = BlockLayout(layout.grid, (1,) * len(layout.grid), layout.extra)
     ones = mixing.new_ones(whole.num_blocks, whole.num_blocks)
     for name, weights, blocks in (("linear", ones, whole), ("mhla", mixing, layout)):
-        plain = mhla_reference(q, k, unit, weights, blocks, **options)[0, 0]
+        dense: Callable[..., Tensor] = mhla_reference
+        if window is not None and name == "mhla":
+            dense = partial(mhla_local_reference, window=(turned[0], turned[1]), **window)
+        plain = dense(q, k, unit, weights, blocks, **options)[0, 0]
         if rotary_emb is None:
             yield name, (plain, plain)
         else:
-            acting = mhla_reference(q, k, unit, weights, blocks, rotary_emb=rotary_emb, **options)[0, 0]
+            acting = dense(q, k, unit, weights, blocks, rotary_emb=rotary_emb, **options)[0, 0]
             yield name, (acting, plain)
 
 

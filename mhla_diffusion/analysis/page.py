@@ -27,7 +27,7 @@ class LayerAnalysis:
         grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
             start.
         extra: how many tokens beside those of the grid, which are a block of their own.
-        rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
+        rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``; N with a window.
         matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
         mixing: of layers that mix.
         mixing_map: PNG of the mixing matrix: one tile for each query block, where it lies on the grid; in it

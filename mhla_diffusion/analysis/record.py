@@ -203,11 +203,11 @@ def _analyze_layer(
     rotary_emb, key_mask, extra = (kwargs.get(name) for name in ("rotary_emb", "key_mask", "extra"))
     options: dict[str, Any] = {}
     audit = picture = None
-    features = (q, k)
+    features, local = (q, k), None
     if isinstance(module, MHLA):
         layout, _, mixing = module.fit(tuple(kwargs["grid"]), extra=extra)
         options = {"feature_map": module.operator_map, "eps": module.config.eps}
-        features = module.features(q, k, key_mask)
+        features, local = module.features(q, k, key_mask), module.local
         kind = "linear" if module.mixing is None else "mhla"
         if module.mixing is not None:
             start = initial_mixing(layout, module.config.mixing_init)
@@ -227,15 +227,19 @@ def _analyze_layer(
         tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
         weights = mixing[h] if mixing.ndim == 3 else mixing
         options["key_mask"] = None if key_mask is None else key_mask[b : b + 1]
+        window = None if local is None else {"weight": local[h : h + 1], "form": module.config.local}
         for attention, (acting, plain) in attention_matrices(
-            one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1])
+            one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1]), window
         ):
             if key_mask is not None:  # padding asks nothing, either
                 acting, plain = (matrix[key_mask[b]][:, key_mask[b]] for matrix in (acting, plain))
             found[attention].append(matrix_statistics(acting, plain))
     return LayerAnalysis(
         name, kind, layout.grid, layout.blocks, extra=sum(layout.extra or ()),
-        rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
+        # Softmax inside a block has any rank.
+        rank_bound=tokens
+        if local is not None
+        else min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
         matrices={attention: mean_statistics(statistics) for attention, statistics in found.items()},
         mixing=audit, mixing_map=picture,
     )  # fmt: skip

@@ -56,6 +56,7 @@ class ExperimentConfig:
         seeds: of alignment and distillation.
         align: see :class:`AlignConfig`.
         steps: of distillation; at most 5 % of the teacher's, or it says nothing about cheap conversion.
+        batch_size: of distillation; the teacher's by default.
         learning_rate: of distillation.
         distillation: see :class:`LinearizeConfig`.
         check: calls that assembled models are measured on to choose layers, as ``mhla choose`` does; 0 for
@@ -79,6 +80,7 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     align: AlignConfig = field(default_factory=AlignConfig)
     steps: int = 500
+    batch_size: int | None = None
     learning_rate: float = 1e-4
     distillation: DistillationConfig | None = None
     check: int = 8
@@ -270,8 +272,8 @@ class _Seed:
         if not (folder / "student").is_dir():
             in_first_process(lambda: save_student(start, facts, self.path, folder / "student"))
         settings = LinearizeConfig(
-            steps=self.config.steps, learning_rate=self.config.learning_rate, batch_size=None,
-            distillation=self.config.distillation,
+            steps=self.config.steps, learning_rate=self.config.learning_rate,
+            batch_size=self.config.batch_size, distillation=self.config.distillation,
         )  # fmt: skip
         if stopped := distil(self.path, self.run, folder, settings):
             raise KeyboardInterrupt(stopped)
