@@ -92,6 +92,7 @@ class MHLAModelMixin(ModelMixin):
         extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
             nothing else is said; they are a block of their own (``extra_block`` of the config).
         time_scale: times are 0 to this.
+        time_in_dtype: whether times are given in the dtype of the model, as its pipeline gives them.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -105,6 +106,7 @@ class MHLAModelMixin(ModelMixin):
     attention_name: ClassVar[str] = "attn1"
     extra_tokens: int = 0
     time_scale: ClassVar[int] = 1000
+    time_in_dtype: ClassVar[bool] = False
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]

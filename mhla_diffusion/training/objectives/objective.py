@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -184,12 +185,24 @@ class Objective(ABC):
     ) -> Tensor:
         """Return what a model, the trained one or another, makes of noisy samples, in fp32.
 
-        It is given what ``conditioning`` has under :data:`BESIDE` as further channels.
+        It is given what ``conditioning`` has under :data:`BESIDE` as further channels, and times as it counts
+        them. One that counts from noise to data, as Lumina-Next does, predicts the velocity that way as well,
+        and its sign is turned.
         """
         conditioning = dict(conditioning)
         if BESIDE in conditioning:
             noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
-        return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
+        timestep, inner = self.timestep(times), model
+        if isinstance(model, nn.Module):
+            inner = extract_model_from_parallel(model, keep_torch_compile=False)
+        own_time = getattr(inner, "time_of", None)
+        if own_time is not None:
+            timestep = own_time(timestep)
+        if getattr(inner, "time_in_dtype", False):
+            timestep = timestep.to(noisy.dtype)
+        output = model(noisy, timestep=timestep, return_dict=False, **conditioning)
+        prediction = (output if isinstance(output, Tensor) else output[0]).float()  # Kandinsky's is no tuple
+        return prediction if own_time is None or own_time(0) == 0 else -prediction
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)
         """Take what the loss needs beside the model, which is prepared, to where it is."""
