@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+from tests.processes import free_port
 
 # Relative RMS error that a result in this dtype may have against the float64 reference.
 TOLERANCE = {
@@ -67,10 +68,12 @@ def run_processes() -> Callable[..., None]:
     """
 
     def run(function: Callable[..., None], num_processes: int, *arguments: Any) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(_in_process, (num_processes, port, function, arguments), nprocs=num_processes)
+        mp.start_processes(
+            _in_process,
+            (num_processes, free_port(), function, arguments),
+            nprocs=num_processes,
+            start_method="forkserver",  # that of tests/processes.py, which has imported torch
+        )
 
     return run
 

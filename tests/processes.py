@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +32,18 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def torchrun(num_processes: int) -> list[str]:
-    """Return the beginning of a command line that runs a script in several processes."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "0"),
-        *("--nproc_per_node", str(num_processes), "--"),
-    ]
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def join(rank: int, num_processes: int, port: int) -> None:
+    """Say in a process what torchrun would have said to it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes)))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
 
 
 class Script:
@@ -100,11 +108,38 @@ class Script:
         return subprocess.CompletedProcess(self.command, code, stdout, "" if one else stderr)
 
 
+def start_processes(start: Callable[[Callable[[], object]], Script], num_processes: int = 2) -> list[Script]:
+    """Start a script in several processes that find each other, as torchrun does.
+
+    Args:
+        start: gives the script that calls a function before it runs.
+        num_processes: how many.
+    """
+    port = free_port()
+    return [start(partial(join, rank, num_processes, port)) for rank in range(num_processes)]
+
+
 def run_script(
-    name: str, *arguments: object, stderr_to_stdout: bool = False, timeout: float = 240
+    name: str,
+    *arguments: object,
+    num_processes: int = 1,
+    stderr_to_stdout: bool = False,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a :class:`Script` to its end."""
-    return Script(name, *arguments, stderr_to_stdout=stderr_to_stdout).finish(timeout)
+    """Run a :class:`Script` to its end, in several processes too: what they print is joined then."""
+    if num_processes == 1:
+        return Script(name, *arguments, stderr_to_stdout=stderr_to_stdout).finish(timeout)
+    scripts = start_processes(
+        lambda before: Script(name, *arguments, stderr_to_stdout=stderr_to_stdout, before=before),
+        num_processes,
+    )
+    results = [script.finish(timeout) for script in scripts]
+    return subprocess.CompletedProcess(
+        results[0].args,
+        next((result.returncode for result in results if result.returncode), 0),
+        "".join(result.stdout for result in results),
+        "".join(result.stderr for result in results),
+    )
 
 
 def _run(command: list[str], stdout: str, stderr: str, before: Callable[[], object] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -96,24 +95,20 @@ def test_positions_turn_the_matrix_and_not_its_entropy() -> None:
     assert turned.matrices["softmax"].entropy != pytest.approx(plain.matrices["softmax"].entropy)
 
 
-@pytest.mark.parametrize("form", ["shared", "gate"])
-def test_a_softmax_window_is_in_the_matrix(form: str) -> None:
-    grid, config = (6, 6), MHLAConfig(blocks=(3, 3), local=form, feature_map="softmax")
-    model = OneLayer(config, grid).double()
-    model.layer.local.data.copy_(torch.tensor([-1.0, 2.0]))
-    q, k = 3 * torch.randn(2, 1, 2, 36, 4, dtype=torch.float64)
-    unit = torch.eye(36, dtype=torch.float64).expand(1, 2, 36, 36)
-    # The module on values that are a unit matrix is its matrix, head beside head.
-    matrices = model.layer(q, k, unit, grid=grid)[0].unflatten(-1, (2, 36)).transpose(0, 1)
-    (layer,) = analyze(model, lambda: model(q, k)).layers
-    expected = [float(torch.special.entr(matrix).sum(-1).mean()) for matrix in matrices]
-    assert layer.matrices["mhla"].entropy == pytest.approx(sum(expected) / 2)
-    assert layer.matrices["mhla"].rank == torch.linalg.matrix_rank(matrices, rtol=1e-5).double().mean()
-    plain = OneLayer(dataclasses.replace(config, local=None), grid).double()
-    (without,) = analyze(plain, lambda: plain(q, k)).layers
-    assert layer.matrices["mhla"].entropy < without.matrices["mhla"].entropy - 0.1
-    assert layer.matrices["linear"] == without.matrices["linear"]
-    assert layer.rank_bound == 36
+@pytest.mark.parametrize("local", ["shared", "gate", "only"])
+def test_a_softmax_window_is_part_of_the_matrix(local: str) -> None:
+    torch.manual_seed(0)
+    config = MHLAConfig(blocks=(2, 2), local=local)
+    layer = analyze_one(config)
+    assert layer.kind == "local"
+    assert 0 < layer.matrices["local"].entropy < math.log(36)
+    even = analyze_one(config, qk=torch.zeros(2, 1, 2, 36, 4)).matrices["local"].entropy
+    if local == "only":
+        assert even == pytest.approx(math.log(9))
+    else:
+        assert math.log(9) < even < math.log(36) + 1e-9
+    whole = analyze_one(MHLAConfig(blocks=1, local="only"))
+    assert (whole.kind, sorted(whole.matrices)) == ("softmax", ["linear", "mhla", "softmax"])
 
 
 def test_every_kind_of_layer_is_found_and_hooks_are_gone() -> None:

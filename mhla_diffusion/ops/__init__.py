@@ -8,6 +8,8 @@ from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
     block_distances,
+    causal_mixing,
+    content_mixing,
     extend_mixing,
     initial_mixing,
     locality_mixing,
@@ -28,6 +30,8 @@ __all__ = [
     "MHLAState",
     "apply_rotary_emb",
     "block_distances",
+    "causal_mixing",
+    "content_mixing",
     "exchanged_bytes",
     "extend_mixing",
     "initial_mixing",

@@ -85,7 +85,7 @@ def mix(mixing: Tensor, summaries: Tensor) -> Tensor:
     """``S^_i = sum_b W[i, b] S_b``.
 
     Args:
-        mixing: ``[M_q, M_k]``, or one per head ``[H, M_q, M_k]``.
+        mixing: ``[M_q, M_k]``, ``[H, M_q, M_k]`` or ``[B, H, M_q, M_k]``.
         summaries: ``[B, H, M_k, c, d]``.
 
     Returns:

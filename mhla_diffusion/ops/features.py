@@ -186,10 +186,11 @@ def _check_tensors(
         if x.shape[2] != on.num_tokens:
             raise ValueError(f"{name} hold {x.shape[2]} tokens, but {on.counted_tokens()}")
     size = layout.num_blocks, key_layout.num_blocks
-    if tuple(mixing.shape) not in {size, (q.shape[1], *size)}:
+    if tuple(mixing.shape) not in {size, (q.shape[1], *size), (*q.shape[:2], *size)}:
         raise ValueError(
-            f"mixing must be [M, M_k] or [H, M, M_k] with M = {size[0]} (blocks {_blocks(layout)}), M_k = "
-            f"{size[1]} (blocks {_blocks(key_layout)}) and H = {q.shape[1]}, got {tuple(mixing.shape)}"
+            f"mixing must be [M, M_k], [H, M, M_k] or [B, H, M, M_k] with M = {size[0]} (blocks "
+            f"{_blocks(layout)}), M_k = {size[1]} (blocks {_blocks(key_layout)}), H = {q.shape[1]} and "
+            f"B = {q.shape[0]}, got {tuple(mixing.shape)}"
         )
     for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
         if not x.is_floating_point():

@@ -42,7 +42,8 @@ def mhla(
     Args:
         q, k: ``[B, H, N, d]`` in grid order, before the feature map; extra tokens before or after.
         v: ``[B, H, N, d_v]``.
-        mixing: W, ``[M, M]`` or one per head ``[H, M, M]``; row i is how query block i weighs the key blocks.
+        mixing: W, ``[M, M]``, one per head ``[H, M, M]``, or per sample and head ``[B, H, M, M]``; row i is
+            how query block i weighs the key blocks.
         layout: the grid, its blocks, and whether there are extra tokens: one more block, the last.
         key_layout: those of the keys where they are others than the queries (cross-attention): k and v are
             ``[B, H, N_k, ...]`` then, and mixing ``[(H,) M, M_k]``.

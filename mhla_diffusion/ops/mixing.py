@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composite import counted
 from .layout import BlockLayout
 
 MIXING_STARTS = ("locality", "uniform", "identity", "cosine", "exponential", "gaussian", "window", "official")
@@ -115,6 +116,59 @@ def relative_mixing(weights: Tensor, blocks: tuple[int, ...], *, extra: bool = F
         ``[..., M, M]``.
     """
     return weights[..., _offsets(blocks, weights.device, extra)]
+
+
+def causal_mixing(weights: Tensor, blocks: int) -> Tensor:
+    """Mixing matrix of a sequence by how far back a block lies, ``W[i, j] = w[min(i - j, m - 1)]``, j <= i.
+
+    All blocks m - 1 or more back weigh alike, so that m weights are enough for sequences of any length. An
+    extension: the causal W of the paper has a weight for each pair of blocks.
+
+    Args:
+        weights: w, ``[..., m]``.
+        blocks: M, of the sequence.
+
+    Returns:
+        ``[..., M, M]``, lower triangular.
+    """
+    place = torch.arange(blocks, device=weights.device)
+    back = place[:, None] - place
+    return weights[..., back.clamp(0, weights.shape[-1] - 1)] * (back >= 0)
+
+
+def content_mixing(
+    mixing: Tensor,
+    q: Tensor,
+    k: Tensor,
+    strength: Tensor,
+    layout: BlockLayout,
+    *,
+    key_layout: BlockLayout | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Mixing matrix that follows what is in the blocks: ``W[i, b] exp(s sqrt(d) cos(q_i, k_b))``.
+
+    q_i and k_b are the mean query and the mean key of a block. Rows keep the sums that they have in W, and
+    weights of 0 stay 0. Strength 0 leaves W as it is. An extension: the paper's W depends on the numbers of
+    the blocks alone. Time O(N d + M^2 d).
+
+    Args:
+        mixing: W, ``[M, M_k]`` or ``[H, M, M_k]``.
+        q, k: ``[B, H, N, d]`` and ``[B, H, N_k, d]``, without positions.
+        strength: s, ``[H]``.
+        layout, key_layout, key_mask: see :func:`mhla_diffusion.ops.mhla`.
+
+    Returns:
+        ``[B, H, M, M_k]``, float32 or wider.
+    """
+    # Means have the direction of sums; a mask leaves keys out, and a block of none has direction 0.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = layout.pack(q.to(wide)).sum(-2)
+    keys = (key_layout or layout).pack(counted(k.to(wide), key_mask)).sum(-2)
+    cosines = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT  # [B, H, M, M_k]
+    weights = mixing.to(wide)
+    found = weights * (strength.to(wide)[:, None, None] * math.sqrt(q.shape[-1]) * cosines).exp()
+    return _with_sums(found, weights.sum(-1).expand(found.shape[:-1]))
 
 
 def offset_means(mixing: Tensor, blocks: tuple[int, ...], *, extra: bool = False) -> Tensor:

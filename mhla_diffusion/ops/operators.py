@@ -68,7 +68,7 @@ def read(
     Args:
         q: ``[B, H, N, d]``.
         summaries: of M_k blocks.
-        mixing: ``[M, M_k]`` or ``[H, M, M_k]``.
+        mixing: ``[M, M_k]``, ``[H, M, M_k]`` or ``[B, H, M, M_k]``.
         layout: of the queries.
         dtype: of the output.
     """

@@ -106,7 +106,7 @@ def read_backward(
             at.store_gradient(_outer_backward(products, matrices, rows), rows, q, grad_q)
         grad_summaries[part] = mix(weights.mT, grad_mixed)
         grad_weights = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
-        part.of_heads(grad_mixing).add_(grad_weights.sum(0 if mixing.ndim == 3 else (0, 1)))
+        part.of_heads(grad_mixing).add_(grad_weights.sum_to_size(part.of_heads(mixing).shape))
     return grad_q, grad_summaries, sums.new_empty(sums.shape), grad_mixing
 
 

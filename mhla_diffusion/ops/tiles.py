@@ -50,8 +50,8 @@ class Part(NamedTuple):
         return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
 
     def of_heads(self, mixing: Tensor) -> Tensor:
-        """Select what concerns these heads of ``[M, M]`` or ``[H, M, M]``."""
-        return mixing[self.heads] if mixing.ndim == 3 else mixing
+        """Select what concerns this part of ``[M, M]``, ``[H, M, M]`` or ``[B, H, M, M]``."""
+        return mixing[(self.batch, self.heads)[4 - mixing.ndim :]] if mixing.ndim > 2 else mixing
 
 
 @dataclass(frozen=True)

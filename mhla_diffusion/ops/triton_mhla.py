@@ -119,10 +119,9 @@ def read_backward(
     _launch("rows", (q, grad, grad_q), mixed, mixed_sums, layout, features, quotient=quotient)
     _outer(q, grad, grad_mixed, grad_sums, layout, features, quotient=quotient)
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
-    axes = (0,) if mixing.ndim == 3 else (0, 1)
-    grad_mixing = grad_weights.sum(axes, dtype=mixing.dtype)
+    grad_mixing = grad_weights.to(mixing.dtype).sum_to_size(weights.shape)
     if sums.shape[-1]:
-        grad_mixing += (grad_sums @ sums.mT).sum(axes)
+        grad_mixing = grad_mixing + (grad_sums @ sums.mT).sum_to_size(weights.shape)
     rows, columns = mixing.shape[-2:]
     # A copy, as outputs of an operator have their own memory.
     return grad_q, *_mix(weights.mT, grad_mixed, grad_sums), grad_mixing[..., :rows, :columns].clone()

@@ -40,6 +40,7 @@ EVERY_PART: dict[str, Any] = {"gate": True, "output_norm": True, "qk_norm": True
 
 LEARNED: dict[str, Any] = {
     "feature_map": "hedgehog", "center_keys": True, "local": "shared", "mixing_relative": True,
+    "mixing_content": True,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES, EVERY_PART, Case, sample
+from .cases import CASES, EVERY_PART, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -38,12 +38,18 @@ def test_a_model_is_compiled_once_for_each_grid(name: str, dynamic: bool | None)
     assert counts[1:] == [counts[1]] * 3, "a grid that was seen is not compiled again"
 
 
+# A stock layer beside ours is another graph of the same block, however its backbone is called.
+@pytest.mark.parametrize(
+    ("name", "hybrid"), [*((name, False) for name in CASES), ("Sana", True), ("Wan", True)], ids=str
+)
 @torch.no_grad()
-def test_repeated_blocks_are_compiled_for_each_grid(case: Case) -> None:
-    model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
+def test_repeated_blocks_are_compiled_for_each_grid(name: str, hybrid: bool) -> None:
+    case = CASES[name]
+    layers = {"attention": ["mhla", case.stock_kind]} if hybrid else {"num_layers": 1}
+    model = case.make(**layers, mhla=EVERY_PART)
     inputs = [case.inputs(model, grid) for grid in case.grids[:2]]
     expected = [sample(model, batch) for batch in inputs]
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
     for batch, output in zip(inputs, expected, strict=True):
         torch.testing.assert_close(sample(model, batch), output)
     blocks = getattr(model, case.layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,9 +13,7 @@ import numpy as np
 import pytest
 
 from mhla_diffusion.evaluation.sets.images import open_images
-from tests.processes import run_script, torchrun
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_script
 
 
 def test_two_processes_find_the_scores_of_one(
@@ -28,10 +25,7 @@ def test_two_processes_find_the_scores_of_one(
         *("image", "--real", real, "--generated", generated, "--extractor", "efficientnet_lite0"),
         *("--batch_size", "4", "--max_skipped", "0.2", "--out"),
     ]
-    pair = subprocess.run(
-        [*torchrun(2), "scripts/evaluate.py", *map(str, arguments), str(tmp_path / "two")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    pair = run_script("evaluate", *arguments, tmp_path / "two", num_processes=2)
     assert pair.returncode == 0, pair.stderr
     assert "2 processes share the work" in pair.stderr
     alone = run_script("evaluate", *arguments, tmp_path / "one")

@@ -14,7 +14,6 @@ from tests.training.conftest import (  # noqa: F401
     losses,
     run,
     settings,
-    start,
     write_settings,
 )
 

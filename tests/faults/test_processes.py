@@ -71,12 +71,12 @@ def test_one_process_where_two_were_asked_for_is_said() -> None:
 def wait_long(rank: int) -> None:
     # The others wait for longer than a collective would.
     dist.destroy_process_group()
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=5))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
     join(rank)
 
     def work() -> str:
         assert rank == 0
-        time.sleep(8)
+        time.sleep(3)
         return "scores"
 
     assert in_first_process(work) == "scores"
@@ -89,9 +89,9 @@ def wait_long(rank: int) -> None:
         in_first_process(fail)
     assert in_first_process(lambda: 7) == 7
     started = time.perf_counter()
-    time.sleep(4 * rank)
+    time.sleep(3 * rank)
     wait_for_all()
-    assert time.perf_counter() - started > 3.5
+    assert time.perf_counter() - started > 2.5
 
 
 def test_others_wait_for_the_first_beyond_the_timeout_of_a_collective(
@@ -121,7 +121,7 @@ def lose_peer_of_store(rank: int, file: str) -> None:
     if rank == 1:
         time.sleep(1)
         os._exit(0)
-    processes.SILENCE = 5.0
+    processes.SILENCE = 3.0
     with pytest.raises(ConnectionError, match="process 1 of this run has ended"):
         wait_for_all()
     Path(file).touch()
@@ -135,10 +135,16 @@ def test_a_process_that_is_waited_for_and_dies_is_noticed(
 
 
 def test_a_training_process_that_dies_ends_the_others(
-    start: Callable[..., subprocess.Popen[str]], settings: dict[str, Any], tmp_path: Path
+    write_settings: Callable[[], Path], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings["trainer"] |= {"max_steps": 100_000, "checkpoint_every": 100_000}
-    launcher = start("--output_dir", str(tmp_path / "run"), num_processes=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "0"]
+    script = ["scripts/train_image.py", "--config", str(write_settings())]
+    launcher = subprocess.Popen(
+        [*torchrun, "--nproc_per_node", "2", "--", *script, "--output_dir", str(tmp_path / "run")],
+        cwd=ROOT, env={**os.environ, **WITHOUT_GPU}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     assert launcher.stdout is not None
     for line in launcher.stdout:
         if "step 2 " in line:

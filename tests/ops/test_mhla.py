@@ -38,10 +38,12 @@ def make_inputs(
     heads: int = 3,
     d: int = 8,
     per_head: bool = False,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = (torch.randn(2, heads, layout.num_tokens, d, dtype=torch.float64) for _ in range(3))
     blocks = layout.num_blocks
-    mixing = torch.rand(*([heads] if per_head else []), blocks, blocks, dtype=torch.float64)
+    each = [2, heads] if per_sample else [heads] if per_head else []
+    mixing = torch.rand(*each, blocks, blocks, dtype=torch.float64)
     q, k, v, mixing = (x.to(dtype).requires_grad_() for x in (q, k, v, mixing))
     return q, k, v, mixing
 
@@ -83,6 +85,16 @@ def check_against_reference(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equals_the_reference(assert_close: AssertClose, layout: BlockLayout, dtype: torch.dtype) -> None:
     check_against_reference(assert_close, layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[5], LAYOUTS[7]], ids=str)
+def test_a_matrix_for_each_sample_equals_the_reference(
+    assert_close: AssertClose, layout: BlockLayout, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(layout, dtype, per_sample=True)
+    assert not torch.equal(*inputs[3])
+    check_against_reference(assert_close, layout, dtype, inputs=inputs)
 
 
 @pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
@@ -453,7 +465,8 @@ BAD_INPUT = {
     "feature map": ({"feature_map": "gelu"}, r"feature_map 'gelu' is not one of relu, elu, softmax"),
     "normalizer": ({"normalizer": "row"}, r"normalizer 'row' is not one of paper, official, none"),
     "mixing size": ({"mixing": torch.ones(3, 3)}, r"M = 4 .*got \(3, 3\)"),
-    "mixing heads": ({"mixing": torch.ones(2, 4, 4)}, r"H = 1, got \(2, 4, 4\)"),
+    "mixing heads": ({"mixing": torch.ones(2, 4, 4)}, r"H = 1 and B = 1, got \(2, 4, 4\)"),
+    "mixing samples": ({"mixing": torch.ones(2, 1, 4, 4)}, r"B = 1, got \(2, 1, 4, 4\)"),
     "keys": ({"k": torch.ones(1, 1, 15, 4)}, r"same B, H, N for k and v, got .*\(1, 1, 15, 4\)"),
     "heads": ({"q": torch.ones(1, 2, 16, 4)}, r"same B, H and d, got \(1, 2, 16, 4\)"),
     "width": ({"q": torch.ones(1, 1, 16, 6)}, r"same B, H and d, got \(1, 1, 16, 6\)"),

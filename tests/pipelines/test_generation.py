@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DMode
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.sums import SUMS
 from mhla_diffusion.pipelines.generation import MANIFEST, generate_images, save_grid
-from tests.processes import run_script, torchrun
+from tests.processes import run_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS: dict[str, Any] = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "seed": 5}
 
 
@@ -196,8 +194,8 @@ def test_the_script_gives_the_same_files_in_one_and_two_processes(tmp_path: Path
     )
     one, two = tmp_path / "one", tmp_path / "two"
     run_script("generate", "image", *arguments, "--out", one).check_returncode()
-    command = [*torchrun(2), SCRIPTS / "generate.py", "image", *arguments, "--out", two]
-    pair = subprocess.run(command, check=True, capture_output=True, text=True)
+    pair = run_script("generate", "image", *arguments, "--out", two, num_processes=2)
+    pair.check_returncode()
     assert "2 processes share the work" in pair.stderr
     assert contents(one) == contents(two)
     assert len(contents(one)) == 7

@@ -6,14 +6,13 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tests.processes import Script
+from tests.processes import Script, start_processes
 
 from .bench import LIMIT, Bench, Watch, ended, killed_by
 from .outcomes import Record, Result, judge_end, output_of
@@ -192,16 +191,7 @@ def _compare_pair(bench: Bench, subject: Subject, out: Path) -> tuple[str, str]:
 
 
 def _start_pair(subject: Subject, out: Path, *, again: bool = False) -> list[Script]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [subject.start(out, before=partial(_join, rank, port), again=again) for rank in (0, 1)]
-
-
-def _join(rank: int, port: int) -> None:
-    """Say what a launcher says."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    return start_processes(lambda before: subject.start(out, before=before, again=again))
 
 
 CASES = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from tests.processes import run_script, torchrun
+from tests.processes import run_script
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -86,37 +82,20 @@ def write_settings(tmp_path: Path, settings: dict[str, Any]) -> Callable[[], Pat
 
 
 @pytest.fixture
-def start(write_settings: Callable[[], Path]) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a training script, under torchrun for several processes."""
-
-    def start(
-        *arguments: str, num_processes: int = 1, script: str = "train_image.py", **kwargs: Any
-    ) -> subprocess.Popen[str]:
-        launch = [sys.executable] if num_processes == 1 else torchrun(num_processes)
-        command = [*launch, str(SCRIPTS / script), "--config", str(write_settings()), *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture
-def run(start: Callable[..., subprocess.Popen[str]], write_settings: Callable[[], Path]) -> Run:
-    """Runs the script to its end."""
+def run(write_settings: Callable[[], Path]) -> Run:
+    """Runs a training script to its end."""
 
     def run(
-        *arguments: str, num_processes: int = 1, script: str = "train_image.py"
+        *arguments: str, num_processes: int = 1, script: str = "train_image"
     ) -> subprocess.CompletedProcess[str]:
-        if num_processes == 1:
-            name = script.removesuffix(".py")
-            return run_script(name, "--config", write_settings(), *arguments, stderr_to_stdout=True)
-        process = start(*arguments, num_processes=num_processes, script=script)
-        output, _ = process.communicate(timeout=240)
-        assert f"{num_processes} processes share the work" in output, output
-        return subprocess.CompletedProcess(process.args, process.returncode, output)
+        result = run_script(
+            *(script, "--config", write_settings(), *arguments),
+            num_processes=num_processes,
+            stderr_to_stdout=True,
+        )
+        shared = num_processes == 1 or f"{num_processes} processes share the work" in result.stdout
+        assert shared, result.stdout
+        return result
 
     return run
 
@@ -124,7 +103,7 @@ def run(start: Callable[..., subprocess.Popen[str]], write_settings: Callable[[]
 @pytest.fixture
 def run_video(run: Run) -> Run:
     """Runs scripts/train_video.py to its end."""
-    return functools.partial(run, script="train_video.py")
+    return functools.partial(run, script="train_video")
 
 
 @pytest.fixture

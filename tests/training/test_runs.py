@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.training.launcher import warn_of_idle_cores
+from tests.processes import Script
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
 Losses = Callable[[Path], list[float]]
 
 
@@ -74,21 +74,23 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
-    number: signal.Signals, start: Start, run: Run, losses: Losses, settings: dict[str, Any], tmp_path: Path
+    number: signal.Signals,
+    write_settings: Callable[[], Path],
+    run: Run,
+    losses: Losses,
+    settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    settings["trainer"] |= {"max_steps": 200, "checkpoint_every": 1000}
+    settings["trainer"] |= {"max_steps": 100, "checkpoint_every": 1000}
     stopped = tmp_path / "stopped"
-    process = start("--output_dir", str(stopped))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 2 " in line:
-            process.send_signal(number)
-            break
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, output
+    script = Script("train_image", "--config", write_settings(), "--output_dir", stopped)
+    assert script.says("step 2 ")
+    script.send(number)
+    result = script.finish(timeout=120)
+    assert result.returncode == 128 + number, result.stdout + result.stderr
     (checkpoint,) = (stopped / "checkpoints").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
-    assert 2 <= step < 200
+    assert 2 <= step < 100
     if number == signal.SIGTERM:
         assert run("--output_dir", str(stopped), "--resume", "latest").returncode == 0
         uninterrupted = tmp_path / "uninterrupted"

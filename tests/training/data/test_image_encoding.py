@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from diffusers import AutoencoderKL
 from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
 from mhla_diffusion.training.data import ImageSamples, open_images
 from mhla_diffusion.training.data.latents import CachedLatents
-from tests.processes import ROOT, torchrun
+from tests.processes import run_script
 
 
 @pytest.fixture
@@ -132,14 +130,12 @@ def test_the_autoencoder_may_lie_in_a_pipeline(config: LatentCacheConfig, tmp_pa
 
 def test_two_processes_write_the_files_of_one(config: LatentCacheConfig, tmp_path: Path) -> None:
     cache_latents(config)
-    result = subprocess.run(
-        [
-            *(*torchrun(2), "scripts/cache_latents.py", "image", "--vae", config.vae, "--size", "8"),
-            *("--batch_size", "3", "--shard_size", "8", "--output_dir", str(tmp_path / "two")),
-            *("--data.source", "folder", "--data.path", str(config.data.path), "--data.flip", "true"),
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    result = run_script(
+        *("cache_latents", "image", "--vae", config.vae, "--size", "8"),
+        *("--batch_size", "3", "--shard_size", "8", "--output_dir", str(tmp_path / "two")),
+        *("--data.source", "folder", "--data.path", str(config.data.path), "--data.flip", "true"),
+        num_processes=2,
+    )
     assert result.returncode == 0, result.stderr
     assert "2 processes share the work" in result.stderr
     assert contents(tmp_path / "two") == contents(Path(config.output_dir))
