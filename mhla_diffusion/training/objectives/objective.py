@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
+
+from ...backbones.denoising import denoise
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -185,24 +186,12 @@ class Objective(ABC):
     ) -> Tensor:
         """Return what a model, the trained one or another, makes of noisy samples, in fp32.
 
-        It is given what ``conditioning`` has under :data:`BESIDE` as further channels, and times as it counts
-        them. One that counts from noise to data, as Lumina-Next does, predicts the velocity that way as well,
-        and its sign is turned.
+        It is given what ``conditioning`` has under :data:`BESIDE` as further channels.
         """
         conditioning = dict(conditioning)
         if BESIDE in conditioning:
             noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
-        timestep, inner = self.timestep(times), model
-        if isinstance(model, nn.Module):
-            inner = extract_model_from_parallel(model, keep_torch_compile=False)
-        own_time = getattr(inner, "time_of", None)
-        if own_time is not None:
-            timestep = own_time(timestep)
-        if getattr(inner, "time_in_dtype", False):
-            timestep = timestep.to(noisy.dtype)
-        output = model(noisy, timestep=timestep, return_dict=False, **conditioning)
-        prediction = (output if isinstance(output, Tensor) else output[0]).float()  # Kandinsky's is no tuple
-        return prediction if own_time is None or own_time(0) == 0 else -prediction
+        return denoise(model, noisy, self.timestep(times), conditioning).float()
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)
         """Take what the loss needs beside the model, which is prepared, to where it is."""
