@@ -79,7 +79,8 @@ def _scores(record: Record) -> Sequence[Record]:
 
 
 def _finding(values: Sequence[float], *, most: float = math.inf, least: float = -math.inf) -> dict[str, Any]:
-    mean, half, _ = Interval.of(list(values))
+    found = Interval.of(list(values))
+    mean, half = found.mean, found.half
     return {
         "value": mean, "interval": [mean - half, mean + half] if math.isfinite(half) else None,
         "seeds": list(values), "wanted": {"most": most} if math.isfinite(most) else {"more than": least},
@@ -153,5 +154,5 @@ def _by_variant(content: Record) -> dict[str, list[Record]]:
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    mean, half, _ = Interval.of(list(values))
-    return f"{mean:.4f} ± {half:.4f}" if math.isfinite(half) else f"{mean:.4f}"
+    found = Interval.of(list(values))
+    return f"{found.mean:.4f}" + (f" ± {found.half:.4f}" if math.isfinite(found.half) else "")
