@@ -37,6 +37,7 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
     """
 
     time_scale = 1
+    time_in_dtype = True
     vae_stride = (8, 8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Cosmos1.0-7B": {},

@@ -39,6 +39,7 @@ class MHLAHunyuanDiT2DModel(SquareSampleMixin, HunyuanDiT2DModel):
             "mlp_ratio": 4.3637, "use_style_cond_and_image_meta_size": False,
         }
     }  # fmt: skip
+    time_in_dtype = True
     block_list = "blocks"
     argument_names = {"image_rotary_emb": "rotary_emb"}  # noqa: RUF012
     _repeated_blocks = ["HunyuanDiTBlock"]  # noqa: RUF012
