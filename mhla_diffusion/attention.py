@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .config import MHLAConfig
+from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
@@ -28,6 +28,7 @@ from .ops import (
     offset_means,
     relative_mixing,
     resize_mixing,
+    window_attention,
 )
 from .ops.composite import counted
 from .ops.features import RotaryEmbedding, turn_all
@@ -85,13 +86,14 @@ class MHLA(nn.Module):
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
             size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
-        self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 else None
+        alone = config.local == WINDOW_ONLY
+        self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 and not alone else None
         by_content = config.mixing_content and self.mixing is not None
         self.strength = nn.Parameter(torch.empty(heads)) if by_content else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
         self.feature_k = Hedgehog(heads, head_dim) if learned else None
-        self.local = nn.Parameter(torch.empty(heads)) if config.local else None
+        self.local = nn.Parameter(torch.empty(heads)) if config.local and not alone else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.cpe = _cpe_conv(inner_dim, len(grid)) if config.cpe else None
@@ -111,13 +113,7 @@ class MHLA(nn.Module):
     def reset_parameters(self) -> None:
         """Bring every parameter to the start that the config names."""
         if self.mixing is not None:
-            if self.key_blocks is None:
-                layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
-                mixing = initial_mixing(layout, self.config.mixing_init)
-            else:
-                keys = math.prod(self.key_blocks)
-                mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
-            self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
+            self.mixing.copy_(self._unconstrained(self._mixing_start()).expand_as(self.mixing))
         for part in (self.norm_q, self.norm_k, self.norm, self.feature_q, self.feature_k):
             if part is not None:
                 part.reset_parameters()
@@ -136,6 +132,13 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
 
+    def _mixing_start(self) -> Tensor:
+        if self.key_blocks is None:
+            layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
+            return initial_mixing(layout, self.config.mixing_init)
+        keys = math.prod(self.key_blocks)
+        return torch.full((math.prod(self.blocks), keys), 1 / keys)
+
     def _local_start(self) -> float:
         """The start of the softmax window: a gate half open, or one denominator in which keys weigh alike.
 
@@ -145,7 +148,10 @@ class MHLA(nn.Module):
         if self.config.local == "gate":
             return 0.0
         d = self.head_dim
-        products = {"hedgehog": 2 / d, "softmax": 1 / d, "relu": d / (2 * math.pi), "elu": 1.35 * d}
+        relu = d / (2 * math.pi)
+        products = {
+            "hedgehog": 2 / d, "softmax": 1 / d, "relu": relu, "crelu": 2 * relu, "elu": 1.35 * d,
+        }  # fmt: skip
         return math.log(math.prod(self.blocks) / products[self.config.feature_map])
 
     @property
@@ -165,6 +171,8 @@ class MHLA(nn.Module):
 
         The last row and column are those of extra tokens, if they are a block.
         """
+        if self.config.local == WINDOW_ONLY:
+            return torch.eye(math.prod(self.blocks), device=device)
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
         mixing: Tensor = self.mixing
@@ -243,16 +251,15 @@ class MHLA(nn.Module):
         q, k = self.normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
-        if self.local is not None and rotary_emb is not None:
+        if self.config.local is not None and rotary_emb is not None:
             turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
             window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))
         q, k = self.features(q, k, key_mask)
-        if self.feature_q is not None and rotary_emb is not None:  # both halves turn alike
-            rotary_emb = (torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1))
+        rotary_emb = self._turns(rotary_emb)
         attend: Callable[..., Tensor]
         if group is not None:
             attend = self._attend_in_parts(layout, key_layout, group)
-        elif self.local is not None:
+        elif self.config.local is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
             attend = functools.partial(mhla, key_layout=key_layout)
@@ -266,27 +273,37 @@ class MHLA(nn.Module):
         )  # fmt: skip
         if self.norm is not None:
             out = self.norm(out).to(v.dtype) if before_norm else self.norm(out)
-        out = out.transpose(1, 2).flatten(2)
-        if self.gate is not None:
-            if hidden_states is None:
-                raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
-            out = out * F.silu(self.gate(hidden_states))
+        out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
             out = out + _convolve(self.cpe, v, layout)
         return out
 
+    def _turns(self, rotary_emb: RotaryEmbedding | None) -> RotaryEmbedding | None:
+        """Rotary tables of the features: both halves of wide ones turn alike."""
+        if rotary_emb is None or self.config.feature_map not in WIDE_MAPS:
+            return rotary_emb
+        return torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1)
+
+    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """The output ``[B, N, H d]`` behind the gate, if there is one."""
+        if self.gate is None:
+            return out
+        if hidden_states is None:
+            raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
+        return out * F.silu(self.gate(hidden_states))
+
     @property
     def needs_all_tokens(self) -> bool:
         """Return True where parts beside the operator read the tokens of other ranks."""
         content = self.strength is not None or self.config.center_keys
-        return self.cpe is not None or self.local is not None or content
+        return self.cpe is not None or self.config.local is not None or content
 
     @property
     def operator_map(self) -> str:
         """Feature map inside the operator, behind :meth:`features`."""
         # Learned features are positive, and relu leaves them as they are, plus eps.
-        return "relu" if self.feature_q is not None else self.config.feature_map
+        return "relu" if self.config.feature_map in WIDE_MAPS else self.config.feature_map
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys ``[B, H, N, d]`` behind their norms."""
@@ -309,18 +326,22 @@ class MHLA(nn.Module):
         return content_mixing(mixing, q, k, self.strength, layout, key_layout=key_layout, key_mask=key_mask)
 
     def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return normed queries and keys as the operator gets them: centred, in learned features."""
+        """Return normed queries and keys as the operator gets them: centred, in wide features."""
         if self.config.center_keys:
             count = k.shape[2] if key_mask is None else key_mask.sum(1).clamp_min(1)[:, None, None, None]
             k = k - counted(k, key_mask).sum(2, keepdim=True) / count
         if self.feature_q is not None and self.feature_k is not None:
             q, k = self.feature_q(q), self.feature_k(k)
+        elif self.config.feature_map == "crelu":
+            q, k = torch.cat((q, -q), -1), torch.cat((k, -k), -1)
         return q, k
 
     def _attend_locally(
         self, window: tuple[Tensor, Tensor], *tensors: Any, normalizer: str, dtype: Any, **settings: Any
     ) -> Tensor:
-        """The operator with a softmax window."""
+        """The operator with a softmax window, or that alone."""
+        if self.config.local == WINDOW_ONLY:
+            return _attend_in_blocks(*window, tensors[2], tensors[4], settings["key_mask"])
         assert self.local is not None
         assert self.config.local is not None
         return mhla_local(*tensors, window=window, weight=self.local, form=self.config.local, **settings)
@@ -406,6 +427,16 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
     with torch.autocast(v.device.type, enabled=autocast and not in_float32):
         out = conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
     return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
+
+
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None
+) -> Tensor:
+    """Softmax attention inside blocks; of one block by the kernel of its own."""
+    if layout.num_blocks > 1:
+        return window_attention(q, k, v, layout, key_mask=key_mask)
+    mask = None if key_mask is None else key_mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 
 
 def _largest_layout(

@@ -12,6 +12,12 @@ from .ops import FEATURE_MAPS, LOCAL_FORMS, MIXING_STARTS, NORMALIZERS, BlockLay
 CONSTRAINTS = ("clamp", "softmax", "none")
 CPE_STARTS = (None, "zero", "identity")
 
+# Feature maps in front of the operator, with two features for each channel.
+WIDE_MAPS = ("crelu", "hedgehog")
+
+# Form of ``local`` with nothing beside it.
+WINDOW_ONLY = "only"
+
 # Settings that came later than stored configs: written where they are used, so that those stay the same.
 _LATER = {"later": True}
 
@@ -28,7 +34,8 @@ class MHLAConfig:
             :func:`mhla_diffusion.ops.extend_mixing`. Without it they can join plain linear attention alone.
         key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
         feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`; or
-            ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`.
+            ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`, or
+            ``"crelu"``, as wide as that without learning, ``[relu(x), relu(-x)]``.
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
         constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
@@ -39,7 +46,9 @@ class MHLAConfig:
         mixing_content: weights by the content of blocks as well, with a learned strength for each head that
             starts at 0, see :func:`mhla_diffusion.ops.content_mixing`.
         local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
-            ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`.
+            ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`. Or
+            ``"only"``: nothing beside it, so that tokens do not see other blocks; with ``blocks=1`` that is
+            softmax attention, which so gets the convolution, the norms and the gate.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
             share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
@@ -86,8 +95,8 @@ class MHLAConfig:
             if not counts or not all(_is_int(count) and count >= 1 for count in counts):
                 raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
-            "feature_map": (*FEATURE_MAPS, "hedgehog"),
-            "local": (None, *LOCAL_FORMS),
+            "feature_map": (*FEATURE_MAPS, *WIDE_MAPS),
+            "local": (None, *LOCAL_FORMS, WINDOW_ONLY),
             "normalizer": NORMALIZERS,
             "mixing_init": MIXING_STARTS,
             "constraint": CONSTRAINTS,
@@ -116,11 +125,31 @@ class MHLAConfig:
         for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) and self.key_blocks is not None:
                 raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
-        if self.local and (self.normalizer != "paper" or self.blocks == 1):
+        if self.local == WINDOW_ONLY:
+            if self.feature_map == "hedgehog" or self.extra_block:
+                raise ValueError(
+                    f"local {self.local!r} has no features and no block of extra tokens: leave feature_map "
+                    f"{self.feature_map!r} and extra_block={self.extra_block} out"
+                )
+        elif self.local and (self.normalizer != "paper" or self.blocks == 1):
             raise ValueError(
                 f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
                 f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
             )
+
+    @classmethod
+    def paper(cls, **settings: Any) -> MHLAConfig:
+        """Return the form of the paper (arXiv 2601.07832): ReLU features, one clamped matrix for all heads.
+
+        Args:
+            settings: others in place of it, or beside it: the paper's DiT has ``cpe="identity", gate=True``.
+        """
+        form = {
+            "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
+            "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
+            "mixing_content": False, "center_keys": False,
+        }  # fmt: skip
+        return cls.from_dict({**form, **settings})
 
     def __repr__(self) -> str:
         """Name what is not the default, and the blocks: a line that gives the config again."""

@@ -1,43 +1,60 @@
-"""Our pipelines under their names in diffusers, whose from_pretrained looks for classes nowhere else."""
+"""Our classes where libraries look for classes: pipelines in diffusers, models in transformers."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 PIPELINES = ("MHLADiTPipeline", "MHLAWanPipeline")
+_AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
+_AUTO_MODELS = "transformers.models.auto.modeling_auto"
 
 
-def offer_pipelines() -> None:
-    """Have ``diffusers`` know our pipelines, at once or when it is imported; it is not imported for it."""
-    module = sys.modules.get("diffusers")
-    if module is None:
-        sys.meta_path.insert(0, _Watch())
-    else:
-        _extend(module)
+def offer_classes() -> None:
+    """Have diffusers know our pipelines, and the Auto classes of transformers our models.
+
+    At once, or when they are imported; they are not imported for it.
+    """
+    register = _register_configs
+    for name, tell in (("diffusers", _extend), (_AUTO_CONFIGS, register), (_AUTO_MODELS, register)):
+        if name in sys.modules:
+            tell(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _Watch(name, tell))
 
 
 class _Watch:
-    """Finder of modules that waits for diffusers, and is gone then."""
+    """Finder of modules that waits for one, and is gone then."""
+
+    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
+        self.name, self.tell = name, tell
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "diffusers":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
-            def load_and_extend(module: ModuleType) -> None:
+            def load_and_tell(module: ModuleType) -> None:
                 load(module)
-                _extend(sys.modules[name])  # diffusers puts a lazy module in its own place
+                self.tell(sys.modules[name])  # diffusers puts a lazy module in its own place
 
-            spec.loader.exec_module = load_and_extend  # type: ignore[method-assign]
+            spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
         return spec
+
+
+def _register_configs(module: ModuleType) -> None:
+    models = sys.modules.get(_AUTO_MODELS)
+    if models is not None and not hasattr(models, "MODEL_MAPPING_NAMES"):
+        return  # It imports the configs, and those of stock classes read it: their turn comes behind it.
+    importlib.import_module(".domains.configs", __package__)
 
 
 def _extend(module: ModuleType) -> None:

@@ -13,16 +13,21 @@ from torch import Tensor
 
 
 def interleaved(
-    calls: Sequence[Callable[[], Any]], device: str, repeats: int, seconds: float = math.inf
+    calls: Sequence[Callable[[], Any]],
+    device: str,
+    repeats: int,
+    seconds: float = math.inf,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of each call's runs, the calls taking turns; slow ones get fewer, at least one."""
+    """Seconds of each call's runs by a clock, the calls taking turns; slow ones get fewer, at least one."""
     times: list[list[float]] = [[] for _ in calls]
     spent = [0.0] * len(calls)
     for turn in range(repeats + 1):
         for i, call in enumerate(calls):
             if times[i] and spent[i] * (turn + 1) / turn > seconds:
                 continue
-            elapsed = _time(call, device)
+            elapsed = _time(call, device, clock)
             spent[i] += elapsed
             if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
                 times[i].append(elapsed)
@@ -34,12 +39,12 @@ def best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[
     return [min(times) for times in interleaved(calls, device, repeats)]
 
 
-def _time(call: Callable[[], Any], device: str) -> float:
+def _time(call: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     result = call()
     _synchronize(device)
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     del result
     return elapsed
 

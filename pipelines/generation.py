@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -169,8 +170,8 @@ def generate_videos(
     }  # fmt: skip
     _check_numbers({"num_videos": num_videos, "batch_size": batch_size, **settings})
     _require_output(pipeline, "videos")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps must be above 0, got {fps}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a number above 0, got {fps}")
     rows, pictures = prompt_rows(
         prompts, num_videos, per_prompt, seed=seed, negative_prompt=negative_prompt, kind="videos",
         folder=images,

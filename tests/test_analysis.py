@@ -95,6 +95,22 @@ def test_positions_turn_the_matrix_and_not_its_entropy() -> None:
     assert turned.matrices["softmax"].entropy != pytest.approx(plain.matrices["softmax"].entropy)
 
 
+@pytest.mark.parametrize("local", ["shared", "gate", "only"])
+def test_a_softmax_window_is_part_of_the_matrix(local: str) -> None:
+    torch.manual_seed(0)
+    config = MHLAConfig(blocks=(2, 2), local=local)
+    layer = analyze_one(config)
+    assert layer.kind == "local"
+    assert 0 < layer.matrices["local"].entropy < math.log(36)
+    even = analyze_one(config, qk=torch.zeros(2, 1, 2, 36, 4)).matrices["local"].entropy
+    if local == "only":
+        assert even == pytest.approx(math.log(9))
+    else:
+        assert math.log(9) < even < math.log(36) + 1e-9
+    whole = analyze_one(MHLAConfig(blocks=1, local="only"))
+    assert (whole.kind, sorted(whole.matrices)) == ("softmax", ["linear", "mhla", "softmax"])
+
+
 def test_every_kind_of_layer_is_found_and_hooks_are_gone() -> None:
     model = make_dit(mixing_per_head=True, constraint="softmax")
     before = hooks(model)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..ops import BlockLayout, apply_rotary_emb, mhla_reference
+from ..ops import BlockLayout, apply_rotary_emb, mhla_local, mhla_reference, window_attention
 from ..ops.features import turn_all
 
 
@@ -87,6 +87,41 @@ def attention_matrices(
         else:
             acting = mhla_reference(q, k, unit, weights, blocks, rotary_emb=rotary_emb, **options)[0, 0]
             yield name, (acting, plain)
+
+
+def window_matrices(
+    q: Tensor,
+    k: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    rotary_emb: Any,
+    options: dict[str, Any],
+    features: tuple[Tensor, Tensor],
+    *,
+    form: str,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the matrix of attention with a softmax window that acts on values, and the positive one.
+
+    ``form`` and ``weight``, of the one head, are those of :func:`mhla_diffusion.ops.mhla_local`; without a
+    weight the window is alone.
+    """
+    rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
+    window = (q, k) if rotary_emb is None else tuple(apply_rotary_emb(x, rotary_emb) for x in (q, k))
+    unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
+    if weight is None:
+        found = window_attention(*window, unit, layout, key_mask=options.get("key_mask"))[0, 0]
+        return found, found
+    if rotary_emb is not None and features[0].shape[-1] != 2 * rotary_emb[0].shape[-1]:
+        rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
+    acting, plain = (
+        mhla_local(
+            *features, unit, mixing, layout, window=window, weight=weight, form=form, rotary_emb=tables,
+            **options,
+        )[0, 0]
+        for tables in (rotary_emb, None)
+    )  # fmt: skip
+    return acting, plain
 
 
 def matrix_statistics(acting: Tensor, weights: Tensor) -> MatrixStatistics:

@@ -22,12 +22,14 @@ class LayerAnalysis:
 
     Args:
         name: of the module.
-        kind: ``"mhla"``, ``"linear"`` (one block) or ``"softmax"``: what the layer does in the model.
+        kind: ``"mhla"``, ``"linear"`` (one block), ``"softmax"`` or ``"local"`` (with a softmax window): what
+            the layer does in the model.
         grid, blocks: of its tokens. For softmax layers the blocks are the recommended ones, with the locality
             start.
         extra: how many tokens beside those of the grid, which are a block of their own.
         rank_bound: what the rank of MHLA cannot exceed, ``min(N, sum_b min(n_b, d))``.
-        matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys.
+        matrices: of ``softmax``, ``linear`` and ``mhla`` attention on this layer's queries and keys, and of
+            ``local`` where that is its kind.
         mixing: of layers that mix.
         mixing_map: PNG of the mixing matrix: one tile for each query block, where it lies on the grid; in it
             the weights of all key blocks, as they lie on the grid (figure 4b). Frames stand side by side.

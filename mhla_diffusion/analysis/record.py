@@ -19,6 +19,7 @@ from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
 from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
+from ..config import WINDOW_ONLY
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,
@@ -28,6 +29,7 @@ from .matrices import (
     mean_statistics,
     mixing_map,
     tables_of,
+    window_matrices,
 )
 from .page import Analysis, LayerAnalysis
 
@@ -209,6 +211,9 @@ def _analyze_layer(
         options = {"feature_map": module.operator_map, "eps": module.config.eps}
         features = module.features(q, k, key_mask)
         kind = "linear" if module.mixing is None else "mhla"
+        if module.config.local is not None:
+            alone = module.config.local == WINDOW_ONLY and layout.num_blocks == 1
+            kind = "softmax" if alone else "local"
         if module.mixing is not None:
             start = initial_mixing(layout, module.config.mixing_init)
             audit = audit_mixing(mixing, start, extra=layout.extra is not None)
@@ -222,24 +227,33 @@ def _analyze_layer(
     # One matrix at a time: samples and heads as a batch of single heads.
     pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
     pairs = pairs[:: -(-len(pairs) // max_matrices)]
-    found: dict[str, list[MatrixStatistics]] = {"softmax": [], "linear": [], "mhla": []}
+    found: dict[str, list[MatrixStatistics]] = {}
     for b, h in pairs:
         one_q, one_k, *mapped = (x[b : b + 1, h : h + 1].double() for x in (q, k, *features))
         tables = None if rotary_emb is None else tables_of(rotary_emb, b, h)
         weights = mixing[(b, h)[4 - mixing.ndim :]] if mixing.ndim > 2 else mixing
         options["key_mask"] = None if key_mask is None else key_mask[b : b + 1]
-        for attention, (acting, plain) in attention_matrices(
-            one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1])
-        ):
+        call = (one_q, one_k, weights.to(q.device), layout, tables, options, (mapped[0], mapped[1]))
+        matrices = dict(attention_matrices(*call))
+        if kind == "local":
+            matrices["local"] = window_matrices(*call, **_window_of(module, h))
+        for attention, (acting, plain) in matrices.items():
             if key_mask is not None:  # padding asks nothing, either
                 acting, plain = (matrix[key_mask[b]][:, key_mask[b]] for matrix in (acting, plain))
-            found[attention].append(matrix_statistics(acting, plain))
+            found.setdefault(attention, []).append(matrix_statistics(acting, plain))
     return LayerAnalysis(
         name, kind, layout.grid, layout.blocks, extra=sum(layout.extra or ()),
         rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
         matrices={attention: mean_statistics(statistics) for attention, statistics in found.items()},
         mixing=audit, mixing_map=picture,
     )  # fmt: skip
+
+
+def _window_of(module: nn.Module, head: int) -> dict[str, Any]:
+    """Form of the softmax window of a layer, and its weight in a head."""
+    assert isinstance(module, MHLA)
+    weight = None if module.local is None else module.local[head : head + 1].double()
+    return {"form": module.config.local, "weight": weight}
 
 
 def _square(tokens: int) -> tuple[int, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import CosmosTransformer3DModel
+from torch import Tensor
 
 from .families import RotaryVideoMixin
 from .grid import Grid
@@ -74,3 +76,9 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
             "encoder_hidden_states": text,
             "padding_mask": torch.zeros(1, 1, *latents.shape[3:]),
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        given = super().denoising_arguments(samples, timestep, conditions)
+        return {**given, "padding_mask": samples.new_zeros(1, 1, *samples.shape[-2:])}

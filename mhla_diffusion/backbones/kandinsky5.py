@@ -110,6 +110,16 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
                 layer.__class__ = _Attention
         return layers
 
+    def fuse_qkv_projections(self) -> None:
+        """Refuse, where the stock model fails with the name of a layer.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the projections of a Kandinsky5 cannot be fused: diffusers knows to_q, and not to_query"
+        )
+
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)

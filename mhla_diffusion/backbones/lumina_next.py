@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from torch import Tensor
 
 from .families import SquareSampleMixin, square_grid
-from .grid import Grid, in_dict
+from .grid import Grid, in_dict, token_grid
 from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
@@ -59,7 +62,7 @@ class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
         self.send_grid("cross_attention_kwargs", in_dict)
 
     @classmethod
-    def time_of(cls, timestep: float) -> float:
+    def time_of(cls, timestep: Any) -> Any:
         return 1 - timestep / 1000  # 0 is noise
 
     def example_inputs(
@@ -76,3 +79,21 @@ class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
             "image_rotary_emb": get_2d_rotary_pos_embed_lumina(self.head_dim, *grid),
             "cross_attention_kwargs": {},  # which the stock class must have
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        given = super().denoising_arguments(samples, timestep, conditions)
+        # On larger grids than its own the pipeline has positions closer to each other, at all times.
+        closer = math.sqrt(math.prod(grid) / math.prod(self.default_grid))
+        return {
+            **{name: value for name, value in given.items() if name != "encoder_attention_mask"},
+            "encoder_mask": given["encoder_attention_mask"],
+            "image_rotary_emb": get_2d_rotary_pos_embed_lumina(self.head_dim, *grid, linear_factor=closer),
+            "cross_attention_kwargs": {"base_sequence_length": (self.config.sample_size // 2) ** 2},
+        }
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return the velocity from data to noise; the model gives the other way, and a variance of no use."""
+        return -output[:, : samples.shape[1]]

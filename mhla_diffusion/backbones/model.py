@@ -12,13 +12,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ModelMixin, TensorParallelConfig
 from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
 
 from ..attention import MHLA
 from ..hub import hub_arguments
+from .denoising import DenoisingMixin
 from .grid import Grid, receive_grid
 from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
 from .layers import KeepsMHLA, keep_mhla, mhla_of
@@ -41,7 +41,7 @@ _ADAPTER_PLACE = (
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 
-class MHLAModelMixin(ModelMixin):
+class MHLAModelMixin(DenoisingMixin, ModelMixin):
     """Stands before a diffusers model class: ``class MHLAX(MHLAModelMixin, X)`` is the MHLA form of X.
 
     Such a class enters the registry by itself. Its ``__init__``, decorated with :func:`.stock.after`, plans
@@ -60,7 +60,6 @@ class MHLAModelMixin(ModelMixin):
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
         extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
             nothing else is said; they are a block of their own (``extra_block`` of the config).
-        time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -73,7 +72,6 @@ class MHLAModelMixin(ModelMixin):
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
     extra_tokens: int = 0
-    time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
@@ -107,29 +105,6 @@ class MHLAModelMixin(ModelMixin):
     def self_attention(self) -> list[Any]:
         """Self-attention layers that may have MHLA, without those of :meth:`branch_kinds`."""
         return [getattr(block, self.attention_name) for block in getattr(self, self.block_list)]
-
-    def example_inputs(
-        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
-    ) -> dict[str, Any]:
-        """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
-        raise NotImplementedError
-
-    @classmethod
-    def time_of(cls, timestep: float) -> float:
-        """Return a time from 0, of data, to 1,000, of noise, as the model counts it."""
-        return timestep if cls.time_scale == 1000 else timestep * cls.time_scale / 1000
-
-    def at_time(
-        self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None
-    ) -> dict[str, Any]:
-        """Return arguments of the forward at a time from 0, of data, to 1,000, of noise.
-
-        Args:
-            inputs: as :meth:`example_inputs` gives them.
-            timestep: of the latents.
-            until: where the step ends, for models that are told; left as drawn, but no later, by default.
-        """
-        return {**inputs, "timestep": torch.full_like(inputs["timestep"], self.time_of(timestep))}
 
     @classmethod
     def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import MHLA
+from ..config import WINDOW_ONLY
 from ..ops.features import RotaryEmbedding
 
 # With fewer there is little memory to save, and calling everything twice shows.
@@ -98,7 +99,8 @@ class MHLAAttnProcessor(MHLA):
 
         projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
-        if extras and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
+        cheap = self.config.local != WINDOW_ONLY  # softmax over many tokens costs more than a projection
+        if extras and cheap and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the
             # passes under DeepSpeed's ZeRO-3.

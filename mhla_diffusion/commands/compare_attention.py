@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..comparison import Comparison, compare_attention, write_page
+from ..comparison.runs import records, screened_out
 from .parsing import parse_and_call
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """Run what is missing, write the page and print where it is."""
+    """Run what is missing, and write the page on request."""
 
     def compare(
         comparison: Comparison,
         out: str,
+        page: bool = False,
+        screen: bool = False,
         results: str = "docs/results",
         processes: int = 1,
         device: str = "cpu",
@@ -25,12 +32,21 @@ def main(arguments: Sequence[str], prog: str) -> None:
         Args:
             comparison: a YAML file, as in configs/compare, or its settings.
             out: folder of the runs; what is there is not done again.
-            results: folder of the page and its JSON, which are written anew.
+            page: make no runs, but write the page of those that are done, also while others are made.
+            screen: run each variant short and once, and those alone over all seeds that are not clearly
+                beaten; what was left out stands on the page.
+            results: folder of the page, its JSON and its pictures, which are written anew.
             processes: runs at a time, each with one thread.
             device: of torch, cpu or cuda.
         """
-        records = compare_attention(comparison, Path(out), processes=processes, device=device)
-        page = write_page(comparison, records, Path(results), f"{prog} {shlex.join(arguments)}")
-        print(page)
+        folder = Path(out)
+        if not page:
+            found = compare_attention(comparison, folder, processes=processes, device=device, screen=screen)
+            logger.info("%d runs are done; --page writes them to %s", len(found), results)
+            return
+        command = f"{prog} {re.sub(' --page[ =][^ ]+', '', f' {shlex.join(arguments)}').strip()}"
+        screened = screened_out(comparison, folder) if screen else {}
+        found = records(comparison, folder)
+        print(write_page(comparison, found, Path(results), command, out=folder, screened=screened))
 
     parse_and_call(compare, arguments, prog)

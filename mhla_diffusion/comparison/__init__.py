@@ -1,15 +1,21 @@
 """Comparisons of attention: the same task, data, noise and budget for each variant and seed, and one page."""
 
-from .config import Comparison, Recall, Variant
+from .config import Comparison, Variant
 from .page import write_page
-from .recall import RecallModel, recall_batch, train_recall
+from .recall import Recall, RecallModel, recall_batch, train_recall
 from .runs import compare_attention
+from .samples import Images, Videos
+from .task import Metric, Task
 
 __all__ = [
     "Comparison",
+    "Images",
+    "Metric",
     "Recall",
     "RecallModel",
+    "Task",
     "Variant",
+    "Videos",
     "compare_attention",
     "recall_batch",
     "train_recall",

@@ -1,18 +1,18 @@
-"""What a comparison is: variants of attention, settings of a task, and seeds."""
+"""What a comparison is: variants of attention, a task and its settings, and seeds."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import MHLAConfig
+from ..config import WINDOW_ONLY, MHLAConfig
+from .screen import Screen
+from .task import Task, task_of
 
 ATTENTIONS = ("softmax", "linear", "mhla")
-DISTANCES = ("near", "far", "anywhere")
 
 
 @dataclass(frozen=True)
@@ -23,72 +23,40 @@ class Variant:
         name: of the row, and of the folder of its runs.
         attention: ``softmax``, ``linear`` (MHLA with one block) or ``mhla``.
         mhla: settings of :class:`mhla_diffusion.MHLAConfig`; without ``blocks`` they are those of the task.
+            Softmax takes those beside the operator, such as cpe, gate and qk_norm.
+        training: keys of the training run that are its own, such as
+            ``{trainer.optimizer.mixing_rate: 10}``; for tasks that have one.
     """
 
     name: str
     attention: str = "mhla"
     mhla: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w+. ()-]+", self.name):
             raise ValueError(f"the name of a variant has letters, digits and +.()_- alone, got {self.name!r}")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
-        MHLAConfig.from_dict(self.mhla)
+        self.config(MHLAConfig().blocks)
 
-    def config(self, task: Recall) -> MHLAConfig | None:
-        """Settings of the layers for a task, None for softmax."""
-        if self.attention == "softmax":
-            return None
+    def config(self, blocks: Any) -> MHLAConfig | None:
+        """Settings of the layers, None for softmax with nothing beside it.
+
+        Args:
+            blocks: of MHLA where the variant does not say its own.
+        """
+        if self.attention == "mhla":
+            return MHLAConfig.from_dict({"blocks": blocks, **self.mhla})
         if self.attention == "linear":
             return MHLAConfig.from_dict({**self.mhla, "blocks": 1})
-        return MHLAConfig.from_dict({"blocks": [task.blocks, task.blocks], **self.mhla})
+        return MHLAConfig.from_dict({**self.mhla, "blocks": 1, "local": WINDOW_ONLY}) if self.mhla else None
 
-
-@dataclass(frozen=True)
-class Recall:
-    """Associative recall on a grid.
-
-    Each cell carries a key, a random direction, and one of ``values`` values. ``queries`` cells show the key
-    of another cell and no value: the answer is the value of that cell. Chance is right in 1 of ``values``.
-
-    Args:
-        side: the grid is ``side x side``.
-        distance: where the other cell lies: ``near`` (in the query's block), ``far`` (in another block) or
-            ``anywhere``.
-        head_dim: d; N / d says how many associations a summary has to hold for each of its columns.
-        blocks: along each axis, of the task and of MHLA.
-        heads, layers, key_dim, values, queries: of model and task.
-        steps, batch_size, learning_rate: of training, AdamW with a cosine schedule.
-    """
-
-    side: int = 16
-    distance: str = "anywhere"
-    head_dim: int = 32
-    blocks: int = 4
-    heads: int = 2
-    layers: int = 2
-    key_dim: int = 16
-    values: int = 16
-    queries: int = 32
-    steps: int = 1500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name != "distance" and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value!r}")
-        if self.distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {self.distance!r}")
-        if self.blocks < 2 or self.side % self.blocks:
-            raise ValueError(
-                f"blocks must be 2 or more and divide side, got {self.blocks} blocks on a side of {self.side}"
-            )
-        if self.queries > self.side**2 // 2:
-            raise ValueError(
-                f"queries may be half of the {self.side**2} cells, as the others answer, got {self.queries}"
-            )
+    @property
+    def record(self) -> dict[str, Any]:
+        """Values as JSON holds them; those of before there was ``training`` stay what they were."""
+        values = {"name": self.name, "attention": self.attention, "mhla": self.mhla}
+        return values | ({"training": self.training} if self.training else {})
 
 
 @dataclass(frozen=True)
@@ -98,16 +66,19 @@ class Comparison:
     Args:
         name: of the page.
         variants: rows of the tables.
-        task: settings that all runs share, see :class:`Recall`.
+        task: settings that all runs share: ``kind``, recall by default, images or videos, and those of
+            :class:`Recall`, :class:`Images` or :class:`Videos`.
         settings: lists of values of the task's settings, which are combined: ``{"side": [16, 32]}``.
         seeds: of data and weights; the same for all variants. Three or more, or nothing is claimed.
+        screen: rule of ``--screen``, see :class:`.screen.Screen`.
     """
 
     name: str
     variants: list[Variant]
-    task: Recall = Recall()
+    task: Any = field(default_factory=dict)
     settings: dict[str, list[Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    screen: Screen = field(default_factory=Screen)
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -115,21 +86,18 @@ class Comparison:
             raise ValueError(f"variants must have names of their own, got {names}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more and all different, got {self.seeds}")
-        if not self.settings or not all(self.settings.values()):
+        if not all(isinstance(values, list) and values for values in self.settings.values()):
             raise ValueError(
                 f"settings need a list of one value or more, such as side: [16], got {self.settings}"
             )
-        known = {f.name for f in dataclasses.fields(Recall)}
-        if unknown := sorted(set(self.settings) - known):
-            raise ValueError(
-                f"unknown settings {', '.join(unknown)}; the task has {', '.join(sorted(known))}"
-            )
+        if unknown := sorted(set(self.screen.keep) - set(names)):
+            raise ValueError(f"screen.keep must name variants, got {', '.join(unknown)}")
+        object.__setattr__(self, "task", task_of(self.task))
         for task in self.tasks():  # refuses what cannot be, before anything runs
             for variant in self.variants:
-                if (config := variant.config(task)) is not None:
-                    config.layout((task.side, task.side))
+                task.check(variant, variant.config(task.default_blocks))
 
-    def tasks(self) -> Iterator[Recall]:
+    def tasks(self) -> Iterator[Task]:
         """Yield the settings of the task, in the order of the lists."""
         for values in itertools.product(*self.settings.values()):
-            yield dataclasses.replace(self.task, **dict(zip(self.settings, values, strict=True)))
+            yield self.task.replaced(dict(zip(self.settings, values, strict=True)))

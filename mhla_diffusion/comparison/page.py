@@ -1,4 +1,4 @@
-"""Page of a comparison: a table for each setting, with intervals over seeds, and the records beside it."""
+"""Page of a comparison: tables with intervals over seeds, curves and samples, and the records beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,14 @@ from scipy import stats
 
 from ..files.text import markdown_table
 from ..files.writing import write_file
-from .config import Comparison, Variant
+from .config import Comparison
+from .figures import draw_curves, draw_samples
+from .task import Metric, Task
 
 _CONFIDENCE = 0.95
+
+Records = Sequence[dict[str, Any]]
+Screened = Mapping[tuple[str, str], float]
 
 
 class Interval(NamedTuple):
@@ -24,103 +30,240 @@ class Interval(NamedTuple):
     mean: float
     half: float
     seeds: int
+    deviation: float = 0.0
 
     @classmethod
     def of(cls, values: list[float]) -> Interval:
         """Make Student's interval; of a single value it is as wide as there is."""
         if len(values) < 2:
             return cls(values[0], math.inf, len(values))
-        width = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)
-        return cls(
-            statistics.mean(values), width * statistics.stdev(values) / math.sqrt(len(values)), len(values)
-        )
+        width, deviation = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1), statistics.stdev(values)
+        mean = statistics.mean(values)
+        return cls(mean, width * deviation / math.sqrt(len(values)), len(values), deviation)
 
     def is_above(self, other: Interval) -> bool:
         """Return whether the intervals lie apart, this one above."""
         return self.mean - self.half > other.mean + other.half
 
+    def is_better(self, other: Interval, metric: Metric) -> bool:
+        """Return whether the intervals lie apart, this one on the better side."""
+        return other.is_above(self) if metric.lower_is_better else self.is_above(other)
+
+    def text(self, digits: int = 3) -> str:
+        """Return mean and interval, and in brackets the standard deviation over seeds."""
+        if not math.isfinite(self.half):
+            return f"{self.mean:.{digits}f} (one seed)"
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f} (sd {self.deviation:.{digits}f})"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + (f" ± {self.half:.3f}" if math.isfinite(self.half) else " (one seed)")
+        return self.text()
 
 
-def write_page(comparison: Comparison, records: list[dict[str, Any]], folder: Path, command: str) -> Path:
-    """Write ``NAME.md`` and ``NAME.json``.
+def write_page(
+    comparison: Comparison,
+    records: Records,
+    folder: Path,
+    command: str,
+    *,
+    out: Path | None = None,
+    screened: Screened | None = None,
+) -> Path:
+    """Write ``NAME.md``, ``NAME.json`` and, where runs have them, pictures of curves and samples.
 
-    A table has a row for each variant and a column for each value of the last of the settings. What is best
-    is bold where its interval lies apart from those of all others, and nothing is where none does.
+    What is best is bold where its interval lies apart from those of all others, and nothing is where none
+    does.
 
     Args:
+        comparison: whose runs they are.
         records: of :func:`mhla_diffusion.comparison.compare_attention`.
+        folder: of the page.
         command: that makes them, as the page tells it.
+        out: folder of the runs, with their samples.
+        screened: what was left out, of :func:`mhla_diffusion.comparison.runs.screened_out`.
 
     Returns:
         The path of the page.
     """
     page = folder / f"{comparison.name}.md"
+    pictures = _write_pictures(comparison, records, page, out)
     write_file(page.with_suffix(".json"), json.dumps({"command": command, "runs": records}, indent=1) + "\n")
-    write_file(page, "\n\n".join(_parts(comparison, records, command)) + "\n")
+    write_file(page, "\n\n".join(_parts(comparison, records, command, screened or {}) + pictures) + "\n")
     return page
 
 
-def _parts(comparison: Comparison, records: list[dict[str, Any]], command: str) -> list[str]:
-    wanted = len(list(comparison.tasks())) * len(comparison.variants) * len(comparison.seeds)
+def _parts(comparison: Comparison, records: Records, command: str, screened: Screened) -> list[str]:
+    wanted = len(list(comparison.tasks())) * len(comparison.variants) - len(screened)
+    wanted *= len(comparison.seeds)
     devices = ", ".join(sorted({record["device"] for record in records})) or "none"
+    titles = "; ".join(
+        f"{metric.title.lower()} ({'lower' if metric.lower_is_better else 'higher'} is better)"
+        for metric in comparison.task.metrics
+    )
+    about = " ".join(dict.fromkeys(task.about for task in comparison.tasks()))
     parts = [
         f"# {comparison.name.replace('_', ' ').capitalize()}",
-        f"`{command}`, on {devices}. Share of answers that are right, mean over "
-        f"{len(comparison.seeds)} seeds and its 95 % interval; chance is 1 in the number of values, "
-        f"{', '.join(map(str, sorted({task.values for task in comparison.tasks()})))}.",
+        f"`{command}`, on {devices}. {titles[0].upper()}{titles[1:]}: mean over {len(comparison.seeds)} "
+        "seeds, its 95 % interval (Student's), and the standard deviation; bold where the interval of the "
+        f"best lies apart from all others. {about}",
     ]
     if len(records) < wanted:
         parts.append(f"**Incomplete: {len(records)} of {wanted} runs are done.**")
+    if len(comparison.task.metrics) == 1 and comparison.settings:
+        parts += _grid(comparison, records)
+    else:
+        for task in comparison.tasks():
+            parts += _of_task(comparison, task, records)
+    parts += ["## Time", markdown_table(_times(comparison, records))]
+    return parts + (_screening(comparison, screened) if screened else [])
+
+
+def _screening(comparison: Comparison, screened: Screened) -> list[str]:
+    """What was left out after a short run, with its number."""
+    metric, rows = comparison.task.metrics[0], [["tokens", "", comparison.task.metrics[0].title]]
+    for task in comparison.tasks():
+        text = json.dumps(task.record, sort_keys=True)
+        for variant in comparison.variants:
+            if (value := screened.get((text, variant.name))) is not None:
+                rows.append([f"{task.tokens:,}", variant.name, f"{value:.{metric.digits}f}"])
+    return ["## Screened out", comparison.screen.rule(metric), markdown_table(rows)]
+
+
+def _grid(comparison: Comparison, records: Records) -> list[str]:
+    """Tables of the one metric, a column for each value of the last of the settings."""
     *outer, (column, values) = comparison.settings.items()
+    parts, (metric,) = list[str](), comparison.task.metrics
     for fixed in itertools.product(*(choices for _, choices in outer)):
         setting = dict(zip((name for name, _ in outer), fixed, strict=True))
         title = ", ".join(f"{name} {value}" for name, value in setting.items())
         rows = [["", *(_heading(column, value) for value in values)]]
-        columns = [_column(comparison, records, {**setting, column: value}) for value in values]
+        tasks = [comparison.task.replaced({**setting, column: value}) for value in values]
+        columns = [_column(comparison, records, task, metric) for task in tasks]
         for variant in comparison.variants:
             rows.append([variant.name, *(cells[variant.name] for cells in columns)])
         parts += [f"## {title or 'All'}", markdown_table(rows)]
-    return [*parts, "## Time", markdown_table(_times(comparison, records))]
+    return parts
 
 
 def _heading(name: str, value: Any) -> str:
     return f"{value**2:,} tokens" if name == "side" else f"{name} {value}"
 
 
-def _column(comparison: Comparison, records: list[dict[str, Any]], setting: dict[str, Any]) -> dict[str, str]:
+def _of_task(comparison: Comparison, task: Task, records: Records) -> list[str]:
+    """Tables of a task: the metrics, and what else its runs have."""
+    metrics = task.metrics
+    columns = [_column(comparison, records, task, metric) for metric in metrics]
+    rows = [["", *(metric.title for metric in metrics)]]
+    rows += [[v.name, *(cells[v.name] for cells in columns)] for v in comparison.variants]
+    parts = [f"## {task.tokens:,} tokens", markdown_table(rows)]
+    by_time = {v.name: _values(records, task, v.name, "loss_by_time") for v in comparison.variants}
+    if any(by_time.values()):
+        head = ["loss, data to noise", *(f"{n / 10:.1f}" for n in range(10))]
+        cells = [
+            [name, *(f"{statistics.mean(bucket):.3f}" for bucket in zip(*found, strict=True))]
+            for name, found in by_time.items()
+            if found
+        ]
+        parts += ["### Loss by time", markdown_table([head, *cells])]
+    return parts + _attention(comparison, task, records)
+
+
+def _attention(comparison: Comparison, task: Task, records: Records) -> list[str]:
+    """Rank and entropy of attention, means over seeds of each layer."""
+    rows = list[list[str]]()
+    for variant in comparison.variants:
+        found = [layers for layers in _values(records, task, variant.name, "attention") if layers]
+        if found:
+            cells = [
+                f"{statistics.mean(layer['rank'] for layer in same):.0f} / "
+                f"{statistics.mean(layer['entropy'] for layer in same):.2f}"
+                for same in zip(*found, strict=True)
+            ]
+            rows.append([variant.name, *cells])
+    if not rows:
+        return []
+    head = ["rank / entropy (nats)", *(f"layer {n}" for n in range(max(map(len, rows)) - 1))]
+    return ["### Attention", markdown_table([head, *rows])]
+
+
+def _column(comparison: Comparison, records: Records, task: Task, metric: Metric) -> dict[str, str]:
     """Cells of a column by variant."""
-    found = {v.name: _values(records, v, setting, "accuracy") for v in comparison.variants}
+    found = {v.name: _values(records, task, v.name, metric.key) for v in comparison.variants}
     intervals = {name: Interval.of(values) for name, values in found.items() if values}
     cells = dict.fromkeys(found, "")
     for name, interval in intervals.items():
-        best = all(interval.is_above(other) for key, other in intervals.items() if key != name)
+        best = all(interval.is_better(other, metric) for key, other in intervals.items() if key != name)
         missing = f" ({interval.seeds} seeds)" if 1 < interval.seeds < len(comparison.seeds) else ""
-        cells[name] = (f"**{interval}**" if best and len(intervals) > 1 else str(interval)) + missing
+        text = interval.text(metric.digits)
+        cells[name] = (f"**{text}**" if best and len(intervals) > 1 else text) + missing
     return cells
 
 
-def _values(
-    records: list[dict[str, Any]], variant: Variant, setting: dict[str, Any], key: str
-) -> list[float]:
+def _values(records: Records, task: Task, variant: str, key: str) -> list[Any]:
+    wanted = json.loads(json.dumps(task.record))
     return [
         record[key]
         for record in records
-        if record["variant"]["name"] == variant.name and setting.items() <= record["task"].items()
+        if record["variant"]["name"] == variant and record["task"] == wanted and key in record
     ]
 
 
-def _times(comparison: Comparison, records: list[dict[str, Any]]) -> list[list[str]]:
-    """Median time of a step, beside other runs of the comparison, and the parameters."""
-    rows = [["", *(f"{side**2:,} tokens, ms a step" for side in _sides(records)), "parameters"]]
+def _times(comparison: Comparison, records: Records) -> list[list[str]]:
+    """Median time and most memory of a step, beside other runs of the comparison, and the parameters."""
+    sizes = dict.fromkeys(task.tokens for task in comparison.tasks())
+    has_bytes = any("peak_bytes" in record for record in records)
+    head = [f"{tokens:,} tokens, ms a step" for tokens in sizes]
+    head += [f"{tokens:,} tokens, MiB a step" for tokens in sizes] if has_bytes else []
+    rows = [["", *head, "parameters"]]
     for variant in comparison.variants:
-        steps = [_values(records, variant, {"side": side}, "seconds_per_step") for side in _sides(records)]
-        sizes = sorted(set(map(int, _values(records, variant, {}, "parameters"))))
-        times = (f"{statistics.median(values) * 1e3:.1f}" if values else "" for values in steps)
-        rows.append([variant.name, *times, " to ".join(f"{size:,}" for size in (sizes[:1] + sizes[1:][-1:]))])
+        times, bytes_, parameters = (
+            [_of_tokens(comparison, records, tokens, variant.name, key) for tokens in sizes]
+            for key in ("seconds_per_step", "peak_bytes", "parameters")
+        )
+        cells = [f"{statistics.median(found) * 1e3:.1f}" if found else "" for found in times]
+        if has_bytes:
+            cells += [f"{max(found) / 2**20:.0f}" if found else "" for found in bytes_]
+        counts = sorted({int(count) for found in parameters for count in found})
+        cells.append(" to ".join(f"{count:,}" for count in (counts[:1] + counts[1:][-1:])))
+        rows.append([variant.name, *cells])
     return rows
 
 
-def _sides(records: list[dict[str, Any]]) -> list[int]:
-    return sorted({record["task"]["side"] for record in records})
+def _of_tokens(comparison: Comparison, records: Records, tokens: int, variant: str, key: str) -> list[Any]:
+    """Values of all tasks of a number of tokens."""
+    tasks = (task for task in comparison.tasks() if task.tokens == tokens)
+    return [value for task in tasks for value in _values(records, task, variant, key)]
+
+
+def _write_pictures(comparison: Comparison, records: Records, page: Path, out: Path | None) -> list[str]:
+    """Write curves and samples beside the page, and return how it shows them."""
+    parts = list[str]()
+    for number, task in enumerate(comparison.tasks()):
+        curves = {v.name: _values(records, task, v.name, "curve") for v in comparison.variants}
+        curves = {name: found for name, found in curves.items() if found}
+        if curves:
+            name = f"{page.stem}-curves-{number}.png"
+            write_file(page.with_name(name), draw_curves(curves))
+            parts += [
+                f"## Training loss, {task.tokens:,} tokens",
+                f"![Loss over steps, a line a variant]({name})",
+            ]
+        sheets = {} if out is None else _sheets(comparison, task, out)
+        if sheets:
+            name = f"{page.stem}-samples-{number}.png"
+            write_file(page.with_name(name), draw_samples(sheets))
+            shown = f"![Samples of the same seeds, a row a variant]({name})"
+            parts += [
+                f"## Samples, {task.tokens:,} tokens",
+                f"Seed {comparison.seeds[0]}, the same noise.",
+                shown,
+            ]
+    return parts
+
+
+def _sheets(comparison: Comparison, task: Task, out: Path) -> dict[str, Path]:
+    """Sheets of the first seed, by variant."""
+    from .runs import Run
+
+    runs = [Run(task, variant, comparison.seeds[0]) for variant in comparison.variants]
+    paths = {run.variant.name: (out / run.path).with_suffix("") / "sheet.png" for run in runs}
+    return {name: path for name, path in paths.items() if path.is_file()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +15,91 @@ from torch import Tensor, nn
 
 from ..attention import MHLA, MHLAConfig
 from ..ops import BlockLayout
-from .config import Recall, Variant
+from .config import Variant
+from .task import Metric, Task
+
+DISTANCES = ("near", "far", "anywhere")
 
 # Batches that accuracy is taken over, 32 questions times 32 samples each by default; none was trained on.
 _TEST_BATCHES = 16
 _TEST_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Recall(Task, kind="recall"):
+    """Associative recall on a grid.
+
+    Each cell carries a key, a random direction, and one of ``values`` values. ``queries`` cells show the key
+    of another cell and no value: the answer is the value of that cell. Chance is right in 1 of ``values``.
+
+    Args:
+        side: the grid is ``side x side``.
+        distance: where the other cell lies: ``near`` (in the query's block), ``far`` (in another block) or
+            ``anywhere``.
+        head_dim: d; N / d says how many associations a summary has to hold for each of its columns.
+        blocks: along each axis, of the task and of MHLA.
+        heads, layers, key_dim, values, queries: of model and task.
+        steps, batch_size, learning_rate: of training, AdamW with a cosine schedule.
+    """
+
+    metrics: ClassVar = (Metric("accuracy", "Share of answers that are right", lower_is_better=False),)
+
+    side: int = 16
+    distance: str = "anywhere"
+    head_dim: int = 32
+    blocks: int = 4
+    heads: int = 2
+    layers: int = 2
+    key_dim: int = 16
+    values: int = 16
+    queries: int = 32
+    steps: int = 1500
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "distance" and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {self.distance!r}")
+        if self.blocks < 2 or self.side % self.blocks:
+            raise ValueError(
+                f"blocks must be 2 or more and divide side, got {self.blocks} blocks on a side of {self.side}"
+            )
+        if self.queries > self.side**2 // 2:
+            raise ValueError(
+                f"queries may be half of the {self.side**2} cells, as the others answer, got {self.queries}"
+            )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        # Without its kind, as results of before there were others have it.
+        return dataclasses.asdict(self)
+
+    @property
+    def default_blocks(self) -> list[int]:
+        return [self.blocks, self.blocks]
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def about(self) -> str:
+        return f"Chance is 1 in the number of values, {self.values}."
+
+    def shortened(self, share: float) -> Recall:
+        return dataclasses.replace(self, steps=max(1, round(share * self.steps)))
+
+    def check(self, variant: Variant, config: MHLAConfig | None) -> None:
+        if variant.training:
+            raise ValueError(f"{variant.name}: training is of tasks with a training run, not of recall")
+        if config is not None:
+            config.layout((self.side, self.side))
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        return train_recall(self, variant, seed, device)
 
 
 def recall_batch(task: Recall, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +194,7 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
         ValueError: when the loss is not finite.
     """
     torch.manual_seed(seed)
-    model = RecallModel(task, variant.config(task)).to(device)
+    model = RecallModel(task, variant.config(task.default_blocks)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     # A tenth of few steps is no warm-up; of ten it is one, which OneCycleLR divides by that less one.
     warmup = 0.1 if task.steps > 10 else 0.0

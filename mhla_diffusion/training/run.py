@@ -20,12 +20,13 @@ from .settings import RunConfig
 from .trainer import Trainer
 
 
-def train(config: RunConfig, *, resume: str | None = None) -> int:
+def train(config: RunConfig, *, resume: str | None = None, model: Any = None) -> int:
     """Train, and leave ``<output_dir>/pipeline``.
 
     Args:
         config: of the run.
         resume: ``"latest"`` or the folder of a checkpoint.
+        model: in place of the one that the config builds, as which it has the same weights but their values.
 
     Returns:
         0, or the number of the signal after which it stopped.
@@ -45,7 +46,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> int:
         checkpoint = in_first_process(enter)
         set_seed(config.trainer.seed)
         objective = build_objective(config.objective)
-        model, source, task = config.build(objective)
+        model, source, task = config.build(objective, model)
         if isinstance(objective, Distillation):
             objective.check(model)
             objective.unconditional = task.conditioning.unconditional

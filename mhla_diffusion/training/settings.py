@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from accelerate.tracking import get_available_trackers
+from torch import nn
 
+from ..attention import MHLA
 from .adapters import LoraConfig
 from .config import changeable
 from .data.stream import SampleSource
@@ -26,6 +28,8 @@ class OptimizerConfig:
         betas, eps, weight_decay: of AdamW.
         schedule: diffusers' name for the shape of the learning rate over ``max_steps``.
         warmup_steps: of linear growth at the start.
+        mixing_rate: learning rate of mixing matrices, as a multiple of that of all else; 0 leaves them as
+            they start.
     """
 
     learning_rate: float = 1e-4
@@ -34,9 +38,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
     warmup_steps: int = 0
+    mixing_rate: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self, "learning_rate", self.learning_rate > 0, "positive")
+        _require(self, "mixing_rate", self.mixing_rate >= 0, "0 or more")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
@@ -135,6 +141,21 @@ class RunConfig:
             ValueError: when parts of the config do not fit together, or the data is not what it should be.
         """
         raise NotImplementedError
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return what is trained, for an optimizer: one group, or that of mixing matrices and the others."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.mixing_rate == 1:
+        return [{"params": trained}]
+    mixing = {id(module.mixing) for module in model.modules() if isinstance(module, MHLA)}
+    return [
+        {"params": [parameter for parameter in trained if id(parameter) not in mixing]},
+        {
+            "params": [parameter for parameter in trained if id(parameter) in mixing],
+            "lr": config.learning_rate * config.mixing_rate,
+        },
+    ]
 
 
 def run_facts(

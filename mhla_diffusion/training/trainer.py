@@ -35,7 +35,7 @@ from .launcher import compile_as_launched, start_accelerator, tell_deepspeed, wa
 from .nonfinite import refuse_step
 from .objectives import Objective
 from .progress import MetricsFile, Progress, StopRequest, Throughput
-from .settings import RunConfig, run_facts
+from .settings import RunConfig, parameter_groups, run_facts
 from .sheets import SheetClock
 from .task import TrainingTask
 
@@ -103,7 +103,7 @@ class Trainer:
         name = type(model).__name__
         logger.info("%s: %.1f M parameters, %d samples", name, parameters / 1e6, len(self.source))
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            parameter_groups(model, optim),
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
             fused=True,
         )  # fmt: skip

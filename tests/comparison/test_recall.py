@@ -52,7 +52,7 @@ def test_a_seed_gives_the_same_cells_and_another_seed_others() -> None:
     ids=lambda variant: variant.name,
 )
 def test_a_model_sees_what_its_attention_sees(variant: Variant) -> None:
-    model = RecallModel(TASK, variant.config(TASK))
+    model = RecallModel(TASK, variant.config(TASK.default_blocks))
     inputs, queries, _ = draw(TASK)
     kinds = [layer.mhla and layer.mhla.blocks for layer in model.layers]
     assert (

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mhla_diffusion.commands.main import MHLA
+from mhla_diffusion.commands.parsing import parse_and_call
 from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, write_page
 from mhla_diffusion.comparison.page import Interval
 from mhla_diffusion.comparison.runs import records, runs_of
@@ -69,7 +69,7 @@ def test_a_page_says_what_is_best_only_where_intervals_lie_apart(tmp_path: Path)
     assert "Incomplete" not in text
     rows = [line for line in text.splitlines() if line.startswith("| softmax")]
     near, far = rows[0].split("|")[2:4]
-    assert near.strip() == "**0.905 ± 0.064**"
+    assert near.strip() == "**0.905 ± 0.064 (sd 0.007)**"
     assert "**" not in far
     assert json.loads((tmp_path / "tiny.json").read_text())["runs"] == found
 
@@ -96,7 +96,7 @@ def test_an_interval_is_students() -> None:
         ({"variants": [Variant("a"), Variant("a")]}, "names of their own"),
         ({"seeds": []}, "seeds must be one or more"),
         ({"settings": {"sides": [4]}}, "unknown settings sides"),
-        ({"settings": {}}, "a list of one value or more"),
+        ({"settings": {"side": 4}}, "a list of one value or more"),
         ({"settings": {"side": [2]}}, "queries may be half"),
     ],
 )
@@ -112,10 +112,13 @@ def test_a_comparison_that_cannot_be_is_refused(setting: dict[str, Any], told: s
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda path: path.name
 )
-def test_configs_can_be_run(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    variants = [Variant(**variant) for variant in values.pop("variants")]
-    comparison = Comparison(variants=variants, task=Recall(**values.pop("task")), **values)
+def test_configs_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # bases are named from there
+
+    def given(comparison: Comparison) -> Comparison:
+        return comparison
+
+    comparison = parse_and_call(given, ["--comparison", str(path)], "mhla")
     assert comparison.name == path.stem
     assert len(comparison.seeds) >= 3
     assert "compare-attention" in MHLA.commands

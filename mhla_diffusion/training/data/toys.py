@@ -181,6 +181,8 @@ class MovingDigitsConfig:
         bounce: start anywhere, at any angle, and bounce off the edges, as in the standard recipe. Otherwise
             the digit goes straight through the middle of the frame, exactly as the caption says.
         num_clips: how many there are.
+        first_clip: number of the first. Clips are functions of their numbers: those beyond another source's
+            are held out from it.
     """
 
     digits: int = 2
@@ -188,11 +190,12 @@ class MovingDigitsConfig:
     speed: float = 0.1
     bounce: bool = True
     num_clips: int = 10_000
+    first_clip: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("digits", "digit_size", "num_clips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"moving_digits.{name} must be 1 or more, got {getattr(self, name)}")
+        for name, least in (("digits", 1), ("digit_size", 1), ("num_clips", 1), ("first_clip", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"moving_digits.{name} must be {least} or more, got {getattr(self, name)}")
         if not 0 <= self.speed <= 1:
             raise ValueError(f"moving_digits.speed must be 0 to 1, got {self.speed}")
         if not self.bounce and self.digits > 1:
@@ -269,7 +272,7 @@ class MovingDigits:
 
     def _draw(self, index: int) -> tuple[Any, Any, Any]:
         """Draw which digits, where they start ``[n, 2]`` in 0 to 1 (row, column), and the angles ``[n]``."""
-        random, n = np.random.default_rng(index), self.config.digits
+        random, n = np.random.default_rng(self.config.first_clip + index), self.config.digits
         choice, position = random.integers(len(self._labels), size=n), random.random((n, 2))
         turn = random.random(n) if self.config.bounce else random.integers(8, size=n) / 8
         return choice, position, turn * 2 * np.pi

@@ -1,0 +1,312 @@
+"""Tasks of generation: train with the trainer, generate, and score against held-out pictures or clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+
+from mhla_diffusion.pipelines.generation import generate_images, generate_videos
+
+from ..backbones.layer_plan import check_blocks
+from ..config import MHLAConfig
+from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
+from ..evaluation.networks.images import load_extractor
+from ..evaluation.networks.videos import load_video_extractor
+from ..evaluation.sets.images import open_images
+from ..evaluation.sets.samples import SampleSet
+from ..evaluation.sets.videos import open_videos
+from ..training import ImageTrainingConfig, VideoTrainingConfig
+from ..training.config import flat_dict, parse_config
+from ..training.data.captions import texts_of
+from .config import Variant
+from .measured import MeasuredRun
+from .real import FPS, open_source, write_statistics
+from .task import Metric, Task
+
+# Where things lie, and how often something is told or kept: results do not depend on it.
+_NOT_RECORDED = (
+    "output_dir", "data.path", "data.captions", "trainer.log_every", "trainer.checkpoint_every",
+    "trainer.keep_checkpoints", "trainer.num_workers", "trainer.trackers", "trainer.seed", "sampling.every",
+    "sampling.max_share", "sampling.class_labels", "sampling.images_per_class", "sampling.seed",
+)  # fmt: skip
+
+
+# Pictures that are generated at a time.
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Samples(Task):
+    """Training run of which the variants differ in attention.
+
+    Args:
+        base: YAML of a training run, in float32 where it says bf16 and the machine has none. Its
+            ``model.attention`` and ``model.mhla`` are the variants', but for ``model.mhla.blocks``, which are
+            those of variants that do not say theirs.
+        training: keys of it that are others here, such as ``{model.patch_size: 1}``. Lists of them can stand
+            among the ``settings`` of a comparison.
+        held_out: keys that make its data those that are not trained on, such as ``{data.split: test}``.
+        num_samples: generated with ``sampling`` of the base, sample i from seed i in all runs.
+        num_real: of the held-out data that they are scored against, evenly spaced.
+        extractor: of the Frechet distance, see ``mhla evaluate``.
+        calls: of the validation loss, in each tenth of the time.
+        analyzed: heads in which rank and entropy of each layer are measured; 0 for none, as it takes minutes
+            beyond 1,024 tokens.
+    """
+
+    metrics: ClassVar = (
+        Metric("frechet", "Frechet distance", lower_is_better=True, digits=1),
+        Metric("loss", "Validation loss", lower_is_better=True, digits=4),
+    )
+    config_class: ClassVar[type[Any]]
+
+    base: str
+    held_out: dict[str, Any]
+    extractor: str
+    training: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 2048
+    num_real: int = 10_000
+    calls: int = 50
+    analyzed: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 2), ("num_real", 2), ("calls", 1), ("analyzed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if not self.held_out:
+            raise ValueError(
+                "held_out must say which data are not trained on, such as {data.split: test}, got "
+                f"{self.held_out}"
+            )
+        self._base  # noqa: B018 (read now, as it may not be there)
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        path = Path(self.base)
+        if not path.is_file():
+            raise ValueError(f"base must be the YAML file of a training run, and {self.base} is no file")
+        return flat_dict(yaml.safe_load(path.read_text()))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Return keys and values of the run that all variants share."""
+        values = self._base | self.training
+        if values.get("trainer.mixed_precision") == "bf16" and not _has_bfloat16():
+            values["trainer.mixed_precision"] = "no"
+        return {key: value for key, value in values.items() if not key.startswith("model.mhla.")}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        own = {"num_samples": self.num_samples, "num_real": self.num_real, "calls": self.calls}
+        own |= {"kind": self.kind, "extractor": self.extractor, "held_out": self.held_out}
+        own |= {"analyzed": self.analyzed}
+        own |= {"data.name": Path(self.values.get("data.path") or "").name}
+        return own | {key: value for key, value in self.values.items() if key not in _NOT_RECORDED}
+
+    @property
+    def default_blocks(self) -> Any:
+        return (self._base | self.training).get("model.mhla.blocks", MHLAConfig().blocks)
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self.values["trainer.max_steps"]
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, ...]:
+        """Tokens along each axis."""
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def about(self) -> str:
+        values = self.values
+        tokens = " x ".join(map(str, self.grid))
+        return (
+            f"{values.get('data.source')} data, {tokens} tokens, {self.steps:,} steps of batch size "
+            f"{values['trainer.batch_size']}; {self.num_samples:,} samples from the same seeds against "
+            f"{self.num_real:,} held-out ones, features of {self.extractor}; loss on {self.calls} held-out "
+            "samples in each tenth of the time."
+        )
+
+    def replaced(self, settings: dict[str, Any]) -> Samples:
+        keys = {key: value for key, value in settings.items() if "." in key}
+        own = {key: value for key, value in settings.items() if "." not in key}
+        task: Any = super().replaced(own)
+        return dataclasses.replace(task, training={**task.training, **keys})
+
+    def shortened(self, share: float) -> Samples:
+        return self.replaced({"trainer.max_steps": max(1, round(share * self.steps))})
+
+    def check(self, variant: Variant, config: MHLAConfig | None) -> None:
+        self.config(variant, 0, Path())
+        self.real_config(Path())
+        if config is not None:
+            check_blocks(config, self.grid)
+
+    def config(self, variant: Variant, seed: int, folder: Path) -> Any:
+        """Return the config of a variant's run, which writes to a folder.
+
+        Raises:
+            ValueError: naming the key and what is allowed.
+        """
+        config = variant.config(self.default_blocks)
+        values = self.values | variant.training | {"trainer.seed": seed, "output_dir": str(folder)}
+        values |= {"trainer.log_every": max(1, self.steps // 100), "trainer.keep_checkpoints": 1}
+        values["model.attention"] = "mhla" if variant.attention == "softmax" and config else variant.attention
+        if config is not None:
+            values["model.mhla"] = config.to_dict()
+        return self._parse(values)
+
+    def real_config(self, folder: Path) -> Any:
+        """Return the config of a run on what is held out, which is never trained."""
+        return self._parse(self.values | self.held_out | {"output_dir": str(folder)})
+
+    def held_out_config(self, config: Any) -> Any:
+        """Return the config of a variant's run on what is held out."""
+        return dataclasses.replace(config, data=self.real_config(Path()).data)
+
+    def _parse(self, values: dict[str, Any]) -> Any:
+        nested: dict[str, Any] = {}
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "run.yaml"
+            path.write_text(yaml.safe_dump(nested))
+            return parse_config(self.config_class, ["--config", str(path)])[0]
+
+    def prepare(self, out: Path) -> None:
+        """Open the data and the extractor, and make the statistics of what is held out, which are kept."""
+        self.load_extractor("cpu")
+        open_source(self.config(Variant("softmax", "softmax"), 0, Path()))
+        source = open_source(self.real_config(Path()))
+        if self.num_real > len(source):
+            raise ValueError(
+                f"num_real must be at most the {len(source)} held-out samples, got {self.num_real}"
+            )
+        if not (out / self.real_name).is_file():
+            write_statistics(self, source, out / self.real_name)
+
+    @abstractmethod
+    def load_extractor(self, device: str) -> FeatureExtractor:
+        """Load the network whose features are compared."""
+
+    @abstractmethod
+    def open_set(self, folder: str | Path) -> SampleSet:
+        """Open the samples in a folder for the extractor."""
+
+    @abstractmethod
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        """Generate the samples of a run into a folder."""
+
+    @abstractmethod
+    def score(self, real: Path, folder: Path, device: str) -> float:
+        """Return the Frechet distance of samples to held-out statistics."""
+
+    @property
+    def real_name(self) -> str:
+        """Name of the file of statistics of what is held out."""
+        data = {key: value for key, value in self.values.items() if key.startswith(("data.", "model."))}
+        text = json.dumps([self.kind, self.extractor, self.num_real, data, self.held_out], sort_keys=True)
+        return f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
+
+
+def _has_bfloat16() -> bool:
+    """Tell machines that compute in bfloat16 from those that emulate it, slower than float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.cuda.is_available() or any(there for name, there in known.items() if "bf16" in name)
+
+
+@dataclass(frozen=True)
+class Images(Samples, kind="images"):
+    """Images, by classes; see :class:`Samples`."""
+
+    config_class: ClassVar = ImageTrainingConfig
+
+    extractor: str = "efficientnet_lite0"
+    held_out: dict[str, Any] = field(default_factory=lambda: {"data.split": "test"})
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.values["model.sample_size"] // self.values["model.patch_size"],) * 2
+
+    def load_extractor(self, device: str) -> FeatureExtractor:
+        return load_extractor(self.extractor, device=device)
+
+    def open_set(self, folder: str | Path) -> SampleSet:
+        return open_images(folder)
+
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        generate_images(
+            run.pipeline, folder, num_images=self.num_samples, batch_size=_BATCH, **run.sampling_settings
+        )
+
+    def score(self, real: Path, folder: Path, device: str) -> float:
+        report = evaluate_images(
+            real, folder, metrics="frechet", extractor=self.extractor, bootstrap=0, num_workers=1,
+            device=device,
+        )  # fmt: skip
+        return report.scores[0].value
+
+
+@dataclass(frozen=True)
+class Videos(Samples, kind="videos"):
+    """Clips, of texts; see :class:`Samples`.
+
+    Generated are those of the captions of the first of the held-out clips.
+    """
+
+    config_class: ClassVar = VideoTrainingConfig
+
+    extractor: str = "transnetv2"
+    held_out: dict[str, Any] = field(default_factory=lambda: {"data.moving_digits.first_clip": 1_000_000})
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        sizes = (self.values["data.frames"], *self.values["data.sizes"][0])
+        return tuple(s // p for s, p in zip(sizes, self.values["model.patch_size"], strict=True))
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.values["data.frames"]
+
+    def load_extractor(self, device: str) -> FeatureExtractor:
+        return load_video_extractor(self.extractor, frames=self.frames, device=device)
+
+    def open_set(self, folder: str | Path) -> SampleSet:
+        return open_videos(folder, frames=self.frames)
+
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        captions = list(texts_of(run.calls.source.captions))[: self.num_samples]
+        height, width = self.values["data.sizes"][0]
+        generate_videos(
+            run.pipeline, folder, prompts=captions, num_videos=self.num_samples, batch_size=_BATCH // 4,
+            height=height, width=width, num_frames=self.frames, fps=FPS, **run.sampling_settings,
+        )  # fmt: skip
+
+    def score(self, real: Path, folder: Path, device: str) -> float:
+        report = evaluate_videos(
+            real, folder, frames=self.frames, metrics="frechet", extractor=self.extractor, bootstrap=0,
+            num_workers=1, device=device,
+        )  # fmt: skip
+        return report.scores[0].value

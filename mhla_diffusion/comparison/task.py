@@ -1,0 +1,147 @@
+"""What a comparison can be made on: tasks, by name, and the metrics that their runs are judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from ..config import MHLAConfig
+    from .config import Variant
+
+TASKS: dict[str, type[Task]] = {}
+
+
+class Metric(NamedTuple):
+    """Number of a run's results that tables are made of.
+
+    Args:
+        key: in the results.
+        title: on the page.
+        lower_is_better: whether less is more.
+        digits: behind the point.
+    """
+
+    key: str
+    title: str
+    lower_is_better: bool
+    digits: int = 3
+
+
+class Task(ABC):
+    """Task of a comparison: a frozen dataclass of its settings, ``class Recall(Task, kind="recall")``.
+
+    Attributes:
+        kind: its name, as ``task.kind`` in YAML.
+        metrics: of its results, the one that decides first.
+        steps: of training.
+    """
+
+    kind: ClassVar[str]
+    metrics: ClassVar[Sequence[Metric]]
+    steps: int
+
+    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind:
+            cls.kind = kind
+            TASKS[kind] = cls
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return everything that results depend on, beside variant and seed, as JSON has it."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @property
+    @abstractmethod
+    def default_blocks(self) -> Any:
+        """Blocks of MHLA in variants that do not say theirs, for :class:`mhla_diffusion.MHLAConfig`."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """N, of a sample."""
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """Return a sentence about data, budget and metrics, for the page."""
+
+    def replaced(self, settings: dict[str, Any]) -> Task:
+        """Return the task with other settings.
+
+        Raises:
+            ValueError: for one that it does not have, or a value that is not allowed.
+        """
+        known = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(
+                f"unknown settings {', '.join(unknown)}; the task {self.kind} has {', '.join(sorted(known))}"
+            )
+        return dataclasses.replace(self, **settings)  # type: ignore[type-var]
+
+    @abstractmethod
+    def shortened(self, share: float) -> Task:
+        """Return the task with a share of its steps."""
+
+    @abstractmethod
+    def check(self, variant: Variant, config: MHLAConfig | None) -> None:
+        """Check that a variant, whose layers have these settings, can be trained.
+
+        Raises:
+            ValueError: otherwise.
+        """
+
+    def prepare(self, out: Path) -> None:  # noqa: B027 (most tasks need nothing)
+        """Check that data and networks are there, before anything is trained, and make what all runs share.
+
+        Args:
+            out: folder of the runs.
+
+        Raises:
+            ValueError: when something is missing; ImportError for packages.
+        """
+
+    @abstractmethod
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        """Train one model and return its results.
+
+        Args:
+            variant: of attention.
+            seed: of weights and data.
+            folder: its own, to go on from when it was stopped; not there yet, or as it was left.
+            device: of torch.
+
+        Returns:
+            A value of each metric, ``seconds_per_step``, ``parameters`` and what else the page knows.
+
+        Raises:
+            ValueError: when the loss is not finite.
+        """
+
+
+def task_of(settings: dict[str, Any] | Task) -> Task:
+    """Return the task of settings from YAML; without a ``kind`` it is recall.
+
+    Raises:
+        ValueError: for an unknown kind or setting.
+    """
+    if isinstance(settings, Task):
+        return settings
+    values = dict(settings)
+    kind = values.pop("kind", "recall")
+    if kind not in TASKS:
+        raise ValueError(f"task.kind must be one of {', '.join(sorted(TASKS))}, got {kind!r}")
+    cls: Any = TASKS[kind]
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(
+            f"unknown settings {', '.join(unknown)}; the task {kind} has {', '.join(sorted(known))}"
+        )
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"the task {kind} needs {', '.join(missing)}")
+    return cls(**values)

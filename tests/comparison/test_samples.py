@@ -1,0 +1,257 @@
+"""Runs of generation: the real trainer, generation and score, on a few small pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+
+from mhla_diffusion.comparison import (
+    Comparison,
+    Images,
+    Metric,
+    Variant,
+    Videos,
+    compare_attention,
+    write_page,
+)
+from mhla_diffusion.comparison.measured import MeasuredRun, common_start
+from mhla_diffusion.comparison.real import open_source
+from mhla_diffusion.comparison.runs import Run, runs_of
+from mhla_diffusion.comparison.screen import Screen, left_out, screening_runs
+from mhla_diffusion.evaluation import FeatureExtractor
+from mhla_diffusion.evaluation.networks import images as networks
+from mhla_diffusion.evaluation.networks import videos as video_networks
+from mhla_diffusion.evaluation.networks.images import clean_resize
+from mhla_diffusion.training.data import toys
+
+SAVED = Path(__file__).parents[1] / "saved"
+SOFTMAX, LINEAR = Variant("softmax", "softmax"), Variant("linear", "linear")
+BOTH = Variant("softmax + both", "softmax", {"cpe": "zero", "gate": True})
+
+
+def _quarters(device: str) -> FeatureExtractor:
+    """Colours of quarters of a picture, or of a clip's first, in place of a network that takes seconds."""
+
+    def prepare(pixels: np.ndarray) -> np.ndarray:
+        return clean_resize(pixels if pixels.ndim == 3 else pixels[0], size=8)
+
+    return FeatureExtractor(
+        name="quarters", score_name="fd_quarters", dimension=12, prepare=prepare,
+        network=lambda images: F.adaptive_avg_pool2d(images, 2).flatten(1), resize="to 8 x 8",
+        normalization="none", weights="none", weights_sha256="0" * 64,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_efficientnet_lite0", _quarters)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Images:
+    """20 pictures of 8 x 8 in 2 classes to train on, 20 more to score against; 16 tokens, 3 steps."""
+    for split in ("train", "test"):
+        pixels = np.random.default_rng(len(split)).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", arr_0=pixels, labels=np.arange(20) % 2)
+    base = {
+        "output_dir": "runs/nothing",
+        "model": {
+            "sample_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_attention_heads": 2,
+            "attention_head_dim": 8, "num_embeds_ada_norm": 2, "mhla": {"blocks": 4, "gate": True},
+        },
+        "data": {"source": "npz", "path": str(tmp_path / "train.npz")},
+        "trainer": {"max_steps": 3, "batch_size": 4, "checkpoint_every": 1},
+        "sampling": {"num_inference_steps": 2, "guidance_scale": 1.0},
+    }  # fmt: skip
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    return Images(
+        base=str(tmp_path / "base.yaml"), held_out={"data.path": str(tmp_path / "test.npz")}, num_samples=6,
+        num_real=20, calls=1, analyzed=1,
+    )  # fmt: skip
+
+
+def test_runs_start_from_the_same_weights_where_names_and_shapes_agree(task: Images, tmp_path: Path) -> None:
+    variants = [SOFTMAX, LINEAR, BOTH, Variant("MHLA", mhla={"cpe": "zero", "feature_map": "hedgehog"})]
+    starts = [common_start(task.config(variant, 1, tmp_path)).state_dict() for variant in variants]
+    names = set.intersection(*(set(start) for start in starts))
+    assert sum("attn1.to_q.weight" in name for name in names) == 2
+    assert len(starts[2]) > len(starts[0]) == len(names)
+    for start in starts[1:]:
+        assert all(torch.equal(start[name], starts[0][name]) for name in names)
+    other = common_start(task.config(SOFTMAX, 2, tmp_path)).state_dict()
+    assert not torch.equal(other["proj_out_2.bias"], 1 + starts[0]["proj_out_2.bias"])
+    assert any(not torch.equal(other[name], starts[0][name]) for name in names)
+
+
+def test_a_variant_has_its_attention_and_its_own_settings_of_training(task: Images, tmp_path: Path) -> None:
+    fast = Variant("fast", mhla={"cpe": "zero"}, training={"trainer.optimizer.mixing_rate": 10})
+    config = task.config(fast, 3, tmp_path)
+    assert config.trainer.optimizer.mixing_rate == 10
+    assert (config.trainer.seed, config.model.attention) == (3, "mhla")
+    assert (config.model.mhla.blocks, config.model.mhla.cpe, config.model.mhla.gate) == (4, "zero", False)
+    assert task.config(SOFTMAX, 0, tmp_path).model.attention == "softmax"
+    assert task.config(BOTH, 0, tmp_path).model.mhla.local == "only"
+    assert "data.path" not in task.record
+    assert "training" not in SOFTMAX.record
+
+
+def test_the_mixing_has_a_learning_rate_of_its_own(task: Images, tmp_path: Path) -> None:
+    moved = {}
+    for rate in (0, 1, 10):
+        variant = Variant("MHLA", training={"trainer.optimizer.mixing_rate": rate})
+        run = MeasuredRun(task, task.config(variant, 0, tmp_path / str(rate)), tmp_path, "cpu")
+        start = common_start(run.config).state_dict()
+        run._train()
+        name = "transformer_blocks.0.attn1.processor.mixing"
+        moved[rate] = (run.model.state_dict()[name] - start[name]).abs().max().item()
+    assert moved[0] == 0 < 2 * moved[1] < moved[10]
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(task: Images, tmp_path: Path) -> None:
+    results = {}
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name / "softmax + both" / "0"
+        task.prepare(folder.parents[1])
+        if name == "stopped":
+            short = dataclasses.replace(task, training={"trainer.max_steps": 2})
+            run = MeasuredRun(short, short.config(BOTH, 0, folder / "training"), folder, "cpu")
+            run._train()
+            (folder / "training/pipeline").rename(tmp_path / "early")
+        results[name] = task.train(BOTH, 0, folder, "cpu")
+        assert not (folder / "samples").exists()
+        assert (folder / "sheet.png").is_file()
+    for found in results.values():
+        del found["seconds_per_step"]
+    assert results["whole"] == results["stopped"]
+    found = results["whole"]
+    assert found["frechet"] > 0
+    assert len(found["loss_by_time"]) == 10
+    assert [step for step, _ in found["curve"]] == [1, 2, 3]
+    assert found["peak_bytes"] > 0
+    assert [(layer["kind"], layer["tokens"]) for layer in found["attention"]] == [("softmax", 16)] * 2
+
+
+def test_clips_are_trained_generated_and_scored_by_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
+    monkeypatch.setattr(video_networks, "_transnetv2", _quarters)
+    base = yaml.safe_load((SAVED / "training-video/config.yaml").read_text())
+    base["text"]["encoder"] = str(SAVED / "training-video/text")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    task = Videos(
+        base=str(tmp_path / "base.yaml"), num_samples=3, num_real=4, calls=1, analyzed=1,
+        training={"trainer.max_steps": 2, "sampling.num_inference_steps": 2},
+        held_out={"data.moving_digits.first_clip": 50},
+    )  # fmt: skip
+    assert (task.grid, task.tokens, task.default_blocks) == ((2, 3, 3), 18, [1, 1, 2])
+    task.prepare(tmp_path)
+    train, real = (
+        open_source(c).load(0, torch.Generator().manual_seed(0))["samples"]
+        for c in (task.config(LINEAR, 0, tmp_path), task.real_config(tmp_path))
+    )
+    assert train.shape == real.shape
+    assert not torch.equal(train, real)
+    folder = tmp_path / "linear/0"
+    found = task.train(LINEAR, 0, folder, "cpu")
+    assert found["frechet"] > 0
+    assert found["attention"][0]["kind"] == "linear"
+    assert Image.open(folder / "sheet.png").size == (3 * 24, 4 * 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"base": "nowhere.yaml"}, "nowhere.yaml is no file"),
+        ({"held_out": {}}, "held_out must say"),
+        ({"num_samples": 1}, "num_samples must be 2 or more"),
+        ({"training": {"trainer.max_stepz": 3}}, "did you mean trainer.max_steps"),
+        ({"extractor": "magic"}, "magic"),
+        ({"num_real": 21}, "at most the 20 held-out samples"),
+        ({"training": {"data.path": "nowhere.npz"}}, "nowhere.npz does not exist"),
+        ({"held_out": {"data.path": "gone.npz"}}, "gone.npz does not exist"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    task: Images, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        compare_attention(
+            Comparison("c", [SOFTMAX], dataclasses.replace(task, **changes), seeds=[0]), tmp_path / "out"
+        )
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_tasks_are_known_by_their_kind() -> None:
+    with pytest.raises(ValueError, match=r"task\.kind must be one of images, recall, videos"):
+        Comparison("c", [SOFTMAX], {"kind": "sounds"})
+    with pytest.raises(ValueError, match="the task images needs base"):
+        Comparison("c", [SOFTMAX], {"kind": "images"})
+    with pytest.raises(ValueError, match="unknown settings side; the task images has"):
+        Comparison("c", [SOFTMAX], {"kind": "images", "side": 3})
+
+
+def test_a_page_has_tables_curves_and_samples(task: Images, tmp_path: Path) -> None:
+    comparison = Comparison("small", [SOFTMAX, LINEAR], task, {"model.patch_size": [2, 4]}, [0, 1])
+    found = []
+    for number, (variant, seed) in enumerate([(SOFTMAX, 0), (SOFTMAX, 1), (LINEAR, 0), (LINEAR, 1)]):
+        run = Run(next(comparison.tasks()), variant, seed)
+        layers = [{"kind": variant.attention, "rank": 9.0, "entropy": 2.0}]
+        results = {
+            "frechet": 100.0 + 100 * (number // 2) + seed, "loss": 0.2, "loss_by_time": [0.1] * 10,
+            "curve": [[1, 1.0], [2, 0.5]], "seconds_per_step": 0.1, "parameters": 1000, "peak_bytes": 2**21,
+            "attention": layers,
+        }  # fmt: skip
+        found.append({**json.loads(json.dumps(run.record)), "device": "cpu", **results})
+        sheet = (tmp_path / "out" / run.path).with_suffix("") / "sheet.png"
+        sheet.parent.mkdir(parents=True)
+        Image.new("L", (80, 8), 128).save(sheet)
+    page = write_page(comparison, found, tmp_path, "mhla compare-attention", out=tmp_path / "out")
+    text = page.read_text()
+    assert "**Incomplete: 4 of 8 runs are done.**" in text
+    assert "| softmax | **100.5 ± 6.4 (sd 0.7)** | 0.2000 ± 0.0000 (sd 0.0000) |" in text
+    assert "| linear | 200.5 ± 6.4 (sd 0.7) |" in text
+    assert "9 / 2.00" in text
+    assert "| softmax | 100.0 |  | 2 |  | 1,000 |" in text
+    assert Image.open(tmp_path / "small-samples-0.png").height == 2 * (2 * 8 + 4)
+    assert (tmp_path / "small-curves-0.png").is_file()
+    assert not (tmp_path / "small-curves-1.png").exists()
+
+
+def test_screening_leaves_out_what_is_clearly_beaten(task: Images, tmp_path: Path) -> None:
+    names = ["best", "near", "beaten", "kept"]
+    screen = Screen(share=0.4, margin=0.5, keep=("kept",))
+    comparison = Comparison("c", [Variant(name) for name in names], task, seeds=[3, 4], screen=screen)
+    runs = screening_runs(comparison)
+    assert [run.task.steps for run in runs] == [1] * 4
+    assert [run.seed for run in runs] == [3] * 4
+    found = [{**run.record, "frechet": value} for run, value in zip(runs, (10, 14.9, 15.1, 99), strict=True)]
+    assert left_out(comparison, found[:3]) == {}
+    out = left_out(comparison, found)
+    assert {name: value for (_, name), value in out.items()} == {"beaten": 15.1}
+    assert [run.variant.name for run in runs_of(comparison) if run.key in out] == ["beaten"] * 2
+    text = write_page(comparison, [], tmp_path, "mhla", screened=out).read_text()
+    assert "0 of 6 runs are done" in text
+    assert "| 16 | beaten | 15.1 |" in text
+    assert "worse than the best by more than 50%" in text
+    higher = Metric("accuracy", "Accuracy", lower_is_better=False)
+    assert screen.beaten({"a": 0.9, "b": 0.61, "c": 0.59, "kept": 0.1}, higher) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"share": 0}, "above 0 and at most 1"), ({"margin": 0}, "above 0"), ({"keep": ("x",)}, "got x")],
+)
+def test_screening_that_cannot_be_is_refused(task: Images, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Comparison("c", [SOFTMAX], task, screen=Screen(**settings))
