@@ -17,7 +17,7 @@ import yaml
 
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
-from ..backbones.model import check_blocks
+from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
 from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
 from ..evaluation.networks.images import load_extractor
