@@ -51,7 +51,11 @@ class _Watch:
 
 
 def _register_configs(module: ModuleType) -> None:
-    importlib.import_module(".domains.configs", __package__)
+    """Name our configs and their module: imported now they would lead back into what is being imported."""
+    domains, mapping = importlib.import_module(".domains", __package__), module.CONFIG_MAPPING
+    names = {f"mhla_{family.lower()}": f"MHLA{family}Config" for family in domains.FAMILIES}
+    mapping._mapping = {**mapping._mapping, **names}
+    mapping._modules.update(dict.fromkeys(names, domains))
 
 
 def _extend(module: ModuleType) -> None:
