@@ -14,6 +14,7 @@ from diffusers.models.cache_utils import CacheMixin
 from mhla_diffusion import MHLAConfig, analysis, planning
 from mhla_diffusion.backbones import BACKBONES
 from mhla_diffusion.backbones.layer_plan import ATTENTIONS
+from mhla_diffusion.domains import FAMILIES
 from mhla_diffusion.evaluation.networks import images, videos
 from mhla_diffusion.evaluation.scores.metrics import METRICS
 from mhla_diffusion.training.stock import UNTRAINED
@@ -37,7 +38,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 def test_every_backbone_has_a_row_and_a_case() -> None:
     models = [model.__name__ for model in BACKBONES.values()]
-    assert sorted(matrix()) == sorted(models)
+    assert sorted(matrix()) == sorted([*models, *(f"MHLA{family}Model" for family in FAMILIES)])
     assert sorted(case.model.__name__ for case in CASES.values()) == sorted(models)
 
 
