@@ -60,7 +60,11 @@ class Distillation(Objective):
         errors = [
             _relative_error(ours[name], theirs[its]) for name, its in zip(names[0], names[1], strict=True)
         ]
-        return loss + weight * torch.stack(errors).mean(0) if errors else loss
+        if not errors:
+            return loss
+        # Layers over frames or over time alone have several rows of each sample, behind each other.
+        of_samples = [error.unflatten(0, (len(loss), -1)).mean(1) for error in errors]
+        return loss + weight * torch.stack(of_samples).mean(0)
 
     def _prediction_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         squares = (prediction - target) ** 2
@@ -165,7 +169,7 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> int:
 
 
 def _relative_error(ours: LayerCall, theirs: LayerCall) -> Tensor:
-    """``|a - a_T|^2 / |a_T|^2`` of each sample, ``[B]``."""
+    """``|a - a_T|^2 / |a_T|^2`` of each row of a layer's batch."""
     wanted = theirs.outputs.float()
     return mean_flat((ours.outputs.float() - wanted) ** 2) / mean_flat(wanted**2).clamp_min(1e-12)
 
