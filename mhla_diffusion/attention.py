@@ -272,7 +272,7 @@ class MHLA(nn.Module):
             dtype=torch.float32 if before_norm else None,
         )  # fmt: skip
         if self.norm is not None:
-            out = self.norm(out).to(v.dtype) if before_norm else self.norm(out)
+            out = _normed(out, self.norm).to(v.dtype) if before_norm else _normed(out, self.norm)
         out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
@@ -308,7 +308,7 @@ class MHLA(nn.Module):
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys ``[B, H, N, d]`` behind their norms."""
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = _normed(q, self.norm_q), _normed(k, self.norm_k)
         return q, k
 
     def weighed(
@@ -414,6 +414,14 @@ register_optimizer_step_post_hook(_clamp_all)
 def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
     """The depthwise 3x3 (or 3x3x3) convolution of the conditional position encoding."""
     return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """A norm over channels of ``[B, H, N, d]``, in the order that heads and tokens have in memory.
+
+    Kernels that want contiguous rows would copy them otherwise, and put heads before tokens.
+    """
+    return norm(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else norm(x)
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 PIPELINES = ("MHLADiTPipeline", "MHLAWanPipeline")
-_AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
-_AUTO_MODELS = "transformers.models.auto.modeling_auto"
+
+
+_AUTO = "transformers.models.auto.configuration_auto"
 
 
 def offer_classes() -> None:
@@ -20,8 +21,7 @@ def offer_classes() -> None:
 
     At once, or when they are imported; they are not imported for it.
     """
-    register = _register_configs
-    for name, tell in (("diffusers", _extend), (_AUTO_CONFIGS, register), (_AUTO_MODELS, register)):
+    for name, tell in (("diffusers", _extend), (_AUTO, _register_configs)):
         if name in sys.modules:
             tell(sys.modules[name])
         else:
@@ -51,10 +51,11 @@ class _Watch:
 
 
 def _register_configs(module: ModuleType) -> None:
-    models = sys.modules.get(_AUTO_MODELS)
-    if models is not None and not hasattr(models, "MODEL_MAPPING_NAMES"):
-        return  # It imports the configs, and those of stock classes read it: their turn comes behind it.
-    importlib.import_module(".domains.configs", __package__)
+    """Name our configs and their module: imported now they would lead back into what is being imported."""
+    domains, mapping = importlib.import_module(".domains", __package__), module.CONFIG_MAPPING
+    names = {f"mhla_{family.lower()}": f"MHLA{family}Config" for family in domains.FAMILIES}
+    mapping._mapping = {**mapping._mapping, **names}
+    mapping._modules.update(dict.fromkeys(names, domains))
 
 
 def _extend(module: ModuleType) -> None:

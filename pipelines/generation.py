@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
+from mhla_diffusion.files.pictures import DECODING_ERRORS, read_picture
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
 from mhla_diffusion.files.writing import remove_partial
@@ -261,11 +262,11 @@ def _opens(path: Path, kind: Kind) -> bool:
     """Return True when a file that an earlier version left without its hash can be decoded."""
     try:
         if kind == "images":
-            Image.open(path).load()
+            read_picture(path)
         else:
             reader = open_video(path)
             reader.read([0, reader.num_frames - 1])
-    except (OSError, SyntaxError, ValueError):
+    except DECODING_ERRORS:
         return False
     return True
 

@@ -459,6 +459,22 @@ def test_qk_norm_is_that_of_each_head(assert_close: AssertClose) -> None:
     assert_close(module(q, k, v, grid=(4, 6)), dense.transpose(1, 2).flatten(2), torch.float32)
 
 
+def test_norms_leave_heads_side_by_side_in_memory_and_change_no_bit() -> None:
+    """What projections give is not copied to put heads before tokens."""
+    module, tensors, _ = make_module(MHLAConfig(blocks=4, qk_norm=True))
+    for norm in (module.norm_q, module.norm_k):
+        assert norm is not None
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    q, k, _ = (x.contiguous() for x in tensors)
+    as_projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    for apart, inside, projected in zip(
+        module.normed(q, k), module.normed(*as_projected), as_projected, strict=True
+    ):
+        assert torch.equal(apart, inside)
+        assert apart.is_contiguous()
+        assert inside.stride() == projected.stride()
+
+
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
 def test_cross_attention_starts_plain_and_learns(assert_close: AssertClose, per_head: bool) -> None:
     config = MHLAConfig(blocks=(2, 3), key_blocks=2, mixing_per_head=per_head)

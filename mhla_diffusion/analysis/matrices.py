@@ -107,7 +107,9 @@ def window_matrices(
     weight the window is alone.
     """
     rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
-    window = (q, k) if rotary_emb is None else tuple(apply_rotary_emb(x, rotary_emb) for x in (q, k))
+    window = (q, k)
+    if rotary_emb is not None:
+        window = (apply_rotary_emb(q, rotary_emb), apply_rotary_emb(k, rotary_emb))
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     if weight is None:
         found = window_attention(*window, unit, layout, key_mask=options.get("key_mask"))[0, 0]

@@ -12,7 +12,8 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from torch import Tensor
 
 from .grid import Grid, in_tables, send_as_argument, token_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 512  # to which the pipeline pads every prompt

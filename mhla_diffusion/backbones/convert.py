@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from ..domains.pretrained import convert
-from .model import AttentionChoice, ConfigChoice
+from .layer_plan import AttentionChoice, ConfigChoice
 from .rebuild import rebuild, require_plain_weights
 from .registry import backbone_of, stock_names
 

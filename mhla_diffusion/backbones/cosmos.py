@@ -9,8 +9,9 @@ import torch
 from diffusers import CosmosTransformer3DModel
 from torch import Tensor
 
+from .families import RotaryVideoMixin
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 512  # to which the pipelines pad every prompt
@@ -36,6 +37,7 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
     """
 
     time_scale = 1
+    time_in_dtype = True
     vae_stride = (8, 8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Cosmos1.0-7B": {},

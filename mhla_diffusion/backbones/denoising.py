@@ -17,9 +17,11 @@ class DenoisingMixin:
 
     Attributes:
         time_scale: times are 0 to this.
+        time_in_dtype: whether times are given in the dtype of the model, as its pipeline gives them.
     """
 
     time_scale: ClassVar[int] = 1000
+    time_in_dtype: ClassVar[bool] = False
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
@@ -55,7 +57,10 @@ class DenoisingMixin:
             conditions: ``encoder_hidden_states`` ``[B, L, D]``, perhaps ``encoder_attention_mask``
                 ``[B, L]``, and arguments that the model has by these names.
         """
-        return {"hidden_states": samples, "timestep": self.time_of(timestep), **conditions}
+        timestep = self.time_of(timestep)
+        if self.time_in_dtype:
+            timestep = timestep.to(samples.dtype)
+        return {"hidden_states": samples, "timestep": timestep, **conditions}
 
     def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
         """Return what a forward gave for noisy samples as the prediction of an objective, ``[B, C, ...]``."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..attention import MHLA
 from .grid import Arguments, Grid, token_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 256  # to which the pipelines cut every prompt

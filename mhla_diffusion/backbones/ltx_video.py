@@ -12,7 +12,8 @@ from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor
 
 from .grid import Grid, send_with_rope
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 128  # to which the pipeline pads every prompt

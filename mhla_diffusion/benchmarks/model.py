@@ -18,21 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..backbones import backbone_of_config
-from ..backbones.model import attentions_of
+from ..backbones.layer_plan import attentions_of
+from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..planning import load_model_config, token_grid
-from .timing import (
-    check_at_least,
-    check_choices,
-    default_device,
-    interleaved,
-    machine,
-    markdown_table,
-    plot,
-    require_plots,
-    spread,
-)
+from ..timing import interleaved, spread
+from .shared import check_at_least, check_choices, default_device, machine, plot, require_plots
 
 # Sides of square images or frames in pixels, where those of others say nothing of a model.
 _SIZES = {

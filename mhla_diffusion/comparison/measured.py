@@ -25,12 +25,12 @@ from mhla_diffusion.pipelines import MHLAPipeline
 
 from ..analysis import analyze
 from ..backbones.teacher import predict
-from ..benchmarks.timing import peak_bytes
 from ..conversion.calls import TIME_BUCKETS, DataCalls
 from ..conversion.measures import by_time, losses
 from ..files.manifest import read_manifest
 from ..files.videos import open_video
 from ..files.writing import write_file
+from ..timing import peak_bytes
 from ..training import train
 from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator
@@ -44,11 +44,11 @@ _ON_SHEET, _FRAMES = 10, 4
 
 
 def common_start(config: Any) -> Any:
-    """Return the model of a run, its weights those of its softmax form where names and shapes agree.
+    """Return the model of a run, its weights those of its linear form where names and shapes agree.
 
     A convolution or gate more would otherwise change what is drawn for all layers behind it.
     """
-    model_config = dataclasses.replace(config.model, attention="softmax", mhla=None)
+    model_config = dataclasses.replace(config.model, attention="linear", mhla=None)
     set_seed(config.trainer.seed)
     objective = build_objective(config.objective)
     reference, _, _ = dataclasses.replace(config, model=model_config).build(objective)
@@ -206,8 +206,8 @@ class MeasuredRun:
         folder = self.folder / "samples"
         manifest = read_manifest(folder)
         assert manifest is not None
-        rows = manifest.get("images", manifest.get("videos"))[:_ON_SHEET]
-        pictures = [_picture(folder / row["file"]) for row in rows]
+        rows = manifest["images" if "images" in manifest else "videos"]
+        pictures = [_picture(folder / row["file"]) for row in rows[:_ON_SHEET]]
         width, height = pictures[0].size
         sheet = Image.new(pictures[0].mode, (width * len(pictures), height))
         for number, picture in enumerate(pictures):

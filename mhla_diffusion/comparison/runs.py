@@ -121,7 +121,11 @@ def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> None
 @contextmanager
 def _workers(processes: int, device: str) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each; stopped, they are asked to save what they have and to end."""
-    context = multiprocessing.get_context("spawn")
+    # Forks of a process that has imported everything, and has no threads yet.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__package__])
     with ProcessPoolExecutor(
         processes, mp_context=context, initializer=_start_worker, initargs=(device,)
     ) as pool:

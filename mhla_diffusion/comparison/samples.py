@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import yaml
 
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
-from ..backbones.model import check_blocks
+from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
 from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
 from ..evaluation.networks.images import load_extractor
@@ -107,11 +108,10 @@ class Samples(Task):
 
     @property
     def record(self) -> dict[str, Any]:
-        own = {"num_samples": self.num_samples, "num_real": self.num_real, "calls": self.calls}
-        own |= {"kind": self.kind, "extractor": self.extractor, "held_out": self.held_out}
-        own |= {"analyzed": self.analyzed}
-        own |= {"data.name": Path(self.values.get("data.path") or "").name}
-        return own | {key: value for key, value in self.values.items() if key not in _NOT_RECORDED}
+        own = ("num_samples", "num_real", "calls", "extractor", "held_out", "analyzed")
+        found = {"kind": self.kind, "data.name": Path(self.values.get("data.path") or "").name}
+        found |= {name: getattr(self, name) for name in own}
+        return found | {key: value for key, value in self.values.items() if key not in _NOT_RECORDED}
 
     @property
     def default_blocks(self) -> Any:
@@ -162,39 +162,28 @@ class Samples(Task):
         Raises:
             ValueError: naming the key and what is allowed.
         """
-        config = variant.config(self.default_blocks)
-        values = self.values | variant.training | {"trainer.seed": seed, "output_dir": str(folder)}
+        values = self.values | variant.training
         values |= {"trainer.log_every": max(1, self.steps // 100), "trainer.keep_checkpoints": 1}
-        values["model.attention"] = "mhla" if variant.attention == "softmax" and config else variant.attention
-        if config is not None:
-            values["model.mhla"] = config.to_dict()
-        return self._parse(values)
+        run, config = _parsed(self.config_class, values), variant.config(self.default_blocks)
+        attention = "mhla" if variant.attention == "softmax" and config else variant.attention
+        return dataclasses.replace(
+            run, output_dir=str(folder), trainer=dataclasses.replace(run.trainer, seed=seed),
+            model=dataclasses.replace(run.model, attention=attention, mhla=config),
+        )  # fmt: skip
 
     def real_config(self, folder: Path) -> Any:
         """Return the config of a run on what is held out, which is never trained."""
-        return self._parse(self.values | self.held_out | {"output_dir": str(folder)})
+        values = self.values | self.held_out | {"model.attention": "linear"}  # fits any grid
+        return dataclasses.replace(_parsed(self.config_class, values), output_dir=str(folder))
 
     def held_out_config(self, config: Any) -> Any:
         """Return the config of a variant's run on what is held out."""
         return dataclasses.replace(config, data=self.real_config(Path()).data)
 
-    def _parse(self, values: dict[str, Any]) -> Any:
-        nested: dict[str, Any] = {}
-        for key, value in values.items():
-            *sections, last = key.split(".")
-            place = nested
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = value
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "run.yaml"
-            path.write_text(yaml.safe_dump(nested))
-            return parse_config(self.config_class, ["--config", str(path)])[0]
-
     def prepare(self, out: Path) -> None:
         """Open the data and the extractor, and make the statistics of what is held out, which are kept."""
         self.load_extractor("cpu")
-        open_source(self.config(Variant("softmax", "softmax"), 0, Path()))
+        open_source(self.config(Variant("linear", "linear"), 0, Path()))
         source = open_source(self.real_config(Path()))
         if self.num_real > len(source):
             raise ValueError(
@@ -230,9 +219,29 @@ class Samples(Task):
         return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
 
+def _parsed(config_class: Any, values: dict[str, Any]) -> Any:
+    """Return the config of a training run with these values of dotted keys."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return _parsed_text(config_class, yaml.safe_dump(nested))
+
+
+@functools.lru_cache(maxsize=64)  # takes a while, and variants share it
+def _parsed_text(config_class: Any, text: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(text)
+        return parse_config(config_class, ["--config", str(path)])[0]
+
+
 def _has_bfloat16() -> bool:
     """Tell machines that compute in bfloat16 from those that emulate it, slower than float32."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.cuda.is_available() or any(there for name, there in known.items() if "bf16" in name)
 
 

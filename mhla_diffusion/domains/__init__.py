@@ -1,8 +1,7 @@
 """Models of transformers with MHLA: vision transformers and causal language models.
 
 They are to transformers what their stock classes are: its Auto classes, its Trainer and ``generate`` take
-them as they are. Each is its stock class behind a base of ``vision.py`` or ``language.py``, made on first
-use.
+them as they are. Each is a stock class behind a base, of vision or language, made on first use.
 """
 
 from __future__ import annotations

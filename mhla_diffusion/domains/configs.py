@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from transformers.models.auto.configuration_auto import AutoConfig
-
 from . import FAMILIES
 
 
@@ -42,6 +40,10 @@ for _family, (_room, _) in FAMILIES.items():
     _stock = getattr(
         importlib.import_module(f"transformers.models.{_type}.configuration_{_type}"), f"{_family}Config"
     )
-    _values = {"model_type": f"mhla_{_type}", "room": _room, "__module__": __name__}
+    _values = {
+        "model_type": f"mhla_{_type}",
+        "room": _room,
+        "__module__": __name__,
+        "__doc__": ConfigWithMHLA.__doc__,
+    }
     globals()[f"MHLA{_family}Config"] = type(f"MHLA{_family}Config", (ConfigWithMHLA, _stock), _values)
-    AutoConfig.register(f"mhla_{_type}", globals()[f"MHLA{_family}Config"], exist_ok=True)

@@ -159,7 +159,7 @@ class LanguageMHLA(PretrainedMHLA):
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         chosen = settings_of(config)
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         model = cast(Any, self if isinstance(self, LlamaModel) else self.model)  # type: ignore[attr-defined]
         if model.rotary_emb.attention_scaling != 1:
             raise ValueError(

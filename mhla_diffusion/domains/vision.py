@@ -10,7 +10,7 @@ import inspect
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -35,7 +35,7 @@ class VisionMHLA(PretrainedMHLA):
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         chosen = settings_of(config)
         chosen = settings_of(config, extra_block=chosen.blocks not in (1, (1, 1)))
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         heads, width = config.num_attention_heads, config.hidden_size
         kind = self._can_record_outputs["attentions"]  # type: ignore[attr-defined]
         layers = [module for module in self.modules() if isinstance(module, kind)]  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ class VisionMHLA(PretrainedMHLA):
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

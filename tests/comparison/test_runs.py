@@ -12,7 +12,7 @@ from mhla_diffusion.commands.main import MHLA
 from mhla_diffusion.commands.parsing import parse_and_call
 from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, write_page
 from mhla_diffusion.comparison.page import Interval
-from mhla_diffusion.comparison.runs import records, runs_of
+from mhla_diffusion.comparison.runs import Run, records, runs_of
 
 ROOT = Path(__file__).parents[2]
 TASK = Recall(side=4, blocks=2, queries=4, batch_size=2, head_dim=16, steps=2, layers=1)
@@ -40,6 +40,12 @@ def test_runs_are_done_once_and_side_by_side_as_alone(tmp_path: Path) -> None:
     assert without_times(again) == without_times(alone)
     changed = [path.stat().st_mtime_ns != time for path, time in zip(paths, times, strict=True)]
     assert changed == [i == 3 for i in range(8)]
+
+
+def test_results_keep_their_names() -> None:
+    """As of when recall was the only task: a comparison that was begun then goes on."""
+    task = Recall(side=16, distance="near", head_dim=16, steps=1200, batch_size=16, learning_rate=4e-3)
+    assert str(Run(task, Variant("softmax", "softmax"), 2).path) == "softmax/2d231ee46b7c53fc.json"
 
 
 def test_another_setting_is_another_run(tmp_path: Path) -> None:
