@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import offer_pipelines
+from .registration import offer_classes
 
 if TYPE_CHECKING:
     from mhla_diffusion.pipelines import *  # noqa: F403
 
     from .attention import MHLA, MHLAConfig
     from .backbones import *  # noqa: F403
+    from .domains import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = ["MHLA", "MHLAConfig"]
 
-offer_pipelines()
+offer_classes()
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return ModelMixin
     # Models and pipelines are what their rooms say.
-    rooms = (".attention",) if name in __all__ else (".backbones", ".pipelines")
+    rooms = (".attention",) if name in __all__ else (".domains", ".backbones", ".pipelines")
     for room in rooms if not name.startswith("_") else ():
         module = importlib.import_module(room, __name__)
         if name in getattr(module, "__all__", __all__):
@@ -38,6 +39,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from . import backbones, pipelines
+    from . import backbones, domains, pipelines
 
-    return sorted({*globals(), *__all__, *backbones.__all__, *pipelines.__all__})
+    return sorted({*globals(), *__all__, *backbones.__all__, *domains.__all__, *pipelines.__all__})

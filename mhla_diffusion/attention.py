@@ -113,13 +113,7 @@ class MHLA(nn.Module):
     def reset_parameters(self) -> None:
         """Bring every parameter to the start that the config names."""
         if self.mixing is not None:
-            if self.key_blocks is None:
-                layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
-                mixing = initial_mixing(layout, self.config.mixing_init)
-            else:
-                keys = math.prod(self.key_blocks)
-                mixing = torch.full((math.prod(self.blocks), keys), 1 / keys)
-            self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
+            self.mixing.copy_(self._unconstrained(self._mixing_start()).expand_as(self.mixing))
         for part in (self.norm_q, self.norm_k, self.norm, self.feature_q, self.feature_k):
             if part is not None:
                 part.reset_parameters()
@@ -137,6 +131,13 @@ class MHLA(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
+
+    def _mixing_start(self) -> Tensor:
+        if self.key_blocks is None:
+            layout = BlockLayout(self.blocks, self.blocks, self._no_extra)
+            return initial_mixing(layout, self.config.mixing_init)
+        keys = math.prod(self.key_blocks)
+        return torch.full((math.prod(self.blocks), keys), 1 / keys)
 
     def _local_start(self) -> float:
         """The start of the softmax window: a gate half open, or one denominator in which keys weigh alike.
@@ -254,8 +255,7 @@ class MHLA(nn.Module):
             turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
             window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))
         q, k = self.features(q, k, key_mask)
-        if self.operator_map != self.config.feature_map and rotary_emb is not None:  # both halves turn alike
-            rotary_emb = (torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1))
+        rotary_emb = self._turns(rotary_emb)
         attend: Callable[..., Tensor]
         if group is not None:
             attend = self._attend_in_parts(layout, key_layout, group)
@@ -272,16 +272,26 @@ class MHLA(nn.Module):
             dtype=torch.float32 if before_norm else None,
         )  # fmt: skip
         if self.norm is not None:
-            out = self.norm(out).to(v.dtype) if before_norm else self.norm(out)
-        out = out.transpose(1, 2).flatten(2)
-        if self.gate is not None:
-            if hidden_states is None:
-                raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
-            out = out * F.silu(self.gate(hidden_states))
+            out = _normed(out, self.norm).to(v.dtype) if before_norm else _normed(out, self.norm)
+        out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
         if self.cpe is not None:
             # Behind norm and gate, as in the public reference code.
             out = out + _convolve(self.cpe, v, layout)
         return out
+
+    def _turns(self, rotary_emb: RotaryEmbedding | None) -> RotaryEmbedding | None:
+        """Rotary tables of the features: both halves of wide ones turn alike."""
+        if rotary_emb is None or self.config.feature_map not in WIDE_MAPS:
+            return rotary_emb
+        return torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1)
+
+    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """The output ``[B, N, H d]`` behind the gate, if there is one."""
+        if self.gate is None:
+            return out
+        if hidden_states is None:
+            raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
+        return out * F.silu(self.gate(hidden_states))
 
     @property
     def needs_all_tokens(self) -> bool:
@@ -298,7 +308,7 @@ class MHLA(nn.Module):
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys ``[B, H, N, d]`` behind their norms."""
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = _normed(q, self.norm_q), _normed(k, self.norm_k)
         return q, k
 
     def weighed(
@@ -404,6 +414,14 @@ register_optimizer_step_post_hook(_clamp_all)
 def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
     """The depthwise 3x3 (or 3x3x3) convolution of the conditional position encoding."""
     return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """A norm over channels of ``[B, H, N, d]``, in the order that heads and tokens have in memory.
+
+    Kernels that want contiguous rows would copy them otherwise, and put heads before tokens.
+    """
+    return norm(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else norm(x)
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -26,10 +27,16 @@ class HelpParser(ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **settings: Any
     ) -> Namespace:
-        """Parse arguments; in them and in files of configuration ``~/`` begins a path in the home."""
+        """Parse arguments; in them and in files of configuration ``~/`` begins a path in the home.
+
+        Raises:
+            ValueError: for a number that is none (NaN), which every bound lets pass.
+        """
         words = [with_home(word) for word in (sys.argv[1:] if args is None else args)]
         values = super().parse_args(words, *more, **settings)
         for key, value in list(values.items()):
+            if _holds_nan(value):
+                raise ValueError(f"{key} must be a number, got {value}")
             if (expanded := _expanded(value)) != value:
                 values[key] = expanded
         return values
@@ -50,3 +57,11 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_expanded, value))
     return value
+
+
+def _holds_nan(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_nan, value))
+    if isinstance(value, dict):
+        return any(map(_holds_nan, value.values()))
+    return isinstance(value, float) and math.isnan(value)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
-from .backbones.model import layer_settings
+from .backbones.layer_plan import layer_settings
 from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 

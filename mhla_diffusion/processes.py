@@ -136,7 +136,7 @@ class _Pulse(threading.Thread):
         self.key = _pulse_of(index)
 
     def run(self) -> None:
-        with suppress(RuntimeError):  # the store has ended
+        with suppress(RuntimeError, ValueError):  # the store has ended, or the group that knows it
             for beat in itertools.count():
                 _store().set(self.key, str(beat))
                 time.sleep(self.seconds)

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .model_card import CardedPipeline
-from .requests import require_generators, require_positive
+from .requests import require_finite, require_generators, require_positive
 from .schedulers import LEARNED_VARIANCES, reads_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -57,6 +57,11 @@ class ImagePipeline(CardedPipeline):
         """Make what turns latents into images; called once, with the components registered."""
         self.vae_scale_factor = vae_scale_factor(self.vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Precision that noise is drawn and steps are taken in."""
+        return self.transformer.dtype
 
     @property
     def guidance_scale(self) -> float:
@@ -112,7 +117,7 @@ class ImagePipeline(CardedPipeline):
         """
         config, factor = self.transformer.config, self.vae_scale_factor
         shape = (batch_size, config.in_channels, height // factor, width // factor)
-        device, dtype = self._execution_device, self.transformer.dtype
+        device, dtype = self._execution_device, self.latents_dtype
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
@@ -141,7 +146,7 @@ class ImagePipeline(CardedPipeline):
 
         Args:
             told, untold: arguments of the model with ``count`` rows each: the condition, and what stands for
-                none in guidance.
+                none in guidance. A callback may change them.
             count: images in all.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -150,6 +155,7 @@ class ImagePipeline(CardedPipeline):
         size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = height or size, width or size
         require_positive(num_inference_steps=num_inference_steps)
+        require_finite(guidance_scale=guidance_scale)
         self.check_inputs(count, height, width, output_type, generator, tensor_inputs)
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -159,20 +165,20 @@ class ImagePipeline(CardedPipeline):
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(count, height, width, generator, latents)
         step_kwargs = self._step_kwargs(generator)
-        if self.do_classifier_free_guidance:
-            told = {name: torch.cat([told[name], untold[name]]) for name in told}
-        rows = len(next(iter(told.values())))
-        told |= size_arguments(self.transformer, rows, height, width, device=self._execution_device)
 
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         with _all_channels(self.scheduler), self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                prediction = self._predict(latents, t, told)
+                prediction = self._predict(latents, t, told, untold)
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+                    tensors: dict[str, Any] = {"latents": latents, **self.texts_for_callback(told, untold)}
+                    tensors = {name: tensors[name] for name in tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, tensors)
+                    latents = changed.get("latents", latents)
+                    self.take_from_callback(changed, told, untold)
                 if i == len(timesteps) - 1 or (
                     i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0
                 ):
@@ -182,16 +188,37 @@ class ImagePipeline(CardedPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, latents: Tensor, t: Tensor, told: dict[str, Any]) -> Tensor:
+    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what a callback can ask for beside the latents, by its name."""
+        return {}
+
+    def take_from_callback(
+        self, changed: dict[str, Tensor], told: dict[str, Tensor], untold: dict[str, Tensor]
+    ) -> None:
+        """Put what a callback returned for these into what the model is told."""
+
+    def _predict(
+        self, latents: Tensor, t: Tensor, told: dict[str, Tensor], untold: dict[str, Tensor]
+    ) -> Tensor:
         """What the scheduler takes a step with: the model's guided prediction, ``[B, C, h, w]``.
 
         Where the model learned a variance it is passed on to schedulers that read one.
         """
+        height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        dtype = latents.dtype
         if self.do_classifier_free_guidance:
             latents = torch.cat([latents, latents])
+            told = {name: torch.cat([told[name], untold[name]]) for name in told}
+        sizes = size_arguments(self.transformer, len(latents), height, width, device=latents.device)
         if hasattr(self.scheduler, "scale_model_input"):
             latents = self.scheduler.scale_model_input(latents, t)
-        output = self.transformer(latents, timestep=t.expand(len(latents)), return_dict=False, **told)[0]
+        output = self.transformer(
+            latents.to(self.transformer.dtype),
+            timestep=t.expand(len(latents)),
+            return_dict=False,
+            **told,
+            **sizes,
+        )[0].to(dtype)
         prediction, variance = output.split([latents.shape[1], output.shape[1] - latents.shape[1]], dim=1)
         if self.do_classifier_free_guidance:
             conditional, unconditional = prediction.chunk(2)
@@ -209,8 +236,8 @@ class ImagePipeline(CardedPipeline):
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
             config = self.vae.config
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            latents = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
+from mhla_diffusion.files.pictures import DECODING_ERRORS, read_picture
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
 from mhla_diffusion.files.writing import remove_partial
@@ -168,8 +170,8 @@ def generate_videos(
     }  # fmt: skip
     _check_numbers({"num_videos": num_videos, "batch_size": batch_size, **settings})
     _require_output(pipeline, "videos")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps must be above 0, got {fps}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a number above 0, got {fps}")
     rows, pictures = prompt_rows(
         prompts, num_videos, per_prompt, seed=seed, negative_prompt=negative_prompt, kind="videos",
         folder=images,
@@ -260,11 +262,11 @@ def _opens(path: Path, kind: Kind) -> bool:
     """Return True when a file that an earlier version left without its hash can be decoded."""
     try:
         if kind == "images":
-            Image.open(path).load()
+            read_picture(path)
         else:
             reader = open_video(path)
             reader.read([0, reader.num_frames - 1])
-    except (OSError, SyntaxError, ValueError):
+    except DECODING_ERRORS:
         return False
     return True
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCardData, create_repo
+from huggingface_hub import EvalResult, ModelCardData, create_repo
 
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
 from .identity import transformers_of
 from .sampling import call_parameters, output_kind
-from .schedulers import prediction_of, require_scheduler
+from .schedulers import prediction_of, require_scheduler, scales_inputs
 
 # Marks a card as ours to write again; a card without it belongs to its author.
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
 
 PICTURE = "samples.png"
+
+# Beside pipelines of diffusers, which have no place for it in their config: how they were trained.
+_TRAINING = "training.json"
 
 _BODY = """
 {mark}
@@ -156,11 +161,39 @@ class CardedPipeline(DiffusionPipeline):
 
 
 @dataclass(frozen=True)
+class Result:
+    """Score as the hub has it.
+
+    Args:
+        name: such as ``fid_clean``.
+        metric: what it is, whatever it was computed with, such as ``frechet``.
+        value: the score.
+        data: name of the real samples.
+        facts: what else belongs to it, as JSON values, such as its interval.
+    """
+
+    name: str
+    metric: str
+    value: float
+    data: str
+    facts: Mapping[str, Any]
+
+    def for_hub(self, task: str) -> EvalResult:
+        """Return it for the header of a card."""
+        return EvalResult(
+            task_type=task, dataset_type=re.sub(r"\W+", "-", self.data), dataset_name=self.data,
+            metric_type=self.metric, metric_name=self.name, metric_value=self.value,
+            metric_args=dict(self.facts),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class CardFields:
     """Fields of a card that the pipeline itself knows nothing of.
 
     Args:
         scores: Markdown, such as the report.md of an evaluation.
+        results: the same for the hub, which lists them beside those of other models.
         base_model: hub id or path of the model that this one was made of.
         license: as the hub names it, such as ``"apache-2.0"``.
         datasets: hub ids.
@@ -168,10 +201,29 @@ class CardFields:
     """
 
     scores: str | None = None
+    results: tuple[Result, ...] = ()
     base_model: str | None = None
     license: str | None = None
     datasets: tuple[str, ...] = ()
     converted: bool = False
+
+
+def save_with_card(
+    pipeline: Any, folder: str | os.PathLike[str], training: Mapping[str, Any] | None = None
+) -> None:
+    """Save a pipeline, ours or one of diffusers, with a model card.
+
+    Args:
+        pipeline: ours knows its training.
+        folder: where to.
+        training: facts about the training of one of diffusers.
+    """
+    pipeline.save_pretrained(folder)
+    if isinstance(pipeline, CardedPipeline):
+        return
+    if training:
+        write_file(Path(folder) / _TRAINING, json.dumps(training, indent=2, default=str))
+    write_model_card(pipeline, folder, repo_id=os.path.basename(os.path.abspath(folder)))
 
 
 def write_model_card(
@@ -192,7 +244,8 @@ def write_model_card(
         with open(path, encoding="utf-8") as existing:
             if _MARK not in existing.read():
                 return
-    training = dict(pipeline.config.get("training") or {})
+    training = _training(pipeline, Path(folder))
+    title = _title(pipeline, repo_id, training)
     base = fields.base_model or training.get("base model")
     purpose = _purpose(pipeline)
     data = ModelCardData(
@@ -202,13 +255,17 @@ def write_model_card(
         datasets=list(fields.datasets) or None,
         base_model=base if base and _is_hub_id(base) else None,
         tags=["mhla", "linear-attention", purpose.task],
+        model_name=title if fields.results else None,
+        eval_results=[result.for_hub(purpose.task) for result in fields.results] or None,
     )
-    facts = "\n".join(f"| {key} | {_without_folders(value)} |" for key, value in _facts(pipeline).items())
+    facts = "\n".join(
+        f"| {key} | {_without_folders(value)} |" for key, value in _facts(pipeline, training).items()
+    )
     picture = os.path.isfile(os.path.join(folder, PICTURE))
     body = _BODY.format(
         mark=_MARK,
         name=repo_id,
-        title=_title(pipeline, repo_id, training),
+        title=title,
         purpose=purpose.text,
         picture=f"\n![Samples]({PICTURE})\n" if picture else "",
         status=_status(training, base, fields),
@@ -221,6 +278,13 @@ def write_model_card(
     )
     # As it is: ModelCard.save would drop the line on fields that are still to be filled.
     write_file(path, f"---\n{data.to_yaml()}\n{'' if fields.license else _FIELDS}---\n{body}")
+
+
+def _training(pipeline: Any, folder: Path) -> dict[str, Any]:
+    """Facts about the training: of a pipeline, or as they lie beside it."""
+    known = pipeline.config.get("training")
+    beside = folder / _TRAINING
+    return dict(known or (json.loads(beside.read_text("utf-8")) if beside.is_file() else {}))
 
 
 def _purpose(pipeline: Any) -> Purpose:
@@ -278,7 +342,7 @@ def _without_folders(text: Any) -> str:
     return re.sub(r"(?<![\w:/.])/(?:[^\s/|,;]+/)+([^\s/|,;]+)", r"\1", str(text))
 
 
-def _facts(pipeline: Any) -> dict[str, str]:
+def _facts(pipeline: Any, training: Mapping[str, Any]) -> dict[str, str]:
     """What a reader of the card wants to know, as text."""
     facts: dict[str, str] = {}
     for name, transformer in transformers_of(pipeline).items():
@@ -287,9 +351,21 @@ def _facts(pipeline: Any) -> dict[str, str]:
         facts[f"parameters{suffix}"] = f"{sum(p.numel() for p in transformer.parameters()):,}"
     if isinstance(pipeline, CardedPipeline):
         facts |= pipeline.sizes()
+    else:
+        facts |= _parts(pipeline)
     facts["scheduler"] = type(pipeline.scheduler).__name__
-    training = pipeline.config.get("training") or {"training": "not recorded"}
-    return facts | {key.replace("_", " "): str(value) for key, value in _flatten(training).items()}
+    told = _flatten(training or {"training": "not recorded"})
+    return facts | {key.replace("_", " "): str(value) for key, value in told.items()}
+
+
+def _parts(pipeline: Any) -> dict[str, str]:
+    """What a pipeline of diffusers says of itself by its parts."""
+    encoders = [
+        type(part).__name__ for name, part in pipeline.components.items() if name.startswith("text_encoder")
+    ]
+    prediction = prediction_of(pipeline.scheduler, scaled=scales_inputs(type(pipeline)))
+    parts = {"text encoder": ", ".join(name for name in encoders if name != "NoneType")}
+    return {name: value for name, value in {**parts, "prediction": prediction}.items() if value}
 
 
 def _attention(transformer: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,17 @@ def require_positive(**counts: float | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def require_finite(**numbers: Any) -> None:
+    """Check arguments that may be numbers: NaN passes every bound.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def require_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:

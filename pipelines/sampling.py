@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mhla_diffusion.files.pictures import read_picture
+
+from .requests import require_finite
 
 Kind = Literal["images", "videos"]
 
@@ -30,6 +33,7 @@ _OURS = (
 )  # fmt: skip
 # Tensors, which would be the same for all samples and which no manifest can hold.
 _TENSORS = ("latents", "_embeds", "_embeddings", "_attention_mask")
+_OF_JSON: set[Any] = {bool, int, float, str, list, dict, NoneType}
 
 
 class NotFiniteError(ValueError):
@@ -73,7 +77,8 @@ def call_arguments(
         options: more arguments of the pipeline's call.
 
     Raises:
-        ValueError: for an argument that the pipeline does not take, and when it needs one that is not given.
+        ValueError: for an argument that the pipeline does not take, of another type, NaN or infinite, and
+            when it needs one that is not given.
     """
     parameters, options, name = call_parameters(pipeline), dict(options or {}), type(pipeline).__name__
     allowed = {key for key in parameters if key not in _OURS and not key.endswith(_TENSORS)}
@@ -82,6 +87,7 @@ def call_arguments(
             f"options {', '.join(unknown)} cannot be given to {name}; those that can are "
             f"{', '.join(sorted(allowed))}"
         )
+    _require_types(pipeline, options)
     frames = next((frames for frames in _FRAMES if frames in parameters), "num_frames")
     named = {frames if key == "num_frames" else key: value for key, value in given.items()}
     call: dict[str, Any] = {
@@ -90,6 +96,7 @@ def call_arguments(
         if key in parameters
     }
     call |= options | {key: value for key, value in named.items() if value is not None}
+    require_finite(**call)
     asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))} | (
         {"image"} & rows[0].keys()
     )
@@ -100,6 +107,24 @@ def call_arguments(
         remedy = ": give a folder of images, or a file of prompts with a column image"
         raise ValueError(f"{name} needs {', '.join(missing)}{remedy if 'image' in missing else ''}")
     return call
+
+
+def _require_types(pipeline: Any, options: Mapping[str, Any]) -> None:
+    """Check values against the types that a pipeline's call states, where these are those of JSON."""
+    try:
+        hints = get_type_hints(type(pipeline).__call__)
+    except (NameError, TypeError):  # of a pipeline that imports types for its checks alone
+        return
+    for name, value in options.items():
+        hint = hints.get(name)
+        union = get_origin(hint) in (Union, UnionType)
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
+        # Numbers are numbers: pipelines state int where they mean either.
+        number = bool(kinds & {int, float}) and isinstance(value, (int, float))
+        if value is None or number or not kinds <= _OF_JSON or isinstance(value, tuple(kinds)):
+            continue
+        stated = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
+        raise ValueError(f"{name} of a {type(pipeline).__name__} must be {stated}, got {value!r}")
 
 
 def conditions(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

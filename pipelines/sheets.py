@@ -14,6 +14,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 
 from mhla_diffusion.files.manifest import MANIFEST
+from mhla_diffusion.files.pictures import read_picture
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.files.writing import write_file
 
@@ -37,13 +38,13 @@ def save_grid(folder: str | os.PathLike[str], path: str | os.PathLike[str], *, r
     rows = min(rows, *(len(files) for files in by_class.values()))
     if rows == 1 and "prompt" in images[0]:
         shown = list(by_class.items())[:MOST]
-        cells = [_with_text(Image.open(Path(folder) / files[0]), str(text)) for text, files in shown]
+        cells = [_with_text(read_picture(Path(folder) / files[0]), str(text)) for text, files in shown]
         columns = math.isqrt(len(cells) - 1) + 1
         rows = -(-len(cells) // columns)
         cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
         save_image(make_image_grid(cells, rows=rows, cols=columns), Path(path))
         return
-    cells = [Image.open(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
+    cells = [read_picture(Path(folder) / files[i]) for i in range(rows) for files in by_class.values()]
     _save_cells(cells, Path(path), rows=rows, columns=len(by_class))
 
 

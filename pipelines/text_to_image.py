@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -21,6 +21,7 @@ from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTrans
 
 from .denoising import ImagePipeline, StepCallback, vae_scale_factor
 from .model_card import Purpose
+from .requests import require_finite, require_positive
 from .schedulers import prediction_of
 from .text import SANA_INSTRUCTION, encode_texts, warn_of_long_prompts
 
@@ -44,6 +45,7 @@ class MHLATextToImagePipeline(ImagePipeline):
 
     purpose = Purpose("Text-to-image generation", task="text-to-image")
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class MHLATextToImagePipeline(ImagePipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         guidance_scale: float = 4.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 20,
@@ -121,24 +123,17 @@ class MHLATextToImagePipeline(ImagePipeline):
         Raises:
             ValueError: for a prompt, size, scheduler or argument that does not fit.
         """
-        length = max_sequence_length or self.config.max_sequence_length
-        warn_of_long_prompts(self.tokenizer, length, prompt, negative_prompt)
+        require_positive(num_images_per_prompt=num_images_per_prompt)
+        require_finite(guidance_scale=guidance_scale)
         told = self.encode_prompt(
-            prompt, prompt_embeds, prompt_attention_mask, length, self.config.instruction
+            prompt, prompt_embeds, prompt_attention_mask, max_sequence_length, self.config.instruction
         )
-        rows = len(told[0])
-        if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * rows
-        untold = self.encode_prompt(
-            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, told[0].shape[1]
-        )
-        count = rows * num_images_per_prompt
-        if count < 1:
-            raise ValueError(f"num_images_per_prompt must be 1 or more, got {num_images_per_prompt}")
-        if len(untold[0]) != rows:
-            raise ValueError(
-                f"{len(untold[0])} negative prompts for {rows} prompts: give one, or one for each"
+        untold = told
+        if guidance_scale > 1:
+            untold = self._encode_negative(
+                negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, told[0].shape
             )
+        count = len(told[0]) * num_images_per_prompt
         names = ("encoder_hidden_states", "encoder_attention_mask")
         arguments = [
             {
@@ -169,21 +164,91 @@ class MHLATextToImagePipeline(ImagePipeline):
             ValueError: when neither is given, or both.
         """
         device, dtype = self._execution_device, self.transformer.dtype
+        length = max_sequence_length or self.config.max_sequence_length
         if prompt_embeds is not None:
+            if prompt:
+                raise ValueError("give a prompt or its embeddings, not both")
             mask = prompt_attention_mask
             mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+            if mask.shape != prompt_embeds.shape[:2]:
+                raise ValueError(
+                    f"the mask must be {tuple(prompt_embeds.shape[:2])}, as its embeddings, got "
+                    f"{tuple(mask.shape)}"
+                )
             return prompt_embeds.to(device, dtype), mask.to(device)
         if prompt is None or prompt == []:
             raise ValueError("nothing to generate: give a prompt or prompt_embeds")
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "this pipeline has no text encoder: give prompt_embeds, and negative_prompt_embeds"
+            )
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        warn_of_long_prompts(self.tokenizer, length, texts)
         embeddings, mask = encode_texts(
             self.tokenizer,
             self.text_encoder,
-            [prompt] if isinstance(prompt, str) else prompt,
-            max_length=max_sequence_length or self.config.max_sequence_length,
+            texts,
+            max_length=length,
             instruction=instruction,
             device=device,
         )
         return embeddings.to(dtype), mask
+
+    def _encode_negative(
+        self,
+        prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None,
+        shape: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Return what stands for none in guidance, of the shape that the prompts' embeddings have."""
+        texts: Any = prompt if isinstance(prompt, list) else [prompt or ""] * shape[0]
+        if prompt_embeds is not None and not prompt:
+            texts = None  # the default
+        found, mask = self.encode_prompt(texts, prompt_embeds, prompt_attention_mask, shape[1])
+        if len(found) != shape[0]:
+            raise ValueError(
+                f"{len(found)} negative prompts for {shape[0]} prompts: give one, or one for each"
+            )
+        if found.shape != shape:
+            raise ValueError(
+                "prompt_embeds and negative_prompt_embeds must have one shape, got "
+                f"{tuple(shape)} and {tuple(found.shape)}"
+            )
+        return found, mask
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Precision that steps are taken in: of Sana float32, whatever the model has, as in SanaPipeline."""
+        sana = isinstance(self.transformer, MHLASanaTransformer2DModel)
+        return torch.float32 if sana else super().latents_dtype
+
+    def texts_for_callback(self, told: dict[str, Tensor], untold: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the embeddings as diffusers has them: with guidance the negative ones before the others."""
+        text, negative = (arguments["encoder_hidden_states"] for arguments in (told, untold))
+        if not self.do_classifier_free_guidance:
+            return {"prompt_embeds": text, "negative_prompt_embeds": None}
+        return {"prompt_embeds": torch.cat([negative, text]), "negative_prompt_embeds": negative}
+
+    def take_from_callback(
+        self, changed: dict[str, Tensor], told: dict[str, Tensor], untold: dict[str, Tensor]
+    ) -> None:
+        """Take the embeddings that :meth:`texts_for_callback` gave, or those of the prompts alone.
+
+        Raises:
+            ValueError: for another number of rows.
+        """
+        if (text := changed.get("prompt_embeds")) is None:
+            return
+        rows = len(told["encoder_hidden_states"])
+        if len(text) not in (rows, 2 * rows):
+            raise ValueError(
+                f"a callback returned prompt_embeds of {len(text)} rows for {rows} images; give {rows}, or "
+                f"{2 * rows} with those of the negative prompts first"
+            )
+        told["encoder_hidden_states"] = text[-rows:]
+        if len(text) > rows:
+            untold["encoder_hidden_states"] = text[:rows]
 
     def example_call(self) -> str:
         return 'images = pipe("...").images'

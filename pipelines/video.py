@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -17,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
-from .requests import count_samples, require_generators, require_positive
+from .requests import count_samples, require_finite, require_generators, require_positive
 from .schedulers import prediction_of
-from .text import warn_of_long_prompts
+from .text import embed, warn_of_long_prompts
 
 
 class MHLAWanPipeline(CardedPipeline, WanPipeline):
@@ -177,6 +178,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         require_positive(
             num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps
         )
+        require_finite(guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2)
         count = count_samples(prompt, negative_prompt, prompt_embeds, num_videos_per_prompt)
         require_generators(generator, count)
         call: dict[str, Any] = {
@@ -211,6 +213,27 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         if output_type != "latent":
             video = self.video_processor.postprocess_video(video.float(), output_type=output_type)
         return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str] | None = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Embed prompts ``[B num_videos_per_prompt, L, D]``, zeros after each, with any text encoder.
+
+        That of the base class takes the first embeddings, which are no text's when its tokenizer fills up at
+        the beginning, as those of decoders do.
+        """
+        texts = [prompt_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt or ())]
+        device = device or self._execution_device
+        text, mask = embed(
+            self.tokenizer, self.text_encoder, texts, length=max_sequence_length, device=device
+        )
+        text = text.masked_fill(mask[..., None] == 0, 0.0).to(dtype or self.text_encoder.dtype)
+        return text.repeat_interleave(num_videos_per_prompt, 0)
 
     def _pixel_noise(
         self,

@@ -67,13 +67,13 @@ def test_config_is_frozen() -> None:
         ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
         (
             {"feature_map": "exp"},
-            r"feature_map must be one of 'relu', 'elu', 'softmax', 'hedgehog', got 'exp'",
+            r"feature_map must be one of 'relu', 'elu', 'softmax', 'crelu', 'hedgehog', got 'exp'",
         ),
         ({"normalizer": "paper "}, r"normalizer must be one of"),
         ({"mixing_init": "random"}, r"mixing_init must be one of"),
         ({"constraint": "sigmoid"}, r"constraint must be one of"),
         ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
-        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', got 'sum'"),
+        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', 'only', got 'sum'"),
         ({"local": "gate", "blocks": 1}, r"local 'gate' needs normalizer 'paper' and several blocks"),
         ({"local": "gate", "normalizer": "none"}, r"got normalizer 'none' and blocks 16"),
         ({"local": "gate", "key_blocks": 2}, r"local is for self-attention"),
@@ -457,6 +457,22 @@ def test_qk_norm_is_that_of_each_head(assert_close: AssertClose) -> None:
     ]
     dense = mhla_reference(*normed, v, module.mixing_matrix(), BlockLayout((4, 6), module.blocks))
     assert_close(module(q, k, v, grid=(4, 6)), dense.transpose(1, 2).flatten(2), torch.float32)
+
+
+def test_norms_leave_heads_side_by_side_in_memory_and_change_no_bit() -> None:
+    """What projections give is not copied to put heads before tokens."""
+    module, tensors, _ = make_module(MHLAConfig(blocks=4, qk_norm=True))
+    for norm in (module.norm_q, module.norm_k):
+        assert norm is not None
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    q, k, _ = (x.contiguous() for x in tensors)
+    as_projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    for apart, inside, projected in zip(
+        module.normed(q, k), module.normed(*as_projected), as_projected, strict=True
+    ):
+        assert torch.equal(apart, inside)
+        assert apart.is_contiguous()
+        assert inside.stride() == projected.stride()
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])

@@ -6,12 +6,11 @@ import base64
 import json
 import math
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files.pages import render
 from ..files.writing import write_together
-from ..optional import require
 from .matrices import MatrixStatistics, MixingAudit, mean_statistics
 
 FILE_NAMES = ("report.json", "report.html")
@@ -82,9 +81,7 @@ class Analysis:
         Raises:
             ImportError: when jinja2 is not installed.
         """
-        environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
-        return template.render(analysis=self, log=math.log)
+        return render(__package__, "report.html", analysis=self, log=math.log)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write report.json and report.html to the folder ``out``.

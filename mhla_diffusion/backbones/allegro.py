@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import AllegroTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+from torch import Tensor
 
-from .grid import Grid, in_tables, send_as_argument
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .grid import Grid, in_tables, send_as_argument, token_grid
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 512  # to which the pipeline pads every prompt
@@ -69,14 +73,26 @@ class MHLAAllegroTransformer3DModel(MHLAModelMixin, AllegroTransformer3DModel):
         config = self.config
         sizes = [tokens * patch for tokens, patch in zip(grid, self.latents_per_token, strict=True)]
         text = (batch_size, _TEXT_TOKENS, config.caption_channels)
+        return {
+            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
+            "encoder_hidden_states": torch.randn(*text, generator=generator),
+            "timestep": torch.randint(1000, (batch_size,), generator=generator),
+            "image_rotary_emb": self._positions(grid),
+        }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        given = super().denoising_arguments(samples, timestep, conditions)
+        return {**given, "image_rotary_emb": send_to_device(self._positions(grid), samples.device)}
+
+    def _positions(self, grid: Grid) -> tuple[Any, Any]:
+        """Rotary tables and the positions of tokens in them, as the pipeline makes them."""
+        config = self.config
         scales = (config.interpolation_scale_t, config.interpolation_scale_h, config.interpolation_scale_w)
         *tables, frames, rows, columns = get_3d_rotary_pos_embed_allegro(
             config.attention_head_dim, ((0, 0), grid[1:]), grid[1:], grid[0], scales
         )
         positions = torch.cartesian_prod(frames.long(), rows.long(), columns.long()).mT[:, None]
-        return {
-            "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
-            "encoder_hidden_states": torch.randn(*text, generator=generator),
-            "timestep": torch.randint(1000, (batch_size,), generator=generator),
-            "image_rotary_emb": (tuple(tables), tuple(positions)),
-        }
+        return tuple(tables), tuple(positions)

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AnyFlowTransformer3DModel
 
+from .families import RotaryVideoMixin
 from .grid import Grid, send_with_rope, token_grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 from .wan import wan_conditions
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import ModelMixin
+from transformers import PreTrainedModel
 
-from .model import AttentionChoice, ConfigChoice
-from .rebuild import rebuild
+from ..domains.pretrained import convert
+from .layer_plan import AttentionChoice, ConfigChoice
+from .rebuild import rebuild, require_plain_weights
 from .registry import backbone_of, stock_names
 
 
 def convert_to_mhla(
-    model: ModelMixin,
+    model: ModelMixin | PreTrainedModel,
     config: ConfigChoice = None,
     *,
     attention: AttentionChoice = "mhla",
@@ -28,9 +30,10 @@ def convert_to_mhla(
     Args:
         model: of a class that has an MHLA form, or an MHLA model to be given another config. Then mixing
             matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
-            that both configs ask for.
-        config: an :class:`MHLAConfig` or its dict, or one for each layer.
-        attention: of all layers that ``config.layers`` names or, as a list, of each layer.
+            that both configs ask for. Of transformers: a stock ViT, DeiT, DINOv2 or Llama.
+        config: an :class:`MHLAConfig` or its dict, or one for each layer (not for transformers).
+        attention: of all layers that ``config.layers`` names or, as a list, of each layer. For transformers
+            ``"mhla"`` or ``"linear"``.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
 
     Returns:
@@ -40,6 +43,10 @@ def convert_to_mhla(
         ValueError: for a model that there is no MHLA form of or whose weights are not there to be taken
             (offloaded, fused, with adapters), or a config that does not fit it.
     """
+    if isinstance(model, PreTrainedModel):
+        require_plain_weights(model)
+        converted, info = convert(model, config, attention=attention)
+        return (converted, info) if output_loading_info else converted
     target = backbone_of(model)
     if target is None:
         raise ValueError(f"no MHLA form of {type(model).__name__}; those that have one: {stock_names()}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import CosmosTransformer3DModel
+from torch import Tensor
 
+from .families import RotaryVideoMixin
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 512  # to which the pipelines pad every prompt
@@ -34,6 +37,7 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
     """
 
     time_scale = 1
+    time_in_dtype = True
     vae_stride = (8, 8, 8)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "Cosmos1.0-7B": {},
@@ -73,3 +77,9 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
             "encoder_hidden_states": text,
             "padding_mask": torch.zeros(1, 1, *latents.shape[3:]),
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        given = super().denoising_arguments(samples, timestep, conditions)
+        return {**given, "padding_mask": samples.new_zeros(1, 1, *samples.shape[-2:])}

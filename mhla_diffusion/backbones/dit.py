@@ -15,8 +15,9 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from .families import SquareSampleMixin, square_grid
 from .grid import Grid, token_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 # Stock DiTTransformer2DModel would ignore the fields it does not know and run softmax on these weights. It
@@ -43,7 +44,7 @@ class _FirstBlock(BasicTransformerBlock):
 TransformerBlockRegistry.register(_FirstBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
+class MHLADiTTransformer2DModel(SquareSampleMixin, DiTTransformer2DModel):
     """DiT with MHLA, plain linear or softmax attention in each layer, on grids of any shape.
 
     Takes every argument of :class:`diffusers.DiTTransformer2DModel` and two more. Its registered config
@@ -100,8 +101,7 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], grid)
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
         if stock["norm_type"] == _MARKED_NORM_TYPE:
             stock["norm_type"] = _NORM_TYPE
         self.build(stock, plan)
@@ -111,10 +111,6 @@ class MHLADiTTransformer2DModel(MHLAModelMixin, DiTTransformer2DModel):
         self._reset_parameters()
         all_softmax = set(plan.kinds) == {"softmax"}
         self.register_to_config(norm_type=_NORM_TYPE if all_softmax else _MARKED_NORM_TYPE)
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

@@ -9,12 +9,13 @@ import torch
 from diffusers import HunyuanDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
-from .grid import Grid, in_tables, receive_grid, send_as_argument
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .families import SquareSampleMixin, square_grid
+from .grid import Grid, in_tables
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 
-class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
+class MHLAHunyuanDiT2DModel(SquareSampleMixin, HunyuanDiT2DModel):
     """HunyuanDiT with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
 
     Takes every argument of :class:`diffusers.HunyuanDiT2DModel` and two more. Its registered config rebuilds
@@ -38,6 +39,7 @@ class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
             "mlp_ratio": 4.3637, "use_style_cond_and_image_meta_size": False,
         }
     }  # fmt: skip
+    time_in_dtype = True
     block_list = "blocks"
     argument_names = {"image_rotary_emb": "rotary_emb"}  # noqa: RUF012
     _repeated_blocks = ["HunyuanDiTBlock"]  # noqa: RUF012
@@ -50,11 +52,9 @@ class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "image_rotary_emb", in_tables)
-        for block in self.blocks:
-            receive_grid(block.attn2)  # which gets the same tables
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
+        self.build(stock, plan)
+        self.send_grid("image_rotary_emb", in_tables)
 
     @classmethod
     def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
@@ -64,10 +64,6 @@ class MHLAHunyuanDiT2DModel(MHLAModelMixin, HunyuanDiT2DModel):
                 f"{num_layers}"
             )
         return {**arguments, "num_layers": num_layers}
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

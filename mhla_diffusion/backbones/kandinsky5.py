@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..attention import MHLA
 from .grid import Arguments, Grid, token_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 256  # to which the pipelines cut every prompt
@@ -108,6 +109,16 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
             if type(layer) is Kandinsky5Attention:
                 layer.__class__ = _Attention
         return layers
+
+    def fuse_qkv_projections(self) -> None:
+        """Refuse, where the stock model fails with the name of a layer.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the projections of a Kandinsky5 cannot be fused: diffusers knows to_q, and not to_query"
+        )
 
     @property
     def default_grid(self) -> Grid:

@@ -8,14 +8,15 @@ import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor, nn
 
+from .families import SquareSampleMixin, square_grid
 from .grid import Grid, carrier_of, in_dict, receive_grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 120  # to which the pipeline pads every prompt
 
 
-class MHLALatteTransformer3DModel(MHLAModelMixin, LatteTransformer3DModel):
+class MHLALatteTransformer3DModel(SquareSampleMixin, LatteTransformer3DModel):
     """Latte with MHLA, plain linear or softmax attention in each spatial layer.
 
     Takes every argument of :class:`diffusers.LatteTransformer3DModel` and two more. Its registered config
@@ -51,15 +52,11 @@ class MHLALatteTransformer3DModel(MHLAModelMixin, LatteTransformer3DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
+        self.build(stock, plan)
         for block in self.transformer_blocks:
             block.register_forward_pre_hook(_take_grid_from_mask)
             receive_grid(block.attn2)  # which gets the same keyword arguments
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
 
     @property
     def grids_of_sample(self) -> int:

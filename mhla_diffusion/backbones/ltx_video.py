@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,12 @@ from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor
 
 from .grid import Grid, send_with_rope
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 128  # to which the pipeline pads every prompt
+_FRAME_RATE = 25  # frames a second that the pipeline means where nothing is said
 
 
 class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel):
@@ -76,6 +79,22 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
             "encoder_attention_mask": torch.ones(batch_size, _TEXT_TOKENS),
             **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        frames, height, width = samples.shape[2:]
+        given = super().denoising_arguments(samples, timestep, conditions)
+        time, *space = self.vae_stride
+        return {
+            **given, "hidden_states": samples.flatten(2).mT,
+            "num_frames": frames, "height": height, "width": width,
+            "rope_interpolation_scale": (time / _FRAME_RATE, *space),
+        }  # fmt: skip
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return the velocity ``[B, C, F, H, W]`` of tokens ``[B, N, C]``."""
+        return output.mT.unflatten(2, samples.shape[2:])
 
 
 def _grid_of_tokens(

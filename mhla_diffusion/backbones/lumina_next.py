@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from torch import Tensor
 
-from .grid import Grid, in_dict, receive_grid, send_as_argument
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .families import SquareSampleMixin, square_grid
+from .grid import Grid, in_dict, token_grid
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 256  # to which the pipeline cuts every prompt
 
 
-class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
+class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
     """Lumina-Next with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
 
     Takes every argument of :class:`diffusers.LuminaNextDiT2DModel` and two more. Its registered config
@@ -53,19 +57,13 @@ class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs", in_dict)
-        for block in self.layers:
-            receive_grid(block.attn2)  # which gets the same arguments
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
+        self.build(stock, plan)
+        self.send_grid("cross_attention_kwargs", in_dict)
 
     @classmethod
-    def time_of(cls, timestep: float) -> float:
+    def time_of(cls, timestep: Any) -> Any:
         return 1 - timestep / 1000  # 0 is noise
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
@@ -81,3 +79,21 @@ class MHLALuminaNextDiT2DModel(MHLAModelMixin, LuminaNextDiT2DModel):
             "image_rotary_emb": get_2d_rotary_pos_embed_lumina(self.head_dim, *grid),
             "cross_attention_kwargs": {},  # which the stock class must have
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        given = super().denoising_arguments(samples, timestep, conditions)
+        # On larger grids than its own the pipeline has positions closer to each other, at all times.
+        closer = math.sqrt(math.prod(grid) / math.prod(self.default_grid))
+        return {
+            **{name: value for name, value in given.items() if name != "encoder_attention_mask"},
+            "encoder_mask": given["encoder_attention_mask"],
+            "image_rotary_emb": get_2d_rotary_pos_embed_lumina(self.head_dim, *grid, linear_factor=closer),
+            "cross_attention_kwargs": {"base_sequence_length": (self.config.sample_size // 2) ** 2},
+        }
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return the velocity from data to noise; the model gives the other way, and a variance of no use."""
+        return -output[:, : samples.shape[1]]

@@ -1,4 +1,4 @@
-"""What the models with MHLA have in common: which layer has which attention, loading, parallelism.
+"""What the models with MHLA have in common: attention put into layers, loading, saving, parallelism.
 
 A backbone is one file with one class: see :class:`MHLAModelMixin`.
 """
@@ -9,20 +9,18 @@ import dataclasses
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ModelMixin, TensorParallelConfig
 from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
 
-from ..attention import MHLA, MHLAConfig
+from ..attention import MHLA
 from ..hub import hub_arguments
-from ..ops import recommended_layout
-from .grid import Grid, grid_of_latents, receive_grid, send_with_rope
+from .denoising import DenoisingMixin
+from .grid import Grid, receive_grid
+from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
 from .layers import KeepsMHLA, keep_mhla, mhla_of
 from .processors import MHLAAttnProcessor
 from .rebuild import rebuild, require_plain_weights
@@ -33,7 +31,6 @@ logger = logging.getLogger(__name__)
 # In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
 FULL_WEIGHTS = "lora_full"
 
-ATTENTIONS = ("mhla", "linear", "softmax")
 # Arguments that say where the file of an adapter is.
 _ADAPTER_PLACE = (
     "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
@@ -43,36 +40,8 @@ _ADAPTER_PLACE = (
 # What configs call the size that a model is made for.
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
-AttentionChoice = str | Sequence[str]
-OneConfig = MHLAConfig | dict[str, Any] | None
-ConfigChoice = OneConfig | Sequence[OneConfig]
 
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Attention of each layer of a model, known to fit before any weight is made.
-
-    Args:
-        attention: as it was asked for.
-        kinds: ``"mhla"``, ``"linear"`` or ``"softmax"``, by layer.
-        configs: by layer; those of layers with stock attention do not count.
-        shared: whether one config was given for all.
-        grid: tokens along each axis that the model is made for.
-    """
-
-    attention: AttentionChoice
-    kinds: list[str]
-    configs: list[MHLAConfig]
-    grid: Grid
-    shared: bool = True
-
-    @property
-    def registered(self) -> dict[str, Any] | list[dict[str, Any]]:
-        """Config, or those of the layers, as plain values."""
-        return self.configs[0].to_dict() if self.shared else [config.to_dict() for config in self.configs]
-
-
-class MHLAModelMixin(ModelMixin):
+class MHLAModelMixin(DenoisingMixin, ModelMixin):
     """Stands before a diffusers model class: ``class MHLAX(MHLAModelMixin, X)`` is the MHLA form of X.
 
     Such a class enters the registry by itself. Its ``__init__``, decorated with :func:`.stock.after`, plans
@@ -91,7 +60,6 @@ class MHLAModelMixin(ModelMixin):
         old_norm_type: the stock class's ``norm_type`` when all were Transformer2DModel, if it was one.
         extra_tokens: how many tokens beside those of the grid take part in it, such as those of a text, where
             nothing else is said; they are a block of their own (``extra_block`` of the config).
-        time_scale: times are 0 to this.
         vae_stride: pixels of a latent along each axis, with the autoencoder that the stock model comes with.
         presets: names of published sizes, for planning, and the arguments of each.
     """
@@ -104,7 +72,6 @@ class MHLAModelMixin(ModelMixin):
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
     extra_tokens: int = 0
-    time_scale: ClassVar[int] = 1000
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     layer_attention: list[str]
@@ -138,29 +105,6 @@ class MHLAModelMixin(ModelMixin):
     def self_attention(self) -> list[Any]:
         """Self-attention layers that may have MHLA, without those of :meth:`branch_kinds`."""
         return [getattr(block, self.attention_name) for block in getattr(self, self.block_list)]
-
-    def example_inputs(
-        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
-    ) -> dict[str, Any]:
-        """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
-        raise NotImplementedError
-
-    @classmethod
-    def time_of(cls, timestep: float) -> float:
-        """Return a time from 0, of data, to 1,000, of noise, as the model counts it."""
-        return timestep if cls.time_scale == 1000 else timestep * cls.time_scale / 1000
-
-    def at_time(
-        self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None
-    ) -> dict[str, Any]:
-        """Return arguments of the forward at a time from 0, of data, to 1,000, of noise.
-
-        Args:
-            inputs: as :meth:`example_inputs` gives them.
-            timestep: of the latents.
-            until: where the step ends, for models that are told; left as drawn, but no later, by default.
-        """
-        return {**inputs, "timestep": torch.full_like(inputs["timestep"], self.time_of(timestep))}
 
     @classmethod
     def with_depth(cls, arguments: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
@@ -392,159 +336,7 @@ class MHLAModelMixin(ModelMixin):
         if stored is None or wanted is None:
             return False
         before, after = (
-            [(c.blocks, c.extra_block or cls.extra_tokens > 0) for c in _as_configs(choice)]
+            [(c.blocks, c.extra_block or cls.extra_tokens > 0) for c in as_configs(choice)]
             for choice in (stored, wanted)
         )
         return before != after and not (len(after) == 1 and set(before) == set(after))
-
-
-class RotaryVideoMixin(MHLAModelMixin):
-    """Stands before models of videos whose ``rope`` is given latents ``[B, C, F, H, W]``, as Wan and its kin.
-
-    Their config has ``sample_grid``, tokens along frames, height and width that the model is made for. Only a
-    number of blocks in all depends on it.
-    """
-
-    vae_stride = (4, 8, 8)
-    block_list = "blocks"
-
-    def build_video(
-        self,
-        stock: dict[str, Any],
-        attention: AttentionChoice,
-        mhla_config: ConfigChoice,
-        sample_grid: Sequence[int],
-    ) -> LayerPlan:
-        """Make the model as planned; see :meth:`MHLAModelMixin.build`."""
-        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
-        self.build(stock, plan)
-        self.send_grid()
-        self.register_to_config(sample_grid=list(sample_grid))
-        return plan
-
-    def send_grid(self) -> None:
-        """Have the rope send the grid of the latents that it is given."""
-        send_with_rope(
-            self.rope, functools.partial(grid_of_latents, patch_size=tuple(self.config.patch_size))
-        )
-
-    @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        prefix: str | None = "transformer",
-        **kwargs: Any,
-    ) -> None:
-        """Load as diffusers does, with self-attention that was trained in full beside the adapters.
-
-        That takes the place of what is here, and stays when adapters are unloaded.
-
-        Raises:
-            ValueError: for weights that do not fit this model.
-        """
-        weights = pretrained_model_name_or_path_or_dict
-        if isinstance(weights, dict):
-            start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
-            full = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-            weights = {key: value for key, value in weights.items() if not key.startswith(start)}
-            self._take_weights(full)
-        super().load_lora_adapter(weights, prefix=prefix, **kwargs)
-
-    @torch.no_grad()
-    def _take_weights(self, weights: dict[str, Tensor]) -> None:
-        own = dict(self.named_parameters())
-        for name, weight in weights.items():
-            if name not in own or own[name].shape != weight.shape:
-                here = tuple(own[name].shape) if name in own else "no such weight"
-                raise ValueError(
-                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
-                    f"{here}: load them beside the model that they were trained from"
-                )
-        for name, weight in weights.items():
-            own[name].copy_(weight)
-
-    def example_latents(
-        self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None
-    ) -> Tensor:
-        """Draw noise ``[B, C, F, H, W]`` that has this grid of tokens."""
-        sizes = [tokens * patch for tokens, patch in zip(grid, self.latents_per_token, strict=True)]
-        channels = channels or self.config.in_channels
-        return torch.randn(batch_size, channels, *sizes, generator=generator)
-
-
-def as_config(mhla_config: OneConfig) -> MHLAConfig:
-    """Return the config of what a model's argument may be."""
-    if mhla_config is None:
-        return MHLAConfig()
-    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
-
-
-def _as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:
-    choices: Any = mhla_config if isinstance(mhla_config, (list, tuple)) else [mhla_config]
-    return [as_config(choice) for choice in choices]
-
-
-def layer_settings(
-    attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, *, stock: str = "softmax"
-) -> tuple[list[str], list[MHLAConfig]]:
-    """Return attention and config of each layer; see :func:`layer_attention`.
-
-    Raises:
-        ValueError: for a list of configs of the wrong length, or in which one names layers; and what
-            :func:`layer_attention` refuses.
-    """
-    configs = _as_configs(mhla_config)
-    if not isinstance(mhla_config, (list, tuple)):
-        return layer_attention(attention, configs[0].layers, num_layers, stock=stock), configs * num_layers
-    if len(configs) != num_layers or any(config.layers is not None for config in configs):
-        raise ValueError(
-            f"mhla_config is a list of {len(configs)} configs, but the model has {num_layers} layers: give "
-            "one for each, without layers, and name their attention as a list"
-        )
-    return layer_attention(attention, None, num_layers, stock=stock), configs
-
-
-def attentions_of(stock: str) -> tuple[str, ...]:
-    """Return what the attention of a layer can be where the stock class has ``stock``."""
-    return ATTENTIONS if stock == "softmax" else ("mhla", stock)
-
-
-def layer_attention(
-    attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
-) -> list[str]:
-    """Return the attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
-
-    Raises:
-        ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
-            list together with ``layers``.
-    """
-    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
-    known = attentions_of(stock)
-    if unknown := sorted(set(kinds) - set(known)):
-        raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    if len(kinds) != num_layers:
-        raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")
-    if layers is None:
-        return kinds
-    if not isinstance(attention, str):
-        raise ValueError("give attention as a list or mhla_config.layers, not both")
-    if outside := [i for i in layers if i >= num_layers]:
-        raise ValueError(
-            f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to {num_layers - 1}"
-        )
-    return [kind if i in layers else stock for i, kind in enumerate(kinds)]
-
-
-def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
-    """Warn of blocks whose mixing costs more than it should."""
-    layout = config.layout(grid)
-    if layout.num_blocks**2 > layout.num_tokens:
-        warnings.warn(
-            f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
-            f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
-            f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
-            stacklevel=6,
-        )

@@ -8,14 +8,15 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from .grid import Grid, in_dict, receive_grid, send_as_argument
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .families import SquareSampleMixin, square_grid
+from .grid import Grid, in_dict
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 300  # to which the pipelines of sigma pad every prompt
 
 
-class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
+class MHLAPixArtTransformer2DModel(SquareSampleMixin, PixArtTransformer2DModel):
     """PixArt with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
 
     Takes every argument of :class:`diffusers.PixArtTransformer2DModel` and two more. Its registered config
@@ -46,15 +47,9 @@ class MHLAPixArtTransformer2DModel(MHLAModelMixin, PixArtTransformer2DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
-        send_as_argument(self, (stock["patch_size"],) * 2, "cross_attention_kwargs", in_dict)
-        for block in self.transformer_blocks:
-            receive_grid(block.attn2)  # which gets the same arguments
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
+        self.build(stock, plan)
+        self.send_grid("cross_attention_kwargs", in_dict)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

@@ -212,8 +212,8 @@ def split_heads(x: Tensor, attn: Any, norm: nn.Module | None = None) -> Tensor:
     norm = norm or nn.Identity()
     weight = getattr(norm, "weight", None)
     over_all = weight is not None and weight.shape[-1] == x.shape[-1]
-    x = (norm(x) if over_all else x).unflatten(-1, (-1, attn.inner_dim // attn.heads)).transpose(1, 2)
-    x = x if over_all else norm(x)
+    x = (norm(x) if over_all else x).unflatten(-1, (-1, attn.inner_dim // attn.heads))
+    x = (x if over_all else norm(x)).transpose(1, 2)
     shared = attn.heads // x.shape[1]
     return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 

@@ -14,7 +14,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from .grid import Grid, send_with_rope
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
+from .model import MHLAModelMixin
 from .stock import after
 
 

@@ -9,8 +9,9 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor
 
+from .families import SquareSampleMixin, square_grid
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, MHLAModelMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 300  # to which the pipeline pads every prompt
@@ -46,7 +47,7 @@ class _GridBlock(SanaTransformerBlock):
         return hidden_states + ff_gate * images.flatten(2, 3).permute(0, 2, 1)
 
 
-class MHLASanaTransformer2DModel(MHLAModelMixin, SanaTransformer2DModel):
+class MHLASanaTransformer2DModel(SquareSampleMixin, SanaTransformer2DModel):
     """Sana with MHLA in place of its linear attention.
 
     Takes every argument of :class:`diffusers.SanaTransformer2DModel` and two more. Its registered config
@@ -83,14 +84,10 @@ class MHLASanaTransformer2DModel(MHLAModelMixin, SanaTransformer2DModel):
         attention: AttentionChoice = "mhla",
         mhla_config: ConfigChoice = None,
     ) -> None:
-        grid = (stock["sample_size"] // stock["patch_size"],) * 2
-        self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], grid))
+        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], square_grid(stock))
+        self.build(stock, plan)
         for block in self.transformer_blocks:
             block.__class__ = _GridBlock
-
-    @property
-    def default_grid(self) -> Grid:
-        return (self.config.sample_size // self.config.patch_size,) * 2
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

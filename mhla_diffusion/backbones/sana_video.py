@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import SanaVideoTransformer3DModel
 
+from .families import RotaryVideoMixin
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 _TEXT_TOKENS = 300  # to which the pipeline pads every prompt

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
 
+from .families import RotaryVideoMixin
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 from .wan import wan_conditions
 

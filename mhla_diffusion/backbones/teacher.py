@@ -153,14 +153,18 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Laye
 
 
 def place(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of a call where a model is and in its dtype; times and rotary tables keep theirs."""
+    """Return arguments of a call where a model is and in its dtype.
+
+    Rotary tables keep theirs, and times do unless the model takes them in its own.
+    """
     return {name: _placed(model, name, value) for name, value in inputs.items()}
 
 
 def _placed(model: Any, name: str, value: Any) -> Any:
     if isinstance(value, dict):  # as PixArt's added_cond_kwargs
         return place(model, value)
-    if isinstance(value, Tensor) and value.is_floating_point() and "timestep" not in name:
+    keeps = "timestep" in name and not getattr(model, "time_in_dtype", False)
+    if isinstance(value, Tensor) and value.is_floating_point() and not keeps:
         return value.to(model.device, model.dtype)
     return send_to_device(value, model.device)
 

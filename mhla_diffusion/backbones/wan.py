@@ -8,8 +8,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from .families import RotaryVideoMixin
 from .grid import Grid
-from .model import AttentionChoice, ConfigChoice, RotaryVideoMixin
+from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
 
 # The pipelines pad every prompt to 512 tokens; the image encoder gives 257.

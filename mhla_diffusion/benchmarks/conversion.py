@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel, convert_to_mhla
-from .timing import machine, markdown_table
+from ..files.text import markdown_table
+from .shared import machine
 
 CONFIG = MHLAConfig(blocks=(3, 5, 10), normalizer="none", output_norm=True, gate=True)
 _PRESET = "Wan2.1-1.3B"

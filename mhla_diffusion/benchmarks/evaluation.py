@@ -13,7 +13,7 @@ from ..evaluation.networks.images import INCEPTION
 from ..evaluation.sets.images import open_images
 from ..optional import require
 from .random_weights import write_random_inception
-from .timing import check_at_least, race
+from .shared import check_at_least, race
 
 
 def evaluation(real: Path, generated: Path, repeats: int = 1, batch_size: int = 16) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluation import evaluate_videos
 from ..optional import require
 from .random_weights import write_random_i3d
-from .timing import check_at_least, race
+from .shared import check_at_least, race
 
 
 def evaluation_video(

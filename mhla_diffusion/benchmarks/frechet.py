@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..evaluation import frechet_distance
+from ..files.text import markdown_table
 from ..optional import require
-from .timing import check_at_least, machine, markdown_table
+from .shared import check_at_least, machine
 
 
 def frechet(dimension: int = 2048, samples: int = 10_000) -> str:

@@ -14,18 +14,10 @@ from torch import Tensor, nn
 
 from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..files.text import markdown_table
 from ..files.writing import write_file
-from .timing import (
-    PASSES,
-    check_at_least,
-    check_choices,
-    default_device,
-    interleaved,
-    machine,
-    markdown_table,
-    peak_bytes,
-    spread,
-)
+from ..timing import interleaved, peak_bytes, spread
+from .shared import PASSES, check_at_least, check_choices, default_device, machine
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.

@@ -7,8 +7,10 @@ import statistics
 from pathlib import Path
 
 from ..files.clips import choose_clip
+from ..files.text import markdown_table
 from ..files.videos import open_video
-from .timing import check_at_least, interleaved, markdown_table, spread
+from ..timing import interleaved, spread
+from .shared import check_at_least
 
 
 def loading(

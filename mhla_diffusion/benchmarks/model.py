@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..backbones import backbone_of_config
-from ..backbones.model import attentions_of
+from ..backbones.layer_plan import attentions_of
+from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..planning import load_model_config, token_grid
-from .timing import (
-    check_at_least,
-    check_choices,
-    default_device,
-    interleaved,
-    machine,
-    markdown_table,
-    plot,
-    require_plots,
-    spread,
-)
+from ..timing import interleaved, spread
+from .shared import check_at_least, check_choices, default_device, machine, plot, require_plots
 
 # Sides of square images or frames in pixels, where those of others say nothing of a model.
 _SIZES = {
@@ -39,6 +32,7 @@ _SIZES = {
     "Sana-0.6B": (1024, 2048, 4096),
     "Sana-1.6B": (1024, 2048, 4096),
 }
+_STEPS = ("denoising", "training")
 _IMAGE_SIZES, _VIDEO_SIZES, _FRAMES = (256, 512, 1024, 2048), (512, 768), 121
 
 
@@ -56,6 +50,8 @@ def model(
     seconds: float = 120,
     out: Path | None = None,
     device: str | None = None,
+    training: bool = True,
+    processor_time: bool = False,
 ) -> str:
     """Time a denoising step and a training step of a model with MHLA and with other attention.
 
@@ -77,6 +73,9 @@ def model(
         seconds: one attention at one size takes no more runs than fit into this, and one at least.
         out: folder for model.json, model.md and model.png.
         device: cpu or cuda; a GPU where there is one.
+        training: whether a training step is timed beside the denoising step.
+        processor_time: count the seconds of all threads on the processor and not those of the clock, which
+            other work on the machine lengthens; on a CPU.
 
     Returns:
         A table in Markdown.
@@ -100,17 +99,25 @@ def model(
     if out is not None:
         require_plots()
     device = device or default_device()
+    if processor_time and device != "cpu":
+        raise ValueError(f"processor_time is for the device cpu, got {device}: leave it out")
+    clock = time.process_time if processor_time else time.perf_counter
+    kinds = _STEPS if training else _STEPS[:1]
     records = []
     for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):
         steps: list[Callable[[], Any]] = []
         for attention in attentions:
             made = subject.make(grid, attention)
             inputs = send_to_device(made.example_inputs(grid, batch_size=batch_size), device)
-            steps += _model_steps(made.to(device), inputs, getattr(torch, dtype), device)
-        times = interleaved(steps, device, repeats, seconds)
-        pairs = zip(attentions, times[::2], times[1::2], strict=True)
-        records += [_record(size, grid, *measured) for measured in pairs]
-    text = f"{subject.title}; {machine(device)}, {dtype}\n\n{_model_table(records, attentions)}"
+            steps += _model_steps(made.to(device), inputs, getattr(torch, dtype), device)[: len(kinds)]
+        times = interleaved(steps, device, repeats, seconds, clock=clock)
+        each = zip(*(times[number :: len(kinds)] for number in range(len(kinds))), strict=True)
+        records += [
+            _record(size, grid, attention, dict(zip(kinds, measured, strict=True)))
+            for attention, measured in zip(attentions, each, strict=True)
+        ]
+    counted = ", processor time" if processor_time else ""
+    text = f"{subject.title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
     if out is not None:
         _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=subject.title)
     return text
@@ -195,14 +202,14 @@ def _model_steps(
 
 
 def _record(
-    size: int, grid: tuple[int, ...], attention: str, denoising: list[float], training: list[float]
+    size: int, grid: tuple[int, ...], attention: str, times: Mapping[str, list[float]]
 ) -> dict[str, Any]:
     """Seconds of the steps of one attention at one size."""
     return {
         "size": size, "tokens": math.prod(grid), "attention": attention,
         "blocks": recommended_layout(grid).num_blocks if attention == "mhla" else None,
-        "denoising": statistics.median(denoising), "training": statistics.median(training),
-        "spread": {"denoising": spread(denoising), "training": spread(training)},
+        **{step: statistics.median(its) for step, its in times.items()},
+        "spread": {step: spread(its) for step, its in times.items()},
     }  # fmt: skip
 
 
@@ -215,7 +222,8 @@ def _write(
     lines = {
         f"{attention}, {step}": [(r["size"], r[step]) for r in records if r["attention"] == attention]
         for attention in attentions
-        for step in ("denoising", "training")
+        for step in _STEPS
+        if step in records[0]
     }
     write_file(out / "model.png", plot(lines, "side of the image, pixels", "seconds a step"))
 
@@ -228,7 +236,7 @@ def _model_table(records: Sequence[dict[str, Any]], attentions: Sequence[str]) -
         by_size.setdefault(record["size"], []).append(record)
     for size, group in by_size.items():
         blocks = next((str(r["blocks"]) for r in group if r["blocks"]), "-")
-        for step in ("denoising", "training"):
+        for step in (step for step in _STEPS if step in group[0]):
             cells = [f"{1e3 * r[step]:,.0f}" for r in group]
             lines.append([f"{size}", f"{group[0]['tokens']:,}", blocks, step, *cells])
     return markdown_table(lines)

@@ -16,22 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
-from .timing import (
-    PASSES,
-    best,
-    check_at_least,
-    check_choices,
-    default_device,
-    interleaved,
-    machine,
-    markdown_table,
-    peak_bytes,
-    plot,
-    require_plots,
-    spread,
-)
+from ..timing import best, interleaved, peak_bytes, spread
+from .shared import PASSES, check_at_least, check_choices, default_device, machine, plot, require_plots
 
 logger = logging.getLogger(__name__)
 

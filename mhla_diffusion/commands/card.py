@@ -10,9 +10,13 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files.writing import write_file
 from .parsing import parse_and_call
+
+if TYPE_CHECKING:
+    from mhla_diffusion.pipelines.model_card import Result
 
 
 def card(
@@ -29,7 +33,7 @@ def card(
 
     Args:
         model: folder of the pipeline.
-        report: folder of mhla evaluate, whose scores are shown.
+        report: folder of mhla evaluate, whose scores are shown, and listed for the hub.
         picture: PNG file with samples, which is copied there.
         license: as the hub names it, such as apache-2.0.
         base_model: hub id of the model that this one was made of.
@@ -45,24 +49,39 @@ def card(
     folder = Path(model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{model} is no folder of a pipeline (it has no model_index.json)")
-    scores = None if report is None else _read_scores(Path(report))
+    scores, results = (None, ()) if report is None else _read_scores(Path(report))
     if picture is not None:
         if Path(picture).suffix.lower() != ".png" or not Path(picture).is_file():
             raise ValueError(f"{picture} is no PNG file: give one, such as mhla generate --grid writes")
         write_file(folder / PICTURE, partial(shutil.copyfile, picture))
     fields = CardFields(
-        scores=scores, base_model=base_model, license=license, datasets=datasets, converted=converted
-    )
+        scores=scores, results=results, base_model=base_model, license=license, datasets=datasets,
+        converted=converted,
+    )  # fmt: skip
     pipeline = MHLAPipeline.from_pretrained(model)
     write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
     logging.info("Card: %s", folder / "README.md")
 
 
-def _read_scores(report: Path) -> str:
+def _read_scores(report: Path) -> tuple[str, tuple[Result, ...]]:
+    """Read the table of a report, and its scores one by one."""
+    from mhla_diffusion.pipelines.model_card import Result
+
+    from ..evaluation.pages.runs import load_run
+
     path = report / "report.md"
     if not path.is_file():
         raise ValueError(f"{report} holds no report of mhla evaluate (report.md)")
-    return path.read_text("utf-8").strip()
+    run = load_run(report, report.name)
+    results = [
+        Result(
+            score.name, score.metric or score.name, score.value, data=Path(run.real).name,
+            facts={f"{name} samples": count for name, count in run.counts.items() if count is not None}
+            | ({} if score.interval is None else {"interval of 95 %": list(score.interval)}),
+        )
+        for score in run.scores.values()
+    ]  # fmt: skip
+    return path.read_text("utf-8").strip(), tuple(results)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

@@ -25,12 +25,12 @@ from mhla_diffusion.pipelines import MHLAPipeline
 
 from ..analysis import analyze
 from ..backbones.teacher import predict
-from ..benchmarks.timing import peak_bytes
 from ..conversion.calls import TIME_BUCKETS, DataCalls
 from ..conversion.measures import by_time, losses
 from ..files.manifest import read_manifest
 from ..files.videos import open_video
 from ..files.writing import write_file
+from ..timing import peak_bytes
 from ..training import train
 from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from ..benchmarks.timing import markdown_table
+from ..files.text import markdown_table
 from ..files.writing import write_file
 from .config import Comparison
 from .figures import draw_curves, draw_samples

@@ -196,7 +196,11 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
     torch.manual_seed(seed)
     model = RecallModel(task, variant.config(task.default_blocks)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
+    # A tenth of few steps is no warm-up; of ten it is one, which OneCycleLR divides by that less one.
+    warmup = 0.1 if task.steps > 10 else 0.0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, task.learning_rate, task.steps, pct_start=warmup
+    )
     generator = torch.Generator(device).manual_seed(seed)
     losses, start = [], time.perf_counter()
     for _ in range(task.steps):

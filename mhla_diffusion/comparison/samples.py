@@ -18,7 +18,7 @@ import yaml
 
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
-from ..backbones.model import check_blocks
+from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
 from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
 from ..evaluation.networks.images import load_extractor
@@ -219,7 +219,7 @@ class Samples(Task):
         return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
 
-def _parsed(config_class: type[Any], values: dict[str, Any]) -> Any:
+def _parsed(config_class: Any, values: dict[str, Any]) -> Any:
     """Return the config of a training run with these values of dotted keys."""
     nested: dict[str, Any] = {}
     for key, value in values.items():

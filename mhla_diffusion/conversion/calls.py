@@ -19,7 +19,7 @@ from ..backbones import (
     MHLAWanTransformer3DModel,
 )
 from ..backbones.teacher import place, predict
-from ..training import ImageTrainingConfig, VideoTrainingConfig
+from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
@@ -31,6 +31,8 @@ RUNS: dict[type[Any], type[Any]] = {
     MHLAPixArtTransformer2DModel: ImageTrainingConfig,
     MHLASanaTransformer2DModel: ImageTrainingConfig,
     MHLAWanTransformer3DModel: VideoTrainingConfig,
+    **dict.fromkeys(stock.IMAGES, ImageTrainingConfig),
+    **dict.fromkeys(stock.VIDEOS, VideoTrainingConfig),
 }
 
 TIME_BUCKETS = 10
@@ -133,7 +135,7 @@ class DataCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         samples, conditions, times, noise = self.sample(number)
         noisy = self.objective.noisy(samples.float(), times, noise)
-        return {"hidden_states": noisy, "timestep": self.objective.timestep(times), **conditions}
+        return self.model.denoising_arguments(noisy, self.objective.timestep(times), conditions)
 
     @torch.no_grad()
     def loss(self, model: Any, number: int) -> float:

@@ -12,8 +12,8 @@ import torch
 
 from ..attention import MHLAConfig
 from ..backbones.teacher import attention_layers, layer_calls, place
-from ..benchmarks.timing import interleaved
 from ..planning import Plan
+from ..timing import interleaved
 from .align import aligned_layer
 from .knapsack import STOCK
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,23 @@ from mhla_diffusion.pipelines import MHLAPipeline
 from ..attention import MHLAConfig
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
-from ..benchmarks.timing import markdown_table
 from ..files.writing import write_file
 from ..planning import Plan, plan
 from ..processes import in_first_process, process_state
-from ..training import train
+from ..training import DistillationConfig, train
 from ..training.checkpoints import list_checkpoints
 from ..training.export import read_run_config
 from .align import align, load_candidates
 from .calls import TIME_BUCKETS, DataCalls
 from .choose import assemble, describe, layer_errors, save_student
 from .costs import layer_costs
+from .findings import findings, table
 from .job import AlignConfig
-from .knapsack import STOCK, Limits, frontier, within
+from .knapsack import STOCK, Choice, Limits, frontier, within
 from .linearize import LinearizeConfig, distil
-from .measures import losses, ratio, scores
+from .measures import by_time, losses, ratio, scores, training_hours
 from .report import plain
-from .trial import prediction_error
+from .trial import Trial, prediction_error
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,15 @@ class ExperimentConfig:
         seeds: of alignment and distillation.
         align: see :class:`AlignConfig`.
         steps: of distillation; at most 5 % of the teacher's, or it says nothing about cheap conversion.
+        batch_size: of distillation; the teacher's by default.
         learning_rate: of distillation.
+        distillation: see :class:`LinearizeConfig`.
+        check: calls that assembled models are measured on to choose layers, as ``mhla choose`` does; 0 for
+            none, and the choice is by the errors of layers alone.
         calls: in each tenth of the time, that losses are measured on.
         real, num_samples: images or videos to score against, see ``mhla evaluate``, and how many samples of
             each model; no scores by default.
+        scored: variants that are scored beside the teacher; all by default.
 
     Raises:
         ValueError: for no seed, steps or calls, or scores of no samples.
@@ -75,10 +80,14 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     align: AlignConfig = field(default_factory=AlignConfig)
     steps: int = 500
+    batch_size: int | None = None
     learning_rate: float = 1e-4
+    distillation: DistillationConfig | None = None
+    check: int = 8
     calls: int = 20
     real: str | None = None
     num_samples: int = 0
+    scored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seeds or self.steps < 1 or self.calls < 1:
@@ -119,33 +128,52 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
             raise KeyboardInterrupt(stopped)
     path = str(teacher_folder / "pipeline")
     size = plan(path, config.height, config.width, config.frames, vae_stride=config.vae_stride)
-    results = [] if config.real is None else [_teacher_scores(config, run, path)]
+    results: list[dict[str, Any]] = []
     for seed in config.seeds:
-        results += _Seed(config, run, forms, path, size, seed).results().values()
-    content = {
+        results += _Seed(config, run, forms, path, size, seed).results()
+    if config.real is not None:
+        results = [_teacher_row(config, run, path), *(_scored(config, run, record) for record in results)]
+    content: dict[str, Any] = {
         "teacher": config.teacher, "steps": config.steps, "teacher_steps": run.trainer.max_steps,
         "seeds": list(config.seeds), "size": size.size, "results": results,
     }  # fmt: skip
+    content["findings"] = findings(content)
     in_first_process(lambda: write_file(out / "results.json", json.dumps(content, indent=2)))
     in_first_process(lambda: write_file(out / "results.md", table(content)))
     logger.info("Results: %s", out / "results.md")
     return content
 
 
-def _teacher_scores(config: ExperimentConfig, run: Any, path: str) -> dict[str, Any]:
+def _teacher_row(config: ExperimentConfig, run: Any, path: str) -> dict[str, Any]:
     """The teacher's row: its scores, beside which those of students stand."""
-    kept = Path(config.out) / "teacher.json"
-    if not kept.is_file():
-        found = _scores(config, run, path, Path(config.out) / "teacher-samples")
-        in_first_process(lambda: write_file(kept, json.dumps(found)))
+    kept, folder = Path(config.out) / "teacher.json", Path(config.out) / "teacher-samples"
+    scored = _scores(config, run, path, folder, kept)
     exact = {"value": 1.0, "interval": [1.0, 1.0]}
-    scored = json.loads(kept.read_text())
     return {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": exact, "scores": scored}
 
 
-def _scores(config: ExperimentConfig, run: Any, path: str, folder: Path) -> list[Mapping[str, Any]]:
-    assert config.real is not None
-    return scores(MHLAPipeline.from_pretrained(path), config.real, folder, run, config.num_samples)
+def _scored(config: ExperimentConfig, run: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """A student's row with its scores, if it is among those that are scored."""
+    if "scores" in record or (config.scored and record["variant"] not in config.scored):
+        return record
+    folder = variant_folder(Path(config.out), record["seed"], record["distilled_as"])
+    run = replace(run, trainer=replace(run.trainer, seed=record["seed"]))
+    path = str(folder / "distilled" / "pipeline")
+    return {**record, "scores": _scores(config, run, path, folder / "samples", folder / "scores.json")}
+
+
+def _scores(config: ExperimentConfig, run: Any, path: str, samples: Path, kept: Path) -> Any:
+    """Scores of a pipeline, which are kept."""
+    if not kept.is_file():
+        assert config.real is not None
+        found = scores(MHLAPipeline.from_pretrained(path), config.real, samples, run, config.num_samples)
+        in_first_process(lambda: write_file(kept, json.dumps(found)))
+    return json.loads(kept.read_text())
+
+
+def variant_folder(out: Path, seed: int, variant: str) -> Path:
+    """Return where a variant of a seed is."""
+    return out / f"seed-{seed}" / variant.replace(", ", "-").replace(" ", "-")
 
 
 class _Seed:
@@ -168,36 +196,69 @@ class _Seed:
         self.calls = DataCalls(self.teacher, self.run, seed=seed)
         self.numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
 
-    def results(self) -> dict[str, dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """Align, and return what each variant comes to."""
         settings = replace(self.config.align, seed=self.seed)
         self.record = align(
             self.teacher, self.calls, self.folder / "aligned", candidates=self.forms,
             config=settings, name=self.path,
         )  # fmt: skip
-        return {name: self._result(name, variant) for name, variant in self._variants().items()}
+        variants = self._variants()
+        # The choice may be one of the patterns, which is not distilled twice.
+        first = {variant: name for name, variant in reversed(variants.items())}
+        results = {name: self._result(name, variants[name]) for name in first.values()}
+        return [
+            {**results[first[variant]], "variant": name, "distilled_as": first[variant]}
+            for name, variant in variants.items()
+        ]
 
     def _variants(self) -> dict[str, Variant]:
         count = len(self.teacher.layer_attention)
         errors = layer_errors(self.record, count)
-        tables = [{form: table[form] for form in (STOCK, "mhla")} for table in errors]
         costs = layer_costs(self.teacher, self.record, self.size, errors, by="flops")
-        every_second = tuple("mhla" if number % 2 else STOCK for number in range(count))
         self.limits = Limits(errors, costs, budget=1.0)
-        chosen = within(frontier(tables, costs), self.limits.choice(every_second).cost)
+        every_second = tuple("mhla" if number % 2 else STOCK for number in range(count))
+        # At equal cost where the number of layers is even.
+        from_first = (*every_second[1:], every_second[0]) if count % 2 == 0 else every_second
+        chosen = self._chosen(self.limits.choice(every_second).cost).forms
         return {
-            "half, chosen": Variant(chosen.forms),
+            "half, chosen": Variant(chosen),
             "half, every second": Variant(every_second),
-            "half, chosen, not aligned": Variant(chosen.forms, aligned=False),
+            "half, every second from the first": Variant(from_first),
+            "half, chosen, not aligned": Variant(chosen, aligned=False),
             "all local": Variant(("mhla-local",) * count),
             "all MHLA": Variant(("mhla",) * count),
             "all MHLA, not aligned": Variant(("mhla",) * count, aligned=False),
             "all linear": Variant(("linear",) * count),
         }
 
+    def _chosen(self, budget: float) -> Choice:
+        """The layers that are MHLA within a budget, as ``mhla choose`` takes them; the choice is kept."""
+        kept = self.folder / "chosen.json"
+
+        def choose() -> None:
+            if not kept.is_file():
+                chosen, notes = self._choose(budget)
+                write_file(kept, json.dumps({"chosen": asdict(chosen), "check": notes}, indent=2))
+
+        in_first_process(choose)
+        return self.limits.choice(json.loads(kept.read_text())["chosen"]["forms"])
+
+    def _choose(self, budget: float) -> tuple[Choice, dict[str, Any]]:
+        errors = [{form: table[form] for form in (STOCK, "mhla")} for table in self.limits.errors]
+        limits = Limits(errors, self.limits.costs, budget)
+        choices = frontier(errors, limits.costs)
+        chosen = within(choices, budget)
+        if not self.config.check:
+            return chosen, {}
+        first = self.record["settings"]["samples"]  # the first call that no layer was trained on
+        made = partial(assemble, record=self.record, aligned=self.folder / "aligned")
+        trial = Trial(self.teacher, self.calls, range(first, first + self.config.check), made)
+        return trial.check(choices, chosen, limits, repairs=20)
+
     def _result(self, name: str, variant: Variant) -> dict[str, Any]:
         """Distil a variant, unless its result is there."""
-        folder = self.folder / name.replace(", ", "-").replace(" ", "-")
+        folder = variant_folder(Path(self.config.out), self.seed, name)
         if (folder / "result.json").is_file():
             return json.loads((folder / "result.json").read_text())
         chosen = self.limits.choice(variant.forms)
@@ -211,56 +272,29 @@ class _Seed:
         if not (folder / "student").is_dir():
             in_first_process(lambda: save_student(start, facts, self.path, folder / "student"))
         settings = LinearizeConfig(
-            steps=self.config.steps, learning_rate=self.config.learning_rate, batch_size=None
-        )
+            steps=self.config.steps, learning_rate=self.config.learning_rate,
+            batch_size=self.config.batch_size, distillation=self.config.distillation,
+        )  # fmt: skip
         if stopped := distil(self.path, self.run, folder, settings):
             raise KeyboardInterrupt(stopped)
         student = load_transformer(str(folder / "distilled" / "pipeline")).eval().to(self.teacher.device)
         result = {
-            "seed": self.seed, "variant": name, "forms": list(variant.forms),
+            "seed": self.seed, "variant": name, "forms": list(variant.forms), "cost": chosen.cost,
+            "hours": training_hours(folder / "distilled"),
             "before": prediction_error(self.teacher, start, self.calls, self.numbers[:TIME_BUCKETS]),
             "error": prediction_error(self.teacher, student, self.calls, self.numbers[:TIME_BUCKETS]),
             **self._losses(student),
         }  # fmt: skip
-        if self.config.real is not None:
-            pipeline = str(folder / "distilled" / "pipeline")
-            result["scores"] = _scores(self.config, self.run, pipeline, folder / "samples")
         in_first_process(lambda: write_file(folder / "result.json", json.dumps(result)))
         return result
 
     def _losses(self, student: Any) -> dict[str, Any]:
-        teacher = losses(self.teacher, self.calls, self.numbers)
-        values = losses(student, self.calls, self.numbers)
-        return {"loss": sum(values) / len(values), "ratio": ratio(values, teacher)}
+        values, teacher = losses(student, self.calls, self.numbers), self._teacher_losses
+        return {
+            "loss": sum(values) / len(values), "ratio": ratio(values, teacher),
+            "by_time": by_time(values, self.numbers), "teacher_by_time": by_time(teacher, self.numbers),
+        }  # fmt: skip
 
-
-def table(content: Mapping[str, Any]) -> str:
-    """Return results as a table in Markdown: mean over seeds, and the least and the most."""
-    by_variant: dict[str, list[Mapping[str, Any]]] = {}
-    for record in content["results"]:
-        by_variant.setdefault(record["variant"], []).append(record)
-    head = ["variant", "loss over the teacher's", "error of prediction", "before distillation"]
-    names = [score["name"] for score in content["results"][0].get("scores", [])]
-    rows = [
-        [
-            name,
-            _spread([record["ratio"]["value"] for record in records]),
-            _spread([record["error"] for record in records]),
-            _spread([record["before"] for record in records]),
-            *(
-                _spread([record["scores"][number]["value"] for record in records])
-                for number in range(len(names))
-            ),
-        ]
-        for name, records in by_variant.items()
-    ]
-    share = 100 * content["steps"] / content["teacher_steps"]
-    return (
-        f"{content['size']}; {content['steps']} steps of distillation, {share:.3g} % of the teacher's; seeds "
-        f"{', '.join(map(str, content['seeds']))}\n\n{markdown_table([head + names, *rows])}\n"
-    )
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g} ({min(values):.4g} to {max(values):.4g})"
+    @cached_property
+    def _teacher_losses(self) -> list[float]:
+        return losses(self.teacher, self.calls, self.numbers)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..attention import MHLA
 from ..backbones.teacher import place, predict
-from ..benchmarks.timing import interleaved, peak_bytes
+from ..timing import interleaved, peak_bytes
 from .calls import TIME_BUCKETS, Calls, DataCalls
 from .trial import prediction_error
 

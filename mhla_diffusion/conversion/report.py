@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from mhla_diffusion.pipelines import MHLAPipeline
 from ..attention import MHLAConfig
 from ..backbones import convert_to_mhla, load_transformer
 from ..backbones.teacher import as_teacher, fingerprint, load_teacher
+from ..files.pages import render
 from ..files.writing import require_folder, write_file
-from ..optional import require
 from ..planning import Plan
 from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
 from .choose import RECORD as CHOICE
@@ -269,10 +268,8 @@ def _content(
 
 def _page(content: Mapping[str, Any], sheets: Mapping[str, Sequence[str]]) -> str:
     """The content of report.html, which needs no other file and no network."""
-    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
     shown = {name: rows for name, rows in sheets.items() if rows}
-    return template.render(report=content, sheets=shown, stock=STOCK, curve=_curve)
+    return render(__package__, "report.html", report=content, sheets=shown, stock=STOCK, curve=_curve)
 
 
 def _curve(choice: Mapping[str, Any]) -> dict[str, Any]:

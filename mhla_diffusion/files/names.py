@@ -9,4 +9,4 @@ _OF_SYSTEMS |= {"system volume information", "thumbs.db"}
 
 def is_hidden(name: str) -> bool:
     """Tell a name, without a folder, that begins with a dot or is one that systems give."""
-    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+    return (name.startswith(".") and name != "..") or name.lower() in _OF_SYSTEMS

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from .writing import disk_errors
 
 SUMS = "SHA256SUMS"
+# The star is of sha256sum --binary, the dot of what find lists.
+_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](\./)?(?P<name>.+)")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -52,8 +55,8 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     path = folder / SUMS
     if not path.is_file():
         return None
-    lines = (line.partition("  ") for line in path.read_text(errors="replace").split("\n"))
-    return {name: digest for digest, _, name in lines if len(digest) == 64 and name}
+    lines = (_LINE.fullmatch(line) for line in path.read_text(errors="replace").split("\n"))
+    return {line["name"]: line["digest"] for line in lines if line}
 
 
 def damaged_files(folder: Path) -> list[str] | None:

@@ -1,9 +1,10 @@
-"""Text files that people made, in the encodings that they have."""
+"""Text: files that people made, in the encodings that they have, and tables in Markdown."""
 
 from __future__ import annotations
 
 import codecs
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -20,3 +21,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line} is not UTF-8: store the file as UTF-8") from error
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells, the first of them the head, as a table in Markdown."""
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rows])

@@ -8,6 +8,7 @@ from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
     block_distances,
+    causal_mixing,
     content_mixing,
     extend_mixing,
     initial_mixing,
@@ -29,6 +30,7 @@ __all__ = [
     "MHLAState",
     "apply_rotary_emb",
     "block_distances",
+    "causal_mixing",
     "content_mixing",
     "exchanged_bytes",
     "extend_mixing",

@@ -71,14 +71,18 @@ def mhla_causal(
 
 
 class MHLAState:
-    """Memory of causal MHLA over a sequence: the summaries of its blocks, whatever its length.
+    """Memory of causal MHLA over a sequence: the summaries of its blocks.
 
     ``prefill`` takes a prompt or a further piece of any length, ``step`` one token. Together they give what
     :func:`mhla_causal` gives for the whole sequence. A step costs O(d^2); the first of a block, in which the
     summaries are mixed for it, O(M d^2). No gradient flows through the state.
 
     Args:
-        mixing, block_size, feature_map, normalizer, eps: see :func:`mhla_causal`.
+        mixing: W of :func:`mhla_causal`, for as many blocks as the sequence will have.
+        block_size, feature_map, normalizer, eps: see :func:`mhla_causal`.
+        relative: whether ``mixing`` is the weights ``[m]`` or ``[H, m]`` of
+            :func:`mhla_diffusion.ops.causal_mixing`. Then the sequence may be of any length, and no more than
+            m summaries are kept: blocks that weigh alike for good are one.
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class MHLAState:
         feature_map: str = "relu",
         normalizer: str = "paper",
         eps: float = 1e-6,
+        relative: bool = False,
     ) -> None:
         self._settings = _features(feature_map, normalizer, eps, None, None)
-        self._mixing, self._block_size = mixing.detach(), block_size
+        self._mixing, self._block_size, self._relative = mixing.detach(), block_size, relative
         self.tokens = 0
-        # Of the finished blocks, one each; of the running block; and what its queries read: the finished ones
-        # mixed for it, and its own summary so far times W[i, i].
+        # Of the finished blocks, one each (relative: the first of them all those that weigh like it); of the
+        # running block; and what its queries read: the finished ones mixed for it, and its own summary so far
+        # times W[i, i].
         self._finished: list[Tensor] = []
         self._running: Tensor | None = None
         self._visible: Tensor | None = None
@@ -122,8 +128,11 @@ class MHLAState:
         Raises:
             ValueError: for shapes that do not fit together, or more tokens than W has blocks for.
         """
-        end = self.tokens + q.shape[2]
-        _check(q, k, v, self._mixing, self._block_size, -(-end // max(self._block_size, 1)))
+        if self._relative:
+            _check_relative(q, k, v, self._mixing, self._block_size)
+        else:
+            end = self.tokens + q.shape[2]
+            _check(q, k, v, self._mixing, self._block_size, -(-end // max(self._block_size, 1)))
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         with torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
@@ -148,17 +157,44 @@ class MHLAState:
             raise ValueError(f"step takes one token, [B, H, 1, d], got {tuple(q.shape)}; prefill takes more")
         return self.prefill(q, k, v, rotary_emb=rotary_emb)
 
+    def select(self, samples: Tensor) -> None:
+        """Keep these samples of the batch, ``[B']`` int64, each as often and in the order that they come."""
+        self._finished = [summary.index_select(0, samples) for summary in self._finished]
+        if self._running is not None and self._visible is not None:
+            self._running, self._visible = (
+                x.index_select(0, samples) for x in (self._running, self._visible)
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        kept = (*self._finished, self._running, self._visible)
+        return sum(summary.nbytes for summary in kept if summary is not None)
+
+    def _row(self) -> Tensor:
+        """Weights of the summaries that are kept and, last, of the running block, ``[M]`` or ``[H, M]``."""
+        kept = len(self._finished)
+        if not self._relative:
+            return self._mixing[..., kept, : kept + 1]
+        back = torch.arange(kept, -1, -1, device=self._mixing.device)
+        return self._mixing[..., back.clamp_max(self._mixing.shape[-1] - 1)]
+
+    def _finish(self, summary: Tensor) -> None:
+        """Keep the summary of a block that is full."""
+        self._finished.append(summary)
+        if self._relative and len(self._finished) > max(1, self._mixing.shape[-1] - 1):
+            self._finished[:2] = [self._finished[0] + self._finished[1]]
+
     def _extend(self, queries: list[Tensor], keys: list[Tensor], values: Tensor) -> Tensor:
         """Tokens of one block, which may have begun."""
         normalized = self._settings.normalized
         own = outer(values, *keys, normalized=normalized)  # [B, H, d_v + 1, d]
-        block = len(self._finished)
-        row = self._mixing[..., block, : block + 1].to(own.dtype)  # [M] or [H, M], up to this block
+        row = self._row().to(own.dtype)
         weight = row[..., -1, None, None]
         if self._running is None or self._visible is None:
             self._running = torch.zeros_like(own)
             self._visible = torch.zeros_like(own)
-            if block:
+            if self._finished:
                 self._visible = mix(row[..., None, :-1], torch.stack(self._finished, 2))[:, :, 0]
         products = inner(self._visible, *queries, normalized=normalized)
         products = products + weight * _within(queries, keys, values, normalized=normalized)
@@ -166,7 +202,7 @@ class MHLAState:
         self._visible += weight * own
         self.tokens += values.shape[2]
         if self.tokens % self._block_size == 0:
-            self._finished.append(self._running)
+            self._finish(self._running)
             self._running = self._visible = None
         return ratio(products, normalized=normalized)
 
@@ -190,7 +226,7 @@ def _features(
     return Features(feature_map, eps, normalizer == "paper", rotary_table(rotary_emb), key_mask)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, blocks: int) -> None:
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}")
     if not q.ndim == 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
@@ -198,6 +234,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, blo
             "q, k and v must be [B, H, N, d] with the same B, H, N (q and k also d), got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+
+
+def _check_relative(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int) -> None:
+    _check_tokens(q, k, v, block_size)
+    if mixing.shape not in {mixing.shape[-1:], (q.shape[1], mixing.shape[-1])}:
+        raise ValueError(
+            f"relative mixing must be [m] or [H, m] with H = {q.shape[1]}, got {tuple(mixing.shape)}"
+        )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, blocks: int) -> None:
+    _check_tokens(q, k, v, block_size)
     size = mixing.shape[-1]
     if mixing.shape not in {(size, size), (q.shape[1], size, size)}:
         raise ValueError(

@@ -118,6 +118,24 @@ def relative_mixing(weights: Tensor, blocks: tuple[int, ...], *, extra: bool = F
     return weights[..., _offsets(blocks, weights.device, extra)]
 
 
+def causal_mixing(weights: Tensor, blocks: int) -> Tensor:
+    """Mixing matrix of a sequence by how far back a block lies, ``W[i, j] = w[min(i - j, m - 1)]``, j <= i.
+
+    All blocks m - 1 or more back weigh alike, so that m weights are enough for sequences of any length. An
+    extension: the causal W of the paper has a weight for each pair of blocks.
+
+    Args:
+        weights: w, ``[..., m]``.
+        blocks: M, of the sequence.
+
+    Returns:
+        ``[..., M, M]``, lower triangular.
+    """
+    place = torch.arange(blocks, device=weights.device)
+    back = place[:, None] - place
+    return weights[..., back.clamp(0, weights.shape[-1] - 1)] * (back >= 0)
+
+
 def content_mixing(
     mixing: Tensor,
     q: Tensor,

@@ -213,16 +213,17 @@ def _given_keys(arguments: Sequence[str] | None) -> list[str]:
     known, rest = parser.parse_known_args(arguments)
     options = (token[2:].split("=", 1)[0] for token in rest if token.startswith("--"))
     keys = [option for option in options if not option.endswith(".help")]
-    for path in known.config:
+    for path in filter(Path.is_file, known.config):
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
             raise ValueError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from error
-        if not isinstance(values, (dict, types.NoneType)):
-            raise ValueError(f"{path} must map keys to values, got a {type(values).__name__}")
-        keys += flat_dict(values or {})
+        if not isinstance(values, dict):
+            found = "nothing" if values is None else f"a {type(values).__name__}"
+            raise ValueError(f"{path} must map keys to values, got {found}")
+        keys += flat_dict(values)
     return keys
 
 

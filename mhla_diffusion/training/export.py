@@ -56,6 +56,12 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
     Raises:
         ValueError: when it is not whole, or sharded, or the run's config does not fit what is there.
     """
+    task, model, facts = _open(checkpoint, weights)
+    return task.pipeline(transformer=model, training=task.all_facts(facts))
+
+
+def _open(checkpoint: Path, weights: Weights) -> tuple[TrainingTask, Any, dict[str, Any]]:
+    """Return the task of a checkpoint's run, its model and the facts of its training."""
     checkpoints.require_whole(checkpoint)
     config = read_run_config(checkpoint.parents[1] / "config.yaml")
     objective = build_objective(config.objective)
@@ -65,7 +71,7 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
     merge_adapters(model)
     step = checkpoints.checkpoint_step(checkpoint)
     facts = run_facts(config, len(source), step, objective.facts(), weights=weights)
-    return _pipeline(task, model, facts)
+    return task, model.eval(), facts
 
 
 def export_checkpoint(
@@ -92,13 +98,9 @@ def export_checkpoint(
     if checkpoint is not None and checkpoint not in names:
         raise ValueError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(names) or 'none'}")
     folder = checkpoints.latest_whole(run) if checkpoint is None else run / "checkpoints" / checkpoint
-    pipeline = open_checkpoint(folder, weights)
-    write_folder(target, pipeline.save_pretrained)
+    task, model, facts = _open(folder, weights)
+    write_folder(target, lambda path: task.save_pipeline(model, path, facts))
     return folder
-
-
-def _pipeline(task: TrainingTask, model: Any, facts: dict[str, Any]) -> Any:
-    return task.pipeline(transformer=model.eval(), training=task.all_facts(facts))
 
 
 def read_run_config(path: str | Path) -> RunConfig:

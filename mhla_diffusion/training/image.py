@@ -26,12 +26,12 @@ from .image_models import ModelConfig, build_model, require_sizes, takes_texts
 from .objectives import Objective
 from .run import train
 from .settings import RunConfig
+from .stock import IMAGES
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     CaptionEncoder,
     TextConfig,
-    image_caption_encoder,
-    load_text_encoder,
+    load_caption_encoder,
     warn_of_long_captions,
 )
 
@@ -137,7 +137,12 @@ def _build_of_texts(
     config: ImageTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
     assert config.text is not None
-    encoder = image_caption_encoder(*load_text_encoder(config.text), config.text)
+    stock = IMAGES.get(config.model.model_class if model is None else type(model))
+    if stock is not None:
+        stock.require(config.text, config.objective)
+    elif config.text.pipeline:
+        raise ValueError(f"text.pipeline {config.text.pipeline} is for another model: remove it")
+    encoder = load_caption_encoder(config.text)
     if model is None:
         model = build_model(config.model, objective, text_dim=encoder.text_encoder.config.hidden_size)
     source = build_source(config, model)
@@ -147,18 +152,14 @@ def _build_of_texts(
         vae = source.load_vae()
     else:
         warn_of_long_captions(texts_of(source.captions or ()), encoder.tokenizer, config.text.max_length)
-    factor = vae_scale_factor(vae)
-    conditioning = Captions(
-        encoder,
-        config.caption_dropout,
-        embedded=vae is not None,
-        masked=True,
-        sizes=lambda rows, height, width, device: size_arguments(
-            model, rows, factor * height, factor * width, device=device
-        ),
-    )
-    pipeline = _Finished(config, objective.scheduler(), encoder, vae)
-    side, facts = model.config.sample_size * factor, config.data.chosen().facts()
+    if stock is not None:
+        stock.require_latents(source)
+        conditioning = stock.conditioning(encoder, config.caption_dropout)
+        pipeline: Any = partial(stock.finish, encoder, vae, objective)
+    else:
+        conditioning = _captions(config, model, encoder, vae)
+        pipeline = _Finished(config, objective.scheduler(), encoder, vae)
+    side, facts = model.config.sample_size * vae_scale_factor(vae), config.data.chosen().facts()
     task = TrainingTask(
         conditioning,
         config.sampling,
@@ -168,6 +169,20 @@ def _build_of_texts(
         call={"height": side, "width": side},
     )
     return model, source, task
+
+
+def _captions(config: ImageTrainingConfig, model: Any, encoder: CaptionEncoder, vae: Any) -> Captions:
+    """Captions and, for models that are told it, the size in pixels."""
+    factor = vae_scale_factor(vae)
+    return Captions(
+        encoder,
+        config.caption_dropout,
+        embedded=vae is not None,
+        masked=True,
+        sizes=lambda rows, height, width, device: size_arguments(
+            model, rows, factor * height, factor * width, device=device
+        ),
+    )
 
 
 @dataclass

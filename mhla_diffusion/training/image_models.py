@@ -11,12 +11,11 @@ from ..backbones import (
     MHLADiTTransformer2DModel,
     MHLAPixArtTransformer2DModel,
     MHLASanaTransformer2DModel,
-    backbone_of_config,
 )
-from ..hub import load_component_config
 from .config import require_shape_or_init_from
 from .objectives import Objective
 from .run import new_or_loaded, require_patches
+from .stock import IMAGES, require_fit, trained_class
 
 BACKBONES: dict[str, Any] = {
     "dit": MHLADiTTransformer2DModel,
@@ -31,7 +30,7 @@ class ModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
-            mhla convert writes.
+            mhla convert writes; of Lumina-Next too, which has no shape here.
         backbone: of a new one: ``"dit"`` (default), of classes; ``"pixart"`` or ``"sana"``, of texts.
         sample_size: side of the image or latent.
         patch_size: side of a token.
@@ -81,14 +80,7 @@ class ModelConfig:
         """
         if self.init_from is None:
             return BACKBONES[self.backbone or "dit"]
-        stored = load_component_config(self.init_from, "transformer")
-        found = backbone_of_config(stored)
-        if found not in BACKBONES.values():
-            raise ValueError(
-                f"{self.init_from} holds a {stored.get('_class_name')}, but images are trained with "
-                f"{', '.join(cls.__name__ for cls in BACKBONES.values())}"
-            )
-        return found
+        return trained_class(self.init_from, [*BACKBONES.values(), *IMAGES], "images")
 
 
 def takes_texts(model_class: Any) -> bool:
@@ -112,22 +104,7 @@ def build_model(config: ModelConfig, objective: Objective, *, text_dim: int | No
     if config.init_from is None and text_dim is not None:
         arguments |= _text_arguments(config, text_dim)
     model = new_or_loaded(config.model_class, config, without=("backbone", "size_conditions"), **arguments)
-    shape = model.config
-    expected, found = objective.out_channels(shape.in_channels), shape.out_channels or shape.in_channels
-    if found != expected:
-        remedy = "set objective.learn_variance to false, or objective.name to flow"
-        if not objective.predicts_variance:
-            remedy = "set objective.name to ddpm"
-        raise ValueError(
-            f"{config.init_from} returns {found} channels, but this objective needs {expected}: {remedy}, as "
-            "it was trained"
-        )
-    takes = shape.get("caption_channels") or shape.get("cross_attention_dim")
-    if text_dim is not None and takes != text_dim:
-        raise ValueError(
-            f"{config.init_from} takes text of width {takes}, but text.encoder gives {text_dim}: use the "
-            "text encoder that it was trained with"
-        )
+    require_fit(model, objective, text_dim, config.init_from)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mhla_diffusion.pipelines.model_card import PICTURE
+from mhla_diffusion.pipelines.model_card import PICTURE, save_with_card
 
 from .conditioning import Conditioning
 from .config import changeable
@@ -59,6 +59,7 @@ class TrainingTask:
         data_name: what the model card calls the data.
         facts: what else it says of them.
         call: further arguments of the pipeline's call, for sample sheets.
+        fps: of videos on them, where the pipeline does not know it.
     """
 
     conditioning: Conditioning
@@ -67,6 +68,7 @@ class TrainingTask:
     data_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
+    fps: float = 16.0
 
     @torch.no_grad()
     def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
@@ -95,7 +97,8 @@ class TrainingTask:
             for arguments in asked
         ]
         if hasattr(outputs[0], "frames"):
-            return SampleSheet([output.frames[0] for output in outputs], fps=pipeline.config.fps)
+            fps = pipeline.config.get("fps") or self.fps
+            return SampleSheet([output.frames[0] for output in outputs], fps=fps)
         return SampleSheet([output.images for output in outputs])
 
     def save_pipeline(
@@ -104,7 +107,17 @@ class TrainingTask:
         """Write the finished pipeline; ``training`` and ``picture`` are for its model card."""
         if picture is not None:
             shutil.copyfile(picture, folder / PICTURE)
-        self.pipeline(transformer=model, training=self.all_facts(training)).save_pretrained(folder)
+        facts = self.all_facts(training)
+        # Pipelines of diffusers say nothing of the size, which is given in calls.
+        save_with_card(self.pipeline(transformer=model, training=facts), folder, self._size() | facts)
+
+    def _size(self) -> dict[str, str]:
+        """Size of what a sheet shows, for a model card; empty where the pipeline knows it."""
+        if "height" not in self.call:
+            return {}
+        frames = self.call.get("num_frames") or self.call.get("video_length")
+        size = f"{self.call['height']} x {self.call['width']} pixels, latents"
+        return {"size": f"{frames} frames of {size}" if frames else size}
 
     def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Return the facts of a run and those of its data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -23,13 +26,27 @@ from transformers import (
     CLIPTextModel,
 )
 
-from mhla_diffusion.pipelines.text import SANA_INSTRUCTION, encode_texts, long_prompts
+from mhla_diffusion.pipelines.text import (
+    SANA_INSTRUCTION,
+    encode_texts,
+    long_prompts,
+    longest_text,
+    prepare_tokenizer,
+    require_positions,
+)
+from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..hub import component_subfolder
 
 logger = logging.getLogger(__name__)
 
 _MINILM = "minilm"
+
+# Pipelines of diffusers with one text encoder, which models are trained for.
+STOCK_PIPELINES = (
+    "LuminaPipeline", "LattePipeline", "AllegroPipeline", "Cosmos2TextToImagePipeline", "SkyReelsV2Pipeline",
+    "LTXPipeline",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,13 +60,22 @@ class TextConfig:
         max_length: tokens that captions are cut or filled up to.
         instruction: of models of images, a text to put in front of every caption, which the encoder reads and
             the model is not shown; ``"sana"`` for the one that SanaPipeline puts in front of prompts.
+        pipeline: class of diffusers that embeds captions, for models that are trained for it, such as
+            ``"LuminaPipeline"``; by default PixArt's and Sana's way for images, and Wan's for videos.
     """
 
     encoder: str
     max_length: int = 512
     instruction: str = ""
+    pipeline: str = ""
 
     def __post_init__(self) -> None:
+        if self.pipeline not in ("", *STOCK_PIPELINES):
+            raise ValueError(
+                f"text.pipeline must be one of {', '.join(STOCK_PIPELINES)}, or empty, got {self.pipeline!r}"
+            )
+        if self.pipeline and self.instruction:
+            raise ValueError(f"{self.pipeline} puts no instruction before captions: remove text.instruction")
         if self.max_length < 1:
             raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
 
@@ -77,11 +103,8 @@ def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
     encoder = _encoder_class(path, folders["text_encoder"]).from_pretrained(
         path, subfolder=folders["text_encoder"]
     )
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ValueError(
-            f"text.max_length is {config.max_length}, but {config.encoder} takes at most {limit} tokens"
-        )
+    prepare_tokenizer(tokenizer)
+    require_positions(encoder, longest_text(tokenizer, config.max_length, config.prefix))
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
@@ -156,6 +179,67 @@ def video_caption_encoder(parts: Any) -> CaptionEncoder:
     return CaptionEncoder(
         encode, tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, max_length=length
     )
+
+
+def stock_caption_encoder(tokenizer: Any, text_encoder: Any, config: TextConfig) -> CaptionEncoder:
+    """Return the embeddings of the pipeline of diffusers that a config names."""
+    parts = make_stock_pipeline(config.pipeline, tokenizer=tokenizer, text_encoder=text_encoder)
+    takes = inspect.signature(parts.encode_prompt).parameters
+    options = {"max_sequence_length": config.max_length} if "max_sequence_length" in takes else {}
+
+    def encode(caption: str) -> Tensor:
+        embeddings, mask, *_ = parts.encode_prompt(
+            caption, do_classifier_free_guidance=False, device=text_encoder.device, **options
+        )
+        text = embeddings[0]
+        text = text[text.any(dim=-1)] if mask is None else text[mask[0].bool()]  # else zeros fill up
+        return text[: config.max_length]
+
+    return CaptionEncoder(
+        encode, tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.max_length
+    )
+
+
+def load_caption_encoder(config: TextConfig, *, videos: bool = False) -> CaptionEncoder:
+    """Load the text encoder of a config, and return the embeddings that models of its kind are trained with.
+
+    Args:
+        config: which encoder, and of which pipeline.
+        videos: whether it is Wan's way that is meant where no pipeline is named.
+
+    Raises:
+        ValueError: see :func:`load_text_encoder`.
+    """
+    tokenizer, text_encoder = load_text_encoder(config)
+    if config.pipeline:
+        return stock_caption_encoder(tokenizer, text_encoder, config)
+    if not videos:
+        return image_caption_encoder(tokenizer, text_encoder, config)
+    parts = MHLAWanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, scheduler=FlowMatchEulerDiscreteScheduler(),
+        max_sequence_length=config.max_length,
+    )  # fmt: skip
+    return video_caption_encoder(parts)
+
+
+class _NoGuard:
+    """In the place of a component that a pipeline cannot be made without, though it may be stored without."""
+
+    def to(self, *args: Any, **kwargs: Any) -> _NoGuard:
+        return self
+
+
+def make_stock_pipeline(name: str, **components: Any) -> Any:
+    """Make a pipeline of diffusers of some of its components, the others None.
+
+    The guard of Cosmos' pipelines, a large model in a package of its own, is left to who loads them.
+    """
+    pipeline_class = getattr(diffusers, name)
+    names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
+    guard = {"safety_checker": _NoGuard()} if "safety_checker" in names else {}
+    pipeline = pipeline_class(**{**dict.fromkeys(names), **guard, **components})
+    pipeline.register_modules(**dict.fromkeys(guard))
+    return pipeline
 
 
 def warn_of_long_captions(captions: Sequence[str], tokenizer: Any, max_length: int) -> int:

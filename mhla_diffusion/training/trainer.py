@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -118,7 +119,9 @@ class Trainer:
             num_warmup_steps=optim.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        self.ema = EMAModel(self._parameters(), decay=config.ema_decay, foreach=True)
+        # torch has no _foreach_copy_ of the tensors that FSDP 2 shards.
+        whole = self.accelerator.distributed_type != DistributedType.FSDP
+        self.ema = EMAModel(self._parameters(), decay=config.ema_decay, foreach=whole)
         self.accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
 
     def _open_run(self, checkpoint: Path | None) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.utils import load_image
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
@@ -25,8 +27,15 @@ from .data.stream import SampleSource
 from .objectives import Objective
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
+from .stock import VIDEOS, StockTraining, require_fit, trained_class
 from .task import SampleSheetConfig, TrainingTask
-from .text import TextConfig, load_text_encoder, video_caption_encoder, warn_of_long_captions
+from .text import (
+    TextConfig,
+    load_caption_encoder,
+    load_text_encoder,
+    video_caption_encoder,
+    warn_of_long_captions,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class VideoModelConfig:
     """Transformer: either ``init_from``, or a shape for a new one.
 
     Args:
-        init_from: folder or hub id of an MHLA pipeline or transformer, to go on training.
+        init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2 or LTX-Video.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -58,6 +68,17 @@ class VideoModelConfig:
     def __post_init__(self) -> None:
         require_shape_or_init_from(self, optional=("attention", "mhla"))
 
+    @property
+    def model_class(self) -> type[Any]:
+        """Class of the model; a new one is Wan.
+
+        Raises:
+            ValueError: when ``init_from`` holds one that is not trained.
+        """
+        if self.init_from is None:
+            return MHLAWanTransformer3DModel
+        return trained_class(self.init_from, [MHLAWanTransformer3DModel, *VIDEOS], "videos")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSamplingConfig(SampleSheetConfig):
@@ -65,17 +86,34 @@ class VideoSamplingConfig(SampleSheetConfig):
 
     Args:
         prompts: one row each.
+        images: of image-to-video models, the picture that the video of each prompt begins with, as a path.
+        last_images: of those that are given the last frame too, the picture that it ends with.
     """
 
     prompts: tuple[str, ...] = changeable(())
+    images: tuple[str, ...] = changeable(())
+    last_images: tuple[str, ...] = changeable(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every and not self.prompts:
             raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
+        for name, images in (("images", self.images), ("last_images", self.last_images)):
+            if images and len(images) != len(self.prompts):
+                raise ValueError(
+                    f"sampling.{name} must name a picture for each of the {len(self.prompts)} prompts, got "
+                    f"{len(images)}"
+                )
+            if missing := [path for path in images if not Path(path).is_file()]:
+                raise ValueError(f"sampling.{name}: {missing[0]} is no file")
 
     def rows(self) -> list[dict[str, Any]]:
-        return [{"prompt": prompt} for prompt in self.prompts]
+        given = {"image": self.images, "last_image": self.last_images}
+        pictures = {name: [load_image(path) for path in paths] for name, paths in given.items() if paths}
+        return [
+            {"prompt": prompt, **{name: row[number] for name, row in pictures.items()}}
+            for number, prompt in enumerate(self.prompts)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,35 +142,109 @@ class VideoTrainingConfig(RunConfig):
         require_trained(self.lora, self.model.init_from)
         if self.text.instruction:
             raise ValueError("text.instruction is for models of images: remove it")
+        if self.model.init_from is None:
+            self._require_flow()
+
+    def _require_flow(self) -> None:
         if self.objective.name != "flow":
             raise ValueError("Wan is trained by flow matching: set objective.name to flow")
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         if self.sampling.every:
             require_video_writer()
-        source = self.data.open()
-        latents = source if isinstance(source, CachedLatents) else None
-        parts = build_parts(self, objective, latents)
-        encoder = video_caption_encoder(parts)
-        if latents is not None:
-            latents.require_text(self.text, encoder)
-        sizes = [(self.data.frames, *size) for size in self.data.sizes] if latents is None else latents.sizes
-        if model is None:
-            text_dim = parts.text_encoder.config.hidden_size
-            model = build_model(self.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
-        if latents is None:
-            source = VideoSamples(source, self.data, channels=model.config.in_channels)
-            warn_of_long_captions(texts_of(source.captions), parts.tokenizer, self.text.max_length)
-        else:
-            latents.require_channels(model)
-        conditioning = Captions(encoder, self.caption_dropout, embedded=latents is not None)
-        pipeline: Callable[..., Any] = with_transformer(parts, parts.size_in_pixels(sizes[0]))
-        if latents is not None and latents.condition is not None:
-            if self.sampling.every:
-                raise ValueError("sampling.every must be 0 for image-to-video: a sheet has no first frames")
-            pipeline = with_first_frames(parts, latents)
-        facts = self.data.chosen().facts()
-        return model, source, TrainingTask(conditioning, self.sampling, pipeline, self.data.title, facts)
+        stock = VIDEOS.get(self.model.model_class if model is None else type(model))
+        if stock is not None:
+            return _build_for(stock, self, objective, model)
+        self._require_flow()
+        if self.text.pipeline:
+            raise ValueError(f"text.pipeline {self.text.pipeline} is for another model: remove it")
+        return _build_wan(self, objective, model)
+
+
+def _build_wan(
+    config: VideoTrainingConfig, objective: Objective, model: Any
+) -> tuple[Any, SampleSource, TrainingTask]:
+    source = config.data.open()
+    latents = source if isinstance(source, CachedLatents) else None
+    parts = build_parts(config, objective, latents)
+    encoder = video_caption_encoder(parts)
+    if latents is not None:
+        latents.require_text(config.text, encoder)
+    sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
+    if model is None:
+        text_dim = parts.text_encoder.config.hidden_size
+        model = build_model(config.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
+    if latents is None:
+        source = VideoSamples(source, config.data, channels=model.config.in_channels)
+        warn_of_long_captions(texts_of(source.captions), parts.tokenizer, config.text.max_length)
+    else:
+        latents.require_channels(model)
+    task = TrainingTask(
+        Captions(encoder, config.caption_dropout, embedded=latents is not None),
+        config.sampling,
+        with_transformer(parts, parts.size_in_pixels(sizes[0])),
+        config.data.title,
+        config.data.chosen().facts(),
+        fps=parts.config.fps,
+    )
+    _require_pictures(config.sampling, None if latents is None else latents.known)
+    if latents is not None and latents.known != "none":
+        task.pipeline = with_first_frames(parts, latents)
+        frames, height, width = parts.size_in_pixels(sizes[0])
+        task.call = {
+            "num_frames": frames, "height": height, "width": width,
+            "max_sequence_length": config.text.max_length,
+        }  # fmt: skip
+    return model, source, task
+
+
+def _require_pictures(sampling: VideoSamplingConfig, known: str | None) -> None:
+    """Check that a sheet has the frames that the model is given, and no others."""
+    needed = {"first": ("images",), "first_and_last": ("images", "last_images")}.get(known or "", ())
+    for name in ("images", "last_images"):
+        given = bool(getattr(sampling, name))
+        if given and name not in needed:
+            raise ValueError(f"sampling.{name}: the model is given no such frame; remove it")
+        if sampling.every and not given and name in needed:
+            raise ValueError(
+                f"the model makes videos of images: give sampling.{name} a picture for each prompt, or set "
+                "sampling.every to 0"
+            )
+
+
+def _build_for(
+    stock: StockTraining, config: VideoTrainingConfig, objective: Objective, model: Any
+) -> tuple[Any, SampleSource, TrainingTask]:
+    """Build a run of a model that is trained for its own pipeline of diffusers."""
+    stock.require(config.text, config.objective)
+    latents = stock.require_latents(config.data.open())
+    if stock.guarded and config.sampling.every:
+        raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
+    _require_pictures(config.sampling, known=None)
+    encoder, vae = load_caption_encoder(config.text), latents.load_vae()
+    latents.require_text(config.text, encoder)
+    if model is None:
+        model = new_or_loaded(config.model.model_class, config.model)
+        require_fit(model, objective, encoder.text_encoder.config.hidden_size, config.model.init_from)
+    latents.require_channels(model)
+    frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
+    if frames is not None and {size[0] for size in latents.sizes} != {frames}:
+        raise ValueError(
+            f"the model takes {frames} frames of latents, but {latents.shards.path} holds clips of "
+            f"{latents.sizes[0][0]}: cache them with other data.frames"
+        )
+    patch = model.latents_per_token
+    require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
+    task = TrainingTask(
+        stock.conditioning(encoder, config.caption_dropout),
+        config.sampling,
+        partial(stock.finish, encoder, vae, objective),
+        config.data.title,
+        config.data.chosen().facts(),
+        call=stock.sizes(vae, latents.sizes[0]),
+        fps=latents.fps or 16.0,
+    )
+    return model, latents, task
 
 
 def build_parts(

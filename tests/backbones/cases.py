@@ -56,7 +56,6 @@ class Case:
         own: further arguments of our class.
         projections: of queries and values.
         keeps_float32: whether the stock class runs in another dtype only with what it keeps in float32.
-        time_in_dtype: whether times have the dtype of the model.
     """
 
     model: type[Any]
@@ -66,7 +65,6 @@ class Case:
     own: dict[str, Any] = field(default_factory=dict)
     projections: tuple[str, str] = ("to_q", "to_v")
     keeps_float32: bool = False
-    time_in_dtype: bool = False
 
     @property
     def name(self) -> str:
@@ -148,7 +146,7 @@ class Case:
         if "timestep" not in name:
             return value.to(dtype)
         # Rounded the same way for every dtype, so that outputs can be compared.
-        return value.half().bfloat16().to(dtype) if self.time_in_dtype else value
+        return value.half().bfloat16().to(dtype) if self.model.time_in_dtype else value
 
 
 def randomize(model: nn.Module) -> None:
@@ -258,7 +256,6 @@ CASES = {
             },
             grids=IMAGE_GRIDS,
             blocks=(2, 2),
-            time_in_dtype=True,
         ),
         Case(
             MHLACosmosTransformer3DModel,
@@ -267,7 +264,6 @@ CASES = {
                 "num_layers": 2, "text_embed_dim": 10, "adaln_lora_dim": 8, "max_size": (8, 40, 40),
             },
             **VIDEO,
-            time_in_dtype=True,
         ),
         Case(
             MHLAKandinsky5Transformer3DModel,

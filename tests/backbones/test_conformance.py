@@ -241,6 +241,7 @@ def test_threads_with_different_grids_share_a_model(case: Case) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("model", ["mhla", "hybrid"], indirect=True)
 def test_ema_follows_saves_and_loads(model: Any, case: Case, tmp_path: Path) -> None:
     ema = EMAModel(model.parameters(), decay=0.5, model_cls=case.model, model_config=model.config)
     start = copy.deepcopy(model.state_dict())
@@ -257,7 +258,12 @@ def test_ema_follows_saves_and_loads(model: Any, case: Case, tmp_path: Path) -> 
     assert averaged.layer_attention == model.layer_attention
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [*((kind, torch.bfloat16) for kind in KINDS), ("mhla", torch.float16)],
+    indirect=["model"],
+    ids=str,
+)
 def test_half_precision_stays_close_and_keeps_its_dtype(model: Any, case: Case, dtype: torch.dtype) -> None:
     expected = sample(model, case.inputs(model, case.grids[3]))
     case.cast(model, dtype)

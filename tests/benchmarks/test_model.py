@@ -23,6 +23,12 @@ def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "model.json").read_text())
     assert len(record["measurements"]) == 6
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+    counted = model(
+        [64], ["mhla"], layers=1, heads=2, head_dim=8, repeats=1, device="cpu", training=False,
+        processor_time=True,
+    )  # fmt: skip
+    assert "float32, processor time" in counted
+    assert "| training |" not in counted
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -47,6 +53,7 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
         ({"backbone": "HunyuanDiT-v1.2", "layers": 3}, "1 layer or an even number"),
         ({"backbone": "Sana-0.6B", "sizes": [1000]}, "does not divide into tokens of 32"),
         ({"backbone": "Sana-0.7B"}, "none of .*Sana-0.6B"),
+        ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
     ],
     ids=str,

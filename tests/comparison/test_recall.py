@@ -74,6 +74,12 @@ def test_training_gives_the_same_numbers_again_and_others_for_another_seed() -> 
     assert first["seconds_per_step"] > 0
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_few_steps_are_trained(steps: int) -> None:
+    found = train_recall(dataclasses.replace(TASK, steps=steps), Variant("linear", "linear"), 0)
+    assert 0 < found["loss"] < 10
+
+
 def test_a_window_finds_what_is_near() -> None:
     """Chance is 1 in 2 here; a softmax inside the block needs few steps."""
     task = dataclasses.replace(

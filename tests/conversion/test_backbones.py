@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,7 +30,14 @@ from mhla_diffusion.conversion import (
 from mhla_diffusion.conversion.choose import assemble
 from mhla_diffusion.conversion.trial import prediction_error
 from mhla_diffusion.planning import plan
-from mhla_diffusion.training import ImageTrainingConfig, ObjectiveConfig, build_objective, parse_config
+from mhla_diffusion.training import (
+    DistillationConfig,
+    ImageTrainingConfig,
+    ObjectiveConfig,
+    build_objective,
+    parse_config,
+)
+from mhla_diffusion.training.objectives import Distillation
 from tests.backbones.cases import CASES, Case, randomize
 from tests.faults.test_processes import join
 from tests.training.test_video import MODEL
@@ -52,6 +60,47 @@ def test_every_backbone_is_aligned_and_assembled(case: Case, tmp_path: Path) -> 
     assert prediction_error(teacher, student, calls, [0]) > 0
     unchanged = assemble(teacher, ["stock", "stock"], record, tmp_path)
     assert prediction_error(teacher, unchanged, calls, [0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "objective_name"),
+    [
+        ("Latte", "ddpm"), ("LuminaNextDiT", "flow"), ("HunyuanDiT", "ddpm"), ("Cosmos", "flow"),
+        ("Kandinsky5", "flow"),
+    ],
+)  # fmt: skip
+def test_newer_backbones_are_aligned_and_then_distilled(
+    name: str, objective_name: Literal["flow", "ddpm"], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    # Cosmos is given a mask of conditions as one channel more.
+    teacher = as_teacher(case.stock(**({"out_channels": 3} if name == "Cosmos" else {})))
+    calls = NoiseCalls(teacher, grid=case.grids[0])
+    forms = {"mhla": MHLAConfig(blocks=case.blocks, feature_map="hedgehog", center_keys=True)}
+    record = align(teacher, calls, tmp_path, candidates=forms, config=ONE_STEP)
+    student = (
+        copy.deepcopy(assemble(teacher, ["mhla", "mhla"], record, tmp_path)).requires_grad_(True).train()
+    )
+    conditions = case.inputs(teacher)
+    samples, _ = conditions.pop("hidden_states"), conditions.pop("timestep")
+    if name == "LuminaNextDiT":
+        conditions["encoder_attention_mask"] = conditions.pop("encoder_mask")
+    objective = build_objective(ObjectiveConfig(name=objective_name))
+    config = DistillationConfig(data=0.0, prediction=1.0, every=1, fade_steps=100)
+    distillation = Distillation(objective, teacher, config)
+    distillation.check(student)
+    times, noise = objective.time_at(torch.tensor([0.3, 0.7])), torch.randn_like(samples)
+    ask = functools.partial(distillation.loss_at, times=times, noise=noise)
+    assert ask(teacher, samples, conditions).abs().max() < 1e-9, "of the teacher itself"
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = ask(student, samples, conditions).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -82,7 +131,8 @@ def test_calls_go_where_the_model_is_and_in_its_dtype(case: Case) -> None:
     call = NoiseCalls(teacher, grid=case.grids[0])(0)
     assert call["hidden_states"].dtype == torch.bfloat16
     assert {part.device.type for part in tree_leaves(call) if isinstance(part, torch.Tensor)} == {"meta"}
-    kept = tree_leaves([call["timestep"], call.get("image_rotary_emb", ())])
+    times = [] if case.model.time_in_dtype else [call["timestep"]]
+    kept = tree_leaves([times, call.get("image_rotary_emb", ())])
     assert torch.bfloat16 not in {part.dtype for part in kept}
 
 

@@ -15,7 +15,8 @@ import torch
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
 from mhla_diffusion.conversion.budget import conversion_budget
-from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment, table
+from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
+from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
 from mhla_diffusion.planning import plan
@@ -155,29 +156,77 @@ def test_the_experiment_compares_every_variant_and_goes_on(
         steps=1, calls=1,
     )  # fmt: skip
     content = experiment(config)
-    assert len(content["results"]) == 2 * 7
+    assert len(content["results"]) == 2 * 8
+    distilled = {(its["seed"], its["variant"]): its["distilled_as"] for its in content["results"]}
+    assert distilled[0, "all MHLA"] == "all MHLA"
+    assert sum(distilled[0, f"half, {name}"] == "half, chosen" for name in ("chosen", *PATTERNS)) == 2
     assert all(record["ratio"]["value"] > 0 for record in content["results"])
     half = [record for record in content["results"] if record["variant"].startswith("half")]
     assert {record["forms"].count("mhla") for record in half} == {1}, "at equal cost"
     lines = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert "1 steps of distillation, 25 % of the teacher's; seeds 0, 1" in lines[0]
-    assert len([line for line in lines if line.startswith("| all") or line.startswith("| half")]) == 7
+    variants = {record["variant"] for record in content["results"]}
+    assert all(len([line for line in lines if line.startswith(f"| {name} |")]) == 2 for name in variants)
+    chosen = json.loads((tmp_path / "out" / "seed-1" / "chosen.json").read_text())
+    assert chosen["chosen"]["measured"] > 0, "on the assembled model"
+    assert [len(found["seeds"]) for found in content["findings"].values()] == [2] * 9
     monkeypatch.setattr("mhla_diffusion.conversion.experiment.distil", lambda *_: pytest.fail("done already"))
     assert experiment(config) == content
 
 
-def test_the_table_has_means_and_spreads_and_scores() -> None:
+PATTERNS = ("every second", "every second from the first")
+
+
+def made_up_results(losses: dict[str, tuple[float, float]]) -> dict[str, Any]:
     def record(seed: int, variant: str, value: float) -> dict[str, Any]:
         return {
             "seed": seed, "variant": variant, "error": value, "before": 2 * value,
-            "ratio": {"value": 1 + value}, "scores": [{"name": "fid", "value": 10 * value}],
+            "ratio": {"value": 1 + value}, "by_time": [2 + 2 * value] * 10, "teacher_by_time": [2.0] * 10,
         }  # fmt: skip
 
-    content = {
-        "size": "8 x 8 pixels", "steps": 5, "teacher_steps": 100, "seeds": [0, 1],
-        "results": [record(0, "teacher", 0.0), record(0, "all", 0.1), record(1, "all", 0.3)],
+    results = [record(seed, name, pair[seed]) for name, pair in losses.items() for seed in (0, 1)]
+    return {
+        "size": "8 x 8 pixels", "steps": 5, "teacher_steps": 100, "seeds": [0, 1], "results": results,
     }  # fmt: skip
-    *_, head, _, teacher, row = table(content).splitlines()
-    assert head.endswith("| before distillation | fid |")
-    assert teacher == "| teacher | 1 | 0 | 0 | 0 |"
-    assert row == "| all | 1.2 (1.1 to 1.3) | 0.2 (0.1 to 0.3) | 0.4 (0.2 to 0.6) | 2 (1 to 3) |"
+
+
+LOSSES = {
+    "half, chosen": (0.004, 0.006),
+    "half, every second": (0.014, 0.026),
+    "half, every second from the first": (0.014, 0.006),
+    "half, chosen, not aligned": (0.008, 0.030),
+    "all local": (0.04, 0.05),
+    "all MHLA": (0.06, 0.07),
+    "all MHLA, not aligned": (0.08, 0.08),
+    "all linear": (0.075, 0.080),
+}
+
+
+def test_findings_are_means_over_seeds_beside_what_was_wanted() -> None:
+    found = list(findings(made_up_results(LOSSES)).values())
+    assert [its["value"] for its in found] == pytest.approx(
+        [0.005, 0.045, 0.0125, 0.015, 0.005, -0.0045, 0.65, 0.025, 0.1875]
+    )
+    assert [its["met"] for its in found] == [True, False, True, True, True, True, True, False, False]
+    # Student's t of one degree of freedom, 12.706, times the standard error, 0.001.
+    assert found[0]["interval"] == pytest.approx([0.005 - 0.012706, 0.005 + 0.012706], abs=1e-6)
+    assert found[2]["wanted"]["more than"] == pytest.approx(0.01), "the larger spread, of MHLA"
+
+
+def test_half_of_the_layers_are_wished_within_the_teachers_score() -> None:
+    content = made_up_results(LOSSES)
+    for record in content["results"]:
+        if record["variant"] == "half, chosen":
+            record["scores"] = [{"name": "fid", "value": 10.0 + record["seed"]}]
+    scores = [{"name": "fid", "value": 9.0, "interval": [8.0, 10.2]}]
+    teacher = {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": {"value": 1.0}}
+    content["results"].insert(0, {**teacher, "scores": scores})
+    found = findings(content)["half of the layers: fid within the teacher's interval"]
+    assert (found["value"], found["wanted"], found["met"]) == (10.5, {"most": 10.2}, False)
+    lines = table({**content, "findings": findings(content)}).splitlines()
+    assert lines[2].endswith("| before distillation | fid |")
+    assert lines[4] == "| teacher | 1.0000 | 0.0000 | 0.0000 | 9.0000 |"
+    assert lines[5].startswith("| half, chosen | 1.0050 ± 0.0127 | 0.0050 ± 0.0127 |")
+    assert lines[6].endswith("| - |"), "not scored"
+    assert f"| all local |{' 1.045 |' * 10}" in lines
+    assert lines[-1].endswith("| most 10.2 | 10.5000 | 4.1469 to 16.8531 | 10.0000, 11.0000 | no |")

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from diffusers.models.cache_utils import CacheMixin
 
-from mhla_diffusion import MHLAConfig, analysis, planning, training
+from mhla_diffusion import MHLAConfig, analysis, planning
 from mhla_diffusion.backbones import BACKBONES
-from mhla_diffusion.backbones.model import ATTENTIONS
+from mhla_diffusion.backbones.layer_plan import ATTENTIONS
+from mhla_diffusion.domains import FAMILIES
 from mhla_diffusion.evaluation.networks import images, videos
 from mhla_diffusion.evaluation.scores.metrics import METRICS
+from mhla_diffusion.training.stock import UNTRAINED
 from tests.backbones.cases import CASES, Case
 
 from .pages import PAGES, ROOT, read
@@ -36,7 +38,7 @@ def matrix() -> dict[str, dict[str, str]]:
 
 def test_every_backbone_has_a_row_and_a_case() -> None:
     models = [model.__name__ for model in BACKBONES.values()]
-    assert sorted(matrix()) == sorted(models)
+    assert sorted(matrix()) == sorted([*models, *(f"MHLA{family}Model" for family in FAMILIES)])
     assert sorted(case.model.__name__ for case in CASES.values()) == sorted(models)
 
 
@@ -48,8 +50,7 @@ def test_a_row_says_what_a_model_can(model: Any) -> None:
     assert (row["caches"] != "-") == issubclass(model, CacheMixin)
     assert (row["ranks"] != "-") == bool(model._cp_plan)
     assert (row["LoRA"] != "-") == hasattr(model, "add_adapter")
-    trained = {*training.image_models.BACKBONES.values(), training.video.MHLAWanTransformer3DModel}
-    assert (row["training"] != "-") == (model in trained)
+    assert (row["training"] != "-") == (model not in UNTRAINED)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

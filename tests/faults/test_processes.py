@@ -16,17 +16,17 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from mhla_diffusion import processes
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
-from tests.processes import ROOT
+from tests.processes import ROOT, free_port
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 ASK = """
 from mhla_diffusion.processes import process_state
 state = process_state()
-state.wait_for_everyone()
-print(state.process_index, state.num_processes, state.backend)
+print(state.process_index, state.num_processes)
 """
 OPEN_MPI = (
     "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -41,18 +41,19 @@ def join(rank: int) -> None:
     assert process_state().num_processes == 2
 
 
+def start_as_mpirun(rank: int, port: int) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(WITHOUT_GPU | {"MASTER_PORT": str(port)})
+    os.environ.update(zip(OPEN_MPI, (str(rank), "2", str(rank), "2"), strict=True))
+    state = process_state()
+    state.wait_for_everyone()
+    assert (state.process_index, state.num_processes, state.backend) == (rank, 2, "gloo")
+    state.destroy_process_group()
+
+
 def test_processes_of_mpirun_find_each_other() -> None:
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ASK], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            env=clean | WITHOUT_GPU | dict(zip(OPEN_MPI, (rank, "2", rank, "2"), strict=True))
-            | {"MASTER_PORT": "29611"},
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=60)[0].split() for process in started]
-    assert outputs == [["0", "2", "gloo"], ["1", "2", "gloo"]]
+    mp.start_processes(start_as_mpirun, (free_port(),), nprocs=2, start_method="forkserver")
 
 
 def test_one_process_where_two_were_asked_for_is_said() -> None:
@@ -162,3 +163,9 @@ def test_a_training_process_that_dies_ends_the_others(
     assert launcher.returncode
     assert "error: another process of this run has ended" in output
     assert not ranks["0"].is_running()
+
+
+def test_the_pulse_of_a_process_ends_with_its_group_without_a_word() -> None:
+    """Accelerate ends the group at the end of a training, and the process some time later."""
+    assert not dist.is_initialized()
+    processes._Pulse(0).run()

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion.ops import BlockLayout, MHLAState, mhla, mhla_causal, mhla_causal_reference
+from mhla_diffusion.ops import (
+    BlockLayout,
+    MHLAState,
+    causal_mixing,
+    mhla,
+    mhla_causal,
+    mhla_causal_reference,
+)
 
 AssertClose = Callable[..., None]
 CASES: list[dict[str, Any]] = [
@@ -154,3 +161,49 @@ def test_more_tokens_than_blocks_are_refused_and_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"needs 6 blocks of 4 tokens, but mixing is for 5.*resize_mixing"):
         state.step(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     assert state.tokens == 20
+
+
+@pytest.mark.parametrize("pieces", [[19], [1] * 19, [3, 1, 12, 3]], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (9,), (3, 3)], ids=str)
+def test_weights_by_distance_give_what_their_matrix_gives(
+    assert_close: AssertClose, shape: tuple[int, ...], pieces: list[int]
+) -> None:
+    (q, k, v, _), options = make(rotary=True)
+    weights = torch.rand(shape, dtype=torch.float64)
+    state = MHLAState(weights, 2, relative=True)
+    outputs, start = [], 0
+    for length in pieces:
+        part = slice(start, start + length)
+        tables = tuple(table[part] for table in options["rotary_emb"])
+        outputs.append(state.prefill(q[:, :, part], k[:, :, part], v[:, :, part], rotary_emb=tables))
+        start += length
+    matrix = causal_mixing(weights, 10)
+    assert matrix.shape == (*shape[:-1], 10, 10)
+    assert torch.equal(matrix[..., 9, [9, 0]], weights[..., [0, min(9, shape[-1] - 1)]])
+    assert not matrix.triu(1).any()
+    assert_close(torch.cat(outputs, 2), mhla_causal_reference(q, k, v, matrix, 2, **options).detach())
+
+
+def test_a_state_of_weights_by_distance_does_not_grow() -> None:
+    q, k, v = torch.randn(3, 1, 2, 120, 4)
+    state = MHLAState(torch.rand(5), 4, relative=True)
+    sizes = [state.prefill(q, k, v) is None or state.nbytes for _ in range(4)]
+    assert sizes == [4 * 2 * 5 * 4 * 4] * 4, "four summaries of two heads, [d + 1, d] in float32"
+
+
+def test_samples_of_a_state_are_selected_in_the_middle_of_a_block(assert_close: AssertClose) -> None:
+    (q, k, v, mixing), _ = make()
+    state = MHLAState(mixing, 4)
+    state.prefill(q[:, :, :10], k[:, :, :10], v[:, :, :10])
+    beams = torch.tensor([1, 1, 0])
+    state.select(beams)
+    out = state.prefill(*(x[beams][:, :, 10:] for x in (q, k, v)))
+    assert_close(out, mhla_causal(q, k, v, mixing, 4)[beams][:, :, 10:].detach())
+
+
+def test_weights_by_distance_of_another_number_of_heads_are_refused() -> None:
+    (q, k, v, _), _ = make()
+    with pytest.raises(
+        ValueError, match=r"relative mixing must be \[m\] or \[H, m\] with H = 3, got \(2, 5\)"
+    ):
+        MHLAState(torch.rand(2, 5), 4, relative=True).prefill(q, k, v)

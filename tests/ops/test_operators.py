@@ -132,7 +132,7 @@ def test_one_graph_serves_grids_of_any_size(causal: bool) -> None:
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
     mixing = torch.rand(4, 4)
-    for height, width in ((4, 6), (5, 7), (8, 6)):
+    for height, width in ((4, 6), (5, 7)):
         inputs = [torch.randn(1, 2, height * width, 8).requires_grad_() for _ in range(3)]
         results = []
         for function in (compiled, attend):

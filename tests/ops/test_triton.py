@@ -20,18 +20,20 @@ import torch
 from mhla_diffusion.ops import BlockLayout, dispatch, mhla, mhla_reference, recommended_layout, tiled
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {"grid": (4, 6), "blocks": (2, 2)},
-    "ragged": {"grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 10, "per_head": True},
-    "video, positions, mask": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "mask": True},
+    "plain": {"grid": (4, 6), "blocks": (2, 2), "batch": 2},
+    "ragged": {"grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 10, "per_head": True, "batch": 2},
+    "video, positions, mask": {
+        "grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "mask": True, "batch": 2,
+    },
     "no denominator": {
         "grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "normalizer": "none", "feature_map": "elu",
     },
     "bfloat16": {"grid": (60,), "blocks": (2,), "feature_map": "softmax", "mask": True, "dtype": "bfloat16"},
     "bfloat16, ragged, positions": {
-        "grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 10, "rotary": True, "dtype": "bfloat16",
+        "grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 10, "rotary": True, "dtype": "bfloat16", "batch": 2,
     },
     "bfloat16, no denominator": {
-        "grid": (5, 7), "blocks": (2, 3), "normalizer": "none", "mask": True, "dtype": "bfloat16",
+        "grid": (5, 7), "blocks": (2, 3), "normalizer": "none", "mask": True, "dtype": "bfloat16", "batch": 2,
     },
     "bfloat16, official": {
         "grid": (4, 4), "blocks": (2, 2), "normalizer": "official", "rotary": True, "dtype": "bfloat16",
@@ -39,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "float16": {"grid": (5, 7), "blocks": (2, 3), "feature_map": "elu", "rotary": True, "dtype": "float16"},
     "cross-attention": {"grid": (5, 7), "blocks": (2, 3), "keys": (11, 3), "mask": True},
     "bfloat16, cross-attention": {
-        "grid": (5, 7), "blocks": (2, 3), "keys": (11, 3), "mask": True, "dtype": "bfloat16",
+        "grid": (5, 7), "blocks": (2, 3), "keys": (11, 3), "mask": True, "dtype": "bfloat16", "batch": 2,
     },
     "official": {"grid": (4, 4), "blocks": (2, 2), "normalizer": "official"},
     "several tiles of channels": {"grid": (4, 2), "blocks": (2, 1), "d": 20, "d_v": 70},
@@ -47,17 +49,19 @@ CASES: dict[str, dict[str, Any]] = {
         "grid": (4, 2), "blocks": (2, 1), "d": 20, "d_v": 140, "dtype": "bfloat16",
     },
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 160, "rotary": True},
-    "heads side by side": {"grid": (4, 6), "blocks": (2, 2), "heads_inside": True},
-    "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True},
+    "heads side by side": {"grid": (4, 6), "blocks": (2, 2), "heads_inside": True, "batch": 2},
+    "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "batch": 2},
     "one token a block": {"grid": (4, 2), "blocks": (4, 2)},
-    "one block, shared by programs": {"grid": (20, 40), "blocks": (1, 1)},
+    "one block, shared by programs": {"grid": (20, 40), "blocks": (1, 1), "heads": 1},
     "bfloat16, blocks shared by programs": {
-        "grid": (20, 39), "blocks": (1, 3), "mask": True, "dtype": "bfloat16",
+        "grid": (20, 39), "blocks": (1, 3), "mask": True, "dtype": "bfloat16", "heads": 1,
     },
-    "extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (2, 20), "rotary": True, "mask": True},
+    "extra tokens": {
+        "grid": (5, 7), "blocks": (2, 3), "extra": (2, 20), "rotary": True, "mask": True, "batch": 2,
+    },
     "extra tokens, shared by programs": {"grid": (4, 4), "blocks": (2, 2), "extra": (300, 0)},
     "bfloat16, extra tokens": {"grid": (5, 7), "blocks": (2, 3), "extra": (1, 9), "dtype": "bfloat16"},
-    "extra tokens beside 64 blocks": {"grid": (8, 8), "blocks": (8, 8), "extra": (1, 3)},
+    "extra tokens beside 64 blocks": {"grid": (8, 8), "blocks": (8, 8), "extra": (1, 3), "heads": 1},
     "no extra tokens this time": {"grid": (4, 4), "blocks": (2, 2), "extra": (0, 0)},
     "nothing seen": {"grid": (4, 6), "blocks": (2, 2), "nothing": True},
     "nothing seen, bfloat16": {"grid": (4, 6), "blocks": (2, 2), "nothing": True, "dtype": "bfloat16"},
@@ -71,6 +75,8 @@ def compare(
     *,
     extra: tuple[int, int] | None = None,
     keys: tuple[int, int] | None = None,
+    batch: int = 1,
+    heads: int = 2,
     d: int = 8,
     d_v: int = 8,
     dtype: str = "float32",
@@ -92,8 +98,11 @@ def compare(
     tokens, key_tokens = layout.num_tokens, (key_layout or layout).num_tokens
 
     def make(tokens: int, channels: int) -> torch.Tensor:
-        order = {heads_inside: (2, tokens, 2, channels), channels_apart: (2, 2, channels, tokens)}
-        shape = order.get(True, (2, 2, tokens, channels))
+        order = {
+            heads_inside: (batch, tokens, heads, channels),
+            channels_apart: (batch, heads, channels, tokens),
+        }
+        shape = order.get(True, (batch, heads, tokens, channels))
         amid = torch.full([size + 2 for size in shape], torch.nan, dtype=getattr(torch, dtype))
         x = amid[tuple(slice(1, -1) for _ in shape)]
         x.copy_(torch.randn(shape))
@@ -102,12 +111,12 @@ def compare(
 
     inputs = [make(tokens, d), make(key_tokens, d), make(key_tokens, d_v)]
     size = layout.num_blocks, (key_layout or layout).num_blocks
-    mixing = torch.rand(*([2] if per_head else []), *size)
+    mixing = torch.rand(*([heads] if per_head else []), *size)
     if rotary:
         angles = torch.rand(tokens, d // 2) * 6
         options["rotary_emb"] = (angles.cos(), angles.sin())
     if mask or nothing:
-        options["key_mask"] = torch.rand(2, key_tokens) > (1 if nothing else 0.3)
+        options["key_mask"] = torch.rand(batch, key_tokens) > (1 if nothing else 0.3)
     inputs.append(mixing.requires_grad_())
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = mhla(*inputs, layout, key_layout=key_layout, **options)

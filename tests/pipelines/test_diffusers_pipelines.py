@@ -47,6 +47,9 @@ class NothingUnsafe:
     def to(self, device: Any) -> NothingUnsafe:
         return self
 
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Call:

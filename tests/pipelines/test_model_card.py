@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -149,10 +150,8 @@ def test_the_card_says_what_was_trained_from_what_and_how_to_sample(
 def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_gives(
     make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
-    folder, report = tmp_path / "pipeline", tmp_path / "report"
+    folder, report = tmp_path / "pipeline", Path(__file__).parents[1] / "saved" / "report-image" / "report"
     make_pipeline().save_pretrained(folder)
-    report.mkdir()
-    (report / "report.md").write_text("| score | value |\n|---|---|\n| fid | 3.20 |\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     result = run_script(
         "card", "--model", folder, "--report", report, "--picture", tmp_path / "grid.png", "--name",
@@ -162,7 +161,15 @@ def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_giv
     text, header = card(folder), ModelCard(card(folder)).data
     assert (header.license, header.datasets, header.base_model) == ("apache-2.0", ["someone/photos"], "a/b")
     assert "\n# pets\n" in text
-    assert "| fid | 3.20 |" in text
+    scores = json.loads((report / "report.json").read_text())["scores"]
+    assert all(f"| {score['name']} |" in text for score in scores)
+    listed = {result.metric_name: result for result in header.eval_results}
+    assert {name: result.metric_value for name, result in listed.items()} == {
+        score["name"]: score["value"] for score in scores
+    }
+    first = listed[scores[0]["name"]]
+    assert (first.task_type, first.metric_type) == ("unconditional-image-generation", scores[0]["metric"])
+    assert first.metric_args["interval of 95 %"] == scores[0]["interval"]
     assert (folder / "samples.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     assert run_script("card", "--model", tmp_path).returncode == 1
 

@@ -107,3 +107,15 @@ def test_ids_of_numpy_and_torch_are_ids() -> None:
 def test_no_steps_are_refused_for_images(make_pipeline: Callable[..., MHLADiTPipeline]) -> None:
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         make_pipeline()("cat", num_inference_steps=0)
+
+
+def test_guidance_that_is_no_number_is_refused(
+    make_pipeline: Callable[..., MHLADiTPipeline], pipeline: MHLAWanPipeline
+) -> None:
+    for number in (float("nan"), float("inf")):
+        for call in (
+            lambda x: make_pipeline(vae=False)([0], guidance_scale=x),
+            lambda x: pipeline("a", guidance_scale=x),
+        ):
+            with pytest.raises(ValueError, match=f"guidance_scale must be a finite number, got {number}"):
+                call(number)

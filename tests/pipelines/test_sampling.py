@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,16 @@ def test_another_picture_is_another_run(
             {"prompts": [Prompt("a", image="pictures/a.png"), "b"]},
             "prompt 'b': has no image, and others have one",
         ),
-        ("wan", {"fps": 0}, "fps must be above 0, got 0"),
+        ("wan", {"fps": 0}, "fps must be a number above 0, got 0"),
+        ("wan", {"fps": math.inf}, "fps must be a number above 0, got inf"),
+        ("wan", {"guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
+        ("wan", {"options": {"guidance_scale_2": math.inf}}, "guidance_scale_2 must be a finite number"),
+        (
+            "wan",
+            {"options": {"max_sequence_length": "8"}},
+            "max_sequence_length of a WanPipeline must be int, got '8'",
+        ),
+        ("wan", {"options": {"guidance_scale_2": [3.0]}}, "guidance_scale_2 .* must be float, got"),
         ("wan", {"num_videos": 2, "per_prompt": 2}, "give num_videos or per_prompt, not both: got 2 and 2"),
         ("wan", {"per_prompt": 0}, "per_prompt must be at least 1, got 0"),
         ("wan", {"prompts": [Prompt("a", file="x"), Prompt("b", file="X.mp4")]}, "file 'X.mp4' is that of"),

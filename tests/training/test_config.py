@@ -94,6 +94,7 @@ def test_unknown_keys_in_the_file_and_on_the_command_line(
         ("--model.mhla.cpe=one", "cpe"),
         ("--objective.shift=-1", r"objective\.shift must be positive"),
         ("--sampling.class_labels=[]", "must name at least one class"),
+        ("--sampling.guidance_scale=.nan", "sampling.guidance_scale must be a number, got nan"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -166,3 +167,9 @@ def test_a_tilde_is_the_home(given: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_tilde_in_the_middle_is_none() -> None:
     assert with_home("--prompts=a ~/b") == "--prompts=a ~/b"
     assert with_home("~ and more") == "~ and more"
+
+
+def test_an_empty_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ValueError, match=r"empty.yaml must map keys to values, got nothing"):
+        parse("--config", str(tmp_path / "empty.yaml"))

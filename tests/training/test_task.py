@@ -5,17 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from PIL import Image
 
-from mhla_diffusion import MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion import (
+    MHLADiTPipeline,
+    MHLADiTTransformer2DModel,
+    MHLAPipeline,
+    MHLAPixArtTransformer2DModel,
+)
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import ObjectiveConfig, SamplingConfig, TrainingTask, build_objective
 from mhla_diffusion.training.conditioning import ClassLabels
 from mhla_diffusion.training.sheets import SampleSheet, SheetClock
+from tests.processes import run_script
 
 
 @pytest.fixture
@@ -59,6 +67,30 @@ def test_the_pipeline_knows_what_it_was_trained_on(
     task.save_pipeline(model, tmp_path, {"data": "7 samples", "steps": "5"})
     training = MHLAPipeline.from_pretrained(tmp_path).config.training
     assert training == {"data": "letters, 7 samples of 2 classes", "steps": "5", "class dropout": 0.1}
+
+
+def test_a_pipeline_of_diffusers_has_a_card_that_is_written_again_with_the_same_facts(
+    task: TrainingTask, text_parts: dict[str, Any], tmp_path: Path
+) -> None:
+    model = MHLAPixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1,
+        sample_size=8, patch_size=2, caption_channels=4, cross_attention_dim=16, attention="linear",
+    )  # fmt: skip
+    scheduler = build_objective(ObjectiveConfig(name="ddpm")).scheduler()
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    task.pipeline = lambda transformer, training: PixArtSigmaPipeline(
+        **text_parts, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    task.save_pipeline(model, tmp_path, {"data": "7 samples", "steps": "5", "trained": "all weights"})
+    card = (tmp_path / "README.md").read_text()
+    for row in ("| data | letters, 7 samples of 2 classes |", "| steps | 5 |", "| prediction | epsilon |"):
+        assert row in card
+    assert "Trained: all weights, from scratch." in card
+    assert run_script("card", "--model", tmp_path, "--license", "mit").returncode == 0
+    again = (tmp_path / "README.md").read_text()
+    assert "license: mit" in again
+    assert "| steps | 5 |" in again
+    assert isinstance(MHLAPipeline.from_pretrained(tmp_path), PixArtSigmaPipeline)
 
 
 def test_a_sheet_of_videos_is_a_file_that_plays_and_a_picture_of_a_few_frames(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files.pages import render
 from ...files.writing import write_together
 from ..scores.score import Score, cautions, decimals, once
 from .notebook import in_frame
-from .report import encode, render
+from .report import encode
 from .runs import Group, Run, differing, group_runs, load_run, short_names
 
 FILE_NAMES = ("comparison.md", "comparison.html")
@@ -115,7 +116,7 @@ class SideBySide:
         Raises:
             ImportError: when jinja2 is not installed.
         """
-        return render("comparison.html", table=self)
+        return render(__package__, "comparison.html", folder="templates", table=self)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write comparison.md and comparison.html to the folder ``out``.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.pages import render
 from ...files.writing import require_room, write_together
 from ...optional import require
 from ..scores.frechet import FeatureStatistics
@@ -100,7 +101,10 @@ class Report:
             ImportError: when jinja2 is not installed.
         """
         rest = {key: value for key, value in self.protocol.items() if key != "extractors"}
-        return render("report.html", report=self, cautions=cautions(self.scores), rest=rest)
+        return render(
+            __package__, "report.html", folder="templates",
+            report=self, cautions=cautions(self.scores), rest=rest,
+        )  # fmt: skip
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> None:
         """Write the report to the folder ``out``, made when it is not there.
@@ -134,19 +138,6 @@ def scores_table(scores: Sequence[Score], *, real: int | None, generated: int | 
 def encode(text: str) -> bytes:
     """Return text in UTF-8; of names of files that are no text, the bytes are written out."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill one of the templates.
-
-    Raises:
-        ImportError: when jinja2 is not installed.
-    """
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader(__package__)
-    )
-    return environment.get_template(template).render(**values)
 
 
 def require_no_report(out: str | Path, *, overwrite: bool = False) -> None:

@@ -39,6 +39,8 @@ class Run:
         samples: a few generated ones, as they stand in samples.json; none when that is not there.
         made: how its samples were made, by a dotted key, without seeds; empty when no manifest says it.
         seed: of the training; None when it is not known.
+        real: folder or file of the real samples.
+        counts: samples of both sets, ``real`` and ``generated``; None where statistics do not state it.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Run:
     samples: list[dict[str, Any]]
     made: dict[str, str]
     seed: str | None
+    real: str
+    counts: dict[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def load_run(path: Path, label: str) -> Run:
         samples=samples,
         made=made,
         seed=seed,
+        real=str(real["source"]),
+        counts={"real": real["count"], "generated": generated["count"]},
     )
 
 

@@ -60,7 +60,7 @@ class Archives(SampleSet):
         samples = set(self.names)
         self.note_left_out(name for name in visible if name not in samples)
         if not self.names:
-            raise ValueError(f"{self.path} holds no {self.kind.name}{': ' + ' '.join(self.notes)}")
+            raise ValueError(": ".join([f"{self.path} holds no {self.kind.name}", *self.notes]))
         texts = {name: self._beside(name, ".txt") for name in self.names}
         self.prompts = {name: text for name, text in texts.items() if text}
         manifest = self.members.get(MANIFEST)

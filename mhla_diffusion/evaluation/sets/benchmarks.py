@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from ...files.pictures import read_picture
 from ...files.text import read_text
 from ...files.writing import require_absent, require_new_folder, write_file, write_folder
 from .images import open_images
@@ -193,7 +194,7 @@ def _write_geneval2(folder: Path, out: Path, prompts: Sequence[BenchmarkPrompt],
 def _write_grids(folder: Path, out: Path, prompts: Sequence[BenchmarkPrompt], images: Images) -> None:
     """``<prompt's file>.png``: the image, or up to four in two rows, as its ``--pic-num`` asks for."""
     for name, files in images.items():
-        cells = [Image.open(file).convert("RGB") for file in files[:4]]
+        cells = [read_picture(file).convert("RGB") for file in files[:4]]
         width, height = cells[0].size
         grid = Image.new("RGB", (width * min(2, len(cells)), height * (1 + (len(cells) > 2))))
         for number, cell in enumerate(cells):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...files.arrays import file_kind, require_regular
 from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
 from ...files.names import is_hidden
-from ...files.sums import SUMS
+from ...files.sums import SUMS, matches, read_sums
 
 logger = logging.getLogger(__name__)
 
@@ -211,13 +211,18 @@ class Folder(SampleSet):
     Class ids come from the manifest, else from the subfolders in the order of their names (as torchvision's
     ImageFolder), when there are at least two and no sample lies outside them.
 
+    Samples that SHA256SUMS lists, which generation writes and sha256sum can write, are held against it: most
+    decoders take a file of some exchanged bytes for another picture.
+
     Raises:
         ValueError: when the folder holds no sample or its manifest cannot be read.
     """
 
     path: Path
+    sums: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.sums = read_sums(self.path) or {}
         found = sorted(find_files(self.path))
         self.names = [name for name in found if name.lower().endswith(self.kind.extensions)]
         samples = set(self.names)
@@ -254,10 +259,19 @@ class Folder(SampleSet):
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
-            yield partial(self._read, self.path / name)
+            yield partial(self._read, name)
 
-    def _read(self, path: Path) -> Pixels:
-        return self.kind.read(path if path.is_dir() else require_regular(path))
+    def _read(self, name: str) -> Pixels:
+        path = self.path / name
+        if path.is_dir():
+            return self.kind.read(path)
+        digest = self.sums.get(name)
+        if digest is not None and not matches(require_regular(path), digest):
+            raise ValueError(
+                f"not the file that {SUMS} beside it records: restore or make it again; where it was changed "
+                f"on purpose, remove {SUMS}"
+            )
+        return self.kind.read(require_regular(path))
 
     def file(self, name: str) -> Path | None:
         return self.path / name

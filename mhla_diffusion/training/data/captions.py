@@ -141,33 +141,35 @@ def _read_list(folder: Path, path: Path) -> list[tuple[Path, Caption]]:
             "beside each file"
         )
     read = _read_csv if path.suffix.lower() not in (".json", ".jsonl") else _read_json
-    place = os.path.abspath(folder)
-    lines: dict[Path, int] = {}
-    captions: dict[Path, dict[str, float]] = {}
+    place = os.path.join(os.path.abspath(folder), "")
+    lines: dict[str, int] = {}
+    captions: dict[str, dict[str, float]] = {}
     for number, row in read(path, read_text(path)):
-        file, texts = _checked(path, number, row, folder, place)
-        first, known = lines.setdefault(file, number), captions.setdefault(file, {})
+        name, texts = _checked(path, number, row, place)
+        first, known = lines.setdefault(name, number), captions.setdefault(name, {})
         if twice := known.keys() & texts.keys():
             raise ValueError(
-                f"{path}, line {number}: {file.name} has the caption {min(twice)[:80]!r} already, from line "
+                f"{path}, line {number}: {name} has the caption {min(twice)[:80]!r} already, from line "
                 f"{first} on: remove one of the two; weights say how often a caption is taken"
             )
         known.update(texts)
     if not lines:
         raise ValueError(f"{path} lists no files")
     _name_missing(path, folder, lines)
-    return [(file, as_caption(texts) or "") for file, texts in captions.items()]
+    return [(folder / name, as_caption(texts) or "") for name, texts in captions.items()]
 
 
-def _name_missing(path: Path, folder: Path, lines: Mapping[Path, int]) -> None:
-    missing = [(number, file) for file, number in lines.items() if not os.path.exists(file)]
+def _name_missing(path: Path, folder: Path, lines: Mapping[str, int]) -> None:
+    missing = [
+        (number, name) for name, number in lines.items() if not os.path.exists(os.path.join(folder, name))
+    ]
     if len(missing) == len(lines):
         raise ValueError(
-            f"none of the {len(lines)} files in {path} exists, first {missing[0][1]}, line {missing[0][0]}; "
-            f"paths are relative to {folder}"
+            f"none of the {len(lines)} files in {path} exists, first {folder / missing[0][1]}, line "
+            f"{missing[0][0]}; paths are relative to {folder}"
         )
-    for n, file in missing[:10]:
-        logger.warning("%s, line %d: no such file %s", path, n, file)
+    for number, name in missing[:10]:
+        logger.warning("%s, line %d: no such file %s", path, number, folder / name)
     if missing:
         logger.warning("%d of %d files are missing and will be skipped", len(missing), len(lines))
 
@@ -210,11 +212,11 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
 
 
-def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tuple[Path, dict[str, float]]:
+def _checked(path: Path, number: int, row: Any, place: str) -> tuple[str, dict[str, float]]:
     """Return file, texts and weights of a row, which may come from a stranger: the file lies in the folder.
 
     Args:
-        place: the folder, as a whole path.
+        place: the folder, as a whole path with a separator at its end, that the file is then relative to.
     """
     known = row if isinstance(row, dict) else {}
     name, texts = (next((known[key] for key in keys if key in known), "") for keys in (_PATHS, _CAPTIONS))
@@ -234,9 +236,9 @@ def _checked(path: Path, number: int, row: Any, folder: Path, place: str) -> tup
             f"{path}, line {number}: holds halves of characters (surrogates): {str(row)[:200]!a}"
         )
     file = os.path.abspath(os.path.join(place, name.strip()))
-    if "\0" in name or not file.startswith(place.rstrip(os.sep) + os.sep):
+    if "\0" in name or not file.startswith(place):
         raise ValueError(
             f"{path}, line {number}: {name!r} leads out of {place}: put the files there, or give a folder "
             "that holds them all"
         )
-    return folder / name.strip(), weighted
+    return file[len(place) :], weighted

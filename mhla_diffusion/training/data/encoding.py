@@ -11,20 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
-from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ...processes import process_state
 from ..text import (
     CaptionEncoder,
     TextConfig,
-    image_caption_encoder,
-    load_text_encoder,
-    video_caption_encoder,
+    load_caption_encoder,
     warn_of_long_captions,
 )
 from .captions import Caption, texts_of
@@ -32,9 +28,10 @@ from .config import DataConfig, VideoDataConfig, open_images, open_videos
 from .image_conditions import ImageConditions, load_image_encoder
 from .image_sources import sizes_of
 from .images import ImageSamples
-from .latents import VIDEO_AUTOENCODERS, load_vae
+from .latents import load_vae
 from .shards import write_shards
 from .stream import SampleSource, UnreadableSampleError
+from .video_autoencoders import VIDEO_AUTOENCODERS, encode_clip, require_clips, require_multiples
 from .videos import VideoSamples
 
 logger = logging.getLogger(__name__)
@@ -77,14 +74,14 @@ def cache_latents(config: LatentCacheConfig) -> None:
     """
     vae = load_vae(config.vae)
     sizes = sizes_of(config.data, (config.size, config.size))
-    _check_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
+    require_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
     images = ImageSamples(
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
     )  # fmt: skip
     encoder = None
     if config.text is not None:
-        encoder = image_caption_encoder(*load_text_encoder(config.text), config.text)
+        encoder = load_caption_encoder(config.text)
     facts: dict[str, Any] = {} if encoder else {"class_names": images.class_names}
     if "AutoencoderKL" in type(vae).__name__:  # whose latents are drawn when they are read
         facts |= {
@@ -178,7 +175,8 @@ class VideoLatentCacheConfig:
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKLWan, or of a pipeline that has one.
+        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo or, frame by
+            frame, an AutoencoderKL, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
         image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
@@ -214,18 +212,9 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
             cache, with the keys that differ.
     """
     vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
-    _check_frames(config.data.frames, vae)
-    _check_multiples("data.sizes", config.data.sizes, vae.config.scale_factor_spatial)
+    require_clips(vae, config.data.frames, config.data.sizes)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
-    tokenizer, text_encoder = load_text_encoder(config.text)
-    parts = MHLAWanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        max_sequence_length=config.text.max_length,
-    )
-    encoder, conditions = video_caption_encoder(parts), _load_conditions(config, vae)
+    encoder, conditions = load_caption_encoder(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,
         keep=("vae", "data", "text", "image_condition", "image_encoder", "clips", "shard_size"),
@@ -233,7 +222,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
             {
-                "latents": _encode_clip(vae, sample["samples"]),
+                "latents": encode_clip(vae, sample["samples"]),
                 **_embed(encoder, videos.captions[index]),
                 **conditions(sample["samples"]),
             }
@@ -250,35 +239,6 @@ def _load_conditions(config: VideoLatentCacheConfig, vae: Any) -> Callable[[Tens
         encoder.to(process_state().device)
     last = config.image_condition == "first_and_last"
     return ImageConditions(vae, last=last, processor=processor, encoder=encoder)
-
-
-@torch.no_grad()
-def _encode_clip(vae: Any, clip: Tensor) -> Tensor:
-    """Encode a clip ``[C, F, H, W]`` by the mode of its latents, as Wan's own training has them, scaled."""
-    mean, std = (
-        torch.tensor(values, device=vae.device).view(-1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    latents = vae.encode(clip[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
-    return ((latents - mean) / std).half().cpu()
-
-
-def _check_frames(frames: int, vae: Any) -> None:
-    step = vae.config.scale_factor_temporal
-    if extra := (frames - 1) % step:
-        raise ValueError(
-            f"data.frames must be one more than a multiple of {step} for this autoencoder, got {frames}; the "
-            f"nearest are {frames - extra} and {frames - extra + step}"
-        )
-
-
-def _check_multiples(name: str, sizes: Sequence[tuple[int, int]], factor: int) -> None:
-    for size in sizes:
-        if any(side % factor for side in size):
-            raise ValueError(
-                f"{name} must be multiples of {factor} for this autoencoder, got {tuple(size)}; the "
-                f"nearest is {tuple(max(1, round(side / factor)) * factor for side in size)}"
-            )
 
 
 def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:

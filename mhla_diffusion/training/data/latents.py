@@ -27,10 +27,10 @@ from ..text import CaptionEncoder, TextConfig
 from .captions import draw_index
 from .image_sources import ImageSource
 from .shards import Shards, read_record
+from .video_autoencoders import VIDEO_AUTOENCODERS
 from .videos import VideoSource
 
 IMAGE_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
-VIDEO_AUTOENCODERS = ("AutoencoderKLWan",)
 
 _KNOWN_FRAMES = ("condition", "image_embeds")
 
@@ -61,6 +61,7 @@ class CachedLatents:
         text: how captions were embedded; None when there are classes.
         fps: of clips, if they were taken at a rate.
         captions: None, as they are embedded.
+        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``.
         condition: shape of what image-to-video models are given beside the noisy latents; None without.
         image_embeds: shape of the embeddings of known frames; None without.
         image_encoder: that they were made with.
@@ -84,6 +85,7 @@ class CachedLatents:
         self.condition, self.image_embeds = (
             self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
         )
+        self.known: str = config.get("image_condition", "none")
         self.image_encoder: str | None = config.get("image_encoder")
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]

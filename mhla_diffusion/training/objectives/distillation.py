@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from ...backbones.teacher import LayerCall, attention_layers, recording
+from ...backbones.teacher import LayerCall, attention_layers, place, recording
 from .objective import Denoiser, DistillationConfig, Objective, mean_flat
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,8 @@ class Distillation(Objective):
         return torch.cat((guided[:, :channels] + scale * (free - guided[:, :channels]), held), 1)
 
     def _predict(self, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        dtype = next(self.teacher.parameters()).dtype
-        own = {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in conditioning.items()
-        }
-        return self.predict(self.teacher, noisy.to(dtype), times, own)
+        own = place(self.teacher, {**conditioning, "hidden_states": noisy})
+        return self.predict(self.teacher, own.pop("hidden_states"), times, own)
 
     def _layers(self, model: Any) -> list[str]:
         found = attention_layers(model)
@@ -112,8 +109,11 @@ class Distillation(Objective):
     def prepare(self, model: Any, accelerator: Accelerator) -> None:
         if accelerator.distributed_type == DistributedType.FSDP:
             # Sharded as the student is, but no part of its checkpoints.
-            self.teacher = accelerator.prepare_model(self.teacher)
-            accelerator._models.remove(self.teacher)
+            if accelerator.is_fsdp2:  # whose prepare wants an optimizer beside every model
+                self.teacher = fsdp2_prepare_model(accelerator, self.teacher)
+            else:
+                self.teacher = accelerator.prepare_model(self.teacher)
+                accelerator._models.remove(self.teacher)
             return
         self.teacher.to(accelerator.device)
         shared = share_frozen(self.teacher, accelerator.unwrap_model(model))

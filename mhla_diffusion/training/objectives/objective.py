@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ...backbones.denoising import denoise
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 Denoiser = Callable[..., Any]
@@ -189,7 +191,7 @@ class Objective(ABC):
         conditioning = dict(conditioning)
         if BESIDE in conditioning:
             noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
-        return model(noisy, timestep=self.timestep(times), return_dict=False, **conditioning)[0].float()
+        return denoise(model, noisy, self.timestep(times), conditioning).float()
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)
         """Take what the loss needs beside the model, which is prepared, to where it is."""

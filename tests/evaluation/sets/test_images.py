@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -284,6 +285,22 @@ def test_pipes_and_devices_are_not_opened(
             read()
 
 
+@pytest.mark.parametrize("line", ["{digest}  {name}", "{digest} *./{name}"])
+def test_a_picture_that_was_changed_and_can_be_read_is_told_by_its_hash(
+    write_folder: Callable[..., Path], make_pixels: Callable[..., np.ndarray], line: str
+) -> None:
+    folder = write_folder("made", make_pixels(3))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    listed = [line.format(digest=digest, name=name) for name, digest in digests.items()][:2]
+    (folder / "SHA256SUMS").write_text("\n".join(listed))
+    assert len(_read_all(folder)) == 3
+    Image.fromarray(RGB).save(folder / listed[0].split()[-1].strip("*./"))
+    with pytest.raises(ValueError, match="not the file that SHA256SUMS beside it records"):
+        _read_all(folder)
+    (folder / "SHA256SUMS").unlink()
+    assert len(_read_all(folder)) == 3
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_class_folder_that_must_not_be_read_is_named() -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -315,6 +332,16 @@ def _write_tar(path: Path, files: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def test_members_that_lead_out_of_an_archive_are_read_in_place(
+    make_pixels: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    pixels = make_pixels(2)
+    _write_tar(tmp_path / "set.tar", dict(zip(("../../0.png", "1.png"), _pngs(pixels), strict=True)))
+    images = open_images(tmp_path / "set.tar")
+    assert images.names == ["../../0.png", "1.png"]
+    np.testing.assert_array_equal([read() for read in images.readers()], pixels)
 
 
 def test_zip_and_webdataset_are_sets(make_pixels: Callable[..., np.ndarray], tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from PIL import Image
 from torch.utils.data import default_collate
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
-from mhla_diffusion.files.videos import write_video
+from mhla_diffusion.files.videos import open_video, write_video
 from mhla_diffusion.training import (
     TextConfig,
     TrainerConfig,
@@ -30,7 +31,8 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
 from mhla_diffusion.training.data.image_conditions import ImageConditions
-from mhla_diffusion.training.data.latents import VIDEO_AUTOENCODERS, CachedLatents, load_vae
+from mhla_diffusion.training.data.latents import CachedLatents, load_vae
+from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
 
@@ -185,11 +187,21 @@ def test_image_to_video_sees_the_known_frames(
             assert not torch.equal(loss(), whole), name
             batch[name] = kept
     assert ("image_embeds" in batch) == encoded
+    names = ("images", "last_images")[: 1 if frames == "first" else 2]
+    Image.new("RGB", (32, 16), "orange").save(f"{config.output_dir}.png")
+    sheet: dict[str, Any] = {"every": 2, "prompts": ("a",), "num_inference_steps": 1}
+    for missing in names:
+        pictures = {name: (f"{config.output_dir}.png",) for name in names if name != missing}
+        lacking = dataclasses.replace(run, sampling=VideoSamplingConfig(**sheet, **pictures))
+        with pytest.raises(ValueError, match=rf"give sampling\.{missing} a picture for each prompt"):
+            lacking.build(objective, model)
+    pictures = dict.fromkeys(names, (f"{config.output_dir}.png",))
+    run = dataclasses.replace(run, sampling=VideoSamplingConfig(**sheet, **pictures))
     assert train_video(run) == 0
+    assert open_video(Path(run.output_dir) / "samples" / "step-00000002.mp4").num_frames == 5
     pipeline = MHLAPipeline.from_pretrained(Path(run.output_dir) / "pipeline")
     assert type(pipeline) is WanImageToVideoPipeline
-    with pytest.raises(ValueError, match=r"sampling\.every must be 0 for image-to-video"):
-        dataclasses.replace(run, sampling=VideoSamplingConfig(every=1, prompts=("a",))).build(objective)
+    assert "| caption dropout | 0.1 |" in (Path(run.output_dir) / "pipeline" / "README.md").read_text()
     if encoded:
         plain = dataclasses.replace(config, image_encoder=None, output_dir=f"{config.output_dir}-plain")
         cache_video_latents(plain)

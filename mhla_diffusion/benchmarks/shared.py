@@ -1,89 +1,20 @@
-"""Times, memory and tables of the benchmarks: what is compared takes turns in one run."""
+"""Machines, checks, plots and races of the benchmarks."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import math
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+
+from ..files.text import markdown_table
+from ..timing import interleaved, spread
 
 PASSES = ("forward", "forward + backward")
-
-
-def interleaved(
-    calls: Sequence[Callable[[], Any]], device: str, repeats: int, seconds: float = math.inf
-) -> list[list[float]]:
-    """Seconds of each call's runs, the calls taking turns; slow ones get fewer, at least one."""
-    times: list[list[float]] = [[] for _ in calls]
-    spent = [0.0] * len(calls)
-    for turn in range(repeats + 1):
-        for i, call in enumerate(calls):
-            if times[i] and spent[i] * (turn + 1) / turn > seconds:
-                continue
-            elapsed = _time(call, device)
-            spent[i] += elapsed
-            if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
-                times[i].append(elapsed)
-    return times
-
-
-def best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
-    """Return the shortest of each call's interleaved runs, in seconds."""
-    return [min(times) for times in interleaved(calls, device, repeats)]
-
-
-def _time(call: Callable[[], Any], device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def spread(times: Sequence[float]) -> float | None:
-    """Return (third quartile - first) / median of at least three times, else None."""
-    if len(times) < 3:
-        return None
-    quartiles = statistics.quantiles(times, n=4)
-    return (quartiles[2] - quartiles[0]) / statistics.median(times)
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Return the most that is allocated during a call, beyond what it returns."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        return torch.cuda.max_memory_allocated() - before - _size(result)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        result = call()
-    current = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak - _size(result)
-
-
-def _size(result: Tensor | Iterable[Tensor]) -> int:
-    tensors = [result] if isinstance(result, Tensor) else result
-    return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 def default_device() -> str:
@@ -106,12 +37,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the head, as a table in Markdown."""
-    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rows])
 
 
 def require_plots() -> None:

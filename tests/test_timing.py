@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mhla_diffusion.benchmarks.timing import peak_bytes
+from mhla_diffusion.timing import peak_bytes
 
 
 def test_memory_beyond_what_is_returned() -> None:

@@ -1,0 +1,86 @@
+"""A model as one that denoises: its times, and its arguments and prediction in the terms of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from .grid import Grid
+
+
+class DenoisingMixin:
+    """Calls of a model by what every kind of diffusion has: noisy samples, a time, and conditions.
+
+    Attributes:
+        time_scale: times are 0 to this.
+        time_in_dtype: whether times are given in the dtype of the model, as its pipeline gives them.
+    """
+
+    time_scale: ClassVar[int] = 1000
+    time_in_dtype: ClassVar[bool] = False
+
+    def example_inputs(
+        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
+        raise NotImplementedError
+
+    @classmethod
+    def time_of(cls, timestep: Any) -> Any:
+        """Return a time from 0, of data, to 1,000, of noise, as the model counts it."""
+        return timestep if cls.time_scale == 1000 else timestep * cls.time_scale / 1000
+
+    def at_time(
+        self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None
+    ) -> dict[str, Any]:
+        """Return arguments of the forward at a time from 0, of data, to 1,000, of noise.
+
+        Args:
+            inputs: as :meth:`example_inputs` gives them.
+            timestep: of the latents.
+            until: where the step ends, for models that are told; left as drawn, but no later, by default.
+        """
+        return {**inputs, "timestep": torch.full_like(inputs["timestep"], self.time_of(timestep))}
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return arguments of the forward as the model's pipeline gives them.
+
+        Args:
+            samples: noisy, ``[B, C, ...]``.
+            timestep: ``[B]``, from 0, of data, to 1,000, of noise.
+            conditions: ``encoder_hidden_states`` ``[B, L, D]``, perhaps ``encoder_attention_mask``
+                ``[B, L]``, and arguments that the model has by these names.
+        """
+        timestep = self.time_of(timestep)
+        if self.time_in_dtype:
+            timestep = timestep.to(samples.dtype)
+        return {"hidden_states": samples, "timestep": timestep, **conditions}
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return what a forward gave for noisy samples as the prediction of an objective, ``[B, C, ...]``."""
+        return output
+
+
+def denoise(
+    model: Callable[..., Any], samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+) -> Tensor:
+    """Call a model, perhaps wrapped for several processes, and return its prediction.
+
+    Args:
+        model: one of ours; or any that is called as ``model(samples, timestep=..., return_dict=False,
+            **conditions)`` and returns a tuple, the prediction first.
+        samples, timestep, conditions: see :meth:`DenoisingMixin.denoising_arguments`.
+    """
+    wrapped = isinstance(model, nn.Module)
+    ours = extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
+    if not isinstance(ours, DenoisingMixin):
+        return model(samples, timestep=timestep, return_dict=False, **conditions)[0]
+    arguments = ours.denoising_arguments(samples, timestep, conditions)
+    output = model(arguments.pop("hidden_states"), **arguments, return_dict=False)
+    return ours.prediction(output if isinstance(output, Tensor) else output[0], samples)

@@ -1,0 +1,118 @@
+"""Which attention each layer of a model has: what may be asked for, and what that is by layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..attention import MHLAConfig
+from ..ops import recommended_layout
+from .grid import Grid
+
+ATTENTIONS = ("mhla", "linear", "softmax")
+
+AttentionChoice = str | Sequence[str]
+OneConfig = MHLAConfig | dict[str, Any] | None
+ConfigChoice = OneConfig | Sequence[OneConfig]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Attention of each layer of a model, known to fit before any weight is made.
+
+    Args:
+        attention: as it was asked for.
+        kinds: ``"mhla"``, ``"linear"`` or ``"softmax"``, by layer.
+        configs: by layer; those of layers with stock attention do not count.
+        shared: whether one config was given for all.
+        grid: tokens along each axis that the model is made for.
+    """
+
+    attention: AttentionChoice
+    kinds: list[str]
+    configs: list[MHLAConfig]
+    grid: Grid
+    shared: bool = True
+
+    @property
+    def registered(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Config, or those of the layers, as plain values."""
+        return self.configs[0].to_dict() if self.shared else [config.to_dict() for config in self.configs]
+
+
+def as_config(mhla_config: OneConfig) -> MHLAConfig:
+    """Return the config of what a model's argument may be."""
+    if mhla_config is None:
+        return MHLAConfig()
+    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
+
+
+def as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:
+    """Return the one config, or those of the layers, of what a model's argument may be."""
+    choices: Any = mhla_config if isinstance(mhla_config, (list, tuple)) else [mhla_config]
+    return [as_config(choice) for choice in choices]
+
+
+def layer_settings(
+    attention: AttentionChoice, mhla_config: ConfigChoice, num_layers: int, *, stock: str = "softmax"
+) -> tuple[list[str], list[MHLAConfig]]:
+    """Return attention and config of each layer; see :func:`layer_attention`.
+
+    Raises:
+        ValueError: for a list of configs of the wrong length, or in which one names layers; and what
+            :func:`layer_attention` refuses.
+    """
+    configs = as_configs(mhla_config)
+    if not isinstance(mhla_config, (list, tuple)):
+        return layer_attention(attention, configs[0].layers, num_layers, stock=stock), configs * num_layers
+    if len(configs) != num_layers or any(config.layers is not None for config in configs):
+        raise ValueError(
+            f"mhla_config is a list of {len(configs)} configs, but the model has {num_layers} layers: give "
+            "one for each, without layers, and name their attention as a list"
+        )
+    return layer_attention(attention, None, num_layers, stock=stock), configs
+
+
+def attentions_of(stock: str) -> tuple[str, ...]:
+    """Return what the attention of a layer can be where the stock class has ``stock``."""
+    return ATTENTIONS if stock == "softmax" else ("mhla", stock)
+
+
+def layer_attention(
+    attention: AttentionChoice, layers: tuple[int, ...] | None, num_layers: int, *, stock: str = "softmax"
+) -> list[str]:
+    """Return the attention of each layer: ``attention``, and ``stock`` where ``layers`` does not name it.
+
+    Raises:
+        ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
+            list together with ``layers``.
+    """
+    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
+    known = attentions_of(stock)
+    if unknown := sorted(set(kinds) - set(known)):
+        raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    if len(kinds) != num_layers:
+        raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")
+    if layers is None:
+        return kinds
+    if not isinstance(attention, str):
+        raise ValueError("give attention as a list or mhla_config.layers, not both")
+    if outside := [i for i in layers if i >= num_layers]:
+        raise ValueError(
+            f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to {num_layers - 1}"
+        )
+    return [kind if i in layers else stock for i, kind in enumerate(kinds)]
+
+
+def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
+    """Warn of blocks whose mixing costs more than it should."""
+    layout = config.layout(grid)
+    if layout.num_blocks**2 > layout.num_tokens:
+        warnings.warn(
+            f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
+            f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
+            f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
+            stacklevel=6,
+        )

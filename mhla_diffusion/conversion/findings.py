@@ -1,0 +1,158 @@
+"""Findings of the experiment: tables of it, and what was wished of conversion beside what is true."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..comparison.page import Interval
+from ..files.text import markdown_table
+
+Record = Mapping[str, Any]
+_Rows = Mapping[str, Sequence[Record]]
+
+# Most that a conversion may add to the loss, as a share of the teacher's.
+_HALF, _LOCAL = 0.01, 0.03
+
+
+def findings(content: Record) -> dict[str, Any]:
+    """Return what was wished: ``value``, mean over seeds, ``interval``, ``seeds``, each one's, and ``met``.
+
+    Losses are over the teacher's, less 1. A difference or share of them is taken within each seed, whose
+    variants saw the same samples, times and noise. ``met`` goes by the mean; where the interval does not bear
+    it out, more seeds may turn it.
+
+    Args:
+        content: of results.json.
+    """
+    rows = _by_variant(content)
+    losses = {
+        name: [its["ratio"]["value"] - 1 for its in records]
+        for name, records in rows.items()
+        if name != "teacher"
+    }
+
+    def less(variant: str, other: str) -> list[float]:
+        return [b - a for a, b in zip(losses[variant], losses[other], strict=True)]
+
+    def beyond(variant: str) -> list[float]:
+        """Gap that is left when aligned, less half of that without: below 0 where half of it was closed."""
+        pairs = zip(losses[variant], losses[f"{variant}, not aligned"], strict=True)
+        return [aligned - plain / 2 for aligned, plain in pairs]
+
+    def removed(variant: str) -> list[float]:
+        pairs = zip(rows[variant], rows[f"{variant}, not aligned"], strict=True)
+        return [1 - aligned["error"] / plain["error"] for aligned, plain in pairs]
+
+    linear = less("all MHLA", "all linear")
+    spread = max(max(losses[name]) - min(losses[name]) for name in ("all MHLA", "all linear"))
+    found = {
+        f"half of the layers: loss within {_HALF:.0%}": _finding(losses["half, chosen"], most=_HALF),
+        f"all layers with a window: loss within {_LOCAL:.0%}": _finding(losses["all local"], most=_LOCAL),
+        "all layers: loss of linear attention less MHLA's, above the spread": _finding(linear, least=spread),
+    }
+    for pattern in ("every second", "every second from the first"):
+        found[f"chosen layers: loss of {pattern} less theirs"] = _finding(
+            less("half, chosen", f"half, {pattern}"), least=0.0
+        )
+    for name, variant in (("half of the layers", "half, chosen"), ("all layers", "all MHLA")):
+        found[f"{name}: gap when aligned, less half of that without"] = _finding(beyond(variant), most=0.0)
+        found[f"{name}: error of prediction that alignment removes"] = _finding(removed(variant), least=0.5)
+    return found | _scored(rows)
+
+
+def _scored(rows: _Rows) -> dict[str, Any]:
+    """Whether half of the layers score within the teacher's interval, where they were scored."""
+    found = {}
+    for number, score in enumerate(_scores(rows.get("teacher", [{}])[0])):
+        if students := [its for its in rows["half, chosen"] if _scores(its)]:
+            values = [_scores(its)[number]["value"] for its in students]
+            name = f"half of the layers: {score['name']} within the teacher's interval"
+            found[name] = _finding(values, most=score["interval"][1])
+    return found
+
+
+def _scores(record: Record) -> Sequence[Record]:
+    return record.get("scores") or []
+
+
+def _finding(values: Sequence[float], *, most: float = math.inf, least: float = -math.inf) -> dict[str, Any]:
+    found = Interval.of(list(values))
+    mean, half = found.mean, found.half
+    return {
+        "value": mean, "interval": [mean - half, mean + half] if math.isfinite(half) else None,
+        "seeds": list(values), "wanted": {"most": most} if math.isfinite(most) else {"more than": least},
+        "met": least < mean <= most,
+    }  # fmt: skip
+
+
+def table(content: Record) -> str:
+    """Return results as tables in Markdown: means over seeds with their 95 % intervals by Student's t.
+
+    Args:
+        content: of results.json.
+    """
+    rows = _by_variant(content)
+    share = 100 * content["steps"] / content["teacher_steps"]
+    parts = [
+        f"{content['size']}; {content['steps']} steps of distillation, {share:.3g} % of the teacher's; seeds "
+        f"{', '.join(map(str, content['seeds']))}",
+        markdown_table(_variants(rows)),
+    ]
+    timed = {name: records for name, records in rows.items() if all("by_time" in its for its in records)}
+    if timed:
+        head = ["loss over the teacher's, by tenth from data to noise", *map(str, range(1, 11))]
+        lines = [[name, *_tenths(records)] for name, records in timed.items()]
+        parts.append(markdown_table([head, *lines]))
+    if "findings" in content:
+        parts.append(markdown_table(_wishes(content["findings"])))
+    return "\n\n".join(parts) + "\n"
+
+
+def _variants(rows: _Rows) -> list[list[str]]:
+    head = ["variant", "loss over the teacher's", "error of prediction", "before distillation"]
+    scored = next((its for records in rows.values() for its in records if _scores(its)), {})
+    names = [score["name"] for score in _scores(scored)]
+    lines = [[*head, *names]]
+    for name, records in rows.items():
+        cells = [
+            _cell([its["ratio"]["value"] for its in records]),
+            *(_cell([its[key] for its in records]) for key in ("error", "before")),
+        ]
+        for number in range(len(names)):
+            cells.append(_cell([_scores(its)[number]["value"] for its in records if _scores(its)]))
+        lines.append([name, *cells])
+    return lines
+
+
+def _tenths(records: Sequence[Record]) -> list[str]:
+    """Loss over the teacher's in each tenth of the time, mean over seeds."""
+    ratios = [[a / b for a, b in zip(its["by_time"], its["teacher_by_time"], strict=True)] for its in records]
+    return [f"{statistics.mean(values):.3f}" for values in zip(*ratios, strict=True)]
+
+
+def _wishes(found: Record) -> list[list[str]]:
+    lines = [["wanted", "limit", "mean", "95 % interval", "by seed", "met"]]
+    for name, its in found.items():
+        ((word, limit),) = its["wanted"].items()
+        interval = "-" if its["interval"] is None else "{:.4f} to {:.4f}".format(*its["interval"])
+        seeds = ", ".join(f"{value:.4f}" for value in its["seeds"])
+        met = "yes" if its["met"] else "no"
+        lines.append([name, f"{word} {limit:.4g}", f"{its['value']:.4f}", interval, seeds, met])
+    return lines
+
+
+def _by_variant(content: Record) -> dict[str, list[Record]]:
+    rows: dict[str, list[Record]] = {}
+    for record in content["results"]:
+        rows.setdefault(record["variant"], []).append(record)
+    return rows
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    found = Interval.of(list(values))
+    return f"{found.mean:.4f}" + (f" ± {found.half:.4f}" if math.isfinite(found.half) else "")

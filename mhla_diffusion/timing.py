@@ -1,0 +1,85 @@
+"""Times and memory of calls: what is compared takes turns in one run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interleaved(
+    calls: Sequence[Callable[[], Any]],
+    device: str,
+    repeats: int,
+    seconds: float = math.inf,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds of each call's runs by a clock, the calls taking turns; slow ones get fewer, at least one."""
+    times: list[list[float]] = [[] for _ in calls]
+    spent = [0.0] * len(calls)
+    for turn in range(repeats + 1):
+        for i, call in enumerate(calls):
+            if times[i] and spent[i] * (turn + 1) / turn > seconds:
+                continue
+            elapsed = _time(call, device, clock)
+            spent[i] += elapsed
+            if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
+                times[i].append(elapsed)
+    return times
+
+
+def best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
+    """Return the shortest of each call's interleaved runs, in seconds."""
+    return [min(times) for times in interleaved(calls, device, repeats)]
+
+
+def _time(call: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
+    _synchronize(device)
+    start = clock()
+    result = call()
+    _synchronize(device)
+    elapsed = clock() - start
+    del result
+    return elapsed
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def spread(times: Sequence[float]) -> float | None:
+    """Return (third quartile - first) / median of at least three times, else None."""
+    if len(times) < 3:
+        return None
+    quartiles = statistics.quantiles(times, n=4)
+    return (quartiles[2] - quartiles[0]) / statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """Return the most that is allocated during a call, beyond what it returns."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return torch.cuda.max_memory_allocated() - before - _size(result)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        result = call()
+    current = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak - _size(result)
+
+
+def _size(result: Tensor | Iterable[Tensor]) -> int:
+    tensors = [result] if isinstance(result, Tensor) else result
+    return sum(x.untyped_storage().nbytes() for x in tensors)

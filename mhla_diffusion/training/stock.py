@@ -1,0 +1,198 @@
+"""Backbones that are trained for their own pipelines of diffusers: on latents, from a model that is there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import diffusers
+
+from ..backbones import (
+    MHLAAllegroTransformer3DModel,
+    MHLAAnyFlowTransformer3DModel,
+    MHLAChronoEditTransformer3DModel,
+    MHLACosmosTransformer3DModel,
+    MHLAHunyuanDiT2DModel,
+    MHLAKandinsky5Transformer3DModel,
+    MHLALatteTransformer3DModel,
+    MHLALTXVideoTransformer3DModel,
+    MHLALuminaNextDiT2DModel,
+    MHLAQwenImageTransformer2DModel,
+    MHLASanaVideoTransformer3DModel,
+    MHLASkyReelsV2Transformer3DModel,
+    MHLAWanAnimateTransformer3DModel,
+    MHLAWanVACETransformer3DModel,
+    backbone_of_config,
+)
+from ..hub import load_component_config
+from .conditioning import Captions
+from .data import CachedLatents
+from .data.video_autoencoders import needs_tiles, size_in_pixels
+from .objectives import Objective, ObjectiveConfig
+from .text import CaptionEncoder, TextConfig, make_stock_pipeline
+
+
+@dataclass(frozen=True)
+class StockTraining:
+    """Training of a backbone, as its pipeline of diffusers samples from it.
+
+    Args:
+        pipeline: class of diffusers, which embeds captions, and is what a run leaves.
+        objective: by whose steps it denoises.
+        variance: whether the model predicts a variance too, with ddpm.
+        masked: whether the model is told which tokens are the text's.
+        scheduler: settings of the scheduler that is left, beside those of the objective's.
+    """
+
+    pipeline: str
+    objective: Literal["flow", "ddpm"]
+    variance: bool = False
+    masked: bool = False
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+    def require(self, text: TextConfig, objective: ObjectiveConfig) -> None:
+        """Check that a run embeds captions and denoises as the pipeline does.
+
+        Raises:
+            ValueError: otherwise, saying what to set.
+        """
+        if text.pipeline != self.pipeline:
+            raise ValueError(
+                f"the model is trained on captions as {self.pipeline} embeds them: set text.pipeline to "
+                f"{self.pipeline}, here and where latents are cached, got {text.pipeline!r}"
+            )
+        if objective.name != self.objective or objective.prediction_type == "sample":
+            raise ValueError(
+                f"{self.pipeline} denoises by steps of {self.objective}: set objective.name to "
+                f"{self.objective} and leave objective.prediction_type out"
+            )
+        if self.objective == "ddpm" and objective.learn_variance != self.variance:
+            kind = "with" if self.variance else "without"
+            raise ValueError(
+                f"{self.pipeline} takes a prediction {kind} a variance: set objective.learn_variance to "
+                f"{str(self.variance).lower()}"
+            )
+
+    @property
+    def guarded(self) -> bool:
+        """True when it makes nothing without a guard, which is no part of a run."""
+        return "safety_checker" in inspect.signature(getattr(diffusers, self.pipeline).__init__).parameters
+
+    def conditioning(self, encoder: CaptionEncoder, dropout: float) -> Captions:
+        """Return captions that are embedded already, as the pipeline gives them to the model."""
+        return Captions(encoder, dropout, embedded=True, masked=self.masked)
+
+    def finish(
+        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
+    ) -> Any:
+        """Return the pipeline of a transformer; ``training`` has no place in it."""
+        scheduler = objective.scheduler()
+        if needs_tiles(vae):
+            vae.enable_tiling()
+        return make_stock_pipeline(
+            self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
+            scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
+            transformer=transformer,
+        )  # fmt: skip
+
+    def require_latents(self, source: Any) -> CachedLatents:
+        """Check that the data are latents, without known frames.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        if not isinstance(source, CachedLatents) or source.condition is not None:
+            raise ValueError(
+                f"models of {self.pipeline} are trained on latents of texts: make them with mhla "
+                f"cache-latents and --text.pipeline {self.pipeline}, and set data.source to latents"
+            )
+        return source
+
+    def sizes(self, vae: Any, latents: Sequence[int]) -> dict[str, int]:
+        """Return the arguments of the pipeline's call for latents of this size."""
+        *frames, height, width = size_in_pixels(vae, latents)
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        named = {name: frames[0] for name in ("num_frames", "video_length") if frames and name in takes}
+        return {"height": height, "width": width, **named}
+
+
+IMAGES: dict[type[Any], StockTraining] = {
+    MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
+}
+VIDEOS: dict[type[Any], StockTraining] = {
+    MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True),
+    MHLAAllegroTransformer3DModel: StockTraining("AllegroPipeline", "ddpm", masked=True),
+    MHLACosmosTransformer3DModel: StockTraining(
+        "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}
+    ),
+    MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
+    MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
+}
+
+_TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
+_NO_SOURCE = "which no data source here has"
+UNTRAINED: dict[type[Any], str] = {
+    MHLAHunyuanDiT2DModel: _TWO_ENCODERS,
+    MHLAKandinsky5Transformer3DModel: _TWO_ENCODERS,
+    MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
+    f"beside each clip, {_NO_SOURCE}",
+    MHLAWanVACETransformer3DModel: f"it needs a control video and a mask beside each clip, {_NO_SOURCE}",
+    MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
+    MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
+    "between the two, for which there is no objective here",
+    MHLASanaVideoTransformer3DModel: "its pipeline says in the prompt how strong the motion is, which no "
+    "caption here does",
+    MHLAQwenImageTransformer2DModel: "its forward takes latents packed into tokens beside those of the text, "
+    "which no run here gives",
+}
+"""Backbones without training, and what is missing for it."""
+
+
+def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> type[Any]:
+    """Return the class of a stored model, one of those that a kind of run trains.
+
+    Args:
+        init_from: folder or hub id of a pipeline or transformer.
+        classes: that are trained.
+        what: they make.
+
+    Raises:
+        ValueError: when it is another, saying why that is not trained.
+    """
+    stored = load_component_config(init_from, "transformer")
+    found = backbone_of_config(stored)
+    if found is not None and found in classes:
+        return found
+    reason = f" ({UNTRAINED[found]})" if found in UNTRAINED else ""
+    raise ValueError(
+        f"{init_from} holds a {stored.get('_class_name')}{reason}, but {what} are trained with "
+        f"{', '.join(cls.__name__ for cls in classes)}"
+    )
+
+
+def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
+    """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+
+    Raises:
+        ValueError: otherwise, saying what to set.
+    """
+    shape = model.config
+    expected = objective.out_channels(shape.in_channels)
+    found = shape.get("out_channels") or shape.in_channels
+    if found != expected:
+        remedy = "set objective.learn_variance to false, or objective.name to flow"
+        if not objective.predicts_variance:
+            remedy = "set objective.name to ddpm"
+        raise ValueError(
+            f"{name} returns {found} channels, but this objective needs {expected}: {remedy}, as it was "
+            "trained"
+        )
+    names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
+    takes = next((shape[key] for key in names if shape.get(key)), None)
+    if text_dim is not None and takes != text_dim:
+        raise ValueError(
+            f"{name} takes text of width {takes}, but text.encoder gives {text_dim}: use the text encoder "
+            "that it was trained with"
+        )

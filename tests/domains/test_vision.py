@@ -1,0 +1,172 @@
+"""Vision transformers of transformers with MHLA: the stock weights, any grid, and the Auto classes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
+
+import mhla_diffusion
+from mhla_diffusion import MHLAConfig, convert_to_mhla
+from mhla_diffusion.attention import MHLA
+from mhla_diffusion.domains import FAMILIES
+from mhla_diffusion.ops import BlockLayout, mhla_reference
+
+VISION = [
+    f"{family}{kind}" for family, (room, kinds) in FAMILIES.items() for kind in kinds if room == "vision"
+]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
+    "num_labels": 3, "num_channels": 1,
+}  # fmt: skip
+
+
+def make_stock(name: str) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, name)
+    return model(model.config_class(**SIZES)).eval()
+
+
+def output(model: Any, pixels: Tensor, **inputs: Any) -> Tensor:
+    out = model(pixels, **inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+@pytest.fixture(params=VISION)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_models_are_converted_saved_and_loaded_by_the_auto_classes(name: str, tmp_path: Path) -> None:
+    stock, pixels = make_stock(name), torch.randn(2, 1, 32, 32)
+    before = {key: value.clone() for key, value in stock.state_dict().items()}
+    config = MHLAConfig(blocks=4, gate=True, cpe="zero", layers=(1,))
+    model, info = convert_to_mhla(stock, config, output_loading_info=True)
+    assert type(model) is getattr(mhla_diffusion, f"MHLA{name}")
+    assert {key.rpartition(".mhla.")[2] for key in info["new"]} == {
+        "mixing", "gate.weight", "gate.bias", "cpe.weight", "cpe.bias"
+    }  # fmt: skip
+    assert not info["dropped"]
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    next(module for module in model.modules() if isinstance(module, MHLA)).mixing.data.uniform_()
+    model.save_pretrained(tmp_path)
+    auto = AutoModel if name.endswith("Model") else AutoModelForImageClassification
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config.mhla_config == {**config.to_dict(), "extra_block": True}
+    assert torch.equal(output(loaded, pixels), output(model, pixels))
+    # A file of the stock model: MHLA is at its start.
+    stock.save_pretrained(tmp_path / "stock")
+    fresh = type(model).from_pretrained(tmp_path / "stock", mhla_config=config)
+    torch.testing.assert_close(output(fresh, pixels), output(convert_to_mhla(stock, config), pixels))
+
+
+def test_layers_that_keep_softmax_are_the_stock_function_at_any_size(name: str) -> None:
+    stock = make_stock(name)
+    model = convert_to_mhla(stock, {"blocks": 4, "layers": []})
+    for pixels in (torch.randn(2, 1, 32, 32), torch.randn(2, 1, 24, 40)):
+        tuned = {} if "Dinov2" in name else {"interpolate_pos_encoding": True}
+        torch.testing.assert_close(output(model, pixels), output(stock, pixels, **tuned))
+
+
+def test_a_layer_is_the_reference_with_the_tokens_before_the_patches_as_a_block(name: str) -> None:
+    model = convert_to_mhla(make_stock(name), {"blocks": [2, 3], "constraint": "none"}).double()
+    layer = next(module for module in model.modules() if hasattr(module, "mhla"))
+    layer.mhla.mixing.data.uniform_()
+    seen: dict[str, Any] = {}
+    layer.register_forward_hook(
+        lambda _, args, kwargs, out: seen.update(x=args[0], grid=kwargs["grid"], out=out[0]), with_kwargs=True
+    )
+    output(model, torch.randn(1, 1, 24, 40, dtype=torch.float64))
+    extra = 2 if "DeiT" in name else 1
+    assert seen["grid"] == (6, 10)
+    assert seen["x"].shape[1] == 60 + extra
+    q, k, v = (
+        part(seen["x"]).unflatten(-1, (2, 16)).transpose(1, 2)
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    layout = BlockLayout((6, 10), (2, 3), (extra, 0))
+    expected = mhla_reference(q, k, v, layer.mhla.mixing, layout).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen["out"], layer.o_proj(expected))
+
+
+def test_linear_attention_needs_no_matrix() -> None:
+    model = convert_to_mhla(make_stock("ViTModel"), attention="linear")
+    assert not any("mhla" in key for key in model.state_dict())
+    layer = model.layers[0].attention
+    assert layer.mhla.mixing_matrix().tolist() == [[1]]
+
+
+def test_a_mask_leaves_tokens_out_of_layers_of_both_kinds() -> None:
+    model = convert_to_mhla(make_stock("ViTModel"), {"blocks": 4, "layers": [0]})
+    first, second = torch.randn(2, 1, 1, 32, 32)
+    second[..., :16, :] = first[..., :16, :]
+    mask = torch.arange(65)[None] < 33  # the class token and the upper half
+    outs = [model(x, attention_mask=mask).last_hidden_state[:, :33] for x in (first, second)]
+    torch.testing.assert_close(*outs)
+    assert not torch.allclose(*(model(x).last_hidden_state[:, :33] for x in (first, second)))
+
+
+def test_softmax_is_never_run_in_the_place_of_mhla() -> None:
+    model = convert_to_mhla(make_stock("ViTForImageClassification"), {"blocks": 4})
+    with pytest.raises(ValueError, match=r"attn_implementation is mhla here.*'eager'"):
+        model.set_attn_implementation("eager")
+    model.vit.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"set to 'eager'.*brings it back"):
+        model(torch.randn(1, 1, 32, 32))
+    model.set_attn_implementation("mhla")
+    with pytest.raises(ValueError, match="needs the grid of the patches"):
+        model.vit(torch.randn(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "message"),
+    [
+        ({"layers": [2]}, "mhla", "names layer 2, but the layers are 0 to 1"),
+        ({"blocks": 97}, "mhla", "97 blocks do not divide over the grid"),
+        ({"key_blocks": 4}, "mhla", "extra_block is for self-attention"),
+        ({}, "softmax", "no MHLA form of ViTModel with attention 'softmax'"),
+    ],
+)
+def test_what_cannot_be_is_refused(config: Any, attention: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_to_mhla(make_stock("ViTModel"), config, attention=attention)
+    with pytest.raises(ValueError, match="no MHLA form of BertModel"):
+        convert_to_mhla(transformers.BertModel(transformers.BertConfig(num_hidden_layers=0)))
+
+
+def test_the_trainer_of_transformers_trains_it_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    model = convert_to_mhla(make_stock("ViTForImageClassification"), {"blocks": 4})
+    data = [{"pixel_values": torch.randn(1, 32, 32), "labels": i % 3, "unused": 1} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, learning_rate=0.5, save_only_model=False,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=data).train()
+    mixing = model.vit.layers[0].attention.mhla.mixing
+    assert mixing.grad is None or mixing.requires_grad
+    assert mixing.min() == 0, "clamped after every step"
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(again.vit.layers[0].attention.mhla.mixing, mixing)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import mhla_diffusion\nfrom transformers import AutoModel", "from transformers import AutoConfig"],
+)
+def test_auto_config_knows_our_models_whichever_was_imported_first(first: str) -> None:
+    program = (
+        f"{first}\nimport mhla_diffusion, sys\nfrom transformers import AutoConfig\n"
+        "assert 'transformers.models.vit.modeling_vit' not in sys.modules\n"
+        "print(type(AutoConfig.for_model('mhla_vit')).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "MHLAViTConfig\n", run.stderr
