@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,13 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
     undo: list[tuple[MHLA, str, Any]] = []
     changed: list[tuple[nn.Parameter, torch.Tensor]] = []
     for module in (part for part in model.modules() if isinstance(part, MHLA)):
-        name = {"convolution": "cpe", "gate": "gate", "window": "local"}.get(branch)
+        name = {"convolution": "cpe", "gate": "gate"}.get(branch)
         if name is not None and getattr(module, name) is not None:
             undo.append((module, name, getattr(module, name)))
             setattr(module, name, None)
+        if branch == "window" and module.local is not None:
+            undo.append((module, "config", module.config))
+            module.config = replace(module.config, local=None)
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
             changed.append((weights, weights.detach().clone()))
