@@ -219,7 +219,7 @@ class Samples(Task):
         return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
 
-def _parsed(config_class: type[Any], values: dict[str, Any]) -> Any:
+def _parsed(config_class: Any, values: dict[str, Any]) -> Any:
     """Return the config of a training run with these values of dotted keys."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
