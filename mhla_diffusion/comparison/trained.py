@@ -36,7 +36,7 @@ class TrainedByTransformers(Task):
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():  # type: ignore[call-overload]
+        for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, str) and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
 
