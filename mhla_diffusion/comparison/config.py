@@ -1,62 +1,18 @@
-"""What a comparison is: variants of attention, a task and its settings, and seeds."""
+"""What a comparison is: variants of attention, a task and its settings, and seeds; and its runs."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import re
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..config import WINDOW_ONLY, MHLAConfig
 from .screen import Screen
 from .task import Task, task_of
-
-ATTENTIONS = ("softmax", "linear", "mhla")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Attention of one row of the table.
-
-    Args:
-        name: of the row, and of the folder of its runs.
-        attention: ``softmax``, ``linear`` (MHLA with one block) or ``mhla``.
-        mhla: settings of :class:`mhla_diffusion.MHLAConfig`; without ``blocks`` they are those of the task.
-            Softmax takes those beside the operator, such as cpe, gate and qk_norm.
-        training: keys of the training run that are its own, such as
-            ``{trainer.optimizer.mixing_rate: 10}``; for tasks that have one.
-    """
-
-    name: str
-    attention: str = "mhla"
-    mhla: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w+. ()-]+", self.name):
-            raise ValueError(f"the name of a variant has letters, digits and +.()_- alone, got {self.name!r}")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
-        self.config(MHLAConfig().blocks)
-
-    def config(self, blocks: Any) -> MHLAConfig | None:
-        """Settings of the layers, None for softmax with nothing beside it.
-
-        Args:
-            blocks: of MHLA where the variant does not say its own.
-        """
-        if self.attention == "mhla":
-            return MHLAConfig.from_dict({"blocks": blocks, **self.mhla})
-        if self.attention == "linear":
-            return MHLAConfig.from_dict({**self.mhla, "blocks": 1})
-        return MHLAConfig.from_dict({**self.mhla, "blocks": 1, "local": WINDOW_ONLY}) if self.mhla else None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Values as JSON holds them; those of before there was ``training`` stay what they were."""
-        values = {"name": self.name, "attention": self.attention, "mhla": self.mhla}
-        return values | ({"training": self.training} if self.training else {})
+from .variant import Variant
 
 
 @dataclass(frozen=True)
@@ -101,3 +57,44 @@ class Comparison:
         """Yield the settings of the task, in the order of the lists."""
         for values in itertools.product(*self.settings.values()):
             yield self.task.replaced(dict(zip(self.settings, values, strict=True)))
+
+
+class Run(NamedTuple):
+    """Training of one variant in one setting with one seed."""
+
+    task: Task
+    variant: Variant
+    seed: int
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Values that say what was run, as JSON holds them."""
+        return {"task": self.task.record, "variant": self.variant.record, "seed": self.seed}
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return its task and variant, as :func:`.runs.left_out` names them."""
+        return json.dumps(self.task.record, sort_keys=True), self.variant.name
+
+    @property
+    def path(self) -> Path:
+        """Path of its result: under the variant, by what it was run with."""
+        text = json.dumps(self.record, sort_keys=True)
+        return Path(self.variant.name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def runs_of(comparison: Comparison) -> Iterator[Run]:
+    """Yield the runs, all variants of a setting and a seed behind each other, short tasks first."""
+    for task in sorted(comparison.tasks(), key=lambda task: (task.tokens, task.steps)):
+        for seed in comparison.seeds:
+            for variant in comparison.variants:
+                yield Run(task, variant, seed)
+
+
+def screening_runs(comparison: Comparison) -> list[Run]:
+    """Return the short runs of a comparison."""
+    return [
+        Run(task.shortened(comparison.screen.share), variant, comparison.seeds[0])
+        for task in comparison.tasks()
+        for variant in comparison.variants
+    ]

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .config import Variant
 from .task import Metric
 from .trained import TrainedByTransformers
+from .variant import Variant
 
 # Each tenth file is held out; of those as many windows are read.
 _EVERY, _TEST_WINDOWS = 10, 200

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +35,7 @@ from ..training import train
 from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator
 from ..training.objectives import build_objective
-
-if TYPE_CHECKING:
-    from .samples import Samples
+from .samples import Samples
 
 # Samples on a sheet, from the first seed on, and frames of each clip.
 _ON_SHEET, _FRAMES = 10, 4

@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from scipy import stats
+from typing import Any
 
 from ..files.text import markdown_table
 from ..files.writing import write_file
+from ..intervals import Interval
 from .config import Comparison
 from .figures import draw_curves, draw_samples
 from .task import Metric, Task
 
-_CONFIDENCE = 0.95
-
 Records = Sequence[dict[str, Any]]
 Screened = Mapping[tuple[str, str], float]
-
-
-class Interval(NamedTuple):
-    """Mean over seeds, and how far the mean of all seeds may lie from it, with a confidence of 95 %."""
-
-    mean: float
-    half: float
-    seeds: int
-    deviation: float = 0.0
-
-    @classmethod
-    def of(cls, values: list[float]) -> Interval:
-        """Make Student's interval; of a single value it is as wide as there is."""
-        if len(values) < 2:
-            return cls(values[0], math.inf, len(values))
-        width, deviation = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1), statistics.stdev(values)
-        mean = statistics.mean(values)
-        return cls(mean, width * deviation / math.sqrt(len(values)), len(values), deviation)
-
-    def is_above(self, other: Interval) -> bool:
-        """Return whether the intervals lie apart, this one above."""
-        return self.mean - self.half > other.mean + other.half
-
-    def is_better(self, other: Interval, metric: Metric) -> bool:
-        """Return whether the intervals lie apart, this one on the better side."""
-        return other.is_above(self) if metric.lower_is_better else self.is_above(other)
-
-    def text(self, digits: int = 3) -> str:
-        """Return mean and interval, and in brackets the standard deviation over seeds."""
-        if not math.isfinite(self.half):
-            return f"{self.mean:.{digits}f} (one seed)"
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f} (sd {self.deviation:.{digits}f})"
-
-    def __str__(self) -> str:
-        return self.text()
 
 
 def write_page(
@@ -191,7 +152,11 @@ def _column(comparison: Comparison, records: Records, task: Task, metric: Metric
     intervals = {name: Interval.of(values) for name, values in found.items() if values}
     cells = dict.fromkeys(found, "")
     for name, interval in intervals.items():
-        best = all(interval.is_better(other, metric) for key, other in intervals.items() if key != name)
+        best = all(
+            interval.is_better(other, lower=metric.lower_is_better)
+            for key, other in intervals.items()
+            if key != name
+        )
         missing = f" ({interval.seeds} seeds)" if 1 < interval.seeds < len(comparison.seeds) else ""
         text = interval.text(metric.digits)
         cells[name] = (f"**{text}**" if best and len(intervals) > 1 else text) + missing

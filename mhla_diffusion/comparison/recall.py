@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..attention import MHLA, MHLAConfig
 from ..ops import BlockLayout
-from .config import Variant
 from .task import Metric, Task
+from .variant import Variant
 
 DISTANCES = ("near", "far", "anywhere")
 

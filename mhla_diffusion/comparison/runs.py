@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -12,50 +11,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import tqdm
 
 from ..files.locking import only_writer
 from ..files.writing import write_file
-from .config import Comparison, Variant
-from .screen import left_out, screening_runs
-from .task import Task
+from .config import Comparison, Run, runs_of, screening_runs
 
 logger = logging.getLogger(__name__)
-
-
-class Run(NamedTuple):
-    """Training of one variant in one setting with one seed."""
-
-    task: Task
-    variant: Variant
-    seed: int
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Values that say what was run, as JSON holds them."""
-        return {"task": self.task.record, "variant": self.variant.record, "seed": self.seed}
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Return its task and variant, as :func:`.screen.left_out` names them."""
-        return json.dumps(self.task.record, sort_keys=True), self.variant.name
-
-    @property
-    def path(self) -> Path:
-        """Path of its result: under the variant, by what it was run with."""
-        text = json.dumps(self.record, sort_keys=True)
-        return Path(self.variant.name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def runs_of(comparison: Comparison) -> Iterator[Run]:
-    """Yield the runs, all variants of a setting and a seed behind each other, short tasks first."""
-    for task in sorted(comparison.tasks(), key=lambda task: (task.tokens, task.steps)):
-        for seed in comparison.seeds:
-            for variant in comparison.variants:
-                yield Run(task, variant, seed)
 
 
 def compare_attention(
@@ -157,10 +122,34 @@ def records(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
 
 
 def screened_out(comparison: Comparison, out: Path) -> dict[tuple[str, str], float]:
-    """Return what the short runs that are done leave out, see :func:`.screen.left_out`."""
+    """Return what the short runs that are done leave out, see :func:`left_out`."""
     return left_out(comparison, _read(screening_runs(comparison), out))
 
 
 def _read(runs: Iterable[Run], out: Path) -> list[dict[str, Any]]:
     paths = [out / run.path for run in runs]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Return what is clearly beaten: for the record of a task, as JSON, and a variant its value.
+
+    Args:
+        comparison: what is screened.
+        found: records of its short runs. While one of a task is missing, nothing of that is left out.
+    """
+    metric, by_run = comparison.task.metrics[0], {_key(record): record for record in found}
+    beaten: dict[tuple[str, str], float] = {}
+    for task in comparison.tasks():
+        short = json.dumps(task.shortened(comparison.screen.share).record, sort_keys=True)
+        keys = {variant.name: (short, variant.name) for variant in comparison.variants}
+        if not all(key in by_run for key in keys.values()):
+            continue
+        values = {name: by_run[key][metric.key] for name, key in keys.items()}
+        whole = json.dumps(task.record, sort_keys=True)
+        beaten |= {(whole, name): values[name] for name in comparison.screen.beaten(values, metric)}
+    return beaten
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str]:
+    return json.dumps(record["task"], sort_keys=True), record["variant"]["name"]

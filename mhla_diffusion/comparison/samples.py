@@ -1,4 +1,4 @@
-"""Tasks of generation: train with the trainer, generate, and score against held-out pictures or clips."""
+"""Settings of tasks of generation: a run of the trainer, and what its samples are scored against."""
 
 from __future__ import annotations
 
@@ -16,23 +16,14 @@ from typing import Any, ClassVar
 import torch
 import yaml
 
-from mhla_diffusion.pipelines.generation import generate_images, generate_videos
-
 from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
-from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
-from ..evaluation.networks.images import load_extractor
-from ..evaluation.networks.videos import load_video_extractor
-from ..evaluation.sets.images import open_images
+from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
-from ..evaluation.sets.videos import open_videos
-from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.config import flat_dict, parse_config
-from ..training.data.captions import texts_of
-from .config import Variant
-from .measured import MeasuredRun
-from .real import FPS, open_source, write_statistics
+from .real import open_source, write_statistics
 from .task import Metric, Task
+from .variant import Variant
 
 # Where things lie, and how often something is told or kept: results do not depend on it.
 _NOT_RECORDED = (
@@ -40,10 +31,6 @@ _NOT_RECORDED = (
     "trainer.keep_checkpoints", "trainer.num_workers", "trainer.trackers", "trainer.seed", "sampling.every",
     "sampling.max_share", "sampling.class_labels", "sampling.images_per_class", "sampling.seed",
 )  # fmt: skip
-
-
-# Pictures that are generated at a time.
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -201,8 +188,8 @@ class Samples(Task):
         """Open the samples in a folder for the extractor."""
 
     @abstractmethod
-    def generate(self, run: MeasuredRun, folder: Path) -> None:
-        """Generate the samples of a run into a folder."""
+    def generate(self, run: Any, folder: Path) -> None:
+        """Generate the samples of a :class:`.measured.MeasuredRun` into a folder."""
 
     @abstractmethod
     def score(self, real: Path, folder: Path, device: str) -> float:
@@ -214,9 +201,6 @@ class Samples(Task):
         data = {key: value for key, value in self.values.items() if key.startswith(("data.", "model."))}
         text = json.dumps([self.kind, self.extractor, self.num_real, data, self.held_out], sort_keys=True)
         return f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-
-    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
-        return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
 
 def _parsed(config_class: Any, values: dict[str, Any]) -> Any:
@@ -243,79 +227,3 @@ def _has_bfloat16() -> bool:
     """Tell machines that compute in bfloat16 from those that emulate it, slower than float32."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.cuda.is_available() or any(there for name, there in known.items() if "bf16" in name)
-
-
-@dataclass(frozen=True)
-class Images(Samples, kind="images"):
-    """Images, by classes; see :class:`Samples`."""
-
-    config_class: ClassVar = ImageTrainingConfig
-
-    extractor: str = "efficientnet_lite0"
-    held_out: dict[str, Any] = field(default_factory=lambda: {"data.split": "test"})
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return (self.values["model.sample_size"] // self.values["model.patch_size"],) * 2
-
-    def load_extractor(self, device: str) -> FeatureExtractor:
-        return load_extractor(self.extractor, device=device)
-
-    def open_set(self, folder: str | Path) -> SampleSet:
-        return open_images(folder)
-
-    def generate(self, run: MeasuredRun, folder: Path) -> None:
-        generate_images(
-            run.pipeline, folder, num_images=self.num_samples, batch_size=_BATCH, **run.sampling_settings
-        )
-
-    def score(self, real: Path, folder: Path, device: str) -> float:
-        report = evaluate_images(
-            real, folder, metrics="frechet", extractor=self.extractor, bootstrap=0, num_workers=1,
-            device=device,
-        )  # fmt: skip
-        return report.scores[0].value
-
-
-@dataclass(frozen=True)
-class Videos(Samples, kind="videos"):
-    """Clips, of texts; see :class:`Samples`.
-
-    Generated are those of the captions of the first of the held-out clips.
-    """
-
-    config_class: ClassVar = VideoTrainingConfig
-
-    extractor: str = "transnetv2"
-    held_out: dict[str, Any] = field(default_factory=lambda: {"data.moving_digits.first_clip": 1_000_000})
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        sizes = (self.values["data.frames"], *self.values["data.sizes"][0])
-        return tuple(s // p for s, p in zip(sizes, self.values["model.patch_size"], strict=True))
-
-    @property
-    def frames(self) -> int:
-        """Frames of a clip."""
-        return self.values["data.frames"]
-
-    def load_extractor(self, device: str) -> FeatureExtractor:
-        return load_video_extractor(self.extractor, frames=self.frames, device=device)
-
-    def open_set(self, folder: str | Path) -> SampleSet:
-        return open_videos(folder, frames=self.frames)
-
-    def generate(self, run: MeasuredRun, folder: Path) -> None:
-        captions = list(texts_of(run.calls.source.captions))[: self.num_samples]
-        height, width = self.values["data.sizes"][0]
-        generate_videos(
-            run.pipeline, folder, prompts=captions, num_videos=self.num_samples, batch_size=_BATCH // 4,
-            height=height, width=width, num_frames=self.frames, fps=FPS, **run.sampling_settings,
-        )  # fmt: skip
-
-    def score(self, real: Path, folder: Path, device: str) -> float:
-        report = evaluate_videos(
-            real, folder, frames=self.frames, metrics="frechet", extractor=self.extractor, bootstrap=0,
-            num_workers=1, device=device,
-        )  # fmt: skip
-        return report.scores[0].value

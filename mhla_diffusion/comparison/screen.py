@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from .task import Metric
-
-if TYPE_CHECKING:
-    from .config import Comparison
-    from .runs import Run
 
 
 @dataclass(frozen=True)
@@ -60,38 +54,3 @@ class Screen:
             f"One run of the first seed and {self.share:.0%} of the steps each; left out is what is worse "
             f"than the best by more than {self.margin:.0%} in {metric.title.lower()}{kept}."
         )
-
-
-def screening_runs(comparison: Comparison) -> list[Run]:
-    """Return the short runs of a comparison."""
-    from .runs import Run
-
-    return [
-        Run(task.shortened(comparison.screen.share), variant, comparison.seeds[0])
-        for task in comparison.tasks()
-        for variant in comparison.variants
-    ]
-
-
-def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Return what is clearly beaten: for the record of a task, as JSON, and a variant its value.
-
-    Args:
-        comparison: what is screened.
-        found: records of its short runs. While one of a task is missing, nothing of that is left out.
-    """
-    metric, by_run = comparison.task.metrics[0], {_key(record): record for record in found}
-    beaten: dict[tuple[str, str], float] = {}
-    for task in comparison.tasks():
-        short = json.dumps(task.shortened(comparison.screen.share).record, sort_keys=True)
-        keys = {variant.name: (short, variant.name) for variant in comparison.variants}
-        if not all(key in by_run for key in keys.values()):
-            continue
-        values = {name: by_run[key][metric.key] for name, key in keys.items()}
-        whole = json.dumps(task.record, sort_keys=True)
-        beaten |= {(whole, name): values[name] for name in comparison.screen.beaten(values, metric)}
-    return beaten
-
-
-def _key(record: dict[str, Any]) -> tuple[str, str]:
-    return json.dumps(record["task"], sort_keys=True), record["variant"]["name"]

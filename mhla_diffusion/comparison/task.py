@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from ..config import MHLAConfig
-    from .config import Variant
+    from .variant import Variant
 
 TASKS: dict[str, type[Task]] = {}
 

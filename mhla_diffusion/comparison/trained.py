@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import MHLAConfig
-from .config import Variant
 from .task import Task
+from .variant import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,12 @@ class TrainedByTransformers(Task):
             save_steps=self.checkpoint_every, save_total_limit=1, disable_tqdm=True, use_cpu=device == "cpu",
             logging_steps=max(1, self.steps // 10), dataloader_drop_last=True,
         )  # fmt: skip
-        trainer = Trainer(self.model(variant, seed), arguments, train_dataset=data)
-        trainer.remove_callback(PrinterCallback)
         checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        model = self.model(variant, seed)
+        if checkpoint:  # the Trainer takes weights by name, and files have others for some models
+            model = type(model).from_pretrained(checkpoint)
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)
         first = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

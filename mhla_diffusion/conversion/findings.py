@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..comparison.page import Interval
 from ..files.text import markdown_table
+from ..intervals import Interval
 
 Record = Mapping[str, Any]
 _Rows = Mapping[str, Sequence[Record]]

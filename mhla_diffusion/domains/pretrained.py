@@ -46,6 +46,16 @@ class PretrainedMHLA:
             module.reset_parameters()
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **settings: Any) -> None:
+        """Save a model, see ``transformers.PreTrainedModel.save_pretrained``.
+
+        Weights keep the names that they have in the model, other than by default in transformers: its Trainer
+        resumes by these, and leaves out without a word what it does not find.
+        """
+        super().save_pretrained(  # type: ignore[misc]
+            *args, save_original_format=save_original_format, **settings
+        )
+
 
 def make_models(room: str, base: type[Any]) -> dict[str, type[Any]]:
     """Make the classes of a room, by name, and have the Auto classes know them."""

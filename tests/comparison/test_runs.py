@@ -11,8 +11,9 @@ import pytest
 from mhla_diffusion.commands.main import MHLA
 from mhla_diffusion.commands.parsing import parse_and_call
 from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, write_page
-from mhla_diffusion.comparison.page import Interval
-from mhla_diffusion.comparison.runs import Run, records, runs_of
+from mhla_diffusion.comparison.config import Run, runs_of
+from mhla_diffusion.comparison.runs import records
+from mhla_diffusion.intervals import Interval
 
 ROOT = Path(__file__).parents[2]
 TASK = Recall(side=4, blocks=2, queries=4, batch_size=2, head_dim=16, steps=2, layers=1)

@@ -23,10 +23,11 @@ from mhla_diffusion.comparison import (
     compare_attention,
     write_page,
 )
+from mhla_diffusion.comparison.config import Run, runs_of, screening_runs
 from mhla_diffusion.comparison.measured import MeasuredRun, common_start
 from mhla_diffusion.comparison.real import open_source
-from mhla_diffusion.comparison.runs import Run, runs_of
-from mhla_diffusion.comparison.screen import Screen, left_out, screening_runs
+from mhla_diffusion.comparison.runs import left_out
+from mhla_diffusion.comparison.screen import Screen
 from mhla_diffusion.evaluation import FeatureExtractor
 from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.evaluation.networks import videos as video_networks

@@ -15,10 +15,13 @@ DIGITS = Classification(path="mnist", patch_size=7, layers=1, heads=1, steps=30,
 BYTES = Language(context=64, block_size=8, layers=1, heads=1, steps=20, batch_size=8, short=16, long=32)
 
 
-def test_digits_are_learned_beyond_chance_and_a_run_that_is_done_is_only_read(tmp_path: Path) -> None:
-    found = DIGITS.train(MHLA, 0, tmp_path, "cpu")
+@pytest.mark.parametrize("variant", [SOFTMAX, MHLA], ids=lambda variant: variant.name)
+def test_digits_are_learned_beyond_chance_and_a_run_that_is_done_is_only_read(
+    variant: Variant, tmp_path: Path
+) -> None:
+    found = DIGITS.train(variant, 0, tmp_path, "cpu")
     assert found["accuracy"] > 0.15  # chance is 0.1
-    again = DIGITS.train(MHLA, 0, tmp_path, "cpu")
+    again = DIGITS.train(variant, 0, tmp_path, "cpu")
     assert (again["accuracy"], again["loss"]) == (found["accuracy"], found["loss"])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -58,6 +59,8 @@ def test_models_are_converted_saved_and_loaded_by_the_auto_classes(name: str, tm
     assert all(torch.equal(after[key], value) for key, value in before.items())
     next(module for module in model.modules() if isinstance(module, MHLA)).mixing.data.uniform_()
     model.save_pretrained(tmp_path)
+    # By these names the Trainer of transformers resumes.
+    assert load_file(tmp_path / "model.safetensors").keys() == after.keys()
     auto = AutoModel if name.endswith("Model") else AutoModelForImageClassification
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is type(model)

@@ -1,0 +1,108 @@
+"""Tasks of generation: images and videos, trained, generated, and scored against held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mhla_diffusion.pipelines.generation import generate_images, generate_videos
+
+from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
+from ..evaluation.networks.images import load_extractor
+from ..evaluation.networks.videos import load_video_extractor
+from ..evaluation.sets.images import open_images
+from ..evaluation.sets.samples import SampleSet
+from ..evaluation.sets.videos import open_videos
+from ..training import ImageTrainingConfig, VideoTrainingConfig
+from ..training.data.captions import texts_of
+from .measured import MeasuredRun
+from .real import FPS
+from .samples import Samples
+from .variant import Variant
+
+# Pictures that are generated at a time.
+_BATCH = 64
+
+
+class Measured(Samples):
+    """Task whose runs are :class:`.measured.MeasuredRun`."""
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
+
+
+@dataclass(frozen=True)
+class Images(Measured, kind="images"):
+    """Images, by classes; see :class:`.samples.Samples`."""
+
+    config_class: ClassVar = ImageTrainingConfig
+
+    extractor: str = "efficientnet_lite0"
+    held_out: dict[str, Any] = field(default_factory=lambda: {"data.split": "test"})
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.values["model.sample_size"] // self.values["model.patch_size"],) * 2
+
+    def load_extractor(self, device: str) -> FeatureExtractor:
+        return load_extractor(self.extractor, device=device)
+
+    def open_set(self, folder: str | Path) -> SampleSet:
+        return open_images(folder)
+
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        generate_images(
+            run.pipeline, folder, num_images=self.num_samples, batch_size=_BATCH, **run.sampling_settings
+        )
+
+    def score(self, real: Path, folder: Path, device: str) -> float:
+        report = evaluate_images(
+            real, folder, metrics="frechet", extractor=self.extractor, bootstrap=0, num_workers=1,
+            device=device,
+        )  # fmt: skip
+        return report.scores[0].value
+
+
+@dataclass(frozen=True)
+class Videos(Measured, kind="videos"):
+    """Clips, of texts; see :class:`.samples.Samples`.
+
+    Generated are those of the captions of the first of the held-out clips.
+    """
+
+    config_class: ClassVar = VideoTrainingConfig
+
+    extractor: str = "transnetv2"
+    held_out: dict[str, Any] = field(default_factory=lambda: {"data.moving_digits.first_clip": 1_000_000})
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        sizes = (self.values["data.frames"], *self.values["data.sizes"][0])
+        return tuple(s // p for s, p in zip(sizes, self.values["model.patch_size"], strict=True))
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.values["data.frames"]
+
+    def load_extractor(self, device: str) -> FeatureExtractor:
+        return load_video_extractor(self.extractor, frames=self.frames, device=device)
+
+    def open_set(self, folder: str | Path) -> SampleSet:
+        return open_videos(folder, frames=self.frames)
+
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        captions = list(texts_of(run.calls.source.captions))[: self.num_samples]
+        height, width = self.values["data.sizes"][0]
+        generate_videos(
+            run.pipeline, folder, prompts=captions, num_videos=self.num_samples, batch_size=_BATCH // 4,
+            height=height, width=width, num_frames=self.frames, fps=FPS, **run.sampling_settings,
+        )  # fmt: skip
+
+    def score(self, real: Path, folder: Path, device: str) -> float:
+        report = evaluate_videos(
+            real, folder, frames=self.frames, metrics="frechet", extractor=self.extractor, bootstrap=0,
+            num_workers=1, device=device,
+        )  # fmt: skip
+        return report.scores[0].value
