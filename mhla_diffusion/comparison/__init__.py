@@ -1,6 +1,8 @@
 """Comparisons of attention: the same task, data, noise and budget for each variant and seed, and one page."""
 
+from .classification import Classification
 from .config import Comparison, Variant
+from .language import Language
 from .page import write_page
 from .recall import Recall, RecallModel, recall_batch, train_recall
 from .runs import compare_attention
@@ -8,8 +10,10 @@ from .samples import Images, Videos
 from .task import Metric, Task
 
 __all__ = [
+    "Classification",
     "Comparison",
     "Images",
+    "Language",
     "Metric",
     "Recall",
     "RecallModel",

@@ -15,7 +15,7 @@ from .pretrained import PretrainedMHLA, make_models, settings_of
 
 
 class MHLACacheLayer(CacheLayerMixin):
-    """One layer of a cache of transformers that holds an :class:`mhla_diffusion.ops.MHLAState`.
+    """Layer of a cache of transformers that holds an :class:`mhla_diffusion.ops.MHLAState`.
 
     Beams are reordered, repeated and selected; tokens cannot be taken back (``crop``), so that there is no
     decoding with an assistant.

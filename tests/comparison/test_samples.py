@@ -193,7 +193,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 
 def test_tasks_are_known_by_their_kind() -> None:
-    with pytest.raises(ValueError, match=r"task\.kind must be one of images, recall, videos"):
+    with pytest.raises(ValueError, match=r"task\.kind must be one of classification, images, language, rec"):
         Comparison("c", [SOFTMAX], {"kind": "sounds"})
     with pytest.raises(ValueError, match="the task images needs base"):
         Comparison("c", [SOFTMAX], {"kind": "images"})

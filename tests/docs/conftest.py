@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, LattePipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,6 +22,7 @@ from mhla_diffusion import (
 )
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.pipelines.generation import generate_videos
+from tests.backbones.cases import CASES
 from tests.backbones.test_official import their_weights
 from tests.pipelines.conftest import (  # noqa: F401 (fixtures)
     make_pipeline,
@@ -95,6 +96,16 @@ def _benchmarks(folder: Path) -> dict[str, str]:
     }
 
 
+def _latte(text_parts: dict[str, Any]) -> LattePipeline:
+    """Latte of 5 frames of 16 x 16 pixels, 2 pixels to a latent."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8), latent_channels=3, norm_num_groups=2,
+    )  # fmt: skip
+    transformer = CASES["Latte"].stock(caption_channels=16, video_length=5)
+    return LattePipeline(**text_parts, vae=vae, transformer=transformer, scheduler=DDIMScheduler())
+
+
 @pytest.fixture
 def text_model(tmp_path: Path, text_parts: dict[str, Any]) -> Path:
     """A small model of texts on pixels, saved."""
@@ -120,6 +131,7 @@ def stand_ins(
     make_stock_video_pipeline: Callable[[str], Any],  # noqa: F811
     sana_pipeline: Any,  # noqa: F811
     text_model: Path,
+    text_parts: dict[str, Any],
 ) -> dict[str, str]:
     """What stands in for a word of a command or a string of a program, by how that begins."""
     digits = make_pipeline(channels=1, vae=False, num_embeds_ada_norm=10)
@@ -130,6 +142,7 @@ def stand_ins(
     make_stock_video_pipeline("wan").save_pretrained(tmp_path / "wan")
     make_stock_video_pipeline("wan-image").save_pretrained(tmp_path / "wan-image")
     sana_pipeline.save_pretrained(tmp_path / "sana")
+    _latte(text_parts).save_pretrained(tmp_path / "latte")
     (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,1\na dog,2\n")
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "red.png")
@@ -140,6 +153,7 @@ def stand_ins(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": str(tmp_path / "wan"),
         "runs/quickstart/training/pipeline": str(tmp_path / "digits"),
         "SANA": str(tmp_path / "sana"),
+        "LATTE": str(tmp_path / "latte"),
         "TEXT_MODEL": str(text_model),
         **_benchmarks(tmp_path),
         "WAN_I2V": str(tmp_path / "wan-image"),

@@ -30,11 +30,11 @@ SMALLER = {
     "--extractor": {"inception_adm": "efficientnet_lite0", "[inception, clip]": "efficientnet_lite0"},
     "--metrics": {"[frechet, frechet_per_class, clip_score]": "[frechet, frechet_per_class]"},
     "--data.aspect_ratios": {"512": "256"},
-    "--data.frames": {"81": "5"},
+    "--data.frames": {"81": "5", "16": "5"},
     "--data.fps": {"16": "8"},
-    "--data.sizes": {"[[480, 832]]": "[[32, 32]]"},
-    "--trainer.batch_size": {"256": "4"},
-    "--trainer.max_steps": {"5000": "1", "400000": "1"},
+    "--data.sizes": {"[[480, 832]]": "[[32, 32]]", "[[512, 512]]": "[[16, 16]]"},
+    "--trainer.batch_size": {"256": "4", "8": "2"},
+    "--trainer.max_steps": {"5000": "1", "20000": "1", "400000": "1"},
 }
 
 # To what the pages say: runs of a step, videos of a few pixels.
@@ -58,6 +58,7 @@ ALSO = {
         "--trainer.batch_size", "2", "--trainer.gradient_accumulation_steps", "1",
         "--trainer.mixed_precision", "no", "--trainer.trackers", "[]",
     ],
+    "scripts/train_video.py --model.init_from": ["--text.max_length", "8", "--trainer.num_workers", "0"],
     "scripts/cache_latents.py video": ["--text.max_length", "8"],
     "scripts/generate.py image": ["--steps", "1"],
     "scripts/generate.py video --model runs/clips": ["--steps", "1"],

@@ -58,10 +58,13 @@ class Distillation(Objective):
         loss = self.config.data * self.loss_of(prediction, samples, times=times, noise=noise)
         loss = loss + self._prediction_error(prediction, target)
         errors = [
-            _relative_error(ours[name], theirs[its], len(samples))
-            for name, its in zip(names[0], names[1], strict=True)
+            _relative_error(ours[name], theirs[its]) for name, its in zip(names[0], names[1], strict=True)
         ]
-        return loss + weight * torch.stack(errors).mean(0) if errors else loss
+        if not errors:
+            return loss
+        # Layers over frames or over time alone have several rows of each sample, behind each other.
+        of_samples = [error.unflatten(0, (len(loss), -1)).mean(1) for error in errors]
+        return loss + weight * torch.stack(of_samples).mean(0)
 
     def _prediction_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         squares = (prediction - target) ** 2
@@ -165,10 +168,10 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> int:
     return shared
 
 
-def _relative_error(ours: LayerCall, theirs: LayerCall, count: int) -> Tensor:
-    """``|a - a_T|^2 / |a_T|^2`` of each sample, ``[B]``, of which a layer may see each frame by itself."""
-    found, wanted = (call.outputs.float().reshape(count, -1) for call in (ours, theirs))
-    return mean_flat((found - wanted) ** 2) / mean_flat(wanted**2).clamp_min(1e-12)
+def _relative_error(ours: LayerCall, theirs: LayerCall) -> Tensor:
+    """``|a - a_T|^2 / |a_T|^2`` of each row of a layer's batch."""
+    wanted = theirs.outputs.float()
+    return mean_flat((ours.outputs.float() - wanted) ** 2) / mean_flat(wanted**2).clamp_min(1e-12)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
