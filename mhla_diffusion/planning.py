@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -343,7 +344,8 @@ def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:
 def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
     """Count the whole model and the parts of its first layer, without the operators of self-attention."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**model.example_inputs(grid))
+        # Tables that come from numpy are on the CPU whatever the context says.
+        model(**send_to_device(model.example_inputs(grid), "meta"))
     prefix = f"{type(model).__name__}.{model.block_list}.0."
     counts = {
         name.removeprefix(prefix): sum(operators.values())
