@@ -22,9 +22,9 @@ def offer_classes() -> None:
     At once, or when they are imported; they are not imported for it.
     """
     for name, tell in (("diffusers", _extend), (_AUTO, _register_configs)):
-        if name in sys.modules:
-            tell(sys.modules[name])
-        else:
+        if (module := sys.modules.get(name)) is not None:
+            tell(module)
+        elif name not in sys.modules:  # None there says that it is not to be imported
             sys.meta_path.insert(0, _Watch(name, tell))
 
 
