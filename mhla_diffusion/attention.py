@@ -382,7 +382,7 @@ class MHLA(nn.Module):
             mixing, (self.blocks, self.key_blocks or self.blocks), (layout.blocks, keys), self._no_extra
         )
         if extra is not None and not self.config.extra_block:
-            if self.mixing is not None or key_layout is not None:
+            if math.prod(self.blocks) > 1 or key_layout is not None:
                 raise ValueError(
                     f"this MHLA has no row and column of the mixing matrix for extra tokens, got {extra}: "
                     "set extra_block=True in its MHLAConfig (self-attention alone), or blocks=1"
@@ -440,8 +440,8 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
 def _attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None
 ) -> Tensor:
-    """Softmax attention inside blocks; of one block by the kernel of its own."""
-    if layout.num_blocks > 1:
+    """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
+    if math.prod(layout.blocks) > 1:
         return window_attention(q, k, v, layout, key_mask=key_mask)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)

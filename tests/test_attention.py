@@ -271,66 +271,6 @@ def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: Assert
     assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
 
 
-@pytest.mark.parametrize("extra", [None, (2, 3)], ids=str)
-def test_mixing_by_content_by_hand(assert_close: AssertClose, extra: tuple[int, int] | None) -> None:
-    config = MHLAConfig(
-        blocks=(2, 2), mixing_content=True, mixing_per_head=True, extra_block=extra is not None
-    )
-    layout = BlockLayout((4, 6), (2, 2), extra)
-    module, _, _ = make_module(config)
-    q, k, v = (torch.randn(2, 2, layout.num_tokens, 6, requires_grad=True) for _ in range(3))
-    arguments: dict[str, Any] = {"grid": (4, 6), "extra": extra}
-    before = module(q, k, v, **arguments)
-    assert module.strength is not None
-    torch.nn.init.normal_(module.strength)
-    mask = torch.ones(2, layout.num_tokens, dtype=torch.bool)
-    mask[1, 3:7] = False
-    found = module(q, k, v, key_mask=mask, **arguments)
-    assert (found - before)[0].abs().max() > 1e-3  # strength 0 is W alone, and others are not
-
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    member = F.one_hot(layout.block_index()).double()  # [N, M]
-    queries = F.normalize(member.mT @ exact[0], dim=-1)
-    keys = F.normalize(member.mT @ (exact[1] * mask[:, None, :, None]), dim=-1)
-    scores = 6**0.5 * module.strength.detach().double()[:, None, None] * queries @ keys.mT
-    static = module.mixing_matrix().detach().double()
-    weights = static * scores.exp()
-    weights = weights * static.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-    expected = (
-        torch.stack(
-            [
-                mhla_reference(*(x[b : b + 1] for x in exact), weights[b], layout, key_mask=mask[b : b + 1])[
-                    0
-                ]
-                for b in range(2)
-            ]
-        )
-        .transpose(1, 2)
-        .flatten(2)
-    )
-    assert_close(found, expected)
-    cotangent = torch.randn_like(found)
-    gradients = torch.autograd.grad(found, (q, k, v, module.strength, module.mixing), cotangent)
-    for gradient, reference in zip(
-        gradients, torch.autograd.grad(expected, exact, cotangent.double()), strict=False
-    ):
-        assert_close(gradient, reference, torch.float32)
-    assert all(gradient.abs().max() > 0 for gradient in gradients)
-
-
-def test_mixing_by_content_looks_where_keys_are_like_queries() -> None:
-    """Two blocks, of which the second is what the first asks for."""
-    module, _, _ = make_module(MHLAConfig(blocks=(1, 2), mixing_content=True, mixing_init="uniform"), (1, 4))
-    assert module.strength is not None
-    torch.nn.init.constant_(module.strength, 10.0)
-    one, other = torch.eye(6)[:2]
-    q = torch.stack((one, one, other, other)).expand(1, 2, 4, 6)
-    k = torch.stack((other, other, one, one)).expand(1, 2, 4, 6)
-    v = torch.arange(4.0)[:, None].expand(1, 2, 4, 6)
-    out = module(q, k, v, grid=(1, 4))
-    torch.testing.assert_close(out[0, :, 0], torch.tensor([2.5, 2.5, 0.5, 0.5]), atol=1e-4, rtol=0)
-
-
 def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
     config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
     module, (q, k, v), _ = make_module(config)

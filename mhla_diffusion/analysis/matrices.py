@@ -65,8 +65,7 @@ def attention_matrices(
 
     ``features`` are what linear attention gets in place of q and k.
     """
-    rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
-    turned = [q, k] if rotary_emb is None else [apply_rotary_emb(x, rotary_emb) for x in (q, k)]
+    turned, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     scores = turned[0] @ turned[1].mT / math.sqrt(q.shape[-1])
     if (mask := options.get("key_mask")) is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
@@ -74,8 +73,6 @@ def attention_matrices(
     yield "softmax", (softmax, softmax)
     if features is not None:
         q, k = features
-    if rotary_emb is not None and q.shape[-1] != 2 * rotary_emb[0].shape[-1]:  # learned features, two halves
-        rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
     # The operator on values that are a unit matrix is its matrix.
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     whole = BlockLayout(layout.grid, (1,) * len(layout.grid), layout.extra)
@@ -106,16 +103,11 @@ def window_matrices(
     ``form`` and ``weight``, of the one head, are those of :func:`mhla_diffusion.ops.mhla_local`; without a
     weight the window is alone.
     """
-    rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
-    window = (q, k)
-    if rotary_emb is not None:
-        window = (apply_rotary_emb(q, rotary_emb), apply_rotary_emb(k, rotary_emb))
+    window, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     if weight is None:
         found = window_attention(*window, unit, layout, key_mask=options.get("key_mask"))[0, 0]
         return found, found
-    if rotary_emb is not None and features[0].shape[-1] != 2 * rotary_emb[0].shape[-1]:
-        rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
     acting, plain = (
         mhla_local(
             *features, unit, mixing, layout, window=window, weight=weight, form=form, rotary_emb=tables,
@@ -124,6 +116,19 @@ def window_matrices(
         for tables in (rotary_emb, None)
     )  # fmt: skip
     return acting, plain
+
+
+def _turned(
+    q: Tensor, k: Tensor, rotary_emb: Any, layout: BlockLayout, features: tuple[Tensor, Tensor] | None
+) -> tuple[tuple[Tensor, Tensor], Any]:
+    """Queries and keys with their positions, and the rotary tables of the features: wide ones have two."""
+    if rotary_emb is None:
+        return (q, k), None
+    tables = turn_all(rotary_emb, layout.num_tokens, layout.extra)
+    turned = apply_rotary_emb(q, tables), apply_rotary_emb(k, tables)
+    if features is not None and features[0].shape[-1] != q.shape[-1]:
+        tables = torch.cat((tables[0],) * 2, -1), torch.cat((tables[1],) * 2, -1)
+    return turned, tables
 
 
 def matrix_statistics(acting: Tensor, weights: Tensor) -> MatrixStatistics:

@@ -212,7 +212,7 @@ def _analyze_layer(
         features = module.features(q, k, key_mask)
         kind = "linear" if module.mixing is None else "mhla"
         if module.config.local is not None:
-            alone = module.config.local == WINDOW_ONLY and layout.num_blocks == 1
+            alone = module.config.local == WINDOW_ONLY and math.prod(layout.blocks) == 1
             kind = "softmax" if alone else "local"
         if module.mixing is not None:
             start = initial_mixing(layout, module.config.mixing_init)

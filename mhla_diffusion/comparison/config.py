@@ -22,8 +22,9 @@ class Comparison:
     Args:
         name: of the page.
         variants: rows of the tables.
-        task: settings that all runs share: ``kind``, recall by default, images or videos, and those of
-            :class:`Recall`, :class:`Images` or :class:`Videos`.
+        task: settings that all runs share: ``kind``, recall by default, images, videos, classification or
+            language, and those of :class:`Recall`, :class:`Images`, :class:`Videos`,
+            :class:`Classification` or :class:`Language`.
         settings: lists of values of the task's settings, which are combined: ``{"side": [16, 32]}``.
         seeds: of data and weights; the same for all variants. Three or more, or nothing is claimed.
         screen: rule of ``--screen``, see :class:`.screen.Screen`.

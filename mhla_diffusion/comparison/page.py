@@ -16,6 +16,11 @@ from .config import Comparison
 from .figures import draw_curves, draw_samples
 from .task import Metric, Task
 
+_TIMED = (
+    "Medians of the clock, beside whatever else the machine did during a run: they compare only where that "
+    "was the same for all."
+)
+
 Records = Sequence[dict[str, Any]]
 Screened = Mapping[tuple[str, str], float]
 
@@ -74,7 +79,7 @@ def _parts(comparison: Comparison, records: Records, command: str, screened: Scr
     else:
         for task in comparison.tasks():
             parts += _of_task(comparison, task, records)
-    parts += ["## Time", markdown_table(_times(comparison, records))]
+    parts += ["## Time", _TIMED, markdown_table(_times(comparison, records))]
     return parts + (_screening(comparison, screened) if screened else [])
 
 
@@ -173,7 +178,7 @@ def _values(records: Records, task: Task, variant: str, key: str) -> list[Any]:
 
 
 def _times(comparison: Comparison, records: Records) -> list[list[str]]:
-    """Median time and most memory of a step, beside other runs of the comparison, and the parameters."""
+    """Median time and most memory of a step, and the parameters."""
     sizes = dict.fromkeys(task.tokens for task in comparison.tasks())
     has_bytes = any("peak_bytes" in record for record in records)
     head = [f"{tokens:,} tokens, ms a step" for tokens in sizes]

@@ -89,9 +89,6 @@ class Recall(Task, kind="recall"):
     def about(self) -> str:
         return f"Chance is 1 in the number of values, {self.values}."
 
-    def shortened(self, share: float) -> Recall:
-        return dataclasses.replace(self, steps=max(1, round(share * self.steps)))
-
     def check(self, variant: Variant, config: MHLAConfig | None) -> None:
         if variant.training:
             raise ValueError(f"{variant.name}: training is of tasks with a training run, not of recall")

@@ -76,16 +76,12 @@ class Task(ABC):
         Raises:
             ValueError: for one that it does not have, or a value that is not allowed.
         """
-        known = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
-        if unknown := sorted(set(settings) - set(known)):
-            raise ValueError(
-                f"unknown settings {', '.join(unknown)}; the task {self.kind} has {', '.join(sorted(known))}"
-            )
+        _require_known(type(self), settings)
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
 
-    @abstractmethod
     def shortened(self, share: float) -> Task:
         """Return the task with a share of its steps."""
+        return self.replaced({"steps": max(1, round(share * self.steps))})
 
     @abstractmethod
     def check(self, variant: Variant, config: MHLAConfig | None) -> None:
@@ -136,12 +132,14 @@ def task_of(settings: dict[str, Any] | Task) -> Task:
     if kind not in TASKS:
         raise ValueError(f"task.kind must be one of {', '.join(sorted(TASKS))}, got {kind!r}")
     cls: Any = TASKS[kind]
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(
-            f"unknown settings {', '.join(unknown)}; the task {kind} has {', '.join(sorted(known))}"
-        )
+    _require_known(cls, values)
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"the task {kind} needs {', '.join(missing)}")
     return cls(**values)
+
+
+def _require_known(cls: Any, settings: dict[str, Any]) -> None:
+    known = sorted(f.name for f in dataclasses.fields(cls))
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"unknown settings {', '.join(unknown)}; the task {cls.kind} has {', '.join(known)}")

@@ -40,9 +40,6 @@ class TrainedByTransformers(Task):
             if not isinstance(value, str) and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
 
-    def shortened(self, share: float) -> Any:
-        return dataclasses.replace(self, steps=max(1, round(share * self.steps)))
-
     def check(self, variant: Variant, config: MHLAConfig | None) -> None:
         if variant.attention == "softmax" and config is not None:
             raise ValueError(

@@ -159,6 +159,7 @@ class MHLAState:
 
     def select(self, samples: Tensor) -> None:
         """Keep these samples of the batch, ``[B']`` int64, each as often and in the order that they come."""
+        samples = samples.to(self._mixing.device)
         self._finished = [summary.index_select(0, samples) for summary in self._finished]
         if self._running is not None and self._visible is not None:
             self._running, self._visible = (

@@ -22,6 +22,7 @@ from mhla_diffusion.ops import BlockLayout, dispatch, mhla, mhla_reference, reco
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"grid": (4, 6), "blocks": (2, 2), "batch": 2},
     "ragged": {"grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 10, "per_head": True, "batch": 2},
+    "a matrix for each sample": {"grid": (5, 7), "blocks": (2, 3), "per_sample": True, "batch": 2},
     "video, positions, mask": {
         "grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "mask": True, "batch": 2,
     },
@@ -81,6 +82,7 @@ def compare(
     d_v: int = 8,
     dtype: str = "float32",
     per_head: bool = False,
+    per_sample: bool = False,
     rotary: bool = False,
     mask: bool = False,
     heads_inside: bool = False,
@@ -111,7 +113,8 @@ def compare(
 
     inputs = [make(tokens, d), make(key_tokens, d), make(key_tokens, d_v)]
     size = layout.num_blocks, (key_layout or layout).num_blocks
-    mixing = torch.rand(*([heads] if per_head else []), *size)
+    each = [batch, heads] if per_sample else [heads] if per_head else []
+    mixing = torch.rand(*each, *size)
     if rotary:
         angles = torch.rand(tokens, d // 2) * 6
         options["rotary_emb"] = (angles.cos(), angles.sin())
