@@ -31,7 +31,7 @@ from .conditioning import Captions
 from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import Objective, ObjectiveConfig
-from .text import CaptionEncoder, TextConfig, make_stock_pipeline
+from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline, number_suffix
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,34 @@ class StockTraining:
     @property
     def guarded(self) -> bool:
         """True when it makes nothing without a guard, which is no part of a run."""
-        return "safety_checker" in inspect.signature(getattr(diffusers, self.pipeline).__init__).parameters
+        return is_guarded(self.pipeline)
 
-    def conditioning(self, encoder: CaptionEncoder, dropout: float) -> Captions:
+    @property
+    def autoencoders(self) -> tuple[str, ...]:
+        """Classes by which the pipeline decodes."""
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__init__).parameters
+        return (takes["vae"].annotation.__name__,)
+
+    def conditioning(self, encoders: Sequence[CaptionEncoder], dropout: float) -> Captions:
         """Return captions that are embedded already, as the pipeline gives them to the model."""
-        return Captions(encoder, dropout, embedded=True, masked=self.masked)
+        return Captions(encoders, dropout, embedded=True, masked=self.masked)
 
     def finish(
-        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
+        self,
+        encoders: Sequence[CaptionEncoder],
+        vae: Any,
+        objective: Objective,
+        transformer: Any,
+        training: Any,
     ) -> Any:
         """Return the pipeline of a transformer; ``training`` has no place in it."""
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
+        texts = {name: part for encoder in encoders for name, part in encoder.components.items()}
         return make_stock_pipeline(
-            self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
+            self.pipeline, **texts, vae=vae, transformer=transformer,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
-            transformer=transformer,
         )  # fmt: skip
 
     def require_latents(self, source: Any) -> CachedLatents:
@@ -110,16 +121,21 @@ class StockTraining:
             )
         return source
 
-    def sizes(self, vae: Any, latents: Sequence[int]) -> dict[str, int]:
-        """Return the arguments of the pipeline's call for latents of this size."""
+    def call(self, text: TextConfig, vae: Any, latents: Sequence[int]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for texts and latents as those of a run."""
         *frames, height, width = size_in_pixels(vae, latents)
+        given = {
+            **({"num_frames": frames[0], "video_length": frames[0]} if frames else {}),
+            "max_sequence_length": text.max_length, "use_resolution_binning": False,
+        }  # fmt: skip
         takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
-        named = {name: frames[0] for name in ("num_frames", "video_length") if frames and name in takes}
+        named = {name: value for name, value in given.items() if name in takes}
         return {"height": height, "width": width, **named}
 
 
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
+    MHLAQwenImageTransformer2DModel: StockTraining("QwenImagePipeline", "flow", masked=True),
 }
 VIDEOS: dict[type[Any], StockTraining] = {
     MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True),
@@ -144,8 +160,6 @@ UNTRAINED: dict[type[Any], str] = {
     "between the two, for which there is no objective here",
     MHLASanaVideoTransformer3DModel: "its pipeline says in the prompt how strong the motion is, which no "
     "caption here does",
-    MHLAQwenImageTransformer2DModel: "its forward takes latents packed into tokens beside those of the text, "
-    "which no run here gives",
 }
 """Backbones without training, and what is missing for it."""
 
@@ -172,15 +186,13 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
-def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
-    """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+def require_fit(model: Any, objective: Objective, text_dims: Sequence[int], name: str | None) -> None:
+    """Check that a loaded model has the output channels that an objective needs, and takes a text's widths.
 
     Raises:
         ValueError: otherwise, saying what to set.
     """
-    shape = model.config
-    expected = objective.out_channels(shape.in_channels)
-    found = shape.get("out_channels") or shape.in_channels
+    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels)
     if found != expected:
         remedy = "set objective.learn_variance to false, or objective.name to flow"
         if not objective.predicts_variance:
@@ -189,10 +201,9 @@ def require_fit(model: Any, objective: Objective, text_dim: int | None, name: st
             f"{name} returns {found} channels, but this objective needs {expected}: {remedy}, as it was "
             "trained"
         )
-    names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
-    takes = next((shape[key] for key in names if shape.get(key)), None)
-    if text_dim is not None and takes != text_dim:
-        raise ValueError(
-            f"{name} takes text of width {takes}, but text.encoder gives {text_dim}: use the text encoder "
-            "that it was trained with"
-        )
+    for number, (takes, gives) in enumerate(zip(model.text_widths, text_dims, strict=False)):
+        if takes != gives:
+            raise ValueError(
+                f"{name} takes text of width {takes}, but text.encoder{number_suffix(number)} gives {gives}: "
+                "use the text encoder that it was trained with"
+            )

@@ -89,7 +89,7 @@ class TrainingTask:
                 **arguments,
                 **self.call,
                 **watch,
-                guidance_scale=sampling.guidance_scale,
+                **_guidance(pipeline, sampling.guidance_scale, arguments),
                 num_inference_steps=sampling.num_inference_steps,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="pil",
@@ -122,3 +122,19 @@ class TrainingTask:
     def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Return the facts of a run and those of its data."""
         return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}
+
+
+def _guidance(pipeline: Any, scale: float, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call for guidance away from the empty text."""
+    if "true_cfg_scale" not in inspect.signature(type(pipeline).__call__).parameters:
+        return {"guidance_scale": scale}
+    # There guidance_scale is for models that are told it, and no negative prompt means no guidance.
+    prompt = asked["prompt"]
+    return (
+        {
+            "true_cfg_scale": scale,
+            "negative_prompt": [""] * len(prompt) if isinstance(prompt, list) else "",
+        }
+        if scale > 1
+        else {"true_cfg_scale": scale}
+    )

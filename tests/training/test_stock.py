@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLAllegro, AutoencoderKLLTXVideo, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLAllegro,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+)
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
@@ -44,6 +50,7 @@ from mhla_diffusion.training.stock import IMAGES, UNTRAINED, VIDEOS
 from mhla_diffusion.training.text import STOCK_PIPELINES
 from tests.backbones.cases import CASES
 from tests.pipelines.test_diffusers_pipelines import NothingUnsafe
+from tests.text_encoders import make_qwen_parts
 
 KL: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -92,6 +99,7 @@ class Trained:
 
 TRAINED = [
     Trained("LuminaNextDiT", {"cross_attention_dim": 16}, (AutoencoderKL, KL), (8, 16)),
+    Trained("QwenImage", {"joint_attention_dim": 16}, (AutoencoderKLQwenImage, WAN), (8, 16)),
     Trained(
         "Allegro", {"caption_channels": 16}, (AutoencoderKLAllegro, ALLEGRO), (3, 8, 8),
         ObjectiveConfig(name="ddpm", learn_variance=False), {"num_frames": 12, "height": 64, "width": 64},
@@ -172,8 +180,9 @@ def check_run(run: Any, folder: Path, name: str, **guard: Any) -> Any:
     before, after = weights(folder / "model"), weights(folder / "run" / "pipeline" / "transformer")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys()
-    assert all(".attn1." in key for key in changed)
-    wanted = [key for key in before if key.endswith(("attn1.to_v.weight", "attn1.processor.mixing"))]
+    layer = "attn" if name == "QwenImagePipeline" else "attn1"
+    assert all(f".{layer}." in key for key in changed)
+    wanted = [key for key in before if key.endswith((f"{layer}.to_v.weight", f"{layer}.processor.mixing"))]
     assert len(wanted) >= 4
     assert changed >= set(wanted)
     card = (folder / "run" / "pipeline" / "README.md").read_text()
@@ -186,16 +195,28 @@ def check_run(run: Any, folder: Path, name: str, **guard: Any) -> Any:
     return pipeline
 
 
+def unpacked(tokens: torch.Tensor, latents: tuple[int, ...]) -> torch.Tensor:
+    """Latents of tokens ``[B, N, C]``: of LTX one each, of Qwen-Image 2 x 2."""
+    if len(latents) > 2:
+        return tokens.mT.unflatten(2, latents)
+    height, width = latents
+    return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
+
+
 @torch.no_grad()
 def check_call(model: Any, call: dict[str, Any], latents: tuple[int, ...]) -> None:
     """Compare a call of the pipeline with the one that training makes of the same samples, time and text."""
     first, last = model.time_of(0), model.time_of(1000)
     time = 1000 * (call["timestep"] - first) / (last - first)
-    masks = [call[name] for name in ("encoder_attention_mask", "encoder_mask") if name in call]
+    names = ("encoder_attention_mask", "encoder_mask", "encoder_hidden_states_mask")
+    text = call["encoder_hidden_states"]
+    masks = [
+        torch.ones(text.shape[:2]) if call[name] is None else call[name] for name in names if name in call
+    ]
     conditions = {"encoder_hidden_states": call["encoder_hidden_states"]}
     conditions |= {"encoder_attention_mask": masks[0]} if masks else {}
     given = call["hidden_states"]
-    samples = given if given.ndim > 3 else given.mT.unflatten(2, latents)
+    samples = given if given.ndim > 3 else unpacked(given, latents)
     output = model(**{**call, "return_dict": False})[0]
     expected = model.prediction(output, samples)
     assert expected.shape == samples.shape
@@ -207,6 +228,9 @@ def check_call(model: Any, call: dict[str, Any], latents: tuple[int, ...]) -> No
 def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     trained: Trained, encoder: str, tmp_path: Path
 ) -> None:
+    if trained.case == "QwenImage":
+        for part in make_qwen_parts().values():
+            part.save_pretrained(encoder)
     text = TextConfig(encoder, max_length=8, pipeline=trained.pipeline)
     CASES[trained.case].make(**trained.settings).save_pretrained(tmp_path / "model")
     write_latents(trained, text, tmp_path)
