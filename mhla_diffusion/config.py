@@ -130,8 +130,8 @@ class MHLAConfig:
         if self.routed_blocks and (self.local is None or self.blocks == 1):
             raise ValueError(
                 f"routed_blocks={self.routed_blocks} are blocks of the softmax window beside its own: "
-                f"set local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several blocks, got "
-                f"local {self.local!r} and blocks {self.blocks}"
+                f"set local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several "
+                f"blocks, got local {self.local!r} and blocks {self.blocks}"
             )
         for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) and self.key_blocks is not None:
