@@ -150,7 +150,7 @@ def _build_of_texts(
     if stock is not None:
         conditioning = stock.conditioning(encoders, config.caption_dropout)
         pipeline: Any = partial(stock.finish, encoders, vae, objective)
-        call = stock.call(config.text, vae, source.sizes[0])
+        call = stock.call(vae, source.sizes, config.text)
     else:
         conditioning = _captions(config, model, encoders, vae)
         pipeline = _Finished(config, objective.scheduler(), encoders[0], vae)

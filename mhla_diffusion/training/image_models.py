@@ -30,7 +30,7 @@ class ModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
-            mhla convert writes; of Lumina-Next too, which has no shape here.
+            mhla convert writes; of Lumina-Next and Qwen-Image too, which have no shape here.
         backbone: of a new one: ``"dit"`` (default), of classes; ``"pixart"`` or ``"sana"``, of texts.
         sample_size: side of the image or latent.
         patch_size: side of a token.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -77,6 +77,7 @@ STOCK_PIPELINES: dict[str, tuple[StockEncoder, ...]] = {
     "Cosmos2TextToImagePipeline": _ONE,
     "SkyReelsV2Pipeline": _ONE,
     "LTXPipeline": _ONE,
+    "SanaVideoPipeline": _ONE,
 }
 """Pipelines of diffusers that models are trained for, and their text encoders, in their order there."""
 
@@ -110,7 +111,9 @@ class TextConfig:
                 f"text.pipeline must be one of {', '.join(STOCK_PIPELINES)}, or empty, got {self.pipeline!r}"
             )
         if self.pipeline and self.instruction:
-            raise ValueError(f"{self.pipeline} puts no instruction before captions: remove text.instruction")
+            raise ValueError(
+                f"{self.pipeline} has its own instruction before captions, or none: remove text.instruction"
+            )
         if self.max_length < 1:
             raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
         length = self.encoders[0].length
@@ -141,8 +144,24 @@ class TextConfig:
 
     @property
     def prefix(self) -> str:
-        """Instruction that stands before every caption."""
+        """Instruction that stands before every caption, but for the empty one."""
+        if self.pipeline:
+            return "\n".join(self._lines or ())
         return SANA_INSTRUCTION if self.instruction == "sana" else self.instruction
+
+    @property
+    def _lines(self) -> list[str] | None:
+        """Instruction that the pipeline puts before prompts."""
+        call = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        return call["complex_human_instruction"].default if "complex_human_instruction" in call else None
+
+    def encoding_options(self, takes: Container[str], caption: str) -> dict[str, Any]:
+        """Return the arguments that the pipeline's ``encode_prompt`` takes of these, for a caption."""
+        options = {
+            "max_sequence_length": self.max_length,
+            "complex_human_instruction": self._lines if caption else None,
+        }
+        return {name: value for name, value in options.items() if name in takes}
 
 
 def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
@@ -369,13 +388,12 @@ def _embed_as(
 ) -> EmbeddedText:
     """Embed a caption as a pipeline does by encoder ``number``."""
     stock, length = config.encoders[number], config.length(number)
-    options = {
-        "max_sequence_length": length, "do_classifier_free_guidance": False, **stock.options,
-    }  # fmt: skip
     takes = inspect.signature(pipeline.encode_prompt).parameters
+    unguided = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in takes else {}
     found = pipeline.encode_prompt(
-        caption, device=text_encoder.device, **{name: options[name] for name in options if name in takes}
-    )
+        caption, device=text_encoder.device, **unguided,
+        **{**config.encoding_options(takes, caption), **stock.options},
+    )  # fmt: skip
     text, mask = found[stock.embeddings][0], None if stock.mask is None else found[stock.mask]
     shown = text.any(dim=-1) if mask is None else mask[0].bool()  # else zeros fill up
     if stock.padded:
