@@ -46,7 +46,7 @@ _MINILM = "minilm"
 
 @dataclass(frozen=True)
 class StockEncoder:
-    """A text encoder of a pipeline of diffusers, and how its ``encode_prompt`` embeds with it.
+    """Text encoder of a pipeline of diffusers, and how its ``encode_prompt`` embeds with it.
 
     Args:
         options: further arguments of the method.
@@ -131,7 +131,7 @@ class TextConfig:
 
     @property
     def encoders(self) -> tuple[StockEncoder, ...]:
-        """How each text encoder embeds, in the order of the pipeline."""
+        """Text encoders, in the order of the pipeline, and how each embeds."""
         return STOCK_PIPELINES.get(self.pipeline, _ONE)
 
     def length(self, number: int) -> int:
@@ -235,7 +235,7 @@ def _encoder_class(path: str, subfolder: str) -> Any:
 
 @dataclass(frozen=True)
 class EmbeddedText:
-    """A caption as one text encoder embeds it.
+    """Caption as one text encoder embeds it.
 
     Args:
         values: embeddings ``[n, D]``, of its tokens first.
@@ -285,12 +285,12 @@ class CaptionEncoder:
 
     @property
     def suffix(self) -> str:
-        """What is put after names of columns and conditions of this encoder."""
+        """Ending of names of columns and conditions of this encoder."""
         return number_suffix(self.number)
 
     @property
     def components(self) -> dict[str, Any]:
-        """The tokenizer and the encoder, by their names in the pipeline."""
+        """Tokenizer and encoder, by their names in the pipeline."""
         parts = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
         return {component_name(name, self.number): part for name, part in parts.items()}
 
