@@ -31,6 +31,7 @@ from .conditioning import Captions
 from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import Objective, ObjectiveConfig
+from .task import FRAMES
 from .text import CaptionEncoder, TextConfig, make_stock_pipeline
 
 
@@ -44,6 +45,7 @@ class StockTraining:
         variance: whether the model predicts a variance too, with ddpm.
         masked: whether the model is told which tokens are the text's.
         scheduler: settings of the scheduler that is left, beside those of the objective's.
+        multiple: of pixels, that heights and widths must be for the pipeline.
     """
 
     pipeline: str
@@ -51,6 +53,7 @@ class StockTraining:
     variance: bool = False
     masked: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    multiple: int = 1
 
     def require(self, text: TextConfig, objective: ObjectiveConfig) -> None:
         """Check that a run embeds captions and denoises as the pipeline does.
@@ -110,12 +113,28 @@ class StockTraining:
             )
         return source
 
-    def sizes(self, vae: Any, latents: Sequence[int]) -> dict[str, int]:
-        """Return the arguments of the pipeline's call for latents of this size."""
-        *frames, height, width = size_in_pixels(vae, latents)
+    def call(self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for the first of these sizes of latents.
+
+        Raises:
+            ValueError: when the pipeline does not make one of these sizes.
+        """
+        sizes = [size_in_pixels(vae, size) for size in latents]
+        for size in sizes:
+            if any(side % self.multiple for side in size[-2:]):
+                raise ValueError(
+                    f"{self.pipeline} makes heights and widths of multiples of {self.multiple}, but the data "
+                    f"are of {size[-2]} x {size[-1]} pixels: cache them with other data.sizes"
+                )
+        *frames, height, width = sizes[0]
         takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
-        named = {name: frames[0] for name in ("num_frames", "video_length") if frames and name in takes}
-        return {"height": height, "width": width, **named}
+        # A size that is rounded to a known one would not be that of the data.
+        given: dict[str, Any] = {"max_sequence_length": text.max_length, "use_resolution_binning": False}
+        given |= dict.fromkeys(FRAMES, frames[0]) if frames else {}
+        return {
+            "height": height, "width": width,
+            **{name: value for name, value in given.items() if name in takes},
+        }  # fmt: skip
 
 
 IMAGES: dict[type[Any], StockTraining] = {
@@ -129,6 +148,7 @@ VIDEOS: dict[type[Any], StockTraining] = {
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
+    MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
 }
 
 _TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
@@ -142,8 +162,6 @@ UNTRAINED: dict[type[Any], str] = {
     MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
     "between the two, for which there is no objective here",
-    MHLASanaVideoTransformer3DModel: "its pipeline says in the prompt how strong the motion is, which no "
-    "caption here does",
     MHLAQwenImageTransformer2DModel: "its forward takes latents packed into tokens beside those of the text, "
     "which no run here gives",
 }

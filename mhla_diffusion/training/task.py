@@ -17,6 +17,9 @@ from .conditioning import Conditioning
 from .config import changeable
 from .sheets import SampleSheet, SheetClock
 
+FRAMES = ("num_frames", "video_length", "frames")
+"""Names by which pipelines of diffusers are told how many frames to make."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSheetConfig:
@@ -115,7 +118,7 @@ class TrainingTask:
         """Size of what a sheet shows, for a model card; empty where the pipeline knows it."""
         if "height" not in self.call:
             return {}
-        frames = self.call.get("num_frames") or self.call.get("video_length")
+        frames = next((self.call[name] for name in FRAMES if name in self.call), None)
         size = f"{self.call['height']} x {self.call['width']} pixels, latents"
         return {"size": f"{frames} frames of {size}" if frames else size}
 

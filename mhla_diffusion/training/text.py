@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -45,7 +45,7 @@ _MINILM = "minilm"
 # Pipelines of diffusers with one text encoder, which models are trained for.
 STOCK_PIPELINES = (
     "LuminaPipeline", "LattePipeline", "AllegroPipeline", "Cosmos2TextToImagePipeline", "SkyReelsV2Pipeline",
-    "LTXPipeline",
+    "LTXPipeline", "SanaVideoPipeline",
 )  # fmt: skip
 
 
@@ -75,14 +75,32 @@ class TextConfig:
                 f"text.pipeline must be one of {', '.join(STOCK_PIPELINES)}, or empty, got {self.pipeline!r}"
             )
         if self.pipeline and self.instruction:
-            raise ValueError(f"{self.pipeline} puts no instruction before captions: remove text.instruction")
+            raise ValueError(
+                f"{self.pipeline} has its own instruction before captions, or none: remove text.instruction"
+            )
         if self.max_length < 1:
             raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
 
     @property
     def prefix(self) -> str:
-        """Instruction that stands before every caption."""
+        """Instruction that stands before every caption, but for the empty one."""
+        if self.pipeline:
+            return "\n".join(self._lines or ())
         return SANA_INSTRUCTION if self.instruction == "sana" else self.instruction
+
+    @property
+    def _lines(self) -> list[str] | None:
+        """Instruction that the pipeline puts before prompts."""
+        call = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        return call["complex_human_instruction"].default if "complex_human_instruction" in call else None
+
+    def encoding_options(self, takes: Container[str], caption: str) -> dict[str, Any]:
+        """Return the arguments that the pipeline's ``encode_prompt`` takes of these, for a caption."""
+        options = {
+            "max_sequence_length": self.max_length,
+            "complex_human_instruction": self._lines if caption else None,
+        }
+        return {name: value for name, value in options.items() if name in takes}
 
 
 def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
@@ -185,12 +203,12 @@ def stock_caption_encoder(tokenizer: Any, text_encoder: Any, config: TextConfig)
     """Return the embeddings of the pipeline of diffusers that a config names."""
     parts = make_stock_pipeline(config.pipeline, tokenizer=tokenizer, text_encoder=text_encoder)
     takes = inspect.signature(parts.encode_prompt).parameters
-    options = {"max_sequence_length": config.max_length} if "max_sequence_length" in takes else {}
 
     def encode(caption: str) -> Tensor:
         embeddings, mask, *_ = parts.encode_prompt(
-            caption, do_classifier_free_guidance=False, device=text_encoder.device, **options
-        )
+            caption, do_classifier_free_guidance=False, device=text_encoder.device,
+            **config.encoding_options(takes, caption),
+        )  # fmt: skip
         text = embeddings[0]
         text = text[text.any(dim=-1)] if mask is None else text[mask[0].bool()]  # else zeros fill up
         return text[: config.max_length]

@@ -44,7 +44,7 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2 or LTX-Video.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video or SanaVideo.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -241,7 +241,7 @@ def _build_for(
         partial(stock.finish, encoder, vae, objective),
         config.data.title,
         config.data.chosen().facts(),
-        call=stock.sizes(vae, latents.sizes[0]),
+        call=stock.call(vae, latents.sizes, config.text),
         fps=latents.fps or 16.0,
     )
     return model, latents, task

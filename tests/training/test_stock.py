@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import re
@@ -22,6 +24,7 @@ from mhla_diffusion.training import (
     DataConfig,
     ImageTrainingConfig,
     LatentCacheConfig,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -41,7 +44,7 @@ from mhla_diffusion.training.data import MovingDigitsConfig
 from mhla_diffusion.training.data.shards import write_shards
 from mhla_diffusion.training.image_models import BACKBONES as NEW_IMAGES
 from mhla_diffusion.training.stock import IMAGES, UNTRAINED, VIDEOS
-from mhla_diffusion.training.text import STOCK_PIPELINES
+from mhla_diffusion.training.text import STOCK_PIPELINES, load_caption_encoder, make_stock_pipeline
 from tests.backbones.cases import CASES
 from tests.pipelines.test_diffusers_pipelines import NothingUnsafe
 
@@ -107,6 +110,10 @@ TRAINED = [
     Trained(
         "LTXVideo", {"caption_channels": 16}, (AutoencoderKLLTXVideo, LTX), (3, 8, 16),
         call={"num_frames": 17, "height": 256, "width": 512},
+    ),
+    Trained(
+        "SanaVideo", {"caption_channels": 16}, (AutoencoderKLWan, WAN), (3, 8, 8),
+        call={"frames": 9, "height": 64, "width": 64, "use_resolution_binning": False},
     ),
 ]  # fmt: skip
 
@@ -215,7 +222,9 @@ def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     pipeline = check_run(run, tmp_path, trained.pipeline, **trained.guard)
     calls: list[dict[str, Any]] = []
     pipeline.transformer.register_forward_pre_hook(
-        lambda model, args, kwargs: calls.append(kwargs), with_kwargs=True, prepend=True
+        lambda model, args, kwargs: calls.append(kwargs | ({"hidden_states": args[0]} if args else {})),
+        with_kwargs=True,
+        prepend=True,
     )
     made = pipeline(
         prompt="aa", num_inference_steps=1, output_type="latent", return_dict=False,
@@ -224,6 +233,80 @@ def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     check_call(pipeline.transformer, calls[-1], trained.latents)
     assert made.numel() == 3 * math.prod(trained.latents), "LTX packs them, and Cosmos has no frames"
     assert made.isfinite().all()
+
+
+def test_sana_video_is_trained_with_adapters_and_shown_on_sheets_and_goes_on_to_the_bit(
+    encoder: str, tmp_path: Path
+) -> None:
+    sana = next(trained for trained in TRAINED if trained.case == "SanaVideo")
+    text = TextConfig(encoder, max_length=8, pipeline=sana.pipeline)
+    CASES["SanaVideo"].make(**sana.settings).save_pretrained(tmp_path / "model")
+    write_latents(sana, text, tmp_path)
+    run = run_of(
+        sana, text, tmp_path, lora=LoraConfig(rank=2),
+        trainer=TrainerConfig(
+            batch_size=4, max_steps=2, checkpoint_every=1, log_every=1,
+            optimizer=OptimizerConfig(learning_rate=0.01),
+        ),
+        sampling=VideoSamplingConfig(every=2, prompts=("aa",), num_inference_steps=1),
+    )  # fmt: skip
+    assert train_video(run) == 0
+    assert open_video(tmp_path / "run" / "samples" / "step-00000002.mp4").num_frames == 9
+    again = dataclasses.replace(run, output_dir=str(tmp_path / "again"))
+    assert train_video(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
+    whole, resumed = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("run", "again"))
+    before = weights(tmp_path / "model")
+    assert all(torch.equal(whole[key], resumed[key]) for key in before)
+    assert not torch.equal(before["proj_out.weight"], whole["proj_out.weight"])
+    beside = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    beside.transformer.load_state_dict(before)
+    call = {
+        "prompt": "aa", "num_inference_steps": 1, "output_type": "latent", "return_dict": False, **sana.call
+    }  # fmt: skip
+
+    def made(pipeline: Any) -> torch.Tensor:
+        return pipeline(**call, generator=torch.Generator().manual_seed(0))[0]
+
+    untrained = made(beside)
+    beside.load_lora_weights(tmp_path / "run" / "lora")
+    merged = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    expected = made(merged)
+    assert (made(beside) - expected).norm() < 1e-3 * (untrained - expected).norm()
+
+
+@torch.no_grad()
+def test_captions_are_embedded_as_the_pipeline_embeds_prompts_and_the_empty_one_as_no_prompt(
+    encoder: str,
+) -> None:
+    """That of SanaVideo has an instruction before prompts, and none before the negative one."""
+    config = TextConfig(encoder, max_length=8, pipeline="SanaVideoPipeline")
+    assert config.prefix.startswith("Given a user prompt")
+    captions = load_caption_encoder(config)
+    pipeline = make_stock_pipeline(
+        "SanaVideoPipeline", tokenizer=captions.tokenizer, text_encoder=captions.text_encoder
+    )
+    call = inspect.signature(pipeline.__call__).parameters
+    text, mask, empty, empty_mask = pipeline.encode_prompt(
+        "a dog motion score: 30.", max_sequence_length=8, device=torch.device("cpu"),
+        complex_human_instruction=call["complex_human_instruction"].default,
+    )  # fmt: skip
+    found, shown = captions.fill_up([captions("a dog motion score: 30."), captions("")])
+    assert torch.equal(shown, torch.cat([mask, empty_mask]))
+    torch.testing.assert_close(found, torch.cat([text * mask[..., None], empty * empty_mask[..., None]]))
+    assert not torch.allclose(
+        captions("a dog"), pipeline.encode_prompt("a dog", False)[0][0, : len(captions("a dog"))]
+    )
+
+
+def test_clips_of_a_size_that_the_pipeline_does_not_make_are_refused(encoder: str, tmp_path: Path) -> None:
+    sana = next(trained for trained in TRAINED if trained.case == "SanaVideo")
+    sana = dataclasses.replace(sana, latents=(3, 8, 6))
+    CASES["SanaVideo"].make(**sana.settings).save_pretrained(tmp_path / "model")
+    text = TextConfig(encoder, max_length=8, pipeline=sana.pipeline)
+    write_latents(sana, text, tmp_path)
+    run = run_of(sana, text, tmp_path)
+    with pytest.raises(ValueError, match=r"heights and widths of multiples of 32, .* are of 64 x 48 pixels"):
+        run.build(build_objective(run.objective))
 
 
 def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(
@@ -308,5 +391,5 @@ def test_runs_that_do_not_fit_the_pipeline_are_refused(
 def test_text_pipelines_are_those_with_one_encoder() -> None:
     with pytest.raises(ValueError, match=r"text.pipeline must be one of .*, got 'FluxPipeline'"):
         TextConfig("x", pipeline="FluxPipeline")
-    with pytest.raises(ValueError, match="LuminaPipeline puts no instruction before captions"):
+    with pytest.raises(ValueError, match="LuminaPipeline has its own instruction before captions, or none"):
         TextConfig("x", pipeline="LuminaPipeline", instruction="sana")
