@@ -56,6 +56,7 @@ class Plan:
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
             window, and learned features, which are twice as wide.
+        routed_blocks: further blocks that the window of each query sees.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -85,12 +86,13 @@ class Plan:
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
     grids: int = 1
+    routed_blocks: int = 0
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
         Learned features double the linear forms and add ``4 N d^2 H``; a softmax window of n tokens adds
-        ``4 N n d H``.
+        ``4 N n d H``, each further block of it as much, and choosing them ``2 N M d H``.
         Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
@@ -102,7 +104,12 @@ class Plan:
             flops = 2 * flops + 4 * tokens * d**2
         if self.local and attention == "mhla":
             extra = sum(self.layout.extra or ())
-            flops += 4 * ((tokens - extra) * math.prod(self.layout.block_shape) + extra**2) * d
+            block = math.prod(self.layout.block_shape)
+            flops += 4 * ((tokens - extra) * block + extra**2) * d
+            if routes := min(self.routed_blocks, math.prod(self.layout.blocks) - 1):
+                features = d * (2 if self.hedgehog else 1)
+                flops += 4 * tokens * routes * block * d
+                flops += 2 * tokens * math.prod(self.layout.blocks) * features
         return flops * self.heads * self.grids
 
     def layer_flops(self, attention: str) -> dict[str, int]:
@@ -132,6 +139,7 @@ class Plan:
         return replace(
             self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
             local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
+            routed_blocks=config.routed_blocks,
         )  # fmt: skip
 
     @property
@@ -330,6 +338,7 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
         "cpe": mhla.cpe is not None,
         "local": mhla.local is not None,
         "hedgehog": mhla.feature_map == "hedgehog",
+        "routed_blocks": mhla.routed_blocks,
     }
 
 
