@@ -42,7 +42,6 @@ def align(
         dtype: of the teacher.
         seed: of the calls.
     """
-    from ..backbones.quantised import require_not_quantised
     from ..conversion import align as run
     from ..conversion import load_candidates, load_teacher, open_calls
     from ..processes import process_state
@@ -51,7 +50,6 @@ def align(
     forms = None if candidates is None else load_candidates(candidates)
     place = {"subfolder": component} if component != "transformer" else {}
     teacher = load_teacher(model, dtype=getattr(torch, dtype), device=process_state().device, **place)
-    require_not_quantised(teacher, model, "alignment")
     calls = open_calls(teacher, data, seed=seed, grid=None if grid is None else tuple(grid))
     run(teacher, calls, out, candidates=forms, config=settings, name=model, layers=layers)
     logging.info("aligned layers: %s", out)
