@@ -48,7 +48,10 @@ class Classification(TrainedByTransformers, kind="classification"):
 
     @property
     def about(self) -> str:
-        return f"A ViT on {self.path}, {self.steps:,} steps of {self.batch_size} pictures. Chance is 0.1."
+        return (
+            f"A ViT on {Path(self.path).name}, {self.steps:,} steps of {self.batch_size} pictures. "
+            "Chance is 0.1."
+        )
 
     def stock(self) -> Any:
         """Make the model with softmax."""
