@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
+from .config import WIDE_MAPS, WINDOW_ONLY
 from .hub import load_component_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
@@ -54,9 +55,9 @@ class Plan:
         layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe, local, hedgehog: whether linear layers have an output gate, a convolution on v, a softmax
-            window, and learned features, which are twice as wide.
-        routed_blocks: further blocks that the window of each query sees.
+        gate, cpe: whether linear layers have an output gate and a convolution on v.
+        local, feature_map: of linear layers, see :class:`mhla_diffusion.MHLAConfig`; and below
+            ``routed_blocks``.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -76,8 +77,8 @@ class Plan:
     linear_layers: int
     gate: bool
     cpe: bool
-    local: bool
-    hedgehog: bool
+    local: str | None
+    feature_map: str
     layer: dict[str, int]
     projections: int
     rest: int
@@ -91,26 +92,43 @@ class Plan:
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
-        Learned features double the linear forms and add ``4 N d^2 H``; a softmax window of n tokens adds
-        ``4 N n d H``, each further block of it as much, and choosing them ``2 N M d H``.
+        Features that are twice as wide double the linear forms, and learned ones add ``4 N d^2 H``. A softmax
+        window of n tokens adds ``4 N n d H``, or is all that MHLA is (``local="only"``); each further block
+        of it as much, and choosing them ``2 N M d H``.
         Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads * self.grids
-        mixing = 2 * self.layout.num_blocks**2 if attention == "mhla" and self.layout.num_blocks > 1 else 0
+        window = self._window_flops if self.local and attention == "mhla" else 0
+        if window and self.local == WINDOW_ONLY:
+            return window * self.heads * self.grids
+        mixing = 2 * self._mixed_blocks**2 if attention == "mhla" else 0
         flops = (4 * tokens + mixing) * d**2
-        if self.hedgehog:
-            flops = 2 * flops + 4 * tokens * d**2
-        if self.local and attention == "mhla":
-            extra = sum(self.layout.extra or ())
-            block = math.prod(self.layout.block_shape)
-            flops += 4 * ((tokens - extra) * block + extra**2) * d
-            if routes := min(self.routed_blocks, math.prod(self.layout.blocks) - 1):
-                features = d * (2 if self.hedgehog else 1)
-                flops += 4 * tokens * routes * block * d
-                flops += 2 * tokens * math.prod(self.layout.blocks) * features
-        return flops * self.heads * self.grids
+        if self.feature_map in WIDE_MAPS:
+            flops *= 2
+        if self.feature_map == "hedgehog":
+            flops += 4 * tokens * d**2
+        return (flops + window) * self.heads * self.grids
+
+    @property
+    def _window_flops(self) -> int:
+        """Softmax inside each block of a head, extra tokens among themselves; with one block among all."""
+        tokens, extra = self.layout.num_tokens, sum(self.layout.extra or ())
+        inside = math.prod(self.layout.block_shape)
+        pairs = tokens**2 if math.prod(self.layout.blocks) == 1 else (tokens - extra) * inside + extra**2
+        flops = 4 * pairs * self.head_dim
+        if routes := min(self.routed_blocks, math.prod(self.layout.blocks) - 1):
+            features = self.head_dim * (2 if self.feature_map in WIDE_MAPS else 1)
+            flops += 4 * tokens * routes * inside * self.head_dim
+            flops += 2 * tokens * math.prod(self.layout.blocks) * features
+        return flops
+
+    @property
+    def _mixed_blocks(self) -> int:
+        """M where there is a mixing matrix, else 0."""
+        blocks = self.layout.num_blocks
+        return blocks if blocks > 1 and self.local != WINDOW_ONLY else 0
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
@@ -138,7 +156,7 @@ class Plan:
         layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
         return replace(
             self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
-            local=config.local is not None, hedgehog=config.feature_map == "hedgehog",
+            local=config.local, feature_map=config.feature_map,
             routed_blocks=config.routed_blocks,
         )  # fmt: skip
 
@@ -167,8 +185,7 @@ class Plan:
     @property
     def mixing_share(self) -> float:
         """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        blocks = self.layout.num_blocks
-        mixing = 2 * blocks**2 if blocks > 1 else 0
+        mixing = 2 * self._mixed_blocks**2
         return mixing / (4 * self.layout.num_tokens + mixing)
 
     @property
@@ -183,7 +200,8 @@ class Plan:
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
-        return exchanged_bytes(layout, self.grids, self.heads, self.head_dim, self.head_dim)
+        features = self.head_dim * (2 if self.feature_map in WIDE_MAPS else 1)
+        return exchanged_bytes(layout, self.grids, self.heads, features, self.head_dim)
 
     def __str__(self) -> str:
         return "\n".join([*_heading(self), *_table(self)])
@@ -246,11 +264,14 @@ def plan(
             )
         transformer.extra_tokens = extra_tokens
     given = {
-        "blocks": blocks, "gate": gate, "cpe": cpe, "local": local, "hedgehog": hedgehog,
-        "linear_layers": linear_layers,
+        "blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers,
     }  # fmt: skip
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
+    if local is not None:
+        settings["local"] = (settings["local"] or "shared") if local else None
+    if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
+        settings["feature_map"] = "hedgehog" if hedgehog else "relu"
     if not 1 <= settings["linear_layers"] <= num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
@@ -329,15 +350,15 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
     linear = [number for number, kind in enumerate(kinds) if kind != stock]
     mhla = configs[linear[0] if linear else 0]
     if not linear:
-        none = dict.fromkeys(("gate", "cpe", "local", "hedgehog"), False)
+        none = {"gate": False, "cpe": False, "local": None, "feature_map": MHLAConfig().feature_map}
         return {"linear_layers": num_layers, "blocks": None, **none}
     return {
         "linear_layers": num_layers - kinds.count(stock),
         "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
         "gate": mhla.gate,
         "cpe": mhla.cpe is not None,
-        "local": mhla.local is not None,
-        "hedgehog": mhla.feature_map == "hedgehog",
+        "local": mhla.local,
+        "feature_map": mhla.feature_map,
         "routed_blocks": mhla.routed_blocks,
     }
 

@@ -137,6 +137,8 @@ MHLA_16 = {"blocks": 16, "gate": True, "cpe": "zero"}
         ("linear", None, 3),
         ("linear", {"gate": True, "layers": [1]}, 1),
         ("mhla", {"blocks": 4}, 3),
+        ("mhla", {"blocks": 4, "feature_map": "crelu"}, 3),
+        ("linear", {"feature_map": "crelu"}, 3),
         ("mhla", MHLA_16, 3),
         ("mhla", {**MHLA_16, "layers": [0, 2]}, 2),
         (["mhla", "softmax", "softmax"], MHLA_16, 1),
@@ -191,10 +193,34 @@ def test_learned_features_and_windows_are_counted() -> None:
     learned = plain.with_config(MHLAConfig(blocks=16, feature_map="hedgehog"))
     assert learned.operator_flops("mhla") == 2 * base + 4 * tokens * d**2 * heads
     windowed = plan("DiT-XL/2", 512, 512, blocks=16, local=True)
-    assert windowed == plain.with_config(MHLAConfig(blocks=16, local="gate"))
+    assert windowed == plain.with_config(MHLAConfig(blocks=16, local="shared"))
     assert windowed.operator_flops("mhla") == base + 4 * tokens * 64 * d * heads
     assert windowed.operator_flops("linear") == plain.operator_flops("linear")
     assert windowed.mixing_share == plain.mixing_share
+    wide = plain.with_config(MHLAConfig(blocks=16, feature_map="crelu"))
+    assert wide.operator_flops("mhla") == 2 * base
+    assert wide.operator_flops("linear") == 8 * tokens * d**2 * heads
+    # Summaries, and sums of the features, have as many rows as there are features.
+    assert wide.exchange_bytes("mhla") == 2 * plain.exchange_bytes("mhla") == learned.exchange_bytes("mhla")
+
+
+@pytest.mark.parametrize(("blocks", "seen"), [(4, 16), (1, 64)])
+def test_a_window_alone_is_softmax_in_blocks_and_nothing_else(blocks: int, seen: int, tmp_path: Path) -> None:
+    """Counted are some columns more, as the window's kernel pads them, and no summaries."""
+    config = {"blocks": blocks, "local": "only", "gate": True, "cpe": "zero"}
+    model = MHLADiTTransformer2DModel(**DIT, mhla_config=config)
+    planned = plan(save_config(model, tmp_path), 128, 128)
+    heads, d = 2, 16
+    operator = planned.operator_flops("mhla")
+    assert operator == 4 * 64 * seen * d * heads
+    assert planned.mixing_share == 0
+    assert planned.layer_flops("mhla")["gate and convolution"] == 64 * 32 * (2 * 32 + 2 * 9)
+    beside = planned.model_flops("mhla") - 3 * operator
+    counted = count_flops(run_dit(model, 128, 128)) - beside
+    assert 3 * operator <= counted <= 2 * 3 * operator
+    text = plan("Qwen-Image", 256, 256, blocks=1, extra_tokens=9)
+    alone = text.with_config(MHLAConfig(blocks=1, local="only"))
+    assert alone.operator_flops("mhla") == text.operator_flops("softmax")
 
 
 @pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])
