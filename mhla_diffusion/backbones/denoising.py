@@ -36,10 +36,10 @@ class DenoisingMixin:
         return self.config.get("out_channels") or self.config.in_channels
 
     @property
-    def text_widths(self) -> tuple[int, ...]:
-        """Widths of the embeddings that it takes, of each text encoder."""
+    def text_width(self) -> int | None:
+        """Width of the embeddings of text that it takes, if any."""
         names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
-        return tuple(self.config[name] for name in names if self.config.get(name))[:1]
+        return next((self.config[name] for name in names if self.config.get(name)), None)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

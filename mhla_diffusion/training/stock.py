@@ -32,7 +32,7 @@ from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import Objective, ObjectiveConfig
 from .task import FRAMES
-from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline, number_suffix
+from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,20 @@ class StockTraining:
         said = takes["vae"].annotation
         return tuple(vae.__name__ for vae in get_args(said) or (said,))
 
-    def conditioning(self, encoders: Sequence[CaptionEncoder], dropout: float) -> Captions:
+    def conditioning(self, encoder: CaptionEncoder, dropout: float) -> Captions:
         """Return captions that are embedded already, as the pipeline gives them to the model."""
-        return Captions(encoders, dropout, embedded=True, masked=self.masked)
+        return Captions(encoder, dropout, embedded=True, masked=self.masked)
 
     def finish(
-        self,
-        encoders: Sequence[CaptionEncoder],
-        vae: Any,
-        objective: Objective,
-        transformer: Any,
-        training: Any,
+        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
     ) -> Any:
         """Return the pipeline of a transformer; ``training`` has no place in it."""
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
-        texts = {name: part for encoder in encoders for name, part in encoder.components.items()}
         return make_stock_pipeline(
-            self.pipeline, **texts, vae=vae, transformer=transformer,
+            self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
+            transformer=transformer,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
         )  # fmt: skip
 
@@ -201,8 +196,8 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
-def require_fit(model: Any, objective: Objective, text_dims: Sequence[int], name: str | None) -> None:
-    """Check that a loaded model has the output channels that an objective needs, and takes a text's widths.
+def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
+    """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
 
     Raises:
         ValueError: otherwise, saying what to set.
@@ -216,9 +211,8 @@ def require_fit(model: Any, objective: Objective, text_dims: Sequence[int], name
             f"{name} returns {found} channels, but this objective needs {expected}: {remedy}, as it was "
             "trained"
         )
-    for number, (takes, gives) in enumerate(zip(model.text_widths, text_dims, strict=False)):
-        if takes != gives:
-            raise ValueError(
-                f"{name} takes text of width {takes}, but text.encoder{number_suffix(number)} gives {gives}: "
-                "use the text encoder that it was trained with"
-            )
+    if text_dim is not None and model.text_width != text_dim:
+        raise ValueError(
+            f"{name} takes text of width {model.text_width}, but text.encoder gives {text_dim}: use the text "
+            "encoder that it was trained with"
+        )
