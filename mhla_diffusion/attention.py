@@ -29,7 +29,6 @@ from .ops import (
     offset_means,
     relative_mixing,
     resize_mixing,
-    routed_attention,
     window_attention,
 )
 from .ops.composite import counted
@@ -344,7 +343,7 @@ class MHLA(nn.Module):
         """The operator with a softmax window, or that alone."""
         q, k, v, _, layout = tensors
         key_mask, chosen = settings["key_mask"], None
-        if self.config.routed_blocks and math.prod(layout.blocks) > 1:
+        if self.config.routed_blocks:
             chosen = choose_blocks(
                 q, k, layout, self.config.routed_blocks,
                 feature_map=settings["feature_map"], key_mask=key_mask, eps=settings["eps"],
@@ -458,8 +457,7 @@ def _attend_in_blocks(
 ) -> Tensor:
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
-        routed = None if chosen is None else routed_attention(q, k, v, chosen, layout, key_mask=key_mask)
-        return window_attention(q, k, v, layout, key_mask=key_mask, rest=routed).to(v.dtype)
+        return window_attention(q, k, v, layout, key_mask=key_mask, chosen=chosen).to(v.dtype)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

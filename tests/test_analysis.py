@@ -248,3 +248,14 @@ def test_the_matrix_of_a_routed_layer_is_what_acts_on_its_values(local: str) -> 
     )
     assert not torch.allclose(near, routed)
     torch.testing.assert_close(routed @ v[0, 0], module(q, k, v, grid=(6, 6))[0])
+
+
+def test_a_routed_layer_on_a_grid_of_one_block_has_nothing_to_choose() -> None:
+    config = MHLAConfig(blocks=(2, 2), local="shared", routed_blocks=1)
+    module = MHLA(config, heads=1, head_dim=6, grid=(6, 6)).double()
+    q, k, v = torch.randn(3, 1, 1, 1, 6, dtype=torch.float64)
+    layout, _, mixing = module.fit((1, 1))
+    options: dict[str, Any] = {"feature_map": module.operator_map, "eps": config.eps}
+    call = (q, k, mixing.double(), layout, None, options, module.features(q, k))
+    matrix = window_matrices(*call, form="shared", weight=module.local, routes=1)[0]
+    torch.testing.assert_close(matrix @ v[0, 0], module(q, k, v, grid=(1, 1))[0])

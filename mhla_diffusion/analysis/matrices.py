@@ -18,7 +18,6 @@ from ..ops import (
     choose_blocks,
     mhla_local,
     mhla_reference,
-    routed_attention,
     window_attention,
 )
 from ..ops.features import turn_all
@@ -116,11 +115,8 @@ def window_matrices(
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     chosen = choose_blocks(*features, layout, routes, **options) if routes else None
     if weight is None:
-        key_mask = options.get("key_mask")
-        routed = (
-            None if chosen is None else routed_attention(*window, unit, chosen, layout, key_mask=key_mask)
-        )
-        found = window_attention(*window, unit, layout, key_mask=key_mask, rest=routed)[0, 0]
+        mask = options.get("key_mask")
+        found = window_attention(*window, unit, layout, key_mask=mask, chosen=chosen)[0, 0]
         return found, found
     acting, plain = (
         mhla_local(

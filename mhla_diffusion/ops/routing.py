@@ -86,7 +86,9 @@ def routed_attention(
     )  # [B, H, G, n, d]
     scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     if key_mask is not None or not on_grid.is_even:
-        scores = scores.where(_counted(on_grid, key_mask, inside, block_of_group), NOTHING)
+        seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)
+        seen = _take(seen.expand(*block_of_group.shape[:2], -1, -1), block_of_group)
+        scores = scores.where(seen[..., None, :], NOTHING)
     log_sums = scores.logsumexp(-1)
     out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values
 
@@ -131,11 +133,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _counted(layout: BlockLayout, key_mask: Tensor | None, inside: slice, block_of_group: Tensor) -> Tensor:
-    """Which keys of the block of each group count, ``[B, H, G, 1, n]``."""
+def counted_keys(layout: BlockLayout, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Return which places of blocks hold a key that counts, bool ``[B or 1, 1, M, n]``."""
     if key_mask is None:
-        key_mask = torch.ones(1, layout.num_tokens, dtype=torch.bool, device=block_of_group.device)
-    else:
-        key_mask = key_mask[:, inside]
-    packed = layout.pack(key_mask[:, None, :, None].byte())[..., 0].bool()  # [B or 1, 1, M, n]
-    return _take(packed.expand(*block_of_group.shape[:2], -1, -1), block_of_group)[..., None, :]
+        key_mask = torch.ones(1, layout.num_tokens, dtype=torch.bool, device=device)
+    return layout.pack(key_mask[:, None, :, None].byte())[..., 0].bool()

@@ -12,7 +12,7 @@ from .features import RotaryEmbedding
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
-from .routing import NOTHING, joined, routed_attention
+from .routing import NOTHING, counted_keys, joined, routed_attention
 
 LOCAL_FORMS = ("shared", "gate")
 
@@ -69,10 +69,9 @@ def mhla_local(
             dtype=torch.promote_types(values.dtype, torch.float32),
         )  # fmt: skip
 
-    routed = None if chosen is None else routed_attention(queries, keys, v, chosen, layout, key_mask=key_mask)
     if form == "gate":
         gate = weight.sigmoid()[:, None, None]
-        near = window_attention(queries, keys, v, layout, key_mask=key_mask, rest=routed)
+        near = window_attention(queries, keys, v, layout, key_mask=key_mask, chosen=chosen)
         return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
     # W without its diagonal: the own block is the window's.
     others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
@@ -81,9 +80,9 @@ def mhla_local(
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
     rest = far, log_sums
-    if routed is not None:
-        rest = joined(torch.stack((far, routed[0]), -2), torch.stack((log_sums, routed[1]), -1))
-    return window_attention(queries, keys, v, layout, key_mask=key_mask, rest=rest).to(v.dtype)
+    return window_attention(
+        queries, keys, v, layout, key_mask=key_mask, chosen=chosen, rest=rest
+    ).to(v.dtype)  # fmt: skip
 
 
 def window_attention(
@@ -93,6 +92,7 @@ def window_attention(
     layout: BlockLayout,
     *,
     key_mask: Tensor | None = None,
+    chosen: Tensor | None = None,
     rest: tuple[Tensor, Tensor] | None = None,
     causal: bool = False,
 ) -> Tensor:
@@ -103,15 +103,24 @@ def window_attention(
         v: ``[B, H, N, d_v]``.
         layout: the grid and its blocks.
         key_mask: bool ``[B, N]``, true where a key counts.
+        chosen: further blocks of each query, int64 ``[B, H, N, r]``, see
+            :func:`mhla_diffusion.ops.choose_blocks`.
         rest: the output on all else, ``[B, H, N, d_v]``, and the logarithm of its denominator, ``[B, H, N]``:
             it joins the softmax as one more key of each query.
         causal: tokens see no later one of their block; for runs of a sequence, ``BlockLayout((N,), (M,))``.
             With ``rest`` from :func:`mhla_causal` under a strictly lower W it is the causal form of "shared".
 
     Returns:
-        ``[B, H, N, d_v]`` in the dtype of v, or of ``rest``. A query that sees no key gets 0.
+        ``[B, H, N, d_v]`` in the dtype of v, in float32 or above with ``chosen``, or in that of ``rest``. A
+        query that sees no key gets 0.
     """
     q, k, v = as_autocast(q, k, v)
+    if chosen is not None and chosen.shape[-1]:
+        assert not causal, "chosen blocks may lie behind a query"
+        found = routed_attention(q, k, v, chosen, layout, key_mask=key_mask)
+        parts = [found] if rest is None else [found, rest]
+        outs, sums = zip(*parts, strict=True)
+        rest = joined(torch.stack(outs, -2), torch.stack(sums, -1))
     if layout.extra is not None:
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, rest)
@@ -178,10 +187,7 @@ def _seen(
     """Which keys of a block, and the rest behind them, a query sees, ``[B, 1, M, 1 or n, n + 1]``."""
     if layout.is_even and key_mask is None and not causal:
         return None
-    counted = (
-        torch.ones(1, layout.num_tokens, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    )
-    seen = F.pad(layout.pack(counted[:, None, :, None].byte())[..., 0], (0, 1), value=1).bool()[..., None, :]
+    seen = F.pad(counted_keys(layout, key_mask, device), (0, 1), value=True)[..., None, :]
     if causal:
         tokens = seen.shape[-1] - 1
         earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()

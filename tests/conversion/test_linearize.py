@@ -113,6 +113,14 @@ def test_a_branch_is_off_inside_and_on_again_behind() -> None:
     windows.load_state_dict(model.state_dict())
     with without(windows, "linear"):
         torch.testing.assert_close(windows(**calls(0)).sample, near)
+    with without(model, "window"):
+        alone = model(**calls(0)).sample
+    shared = {**LOCAL["mhla"].to_dict(), "routed_blocks": 1}
+    routed = make_teacher(attention="mhla", mhla_config=shared)
+    routed.load_state_dict(model.state_dict())
+    assert not torch.allclose(routed(**calls(0)).sample, before)
+    with without(routed, "window"):
+        torch.testing.assert_close(routed(**calls(0)).sample, alone)
     assert set(branch_errors(teacher, teacher, calls, [0])) == set()
 
 
