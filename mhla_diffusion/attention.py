@@ -19,6 +19,7 @@ from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
     apply_rotary_emb,
+    choose_blocks,
     content_mixing,
     extend_mixing,
     initial_mixing,
@@ -28,6 +29,7 @@ from .ops import (
     offset_means,
     relative_mixing,
     resize_mixing,
+    routed_attention,
     window_attention,
 )
 from .ops.composite import counted
@@ -340,11 +342,20 @@ class MHLA(nn.Module):
         self, window: tuple[Tensor, Tensor], *tensors: Any, normalizer: str, dtype: Any, **settings: Any
     ) -> Tensor:
         """The operator with a softmax window, or that alone."""
+        q, k, v, _, layout = tensors
+        key_mask, chosen = settings["key_mask"], None
+        if self.config.routed_blocks and math.prod(layout.blocks) > 1:
+            chosen = choose_blocks(
+                q, k, layout, self.config.routed_blocks,
+                feature_map=settings["feature_map"], key_mask=key_mask, eps=settings["eps"],
+            )  # fmt: skip
         if self.config.local == WINDOW_ONLY:
-            return _attend_in_blocks(*window, tensors[2], tensors[4], settings["key_mask"])
+            return _attend_in_blocks(*window, v, layout, key_mask, chosen)
         assert self.local is not None
         assert self.config.local is not None
-        return mhla_local(*tensors, window=window, weight=self.local, form=self.config.local, **settings)
+        return mhla_local(
+            *tensors, window=window, weight=self.local, form=self.config.local, chosen=chosen, **settings
+        )
 
     def _attend_in_parts(
         self, layout: BlockLayout, key_layout: BlockLayout | None, group: dist.ProcessGroup
@@ -438,11 +449,17 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
 
 
 def _attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    key_mask: Tensor | None,
+    chosen: Tensor | None,
 ) -> Tensor:
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
-        return window_attention(q, k, v, layout, key_mask=key_mask)
+        routed = None if chosen is None else routed_attention(q, k, v, chosen, layout, key_mask=key_mask)
+        return window_attention(q, k, v, layout, key_mask=key_mask, rest=routed).to(v.dtype)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

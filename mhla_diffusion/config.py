@@ -49,6 +49,8 @@ class MHLAConfig:
             ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`. Or
             ``"only"``: nothing beside it, so that tokens do not see other blocks; with ``blocks=1`` that is
             softmax attention, which so gets the convolution, the norms and the gate.
+        routed_blocks: further blocks that the softmax of each query sees, which it chooses for itself by
+            what they add to its denominator, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
             share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
@@ -74,6 +76,7 @@ class MHLAConfig:
     mixing_relative: bool = field(default=False, metadata=_LATER)
     mixing_content: bool = field(default=False, metadata=_LATER)
     local: str | None = field(default=None, metadata=_LATER)
+    routed_blocks: int = field(default=0, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
     qk_norm: bool = False
@@ -122,6 +125,14 @@ class MHLAConfig:
             raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
 
     def _check_local(self) -> None:
+        if not _is_int(self.routed_blocks) or self.routed_blocks < 0:
+            raise ValueError(f"routed_blocks must be an integer >= 0, got {self.routed_blocks!r}")
+        if self.routed_blocks and (self.local is None or self.blocks == 1):
+            raise ValueError(
+                f"routed_blocks={self.routed_blocks} are blocks of the softmax window beside its own: "
+                f"set local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several "
+                f"blocks, got local {self.local!r} and blocks {self.blocks}"
+            )
         for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) and self.key_blocks is not None:
                 raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
@@ -147,7 +158,7 @@ class MHLAConfig:
         form = {
             "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
             "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
-            "mixing_content": False, "center_keys": False,
+            "mixing_content": False, "routed_blocks": 0, "center_keys": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
 

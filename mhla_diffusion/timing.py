@@ -34,9 +34,15 @@ def interleaved(
     return times
 
 
-def best(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
-    """Return the shortest of each call's interleaved runs, in seconds."""
-    return [min(times) for times in interleaved(calls, device, repeats)]
+def best(
+    calls: Sequence[Callable[[], Any]],
+    device: str,
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Return the shortest of each call's interleaved runs, in seconds of a clock."""
+    return [min(times) for times in interleaved(calls, device, repeats, clock=clock)]
 
 
 def _time(call: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:

@@ -27,6 +27,8 @@ def vae_scale_factor(vae: Any) -> int:
     """Return the pixels along a side of a latent, 1 without an autoencoder."""
     if vae is None:
         return 1
+    if hasattr(vae, "spatial_compression_ratio"):
+        return vae.spatial_compression_ratio
     stages = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
     return 2 ** (len(stages) - 1)
 

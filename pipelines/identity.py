@@ -116,7 +116,11 @@ def _config(component: Any) -> dict[str, Any]:
     """Settings of a model or processor, of diffusers or of transformers."""
     config = getattr(component, "config", component)
     values = config if isinstance(config, Mapping) else config.to_dict()
-    return {key: value for key, value in values.items() if not key.startswith("_") and key not in _INCIDENTAL}
+    return {
+        key: value.to_dict() if hasattr(value, "to_dict") else value  # as a quantization_config is or is not
+        for key, value in values.items()
+        if not key.startswith("_") and key not in _INCIDENTAL
+    }
 
 
 def _json_sha256(values: Any) -> str:

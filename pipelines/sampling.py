@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mhla_diffusion.backbones.quantised import dequantised
 from mhla_diffusion.files.pictures import read_picture
 
 from .requests import require_finite
@@ -252,7 +253,8 @@ def _not_finite_weights(pipeline: Any) -> str | None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """False for NaN and infinity, as far as can be seen: not in what is quantised, or not in memory."""
+    """False for NaN and infinity, as far as can be seen: not in what is not in memory."""
+    weight = dequantised(weight)
     if hasattr(weight, "__tensor_flatten__") or weight.is_meta or not weight.is_floating_point():
         return True
     return bool(torch.isfinite(weight.float()).all())  # fp8 has no isfinite

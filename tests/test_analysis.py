@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
+from mhla_diffusion.analysis.matrices import window_matrices
 from mhla_diffusion.ops import BlockLayout, initial_mixing
 from tests.backbones.cases import CASES
 from tests.processes import run_script
@@ -232,3 +233,18 @@ def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
     again = run_script(*command)
     assert again.returncode == 1
     assert "already there" in again.stderr
+
+
+@pytest.mark.parametrize("local", ["shared", "gate", "only"])
+def test_the_matrix_of_a_routed_layer_is_what_acts_on_its_values(local: str) -> None:
+    config = MHLAConfig(blocks=(2, 2), local=local, routed_blocks=1)
+    module = MHLA(config, heads=1, head_dim=6, grid=(6, 6)).double()
+    q, k, v = torch.randn(3, 1, 1, 36, 6, dtype=torch.float64)
+    layout, _, mixing = module.fit((6, 6))
+    options: dict[str, Any] = {"feature_map": module.operator_map, "eps": config.eps}
+    call = (q, k, mixing.double(), layout, None, options, module.features(q, k))
+    near, routed = (
+        window_matrices(*call, form=local, weight=module.local, routes=routes)[0] for routes in (0, 1)
+    )
+    assert not torch.allclose(near, routed)
+    torch.testing.assert_close(routed @ v[0, 0], module(q, k, v, grid=(6, 6))[0])

@@ -475,3 +475,16 @@ def test_an_unknown_option_of_the_script_is_refused(
         run_script(monkeypatch, "--model", "DiT-S/2", "--height", "256", "--width", "256", "--heigth", "9")
     assert exit_.value.code == 2
     assert "heigth" in capsys.readouterr().err
+
+
+def test_routed_blocks_are_counted_as_torch_counts_their_products() -> None:
+    tokens, heads, d = 256, 6, 64
+    near, routed = (
+        plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4), local="shared", routed_blocks=number))
+        for number in (0, 3)
+    )
+    more = routed.operator_flops("mhla") - near.operator_flops("mhla")
+    assert more == (4 * tokens * 3 * 16 * d + 2 * tokens * 16 * d) * heads
+    assert plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4))).operator_flops("mhla") < (
+        near.operator_flops("mhla")
+    )

@@ -24,6 +24,9 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
@@ -112,3 +115,29 @@ def make_text_parts(kind: str) -> dict[str, Any]:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+
+
+def make_qwen_parts() -> dict[str, Any]:
+    """Return a tokenizer of characters and a random Qwen2.5-VL, whose embeddings have a width of 16."""
+    characters = [
+        *map(chr, range(33, 127)),
+        "\u0120",
+        "\u010a",
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+    tokenizer = Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(characters)}, merges=[])
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "vocab_size": len(characters),
+                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+            },
+            vision_config={
+                "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            },
+        )
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder.eval()}

@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..ops import BlockLayout, apply_rotary_emb, mhla_local, mhla_reference, window_attention
+from ..ops import (
+    BlockLayout,
+    apply_rotary_emb,
+    choose_blocks,
+    mhla_local,
+    mhla_reference,
+    routed_attention,
+    window_attention,
+)
 from ..ops.features import turn_all
 
 
@@ -97,21 +105,27 @@ def window_matrices(
     *,
     form: str,
     weight: Tensor | None,
+    routes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the matrix of attention with a softmax window that acts on values, and the positive one.
 
     ``form`` and ``weight``, of the one head, are those of :func:`mhla_diffusion.ops.mhla_local`; without a
-    weight the window is alone.
+    weight the window is alone. ``routes`` is ``routed_blocks`` of the config.
     """
     window, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
+    chosen = choose_blocks(*features, layout, routes, **options) if routes else None
     if weight is None:
-        found = window_attention(*window, unit, layout, key_mask=options.get("key_mask"))[0, 0]
+        key_mask = options.get("key_mask")
+        routed = (
+            None if chosen is None else routed_attention(*window, unit, chosen, layout, key_mask=key_mask)
+        )
+        found = window_attention(*window, unit, layout, key_mask=key_mask, rest=routed)[0, 0]
         return found, found
     acting, plain = (
         mhla_local(
             *features, unit, mixing, layout, window=window, weight=weight, form=form, rotary_emb=tables,
-            **options,
+            chosen=chosen, **options,
         )[0, 0]
         for tables in (rotary_emb, None)
     )  # fmt: skip

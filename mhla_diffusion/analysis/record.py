@@ -19,6 +19,7 @@ from ..attention import MHLA, MHLAConfig
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
 from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
+from ..backbones.quantised import require_not_quantised
 from ..config import WINDOW_ONLY
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
@@ -58,7 +59,7 @@ def analyze_stored(
         seed: of the noise and conditions.
 
     Raises:
-        ValueError: for another model, or a size that its patches do not divide.
+        ValueError: for another model, a quantised one, or a size that its patches do not divide.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -91,6 +92,7 @@ def analyze_stored(
 def _load(model: str) -> Any:
     """Load our form of a stored transformer, which runs any grid."""
     transformer = load_transformer(model).eval()
+    require_not_quantised(transformer, model, "analysis")
     ours = backbone_of(transformer)
     assert ours is not None
     if isinstance(transformer, ours):
@@ -250,10 +252,10 @@ def _analyze_layer(
 
 
 def _window_of(module: nn.Module, head: int) -> dict[str, Any]:
-    """Form of the softmax window of a layer, and its weight in a head."""
+    """Form of the softmax window of a layer, its weight in a head, and the blocks that it takes in."""
     assert isinstance(module, MHLA)
     weight = None if module.local is None else module.local[head : head + 1].double()
-    return {"form": module.config.local, "weight": weight}
+    return {"form": module.config.local, "weight": weight, "routes": module.config.routed_blocks}
 
 
 def _square(tokens: int) -> tuple[int, ...]:

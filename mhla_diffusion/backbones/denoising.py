@@ -23,6 +23,24 @@ class DenoisingMixin:
     time_scale: ClassVar[int] = 1000
     time_in_dtype: ClassVar[bool] = False
 
+    config: Any
+
+    @property
+    def sample_channels(self) -> int:
+        """Channels of samples, with those of what stands beside them."""
+        return self.config.in_channels
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of what it predicts for a sample, with those of a variance."""
+        return self.config.get("out_channels") or self.config.in_channels
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Widths of the embeddings that it takes, of each text encoder."""
+        names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
+        return tuple(self.config[name] for name in names if self.config.get(name))[:1]
+
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .grid import Grid, receive_grid
 from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
 from .layers import KeepsMHLA, keep_mhla, mhla_of
 from .processors import MHLAAttnProcessor
+from .quantised import require_finite_parts
 from .rebuild import rebuild, require_plain_weights
 from .registry import BACKBONES
 
@@ -292,7 +293,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
 
         Raises:
             ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
-                are converted, not loaded.
+                are converted, not loaded; and when quantisation on loading makes weights of MHLA NaN.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
@@ -323,6 +324,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
                 f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
                 "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
             )
+        if getattr(model, "hf_quantizer", None) is not None:
+            require_finite_parts(model)
         for name in SIZES:
             now, then = getattr(model.config, name, None), stored.get(name)
             if then is not None and now != then:

@@ -8,12 +8,15 @@ of positions, a list of images), and its texts have masks and positions, which t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
 
-from .grid import Grid, send_with_rope
+from .grid import Grid, send_with_rope, token_grid
 from .layer_plan import AttentionChoice, ConfigChoice
 from .model import MHLAModelMixin
 from .stock import after
@@ -67,6 +70,30 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
+
+    @property
+    def sample_channels(self) -> int:
+        return self.config.in_channels // math.prod(self.latents_per_token)
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        return (self.config.joint_attention_dim,)
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        given = super().denoising_arguments(samples, timestep, conditions)
+        mask = given.pop("encoder_attention_mask")
+        return {
+            **given, "hidden_states": F.pixel_unshuffle(samples, self.config.patch_size).flatten(2).mT,
+            "encoder_hidden_states_mask": mask, "img_shapes": [[(1, *grid)]] * len(samples),
+        }  # fmt: skip
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return the velocity ``[B, C, H, W]`` of tokens ``[B, N, 4 C]``."""
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        return F.pixel_shuffle(output.mT.unflatten(2, grid), self.config.patch_size)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attention import MHLAConfig
 from .convert import convert_to_mhla
+from .quantised import dequantised
 from .registry import backbone_of, load_transformer
 
 # Numbers of a tensor that go into the fingerprint: to hash all of a large model takes minutes.
@@ -110,11 +111,11 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: Any) -> str:
     """Hash the class, the stock config and a probe of every weight."""
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    for ours in ("attention", "mhla_config", "norm_type"):
+    for ours in ("attention", "mhla_config", "norm_type", "quantization_config"):
         config.pop(ours, None)
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], default=str, sort_keys=True).encode())
     for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
+        flat = dequantised(weight.detach()).flatten()
         probe = flat[:: max(1, len(flat) // _PROBES)].float().cpu().numpy()
         digest.update(f"{name} {list(weight.shape)}".encode() + probe.tobytes())
     return digest.hexdigest()[:16]

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..planning import load_model_config, token_grid
 from ..timing import interleaved, spread
-from .shared import check_at_least, check_choices, default_device, machine, plot, require_plots
+from .shared import check_at_least, check_choices, clock_of, default_device, machine, plot, require_plots
 
 # Sides of square images or frames in pixels, where those of others say nothing of a model.
 _SIZES = {
@@ -99,9 +98,7 @@ def model(
     if out is not None:
         require_plots()
     device = device or default_device()
-    if processor_time and device != "cpu":
-        raise ValueError(f"processor_time is for the device cpu, got {device}: leave it out")
-    clock = time.process_time if processor_time else time.perf_counter
+    clock = clock_of(device, processor_time=processor_time)
     kinds = _STEPS if training else _STEPS[:1]
     records = []
     for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,16 @@ from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
 from ..timing import best, interleaved, peak_bytes, spread
-from .shared import PASSES, check_at_least, check_choices, default_device, machine, plot, require_plots
+from .shared import (
+    PASSES,
+    check_at_least,
+    check_choices,
+    clock_of,
+    default_device,
+    machine,
+    plot,
+    require_plots,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +60,15 @@ class Shape:
 
 
 SHAPES = {
+    "256": Shape(64, 6, (16, 16), (4, 2)),  # DiT-S/2 at 256 px
+    "1k narrow": Shape(32, 12, (32, 32), (4, 4)),
     "1k": Shape(64, 6, (32, 32), (4, 4)),  # DiT-S/2 at 512 px
     "4k": Shape(72, 16, (64, 64), (4, 4)),  # DiT-XL/2 at 1024 px
     "16k": Shape(72, 16, (128, 128), (8, 8)),  # DiT-XL/2 at 2048 px
     "wan": Shape(128, 12, (21, 30, 50), (3, 5, 10)),  # Wan2.1-1.3B, 81 frames of 480 x 800
     "1M": Shape(64, 1, (1024, 1024), (16, 16)),
 }
+LONG = ("1k", "4k", "16k", "wan", "1M")
 PEERS = ("mhla", "softmax", "linear", "convolution")
 
 
@@ -74,7 +87,7 @@ class Measurement:
 
 
 def operator(
-    shapes: Sequence[str] = tuple(SHAPES),
+    shapes: Sequence[str] = LONG,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     passes: Sequence[str] = PASSES,
     peers: Sequence[str] = PEERS,
@@ -83,6 +96,7 @@ def operator(
     scaling: bool = True,
     out: Path | None = None,
     device: str | None = None,
+    processor_time: bool = False,
 ) -> str:
     """MHLA against softmax attention, plain linear attention and the reference convention.
 
@@ -91,7 +105,7 @@ def operator(
     q, k, v and the output over the rate of a copy, both measured here; three times that with the backward.
 
     Args:
-        shapes: of 1k, 4k, 16k, wan, 1M.
+        shapes: of 256, 1k narrow, 1k, 4k, 16k, wan, 1M.
         dtypes: of float32, bfloat16.
         passes: of ``forward``, ``forward + backward``.
         peers: of mhla, softmax, linear, convolution.
@@ -101,9 +115,11 @@ def operator(
         scaling: also time MHLA from 1k to 1M tokens, at 1,024 tokens a block.
         out: folder for operator.json (written after each shape), operator.md and scaling.png.
         device: cpu or cuda; a GPU where there is one.
+        processor_time: count the seconds of all threads on the processor and not those of the clock, which
+            other work on the machine lengthens; on a CPU.
 
     Returns:
-        A table in Markdown.
+        A table in Markdown. Its spread is the distance between the quartiles of a peer's runs, of the median.
 
     Raises:
         ValueError: for a choice that does not exist.
@@ -116,19 +132,21 @@ def operator(
     if scaling and out is not None:
         require_plots()
     device = device or default_device()
+    clock = clock_of(device, processor_time=processor_time)
     for name in shapes:
         check(SHAPES[name], device)
-    record: dict[str, Any] = {"machine": machine(device), "measurements": []}
+    where = machine(device) + (", processor time" if processor_time else "")
+    record: dict[str, Any] = {"machine": where, "measurements": []}
     results: list[Measurement] = []
     for name in tqdm(shapes, desc="shapes", disable=None):
         for dtype in dtypes:
-            results += _measure_shape(name, dtype, passes, peers, repeats, seconds, device)
+            results += _measure_shape(name, dtype, passes, peers, repeats, seconds, device, clock)
             record["measurements"] = [asdict(result) for result in results]
             if out is not None:
                 write_file(out / "operator.json", json.dumps(record, indent=2))
-    text = f"{machine(device)}\n\n{_operator_table(results)}"
+    text = f"{where}\n\n{_operator_table(results)}"
     if scaling:
-        times = measure_scaling(device)
+        times = measure_scaling(device, clock=clock)
         record["scaling"] = times
         text += "\n\n" + "\n".join(
             f"{name}: slope of log time over log tokens {slope(points):.3f}, 1k to 1M tokens"
@@ -178,16 +196,21 @@ def check(shape: Shape, device: str, rows: int = 16) -> None:
     logger.info("%s equals the reference", shape)
 
 
-def measure_rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+def measure_rates(
+    dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
     """FLOP/s of a 2048 x 2048 product, and bytes/s read and written of a copy of 256 MB."""
     a, target = torch.randn(2, 2048, 2048, device=device).to(dtype)
     source = torch.empty(2**28 // dtype.itemsize, device=device, dtype=dtype).fill_(1)
     copy = torch.empty_like(source)
-    product, copying = best([lambda: torch.mm(a, a, out=target), lambda: copy.copy_(source)], device, 7)
+    calls = [lambda: torch.mm(a, a, out=target), lambda: copy.copy_(source)]
+    product, copying = best(calls, device, 7, clock=clock)
     return 2 * 2048**3 / product, 2 * 2**28 / copying
 
 
-def measure_scaling(device: str, most: int = 2**20) -> dict[str, list[tuple[int, float]]]:
+def measure_scaling(
+    device: str, most: int = 2**20, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[tuple[int, float]]]:
     """Tokens and seconds at 1,024 tokens a block, d 64, one head, float32, for both of ``PASSES``."""
     times: dict[str, list[tuple[int, float]]] = {name: [] for name in PASSES}
     sides = [2**i for i in range(5, 11) if 4**i <= most]
@@ -195,7 +218,7 @@ def measure_scaling(device: str, most: int = 2**20) -> dict[str, list[tuple[int,
         shape = Shape(64, 1, (side, side), (side // 32, side // 32))
         inputs = _inputs(shape, torch.float32, device)
         calls = [_calls("mhla", shape, inputs, passes) for passes in PASSES]
-        for name, seconds in zip(PASSES, best(calls, device, 5), strict=True):
+        for name, seconds in zip(PASSES, best(calls, device, 5, clock=clock), strict=True):
             times[name].append((side**2, seconds))
     return times
 
@@ -214,10 +237,11 @@ def _measure_shape(
     repeats: int,
     seconds: float,
     device: str,
+    clock: Callable[[], float],
 ) -> list[Measurement]:
     shape = SHAPES[name]
     inputs = _inputs(shape, getattr(torch, dtype), device)
-    matmul_rate, copy_rate = measure_rates(getattr(torch, dtype), device)
+    matmul_rate, copy_rate = measure_rates(getattr(torch, dtype), device, clock)
     results = []
     for kind in passes:
         factor = 1 if kind == "forward" else 3
@@ -225,7 +249,8 @@ def _measure_shape(
         softmax = 4 * shape.layout.num_tokens**2 * shape.d * shape.heads * factor / matmul_rate
         names = [peer for peer in peers if peer != "softmax" or softmax < seconds]
         calls = [_calls(peer, shape, inputs, kind) for peer in names]
-        times = dict(zip(names, interleaved(calls, device, repeats, seconds), strict=True))
+        runs = interleaved(calls, device, repeats, seconds, clock=clock)
+        times = dict(zip(names, runs, strict=True))
         peaks = {peer: peak_bytes(call, device) for peer, call in zip(names, calls, strict=True)}
         moved = 4 * inputs[0].numel() * inputs[0].element_size()
         floor = factor * max(shape.flops / matmul_rate, moved / copy_rate)
@@ -302,7 +327,7 @@ def _operator_table(results: Sequence[Measurement]) -> str:
         rows.setdefault((result.shape, result.dtype, result.passes), {})[result.peer] = result
     others = [peer for peer in PEERS[1:] if any(r.peer == peer for r in results)]
     head = ["shape", "dtype", "pass", "MHLA ms", "floor ms", "of the floor"]
-    head += [f"{peer} / MHLA" for peer in others] + ["MB beyond in- and outputs"]
+    head += [f"{peer} / MHLA" for peer in others] + ["MB beyond in- and outputs", "spread"]
     lines = [head]
     for (shape, dtype, passes), peers in rows.items():
         ours = peers.get("mhla")
@@ -314,11 +339,12 @@ def _operator_table(results: Sequence[Measurement]) -> str:
             for peer, result in peers.items()
             if result.peak_bytes is not None
         )
+        spreads = " / ".join(f"{p} {result.spread:.0%}" for p, result in peers.items() if result.spread)
         lines.append(
             [
                 str(SHAPES[shape]), dtype, passes, f"{1e3 * ours.seconds:,.1f}",
                 f"{1e3 * ours.floor:,.1f}", f"{ours.seconds / ours.floor:.2f} x",
-                *("-" if s is None else f"{s / ours.seconds:.2f} x" for s in ratios), memory,
+                *("-" if s is None else f"{s / ours.seconds:.2f} x" for s in ratios), memory, spreads,
             ]
         )  # fmt: skip
     return markdown_table(lines)

@@ -6,6 +6,7 @@ import importlib
 import io
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +21,17 @@ PASSES = ("forward", "forward + backward")
 def default_device() -> str:
     """Return cuda where there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def clock_of(device: str, *, processor_time: bool) -> Callable[[], float]:
+    """Return the clock that calls are timed by, in seconds: of the wall, or of all threads on processors.
+
+    Raises:
+        ValueError: for processor time on another device than a CPU, whose work it would not count.
+    """
+    if processor_time and device != "cpu":
+        raise ValueError(f"processor_time is for the device cpu, got {device}: leave it out")
+    return time.process_time if processor_time else time.perf_counter
 
 
 def machine(device: str) -> str:

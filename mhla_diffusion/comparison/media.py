@@ -31,6 +31,10 @@ class Measured(Samples):
     def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
         return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
+    def trained(self, variant: Variant, folder: Path) -> Any:
+        run = MeasuredRun(self, self.config(variant, 0, folder / "training"), folder, "cpu")
+        return run.model if run.pipeline_folder.is_dir() else None
+
 
 @dataclass(frozen=True)
 class Images(Measured, kind="images"):

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..attention import MHLAConfig
 from ..backbones import convert_to_mhla
 from ..backbones.grid import token_grid
+from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
 from ..files.locking import only_writer
 from ..files.writing import write_file
@@ -104,6 +105,7 @@ def align(
         OSError: when the disk has no room.
     """
     config, out = config or AlignConfig(), Path(out)
+    require_not_quantised(teacher, name, "alignment")
     first = layer_calls(teacher, calls(0), list(attention_layers(teacher)))
     candidates = dict(candidates or default_candidates(grid_of(teacher, calls)))
     record = _record_of(teacher, calls, candidates, config, name=name, tokens=_tokens(first))

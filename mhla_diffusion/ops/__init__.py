@@ -19,6 +19,7 @@ from .mixing import (
 )
 from .parallel import exchanged_bytes, mhla_parallel
 from .reference import mhla_causal_reference, mhla_local_reference, mhla_reference
+from .routing import choose_blocks, routed_attention
 from .window import LOCAL_FORMS, mhla_local, window_attention
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "apply_rotary_emb",
     "block_distances",
     "causal_mixing",
+    "choose_blocks",
     "content_mixing",
     "exchanged_bytes",
     "extend_mixing",
@@ -47,5 +49,6 @@ __all__ = [
     "recommended_layout",
     "relative_mixing",
     "resize_mixing",
+    "routed_attention",
     "window_attention",
 ]

@@ -67,6 +67,7 @@ def mhla_local_reference(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window as dense attention: the measure of :func:`mhla_diffusion.ops.mhla_local`.
 
@@ -76,6 +77,8 @@ def mhla_local_reference(
     options: dict[str, Any] = {"feature_map": feature_map, "key_mask": key_mask, "eps": eps}
     block = layout.block_index(q.device)
     own = (block[:, None] == block).double()
+    if chosen is not None:
+        own = own + (chosen[..., None] == block).double().sum(-2)  # [B, H, N, N]
     window_q, window_k = (x.double() for x in window)
     scores = (window_q @ window_k.mT / math.sqrt(window_q.shape[-1])).exp() * own
     near = scores if key_mask is None else scores * key_mask[:, None, None, :]

@@ -12,11 +12,9 @@ from .features import RotaryEmbedding
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
+from .routing import NOTHING, joined, routed_attention
 
 LOCAL_FORMS = ("shared", "gate")
-
-# exp of it is 0 beside any other score, and float16 still has it.
-_NOTHING = -1e4
 
 
 def mhla_local(
@@ -33,6 +31,7 @@ def mhla_local(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window: queries see the keys of their own block sharply, others by summaries.
 
@@ -48,6 +47,8 @@ def mhla_local(
         window: queries and keys of the softmax, ``[B, H, N, d']`` each, with their positions in them.
         weight: w, ``[H]``.
         form: ``"shared"`` or ``"gate"``.
+        chosen: blocks that the window of each query holds beside its own, see
+            :func:`mhla_diffusion.ops.choose_blocks`. Their summaries still count among the others.
 
     Returns:
         ``[B, H, N, d_v]`` in the dtype of v.
@@ -68,17 +69,21 @@ def mhla_local(
             dtype=torch.promote_types(values.dtype, torch.float32),
         )  # fmt: skip
 
+    routed = None if chosen is None else routed_attention(queries, keys, v, chosen, layout, key_mask=key_mask)
     if form == "gate":
         gate = weight.sigmoid()[:, None, None]
-        near = window_attention(queries, keys, v, layout, key_mask=key_mask)
+        near = window_attention(queries, keys, v, layout, key_mask=key_mask, rest=routed)
         return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
     # W without its diagonal: the own block is the window's.
     others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
     far = attend(v, others, "paper", rotary_emb)
     sums = attend(torch.ones_like(v[..., :1]), others, "none", None)[..., 0]
     tiny = torch.finfo(sums.dtype).tiny
-    log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(_NOTHING)
-    return window_attention(queries, keys, v, layout, key_mask=key_mask, rest=(far, log_sums)).to(v.dtype)
+    log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
+    rest = far, log_sums
+    if routed is not None:
+        rest = joined(torch.stack((far, routed[0]), -2), torch.stack((log_sums, routed[1]), -1))
+    return window_attention(queries, keys, v, layout, key_mask=key_mask, rest=rest).to(v.dtype)
 
 
 def window_attention(
@@ -115,7 +120,7 @@ def window_attention(
     seen = _seen(layout, key_mask, causal=causal, device=q.device)
     lacks_rest = score is None
     if score is None:
-        score = q.new_full(q.shape[:-1], _NOTHING)
+        score = q.new_full(q.shape[:-1], NOTHING)
     # The score of the rest is no product of q and a key: two channels more, whose keys are 1 for the rest and
     # 0 for all others. Two, as one of bfloat16 would round a logarithm by up to 2 %.
     high = score.to(q.dtype)

@@ -14,8 +14,6 @@ from torch import nn
 from ..backbones.model import FULL_WEIGHTS
 from ..optional import how_to_install
 
-_SELF_ATTENTION = "attn1"
-
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -54,11 +52,11 @@ def require_trained(lora: LoraConfig, init_from: str | None) -> None:
         )
 
 
-def set_trainable(model: nn.Module, trainable: str, lora: LoraConfig) -> None:
+def set_trainable(model: Any, trainable: str, lora: LoraConfig) -> None:
     """Freeze what is not trained, and add adapters.
 
     Args:
-        model: a transformer whose layers call their self-attention ``attn1``.
+        model: a transformer, whose ``attention_name`` is what its layers call their self-attention.
         trainable: ``"all"`` or ``"attention"``. With a rank, self-attention is trained in full and every
             other linear layer through its adapter, whatever is said here.
         lora: see :class:`LoraConfig`.
@@ -71,7 +69,7 @@ def set_trainable(model: nn.Module, trainable: str, lora: LoraConfig) -> None:
     elif trainable == "all":
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_in_self_attention(name) or (lora.rank > 0 and ".lora_" in name))
+        parameter.requires_grad_(_in_self_attention(model, name) or (lora.rank > 0 and ".lora_" in name))
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -102,7 +100,7 @@ def save_adapters(model: Any, lora: LoraConfig, folder: Path) -> None:
             for part in ("lora_A", "lora_B"):
                 weights[f"{name}.{part}.weight"] = getattr(layer, part)["default"].weight.clone()
     for name, parameter in model.named_parameters():
-        if _in_self_attention(name):
+        if _in_self_attention(model, name):
             weights[f"{FULL_WEIGHTS}.{name}"] = parameter.clone()
     metadata = {"r": lora.rank, "lora_alpha": lora.alpha or lora.rank, "target_modules": targets}
     WanPipeline.save_lora_weights(
@@ -110,7 +108,7 @@ def save_adapters(model: Any, lora: LoraConfig, folder: Path) -> None:
     )
 
 
-def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
+def _add_adapters(model: Any, lora: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
@@ -118,7 +116,7 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _in_self_attention(name)
+        if isinstance(module, nn.Linear) and not _in_self_attention(model, name)
     ]
     alpha: Any = lora.alpha or lora.rank
     peft.inject_adapter_in_model(
@@ -126,5 +124,5 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     )
 
 
-def _in_self_attention(name: str) -> bool:
-    return _SELF_ATTENTION in name.split(".")
+def _in_self_attention(model: Any, name: str) -> bool:
+    return model.attention_name in name.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from .config import changeable
 from .data import CachedLatents, DataConfig, ImageSamples
 from .data.captions import texts_of
 from .data.image_sources import sizes_of
-from .data.latents import load_vae
+from .data.latents import PLAIN_AUTOENCODERS, load_vae
 from .data.stream import SampleSource
 from .image_models import ModelConfig, build_model, require_sizes, takes_texts
 from .objectives import Objective
@@ -28,12 +29,7 @@ from .run import train
 from .settings import RunConfig
 from .stock import IMAGES
 from .task import SampleSheetConfig, TrainingTask
-from .text import (
-    CaptionEncoder,
-    TextConfig,
-    load_caption_encoder,
-    warn_of_long_captions,
-)
+from .text import CaptionEncoder, TextConfig, load_caption_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +121,7 @@ def _build_of_classes(
     pipeline = partial(
         MHLADiTPipeline,
         scheduler=objective.scheduler(),
-        vae=source.load_vae() if isinstance(source, CachedLatents) else None,
+        vae=source.load_vae(PLAIN_AUTOENCODERS) if isinstance(source, CachedLatents) else None,
         id2label=dict(enumerate(names)),
     )
     conditioning = ClassLabels(names, null_label=classes, dropout=config.class_dropout)
@@ -142,40 +138,35 @@ def _build_of_texts(
         stock.require(config.text, config.objective)
     elif config.text.pipeline:
         raise ValueError(f"text.pipeline {config.text.pipeline} is for another model: remove it")
-    encoder = load_caption_encoder(config.text)
+    encoders = load_caption_encoders(config.text)
     if model is None:
-        model = build_model(config.model, objective, text_dim=encoder.text_encoder.config.hidden_size)
-    source = build_source(config, model)
-    vae = None
+        model = build_model(config.model, objective, text_dims=[encoder.width for encoder in encoders])
+    source, vae = build_source(config, model), None
     if isinstance(source, CachedLatents):
-        source.require_text(config.text, encoder)
-        vae = source.load_vae()
-    else:
-        warn_of_long_captions(texts_of(source.captions or ()), encoder.tokenizer, config.text.max_length)
+        source.require_text(config.text, encoders)
+        vae = source.load_vae(PLAIN_AUTOENCODERS if stock is None else stock.autoencoders)
+    for encoder in encoders if vae is None else ():
+        encoder.warn_of_long(texts_of(source.captions or ()))
     if stock is not None:
-        stock.require_latents(source)
-        conditioning = stock.conditioning(encoder, config.caption_dropout)
-        pipeline: Any = partial(stock.finish, encoder, vae, objective)
+        conditioning = stock.conditioning(encoders, config.caption_dropout)
+        pipeline: Any = partial(stock.finish, encoders, vae, objective)
+        call = stock.call(vae, source.sizes, config.text)
     else:
-        conditioning = _captions(config, model, encoder, vae)
-        pipeline = _Finished(config, objective.scheduler(), encoder, vae)
-    side, facts = model.config.sample_size * vae_scale_factor(vae), config.data.chosen().facts()
-    task = TrainingTask(
-        conditioning,
-        config.sampling,
-        pipeline,
-        config.data.title,
-        facts,
-        call={"height": side, "width": side},
-    )
+        conditioning = _captions(config, model, encoders, vae)
+        pipeline = _Finished(config, objective.scheduler(), encoders[0], vae)
+        call = dict.fromkeys(("height", "width"), model.config.sample_size * vae_scale_factor(vae))
+    facts = config.data.chosen().facts()
+    task = TrainingTask(conditioning, config.sampling, pipeline, config.data.title, facts, call=call)
     return model, source, task
 
 
-def _captions(config: ImageTrainingConfig, model: Any, encoder: CaptionEncoder, vae: Any) -> Captions:
+def _captions(
+    config: ImageTrainingConfig, model: Any, encoders: Sequence[CaptionEncoder], vae: Any
+) -> Captions:
     """Captions and, for models that are told it, the size in pixels."""
     factor = vae_scale_factor(vae)
     return Captions(
-        encoder,
+        encoders,
         config.caption_dropout,
         embedded=vae is not None,
         masked=True,
@@ -213,16 +204,18 @@ def build_source(config: ImageTrainingConfig, model: Any) -> ImageSamples | Cach
     Raises:
         ValueError: when they do not fit.
     """
-    data, shape = config.data, model.config
+    data, channels = config.data, model.sample_channels
     source = data.open(captioned=takes_texts(type(model)))
-    square = (shape.sample_size,) * 2
+    if type(model) in IMAGES:
+        IMAGES[type(model)].require_latents(source)
+    side = model.config.get("sample_size")
+    square = (side, side) if side else source.sizes[0]  # such models are trained on latents of any size
     if not isinstance(source, CachedLatents):
         source = ImageSamples(
-            source, channels=shape.in_channels, sizes=sizes_of(data, square), flip=data.flip,
-            enlarge=data.enlarge,
-        )  # fmt: skip
+            source, channels=channels, sizes=sizes_of(data, square), flip=data.flip, enlarge=data.enlarge
+        )
     else:
-        found, expected = (source.channels, *source.sizes[0]), (shape.in_channels, *square)
+        found, expected = (source.channels, *source.sizes[0]), (channels, *square)
         if source.text is None and found != expected:
             raise ValueError(f"{data.path} holds latents {found}, but the model takes {expected}")
         source.require_channels(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 
 from ..processes import launch_option, make_accelerator
 from .data.stream import BatchShare
@@ -34,7 +34,7 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
         settings: further arguments of Accelerator.
 
     Raises:
-        ValueError: when the launcher says something else.
+        ValueError: when the launcher says something else, or asks for DeepSpeed where it cannot run.
     """
     # Launchers write "auto" and "no" where nobody chose; accelerate takes a number alone.
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":
@@ -46,12 +46,23 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     if said["mixed_precision"] == "no":
         said["mixed_precision"] = "auto"
     require_agreement(said, config)
+    _require_device_for_deepspeed()
     return make_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         dynamo_backend="no",  # see compile_as_launched
         **settings,
     )
+
+
+def _require_device_for_deepspeed() -> None:
+    """Refuse DeepSpeed on a CPU: there accelerate trains without it, silently, or fails in the middle."""
+    asked, on_cpu = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "CPU"))
+    if asked and (on_cpu or not torch.accelerator.is_available()):
+        raise ValueError(
+            "the launcher asks for DeepSpeed, which accelerate runs on a GPU alone: without one "
+            "leave it out, and start several processes with torchrun"
+        )
 
 
 def require_agreement(said: Mapping[str, Any], config: TrainerConfig) -> None:

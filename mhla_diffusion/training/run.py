@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from ..backbones.quantised import require_not_quantised
 from ..files.locking import only_writer
 from ..hub import component_subfolder
 from ..processes import in_first_process, one_fate
@@ -87,10 +88,15 @@ def new_or_loaded(model_class: Any, config: Any, *, without: Sequence[str] = (),
         config: fields of its own, ``mhla`` and ``init_from``; those that are None are left to the class.
         without: fields that are no arguments of the class.
         arguments: further ones, of a new model.
+
+    Raises:
+        ValueError: when the model of ``init_from`` is quantised.
     """
     if config.init_from is not None:
         subfolder = component_subfolder(config.init_from, "transformer")
-        return model_class.from_pretrained(config.init_from, subfolder=subfolder, dtype=torch.float32)
+        model = model_class.from_pretrained(config.init_from, subfolder=subfolder, dtype=torch.float32)
+        require_not_quantised(model, config.init_from, "training")
+        return model
     shape = {
         name: value for name, value in as_dict(config).items() if value is not None and name not in without
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import diffusers
 
@@ -31,7 +31,8 @@ from .conditioning import Captions
 from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import Objective, ObjectiveConfig
-from .text import CaptionEncoder, TextConfig, make_stock_pipeline
+from .task import FRAMES
+from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline, number_suffix
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class StockTraining:
         variance: whether the model predicts a variance too, with ddpm.
         masked: whether the model is told which tokens are the text's.
         scheduler: settings of the scheduler that is left, beside those of the objective's.
+        multiple: of pixels, that heights and widths must be for the pipeline.
     """
 
     pipeline: str
@@ -51,6 +53,7 @@ class StockTraining:
     variance: bool = False
     masked: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    multiple: int = 1
 
     def require(self, text: TextConfig, objective: ObjectiveConfig) -> None:
         """Check that a run embeds captions and denoises as the pipeline does.
@@ -78,23 +81,35 @@ class StockTraining:
     @property
     def guarded(self) -> bool:
         """True when it makes nothing without a guard, which is no part of a run."""
-        return "safety_checker" in inspect.signature(getattr(diffusers, self.pipeline).__init__).parameters
+        return is_guarded(self.pipeline)
 
-    def conditioning(self, encoder: CaptionEncoder, dropout: float) -> Captions:
+    @property
+    def autoencoders(self) -> tuple[str, ...]:
+        """Classes by which the pipeline decodes."""
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__init__).parameters
+        said = takes["vae"].annotation
+        return tuple(vae.__name__ for vae in get_args(said) or (said,))
+
+    def conditioning(self, encoders: Sequence[CaptionEncoder], dropout: float) -> Captions:
         """Return captions that are embedded already, as the pipeline gives them to the model."""
-        return Captions(encoder, dropout, embedded=True, masked=self.masked)
+        return Captions(encoders, dropout, embedded=True, masked=self.masked)
 
     def finish(
-        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
+        self,
+        encoders: Sequence[CaptionEncoder],
+        vae: Any,
+        objective: Objective,
+        transformer: Any,
+        training: Any,
     ) -> Any:
         """Return the pipeline of a transformer; ``training`` has no place in it."""
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
+        texts = {name: part for encoder in encoders for name, part in encoder.components.items()}
         return make_stock_pipeline(
-            self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
+            self.pipeline, **texts, vae=vae, transformer=transformer,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
-            transformer=transformer,
         )  # fmt: skip
 
     def require_latents(self, source: Any) -> CachedLatents:
@@ -110,16 +125,33 @@ class StockTraining:
             )
         return source
 
-    def sizes(self, vae: Any, latents: Sequence[int]) -> dict[str, int]:
-        """Return the arguments of the pipeline's call for latents of this size."""
-        *frames, height, width = size_in_pixels(vae, latents)
+    def call(self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for the first of these sizes of latents.
+
+        Raises:
+            ValueError: when the pipeline does not make one of these sizes.
+        """
+        sizes = [size_in_pixels(vae, size) for size in latents]
+        for size in sizes:
+            if any(side % self.multiple for side in size[-2:]):
+                raise ValueError(
+                    f"{self.pipeline} makes heights and widths of multiples of {self.multiple}, but the data "
+                    f"are of {size[-2]} x {size[-1]} pixels: cache them with other data.sizes"
+                )
+        *frames, height, width = sizes[0]
         takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
-        named = {name: frames[0] for name in ("num_frames", "video_length") if frames and name in takes}
-        return {"height": height, "width": width, **named}
+        # A size that is rounded to a known one would not be that of the data.
+        given: dict[str, Any] = {"max_sequence_length": text.max_length, "use_resolution_binning": False}
+        given |= dict.fromkeys(FRAMES, frames[0]) if frames else {}
+        return {
+            "height": height, "width": width,
+            **{name: value for name, value in given.items() if name in takes},
+        }  # fmt: skip
 
 
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
+    MHLAQwenImageTransformer2DModel: StockTraining("QwenImagePipeline", "flow", masked=True),
 }
 VIDEOS: dict[type[Any], StockTraining] = {
     MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True),
@@ -129,6 +161,7 @@ VIDEOS: dict[type[Any], StockTraining] = {
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
+    MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
 }
 
 _TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
@@ -142,10 +175,6 @@ UNTRAINED: dict[type[Any], str] = {
     MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
     "between the two, for which there is no objective here",
-    MHLASanaVideoTransformer3DModel: "its pipeline says in the prompt how strong the motion is, which no "
-    "caption here does",
-    MHLAQwenImageTransformer2DModel: "its forward takes latents packed into tokens beside those of the text, "
-    "which no run here gives",
 }
 """Backbones without training, and what is missing for it."""
 
@@ -172,15 +201,13 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
-def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
-    """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+def require_fit(model: Any, objective: Objective, text_dims: Sequence[int], name: str | None) -> None:
+    """Check that a loaded model has the output channels that an objective needs, and takes a text's widths.
 
     Raises:
         ValueError: otherwise, saying what to set.
     """
-    shape = model.config
-    expected = objective.out_channels(shape.in_channels)
-    found = shape.get("out_channels") or shape.in_channels
+    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels)
     if found != expected:
         remedy = "set objective.learn_variance to false, or objective.name to flow"
         if not objective.predicts_variance:
@@ -189,10 +216,9 @@ def require_fit(model: Any, objective: Objective, text_dim: int | None, name: st
             f"{name} returns {found} channels, but this objective needs {expected}: {remedy}, as it was "
             "trained"
         )
-    names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
-    takes = next((shape[key] for key in names if shape.get(key)), None)
-    if text_dim is not None and takes != text_dim:
-        raise ValueError(
-            f"{name} takes text of width {takes}, but text.encoder gives {text_dim}: use the text encoder "
-            "that it was trained with"
-        )
+    for number, (takes, gives) in enumerate(zip(model.text_widths, text_dims, strict=False)):
+        if takes != gives:
+            raise ValueError(
+                f"{name} takes text of width {takes}, but text.encoder{number_suffix(number)} gives {gives}: "
+                "use the text encoder that it was trained with"
+            )

@@ -17,6 +17,9 @@ from .conditioning import Conditioning
 from .config import changeable
 from .sheets import SampleSheet, SheetClock
 
+FRAMES = ("num_frames", "video_length", "frames")
+"""Names by which pipelines of diffusers are told how many frames to make."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSheetConfig:
@@ -89,7 +92,7 @@ class TrainingTask:
                 **arguments,
                 **self.call,
                 **watch,
-                guidance_scale=sampling.guidance_scale,
+                **_guidance(pipeline, sampling.guidance_scale, arguments),
                 num_inference_steps=sampling.num_inference_steps,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="pil",
@@ -115,10 +118,26 @@ class TrainingTask:
         """Size of what a sheet shows, for a model card; empty where the pipeline knows it."""
         if "height" not in self.call:
             return {}
-        frames = self.call.get("num_frames") or self.call.get("video_length")
+        frames = next((self.call[name] for name in FRAMES if name in self.call), None)
         size = f"{self.call['height']} x {self.call['width']} pixels, latents"
         return {"size": f"{frames} frames of {size}" if frames else size}
 
     def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Return the facts of a run and those of its data."""
         return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}
+
+
+def _guidance(pipeline: Any, scale: float, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call for guidance away from the empty text."""
+    if "true_cfg_scale" not in inspect.signature(type(pipeline).__call__).parameters:
+        return {"guidance_scale": scale}
+    # There guidance_scale is for models that are told it, and no negative prompt means no guidance.
+    prompt = asked["prompt"]
+    return (
+        {
+            "true_cfg_scale": scale,
+            "negative_prompt": [""] * len(prompt) if isinstance(prompt, list) else "",
+        }
+        if scale > 1
+        else {"true_cfg_scale": scale}
+    )

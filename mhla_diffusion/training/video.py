@@ -31,10 +31,9 @@ from .stock import VIDEOS, StockTraining, require_fit, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
-    load_caption_encoder,
+    load_caption_encoders,
     load_text_encoder,
     video_caption_encoder,
-    warn_of_long_captions,
 )
 
 
@@ -44,7 +43,7 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2 or LTX-Video.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video or SanaVideo.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -169,18 +168,18 @@ def _build_wan(
     parts = build_parts(config, objective, latents)
     encoder = video_caption_encoder(parts)
     if latents is not None:
-        latents.require_text(config.text, encoder)
+        latents.require_text(config.text, [encoder])
     sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
         model = build_model(config.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
     if latents is None:
         source = VideoSamples(source, config.data, channels=model.config.in_channels)
-        warn_of_long_captions(texts_of(source.captions), parts.tokenizer, config.text.max_length)
+        encoder.warn_of_long(texts_of(source.captions))
     else:
         latents.require_channels(model)
     task = TrainingTask(
-        Captions(encoder, config.caption_dropout, embedded=latents is not None),
+        Captions([encoder], config.caption_dropout, embedded=latents is not None),
         config.sampling,
         with_transformer(parts, parts.size_in_pixels(sizes[0])),
         config.data.title,
@@ -221,11 +220,11 @@ def _build_for(
     if stock.guarded and config.sampling.every:
         raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
     _require_pictures(config.sampling, known=None)
-    encoder, vae = load_caption_encoder(config.text), latents.load_vae()
-    latents.require_text(config.text, encoder)
+    encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
+    latents.require_text(config.text, encoders)
     if model is None:
         model = new_or_loaded(config.model.model_class, config.model)
-        require_fit(model, objective, encoder.text_encoder.config.hidden_size, config.model.init_from)
+        require_fit(model, objective, [encoder.width for encoder in encoders], config.model.init_from)
     latents.require_channels(model)
     frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
@@ -236,12 +235,12 @@ def _build_for(
     patch = model.latents_per_token
     require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
     task = TrainingTask(
-        stock.conditioning(encoder, config.caption_dropout),
+        stock.conditioning(encoders, config.caption_dropout),
         config.sampling,
-        partial(stock.finish, encoder, vae, objective),
+        partial(stock.finish, encoders, vae, objective),
         config.data.title,
         config.data.chosen().facts(),
-        call=stock.sizes(vae, latents.sizes[0]),
+        call=stock.call(vae, latents.sizes, config.text),
         fps=latents.fps or 16.0,
     )
     return model, latents, task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def test_peers_are_what_they_are_called() -> None:
 
 
 def test_operator_writes_a_row_for_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device: (1e12, 1e12))
-    monkeypatch.setattr(operator, "measure_scaling", lambda device: {"forward": [(1024, 1.0), (4096, 4.0)]})
+    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device, clock: (1e12, 1e12))
+    points = [(1024, 1.0), (4096, 4.0)]
+    monkeypatch.setattr(operator, "measure_scaling", lambda device, clock: {"forward": points})
     text = operator.operator(["tiny"], repeats=3, out=tmp_path, device="cpu")
     rows = [line for line in text.splitlines() if line.startswith("| d 8, H 2, N 24, M 6")]
     assert len(rows) == 4, "float32 and bfloat16, forward and with backward"
@@ -47,9 +49,28 @@ def test_operator_writes_a_row_for_every_case(tmp_path: Path, monkeypatch: pytes
 
 
 def test_softmax_attention_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device: (1.0, 1e12))
+    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device, clock: (1.0, 1e12))
     text = operator.operator(["tiny"], ["float32"], ["forward"], repeats=1, scaling=False, device="cpu")
     assert text.splitlines()[-1].split(" | ")[6] == "-"
+
+
+def test_times_are_those_of_the_chosen_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear_that_waits(*tensors: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return linear_attention(*tensors)
+
+    monkeypatch.setattr(operator, "linear_attention", linear_that_waits)
+    monkeypatch.setattr(operator, "measure_rates", lambda dtype, device, clock: (1e12, 1e12))
+    for processor_time in (False, True):
+        out = tmp_path / str(processor_time)
+        text = operator.operator(
+            ["tiny"], ["float32"], ["forward"], ["mhla", "linear"], repeats=3, scaling=False, out=out,
+            device="cpu", processor_time=processor_time,
+        )  # fmt: skip
+        times = [row["seconds"] for row in json.loads((out / "operator.json").read_text())["measurements"]]
+        assert (times[1] < 0.1) == processor_time
+        assert ("processor time" in text.splitlines()[0]) == processor_time
+        assert text.splitlines()[2].endswith("| spread |")
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
@@ -76,6 +97,7 @@ def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"shapes": ["2k"]}, "shapes must be of tiny, ragged, got '2k'"),
         ({"dtypes": ["float16"]}, "dtypes must be of float32, bfloat16, got 'float16'"),
+        ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
         ({"peers": ["sdpa"]}, "peers must be of mhla, softmax, linear, convolution, got 'sdpa'"),
     ],
 )

@@ -182,7 +182,11 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         ("convert --model nowhere --out OUT --mhla.blocks 0", "blocks must be an integer >= 1", 1),
         ("analyze --model nowhere --out OUT", "nowhere", 1),
         ("analyze --model FOLDER --out OUT", "folder holds a config of no class, which has no MHLA form", 1),
-        ("benchmark operator --shapes [2k]", "shapes must be of 1k, 4k, 16k, wan, 1M, got '2k'", 1),
+        (
+            "benchmark operator --shapes [2k]",
+            "shapes must be of 256, 1k narrow, 1k, 4k, 16k, wan, 1M, got '2k'",
+            1,
+        ),
         ("benchmark operator --repeats 0", "repeats must be at least 1, got 0", 1),
         ("benchmark model --sizes [256,8]", "sizes[1] must be at least 16, got 8", 1),
         ("benchmark frechet --dimension 0", "dimension must be at least 8, got 0", 1),

@@ -139,6 +139,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task: Images, tmp_path:
     assert [step for step, _ in found["curve"]] == [1, 2, 3]
     assert found["peak_bytes"] > 0
     assert [(layer["kind"], layer["tokens"]) for layer in found["attention"]] == [("softmax", 16)] * 2
+    assert task.trained(BOTH, folder).config.attention == "mhla"
+    assert task.trained(BOTH, tmp_path / "nothing") is None
 
 
 def test_clips_are_trained_generated_and_scored_by_the_same_code(

@@ -20,10 +20,10 @@ from diffusers import (
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from mhla_diffusion import MHLAPipeline, MHLAQwenImageTransformer2DModel, convert_to_mhla
 from mhla_diffusion.pipelines.generation import generate_images
+from tests.text_encoders import make_qwen_parts
 
 TEXTS = ["a red cat", "two birds on a fence, in winter"]
 
@@ -31,27 +31,7 @@ TEXTS = ["a red cat", "two birds on a fence, in winter"]
 @pytest.fixture
 def qwen_pipeline() -> QwenImagePipeline:
     """Images of texts, 8 pixels to a latent; a tokenizer of single characters."""
-    characters = [
-        *map(chr, range(33, 127)),
-        "\u0120",
-        "\u010a",
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-    ]
-    tokenizer = Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(characters)}, merges=[])
-    text_encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "num_key_value_heads": 2, "vocab_size": len(characters),
-                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-            },
-            vision_config={
-                "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-            },
-        )
-    )  # fmt: skip
+    parts = make_qwen_parts()
     transformer = QwenImageTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=4, num_layers=2,
         joint_attention_dim=16, axes_dims_rope=(4, 4, 4),
@@ -63,7 +43,11 @@ def qwen_pipeline() -> QwenImagePipeline:
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     pipeline = QwenImagePipeline(
-        FlowMatchEulerDiscreteScheduler(), vae.eval(), text_encoder.eval(), tokenizer, transformer.eval()
+        FlowMatchEulerDiscreteScheduler(),
+        vae.eval(),
+        parts["text_encoder"],
+        parts["tokenizer"],
+        transformer.eval(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -136,8 +136,14 @@ def test_long_texts_are_those_of_more_tokens(texts: list[str], length: int) -> N
 
 
 def test_texts_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    from mhla_diffusion.training.text import warn_of_long_captions
+    from mhla_diffusion.training.text import CaptionEncoder
 
     with caplog.at_level(logging.WARNING):
-        assert warn_of_long_captions(["a" * 99, "b", "a" * 99], TOKENIZERS["gemma"], POSITIONS) == 1
+        encoder = CaptionEncoder(
+            lambda caption: torch.zeros(0),
+            tokenizer=TOKENIZERS["gemma"],
+            text_encoder=None,
+            max_length=POSITIONS,
+        )
+        assert encoder.warn_of_long(["a" * 99, "b", "a" * 99]) == 1
     assert "1 of 2 captions have more than text.max_length 64 tokens and are cut there" in caplog.text

@@ -89,6 +89,16 @@ def test_what_deepspeed_is_configured_for_is_held_against_the_run() -> None:
         require_agreement({"gradient_accumulation_steps": 1, "train_batch_size": 32}, config)
 
 
+def test_deepspeed_without_a_gpu_is_refused_before_any_step(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="asks for DeepSpeed, which accelerate runs on a GPU alone"):
+        train()
+    assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
 def test_launch_settings_of_the_repository_leave_the_run_its_own(name: str) -> None:
     launch = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))

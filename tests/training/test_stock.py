@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import re
@@ -11,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLAllegro, AutoencoderKLLTXVideo, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLAllegro,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+)
 from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
@@ -22,6 +30,7 @@ from mhla_diffusion.training import (
     DataConfig,
     ImageTrainingConfig,
     LatentCacheConfig,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -41,9 +50,10 @@ from mhla_diffusion.training.data import MovingDigitsConfig
 from mhla_diffusion.training.data.shards import write_shards
 from mhla_diffusion.training.image_models import BACKBONES as NEW_IMAGES
 from mhla_diffusion.training.stock import IMAGES, UNTRAINED, VIDEOS
-from mhla_diffusion.training.text import STOCK_PIPELINES
+from mhla_diffusion.training.text import STOCK_PIPELINES, load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES
 from tests.pipelines.test_diffusers_pipelines import NothingUnsafe
+from tests.text_encoders import make_qwen_parts
 
 KL: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -92,6 +102,7 @@ class Trained:
 
 TRAINED = [
     Trained("LuminaNextDiT", {"cross_attention_dim": 16}, (AutoencoderKL, KL), (8, 16)),
+    Trained("QwenImage", {"joint_attention_dim": 16}, (AutoencoderKLQwenImage, WAN), (8, 16)),
     Trained(
         "Allegro", {"caption_channels": 16}, (AutoencoderKLAllegro, ALLEGRO), (3, 8, 8),
         ObjectiveConfig(name="ddpm", learn_variance=False), {"num_frames": 12, "height": 64, "width": 64},
@@ -107,6 +118,10 @@ TRAINED = [
     Trained(
         "LTXVideo", {"caption_channels": 16}, (AutoencoderKLLTXVideo, LTX), (3, 8, 16),
         call={"num_frames": 17, "height": 256, "width": 512},
+    ),
+    Trained(
+        "SanaVideo", {"caption_channels": 16}, (AutoencoderKLWan, WAN), (3, 8, 8),
+        call={"frames": 9, "height": 64, "width": 64, "use_resolution_binning": False},
     ),
 ]  # fmt: skip
 
@@ -172,8 +187,9 @@ def check_run(run: Any, folder: Path, name: str, **guard: Any) -> Any:
     before, after = weights(folder / "model"), weights(folder / "run" / "pipeline" / "transformer")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys()
-    assert all(".attn1." in key for key in changed)
-    wanted = [key for key in before if key.endswith(("attn1.to_v.weight", "attn1.processor.mixing"))]
+    layer = "attn" if name == "QwenImagePipeline" else "attn1"
+    assert all(f".{layer}." in key for key in changed)
+    wanted = [key for key in before if key.endswith((f"{layer}.to_v.weight", f"{layer}.processor.mixing"))]
     assert len(wanted) >= 4
     assert changed >= set(wanted)
     card = (folder / "run" / "pipeline" / "README.md").read_text()
@@ -186,16 +202,28 @@ def check_run(run: Any, folder: Path, name: str, **guard: Any) -> Any:
     return pipeline
 
 
+def unpacked(tokens: torch.Tensor, latents: tuple[int, ...]) -> torch.Tensor:
+    """Latents of tokens ``[B, N, C]``: of LTX one each, of Qwen-Image 2 x 2."""
+    if len(latents) > 2:
+        return tokens.mT.unflatten(2, latents)
+    height, width = latents
+    return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
+
+
 @torch.no_grad()
 def check_call(model: Any, call: dict[str, Any], latents: tuple[int, ...]) -> None:
     """Compare a call of the pipeline with the one that training makes of the same samples, time and text."""
     first, last = model.time_of(0), model.time_of(1000)
     time = 1000 * (call["timestep"] - first) / (last - first)
-    masks = [call[name] for name in ("encoder_attention_mask", "encoder_mask") if name in call]
+    names = ("encoder_attention_mask", "encoder_mask", "encoder_hidden_states_mask")
+    text = call["encoder_hidden_states"]
+    masks = [
+        torch.ones(text.shape[:2]) if call[name] is None else call[name] for name in names if name in call
+    ]
     conditions = {"encoder_hidden_states": call["encoder_hidden_states"]}
     conditions |= {"encoder_attention_mask": masks[0]} if masks else {}
     given = call["hidden_states"]
-    samples = given if given.ndim > 3 else given.mT.unflatten(2, latents)
+    samples = given if given.ndim > 3 else unpacked(given, latents)
     output = model(**{**call, "return_dict": False})[0]
     expected = model.prediction(output, samples)
     assert expected.shape == samples.shape
@@ -207,6 +235,9 @@ def check_call(model: Any, call: dict[str, Any], latents: tuple[int, ...]) -> No
 def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     trained: Trained, encoder: str, tmp_path: Path
 ) -> None:
+    if trained.case == "QwenImage":
+        for part in make_qwen_parts().values():
+            part.save_pretrained(encoder)
     text = TextConfig(encoder, max_length=8, pipeline=trained.pipeline)
     CASES[trained.case].make(**trained.settings).save_pretrained(tmp_path / "model")
     write_latents(trained, text, tmp_path)
@@ -215,7 +246,9 @@ def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     pipeline = check_run(run, tmp_path, trained.pipeline, **trained.guard)
     calls: list[dict[str, Any]] = []
     pipeline.transformer.register_forward_pre_hook(
-        lambda model, args, kwargs: calls.append(kwargs), with_kwargs=True, prepend=True
+        lambda model, args, kwargs: calls.append(kwargs | ({"hidden_states": args[0]} if args else {})),
+        with_kwargs=True,
+        prepend=True,
     )
     made = pipeline(
         prompt="aa", num_inference_steps=1, output_type="latent", return_dict=False,
@@ -224,6 +257,79 @@ def test_a_backbone_is_trained_and_opens_as_its_own_pipeline(
     check_call(pipeline.transformer, calls[-1], trained.latents)
     assert made.numel() == 3 * math.prod(trained.latents), "LTX packs them, and Cosmos has no frames"
     assert made.isfinite().all()
+
+
+def test_sana_video_is_trained_with_adapters_and_shown_on_sheets_and_goes_on_to_the_bit(
+    encoder: str, tmp_path: Path
+) -> None:
+    sana = next(trained for trained in TRAINED if trained.case == "SanaVideo")
+    text = TextConfig(encoder, max_length=8, pipeline=sana.pipeline)
+    CASES["SanaVideo"].make(**sana.settings).save_pretrained(tmp_path / "model")
+    write_latents(sana, text, tmp_path)
+    run = run_of(
+        sana, text, tmp_path, lora=LoraConfig(rank=2),
+        trainer=TrainerConfig(
+            batch_size=4, max_steps=2, checkpoint_every=1, log_every=1,
+            optimizer=OptimizerConfig(learning_rate=0.01),
+        ),
+        sampling=VideoSamplingConfig(every=2, prompts=("aa",), num_inference_steps=1),
+    )  # fmt: skip
+    assert train_video(run) == 0
+    assert open_video(tmp_path / "run" / "samples" / "step-00000002.mp4").num_frames == 9
+    again = dataclasses.replace(run, output_dir=str(tmp_path / "again"))
+    assert train_video(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
+    whole, resumed = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("run", "again"))
+    before = weights(tmp_path / "model")
+    assert all(torch.equal(whole[key], resumed[key]) for key in before)
+    assert not torch.equal(before["proj_out.weight"], whole["proj_out.weight"])
+    beside = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    beside.transformer.load_state_dict(before)
+    call = {
+        "prompt": "aa", "num_inference_steps": 1, "output_type": "latent", "return_dict": False, **sana.call
+    }  # fmt: skip
+
+    def made(pipeline: Any) -> torch.Tensor:
+        return pipeline(**call, generator=torch.Generator().manual_seed(0))[0]
+
+    untrained = made(beside)
+    beside.load_lora_weights(tmp_path / "run" / "lora")
+    merged = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    expected = made(merged)
+    assert (made(beside) - expected).norm() < 1e-3 * (untrained - expected).norm()
+
+
+@torch.no_grad()
+def test_captions_are_embedded_as_the_pipeline_embeds_prompts_and_the_empty_one_as_no_prompt(
+    encoder: str,
+) -> None:
+    """That of SanaVideo has an instruction before prompts, and none before the negative one."""
+    config = TextConfig(encoder, max_length=8, pipeline="SanaVideoPipeline")
+    assert config.prefix.startswith("Given a user prompt")
+    captions = load_caption_encoders(config)[0]
+    pipeline = make_stock_pipeline(
+        "SanaVideoPipeline", tokenizer=captions.tokenizer, text_encoder=captions.text_encoder
+    )
+    call = inspect.signature(pipeline.__call__).parameters
+    text, mask, empty, empty_mask = pipeline.encode_prompt(
+        "a dog motion score: 30.", max_sequence_length=8, device=torch.device("cpu"),
+        complex_human_instruction=call["complex_human_instruction"].default,
+    )  # fmt: skip
+    found, shown = captions.fill_up([captions("a dog motion score: 30."), captions("")])
+    assert torch.equal(shown, torch.cat([mask, empty_mask]))
+    torch.testing.assert_close(found, torch.cat([text * mask[..., None], empty * empty_mask[..., None]]))
+    dog = captions("a dog").values
+    assert not torch.allclose(dog, pipeline.encode_prompt("a dog", False)[0][0, : len(dog)])
+
+
+def test_clips_of_a_size_that_the_pipeline_does_not_make_are_refused(encoder: str, tmp_path: Path) -> None:
+    sana = next(trained for trained in TRAINED if trained.case == "SanaVideo")
+    sana = dataclasses.replace(sana, latents=(3, 8, 6))
+    CASES["SanaVideo"].make(**sana.settings).save_pretrained(tmp_path / "model")
+    text = TextConfig(encoder, max_length=8, pipeline=sana.pipeline)
+    write_latents(sana, text, tmp_path)
+    run = run_of(sana, text, tmp_path)
+    with pytest.raises(ValueError, match=r"heights and widths of multiples of 32, .* are of 64 x 48 pixels"):
+        run.build(build_objective(run.objective))
 
 
 def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(
@@ -308,5 +414,5 @@ def test_runs_that_do_not_fit_the_pipeline_are_refused(
 def test_text_pipelines_are_those_with_one_encoder() -> None:
     with pytest.raises(ValueError, match=r"text.pipeline must be one of .*, got 'FluxPipeline'"):
         TextConfig("x", pipeline="FluxPipeline")
-    with pytest.raises(ValueError, match="LuminaPipeline puts no instruction before captions"):
+    with pytest.raises(ValueError, match="LuminaPipeline has its own instruction before captions, or none"):
         TextConfig("x", pipeline="LuminaPipeline", instruction="sana")

@@ -23,21 +23,25 @@ from mhla_diffusion.training import (
     train_image,
 )
 from mhla_diffusion.training.text import (
+    CaptionEncoder,
     image_caption_encoder,
     load_text_encoder,
     video_caption_encoder,
-    warn_of_long_captions,
 )
 from tests.text_encoders import KINDS, make_text_parts
 
 
 def test_long_captions_are_said(text_parts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     captions = ["abc", "abcdefghijklmnop", "abc"]
+
+    def encoder(length: int) -> CaptionEncoder:
+        return image_caption_encoder(**text_parts, config=TextConfig("x", max_length=length))
+
     with caplog.at_level(logging.WARNING):
-        assert warn_of_long_captions(captions, text_parts["tokenizer"], 8) == 1
+        assert encoder(8).warn_of_long(captions) == 1
     assert "1 of 2 captions have more than text.max_length 8 tokens" in caplog.text
     assert "'abcdefghijklmnop'" in caplog.text
-    assert warn_of_long_captions(captions, text_parts["tokenizer"], 64) == 0
+    assert encoder(64).warn_of_long(captions) == 0
 
 
 def test_the_sentence_encoder_loads_without_a_network() -> None:

@@ -1,0 +1,141 @@
+"""Softmax attention of each query in further blocks that it chooses for itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .composite import counted
+from .features import phi
+from .layout import BlockLayout
+from .operators import as_autocast
+
+# A score of keys that are not counted: exp of it is 0 beside any other, and float16 still has it.
+NOTHING = -1e4
+
+# Queries of one block are worked on in groups of a size within these.
+_GROUP_SIZES = (16, 128)
+
+
+@torch.no_grad()
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    count: int,
+    *,
+    feature_map: str = "relu",
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Choose for each query the blocks in which linear attention sees most, its own left out.
+
+    A block b counts by what it adds to the denominator, ``phi(q_t) . z_b`` with ``z_b`` the sum of ``phi(k)``
+    over the block: the summaries of MHLA say where the keys of a query lie, though not which they are. Time
+    and memory O(N M); nothing here has a gradient.
+
+    Args:
+        q, k: ``[B, H, N, d]`` as the operator gets them.
+        layout: the grid and its blocks. Extra tokens choose as all others do, and are not chosen.
+        count: blocks for each query, or all others where there are fewer.
+        feature_map, key_mask, eps: see :func:`mhla_diffusion.ops.mhla`.
+
+    Returns:
+        Numbers of blocks, int64 ``[B, H, N, count]``, the best first.
+    """
+    keys = counted(phi(k.float(), feature_map, eps=eps), key_mask)[:, :, layout.grid_tokens]
+    sums = BlockLayout(layout.grid, layout.blocks).pack(keys).sum(-2)  # [B, H, M, d]
+    scores = phi(q.float(), feature_map, eps=eps) @ sums.mT
+    blocks = torch.arange(sums.shape[2], device=q.device)
+    own = layout.block_index(q.device)[:, None] == blocks
+    return scores.masked_fill(own, -math.inf).topk(min(count, len(blocks) - 1), -1).indices
+
+
+def routed_attention(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: BlockLayout, *, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query in the blocks chosen for it, O(N r n d) for r blocks of n tokens.
+
+    Queries are sorted by block and attend in groups, so that products are of matrices; memory holds the
+    scores, N r n numbers. (As Mixture of Block Attention does, arXiv 2502.13189, which chooses by mean keys.)
+
+    Args:
+        q, k: ``[B, H, N, d]`` in grid order; v ``[B, H, N, d_v]``.
+        chosen: of :func:`choose_blocks`, ``[B, H, N, r]``.
+        layout: the grid and its blocks.
+        key_mask: bool ``[B, N]``, true where a key counts.
+
+    Returns:
+        The output ``[B, H, N, d_v]`` and the logarithm of its denominator ``[B, H, N]``, float32 or above:
+        the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
+    """
+    q, k, v = as_autocast(q, k, v)
+    tokens, routes = chosen.shape[2:]
+    inside, on_grid = layout.grid_tokens, BlockLayout(layout.grid, layout.blocks)
+    place, block_of_group, size = _groups(chosen.flatten(2), on_grid)
+    groups = block_of_group.shape[-1]
+
+    pairs = torch.arange(tokens, device=q.device).repeat_interleave(routes).expand_as(place)
+    token_at = pairs.new_zeros(*place.shape[:2], groups * size).scatter(2, place, pairs)
+    queries = _take(q, token_at).unflatten(2, (groups, size))
+    keys, values = (
+        _take(on_grid.pack(x[:, :, inside]).flatten(3), block_of_group).unflatten(3, (-1, x.shape[-1]))
+        for x in (k, v)
+    )  # [B, H, G, n, d]
+    scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if key_mask is not None or not on_grid.is_even:
+        scores = scores.where(_counted(on_grid, key_mask, inside, block_of_group), NOTHING)
+    log_sums = scores.logsumexp(-1)
+    out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values
+
+    outs = _take(out.flatten(2, 3), place).unflatten(2, (tokens, routes))
+    each = log_sums.flatten(2).gather(2, place).unflatten(2, (tokens, routes))
+    return joined(outs, each)
+
+
+def joined(outs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Join parts of one softmax: outputs ``[..., r, d]``, logarithms of their denominators ``[..., r]``."""
+    return (log_sums.softmax(-1)[..., None] * outs).sum(-2), log_sums.logsumexp(-1)
+
+
+def _groups(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor, int]:
+    """Sort pairs of a query and a block into groups of one block each.
+
+    Args:
+        blocks: ``[B, H, P]``, of each pair.
+
+    Returns:
+        The place of each pair in the groups, laid end to end, ``[B, H, P]``; the block of each group,
+        ``[B, H, G]``; the size of a group. G is the largest number that can be needed, whatever is chosen.
+    """
+    pairs, number = blocks.shape[-1], layout.num_blocks
+    # A block's last group is half empty on average: four groups to the pairs of a block waste an eighth.
+    size = min(max(_GROUP_SIZES[0], pairs // (4 * number)), _GROUP_SIZES[1])
+    order = blocks.argsort(dim=-1, stable=True)
+    ordered = blocks.gather(-1, order)
+    counts = blocks.new_zeros(*blocks.shape[:2], number).scatter_add(-1, blocks, torch.ones_like(blocks))
+    ends = (-(-counts // size)).cumsum(-1)  # groups up to and with each block
+    starts = ends.roll(1, -1)
+    starts[..., 0] = 0
+    rank = torch.arange(pairs, device=blocks.device) - (counts.cumsum(-1) - counts).gather(-1, ordered)
+    place = torch.empty_like(blocks).scatter(-1, order, starts.gather(-1, ordered) * size + rank)
+    groups = torch.arange(pairs // size + number, device=blocks.device).expand(*blocks.shape[:2], -1)
+    of_group = torch.searchsorted(ends, groups.contiguous(), right=True).clamp_max(number - 1)
+    return place, of_group, size
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, H, I, d]`` of ``[B, H, N, d]``."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def _counted(layout: BlockLayout, key_mask: Tensor | None, inside: slice, block_of_group: Tensor) -> Tensor:
+    """Which keys of the block of each group count, ``[B, H, G, 1, n]``."""
+    if key_mask is None:
+        key_mask = torch.ones(1, layout.num_tokens, dtype=torch.bool, device=block_of_group.device)
+    else:
+        key_mask = key_mask[:, inside]
+    packed = layout.pack(key_mask[:, None, :, None].byte())[..., 0].bool()  # [B or 1, 1, M, n]
+    return _take(packed.expand(*block_of_group.shape[:2], -1, -1), block_of_group)[..., None, :]
