@@ -146,7 +146,7 @@ def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     assert Path(config.output_dir).name == path.stem
     teacher = path.stem in (
         "image_dit_fashion_midi", "image_dit_fashion_small", "image_dit_fashion_softmax",
-        "video_wan_moving_mnist_softmax",
+        "video_wan_moving_mnist_midi", "video_wan_moving_mnist_softmax",
     )  # fmt: skip
     attention = as_dict(config)["model"]["attention"]
     assert config.model.init_from or attention == ("softmax" if teacher else "mhla")
