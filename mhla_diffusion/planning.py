@@ -56,8 +56,7 @@ class Plan:
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe: whether linear layers have an output gate and a convolution on v.
-        local, feature_map: of linear layers, see :class:`mhla_diffusion.MHLAConfig`; and below
-            ``routed_blocks``.
+        local, feature_map, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -92,43 +91,42 @@ class Plan:
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
-        Features that are twice as wide double the linear forms, and learned ones add ``4 N d^2 H``. A softmax
-        window of n tokens adds ``4 N n d H``, or is all that MHLA is (``local="only"``); each further block
-        of it as much, and choosing them ``2 N M d H``.
-        Not in it: the denominators, a 1 / d of the linear forms.
+        Wide features double the linear forms, learned ones add ``4 N d^2 H``. A softmax window of n tokens
+        adds ``4 N n d H``, or is all (``local="only"``); each further block adds as much, and choosing them
+        ``2 N M d H``. Not in it: the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads * self.grids
-        window = self._window_flops if self.local and attention == "mhla" else 0
-        if window and self.local == WINDOW_ONLY:
-            return window * self.heads * self.grids
-        mixing = 2 * self._mixed_blocks**2 if attention == "mhla" else 0
-        flops = (4 * tokens + mixing) * d**2
-        if self.feature_map in WIDE_MAPS:
-            flops *= 2
+        flops = (4 * tokens + self._mixing * (attention == "mhla")) * d**2 * self._width
         if self.feature_map == "hedgehog":
             flops += 4 * tokens * d**2
-        return (flops + window) * self.heads * self.grids
+        if self.local and attention == "mhla":
+            flops = self._window_flops + (0 if self.local == WINDOW_ONLY else flops)
+        return flops * self.heads * self.grids
 
     @property
     def _window_flops(self) -> int:
-        """Softmax inside each block of a head, extra tokens among themselves; with one block among all."""
-        tokens, extra = self.layout.num_tokens, sum(self.layout.extra or ())
-        inside = math.prod(self.layout.block_shape)
-        pairs = tokens**2 if math.prod(self.layout.blocks) == 1 else (tokens - extra) * inside + extra**2
-        flops = 4 * pairs * self.head_dim
-        if routes := min(self.routed_blocks, math.prod(self.layout.blocks) - 1):
-            features = self.head_dim * (2 if self.feature_map in WIDE_MAPS else 1)
-            flops += 4 * tokens * routes * inside * self.head_dim
-            flops += 2 * tokens * math.prod(self.layout.blocks) * features
+        """Softmax of a head in each block and further ones, extra tokens apart; in one block all together."""
+        tokens, extra, d = self.layout.num_tokens, sum(self.layout.extra or ()), self.head_dim
+        blocks, block = math.prod(self.layout.blocks), math.prod(self.layout.block_shape)
+        if blocks == 1:
+            return 4 * tokens**2 * d
+        flops = 4 * ((tokens - extra) * block + extra**2) * d
+        if routes := min(self.routed_blocks, blocks - 1):
+            flops += 4 * tokens * routes * block * d + 2 * tokens * blocks * d * self._width
         return flops
 
     @property
-    def _mixed_blocks(self) -> int:
-        """M where there is a mixing matrix, else 0."""
-        blocks = self.layout.num_blocks
-        return blocks if blocks > 1 and self.local != WINDOW_ONLY else 0
+    def _mixing(self) -> int:
+        """FLOPs of mixing in a head, over d^2."""
+        mixed = self.layout.num_blocks > 1 and self.local != WINDOW_ONLY
+        return 2 * self.layout.num_blocks**2 * mixed
+
+    @property
+    def _width(self) -> int:
+        """Features for each channel."""
+        return 2 if self.feature_map in WIDE_MAPS else 1
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
@@ -156,8 +154,7 @@ class Plan:
         layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
         return replace(
             self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
-            local=config.local, feature_map=config.feature_map,
-            routed_blocks=config.routed_blocks,
+            local=config.local, feature_map=config.feature_map, routed_blocks=config.routed_blocks,
         )  # fmt: skip
 
     @property
@@ -185,8 +182,7 @@ class Plan:
     @property
     def mixing_share(self) -> float:
         """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        mixing = 2 * self._mixed_blocks**2
-        return mixing / (4 * self.layout.num_tokens + mixing)
+        return self._mixing / (4 * self.layout.num_tokens + self._mixing)
 
     @property
     def operator_bytes(self) -> int:
@@ -200,8 +196,7 @@ class Plan:
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
-        features = self.head_dim * (2 if self.feature_map in WIDE_MAPS else 1)
-        return exchanged_bytes(layout, self.grids, self.heads, features, self.head_dim)
+        return exchanged_bytes(layout, self.grids, self.heads, self.head_dim * self._width, self.head_dim)
 
     def __str__(self) -> str:
         return "\n".join([*_heading(self), *_table(self)])
@@ -263,9 +258,7 @@ def plan(
                 f"{'' if transformer.extra_tokens else 'not '}in {model}; got {extra_tokens}"
             )
         transformer.extra_tokens = extra_tokens
-    given = {
-        "blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers,
-    }  # fmt: skip
+    given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
     if local is not None:

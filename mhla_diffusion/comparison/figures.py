@@ -1,4 +1,4 @@
-"""Pictures of a page: curves of the loss, and samples of the same seeds below each other."""
+"""Pictures of a page: curves of the loss, mixing matrices, and samples of the same seeds below each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from ..optional import require
 
@@ -35,6 +36,35 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> 
     axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def draw_mixing(matrices: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Draw a PNG of mixing matrices, a row for each variant, in colours from 0 to the largest weight of all.
+
+    Args:
+        matrices: ``[M, M]`` of each layer of each variant. Colours start below 0 where weights do.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+    """
+    columns = max(map(len, matrices.values()))
+    size = 1.6 * columns + 1, 1.7 * len(matrices) + 0.3
+    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(matrices), columns, squeeze=False)
+    found = [matrix for layers in matrices.values() for matrix in layers.values()]
+    low, high = min(0.0, *(float(x.min()) for x in found)), max(float(x.max()) for x in found)
+    for row, (name, layers) in zip(grid, matrices.items(), strict=True):
+        for axes in row[len(layers) :]:
+            axes.set_axis_off()
+        for axes, (layer, matrix) in zip(row, layers.items(), strict=False):
+            image = axes.imshow(matrix.numpy(), vmin=low, vmax=high)
+            axes.set_title(layer, fontsize="small")
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize="small")
+    figure.colorbar(image, ax=grid, label="weight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 

@@ -95,7 +95,7 @@ class MeasuredRun:
         return found
 
     def _train(self) -> None:
-        if self._pipeline_folder.is_dir():
+        if self.pipeline_folder.is_dir():
             return
         folder = Path(self.config.output_dir)
         stopped = train(
@@ -110,13 +110,14 @@ class MeasuredRun:
             raise KeyboardInterrupt(stopped)
 
     @property
-    def _pipeline_folder(self) -> Path:
+    def pipeline_folder(self) -> Path:
+        """Folder of the trained pipeline."""
         return Path(self.config.output_dir) / "pipeline"
 
     @cached_property
     def pipeline(self) -> Any:
         """Pipeline with the averaged weights."""
-        return MHLAPipeline.from_pretrained(str(self._pipeline_folder))
+        return MHLAPipeline.from_pretrained(str(self.pipeline_folder))
 
     @cached_property
     def model(self) -> Any:

@@ -31,10 +31,21 @@ class Measured(Samples):
     def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
         return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
 
+    def trained(self, variant: Variant, folder: Path) -> Any:
+        run = MeasuredRun(self, self.config(variant, 0, folder / "training"), folder, "cpu")
+        return run.model if run.pipeline_folder.is_dir() else None
+
+    def captions(self, run: MeasuredRun) -> list[str]:
+        """Captions of the first of the held-out samples; none where these have classes."""
+        return texts_of(run.calls.source.captions or ())[: self.num_samples]
+
 
 @dataclass(frozen=True)
 class Images(Measured, kind="images"):
-    """Images, by classes; see :class:`.samples.Samples`."""
+    """Images, of classes or texts; see :class:`.samples.Samples`.
+
+    Generated are all classes in turn, or the captions of the first of the held-out images.
+    """
 
     config_class: ClassVar = ImageTrainingConfig
 
@@ -53,8 +64,9 @@ class Images(Measured, kind="images"):
 
     def generate(self, run: MeasuredRun, folder: Path) -> None:
         generate_images(
-            run.pipeline, folder, num_images=self.num_samples, batch_size=_BATCH, **run.sampling_settings
-        )
+            run.pipeline, folder, prompts=self.captions(run) or None, num_images=self.num_samples,
+            batch_size=_BATCH, **run.sampling_settings,
+        )  # fmt: skip
 
     def score(self, real: Path, folder: Path, device: str) -> float:
         report = evaluate_images(
@@ -93,11 +105,11 @@ class Videos(Measured, kind="videos"):
         return open_videos(folder, frames=self.frames)
 
     def generate(self, run: MeasuredRun, folder: Path) -> None:
-        captions = list(texts_of(run.calls.source.captions))[: self.num_samples]
         height, width = self.values["data.sizes"][0]
         generate_videos(
-            run.pipeline, folder, prompts=captions, num_videos=self.num_samples, batch_size=_BATCH // 4,
-            height=height, width=width, num_frames=self.frames, fps=FPS, **run.sampling_settings,
+            run.pipeline, folder, prompts=self.captions(run), num_videos=self.num_samples,
+            batch_size=_BATCH // 4, height=height, width=width, num_frames=self.frames, fps=FPS,
+            **run.sampling_settings,
         )  # fmt: skip
 
     def score(self, real: Path, folder: Path, device: str) -> float:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..attention import MHLA
 from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..intervals import Interval
-from .config import Comparison
-from .figures import draw_curves, draw_samples
+from .config import Comparison, Run
+from .figures import draw_curves, draw_mixing, draw_samples
 from .task import Metric, Task
+from .variant import Variant
 
 _TIMED = (
     "Medians of the clock, beside whatever else the machine did during a run: they compare only where that "
@@ -34,7 +38,7 @@ def write_page(
     out: Path | None = None,
     screened: Screened | None = None,
 ) -> Path:
-    """Write ``NAME.md``, ``NAME.json`` and, where runs have them, pictures of curves and samples.
+    """Write ``NAME.md``, ``NAME.json`` and, where runs have them, pictures of curves, mixing and samples.
 
     What is best is bold where its interval lies apart from those of all others, and nothing is where none
     does.
@@ -44,7 +48,7 @@ def write_page(
         records: of :func:`mhla_diffusion.comparison.compare_attention`.
         folder: of the page.
         command: that makes them, as the page tells it.
-        out: folder of the runs, with their samples.
+        out: folder of the runs, with their models and samples.
         screened: what was left out, of :func:`mhla_diffusion.comparison.runs.screened_out`.
 
     Returns:
@@ -217,6 +221,16 @@ def _write_pictures(comparison: Comparison, records: Records, page: Path, out: P
                 f"## Training loss, {task.tokens:,} tokens",
                 f"![Loss over steps, a line a variant]({name})",
             ]
+        mixing = {} if out is None else _mixing(comparison, task, out)
+        if mixing:
+            name = f"{page.stem}-mixing-{number}.png"
+            write_file(page.with_name(name), draw_mixing(mixing))
+            parts += [
+                f"## Mixing, {task.tokens:,} tokens",
+                "How much each block of queries (a row) weighs each block of keys (a column) after training, "
+                f"in colours from 0 to the largest weight; seed {comparison.seeds[0]}, means over heads.",
+                f"![Mixing matrices, a row a variant, a column a layer]({name})",
+            ]
         sheets = {} if out is None else _sheets(comparison, task, out)
         if sheets:
             name = f"{page.stem}-samples-{number}.png"
@@ -230,10 +244,34 @@ def _write_pictures(comparison: Comparison, records: Records, page: Path, out: P
     return parts
 
 
+def _first_runs(comparison: Comparison, task: Task, out: Path) -> Iterator[tuple[Variant, Path]]:
+    """Variants, and the folders of their runs of the first seed."""
+    for variant in comparison.variants:
+        yield variant, (out / Run(task, variant, comparison.seeds[0]).path).with_suffix("")
+
+
 def _sheets(comparison: Comparison, task: Task, out: Path) -> dict[str, Path]:
     """Sheets of the first seed, by variant."""
-    from .runs import Run
-
-    runs = [Run(task, variant, comparison.seeds[0]) for variant in comparison.variants]
-    paths = {run.variant.name: (out / run.path).with_suffix("") / "sheet.png" for run in runs}
+    paths = {variant.name: folder / "sheet.png" for variant, folder in _first_runs(comparison, task, out)}
     return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def _mixing(comparison: Comparison, task: Task, out: Path) -> dict[str, dict[str, Tensor]]:
+    """Mixing matrices ``[M, M]`` of the first seed, means over heads, by variant and layer."""
+    found = {}
+    for variant, folder in _first_runs(comparison, task, out):
+        # Of runs that are done, and linear attention and softmax have none.
+        if variant.attention == "mhla" and folder.with_suffix(".json").is_file():
+            found[variant.name] = _mixing_of(task.trained(variant, folder))
+    return {name: layers for name, layers in found.items() if layers}
+
+
+def _mixing_of(model: Any) -> dict[str, Tensor]:
+    """Mixing matrices of a model, by the number of the layer, the first in its name."""
+    found = dict[str, Tensor]()
+    for name, module in () if model is None else model.named_modules():
+        if isinstance(module, MHLA) and module.mixing is not None:
+            matrix = module.mixing_matrix().detach()
+            number = next(part for part in name.split(".") if part.isdigit())
+            found[f"layer {number}"] = matrix if matrix.ndim == 2 else matrix.mean(0)
+    return found

@@ -118,6 +118,14 @@ class Task(ABC):
             ValueError: when the loss is not finite.
         """
 
+    def trained(self, variant: Variant, folder: Path) -> Any:
+        """Return the model that a run which is done has left in its folder, None where nothing is kept.
+
+        Args:
+            variant, folder: of the run, as in :meth:`train`.
+        """
+        return None
+
 
 def task_of(settings: dict[str, Any] | Task) -> Task:
     """Return the task of settings from YAML; without a ``kind`` it is recall.

@@ -61,6 +61,12 @@ class TrainedByTransformers(Task):
         config, stock = variant.config(self.default_blocks), self.stock()
         return stock if config is None else convert(stock, config)[0]
 
+    def trained(self, variant: Variant, folder: Path) -> Any:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return checkpoint and type(self.model(variant, 0)).from_pretrained(checkpoint)
+
     def fit(
         self, variant: Variant, seed: int, folder: Path, device: str, data: list[dict[str, Tensor]]
     ) -> tuple[Any, dict[str, Any]]:

@@ -139,6 +139,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task: Images, tmp_path:
     assert [step for step, _ in found["curve"]] == [1, 2, 3]
     assert found["peak_bytes"] > 0
     assert [(layer["kind"], layer["tokens"]) for layer in found["attention"]] == [("softmax", 16)] * 2
+    assert task.trained(BOTH, folder).config.attention == "mhla"
+    assert task.trained(BOTH, tmp_path / "nothing") is None
 
 
 def test_clips_are_trained_generated_and_scored_by_the_same_code(
@@ -168,6 +170,34 @@ def test_clips_are_trained_generated_and_scored_by_the_same_code(
     assert found["frechet"] > 0
     assert found["attention"][0]["kind"] == "linear"
     assert Image.open(folder / "sheet.png").size == (3 * 24, 4 * 24)
+
+
+def test_colour_pictures_of_texts_are_generated_from_held_out_captions(tmp_path: Path) -> None:
+    base = yaml.safe_load(Path("configs/image_pixart_scenes.yaml").read_text())
+    base["text"] = {"encoder": str(SAVED / "training-video/text"), "max_length": 8}
+    base["model"] |= {
+        "mhla": {"blocks": [2, 2]},
+        "num_layers": 1,
+        "num_attention_heads": 1,
+        "attention_head_dim": 16,
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    task = Images(
+        base=str(tmp_path / "base.yaml"), num_samples=3, num_real=4, calls=1, analyzed=1,
+        training={"trainer.max_steps": 1, "trainer.batch_size": 2, "sampling.num_inference_steps": 1,
+                  "sampling.every": 0, "data.scenes.side": 32},
+        held_out={"data.scenes.held_out": True},
+    )  # fmt: skip
+    task.prepare(tmp_path)
+    folder = tmp_path / "MHLA/0"
+    run = MeasuredRun(task, task.config(Variant("MHLA"), 0, folder / "training"), folder, "cpu")
+    found = run.results()
+    assert found["frechet"] > 0
+    assert (sheet := Image.open(folder / "sheet.png")).size == (3 * 32, 32)
+    assert sheet.mode == "RGB"
+    held_out = [scene.caption for scene in toys.all_scenes(held_out=True)]
+    assert task.captions(run) == held_out[:3]
+    assert not set(held_out) & {scene.caption for scene in toys.all_scenes(held_out=False)}
 
 
 @pytest.mark.parametrize(

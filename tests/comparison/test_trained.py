@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from mhla_diffusion.comparison import Classification, Comparison, Language, Variant
+from mhla_diffusion.comparison import Classification, Comparison, Language, Variant, write_page
+from mhla_diffusion.comparison.config import runs_of
 from mhla_diffusion.comparison.language import tokens_per_second
+from mhla_diffusion.comparison.runs import records
 
 SOFTMAX, LINEAR, MHLA = Variant("softmax", "softmax"), Variant("linear", "linear"), Variant("MHLA")
 DIGITS = Classification(path="mnist", patch_size=7, layers=1, heads=1, steps=30, batch_size=64)
@@ -23,6 +28,26 @@ def test_digits_are_learned_beyond_chance_and_a_run_that_is_done_is_only_read(
     assert found["accuracy"] > 0.15  # chance is 0.1
     again = DIGITS.train(variant, 0, tmp_path, "cpu")
     assert (again["accuracy"], again["loss"]) == (found["accuracy"], found["loss"])
+
+
+def test_a_page_has_maps_of_the_mixing_that_was_trained(tmp_path: Path) -> None:
+    task = dataclasses.replace(DIGITS, steps=2, layers=2)
+    comparison, out = Comparison("digits", [SOFTMAX, MHLA], task, seeds=[0]), tmp_path / "runs"
+    for run in runs_of(comparison):
+        path = out / run.path
+        path.parent.mkdir(parents=True)
+        found = task.train(run.variant, 0, path.with_suffix(""), "cpu")
+        path.write_text(json.dumps({**run.record, "device": "cpu", **found}))
+    trained = task.trained(MHLA, path.with_suffix(""))
+    first = trained.get_submodule("vit.layers.0.attention.mhla").mixing
+    assert not torch.equal(first, task.model(MHLA, 0).get_submodule("vit.layers.0.attention.mhla").mixing)
+    page = write_page(comparison, records(comparison, out), tmp_path, "mhla", out=out)
+    assert "after training, in colours from 0 to the largest weight; seed 0" in page.read_text()
+    width, height = Image.open(tmp_path / "digits-mixing-0.png").size
+    assert width > height  # one variant of two layers: softmax has none
+    path.unlink()
+    write_page(comparison, [], tmp_path / "again", "mhla", out=out)
+    assert not list(tmp_path.glob("again/*.png"))
 
 
 def test_bytes_are_learned_beyond_chance(tmp_path: Path) -> None:
