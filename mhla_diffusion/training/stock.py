@@ -46,7 +46,7 @@ class StockTraining:
         masked: whether the model is told which tokens are the text's.
         scheduler: settings of the scheduler that is left, beside those of the objective's.
         multiple: of pixels, that heights and widths must be for the pipeline.
-        given: what a cache has for the model beside texts, ``"control"``; nothing when empty.
+        given: what a cache has for the model beside texts, ``"control"`` or ``"edit"``; nothing when empty.
     """
 
     pipeline: str
@@ -97,15 +97,21 @@ class StockTraining:
         return Captions(encoder, dropout, embedded=True, masked=self.masked)
 
     def finish(
-        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
+        self,
+        encoder: CaptionEncoder,
+        vae: Any,
+        objective: Objective,
+        transformer: Any,
+        training: Any,
+        **others: Any,
     ) -> Any:
-        """Return the pipeline of a transformer; ``training`` has no place in it."""
+        """Return the pipeline of a transformer and other components; ``training`` has no place in it."""
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
         return make_stock_pipeline(
             self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
-            transformer=transformer,
+            transformer=transformer, **others,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
         )  # fmt: skip
 
@@ -147,7 +153,11 @@ class StockTraining:
         }  # fmt: skip
 
 
-_OPTIONS = {"": "without known frames", "control": "--control, such as '[first, inpainting]'"}
+_OPTIONS = {
+    "": "without known frames",
+    "control": "--control, such as '[first, inpainting]'",
+    "edit": "--image_condition edit",
+}
 
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
@@ -161,18 +171,17 @@ VIDEOS: dict[type[Any], StockTraining] = {
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
     MHLAWanVACETransformer3DModel: StockTraining("WanVACEPipeline", "flow", given="control"),
+    MHLAChronoEditTransformer3DModel: StockTraining("ChronoEditPipeline", "flow", multiple=16, given="edit"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
     MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
 }
 
 _TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
-_NO_SOURCE = "which no data source here has"
 UNTRAINED: dict[type[Any], str] = {
     MHLAHunyuanDiT2DModel: _TWO_ENCODERS,
     MHLAKandinsky5Transformer3DModel: _TWO_ENCODERS,
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
-    f"beside each clip, {_NO_SOURCE}",
-    MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
+    "beside each clip, which no data source here has",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
     "between the two, for which there is no objective here",
 }
@@ -201,13 +210,21 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
-def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
+def require_fit(
+    model: Any, objective: Objective, text_dim: int | None, name: str | None, *, beside: int = 0
+) -> None:
     """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+
+    Args:
+        model, objective: of the run.
+        text_dim: width of the text; None without texts.
+        name: of the model.
+        beside: channels of what stands beside its samples.
 
     Raises:
         ValueError: otherwise, saying what to set.
     """
-    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels)
+    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels - beside)
     if found != expected:
         remedy = "set objective.learn_variance to false, or objective.name to flow"
         if not objective.predicts_variance:

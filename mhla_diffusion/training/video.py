@@ -44,8 +44,8 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, LTX-Video or
-            SanaVideo.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, ChronoEdit,
+            LTX-Video or SanaVideo.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -91,7 +91,8 @@ class VideoSamplingConfig(SampleSheetConfig):
 
     Args:
         prompts: one row each.
-        images: of image-to-video models, the picture that the video of each prompt begins with, as a path.
+        images: of image-to-video models, the picture that the video of each prompt begins with, as a path; of
+            ChronoEdit the picture to be edited.
         last_images: of those that are given the last frame too, the picture that it ends with.
         videos: of Wan VACE, the video for each prompt, as a path, whose first clip is given as far as a task
             says; the tasks of the data take turns.
@@ -214,8 +215,8 @@ def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None)
     """Check that a sheet has what the model is given of a clip, and nothing else."""
     needed: tuple[str, ...] = ()
     if latents is not None:
-        frames = {"first": ("images",), "first_and_last": ("images", "last_images")}
-        needed = ("videos",) if latents.tasks else frames.get(latents.known, ())
+        frames = {"first_and_last": ("images", "last_images"), "none": ()}
+        needed = ("videos",) if latents.tasks else frames.get(latents.known, ("images",))
     for name, kind in _GIVEN.items():
         given = bool(getattr(sampling, name))
         if given and name not in needed:
@@ -240,8 +241,8 @@ def _build_for(
     latents.require_text(config.text, encoder)
     if model is None:
         model = new_or_loaded(config.model.model_class, config.model)
-        require_fit(model, objective, encoder.width, config.model.init_from)
     latents.require_channels(model)
+    require_fit(model, objective, encoder.width, config.model.init_from, beside=latents.channels_beside)
     frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
         raise ValueError(
@@ -253,7 +254,7 @@ def _build_for(
     task = TrainingTask(
         stock.conditioning(encoder, config.caption_dropout),
         config.sampling,
-        partial(stock.finish, encoder, vae, objective),
+        partial(stock.finish, encoder, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
@@ -321,13 +322,20 @@ def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callabl
     """Return what makes diffusers' image-to-video pipeline of a transformer; it keeps no facts."""
     names = ("tokenizer", "text_encoder", "vae", "scheduler")
     others = {name: part for name, part in parts.components.items() if name in names}
-    if latents.image_encoder is not None:
-        others["image_processor"], others["image_encoder"] = load_image_encoder(latents.image_encoder)
+    others |= _image_parts(latents)
 
     def make(transformer: Any, training: Any) -> WanImageToVideoPipeline:
         return WanImageToVideoPipeline(transformer=transformer, **others)
 
     return make
+
+
+def _image_parts(latents: CachedLatents) -> dict[str, Any]:
+    """Components by which a pipeline embeds known frames, as far as the cache was made with them."""
+    if latents.image_encoder is None:
+        return {}
+    processor, encoder = load_image_encoder(latents.image_encoder)
+    return {"image_processor": processor, "image_encoder": encoder}
 
 
 def _image_arguments(latents: CachedLatents | None) -> dict[str, Any] | None:

@@ -19,7 +19,14 @@ from mhla_diffusion.pipelines.identity import component_sha256
 from ...processes import process_state
 from ..text import CaptionEncoder, TextConfig, load_caption_encoder
 from .captions import Caption, texts_of
-from .clip_conditions import Controls, ControlTask, ImageConditions, load_image_encoder
+from .clip_conditions import (
+    Controls,
+    ControlTask,
+    ImageConditions,
+    edit_of,
+    load_image_encoder,
+    require_edits,
+)
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
 from .image_sources import sizes_of
 from .images import ImageSamples
@@ -178,9 +185,10 @@ class VideoLatentCacheConfig:
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
         image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
-            ``"first_and_last"``.
+            ``"first_and_last"``. For ChronoEdit ``"edit"``: of each clip the first frame, which is known, and
+            the last, an edit of it, are encoded alone.
         image_encoder: folder or hub id of a CLIP vision model and its processor, or of a pipeline that has
-            both, for image-to-video models that read its embeddings of these frames (Wan 2.1).
+            both, for image-to-video models that read its embeddings of these frames (Wan 2.1, ChronoEdit).
         control: for Wan VACE, what is known of a clip: tasks of ``"first"``, ``"first_and_last"``,
             ``"inpainting"`` (all but a box), ``"outpainting"`` (a box alone) and ``"gray"`` (a clip to be
             coloured), one of which is drawn for each.
@@ -192,7 +200,7 @@ class VideoLatentCacheConfig:
     vae: str
     data: VideoDataConfig
     text: TextConfig
-    image_condition: Literal["none", "first", "first_and_last"] = "none"
+    image_condition: Literal["none", "first", "first_and_last", "edit"] = "none"
     image_encoder: str | None = None
     control: tuple[ControlTask, ...] = ()
     clips: int = 1
@@ -203,7 +211,12 @@ class VideoLatentCacheConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.image_encoder and self.image_condition == "none":
-            raise ValueError("image_encoder needs image_condition first or first_and_last, got none")
+            raise ValueError("image_encoder needs image_condition first, first_and_last or edit, got none")
+        if self.image_condition == "edit" and not self.image_encoder:
+            raise ValueError(
+                "image_condition edit is for ChronoEdit, which reads embeddings of the first frame: give "
+                "image_encoder"
+            )
         if self.control and self.image_condition != "none":
             raise ValueError(
                 f"control {list(self.control)} is for Wan VACE, and image_condition {self.image_condition} "
@@ -219,7 +232,10 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
             cache, with the keys that differ.
     """
     vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
-    require_clips(vae, config.data.frames, config.data.sizes)
+    if config.image_condition == "edit":
+        require_edits(vae, config.data.frames, config.data.sizes)
+    else:
+        require_clips(vae, config.data.frames, config.data.sizes)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     encoder, conditions = load_caption_encoder(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
@@ -229,13 +245,22 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
             {
-                "latents": encode_clip(vae, sample["samples"]),
+                "latents": encode_clip(vae, clip),
                 **_embed(encoder, videos.captions[index]),
-                **conditions(sample["samples"], generator),
+                **conditions(clip, generator),
             }
-            for index, sample, generator in readable(videos, rows, draws=config.clips)
+            for index, clip, generator in _clips(videos, rows, config, vae)
         ],
     )
+
+
+def _clips(
+    videos: VideoSamples, rows: range, config: VideoLatentCacheConfig, vae: Any
+) -> Iterator[tuple[int, Tensor, torch.Generator]]:
+    """Load what is encoded, with the number of its video and a generator for what else is drawn of it."""
+    for index, sample, generator in readable(videos, rows, draws=config.clips):
+        clip = sample["samples"]
+        yield index, edit_of(vae, clip) if config.image_condition == "edit" else clip, generator
 
 
 def _load_conditions(

@@ -62,7 +62,8 @@ class CachedLatents:
         text: how captions were embedded; None when there are classes.
         fps: of clips, if they were taken at a rate.
         captions: None, as they are embedded.
-        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``.
+        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``;
+            of ChronoEdit ``"edit"``.
         condition: shape of what image-to-video models are given beside the noisy latents; None without.
         image_embeds: shape of the embeddings of known frames; None without.
         control: shape of what Wan VACE is given of a clip; None without.
@@ -123,8 +124,10 @@ class CachedLatents:
 
     @property
     def given(self) -> str:
-        """Name of what models are given beside texts: ``condition``, ``control``, or empty."""
-        return next((name for name in ("condition", "control") if getattr(self, name) is not None), "")
+        """Name of what models are given beside texts: ``condition``, ``edit``, ``control``, or empty."""
+        if self.condition is not None:
+            return "edit" if self.known == "edit" else "condition"
+        return "" if self.control is None else "control"
 
     def load_vae(self, classes: Iterable[str] = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS) -> Any:
         """Load the autoencoder that the cache was made with.
@@ -169,13 +172,18 @@ class CachedLatents:
                 f"same, got {config}"
             )
 
+    @property
+    def channels_beside(self) -> int:
+        """Channels of what stands beside the noisy latents."""
+        return 0 if self.condition is None else self.condition[0]
+
     def require_channels(self, model: Any) -> None:
         """Check that a model takes these latents.
 
         Raises:
             ValueError: when it takes another number of channels, as those of another autoencoder.
         """
-        beside = 0 if self.condition is None else self.condition[0]
+        beside = self.channels_beside
         if model.sample_channels != self.channels + beside:
             raise ValueError(
                 f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from PIL import Image
 from torch.utils.data import default_collate
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.files.videos import open_video
@@ -107,18 +106,6 @@ def test_a_broken_video_is_named_and_left_out(
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 8
-
-
-@pytest.fixture
-def image_encoder(tmp_path: Path) -> str:
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-        patch_size=8,
-    )  # fmt: skip
-    CLIPVisionModel(vision).save_pretrained(tmp_path / "wan" / "image_encoder")
-    size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "wan" / "image_processor")
-    return str(tmp_path / "wan")
 
 
 @pytest.mark.parametrize("frames", ["first", "first_and_last"])
