@@ -215,8 +215,8 @@ def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None)
     """Check that a sheet has what the model is given of a clip, and nothing else."""
     needed: tuple[str, ...] = ()
     if latents is not None:
-        frames = {"first_and_last": ("images", "last_images"), "none": ()}
-        needed = ("videos",) if latents.tasks else frames.get(latents.known, ("images",))
+        frames = {"first": ("images",), "edit": ("images",), "first_and_last": ("images", "last_images")}
+        needed = ("videos",) if latents.tasks else frames.get(latents.known, ())
     for name, kind in _GIVEN.items():
         given = bool(getattr(sampling, name))
         if given and name not in needed:

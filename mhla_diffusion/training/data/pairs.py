@@ -58,8 +58,11 @@ class PicturePairs:
         )
 
     def shapes(self) -> list[Shape]:
-        files = [self.folder / "after" / name for name in self.names]
-        return read_shapes(files, lambda index: shape_of(files[index]), self.folder / "pairs.shapes.json")
+        files = [self._files(index)[1] for index in range(len(self.names))]
+        return read_shapes(files, self._shape, self.folder / "pairs.shapes.json")
+
+    def _shape(self, index: int) -> Shape:
+        return shape_of(self._files(index)[1])
 
     def _files(self, index: int) -> list[Path]:
         return [self.folder / side / self.names[index] for side in ("before", "after")]
