@@ -12,7 +12,7 @@ from .features import RotaryEmbedding
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
-from .routing import NOTHING, counted_keys, joined, routed_attention
+from .routing import NOTHING, counted_keys, joined, routed_attention, without_mean
 
 LOCAL_FORMS = ("shared", "gate")
 
@@ -70,7 +70,7 @@ def mhla_local(
         )  # fmt: skip
 
     if form == "gate":
-        gate = weight.sigmoid()[:, None, None]
+        gate = weight.to(torch.promote_types(weight.dtype, torch.float32)).sigmoid()[:, None, None]
         near = window_attention(queries, keys, v, layout, key_mask=key_mask, chosen=chosen)
         return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
     # W without its diagonal: the own block is the window's.
@@ -111,8 +111,7 @@ def window_attention(
             With ``rest`` from :func:`mhla_causal` under a strictly lower W it is the causal form of "shared".
 
     Returns:
-        ``[B, H, N, d_v]`` in the dtype of v, in float32 or above with ``chosen``, or in that of ``rest``. A
-        query that sees no key gets 0.
+        ``[B, H, N, d_v]`` in float32 or above. A query that sees no key gets 0.
     """
     q, k, v = as_autocast(q, k, v)
     if chosen is not None and chosen.shape[-1]:
@@ -124,21 +123,38 @@ def window_attention(
     if layout.extra is not None:
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, rest)
-    far, score = rest if rest is not None else (None, None)
-    dim = v.shape[-1]
+
+    far, score = (layout.pack(x) for x in (rest[0], rest[1][..., None])) if rest is not None else (None, None)
+    queries, keys, values = (layout.pack(x) for x in (q, k, v))  # [B, H, M, n, d]
+    # A mean would see later tokens.
+    values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
     seen = _seen(layout, key_mask, causal=causal, device=q.device)
-    lacks_rest = score is None
-    if score is None:
-        score = q.new_full(q.shape[:-1], NOTHING)
-    # The score of the rest is no product of q and a key: two channels more, whose keys are 1 for the rest and
-    # 0 for all others. Two, as one of bfloat16 would round a logarithm by up to 2 %.
+    near, share = _with_one_more(queries, keys, values, score, seen)
+    if far is None or score is None:
+        return layout.unpack(near + (1 - share) * centre)  # the share is 0, or 1 where no key is seen
+    out = near + share * (far - centre)
+    # The gradient of the score, in float32, where the softmax would round both parts of a difference.
+    slope = (share * (far - centre - out)).detach()
+    return layout.unpack(out + slope * (score - score.detach()) + centre)
+
+
+def _with_one_more(
+    q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend in blocks ``[B, H, M, n, d]`` with one more key, of a score for each query, ``[B, H, M, n, 1]``.
+
+    Returns:
+        What the keys of the block add to the output, and the weight of the one more, ``[B, H, M, n, 1]``; its
+        score gets no gradient. Without a score the weight is 1 where nothing else is seen, and 0 elsewhere.
+    """
+    score = q.new_full((*q.shape[:-1], 1), NOTHING) if score is None else score.detach()
+    dim = v.shape[-1]
+    # This score is no product of q and a key: two channels more, whose keys are 1 for it and 0 for others.
+    # Two, as one of bfloat16 would round a logarithm by up to 2 %.
     high = score.to(q.dtype)
-    low = (score - high).to(q.dtype)
-    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high[..., None], low[..., None]), -1)
+    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, (score - high).to(q.dtype)), -1)
     width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
-    queries, keys, values = (
-        F.pad(layout.pack(x), (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v)
-    )  # [B H, M, n, width]
+    queries, keys, values = (F.pad(x, (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v))
     ones = torch.zeros(2, width, dtype=q.dtype, device=q.device)
     ones[0, q.shape[-1] : q.shape[-1] + 2] = ones[1, dim] = 1
     keys, values = (
@@ -148,10 +164,7 @@ def window_attention(
     if seen is not None:
         seen = seen.expand(*q.shape[:2], *seen.shape[2:]).flatten(0, 1)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
-    out = layout.unpack(out.unflatten(0, q.shape[:2]))
-    if lacks_rest or far is None:
-        return out[..., :dim]
-    return out[..., :dim] + out[..., dim : dim + 1] * far
+    return out.unflatten(0, q.shape[:2]).split((dim, 1, width - dim - 1), -1)[:2]
 
 
 def _apart(
