@@ -53,13 +53,16 @@ def call(
 )
 @pytest.mark.parametrize("form", LOCAL_FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("routes", "masked"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("routes", "margin", "masked"), [(0, 0, False), (2, 0, False), (0, 1, False), (2, 2, True)]
+)
 def test_output_and_each_gradient_equal_the_reference(
     assert_close: AssertClose,
     layout: BlockLayout,
     form: str,
     dtype: torch.dtype,
     routes: int,
+    margin: int,
     masked: bool,
     mean: float,
 ) -> None:
@@ -70,9 +73,11 @@ def test_output_and_each_gradient_equal_the_reference(
     near = call(mhla_local_reference, exact, layout, **options)
     if routes:
         options["chosen"] = choose_blocks(inputs[0], inputs[1], layout, routes, key_mask=mask)
+    options["margin"] = margin
     out = call(mhla_local, inputs, layout, **options)
     expected = call(mhla_local_reference, exact, layout, **options)
-    assert torch.allclose(expected, near, rtol=0.02) == (not routes), "chosen blocks make a difference"
+    same = torch.allclose(expected, near, rtol=0.02)
+    assert same == (not routes and not margin), "chosen blocks and a margin make a difference"
     assert out.dtype == dtype
     assert_close(out, expected, dtype)
     # Along what the weight does, or its gradient, a sum over all tokens, is a small rest of large terms.
@@ -111,6 +116,19 @@ def test_one_block_is_softmax_attention(assert_close: AssertClose) -> None:
     expected = F.scaled_dot_product_attention(inputs[4], inputs[5], inputs[2])
     assert_close(call(mhla_local, inputs, layout, form="shared"), expected)
     assert_close(window_attention(inputs[4], inputs[5], inputs[2], layout), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_margin_as_wide_as_the_grid_is_softmax_attention(
+    assert_close: AssertClose, layout: BlockLayout
+) -> None:
+    layout = BlockLayout(layout.grid, layout.blocks)
+    q, k, v = make_inputs(layout)[:3]
+    out = window_attention(q, k, v, layout, margin=max(layout.grid))
+    assert_close(out, F.scaled_dot_product_attention(q, k, v))
+    along = tuple(n if axis == 0 else 0 for axis, n in enumerate(layout.grid))
+    axis = BlockLayout(layout.grid, (1, *layout.blocks[1:]))  # all blocks of the first axis are one
+    assert_close(window_attention(q, k, v, layout, margin=along), window_attention(q, k, v, axis))
 
 
 def test_scores_far_from_zero_stay_finite() -> None:
