@@ -130,7 +130,7 @@ def table(content: Record) -> str:
         head = ["loss over the teacher's, by tenth from data to noise", *map(str, range(1, 11))]
         lines = [[name, *_tenths(records)] for name, records in timed.items()]
         parts.append(markdown_table([head, *lines]))
-    if "findings" in content:
+    if content.get("findings"):
         parts.append(markdown_table(_wishes(content["findings"])))
     return "\n\n".join(parts) + "\n"
 

@@ -46,7 +46,7 @@ class ScoreConfig:
         extractor: see ``mhla evaluate``.
 
     Raises:
-        ValueError: for samples of which there is nothing to score against, and the other way round.
+        ValueError: for samples without something to score against, and for ``real`` without samples.
     """
 
     num_samples: int = 0
@@ -56,7 +56,8 @@ class ScoreConfig:
     extractor: str = "auto"
 
     def __post_init__(self) -> None:
-        if (self.num_samples > 0) != (self.real is not None or bool(self.held_out)):
+        alone = self.num_samples > 0 and self.real is None and not self.held_out
+        if alone or (self.num_samples < 1 and self.real is not None):
             raise ValueError(
                 f"scores need real or held_out, and num_samples, got real {self.real}, held_out "
                 f"{self.held_out} and num_samples {self.num_samples}"
