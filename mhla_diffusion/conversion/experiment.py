@@ -40,10 +40,12 @@ logger = logging.getLogger(__name__)
 
 # Behind the calls that layers were aligned on.
 _FIRST_CALL = 1_000_000
-FORMS = ("linear", "mhla", "mhla-local")
+# Candidates, and the words of variants that need them.
+FORMS = {"linear": "linear", "mhla": "", "mhla-local": "local", "mhla-wide": "wide"}
 VARIANTS = (
     "half, chosen", "half, every second", "half, every second from the first", "half, chosen, not aligned",
-    "all local", "all MHLA", "all MHLA, not aligned", "all linear", "half, chosen, local", "all softmax",
+    "all local", "all MHLA", "all MHLA, not aligned", "all linear", "half, chosen, local",
+    "half, chosen, wide", "all wide", "all softmax",
 )  # fmt: skip
 """Students: forms of the layers that are chosen, or lie in a pattern, or of all. The last is the teacher,
 trained as all others are: what it loses is not of any conversion."""
@@ -57,7 +59,8 @@ class ExperimentConfig(ScoreConfig):
         teacher: YAML of the training run of a teacher with softmax attention in all layers.
         out: folder of everything.
         height, width, frames, vae_stride: of the output, that costs are for, see ``mhla plan``.
-        candidates: YAML of the forms ``linear``, ``mhla`` and ``mhla-local``.
+        candidates: YAML of the forms that the variants need, of ``linear``, ``mhla``, ``mhla-local`` and
+            ``mhla-wide``, a window with a margin.
         seeds: of alignment and distillation.
         align: see :class:`AlignConfig`.
         steps: of distillation; at most 5 % of the teacher's, or it says nothing about cheap conversion.
@@ -124,8 +127,8 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     out = Path(config.out)
     run: Any = read_run_config(config.teacher)
     forms = load_candidates(config.candidates)
-    if set(forms) != set(FORMS):
-        raise ValueError(f"{config.candidates} must have {', '.join(FORMS)}, it has {', '.join(forms)}")
+    if missing := [form for form in _needed(config.variants) if form not in forms]:
+        raise ValueError(f"{config.candidates} has {', '.join(forms)} and lacks {', '.join(missing)}")
     scorer = Scorer(config, config.teacher, run, out) if config.num_samples else None
     teacher_folder = out / "teacher"
     if not (teacher_folder / "pipeline").is_dir():
@@ -166,6 +169,11 @@ def _scored(
     return rows
 
 
+def _needed(variants: Sequence[str]) -> list[str]:
+    """The forms of variants: MHLA, which layers are chosen by, and others if they are asked for."""
+    return [form for form, word in FORMS.items() if any(word in variant for variant in variants)]
+
+
 def variant_folder(out: Path, seed: int, variant: str) -> Path:
     """Return where a variant of a seed is."""
     return out / f"seed-{seed}" / variant.replace(", ", "-").replace(" ", "-")
@@ -183,7 +191,7 @@ class _Seed:
         size: Plan,
         seed: int,
     ) -> None:
-        self.forms = forms
+        self.forms = {form: forms[form] for form in _needed(config.variants)}
         self.config, self.path, self.size, self.seed = config, path, size, seed
         self.run = replace(run, trainer=replace(run.trainer, seed=seed))
         self.folder = Path(config.out) / f"seed-{seed}"
@@ -195,7 +203,7 @@ class _Seed:
         """Align, and return what each variant comes to."""
         settings = replace(self.config.align, seed=self.seed)
         self.record = align(
-            self.teacher, self.calls, self.folder / "aligned", candidates=self._needed(),
+            self.teacher, self.calls, self.folder / "aligned", candidates=self.forms,
             config=settings, name=self.path,
         )  # fmt: skip
         found = self._variants()
@@ -207,15 +215,6 @@ class _Seed:
             {**results[first[variant]], "variant": name, "distilled_as": first[variant]}
             for name, variant in variants.items()
         ]
-
-    def _needed(self) -> dict[str, MHLAConfig]:
-        """The forms of the variants: MHLA, which layers are chosen by, and others if they are asked for."""
-        words = {"linear": "linear", "mhla": "", "mhla-local": "local"}
-        return {
-            form: self.forms[form]
-            for form, word in words.items()
-            if any(word in variant for variant in self.config.variants)
-        }
 
     def _variants(self) -> dict[str, Variant]:
         count = len(self.teacher.layer_attention)
@@ -235,9 +234,13 @@ class _Seed:
             "all MHLA": Variant(("mhla",) * count),
             "all MHLA, not aligned": Variant(("mhla",) * count, aligned=False),
             "all linear": Variant(("linear",) * count),
-            "half, chosen, local": Variant(
-                tuple("mhla-local" if form == "mhla" else form for form in chosen)
-            ),
+            "all wide": Variant(("mhla-wide",) * count),
+            **{
+                f"half, chosen, {word}": Variant(
+                    tuple(f"mhla-{word}" if form == "mhla" else form for form in chosen)
+                )
+                for word in ("local", "wide")
+            },
             "all softmax": Variant((STOCK,) * count),
         }
 

@@ -39,7 +39,9 @@ def findings(content: Record) -> dict[str, Any]:
         name: _finding(losses[variant], most=most)
         for name, variant, most in (
             (f"half of the layers: loss within {_HALF:.0%}", "half, chosen", _HALF),
+            (f"half of the layers, with a wide window: loss within {_HALF:.0%}", "half, chosen, wide", _HALF),
             (f"all layers with a window: loss within {_LOCAL:.0%}", "all local", _LOCAL),
+            (f"all layers with a wide window: loss within {_LOCAL:.0%}", "all wide", _LOCAL),
         )
         if variant in rows
     }

@@ -73,7 +73,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
             setattr(module, name, None)
         if branch == "window" and module.local is not None:
             undo.append((module, "config", module.config))
-            module.config = replace(module.config, local=None, routed_blocks=0)
+            module.config = replace(module.config, local=None, local_margin=0, routed_blocks=0)
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
             changed.append((weights, weights.detach().clone()))
