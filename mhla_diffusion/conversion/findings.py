@@ -92,10 +92,14 @@ def _scored(rows: _Rows) -> dict[str, Any]:
     """Whether half of the layers score within the teacher's interval, where they were scored."""
     found = {}
     for number, score in enumerate(_scores(rows.get("teacher", [{}])[0])):
-        if students := [its for its in rows.get("half, chosen", []) if _scores(its)]:
-            values = [_scores(its)[number]["value"] for its in students]
-            name = f"half of the layers: {score['name']} within the teacher's interval"
-            found[name] = _finding(values, most=score["interval"][1])
+        for variant, name in (
+            ("half, chosen", "half of the layers"),
+            ("half, chosen, wide", "half of the layers, with a wide window"),
+        ):
+            if students := [its for its in rows.get(variant, []) if _scores(its)]:
+                values = [_scores(its)[number]["value"] for its in students]
+                wish = f"{name}: {score['name']} within the teacher's interval"
+                found[wish] = _finding(values, most=score["interval"][1])
     return found
 
 
