@@ -49,11 +49,12 @@ def _numbered(*pieces: str) -> dict[str, int]:
     return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def _bert() -> tuple[Any, Any]:
+def _bert(positions: int = POSITIONS) -> tuple[Any, Any]:
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [*string.ascii_lowercase, *string.punctuation]
     vocabulary = _numbered(*marks, *letters, *(f"##{letter}" for letter in letters))
-    return BertTokenizer(vocab=vocabulary), BertModel(BertConfig(**_SIZE))
+    config = BertConfig(**{**_SIZE, "max_position_embeddings": positions})
+    return BertTokenizer(vocab=vocabulary), BertModel(config)
 
 
 def _roberta() -> tuple[Any, Any]:
@@ -95,9 +96,9 @@ def _gemma() -> tuple[Any, Any]:
     return _begun(GemmaTokenizer(vocab=vocabulary, merges=[])), Gemma2Model(config)
 
 
-def _t5() -> tuple[Any, Any]:
+def _t5(width: int = WIDTH) -> tuple[Any, Any]:
     pieces = [(piece, -float(i)) for i, piece in enumerate(["<pad>", "</s>", "<unk>", *_PIECES])]
-    config = T5Config(vocab_size=400, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=400, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5Tokenizer(vocab=pieces, extra_ids=0), T5EncoderModel(config)
 
 
@@ -115,6 +116,17 @@ def make_text_parts(kind: str) -> dict[str, Any]:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+
+
+def make_hunyuan_parts(seed: int = 0) -> dict[str, Any]:
+    """Return tokenizers and random encoders as HunyuanDiT's, of widths 16 and 24."""
+    torch.manual_seed(seed)
+    parts = {}
+    for suffix, (tokenizer, encoder) in (("", _bert(77)), ("_2", _t5(24))):
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder.eval()}
+    return parts
 
 
 def make_qwen_parts() -> dict[str, Any]:

@@ -36,10 +36,10 @@ class DenoisingMixin:
         return self.config.get("out_channels") or self.config.in_channels
 
     @property
-    def text_width(self) -> int | None:
-        """Width of the embeddings of text that it takes, if any."""
+    def text_shapes(self) -> tuple[tuple[int | None, int], ...]:
+        """Tokens, None for any number, and width of the embeddings that it takes, of each text encoder."""
         names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
-        return next((self.config[name] for name in names if self.config.get(name)), None)
+        return tuple((None, self.config[name]) for name in names if self.config.get(name))[:1]
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
@@ -73,7 +73,8 @@ class DenoisingMixin:
             samples: noisy, ``[B, C, ...]``.
             timestep: ``[B]``, from 0, of data, to 1,000, of noise.
             conditions: ``encoder_hidden_states`` ``[B, L, D]``, perhaps ``encoder_attention_mask``
-                ``[B, L]``, and arguments that the model has by these names.
+                ``[B, L]``, both of a second text encoder with the ending ``_2``, and arguments that the model
+                has by these names.
         """
         timestep = self.time_of(timestep)
         if self.time_in_dtype:
