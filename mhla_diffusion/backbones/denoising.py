@@ -18,10 +18,12 @@ class DenoisingMixin:
     Attributes:
         time_scale: times are 0 to this.
         time_in_dtype: whether times are given in the dtype of the model, as its pipeline gives them.
+        one_by_one: whether texts of several lengths have no place in a call, as the model takes no mask.
     """
 
     time_scale: ClassVar[int] = 1000
     time_in_dtype: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False
 
     config: Any
 
@@ -86,6 +88,12 @@ class DenoisingMixin:
         return output
 
 
+def unwrapped(model: Any) -> Any:
+    """Return a model without what wraps it for several processes, or compiles it."""
+    wrapped = isinstance(model, nn.Module)
+    return extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
+
+
 def denoise(
     model: Callable[..., Any], samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
 ) -> Tensor:
@@ -96,8 +104,7 @@ def denoise(
             **conditions)`` and returns a tuple, the prediction first.
         samples, timestep, conditions: see :meth:`DenoisingMixin.denoising_arguments`.
     """
-    wrapped = isinstance(model, nn.Module)
-    ours = extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
+    ours = unwrapped(model)
     if not isinstance(ours, DenoisingMixin):
         return model(samples, timestep=timestep, return_dict=False, **conditions)[0]
     arguments = ours.denoising_arguments(samples, timestep, conditions)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import ModelMixin, TensorParallelConfig
 from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
@@ -236,7 +237,14 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         prefix: str | None = "transformer",
         **kwargs: Any,
     ) -> None:
-        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``)."""
+        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``).
+
+        Self-attention that was trained in full beside the adapters takes the place of what is here, and stays
+        when adapters are unloaded.
+
+        Raises:
+            ValueError: for weights of it that do not fit this model.
+        """
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict):
             place = {name: kwargs.pop(name, None) for name in _ADAPTER_PLACE}
@@ -244,9 +252,26 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
                 source, user_agent={}, allow_pickle=False, metadata=kwargs.pop("metadata", None), **place
             )
             kwargs["metadata"] = metadata
+        start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
+        full = {key.removeprefix(start): value for key, value in source.items() if key.startswith(start)}
+        rest = {key: value for key, value in source.items() if not key.startswith(start)}
+        self._take_weights(full)
         # diffusers takes a file whose first weight is no adapter's for one of another format.
-        ordered = dict(sorted(source.items(), key=lambda item: ".lora_" not in item[0]))
+        ordered = dict(sorted(rest.items(), key=lambda item: ".lora_" not in item[0]))
         super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
+
+    @torch.no_grad()
+    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+        own = dict(self.named_parameters())
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                here = tuple(own[name].shape) if name in own else "no such weight"
+                raise ValueError(
+                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
+                    f"{here}: load them beside the model that they were trained from"
+                )
+        for name, weight in weights.items():
+            own[name].copy_(weight)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

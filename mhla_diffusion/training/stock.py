@@ -168,12 +168,13 @@ VIDEOS: dict[type[Any], StockTraining] = {
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
     MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
+    MHLAKandinsky5Transformer3DModel: StockTraining(
+        "Kandinsky5T2VPipeline", "flow", masked=True, multiple=16
+    ),
 }
 
 _NO_SOURCE = "which no data source here has"
 UNTRAINED: dict[type[Any], str] = {
-    MHLAKandinsky5Transformer3DModel: "it reads a text by two encoders, and one of them tells of it by a "
-    "single vector, which runs and caches here do not have",
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
     f"beside each clip, {_NO_SOURCE}",
     MHLAWanVACETransformer3DModel: f"it needs a control video and a mask beside each clip, {_NO_SOURCE}",

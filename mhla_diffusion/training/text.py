@@ -51,7 +51,8 @@ class StockEncoder:
     Args:
         options: further arguments of the method.
         embeddings, mask: their places in what it returns; without a mask zeros fill up.
-        length: tokens that the pipeline cuts or fills up texts to; ``text.max_length`` by default.
+        length: tokens that embeddings are filled up to; ``text.max_length`` by default.
+        reads: tokens that texts are cut to, where that is another number.
         padded: whether the model reads what the encoder makes of the tokens that fill up, too.
         template: attribute of the pipeline, a text that it puts around prompts.
         model_class: of transformers, where it is not the one that is loaded for embeddings by default.
@@ -61,6 +62,7 @@ class StockEncoder:
     embeddings: int = 0
     mask: int | None = 1
     length: int | None = None
+    reads: int | None = None
     padded: bool = False
     template: str = ""
     model_class: str = ""
@@ -70,8 +72,9 @@ _ONE = (StockEncoder(),)
 STOCK_PIPELINES: dict[str, tuple[StockEncoder, ...]] = {
     "LuminaPipeline": _ONE,
     "HunyuanDiTPipeline": (
-        StockEncoder({"text_encoder_index": 0}, mask=2, length=77),
-        StockEncoder({"text_encoder_index": 1}, mask=2, length=256, padded=True),  # the model pools them all
+        StockEncoder({"text_encoder_index": 0, "max_sequence_length": 77}, mask=2, length=77),
+        # Of which the model pools what fills up, too.
+        StockEncoder({"text_encoder_index": 1, "max_sequence_length": 256}, mask=2, length=256, padded=True),
     ),
     "QwenImagePipeline": (
         StockEncoder(template="prompt_template_encode", model_class="Qwen2_5_VLForConditionalGeneration"),
@@ -82,6 +85,10 @@ STOCK_PIPELINES: dict[str, tuple[StockEncoder, ...]] = {
     "SkyReelsV2Pipeline": _ONE,
     "LTXPipeline": _ONE,
     "SanaVideoPipeline": _ONE,
+    "Kandinsky5T2VPipeline": (
+        StockEncoder(mask=None, template="prompt_template", model_class="Qwen2_5_VLForConditionalGeneration"),
+        StockEncoder(embeddings=1, mask=None, length=1, reads=77),  # one vector of the whole text
+    ),
 }
 """Pipelines of diffusers that models are trained for, and their text encoders, in their order there."""
 
@@ -134,6 +141,10 @@ class TextConfig:
         """Return the tokens that captions are filled up to for encoder ``number``, 0 for the first."""
         return self.encoders[number].length or self.max_length
 
+    def reads(self, number: int) -> int:
+        """Return the tokens that captions are cut to by encoder ``number``."""
+        return self.encoders[number].reads or self.length(number)
+
     @property
     def prefix(self) -> str:
         """Instruction that stands before every caption, but for the empty one."""
@@ -147,21 +158,14 @@ class TextConfig:
         call = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
         return call["complex_human_instruction"].default if "complex_human_instruction" in call else None
 
-    def encoding_options(self, takes: Container[str], caption: str, number: int) -> dict[str, Any]:
-        """Return the arguments of the pipeline's ``encode_prompt`` for a caption and encoder ``number``.
-
-        Args:
-            takes: arguments that the method has; of the others none is given.
-            caption: to be embedded.
-            number: of the encoder, 0 for the first.
-        """
+    def encoding_options(self, takes: Container[str], caption: str) -> dict[str, Any]:
+        """Return the arguments that the pipeline's ``encode_prompt`` takes of these, for a caption."""
         options = {
             "do_classifier_free_guidance": False,
-            "max_sequence_length": self.length(number),
+            "max_sequence_length": self.max_length,
             "complex_human_instruction": self._lines if caption else None,
         }
-        given = {name: value for name, value in options.items() if name in takes}
-        return given | dict(self.encoders[number].options)
+        return {name: value for name, value in options.items() if name in takes}
 
 
 def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
@@ -187,7 +191,7 @@ def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
     encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
     encoder = encoder_class.from_pretrained(path, subfolder=encoder_folder)
     prepare_tokenizer(tokenizer)
-    require_positions(encoder, longest_text(tokenizer, config.length(number), config.prefix))
+    require_positions(encoder, longest_text(tokenizer, config.reads(number), config.prefix))
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
@@ -368,26 +372,33 @@ def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
         for name, part in zip(("tokenizer", "text_encoder"), parts, strict=True)
     }
     pipeline = make_stock_pipeline(config.pipeline, **components)
+    takes = inspect.signature(pipeline.encode_prompt).parameters
+
+    @lru_cache(maxsize=16)  # as some pipelines embed by all of their encoders at once
+    def ask(caption: str, device: torch.device, options: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
+        given = {**config.encoding_options(takes, caption), **dict(options)}
+        return pipeline.encode_prompt(caption, device=device, **given)
+
     return [
         CaptionEncoder(
-            partial(_embed_as, pipeline, text_encoder, config, number),
+            partial(_embed_as, ask, text_encoder, config, number),
             tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.length(number), number=number,
-            room=config.length(number) - _tokens_beside(pipeline, tokenizer, config.encoders[number]),
+            room=config.reads(number) - _tokens_beside(pipeline, tokenizer, config.encoders[number]),
         )
         for number, (tokenizer, text_encoder) in enumerate(loaded)
     ]  # fmt: skip
 
 
 def _embed_as(
-    pipeline: Any, text_encoder: Any, config: TextConfig, number: int, caption: str
+    ask: Callable[..., tuple[Any, ...]], text_encoder: Any, config: TextConfig, number: int, caption: str
 ) -> EmbeddedText:
-    """Embed a caption as a pipeline does by encoder ``number``."""
+    """Embed a caption as a pipeline, which is asked, does by encoder ``number``."""
     stock, length = config.encoders[number], config.length(number)
-    takes = inspect.signature(pipeline.encode_prompt).parameters
-    found = pipeline.encode_prompt(
-        caption, device=text_encoder.device, **config.encoding_options(takes, caption, number)
+    found = ask(caption, text_encoder.device, tuple(stock.options.items()))
+    text, mask = (
+        torch.atleast_2d(found[stock.embeddings][0]),
+        None if stock.mask is None else found[stock.mask],
     )
-    text, mask = found[stock.embeddings][0], None if stock.mask is None else found[stock.mask]
     shown = text.any(dim=-1) if mask is None else mask[0].bool()  # else zeros fill up
     if stock.padded:
         return EmbeddedText(text, int(shown.sum()))

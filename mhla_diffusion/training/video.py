@@ -43,7 +43,8 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video or SanaVideo.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video, SanaVideo or
+            Kandinsky 5.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.

@@ -176,8 +176,8 @@ class VideoLatentCacheConfig:
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo or, frame by
-            frame, an AutoencoderKL, or of a pipeline that has one.
+        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo,
+            AutoencoderKLHunyuanVideo or, frame by frame, an AutoencoderKL, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
         image_condition: for image-to-video models, the frames that are known: the ``"first"``, or

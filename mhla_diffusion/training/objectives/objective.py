@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...backbones.denoising import denoise
+from ...backbones.denoising import denoise, unwrapped
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -171,7 +171,13 @@ class Objective(ABC):
             ``[B]``, the mean over the values of each sample.
         """
         times, noise = self.draw(samples, generators)
-        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+        if not getattr(unwrapped(model), "one_by_one", False):
+            return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+        losses = []
+        for row in (slice(number, number + 1) for number in range(len(samples))):
+            its = {name: value[row] for name, value in conditioning.items()}
+            losses.append(self.loss_at(model, samples[row], its, times=times[row], noise=noise[row]))
+        return torch.cat(losses)
 
     def draw(self, samples: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Draw a time ``[B]`` and standard normal noise for each sample, from its own generator."""
