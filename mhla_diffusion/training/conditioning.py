@@ -77,7 +77,7 @@ class Captions:
     Those of a second text encoder are in ``text_2`` and ``tokens_2``, and so are the model's arguments. A
     text is dropped for all encoders, or for none.
 
-    Known frames, in the columns ``condition`` and ``image_embeds``, are never dropped.
+    What is known of a clip, in the columns ``condition``, ``image_embeds`` and ``control``, is never dropped.
 
     Dropped ones become the empty text. The embeddings are ``[B, L, D]``.
 
@@ -119,6 +119,8 @@ class Captions:
             arguments[BESIDE] = batch["condition"]
         if "image_embeds" in batch:
             arguments["encoder_hidden_states_image"] = batch["image_embeds"].flatten(0, 1)
+        if "control" in batch:  # of Wan VACE
+            arguments["control_hidden_states"] = batch["control"]
         if self.sizes is not None:
             samples = batch["samples"]
             height, width = samples.shape[-2:]

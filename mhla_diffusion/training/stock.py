@@ -47,6 +47,7 @@ class StockTraining:
         masked: whether the model is told which tokens are the text's.
         scheduler: settings of the scheduler that is left, beside those of the objective's.
         multiple: of pixels, that heights and widths must be for the pipeline.
+        given: what a cache has for the model beside texts, ``"control"``; nothing when empty.
     """
 
     pipeline: str
@@ -55,6 +56,7 @@ class StockTraining:
     masked: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     multiple: int = 1
+    given: str = ""
 
     def require(self, text: TextConfig, objective: ObjectiveConfig, init_from: str | None) -> None:
         """Check that a run embeds captions and denoises as the pipeline does, the one that it goes on from.
@@ -116,15 +118,16 @@ class StockTraining:
         )  # fmt: skip
 
     def require_latents(self, source: Any) -> CachedLatents:
-        """Check that the data are latents, without known frames.
+        """Check that the data are latents, and have what the model is given and nothing else.
 
         Raises:
             ValueError: otherwise.
         """
-        if not isinstance(source, CachedLatents) or source.condition is not None:
+        if not isinstance(source, CachedLatents) or source.given != self.given:
             raise ValueError(
                 f"models of {self.pipeline} are trained on latents of texts: make them with mhla "
-                f"cache-latents and --text.pipeline {self.pipeline}, and set data.source to latents"
+                f"cache-latents, --text.pipeline {self.pipeline} and {_OPTIONS[self.given]}, and set "
+                "data.source to latents"
             )
         return source
 
@@ -152,6 +155,8 @@ class StockTraining:
         }  # fmt: skip
 
 
+_OPTIONS = {"": "without known frames", "control": "--control, such as '[first, inpainting]'"}
+
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
     MHLAHunyuanDiT2DModel: StockTraining(
@@ -166,6 +171,7 @@ VIDEOS: dict[type[Any], StockTraining] = {
         "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
+    MHLAWanVACETransformer3DModel: StockTraining("WanVACEPipeline", "flow", given="control"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
     MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
     MHLAKandinsky5Transformer3DModel: StockTraining(
@@ -177,7 +183,6 @@ _NO_SOURCE = "which no data source here has"
 UNTRAINED: dict[type[Any], str] = {
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
     f"beside each clip, {_NO_SOURCE}",
-    MHLAWanVACETransformer3DModel: f"it needs a control video and a mask beside each clip, {_NO_SOURCE}",
     MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
     "between the two, for which there is no objective here",

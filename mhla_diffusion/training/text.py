@@ -83,6 +83,7 @@ STOCK_PIPELINES: dict[str, tuple[StockEncoder, ...]] = {
     "AllegroPipeline": _ONE,
     "Cosmos2TextToImagePipeline": _ONE,
     "SkyReelsV2Pipeline": _ONE,
+    "WanVACEPipeline": _ONE,
     "LTXPipeline": _ONE,
     "SanaVideoPipeline": _ONE,
     "Kandinsky5T2VPipeline": (

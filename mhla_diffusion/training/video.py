@@ -22,8 +22,9 @@ from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedLatents, VideoDataConfig, VideoSamples
 from .data.captions import texts_of
-from .data.image_conditions import load_image_encoder
+from .data.clip_conditions import load_image_encoder, read_control
 from .data.stream import SampleSource
+from .data.video_autoencoders import size_in_pixels
 from .objectives import Objective
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
@@ -43,8 +44,8 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video, SanaVideo or
-            Kandinsky 5.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, LTX-Video,
+            SanaVideo or Kandinsky 5.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -80,6 +81,10 @@ class VideoModelConfig:
         return trained_class(self.init_from, [MHLAWanTransformer3DModel, *VIDEOS], "videos")
 
 
+# What a sheet may have beside prompts.
+_GIVEN = {"images": "picture", "last_images": "picture", "videos": "video"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoSamplingConfig(SampleSheetConfig):
     """Videos during training, a row of frames each; see also :class:`SampleSheetConfig`.
@@ -88,30 +93,37 @@ class VideoSamplingConfig(SampleSheetConfig):
         prompts: one row each.
         images: of image-to-video models, the picture that the video of each prompt begins with, as a path.
         last_images: of those that are given the last frame too, the picture that it ends with.
+        videos: of Wan VACE, the video for each prompt, as a path, whose first clip is given as far as a task
+            says; the tasks of the data take turns.
     """
 
     prompts: tuple[str, ...] = changeable(())
     images: tuple[str, ...] = changeable(())
     last_images: tuple[str, ...] = changeable(())
+    videos: tuple[str, ...] = changeable(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every and not self.prompts:
             raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
-        for name, images in (("images", self.images), ("last_images", self.last_images)):
-            if images and len(images) != len(self.prompts):
+        for name, kind in _GIVEN.items():
+            paths = getattr(self, name)
+            if paths and len(paths) != len(self.prompts):
                 raise ValueError(
-                    f"sampling.{name} must name a picture for each of the {len(self.prompts)} prompts, got "
-                    f"{len(images)}"
+                    f"sampling.{name} must name a {kind} for each of the {len(self.prompts)} prompts, got "
+                    f"{len(paths)}"
                 )
-            if missing := [path for path in images if not Path(path).is_file()]:
+            if missing := [path for path in paths if not Path(path).is_file()]:
                 raise ValueError(f"sampling.{name}: {missing[0]} is no file")
 
     def rows(self) -> list[dict[str, Any]]:
-        given = {"image": self.images, "last_image": self.last_images}
-        pictures = {name: [load_image(path) for path in paths] for name, paths in given.items() if paths}
+        given: dict[str, Sequence[Any]] = {
+            "image": [load_image(path) for path in self.images],
+            "last_image": [load_image(path) for path in self.last_images],
+            "video": self.videos,
+        }
         return [
-            {"prompt": prompt, **{name: row[number] for name, row in pictures.items()}}
+            {"prompt": prompt, **{name: row[number] for name, row in given.items() if row}}
             for number, prompt in enumerate(self.prompts)
         ]
 
@@ -187,7 +199,7 @@ def _build_wan(
         config.data.chosen().facts(),
         fps=parts.config.fps,
     )
-    _require_pictures(config.sampling, None if latents is None else latents.known)
+    _require_given(config.sampling, latents)
     if latents is not None and latents.known != "none":
         task.pipeline = with_first_frames(parts, latents)
         frames, height, width = parts.size_in_pixels(sizes[0])
@@ -198,16 +210,19 @@ def _build_wan(
     return model, source, task
 
 
-def _require_pictures(sampling: VideoSamplingConfig, known: str | None) -> None:
-    """Check that a sheet has the frames that the model is given, and no others."""
-    needed = {"first": ("images",), "first_and_last": ("images", "last_images")}.get(known or "", ())
-    for name in ("images", "last_images"):
+def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None) -> None:
+    """Check that a sheet has what the model is given of a clip, and nothing else."""
+    needed: tuple[str, ...] = ()
+    if latents is not None:
+        frames = {"first": ("images",), "first_and_last": ("images", "last_images")}
+        needed = ("videos",) if latents.tasks else frames.get(latents.known, ())
+    for name, kind in _GIVEN.items():
         given = bool(getattr(sampling, name))
         if given and name not in needed:
-            raise ValueError(f"sampling.{name}: the model is given no such frame; remove it")
+            raise ValueError(f"sampling.{name}: the model is given no such {kind}; remove it")
         if sampling.every and not given and name in needed:
             raise ValueError(
-                f"the model makes videos of images: give sampling.{name} a picture for each prompt, or set "
+                f"the model is given a {kind}: give sampling.{name} a {kind} for each prompt, or set "
                 "sampling.every to 0"
             )
 
@@ -220,7 +235,7 @@ def _build_for(
     latents = stock.require_latents(config.data.open())
     if stock.guarded and config.sampling.every:
         raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
-    _require_pictures(config.sampling, known=None)
+    _require_given(config.sampling, latents)
     encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
     latents.require_text(config.text, encoders)
     if model is None:
@@ -243,8 +258,30 @@ def _build_for(
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
         fps=latents.fps or 16.0,
+        prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )
     return model, latents, task
+
+
+def _controls(
+    latents: CachedLatents, vae: Any, sampling: VideoSamplingConfig
+) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
+    """Return what gives a row of a sheet the control of its video; the tasks of the data take turns.
+
+    Raises:
+        ValueError: when a video cannot be read.
+    """
+    size = size_in_pixels(vae, latents.sizes[0])
+
+    def prepare(number: int, row: dict[str, Any]) -> dict[str, Any]:
+        task = latents.tasks[number % len(latents.tasks)]
+        generator = torch.Generator().manual_seed(sampling.seed + number)
+        return {**row, **read_control(row["video"], task, size=size, fps=latents.fps, generator=generator)}
+
+    if sampling.every:
+        for number, row in enumerate(sampling.rows()):
+            prepare(number, row)
+    return prepare
 
 
 def build_parts(

@@ -19,8 +19,8 @@ from mhla_diffusion.pipelines.identity import component_sha256
 from ...processes import process_state
 from ..text import CaptionEncoder, TextConfig, load_caption_encoders
 from .captions import Caption, texts_of
+from .clip_conditions import Controls, ControlTask, ImageConditions, load_image_encoder
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
-from .image_conditions import ImageConditions, load_image_encoder
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import load_vae
@@ -118,7 +118,7 @@ def _encode_images(
     """Encode some images, and their mirror images with ``data.flip``: latents, and what is known of each."""
     pixels: list[Tensor] = []
     known: list[dict[str, Tensor]] = []
-    for index, sample in readable(images, rows):
+    for index, sample, _ in readable(images, rows):
         if not encoders:
             about = {"label": torch.tensor(sample["class_labels"])}
         else:
@@ -184,6 +184,9 @@ class VideoLatentCacheConfig:
             ``"first_and_last"``.
         image_encoder: folder or hub id of a CLIP vision model and its processor, or of a pipeline that has
             both, for image-to-video models that read its embeddings of these frames (Wan 2.1).
+        control: for Wan VACE, what is known of a clip: tasks of ``"first"``, ``"first_and_last"``,
+            ``"inpainting"`` (all but a box), ``"outpainting"`` (a box alone) and ``"gray"`` (a clip to be
+            coloured), one of which is drawn for each.
         clips: random clips of each video.
         shard_size: clips per file.
     """
@@ -194,6 +197,7 @@ class VideoLatentCacheConfig:
     text: TextConfig
     image_condition: Literal["none", "first", "first_and_last"] = "none"
     image_encoder: str | None = None
+    control: tuple[ControlTask, ...] = ()
     clips: int = 1
     shard_size: int = 128
 
@@ -203,6 +207,11 @@ class VideoLatentCacheConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.image_encoder and self.image_condition == "none":
             raise ValueError("image_encoder needs image_condition first or first_and_last, got none")
+        if self.control and self.image_condition != "none":
+            raise ValueError(
+                f"control {list(self.control)} is for Wan VACE, and image_condition {self.image_condition} "
+                "for image-to-video models: remove one of the two"
+            )
 
 
 def cache_video_latents(config: VideoLatentCacheConfig) -> None:
@@ -218,37 +227,54 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,
-        keep=("vae", "data", "text", "image_condition", "image_encoder", "clips", "shard_size"),
+        keep=("vae", "data", "text", "image_condition", "image_encoder", "control", "clips", "shard_size"),
         facts=_prepare(vae, encoders, videos.captions),
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
             {
                 "latents": encode_clip(vae, sample["samples"]),
                 **_embed(encoders, videos.captions[index]),
-                **conditions(sample["samples"]),
+                **conditions(sample["samples"], generator),
             }
-            for index, sample in readable(videos, rows, draws=config.clips)
+            for index, sample, generator in readable(videos, rows, draws=config.clips)
         ],
     )
 
 
-def _load_conditions(config: VideoLatentCacheConfig, vae: Any) -> Callable[[Tensor], dict[str, Tensor]]:
-    if config.image_condition == "none":
-        return lambda clip: {}
+def _load_conditions(
+    config: VideoLatentCacheConfig, vae: Any
+) -> Callable[[Tensor, torch.Generator], dict[str, Tensor]]:
+    if config.image_condition == "none" and not config.control:
+        return lambda clip, generator: {}
+    if type(vae).__name__ != "AutoencoderKLWan":
+        raise ValueError(
+            f"image_condition and control are of models on latents of an AutoencoderKLWan, but {config.vae} "
+            f"holds a {type(vae).__name__}: remove them"
+        )
+    if config.control:
+        return Controls(vae, config.control)
     processor, encoder = load_image_encoder(config.image_encoder) if config.image_encoder else (None, None)
     if encoder is not None:
         encoder.to(process_state().device)
     last = config.image_condition == "first_and_last"
-    return ImageConditions(vae, last=last, processor=processor, encoder=encoder)
+    conditions = ImageConditions(vae, last=last, processor=processor, encoder=encoder)
+    return lambda clip, generator: conditions(clip)
 
 
-def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Load the samples that can be decoded, with their numbers, each ``draws`` times; name the others."""
+def readable(
+    source: SampleSource, rows: range, *, draws: int = 1
+) -> Iterator[tuple[int, dict[str, Any], torch.Generator]]:
+    """Load the samples that can be decoded, each ``draws`` times; name the others.
+
+    Yields:
+        The number of a sample, the sample, and a generator for what else is drawn of it.
+    """
     skipped = 0
     for row in rows:
+        # What is drawn depends on the row alone, so that any process writes the same.
+        generator = torch.Generator().manual_seed(row)
         try:
-            # What is drawn depends on the row alone, so that any process writes the same.
-            yield row // draws, dict(source.load(row // draws, torch.Generator().manual_seed(row)))
+            yield row // draws, dict(source.load(row // draws, generator)), generator
         except UnreadableSampleError as error:
             skipped += 1
             logger.warning("skipped, number %d of this file: %s", skipped, error)

@@ -6,7 +6,7 @@ or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up
 has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
 taken. Where a model reads what its text encoder makes of what fills up, all texts are whole, and ``tokens``
 counts those that are the text's. Of a second text encoder there are ``text_2`` and ``tokens_2``. Of clips
-for image-to-video models also what :class:`.image_conditions.ImageConditions` gives. See :mod:`.shards`.
+perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mhla_diffusion.pipelines.identity import component_sha256
 from ...hub import component_subfolder, load_component_config
 from ..text import CaptionEncoder, TextConfig, number_suffix
 from .captions import draw_index
+from .clip_conditions import ControlTask
 from .image_sources import ImageSource
 from .shards import Shards, read_record
 from .video_autoencoders import VIDEO_AUTOENCODERS
@@ -34,7 +35,7 @@ from .videos import VideoSource
 PLAIN_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 IMAGE_AUTOENCODERS = (*PLAIN_AUTOENCODERS, "AutoencoderKLQwenImage")
 
-_KNOWN_FRAMES = ("condition", "image_embeds")
+_KNOWN = ("condition", "image_embeds", "control")
 
 
 def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
@@ -66,6 +67,8 @@ class CachedLatents:
         known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``.
         condition: shape of what image-to-video models are given beside the noisy latents; None without.
         image_embeds: shape of the embeddings of known frames; None without.
+        control: shape of what Wan VACE is given of a clip; None without.
+        tasks: by which it was drawn.
         image_encoder: that they were made with.
 
     Raises:
@@ -84,11 +87,12 @@ class CachedLatents:
         self.fps: float | None = data.get("fps")
         stored = self.shards.names(0)
         self._latents = "mean" if "mean" in stored else "latents"
-        self.condition, self.image_embeds = (
-            self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
+        self.condition, self.image_embeds, self.control = (
+            self.shards.shape(0, name) if name in stored else None for name in _KNOWN
         )
         self.known: str = config.get("image_condition", "none")
         self.image_encoder: str | None = config.get("image_encoder")
+        self.tasks: tuple[ControlTask, ...] = tuple(config.get("control", ()))
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
@@ -115,7 +119,12 @@ class CachedLatents:
         if self.text is None:
             return {"samples": samples, "class_labels": int(row["label"])}
         sample = {"samples": samples, **_draw_texts(row, self.text, generator)}
-        return sample | {name: row[name].float() for name in _KNOWN_FRAMES if name in row}
+        return sample | {name: row[name].float() for name in _KNOWN if name in row}
+
+    @property
+    def given(self) -> str:
+        """Name of what models are given beside texts: ``condition``, ``control``, or empty."""
+        return next((name for name in ("condition", "control") if getattr(self, name) is not None), "")
 
     def load_vae(self, classes: Iterable[str] = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS) -> Any:
         """Load the autoencoder that the cache was made with.
@@ -171,6 +180,13 @@ class CachedLatents:
             raise ValueError(
                 f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "
                 f"{model.sample_channels}" + (f", {beside} of which are for known frames" if beside else "")
+            )
+        takes = getattr(model.config, "vace_in_channels", None)
+        gives = None if self.control is None else self.control[0]
+        if takes != gives:
+            raise ValueError(
+                f"the model takes {takes or 'no'} channels of a control, but {self.shards.path} holds "
+                f"{gives or 'none'}: cache with --control for Wan VACE alone, by the model's own autoencoder"
             )
         takes = getattr(model.config, "image_dim", None)
         gives = None if self.image_embeds is None else self.image_embeds[-1]
@@ -232,5 +248,7 @@ class VideoLatents(VideoSource):
 
 def _facts(path: str) -> dict[str, Any]:
     """What a model card says of the data that a cache was made of."""
-    background = read_record(Path(path))["config"]["data"].get("background")
-    return {} if background is None else {"transparent pixels": f"on {background}"}
+    config = read_record(Path(path))["config"]
+    background, tasks = config["data"].get("background"), config.get("control")
+    facts = {} if background is None else {"transparent pixels": f"on {background}"}
+    return facts | ({"control": ", ".join(tasks)} if tasks else {})

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
@@ -15,7 +14,7 @@ from torch.utils.data import default_collate
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
-from mhla_diffusion.files.videos import open_video, write_video
+from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import (
     TextConfig,
     TrainerConfig,
@@ -30,43 +29,11 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
-from mhla_diffusion.training.data.image_conditions import ImageConditions
+from mhla_diffusion.training.data.clip_conditions import ImageConditions
 from mhla_diffusion.training.data.latents import CachedLatents, load_vae
 from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Five videos of 12 frames, one of them upright, and captions."""
-    random, lines = np.random.default_rng(0), ["path,caption"]
-    for i, size in enumerate([(32, 48)] * 4 + [(48, 32)]):
-        write_video(random.integers(0, 255, (12, *size, 3), np.uint8), tmp_path / f"clips/{i}.mp4", fps=8)
-        lines.append(f"{i}.mp4,{'abcde'[: i + 1]}")
-    (tmp_path / "clips" / "captions.csv").write_text("\n".join(lines))
-    return tmp_path / "clips"
-
-
-@pytest.fixture
-def config(folder: Path, text_parts: dict[str, Any], tmp_path: Path) -> VideoLatentCacheConfig:
-    """Four latent channels, whose mean and deviation are not 0 and 1; the parts lie in a pipeline."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 1.0, 2.0, 4.0],
-    )  # fmt: skip
-    for name, part in {**text_parts, "vae": vae}.items():
-        part.save_pretrained(tmp_path / "wan" / name)
-    (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    return VideoLatentCacheConfig(
-        output_dir=str(tmp_path / "cache"),
-        vae=str(tmp_path / "wan"),
-        data=VideoDataConfig("folder", path=str(folder), frames=5, sizes=((16, 32), (32, 16)), fps=8),
-        text=TextConfig(encoder=str(tmp_path / "wan"), max_length=8),
-        clips=2,
-        shard_size=3,
-    )
 
 
 def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainingConfig:
