@@ -372,7 +372,7 @@ def test_every_backbone_is_trained_or_what_is_missing_is_said() -> None:
         assert f"`{model.__name__}`" in page.partition("## Training")[2], missing
 
 
-@pytest.mark.parametrize("name", ["WanAnimate", "AnyFlow", "ChronoEdit"])
+@pytest.mark.parametrize("name", ["WanAnimate", "AnyFlow"])
 def test_a_backbone_that_is_not_trained_is_refused_with_what_is_missing(name: str, tmp_path: Path) -> None:
     model = CASES[name].make()
     model.save_pretrained(tmp_path)
