@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import ModelMixin, TensorParallelConfig
 from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor
@@ -55,6 +56,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         block_list: name of its list of blocks.
         attention_name: of self-attention in a block.
+        uncalled: names of modules that read the weights of their linear layers in place of calling these, so
+            that adapters beside them would do nothing.
         argument_names: what our processor calls the arguments of a self-attention layer, see
             :func:`.grid.receive_grid`.
         rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
@@ -72,6 +75,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
     rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
+    uncalled: ClassVar[tuple[str, ...]] = ()
     extra_tokens: int = 0
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -233,7 +237,14 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         prefix: str | None = "transformer",
         **kwargs: Any,
     ) -> None:
-        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``)."""
+        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``).
+
+        Self-attention that was trained in full beside the adapters takes the place of what is here, and stays
+        when adapters are unloaded.
+
+        Raises:
+            ValueError: for weights of it that do not fit this model.
+        """
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict):
             place = {name: kwargs.pop(name, None) for name in _ADAPTER_PLACE}
@@ -241,9 +252,26 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
                 source, user_agent={}, allow_pickle=False, metadata=kwargs.pop("metadata", None), **place
             )
             kwargs["metadata"] = metadata
+        start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
+        full = {key.removeprefix(start): value for key, value in source.items() if key.startswith(start)}
+        rest = {key: value for key, value in source.items() if not key.startswith(start)}
+        self._take_weights(full)
         # diffusers takes a file whose first weight is no adapter's for one of another format.
-        ordered = dict(sorted(source.items(), key=lambda item: ".lora_" not in item[0]))
+        ordered = dict(sorted(rest.items(), key=lambda item: ".lora_" not in item[0]))
         super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
+
+    @torch.no_grad()
+    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+        own = dict(self.named_parameters())
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                here = tuple(own[name].shape) if name in own else "no such weight"
+                raise ValueError(
+                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
+                    f"{here}: load them beside the model that they were trained from"
+                )
+        for name, weight in weights.items():
+            own[name].copy_(weight)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

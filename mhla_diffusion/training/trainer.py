@@ -358,7 +358,7 @@ class Trainer:
     def _save_adapters(self, model: Any) -> None:
         """Write lora/ where diffusers loads adapters of such a model."""
         lora, folder = self.run_config.lora, self.output_dir / "lora"
-        if lora.rank and hasattr(model, "load_lora_adapter"):
+        if lora.rank and hasattr(model.stock, "load_lora_adapter"):
             write_folder(folder, lambda path: save_adapters(model, lora, path))
             logger.info("saved %s", folder)
 

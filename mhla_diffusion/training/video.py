@@ -32,7 +32,7 @@ from .stock import VIDEOS, StockTraining, require_fit, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
-    load_caption_encoder,
+    load_caption_encoders,
     load_text_encoder,
     video_caption_encoder,
 )
@@ -44,8 +44,8 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, LTX-Video or
-            SanaVideo.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, ChronoEdit,
+            LTX-Video, SanaVideo or Kandinsky 5.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -91,7 +91,8 @@ class VideoSamplingConfig(SampleSheetConfig):
 
     Args:
         prompts: one row each.
-        images: of image-to-video models, the picture that the video of each prompt begins with, as a path.
+        images: of image-to-video models, the picture that the video of each prompt begins with, as a path; of
+            ChronoEdit the picture to be edited.
         last_images: of those that are given the last frame too, the picture that it ends with.
         videos: of Wan VACE, the video for each prompt, as a path, whose first clip is given as far as a task
             says; the tasks of the data take turns.
@@ -181,7 +182,7 @@ def _build_wan(
     parts = build_parts(config, objective, latents)
     encoder = video_caption_encoder(parts)
     if latents is not None:
-        latents.require_text(config.text, encoder)
+        latents.require_text(config.text, [encoder])
     sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
@@ -192,7 +193,7 @@ def _build_wan(
     else:
         latents.require_channels(model)
     task = TrainingTask(
-        Captions(encoder, config.caption_dropout, embedded=latents is not None),
+        Captions([encoder], config.caption_dropout, embedded=latents is not None),
         config.sampling,
         with_transformer(parts, parts.size_in_pixels(sizes[0])),
         config.data.title,
@@ -214,7 +215,7 @@ def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None)
     """Check that a sheet has what the model is given of a clip, and nothing else."""
     needed: tuple[str, ...] = ()
     if latents is not None:
-        frames = {"first": ("images",), "first_and_last": ("images", "last_images")}
+        frames = {"first": ("images",), "edit": ("images",), "first_and_last": ("images", "last_images")}
         needed = ("videos",) if latents.tasks else frames.get(latents.known, ())
     for name, kind in _GIVEN.items():
         given = bool(getattr(sampling, name))
@@ -231,17 +232,17 @@ def _build_for(
     stock: StockTraining, config: VideoTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
     """Build a run of a model that is trained for its own pipeline of diffusers."""
-    stock.require(config.text, config.objective)
+    stock.require(config.text, config.objective, config.model.init_from)
     latents = stock.require_latents(config.data.open())
     if stock.guarded and config.sampling.every:
         raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
     _require_given(config.sampling, latents)
-    encoder, vae = load_caption_encoder(config.text), latents.load_vae(stock.autoencoders)
-    latents.require_text(config.text, encoder)
+    encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
+    latents.require_text(config.text, encoders)
     if model is None:
         model = new_or_loaded(config.model.model_class, config.model)
-        require_fit(model, objective, encoder.width, config.model.init_from)
     latents.require_channels(model)
+    require_fit(model, objective, encoders, config.model.init_from, beside=latents.channels_beside)
     frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
         raise ValueError(
@@ -251,9 +252,9 @@ def _build_for(
     patch = model.latents_per_token
     require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
     task = TrainingTask(
-        stock.conditioning(encoder, config.caption_dropout),
+        stock.conditioning(encoders, config.caption_dropout),
         config.sampling,
-        partial(stock.finish, encoder, vae, objective),
+        partial(stock.finish, encoders, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
@@ -321,13 +322,20 @@ def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callabl
     """Return what makes diffusers' image-to-video pipeline of a transformer; it keeps no facts."""
     names = ("tokenizer", "text_encoder", "vae", "scheduler")
     others = {name: part for name, part in parts.components.items() if name in names}
-    if latents.image_encoder is not None:
-        others["image_processor"], others["image_encoder"] = load_image_encoder(latents.image_encoder)
+    others |= _image_parts(latents)
 
     def make(transformer: Any, training: Any) -> WanImageToVideoPipeline:
         return WanImageToVideoPipeline(transformer=transformer, **others)
 
     return make
+
+
+def _image_parts(latents: CachedLatents) -> dict[str, Any]:
+    """Components by which a pipeline embeds known frames, as far as the cache was made with them."""
+    if latents.image_encoder is None:
+        return {}
+    processor, encoder = load_image_encoder(latents.image_encoder)
+    return {"image_processor": processor, "image_encoder": encoder}
 
 
 def _image_arguments(latents: CachedLatents | None) -> dict[str, Any] | None:

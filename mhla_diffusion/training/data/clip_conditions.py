@@ -1,4 +1,4 @@
-"""What models are given of a clip: Wan's its first frame, and perhaps its last; Wan VACE's any part of it."""
+"""What models are given of a clip: of Wan the first frame, perhaps the last, of Wan VACE any part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from ...hub import component_subfolder
 from .captions import draw_index
-from .video_autoencoders import encode_clip, strides
+from .video_autoencoders import encode_clip, require_clips, strides
 from .videos import VideoFile, VideoFiles, prepare_clip
 
 ControlTask = Literal["first", "first_and_last", "inpainting", "outpainting", "gray"]
@@ -78,6 +78,28 @@ class ImageConditions:
             pictures = [Image.fromarray(frame.movedim(0, -1).cpu().numpy()) for frame in pixels]
             encoded["image_embeds"] = self._pipeline.encode_image(pictures, self.vae.device).cpu()
         return encoded
+
+
+def require_edits(vae: Any, frames: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """Check that clips have a first frame and a last, and that an autoencoder takes these sizes.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if frames < 2:
+        raise ValueError(
+            f"image_condition edit takes the first and the last frame of a clip: data.frames must be 2 or "
+            f"more, got {frames}"
+        )
+    require_clips(vae, 1 + strides(vae)[0], sizes)
+
+
+def edit_of(vae: Any, clip: Tensor) -> Tensor:
+    """Return the first frame of a clip ``[C, F, H, W]``, and the last held for all frames of a latent.
+
+    So ChronoEdit sees a picture and its edit: its pipeline makes two frames of latents, the last of an edit.
+    """
+    return torch.cat([clip[:, :1], clip[:, -1:].expand(-1, strides(vae)[0], -1, -1)], dim=1)
 
 
 class Controls:

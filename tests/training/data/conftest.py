@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import TextConfig, VideoDataConfig, VideoLatentCacheConfig
@@ -44,3 +45,15 @@ def config(folder: Path, text_parts: dict[str, Any], tmp_path: Path) -> VideoLat
         clips=2,
         shard_size=3,
     )
+
+
+@pytest.fixture
+def image_encoder(tmp_path: Path) -> str:
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "wan" / "image_encoder")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "wan" / "image_processor")
+    return str(tmp_path / "wan")

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from PIL import Image
 from torch.utils.data import default_collate
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.files.videos import open_video
@@ -82,10 +81,10 @@ def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCache
     texts = torch.stack([row["text"] for row in rows])
     encoder = video_caption_encoder(parts)
     batch = {"text": texts, "tokens": torch.tensor([row["tokens"] for row in rows])}
-    cached = Captions(encoder, 0.5, embedded=True).arguments(batch, generators)
+    cached = Captions([encoder], 0.5, embedded=True).arguments(batch, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = Captions(encoder, 0.5).arguments({"caption": captions}, generators)
+    embedded = Captions([encoder], 0.5).arguments({"caption": captions}, generators)
     assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
     assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 
@@ -107,18 +106,6 @@ def test_a_broken_video_is_named_and_left_out(
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 8
-
-
-@pytest.fixture
-def image_encoder(tmp_path: Path) -> str:
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-        patch_size=8,
-    )  # fmt: skip
-    CLIPVisionModel(vision).save_pretrained(tmp_path / "wan" / "image_encoder")
-    size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "wan" / "image_processor")
-    return str(tmp_path / "wan")
 
 
 @pytest.mark.parametrize("frames", ["first", "first_and_last"])
