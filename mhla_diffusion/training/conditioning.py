@@ -74,7 +74,7 @@ class ClassLabels:
 class Captions:
     """Texts, from the column ``caption``, or embedded ones from the columns ``text`` and ``tokens``.
 
-    Known frames, in the columns ``condition`` and ``image_embeds``, are never dropped.
+    What is known of a clip, in the columns ``condition``, ``image_embeds`` and ``control``, is never dropped.
 
     Dropped ones become the empty text. The embeddings are ``[B, L, D]``.
 
@@ -120,6 +120,8 @@ class Captions:
             arguments[BESIDE] = batch["condition"]
         if "image_embeds" in batch:
             arguments["encoder_hidden_states_image"] = batch["image_embeds"].flatten(0, 1)
+        if "control" in batch:  # of Wan VACE
+            arguments["control_hidden_states"] = batch["control"]
         if self.sizes is not None:
             samples = batch["samples"]
             height, width = samples.shape[-2:]

@@ -46,6 +46,7 @@ class StockTraining:
         masked: whether the model is told which tokens are the text's.
         scheduler: settings of the scheduler that is left, beside those of the objective's.
         multiple: of pixels, that heights and widths must be for the pipeline.
+        given: what a cache has for the model beside texts, ``"control"`` or ``"edit"``; nothing when empty.
     """
 
     pipeline: str
@@ -54,6 +55,7 @@ class StockTraining:
     masked: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     multiple: int = 1
+    given: str = ""
 
     def require(self, text: TextConfig, objective: ObjectiveConfig) -> None:
         """Check that a run embeds captions and denoises as the pipeline does.
@@ -95,28 +97,35 @@ class StockTraining:
         return Captions(encoder, dropout, embedded=True, masked=self.masked)
 
     def finish(
-        self, encoder: CaptionEncoder, vae: Any, objective: Objective, transformer: Any, training: Any
+        self,
+        encoder: CaptionEncoder,
+        vae: Any,
+        objective: Objective,
+        transformer: Any,
+        training: Any,
+        **others: Any,
     ) -> Any:
-        """Return the pipeline of a transformer; ``training`` has no place in it."""
+        """Return the pipeline of a transformer and other components; ``training`` has no place in it."""
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
         return make_stock_pipeline(
             self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
-            transformer=transformer,
+            transformer=transformer, **others,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
         )  # fmt: skip
 
     def require_latents(self, source: Any) -> CachedLatents:
-        """Check that the data are latents, without known frames.
+        """Check that the data are latents, and have what the model is given and nothing else.
 
         Raises:
             ValueError: otherwise.
         """
-        if not isinstance(source, CachedLatents) or source.condition is not None:
+        if not isinstance(source, CachedLatents) or source.given != self.given:
             raise ValueError(
                 f"models of {self.pipeline} are trained on latents of texts: make them with mhla "
-                f"cache-latents and --text.pipeline {self.pipeline}, and set data.source to latents"
+                f"cache-latents, --text.pipeline {self.pipeline} and {_OPTIONS[self.given]}, and set "
+                "data.source to latents"
             )
         return source
 
@@ -144,6 +153,12 @@ class StockTraining:
         }  # fmt: skip
 
 
+_OPTIONS = {
+    "": "without known frames",
+    "control": "--control, such as '[first, inpainting]'",
+    "edit": "--image_condition edit",
+}
+
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
     MHLAQwenImageTransformer2DModel: StockTraining("QwenImagePipeline", "flow", masked=True),
@@ -155,19 +170,18 @@ VIDEOS: dict[type[Any], StockTraining] = {
         "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
+    MHLAWanVACETransformer3DModel: StockTraining("WanVACEPipeline", "flow", given="control"),
+    MHLAChronoEditTransformer3DModel: StockTraining("ChronoEditPipeline", "flow", multiple=16, given="edit"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
     MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
 }
 
 _TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
-_NO_SOURCE = "which no data source here has"
 UNTRAINED: dict[type[Any], str] = {
     MHLAHunyuanDiT2DModel: _TWO_ENCODERS,
     MHLAKandinsky5Transformer3DModel: _TWO_ENCODERS,
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
-    f"beside each clip, {_NO_SOURCE}",
-    MHLAWanVACETransformer3DModel: f"it needs a control video and a mask beside each clip, {_NO_SOURCE}",
-    MHLAChronoEditTransformer3DModel: f"it needs pairs of pictures, before and after an edit, {_NO_SOURCE}",
+    "beside each clip, which no data source here has",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
     "between the two, for which there is no objective here",
 }
@@ -196,13 +210,21 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
-def require_fit(model: Any, objective: Objective, text_dim: int | None, name: str | None) -> None:
+def require_fit(
+    model: Any, objective: Objective, text_dim: int | None, name: str | None, *, beside: int = 0
+) -> None:
     """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+
+    Args:
+        model, objective: of the run.
+        text_dim: width of the text; None without texts.
+        name: of the model.
+        beside: channels of what stands beside its samples.
 
     Raises:
         ValueError: otherwise, saying what to set.
     """
-    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels)
+    found, expected = model.predicted_channels, objective.out_channels(model.sample_channels - beside)
     if found != expected:
         remedy = "set objective.learn_variance to false, or objective.name to flow"
         if not objective.predicts_variance:

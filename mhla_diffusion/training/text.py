@@ -46,7 +46,7 @@ _MINILM = "minilm"
 # Pipelines of diffusers with one text encoder, which models are trained for.
 STOCK_PIPELINES = (
     "LuminaPipeline", "QwenImagePipeline", "LattePipeline", "AllegroPipeline", "Cosmos2TextToImagePipeline",
-    "SkyReelsV2Pipeline", "LTXPipeline", "SanaVideoPipeline",
+    "SkyReelsV2Pipeline", "WanVACEPipeline", "ChronoEditPipeline", "LTXPipeline", "SanaVideoPipeline",
 )  # fmt: skip
 
 

@@ -390,7 +390,7 @@ def test_a_backbone_that_is_not_trained_is_refused_with_what_is_missing(name: st
         ({"objective": ObjectiveConfig()}, "denoises by steps of ddpm: set objective.name to ddpm"),
         ({"objective": ObjectiveConfig(name="ddpm")}, "set objective.learn_variance to false"),
         ({"source": "moving_mnist"}, "trained on latents of texts: make them with mhla cache-latents"),
-        ({"images": True}, "sampling.images: the model is given no such frame"),
+        ({"images": True}, "sampling.images: the model is given no such picture"),
     ],
 )  # fmt: skip
 def test_runs_that_do_not_fit_the_pipeline_are_refused(

@@ -4,8 +4,7 @@ A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the 
 ``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
 or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up. Of several captions ``text``
 has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
-taken. Of clips for image-to-video models also what :class:`.image_conditions.ImageConditions` gives. See
-:mod:`.shards`.
+taken. Of clips perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from mhla_diffusion.pipelines.identity import component_sha256
 from ...hub import component_subfolder, load_component_config
 from ..text import CaptionEncoder, TextConfig
 from .captions import draw_index
+from .clip_conditions import ControlTask
 from .image_sources import ImageSource
 from .shards import Shards, read_record
 from .video_autoencoders import VIDEO_AUTOENCODERS
@@ -33,7 +33,7 @@ from .videos import VideoSource
 PLAIN_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 IMAGE_AUTOENCODERS = (*PLAIN_AUTOENCODERS, "AutoencoderKLQwenImage")
 
-_KNOWN_FRAMES = ("condition", "image_embeds")
+_KNOWN = ("condition", "image_embeds", "control")
 
 
 def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
@@ -62,9 +62,12 @@ class CachedLatents:
         text: how captions were embedded; None when there are classes.
         fps: of clips, if they were taken at a rate.
         captions: None, as they are embedded.
-        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``.
+        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``;
+            of ChronoEdit ``"edit"``.
         condition: shape of what image-to-video models are given beside the noisy latents; None without.
         image_embeds: shape of the embeddings of known frames; None without.
+        control: shape of what Wan VACE is given of a clip; None without.
+        tasks: by which it was drawn.
         image_encoder: that they were made with.
 
     Raises:
@@ -83,11 +86,12 @@ class CachedLatents:
         self.fps: float | None = data.get("fps")
         stored = self.shards.names(0)
         self._latents = "mean" if "mean" in stored else "latents"
-        self.condition, self.image_embeds = (
-            self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
+        self.condition, self.image_embeds, self.control = (
+            self.shards.shape(0, name) if name in stored else None for name in _KNOWN
         )
         self.known: str = config.get("image_condition", "none")
         self.image_encoder: str | None = config.get("image_encoder")
+        self.tasks: tuple[ControlTask, ...] = tuple(config.get("control", ()))
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
@@ -116,7 +120,14 @@ class CachedLatents:
         text = _draw_text(row, generator)
         missing = self.text.max_length - len(text)
         sample = {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
-        return sample | {name: row[name].float() for name in _KNOWN_FRAMES if name in row}
+        return sample | {name: row[name].float() for name in _KNOWN if name in row}
+
+    @property
+    def given(self) -> str:
+        """Name of what models are given beside texts: ``condition``, ``edit``, ``control``, or empty."""
+        if self.condition is not None:
+            return "edit" if self.known == "edit" else "condition"
+        return "" if self.control is None else "control"
 
     def load_vae(self, classes: Iterable[str] = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS) -> Any:
         """Load the autoencoder that the cache was made with.
@@ -161,17 +172,29 @@ class CachedLatents:
                 f"same, got {config}"
             )
 
+    @property
+    def channels_beside(self) -> int:
+        """Channels of what stands beside the noisy latents."""
+        return 0 if self.condition is None else self.condition[0]
+
     def require_channels(self, model: Any) -> None:
         """Check that a model takes these latents.
 
         Raises:
             ValueError: when it takes another number of channels, as those of another autoencoder.
         """
-        beside = 0 if self.condition is None else self.condition[0]
+        beside = self.channels_beside
         if model.sample_channels != self.channels + beside:
             raise ValueError(
                 f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "
                 f"{model.sample_channels}" + (f", {beside} of which are for known frames" if beside else "")
+            )
+        takes = getattr(model.config, "vace_in_channels", None)
+        gives = None if self.control is None else self.control[0]
+        if takes != gives:
+            raise ValueError(
+                f"the model takes {takes or 'no'} channels of a control, but {self.shards.path} holds "
+                f"{gives or 'none'}: cache with --control for Wan VACE alone, by the model's own autoencoder"
             )
         takes = getattr(model.config, "image_dim", None)
         gives = None if self.image_embeds is None else self.image_embeds[-1]
@@ -226,5 +249,7 @@ class VideoLatents(VideoSource):
 
 def _facts(path: str) -> dict[str, Any]:
     """What a model card says of the data that a cache was made of."""
-    background = read_record(Path(path))["config"]["data"].get("background")
-    return {} if background is None else {"transparent pixels": f"on {background}"}
+    config = read_record(Path(path))["config"]
+    background, tasks = config["data"].get("background"), config.get("control")
+    facts = {} if background is None else {"transparent pixels": f"on {background}"}
+    return facts | ({"control": ", ".join(tasks)} if tasks else {})
