@@ -26,6 +26,7 @@ from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones import BACKBONES
 from mhla_diffusion.backbones.denoising import denoise
 from mhla_diffusion.files.videos import open_video
+from mhla_diffusion.pipelines.generation import generate_videos
 from mhla_diffusion.training import (
     DataConfig,
     ImageTrainingConfig,
@@ -359,7 +360,10 @@ def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(
     assert (source.channels, source.sizes) == (3, [(3, 8, 8)])
     assert train_video(run) == 0
     assert open_video(tmp_path / "run" / "samples" / "step-00000002.mp4").num_frames == 3
-    check_run(run, tmp_path, "LattePipeline")
+    pipeline = check_run(run, tmp_path, "LattePipeline")
+    size = {"num_frames": 3, "height": 16, "width": 16}
+    generate_videos(pipeline, tmp_path / "out", prompts=["aa"], num_inference_steps=1, **size)
+    assert open_video(tmp_path / "out" / "000000.mp4").num_frames == 3
 
 
 def test_every_backbone_is_trained_or_what_is_missing_is_said() -> None:
