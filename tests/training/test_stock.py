@@ -132,6 +132,8 @@ TRAINED = [
 ]  # fmt: skip
 # One that makes images and one that makes videos.
 BOTH_KINDS = [trained for trained in TRAINED if trained.case in ("QwenImage", "SanaVideo")]
+# Cosmos makes nothing without its guard, and the autoencoder of Allegro takes long.
+SHOWN = [trained for trained in TRAINED if trained.case not in ("Cosmos", "Allegro")]
 
 
 @pytest.fixture
@@ -290,10 +292,12 @@ def check_sheet(trained: Trained, path: Path) -> None:
     if len(trained.latents) == 2:
         assert Image.open(path.with_suffix(".png")).size == (2 * 128, 64)
     else:
-        assert open_video(path.with_suffix(".mp4")).num_frames == 9
+        assert (
+            open_video(path.with_suffix(".mp4")).num_frames == 9
+        )  # also of LTX's, which decodes half of them
 
 
-@pytest.mark.parametrize("trained", BOTH_KINDS, ids=lambda trained: trained.case)
+@pytest.mark.parametrize("trained", SHOWN, ids=lambda trained: trained.case)
 def test_adapters_are_trained_and_shown_on_sheets_and_read_back_and_a_run_goes_on_to_the_bit(
     trained: Trained, encoder: str, tmp_path: Path
 ) -> None:
@@ -314,7 +318,8 @@ def test_adapters_are_trained_and_shown_on_sheets_and_read_back_and_a_run_goes_o
     whole, resumed = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("run", "again"))
     before = weights(tmp_path / "model")
     assert all(torch.equal(whole[key], resumed[key]) for key in before)
-    assert not torch.equal(before["proj_out.weight"], whole["proj_out.weight"])
+    changed = {key for key in before if not torch.equal(before[key], whole[key])}
+    assert any(f".{CASES[trained.case].model.attention_name}." not in key for key in changed)
     beside = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     beside.transformer.load_state_dict(before)
 
@@ -324,7 +329,7 @@ def test_adapters_are_trained_and_shown_on_sheets_and_read_back_and_a_run_goes_o
         return pipeline(prompt="aa", num_inference_steps=1, generator=generator, **call)[0]
 
     untrained = made(beside)
-    beside.load_lora_weights(tmp_path / "run" / "lora")
+    getattr(beside, "load_lora_weights", beside.transformer.load_lora_adapter)(tmp_path / "run" / "lora")
     merged = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     expected = made(merged)
     assert (made(beside) - expected).norm() < 1e-3 * (untrained - expected).norm()
