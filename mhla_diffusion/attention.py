@@ -348,12 +348,13 @@ class MHLA(nn.Module):
                 q, k, layout, self.config.routed_blocks,
                 feature_map=settings["feature_map"], key_mask=key_mask, eps=settings["eps"],
             )  # fmt: skip
+        wider: dict[str, Any] = {"margin": self.config.local_margin, "chosen": chosen}
         if self.config.local == WINDOW_ONLY:
-            return _attend_in_blocks(*window, v, layout, key_mask, chosen)
+            return _attend_in_blocks(*window, v, layout, key_mask, wider)
         assert self.local is not None
         assert self.config.local is not None
         return mhla_local(
-            *tensors, window=window, weight=self.local, form=self.config.local, chosen=chosen, **settings
+            *tensors, window=window, weight=self.local, form=self.config.local, **settings | wider
         )
 
     def _attend_in_parts(
@@ -453,11 +454,11 @@ def _attend_in_blocks(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
-    chosen: Tensor | None,
+    wider: dict[str, Any],
 ) -> Tensor:
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
-        return window_attention(q, k, v, layout, key_mask=key_mask, chosen=chosen).to(v.dtype)
+        return window_attention(q, k, v, layout, key_mask=key_mask, **wider).to(v.dtype)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

@@ -49,6 +49,8 @@ class MHLAConfig:
             ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`. Or
             ``"only"``: nothing beside it, so that tokens do not see other blocks; with ``blocks=1`` that is
             softmax attention, which so gets the convolution, the norms and the gate.
+        local_margin: tokens around the own block that this softmax sees as well, along each axis of the grid
+            or for all of them. Without it the borders of blocks may show in samples.
         routed_blocks: further blocks that the softmax of each query sees, which it chooses for itself by
             what they add to its denominator, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
@@ -76,6 +78,7 @@ class MHLAConfig:
     mixing_relative: bool = field(default=False, metadata=_LATER)
     mixing_content: bool = field(default=False, metadata=_LATER)
     local: str | None = field(default=None, metadata=_LATER)
+    local_margin: int | tuple[int, ...] = field(default=0, metadata=_LATER)
     routed_blocks: int = field(default=0, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
@@ -87,7 +90,7 @@ class MHLAConfig:
     extra_block: bool = field(default=False, metadata=_LATER)
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "key_blocks", "layers"):
+        for name in ("blocks", "key_blocks", "local_margin", "layers"):
             if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("blocks", "key_blocks"):
@@ -127,12 +130,18 @@ class MHLAConfig:
     def _check_local(self) -> None:
         if not _is_int(self.routed_blocks) or self.routed_blocks < 0:
             raise ValueError(f"routed_blocks must be an integer >= 0, got {self.routed_blocks!r}")
-        if self.routed_blocks and (self.local is None or self.blocks == 1):
+        margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,)
+        if not margins or not all(_is_int(tokens) and tokens >= 0 for tokens in margins):
             raise ValueError(
-                f"routed_blocks={self.routed_blocks} are blocks of the softmax window beside its own: "
-                f"set local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several "
-                f"blocks, got local {self.local!r} and blocks {self.blocks}"
+                f"local_margin must be an integer >= 0 or one per axis, got {self.local_margin!r}"
             )
+        for name, wider in (("local_margin", any(margins)), ("routed_blocks", self.routed_blocks)):
+            if wider and (self.local is None or self.blocks == 1):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is what the softmax window sees beside its own block: set "
+                    f"local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several "
+                    f"blocks, got local {self.local!r} and blocks {self.blocks}"
+                )
         for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) and self.key_blocks is not None:
                 raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
@@ -158,7 +167,7 @@ class MHLAConfig:
         form = {
             "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
             "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
-            "mixing_content": False, "routed_blocks": 0, "center_keys": False,
+            "mixing_content": False, "local_margin": 0, "routed_blocks": 0, "center_keys": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
 
@@ -204,8 +213,13 @@ class MHLAConfig:
         """Return the blocks on a grid.
 
         Raises:
-            ValueError: when the grid cannot hold them.
+            ValueError: when the grid cannot hold them, or has other axes than ``local_margin``.
         """
+        if isinstance(self.local_margin, tuple) and len(self.local_margin) != len(grid):
+            raise ValueError(
+                f"local_margin {self.local_margin} must be one integer or {len(grid)}, one for each axis of "
+                f"the grid {grid}"
+            )
         return _layout(grid, self.blocks)
 
     def key_layout(self, grid: tuple[int, ...] | None) -> BlockLayout | None:

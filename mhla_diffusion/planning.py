@@ -56,7 +56,7 @@ class Plan:
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe: whether linear layers have an output gate and a convolution on v.
-        local, feature_map, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
+        local, feature_map, local_margin, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -86,14 +86,16 @@ class Plan:
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
     grids: int = 1
+    local_margin: int | tuple[int, ...] = 0
     routed_blocks: int = 0
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
 
-        Wide features double the linear forms, learned ones add ``4 N d^2 H``. A softmax window of n tokens
-        adds ``4 N n d H``, or is all (``local="only"``); each further block adds as much, and choosing them
-        ``2 N M d H``. Not in it: the denominators, a 1 / d of the linear forms.
+        Wide features double the linear forms, learned ones add ``4 N d^2 H``. A softmax window of n tokens,
+        with its margin, adds ``4 N n d H``, or is all (``local="only"``); each further block adds as many as
+        it has tokens, and choosing them ``2 N M d H``. Not in it: the denominators, a 1 / d of the linear
+        forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
@@ -112,7 +114,11 @@ class Plan:
         blocks, block = math.prod(self.layout.blocks), math.prod(self.layout.block_shape)
         if blocks == 1:
             return 4 * tokens**2 * d
-        flops = 4 * ((tokens - extra) * block + extra**2) * d
+        axes = len(self.layout.grid)
+        margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,) * axes
+        sides = zip(self.layout.block_shape, margins, strict=True)
+        seen = math.prod(size + 2 * margin for size, margin in sides)
+        flops = 4 * ((tokens - extra) * seen + extra**2) * d
         if routes := min(self.routed_blocks, blocks - 1):
             flops += 4 * tokens * routes * block * d + 2 * tokens * blocks * d * self._width
         return flops
@@ -154,7 +160,8 @@ class Plan:
         layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
         return replace(
             self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
-            local=config.local, feature_map=config.feature_map, routed_blocks=config.routed_blocks,
+            local=config.local, feature_map=config.feature_map, local_margin=config.local_margin,
+            routed_blocks=config.routed_blocks,
         )  # fmt: skip
 
     @property
@@ -352,6 +359,7 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
         "cpe": mhla.cpe is not None,
         "local": mhla.local,
         "feature_map": mhla.feature_map,
+        "local_margin": mhla.local_margin,
         "routed_blocks": mhla.routed_blocks,
     }
 

@@ -380,7 +380,7 @@ def _parts(pipeline: Any) -> dict[str, str]:
 def _attention(transformer: Any) -> dict[str, str]:
     """What attention a transformer has."""
     # A stock model will do for a pipeline.
-    kinds = getattr(transformer, "layer_attention", ["softmax"] * transformer.config.num_layers)
+    kinds = getattr(transformer, "layer_attention", None) or ["softmax"] * transformer.config.num_layers
     counts = ", ".join(f"{kind} in {count} of {len(kinds)} layers" for kind, count in Counter(kinds).items())
     if not hasattr(transformer, "mixing_blocks") or set(kinds) == {"softmax"}:
         return {"attention": counts}

@@ -16,8 +16,29 @@ from torch import Tensor
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, mhla_reference
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
+NAMES = ("o", "dq", "dk", "dv", "dW")
 # A check says what it found and whether that is as it should be.
 Check = Callable[[], tuple[str, bool]]
+
+
+class Shape(NamedTuple):
+    """An attention layer of a known model."""
+
+    d: int
+    heads: int
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+    rotary: bool = False
+
+
+SHAPES = {
+    "DiT-S/2, 512 px": Shape(64, 6, (32, 32), (4, 4)),
+    "DiT-XL/2, 2048 px": Shape(72, 16, (128, 128), (8, 8)),
+    "Wan2.1-1.3B": Shape(128, 12, (21, 30, 50), (3, 5, 10), True),
+    "SANA-Video": Shape(112, 20, (21, 30, 50), (3, 5, 8), True),
+    "a million tokens": Shape(64, 1, (1024, 1024), (16, 16)),
+    "one block, 2048 px": Shape(72, 16, (128, 128), (1, 1)),
+}
 
 
 class Machine(NamedTuple):
@@ -37,6 +58,11 @@ class Machine(NamedTuple):
     def heads_inside(self, batch: int, tokens: int, heads: int, d: int, dtype: str = "bfloat16") -> Tensor:
         """``[B, H, N, d]`` as projections leave it, heads side by side."""
         return self.randn(batch, tokens, heads, d, dtype=dtype).transpose(1, 2)
+
+    def angles(self, tokens: int, d: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, ``[N, d / 2]`` each."""
+        angles = torch.rand(tokens, d // 2, device=self.device) * 6
+        return angles.cos(), angles.sin()
 
     def synchronize(self) -> None:
         if not self.tiny:
@@ -79,6 +105,19 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         call()
     return graph
+
+
+def peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Other attention on the same tensors: plain linear attention in two products, and softmax."""
+
+    def linear() -> Tensor:
+        queries, keys = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+        return (queries @ (keys.mT @ v)) / (queries @ keys.sum(-2)[..., None])
+
+    calls: dict[str, Callable[[], Tensor]] = {"linear": linear}
+    if q.shape[2] < 2**18:
+        calls["softmax"] = lambda: F.scaled_dot_product_attention(q, k, v)
+    return calls
 
 
 # Correct: against float64, in memory that holds NaN before it is written.
@@ -150,34 +189,46 @@ def _compare(
     sizes = layout.num_blocks, (key_layout or layout).num_blocks
     mixing = torch.rand(*([heads] if per_head else []), *sizes, device=at.device)
     if rotary:
-        angles = torch.rand(tokens, d // 2, device=at.device) * 6
-        options["rotary_emb"] = angles.cos(), angles.sin()
+        options["rotary_emb"] = at.angles(tokens, d)
     if mask or nothing:
         options["key_mask"] = torch.rand(batch, key_tokens, device=at.device) > (1 if nothing else 0.3)
     options["key_layout"] = key_layout
-    expected = _gradients(mhla_reference, [x.double() for x in (q, k, v, mixing)], layout, options)
-    found = _gradients(mhla, [q, k, v, mixing], layout, options)
+    inputs = [q, k, v, mixing]
+    expected = _gradients(mhla_reference, [x.double() for x in inputs], q.dtype, layout, options)
+    found = _gradients(mhla, inputs, q.dtype, layout, options)
     if layout.num_blocks == 1:  # the output does not depend on the one weight
         found, expected = found[:-1], expected[:-1]
-    return _verdict(found, expected, dtype)
+    return verdict(found, expected, TOLERANCE[dtype])
 
 
 def _gradients(
-    operator: Callable[..., Tensor], inputs: list[Tensor], layout: BlockLayout, options: dict[str, Any]
+    operator: Callable[..., Tensor],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    layout: BlockLayout,
+    options: dict[str, Any],
 ) -> list[Tensor]:
-    """The output, and the gradients of the inputs for a fixed cotangent."""
+    """The output, and the gradients of the inputs for a fixed cotangent in that dtype."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = operator(*leaves, layout, **options)
+    return gradients(functools.partial(operator, *leaves, layout, **options), leaves, dtype)
+
+
+def gradients(call: Callable[[], Tensor], leaves: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the output of a call, and the gradients of leaves for a fixed cotangent in that dtype."""
+    out = call()
     generator = torch.Generator(out.device).manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, device=out.device).to(inputs[0].dtype)
+    cotangent = torch.randn(out.shape, generator=generator, device=out.device).to(dtype)
     return [out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
 
 
-def _verdict(found: list[Tensor], expected: list[Tensor], dtype: str) -> tuple[str, bool]:
+def verdict(
+    found: list[Tensor], expected: list[Tensor], limit: float, names: tuple[str, ...] = NAMES
+) -> tuple[str, bool]:
+    """Say how large the relative error of each tensor is, and whether all are below a limit."""
     pairs = zip(found, expected, strict=True)
     errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in pairs]
-    text = " ".join(f"{name} {e:.0e}" for name, e in zip(("o", "dq", "dk", "dv", "dW"), errors, strict=False))
-    return text, all(e < TOLERANCE[dtype] for e in errors)
+    text = " ".join(f"{name} {error:.0e}" for name, error in zip(names, errors, strict=False))
+    return text, all(error < limit for error in errors)
 
 
 def _with_mean(at: Machine, mean: float, dtype: str) -> tuple[str, bool]:
@@ -188,12 +239,12 @@ def _with_mean(at: Machine, mean: float, dtype: str) -> tuple[str, bool]:
     tensors = [at.heads_inside(1, side**2, 2, 64, "float32") for _ in range(3)]
     tensors[2] = tensors[2] + mean * at.randn(64)
     inputs = [*(x.to(getattr(torch, dtype)) for x in tensors), locality_mixing(layout).to(at.device)]
-    found = _gradients(mhla, inputs, layout, {})
+    found = _gradients(mhla, inputs, inputs[0].dtype, layout, {})
     kernels = os.environ.get("MHLA_KERNELS", "auto")
     os.environ["MHLA_KERNELS"] = "torch"
-    expected = _gradients(mhla, [x.double() for x in inputs], layout, {})
+    expected = _gradients(mhla, [x.double() for x in inputs], inputs[0].dtype, layout, {})
     os.environ["MHLA_KERNELS"] = kernels
-    return _verdict(found, expected, dtype)
+    return verdict(found, expected, TOLERANCE[dtype])
 
 
 def _ones(at: Machine) -> tuple[str, bool]:
@@ -233,7 +284,7 @@ def runtime_checks(at: Machine) -> Iterator[tuple[str, Check]]:
         return mhla(a, b, c, mixing, layout)
 
     def deterministic() -> tuple[str, bool]:
-        runs = [_gradients(mhla, [q, k, v, mixing], layout, {}) for _ in range(3)]
+        runs = [_gradients(mhla, [q, k, v, mixing], q.dtype, layout, {}) for _ in range(3)]
         same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
         return "bits of gradients in three runs", same
 

@@ -2,10 +2,11 @@
 
 PYTHONPATH=. python scripts/gpu_validate.py --out runs/gpu
 
-Needs torch, triton and mhla_diffusion.ops alone; what else is installed (flash-linear-attention, diffusers)
-is compared with. Each stage is a process with a limit of its own, so that an illegal access or a hang ends
-that stage and no other. Times are by CUDA events with a cold cache; scripts/gpu_checks.py looks at results
-first. With ``--device cpu`` everything runs on tiny shapes: that shows that the script works, and no more.
+Needs torch, triton and the operator with its module alone; what else is installed (flash-linear-attention,
+diffusers) is compared with. Each stage is a process with a limit of its own, so that an illegal access or a
+hang ends that stage and no other. Times are by CUDA events with a cold cache; scripts/gpu_checks.py and, for
+the forms beside the paper's, scripts/gpu_forms.py look at results first. With ``--device cpu`` everything
+runs on tiny shapes: that shows that the script works, and no more.
 """
 
 from __future__ import annotations
@@ -19,37 +20,33 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_checks import TOLERANCE, Check, Machine, correct_checks, runtime_checks
+from gpu_checks import (
+    SHAPES,
+    TOLERANCE,
+    Check,
+    Machine,
+    Shape,
+    correct_checks,
+    peers,
+    runtime_checks,
+)
+from gpu_forms import LIMIT, form_checks, form_time_checks
 from torch import Tensor
 
 from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
 
-# Seconds that each stage may take, 530 in all. Compiling takes longest: several processes share "correct".
-LIMITS = {"machine": 40, "correct": 110, "runtime": 70, "speed": 180, "models": 130}
+# Seconds that each stage may take, as long as all together do not take more than MOST.
+LIMITS = {
+    "machine": 40, "correct": 110, "forms": 90, "runtime": 70, "speed": 180, "form_times": 60, "models": 130,
+}  # fmt: skip
+MOST = 530
+# What is compared with float64, within which errors. Compiling takes longest: several processes share it.
+COMPARED = {"correct": TOLERANCE, "forms": LIMIT}
 
-
-class Shape(NamedTuple):
-    """An attention layer of a known model."""
-
-    d: int
-    heads: int
-    grid: tuple[int, ...]
-    blocks: tuple[int, ...]
-    rotary: bool = False
-
-
-SHAPES = {
-    "DiT-S/2, 512 px": Shape(64, 6, (32, 32), (4, 4)),
-    "DiT-XL/2, 2048 px": Shape(72, 16, (128, 128), (8, 8)),
-    "Wan2.1-1.3B": Shape(128, 12, (21, 30, 50), (3, 5, 10), True),
-    "SANA-Video": Shape(112, 20, (21, 30, 50), (3, 5, 8), True),
-    "a million tokens": Shape(64, 1, (1024, 1024), (16, 16)),
-    "one block, 2048 px": Shape(72, 16, (128, 128), (1, 1)),
-}
 TINY = {"tiny": Shape(16, 2, (8, 8), (2, 2), True)}
 
 
@@ -102,19 +99,6 @@ def speed_checks(at: Machine) -> Iterator[tuple[str, Check]]:
     yield "flash-linear-attention", functools.partial(_fla, at)
 
 
-def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
-    return (q @ (k.mT @ v)) / (q @ k.sum(-2)[..., None])
-
-
-def _peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """Other attention on the same tensors."""
-    peers: dict[str, Callable[[], object]] = {"linear": lambda: _linear(q, k, v)}
-    if q.shape[2] < 2**18:
-        peers["softmax"] = lambda: F.scaled_dot_product_attention(q, k, v)
-    return peers
-
-
 def _fla(at: Machine) -> tuple[str, bool]:
     """Chunked linear attention of flash-linear-attention: causal, so half the work, the nearest it has."""
     try:
@@ -137,8 +121,7 @@ def _speed(at: Machine, shape: Shape, batch: int, rate: float) -> tuple[str, boo
     layout = BlockLayout(shape.grid, shape.blocks)
     q, k, v, cotangent = (at.heads_inside(batch, layout.num_tokens, shape.heads, shape.d) for _ in range(4))
     leaves = [x.detach().requires_grad_() for x in (q, k, v, locality_mixing(layout).to(at.device))]
-    angles = torch.rand(layout.num_tokens, shape.d // 2, device=at.device) * 6
-    rotary = (angles.cos(), angles.sin()) if shape.rotary else None
+    rotary = at.angles(layout.num_tokens, shape.d) if shape.rotary else None
 
     def call() -> Tensor:
         q, k, v, mixing = leaves
@@ -146,16 +129,16 @@ def _speed(at: Machine, shape: Shape, batch: int, rate: float) -> tuple[str, boo
 
     with torch.no_grad():
         forward = at.seconds(call, graph=True)
-        peers = {name: at.seconds(peer, 5, graph=True) / forward for name, peer in _peers(q, k, v).items()}
+        ratios = {name: at.seconds(peer, 5, graph=True) / forward for name, peer in peers(q, k, v).items()}
         host = _host_seconds(at, call)
     both = at.seconds(lambda: torch.autograd.grad(call(), leaves, cotangent), graph=True)
     floor = 4 * q.nbytes / rate
     text = (
         f"forward {forward * 1e6:.0f} us, {forward / floor:.1f} x floor; backward "
         f"{(both - forward) * 1e6:.0f} us, {(both - forward) / floor / 2:.1f} x; host {host * 1e6:.0f} us; "
-        "slower than MHLA: " + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in peers.items())
+        "slower than MHLA: " + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in ratios.items())
     )
-    return text, at.tiny or peers["linear"] > 1
+    return text, at.tiny or ratios["linear"] > 1
 
 
 def _host_seconds(at: Machine, call: Callable[[], object]) -> float:
@@ -252,8 +235,10 @@ def _steps(at: Machine, build: Callable[[str], tuple[Any, dict[str, Any]]]) -> t
 STAGES: dict[str, Callable[[Machine], Iterator[tuple[str, Check]]]] = {
     "machine": machine_checks,
     "correct": correct_checks,
+    "forms": form_checks,
     "runtime": runtime_checks,
     "speed": speed_checks,
+    "form_times": form_time_checks,
     "models": model_checks,
 }
 
@@ -264,7 +249,7 @@ def run_stage(stage: str, device: str, share: int, shares: int) -> None:
     if not at.tiny:
         os.environ["MHLA_KERNELS"] = "triton"  # fail rather than fall back
     os.environ.setdefault("MHLA_KERNELS", "auto")
-    torch.use_deterministic_algorithms(stage == "correct")  # new memory holds NaN
+    torch.use_deterministic_algorithms(stage in COMPARED, warn_only=True)  # new memory holds NaN
     for number, (name, check) in enumerate(STAGES[stage](at)):
         if number % shares != share:
             continue
@@ -277,10 +262,11 @@ def run_stage(stage: str, device: str, share: int, shares: int) -> None:
         print("ROW " + json.dumps({**row, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
 
 
-def run_in_processes(stage: str, device: str) -> list[dict[str, Any]]:
-    """Rows of a stage, whatever becomes of its processes."""
-    end = time.monotonic() + LIMITS[stage]
-    shares = max(1, min(12, (os.cpu_count() or 2) - 2)) if stage == "correct" and device != "cpu" else 1
+def run_in_processes(stage: str, device: str, left: float = MOST) -> list[dict[str, Any]]:
+    """Rows of a stage, whatever becomes of its processes, in so many seconds at most."""
+    limit = min(LIMITS[stage], left)
+    end = time.monotonic() + limit
+    shares = max(1, min(12, (os.cpu_count() or 2) - 2)) if stage in COMPARED and device != "cpu" else 1
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, "-u", __file__, "--device", device, "--stage", stage, "--share"]
     processes = [
@@ -298,7 +284,7 @@ def run_in_processes(stage: str, device: str) -> list[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             process.kill()
             out, errors = process.communicate()
-            trouble = f"stopped at the limit of {LIMITS[stage]} s"
+            trouble = f"stopped at the limit of {max(0, limit):.0f} s"
         rows += [json.loads(line[4:]) for line in out.splitlines() if line.startswith("ROW ")]
         if process.returncode and not trouble:
             trouble = f"exit {process.returncode}: {' '.join(errors.strip().splitlines()[-1:])[:200]}"
@@ -308,15 +294,16 @@ def run_in_processes(stage: str, device: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows but those of "correct" that pass, which are one line."""
+    """All rows; of comparisons those that fail, and one line for the others."""
     lines = ["| stage | check | ok | result | s |", "| --- | --- | --- | --- | --- |"]
-    passed = [row for row in rows if row["ok"] and row["stage"] == "correct"]
     for row in rows:
-        if row not in passed:
+        if not (row["ok"] and row["stage"] in COMPARED):
             values = row["stage"], row["check"], "yes" if row["ok"] else "NO", row["result"], row["seconds"]
             lines.append("| " + " | ".join(map(str, values)) + " |")
-    limits = ", ".join(f"{limit:.0e} in {dtype}" for dtype, limit in TOLERANCE.items())
-    lines.append(f"| correct | {len(passed)} others | yes | errors below {limits} | |")
+    for stage, tolerance in COMPARED.items():
+        limits = ", ".join(f"{limit:.0e} in {dtype}" for dtype, limit in tolerance.items())
+        if passed := sum(row["ok"] and row["stage"] == stage for row in rows):
+            lines.append(f"| {stage} | {passed} others | yes | errors below {limits} | |")
     return "\n".join(lines)
 
 
@@ -339,9 +326,10 @@ def main() -> int:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=False)
     rows: list[dict[str, Any]] = []
+    end = time.monotonic() + MOST
     for stage in arguments.stages:
         start = time.monotonic()
-        rows += run_in_processes(stage, arguments.device)
+        rows += run_in_processes(stage, arguments.device, end - start)
         print(f"{stage}: {time.monotonic() - start:.0f} s", flush=True)
         if arguments.out:  # after each stage, so that nothing is lost with what comes later
             (arguments.out / "gpu_validate.json").write_text(json.dumps(rows, indent=1))

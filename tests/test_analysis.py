@@ -236,18 +236,22 @@ def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("local", ["shared", "gate", "only"])
-def test_the_matrix_of_a_routed_layer_is_what_acts_on_its_values(local: str) -> None:
-    config = MHLAConfig(blocks=(2, 2), local=local, routed_blocks=1)
+@pytest.mark.parametrize(("margin", "routes"), [(0, 1), (1, 0)])
+def test_the_matrix_of_a_layer_that_sees_further_is_what_acts_on_its_values(
+    local: str, margin: int, routes: int
+) -> None:
+    config = MHLAConfig(blocks=(2, 2), local=local, local_margin=margin, routed_blocks=routes)
     module = MHLA(config, heads=1, head_dim=6, grid=(6, 6)).double()
     q, k, v = torch.randn(3, 1, 1, 36, 6, dtype=torch.float64)
     layout, _, mixing = module.fit((6, 6))
     options: dict[str, Any] = {"feature_map": module.operator_map, "eps": config.eps}
     call = (q, k, mixing.double(), layout, None, options, module.features(q, k))
-    near, routed = (
-        window_matrices(*call, form=local, weight=module.local, routes=routes)[0] for routes in (0, 1)
+    near, wide = (
+        window_matrices(*call, form=local, weight=module.local, **settings)[0]
+        for settings in ({}, {"margin": margin, "routes": routes})
     )
-    assert not torch.allclose(near, routed)
-    torch.testing.assert_close(routed @ v[0, 0], module(q, k, v, grid=(6, 6))[0])
+    assert not torch.allclose(near, wide)
+    torch.testing.assert_close(wide @ v[0, 0], module(q, k, v, grid=(6, 6))[0])
 
 
 def test_a_routed_layer_on_a_grid_of_one_block_has_nothing_to_choose() -> None:

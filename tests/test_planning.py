@@ -23,7 +23,7 @@ from mhla_diffusion import (
     MHLAWanTransformer3DModel,
 )
 from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
+from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, window_attention
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
 ROOT = Path(__file__).parents[1]
@@ -475,6 +475,17 @@ def test_an_unknown_option_of_the_script_is_refused(
         run_script(monkeypatch, "--model", "DiT-S/2", "--height", "256", "--width", "256", "--heigth", "9")
     assert exit_.value.code == 2
     assert "heigth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("margin", "seen"), [(0, 16), (1, 36), ((0, 2), 32)])
+def test_a_margin_is_counted_as_torch_counts_its_products(margin: int | tuple[int, ...], seen: int) -> None:
+    config = MHLAConfig(blocks=(4, 4), local="only", local_margin=margin)
+    counted = plan("DiT-S/2", 256, 256).with_config(config).operator_flops("mhla")
+    assert counted == 4 * 256 * seen * 64 * 6
+    q = torch.randn(1, 1, 256, 62)  # 64 with the channels of what lies elsewhere
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        window_attention(q, q, q, BlockLayout((16, 16), (4, 4)), margin=margin)
+    assert counter.get_total_flops() == 4 * 256 * (seen + 1) * 64
 
 
 def test_routed_blocks_are_counted_as_torch_counts_their_products() -> None:

@@ -104,24 +104,26 @@ def window_matrices(
     *,
     form: str,
     weight: Tensor | None,
+    margin: int | tuple[int, ...] = 0,
     routes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the matrix of attention with a softmax window that acts on values, and the positive one.
 
     ``form`` and ``weight``, of the one head, are those of :func:`mhla_diffusion.ops.mhla_local`; without a
-    weight the window is alone. ``routes`` is ``routed_blocks`` of the config.
+    weight the window is alone. ``margin`` and ``routes`` are ``local_margin`` and ``routed_blocks``
+    of the config.
     """
     window, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     chosen = choose_blocks(*features, layout, routes, **options) if routes else None
     if weight is None:
         mask = options.get("key_mask")
-        found = window_attention(*window, unit, layout, key_mask=mask, chosen=chosen)[0, 0]
+        found = window_attention(*window, unit, layout, key_mask=mask, margin=margin, chosen=chosen)[0, 0]
         return found, found
     acting, plain = (
         mhla_local(
             *features, unit, mixing, layout, window=window, weight=weight, form=form, rotary_emb=tables,
-            chosen=chosen, **options,
+            margin=margin, chosen=chosen, **options,
         )[0, 0]
         for tables in (rotary_emb, None)
     )  # fmt: skip

@@ -255,7 +255,10 @@ def _window_of(module: nn.Module, head: int) -> dict[str, Any]:
     """Form of the softmax window of a layer, its weight in a head, and the blocks that it takes in."""
     assert isinstance(module, MHLA)
     weight = None if module.local is None else module.local[head : head + 1].double()
-    return {"form": module.config.local, "weight": weight, "routes": module.config.routed_blocks}
+    config = module.config
+    return {
+        "form": config.local, "weight": weight, "margin": config.local_margin, "routes": config.routed_blocks,
+    }  # fmt: skip
 
 
 def _square(tokens: int) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         block_list: name of its list of blocks.
         attention_name: of self-attention in a block.
+        uncalled: names of modules that read the weights of their linear layers in place of calling these, so
+            that adapters beside them would do nothing.
         argument_names: what our processor calls the arguments of a self-attention layer, see
             :func:`.grid.receive_grid`.
         rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
@@ -62,6 +64,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
     rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
+    uncalled: ClassVar[tuple[str, ...]] = ()
     extra_tokens: int = 0
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
+from ..conversion.real import FPS
 from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
 from ..evaluation.networks.images import load_extractor
 from ..evaluation.networks.videos import load_video_extractor
@@ -17,7 +18,6 @@ from ..evaluation.sets.videos import open_videos
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from ..training.data.captions import texts_of
 from .measured import MeasuredRun
-from .real import FPS
 from .samples import Samples
 from .variant import Variant
 

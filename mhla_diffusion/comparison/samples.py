@@ -18,10 +18,10 @@ import yaml
 
 from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
+from ..conversion.real import open_source, require_real, write_samples, write_statistics
 from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
 from ..training.config import flat_dict, parse_config
-from .real import open_source, write_statistics
 from .task import Metric, Task
 from .variant import Variant
 
@@ -169,15 +169,14 @@ class Samples(Task):
 
     def prepare(self, out: Path) -> None:
         """Open the data and the extractor, and make the statistics of what is held out, which are kept."""
-        self.load_extractor("cpu")
+        extractor = self.load_extractor("cpu")
         open_source(self.config(Variant("linear", "linear"), 0, Path()))
         source = open_source(self.real_config(Path()))
-        if self.num_real > len(source):
-            raise ValueError(
-                f"num_real must be at most the {len(source)} held-out samples, got {self.num_real}"
-            )
+        require_real(self.num_real, source)
         if not (out / self.real_name).is_file():
-            write_statistics(self, source, out / self.real_name)
+            with tempfile.TemporaryDirectory() as folder:
+                write_samples(source, self.num_real, Path(folder))
+                write_statistics(self.open_set(folder), extractor, out / self.real_name)
 
     @abstractmethod
     def load_extractor(self, device: str) -> FeatureExtractor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -49,14 +48,17 @@ __all__ = ["AlignConfig", "align", "default_candidates", "job_files", "load_cand
 def default_candidates(grid: Sequence[int]) -> dict[str, MHLAConfig]:
     """Return forms worth trying on a grid of tokens: linear attention, MHLA, and MHLA with a softmax window.
 
-    All have learned features and centred keys, which convert best.
+    The window is each block, or each block with half of another around it. All have learned features and
+    centred keys, which convert best.
     """
     base = MHLAConfig(blocks=1, feature_map="hedgehog", center_keys=True)
-    blocks = recommended_layout(tuple(grid)).blocks
-    if math.prod(blocks) == 1:
+    layout = recommended_layout(tuple(grid))
+    if layout.num_blocks == 1:
         return {"linear": base}
-    mixed = replace(base, blocks=blocks, mixing_per_head=True)
-    return {"linear": base, "mhla": mixed, "mhla-local": replace(mixed, local="shared")}
+    mixed = replace(base, blocks=layout.blocks, mixing_per_head=True)
+    local = replace(mixed, local="shared")
+    wide = replace(local, local_margin=tuple(-(-size // 2) for size in layout.block_shape))
+    return {"linear": base, "mhla": mixed, "mhla-local": local, "mhla-wide": wide}
 
 
 def load_candidates(path: str | Path) -> dict[str, MHLAConfig]:

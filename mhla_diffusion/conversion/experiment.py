@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-from mhla_diffusion.pipelines import MHLAPipeline
 
 from ..attention import MHLAConfig
 from ..backbones import load_transformer
@@ -33,26 +31,36 @@ from .findings import findings, table
 from .job import AlignConfig
 from .knapsack import STOCK, Choice, Limits, frontier, within
 from .linearize import LinearizeConfig, distil
-from .measures import by_time, losses, ratio, scores, training_hours
+from .measures import by_time, losses, ratio, training_hours
 from .report import plain
+from .scores import ScoreConfig, Scorer
 from .trial import Trial, prediction_error
 
 logger = logging.getLogger(__name__)
 
 # Behind the calls that layers were aligned on.
 _FIRST_CALL = 1_000_000
-FORMS = ("linear", "mhla", "mhla-local")
+# Candidates, and the words of variants that need them.
+FORMS = {"linear": "linear", "mhla": "", "mhla-local": "local", "mhla-wide": "wide"}
+VARIANTS = (
+    "half, chosen", "half, every second", "half, every second from the first", "half, chosen, not aligned",
+    "all local", "all MHLA", "all MHLA, not aligned", "all linear", "half, chosen, local",
+    "half, chosen, wide", "all wide", "all softmax",
+)  # fmt: skip
+"""Students: forms of the layers that are chosen, or lie in a pattern, or of all. The last is the teacher,
+trained as all others are: what it loses is not of any conversion."""
 
 
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """Settings of the experiment.
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(ScoreConfig):
+    """Settings of the experiment; see also :class:`.ScoreConfig`.
 
     Args:
         teacher: YAML of the training run of a teacher with softmax attention in all layers.
         out: folder of everything.
         height, width, frames, vae_stride: of the output, that costs are for, see ``mhla plan``.
-        candidates: YAML of the forms ``linear``, ``mhla`` and ``mhla-local``.
+        candidates: YAML of the forms that the variants need, of ``linear``, ``mhla``, ``mhla-local`` and
+            ``mhla-wide``, a window with a margin.
         seeds: of alignment and distillation.
         align: see :class:`AlignConfig`.
         steps: of distillation; at most 5 % of the teacher's, or it says nothing about cheap conversion.
@@ -62,12 +70,11 @@ class ExperimentConfig:
         check: calls that assembled models are measured on to choose layers, as ``mhla choose`` does; 0 for
             none, and the choice is by the errors of layers alone.
         calls: in each tenth of the time, that losses are measured on.
-        real, num_samples: images or videos to score against, see ``mhla evaluate``, and how many samples of
-            each model; no scores by default.
+        variants: students, see :data:`VARIANTS`; the first eight of them by default. More may be added later.
         scored: variants that are scored beside the teacher; all by default.
 
     Raises:
-        ValueError: for no seed, steps or calls, or scores of no samples.
+        ValueError: for no seed, steps or calls, variants that are not known, or scores of no samples.
     """
 
     teacher: str
@@ -85,17 +92,18 @@ class ExperimentConfig:
     distillation: DistillationConfig | None = None
     check: int = 8
     calls: int = 20
-    real: str | None = None
-    num_samples: int = 0
+    variants: tuple[str, ...] = VARIANTS[:8]
     scored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.seeds or self.steps < 1 or self.calls < 1:
             raise ValueError("the experiment needs a seed, and steps and calls of 1 or more")
-        if (self.real is None) != (self.num_samples < 1):
-            raise ValueError(
-                f"scores need real and num_samples, got real {self.real} and num_samples {self.num_samples}"
-            )
+        for name, few in (("variants", VARIANTS), ("scored", self.variants)):
+            if unknown := [variant for variant in getattr(self, name) if variant not in few]:
+                raise ValueError(f"{name} must be of {'; '.join(few)}, got {'; '.join(unknown)}")
+        if not self.variants:
+            raise ValueError(f"variants must name one or more of {'; '.join(VARIANTS)}")
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,9 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     out = Path(config.out)
     run: Any = read_run_config(config.teacher)
     forms = load_candidates(config.candidates)
-    if set(forms) != set(FORMS):
-        raise ValueError(f"{config.candidates} must have {', '.join(FORMS)}, it has {', '.join(forms)}")
+    if missing := [form for form in _needed(config.variants) if form not in forms]:
+        raise ValueError(f"{config.candidates} has {', '.join(forms)} and lacks {', '.join(missing)}")
+    scorer = Scorer(config, config.teacher, run, out) if config.num_samples else None
     teacher_folder = out / "teacher"
     if not (teacher_folder / "pipeline").is_dir():
         whole = replace(run, output_dir=str(teacher_folder))
@@ -131,11 +140,12 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     for seed in config.seeds:
         results += _Seed(config, run, forms, path, size, seed).results()
-    if config.real is not None:
-        results = [_teacher_row(config, run, path), *(_scored(config, run, record) for record in results)]
+    facts: dict[str, Any] = {}
+    if scorer is not None:
+        results, facts = _scored(config, scorer, path, results), {"sampling": scorer.facts}
     content: dict[str, Any] = {
         "teacher": config.teacher, "steps": config.steps, "teacher_steps": run.trainer.max_steps,
-        "seeds": list(config.seeds), "size": size.size, "results": results,
+        "seeds": list(config.seeds), "size": size.size, **facts, "results": results,
     }  # fmt: skip
     content["findings"] = findings(content)
     in_first_process(lambda: write_file(out / "results.json", json.dumps(content, indent=2)))
@@ -144,31 +154,24 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     return content
 
 
-def _teacher_row(config: ExperimentConfig, run: Any, path: str) -> dict[str, Any]:
-    """The teacher's row: its scores, beside which those of students stand."""
-    kept, folder = Path(config.out) / "teacher.json", Path(config.out) / "teacher-samples"
-    scored = _scores(config, run, path, folder, kept)
+def _scored(
+    config: ExperimentConfig, scorer: Scorer, teacher: str, records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The teacher's row, and those of students, with the scores of those that are scored."""
     exact = {"value": 1.0, "interval": [1.0, 1.0]}
-    return {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": exact, "scores": scored}
+    row = {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": exact}
+    rows = [{**row, "scores": scorer(teacher, Path(config.out) / "teacher-scores")}]
+    for record in records:
+        rows.append(record)
+        if not config.scored or record["variant"] in config.scored:
+            folder = variant_folder(Path(config.out), record["seed"], record["distilled_as"])
+            rows[-1] = {**record, "scores": scorer(str(folder / "distilled" / "pipeline"), folder)}
+    return rows
 
 
-def _scored(config: ExperimentConfig, run: Any, record: dict[str, Any]) -> dict[str, Any]:
-    """A student's row with its scores, if it is among those that are scored."""
-    if "scores" in record or (config.scored and record["variant"] not in config.scored):
-        return record
-    folder = variant_folder(Path(config.out), record["seed"], record["distilled_as"])
-    run = replace(run, trainer=replace(run.trainer, seed=record["seed"]))
-    path = str(folder / "distilled" / "pipeline")
-    return {**record, "scores": _scores(config, run, path, folder / "samples", folder / "scores.json")}
-
-
-def _scores(config: ExperimentConfig, run: Any, path: str, samples: Path, kept: Path) -> Any:
-    """Scores of a pipeline, which are kept."""
-    if not kept.is_file():
-        assert config.real is not None
-        found = scores(MHLAPipeline.from_pretrained(path), config.real, samples, run, config.num_samples)
-        in_first_process(lambda: write_file(kept, json.dumps(found)))
-    return json.loads(kept.read_text())
+def _needed(variants: Sequence[str]) -> list[str]:
+    """The forms of variants: MHLA, which layers are chosen by, and others if they are asked for."""
+    return [form for form, word in FORMS.items() if any(word in variant for variant in variants)]
 
 
 def variant_folder(out: Path, seed: int, variant: str) -> Path:
@@ -188,7 +191,7 @@ class _Seed:
         size: Plan,
         seed: int,
     ) -> None:
-        self.forms = forms
+        self.forms = {form: forms[form] for form in _needed(config.variants)}
         self.config, self.path, self.size, self.seed = config, path, size, seed
         self.run = replace(run, trainer=replace(run.trainer, seed=seed))
         self.folder = Path(config.out) / f"seed-{seed}"
@@ -203,7 +206,8 @@ class _Seed:
             self.teacher, self.calls, self.folder / "aligned", candidates=self.forms,
             config=settings, name=self.path,
         )  # fmt: skip
-        variants = self._variants()
+        found = self._variants()
+        variants = {name: found[name] for name in self.config.variants}
         # The choice may be one of the patterns, which is not distilled twice.
         first = {variant: name for name, variant in reversed(variants.items())}
         results = {name: self._result(name, variants[name]) for name in first.values()}
@@ -230,6 +234,14 @@ class _Seed:
             "all MHLA": Variant(("mhla",) * count),
             "all MHLA, not aligned": Variant(("mhla",) * count, aligned=False),
             "all linear": Variant(("linear",) * count),
+            "all wide": Variant(("mhla-wide",) * count),
+            **{
+                f"half, chosen, {word}": Variant(
+                    tuple(f"mhla-{word}" if form == "mhla" else form for form in chosen)
+                )
+                for word in ("local", "wide")
+            },
+            "all softmax": Variant((STOCK,) * count),
         }
 
     def _chosen(self, budget: float) -> Choice:

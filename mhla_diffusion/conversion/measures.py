@@ -1,11 +1,11 @@
-"""Measures of a converted model beside its teacher: losses, samples, branches, speed, scores."""
+"""Measures of a converted model beside its teacher: losses, samples, branches, speed."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
             setattr(module, name, None)
         if branch == "window" and module.local is not None:
             undo.append((module, "config", module.config))
-            module.config = replace(module.config, local=None, routed_blocks=0)
+            module.config = replace(module.config, local=None, local_margin=0, routed_blocks=0)
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
             changed.append((weights, weights.detach().clone()))
@@ -143,27 +143,3 @@ def training_hours(run: Path) -> float:
         hours += (line["step"] - step) * batch / line["samples_per_second"] / 3600
         step = line["step"]
     return hours
-
-
-def scores(pipeline: Any, real: str, out: Path, run: Any, num_samples: int) -> list[Mapping[str, Any]]:
-    """Generate samples with the settings of the run, and score them; what is there is gone on with."""
-    from mhla_diffusion.pipelines.generation import generate_images, generate_videos
-
-    from ..evaluation import evaluate_images, evaluate_videos
-
-    settings = {
-        "num_inference_steps": run.sampling.num_inference_steps,
-        "guidance_scale": run.sampling.guidance_scale,
-    }
-    if hasattr(run.sampling, "prompts"):
-        prompts = list(run.sampling.prompts)
-        each = -(-num_samples // len(prompts))
-        generate_videos(pipeline, out, prompts=prompts, per_prompt=each, **settings)
-        report = evaluate_videos(real, out, frames=run.data.frames)
-    else:
-        generate_images(pipeline, out, num_images=num_samples, **settings)
-        report = evaluate_images(real, out)
-    return [
-        {"name": score.name, "value": score.value, "interval": score.interval, "text": score.text()}
-        for score in report.scores
-    ]

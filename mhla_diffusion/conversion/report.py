@@ -27,7 +27,8 @@ from ..planning import Plan
 from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
 from .choose import RECORD as CHOICE
 from .knapsack import STOCK
-from .measures import branch_errors, by_time, losses, pictures, ratio, scores, speed, training_hours
+from .measures import branch_errors, by_time, losses, pictures, ratio, speed, training_hours
+from .scores import scores
 from .trial import prediction_error
 
 logger = logging.getLogger(__name__)

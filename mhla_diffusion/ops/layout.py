@@ -117,6 +117,36 @@ class BlockLayout:
             index = index[..., None] * count + _axis_positions(tokens, count, device)[0]
         return F.pad(index.flatten(), self.extra or (0, 0), value=math.prod(self.blocks))
 
+    def reach(
+        self, margin: int | tuple[int, ...], device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the tokens of each block and of a margin around it, as far as the grid goes.
+
+        Args:
+            margin: tokens beyond the block on each side, along each axis or for all of them.
+
+        Returns:
+            Which tokens, int64 ``[M, m]``, m those of the largest block with its margin, and which of these
+            places hold one, bool ``[M, m]``. For grids without extra tokens.
+        """
+        assert self.extra is None, "extra tokens lie beside no others"
+        margins = margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        there = torch.ones(1, 1, dtype=torch.bool, device=device)
+        for tokens, count, size, beyond in zip(
+            self.grid, self.blocks, self.block_shape, margins, strict=True
+        ):
+            place = torch.arange(count, device=device)
+            first = place * (tokens // count) + place.clamp_max(tokens % count)
+            end = first + tokens // count + (place < tokens % count)
+            at = (first - beyond)[:, None] + torch.arange(size + 2 * beyond, device=device)
+            inside = (at >= 0) & (at < (end + beyond).clamp_max(tokens)[:, None])
+            # Blocks of this axis behind those of the axes before, and the same for the places in one.
+            token = token[:, None, :, None] * tokens + at.clamp(0, tokens - 1)[None, :, None, :]
+            there = there[:, None, :, None] & inside[None, :, None, :]
+            token, there = token.flatten(2).flatten(0, 1), there.flatten(2).flatten(0, 1)
+        return token, there
+
     def pack(self, x: Tensor) -> Tensor:
         """Grid order to blocks.
 

@@ -67,6 +67,7 @@ def mhla_local_reference(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    margin: int | tuple[int, ...] = 0,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window as dense attention: the measure of :func:`mhla_diffusion.ops.mhla_local`.
@@ -77,6 +78,7 @@ def mhla_local_reference(
     options: dict[str, Any] = {"feature_map": feature_map, "key_mask": key_mask, "eps": eps}
     block = layout.block_index(q.device)
     own = (block[:, None] == block).double()
+    own[layout.grid_tokens, layout.grid_tokens] = _near(layout, margin).to(own)
     if chosen is not None:
         own = own + (chosen[..., None] == block).double().sum(-2)  # [B, H, N, N]
     window_q, window_k = (x.double() for x in window)
@@ -96,6 +98,19 @@ def mhla_local_reference(
     far_sums = weight.exp() * mhla_reference(q, k, ones, others, layout, **options)
     sums = near_sums + far_sums
     return (near @ v + far) / torch.where(sums == 0, 1.0, sums)
+
+
+def _near(layout: BlockLayout, margin: int | tuple[int, ...]) -> Tensor:
+    """Which tokens of the grid lie in the block of a token or at most a margin from it, bool ``[N, N]``."""
+    block = BlockLayout(layout.grid, layout.blocks).block_index()
+    same = block[:, None] == block
+    axes = torch.meshgrid(*(torch.arange(n) for n in layout.grid), indexing="ij")
+    place = torch.stack(axes, -1).flatten(0, -2)  # [N, axes]
+    margins = torch.tensor(margin).expand(len(layout.grid))
+    offset = (place[:, None] - place).abs()  # [N, N, axes]
+    # Along each axis the distance of a token from a block is that from the nearest token of it.
+    distance = torch.stack([offset[members].amin(0) for members in same])
+    return (distance <= margins).all(-1)
 
 
 def mhla_causal_reference(

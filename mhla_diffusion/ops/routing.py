@@ -68,8 +68,8 @@ def routed_attention(
         key_mask: bool ``[B, N]``, true where a key counts.
 
     Returns:
-        The output ``[B, H, N, d_v]`` and the logarithm of its denominator ``[B, H, N]``, float32 or above:
-        the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
+        The output ``[B, H, N, d_v]``, 0 where a query sees no key, and the logarithm of its denominator
+        ``[B, H, N]``, float32 or above: the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
     """
     q, k, v = as_autocast(q, k, v)
     tokens, routes = chosen.shape[2:]
@@ -90,16 +90,30 @@ def routed_attention(
         seen = _take(seen.expand(*block_of_group.shape[:2], -1, -1), block_of_group)
         scores = scores.where(seen[..., None, :], NOTHING)
     log_sums = scores.logsumexp(-1)
-    out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values
+    values, centre = without_mean(values)
+    out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values + centre
 
     outs = _take(out.flatten(2, 3), place).unflatten(2, (tokens, routes))
     each = log_sums.flatten(2).gather(2, place).unflatten(2, (tokens, routes))
-    return joined(outs, each)
+    out, log_sum = joined(outs, each)
+    return out.where(log_sum[..., None] > NOTHING / 2, 0), log_sum
 
 
 def joined(outs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
     """Join parts of one softmax: outputs ``[..., r, d]``, logarithms of their denominators ``[..., r]``."""
     return (log_sums.softmax(-1)[..., None] * outs).sum(-2), log_sums.logsumexp(-1)
+
+
+def without_mean(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Take their mean from the values of a block, ``[..., n, d_v]``: as weights sum to 1, it is added after.
+
+    Without it, 16 bits hold what differs among values, and of that are the gradients of scores.
+
+    Returns:
+        Values in their dtype, and the mean in float32 or above, ``[..., 1, d_v]``, which needs no gradient.
+    """
+    centre = v.detach().mean(-2, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
+    return (v - centre).to(v.dtype), centre
 
 
 def _groups(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor, int]:

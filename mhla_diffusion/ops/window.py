@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from .features import RotaryEmbedding
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
-from .routing import NOTHING, counted_keys, joined, routed_attention
+from .routing import NOTHING, counted_keys, joined, routed_attention, without_mean
 
 LOCAL_FORMS = ("shared", "gate")
 
@@ -31,6 +32,7 @@ def mhla_local(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    margin: int | tuple[int, ...] = 0,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window: queries see the keys of their own block sharply, others by summaries.
@@ -47,8 +49,8 @@ def mhla_local(
         window: queries and keys of the softmax, ``[B, H, N, d']`` each, with their positions in them.
         weight: w, ``[H]``.
         form: ``"shared"`` or ``"gate"``.
-        chosen: blocks that the window of each query holds beside its own, see
-            :func:`mhla_diffusion.ops.choose_blocks`. Their summaries still count among the others.
+        margin, chosen: tokens around the own block and further blocks that the window holds, see
+            :func:`window_attention`. The summaries of their blocks still count among the others.
 
     Returns:
         ``[B, H, N, d_v]`` in the dtype of v.
@@ -69,9 +71,10 @@ def mhla_local(
             dtype=torch.promote_types(values.dtype, torch.float32),
         )  # fmt: skip
 
+    near_options: dict[str, Any] = {"key_mask": key_mask, "margin": margin, "chosen": chosen}
     if form == "gate":
-        gate = weight.sigmoid()[:, None, None]
-        near = window_attention(queries, keys, v, layout, key_mask=key_mask, chosen=chosen)
+        gate = weight.to(torch.promote_types(weight.dtype, torch.float32)).sigmoid()[:, None, None]
+        near = window_attention(queries, keys, v, layout, **near_options)
         return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
     # W without its diagonal: the own block is the window's.
     others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
@@ -79,10 +82,7 @@ def mhla_local(
     sums = attend(torch.ones_like(v[..., :1]), others, "none", None)[..., 0]
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
-    rest = far, log_sums
-    return window_attention(
-        queries, keys, v, layout, key_mask=key_mask, chosen=chosen, rest=rest
-    ).to(v.dtype)  # fmt: skip
+    return window_attention(queries, keys, v, layout, rest=(far, log_sums), **near_options).to(v.dtype)
 
 
 def window_attention(
@@ -92,27 +92,31 @@ def window_attention(
     layout: BlockLayout,
     *,
     key_mask: Tensor | None = None,
+    margin: int | tuple[int, ...] = 0,
     chosen: Tensor | None = None,
     rest: tuple[Tensor, Tensor] | None = None,
     causal: bool = False,
 ) -> Tensor:
     """Softmax attention of each query inside its own block; time O(N n d) for blocks of n tokens.
 
+    Without a margin a token at the border of a block sees none of those beyond, and samples show the borders.
+
     Args:
         q, k: ``[B, H, N, d]`` in grid order.
         v: ``[B, H, N, d_v]``.
         layout: the grid and its blocks.
         key_mask: bool ``[B, N]``, true where a key counts.
+        margin: tokens around its block that a query sees as well, along each axis of the grid or for all of
+            them; n then counts them in.
         chosen: further blocks of each query, int64 ``[B, H, N, r]``, see
-            :func:`mhla_diffusion.ops.choose_blocks`.
+            :func:`mhla_diffusion.ops.choose_blocks`. A key in the margin and in one of them counts twice.
         rest: the output on all else, ``[B, H, N, d_v]``, and the logarithm of its denominator, ``[B, H, N]``:
             it joins the softmax as one more key of each query.
         causal: tokens see no later one of their block; for runs of a sequence, ``BlockLayout((N,), (M,))``.
             With ``rest`` from :func:`mhla_causal` under a strictly lower W it is the causal form of "shared".
 
     Returns:
-        ``[B, H, N, d_v]`` in the dtype of v, in float32 or above with ``chosen``, or in that of ``rest``. A
-        query that sees no key gets 0.
+        ``[B, H, N, d_v]`` in float32 or above. A query that sees no key gets 0.
     """
     q, k, v = as_autocast(q, k, v)
     if chosen is not None and chosen.shape[-1]:
@@ -123,22 +127,39 @@ def window_attention(
         rest = joined(torch.stack(outs, -2), torch.stack(sums, -1))
     if layout.extra is not None:
         assert not causal, "extra tokens are of grids"
-        return _apart(q, k, v, layout, key_mask, rest)
-    far, score = rest if rest is not None else (None, None)
+        return _apart(q, k, v, layout, key_mask, margin, rest)
+
+    far, score = (layout.pack(x) for x in (rest[0], rest[1][..., None])) if rest is not None else (None, None)
+    queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
+    # A mean would see later tokens.
+    values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
+    seen = _with_the_rest(seen, causal=causal, tokens=layout.block_size, device=q.device)
+    near, share = _with_one_more(queries, keys, values, score, seen)
+    if far is None or score is None:
+        return layout.unpack(near + (1 - share) * centre)  # the share is 0, or 1 where no key is seen
+    out = near + share * (far - centre)
+    # The gradient of the score, in float32, where the softmax would round both parts of a difference.
+    slope = (share * (far - centre - out)).detach()
+    return layout.unpack(out + slope * (score - score.detach()) + centre)
+
+
+def _with_one_more(
+    q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend in blocks ``[B, H, M, n, d]`` with one more key, of a score for each query, ``[B, H, M, n, 1]``.
+
+    Returns:
+        What the keys of the block add to the output, and the weight of the one more, ``[B, H, M, n, 1]``; its
+        score gets no gradient. Without a score the weight is 1 where nothing else is seen, and 0 elsewhere.
+    """
+    score = q.new_full((*q.shape[:-1], 1), NOTHING) if score is None else score.detach()
     dim = v.shape[-1]
-    seen = _seen(layout, key_mask, causal=causal, device=q.device)
-    lacks_rest = score is None
-    if score is None:
-        score = q.new_full(q.shape[:-1], NOTHING)
-    # The score of the rest is no product of q and a key: two channels more, whose keys are 1 for the rest and
-    # 0 for all others. Two, as one of bfloat16 would round a logarithm by up to 2 %.
+    # This score is no product of q and a key: two channels more, whose keys are 1 for it and 0 for others.
+    # Two, as one of bfloat16 would round a logarithm by up to 2 %.
     high = score.to(q.dtype)
-    low = (score - high).to(q.dtype)
-    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high[..., None], low[..., None]), -1)
+    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, (score - high).to(q.dtype)), -1)
     width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
-    queries, keys, values = (
-        F.pad(layout.pack(x), (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v)
-    )  # [B H, M, n, width]
+    queries, keys, values = (F.pad(x, (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v))
     ones = torch.zeros(2, width, dtype=q.dtype, device=q.device)
     ones[0, q.shape[-1] : q.shape[-1] + 2] = ones[1, dim] = 1
     keys, values = (
@@ -146,12 +167,9 @@ def window_attention(
         for x, one in zip((keys, values), ones, strict=True)
     )
     if seen is not None:
-        seen = seen.expand(*q.shape[:2], *seen.shape[2:]).flatten(0, 1)
+        seen = seen.expand(*q.shape[:3], *seen.shape[3:]).flatten(0, 1)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
-    out = layout.unpack(out.unflatten(0, q.shape[:2]))
-    if lacks_rest or far is None:
-        return out[..., :dim]
-    return out[..., :dim] + out[..., dim : dim + 1] * far
+    return out.unflatten(0, q.shape[:2]).split((dim, 1, width - dim - 1), -1)[:2]
 
 
 def _apart(
@@ -160,18 +178,19 @@ def _apart(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
+    margin: int | tuple[int, ...],
     rest: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Attend in the blocks of the grid and, apart, in that of extra tokens, which may be far larger."""
     inside = layout.grid_tokens
 
-    def attend(tokens: Tensor | slice, part: BlockLayout) -> Tensor:
+    def attend(tokens: Tensor | slice, part: BlockLayout, margin: int | tuple[int, ...] = 0) -> Tensor:
         few = None if rest is None else (rest[0][:, :, tokens], rest[1][:, :, tokens])
         counts = None if key_mask is None else key_mask[:, tokens]
         query, key, value = (x[:, :, tokens] for x in (q, k, v))
-        return window_attention(query, key, value, part, key_mask=counts, rest=few)
+        return window_attention(query, key, value, part, key_mask=counts, margin=margin, rest=few)
 
-    on_grid = attend(inside, BlockLayout(layout.grid, layout.blocks))
+    on_grid = attend(inside, BlockLayout(layout.grid, layout.blocks), margin)
     number = sum(layout.extra or ())
     if not number:
         return on_grid
@@ -181,15 +200,26 @@ def _apart(
     return torch.cat((extra[:, :, : inside.start], on_grid, extra[:, :, inside.start :]), 2)
 
 
-def _seen(
-    layout: BlockLayout, key_mask: Tensor | None, *, causal: bool, device: torch.device
-) -> Tensor | None:
-    """Which keys of a block, and the rest behind them, a query sees, ``[B, 1, M, 1 or n, n + 1]``."""
-    if layout.is_even and key_mask is None and not causal:
-        return None
-    seen = F.pad(counted_keys(layout, key_mask, device), (0, 1), value=True)[..., None, :]
-    if causal:
-        tokens = seen.shape[-1] - 1
-        earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        seen = seen & F.pad(earlier, (0, 1), value=True)
-    return seen
+def _keys_of_blocks(
+    k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None, margin: int | tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of each block with its margin, ``[B, H, M, n, d]``, and which of them count.
+
+    The last is bool ``[1 or B, 1, M, n]``, or None where all do.
+    """
+    if margin in (0, (0,) * len(layout.grid)):
+        whole = layout.is_even and key_mask is None
+        return layout.pack(k), layout.pack(v), None if whole else counted_keys(layout, key_mask, k.device)
+    token, there = layout.reach(margin, k.device)
+    keys, values = (x.index_select(2, token.flatten()).unflatten(2, token.shape) for x in (k, v))
+    return keys, values, there[None, None] if key_mask is None else (there & key_mask[:, token])[:, None]
+
+
+def _with_the_rest(seen: Tensor | None, *, causal: bool, tokens: int, device: torch.device) -> Tensor | None:
+    """Which keys of a block, and the rest behind them, a query sees, ``[1 or B, 1, M, 1 or n, n + 1]``."""
+    if seen is not None:
+        seen = F.pad(seen, (0, 1), value=True)[..., None, :]
+    if not causal:
+        return seen
+    earlier = F.pad(torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril(), (0, 1), value=True)
+    return earlier[None, None, None] if seen is None else seen & earlier

@@ -59,7 +59,7 @@ def set_trainable(model: Any, trainable: str, lora: LoraConfig) -> None:
         model: a transformer, whose ``attention_name`` is what its layers call their self-attention.
         trainable: ``"all"`` or ``"attention"``. With a rank, self-attention is trained in full and every
             other linear layer through its adapter, whatever is said here.
-        lora: see :class:`LoraConfig`.
+        lora: see :class:`LoraConfig`. Layers of the model's ``uncalled`` modules have no adapters.
 
     Raises:
         ImportError: for adapters without the package peft.
@@ -116,7 +116,9 @@ def _add_adapters(model: Any, lora: LoraConfig) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _in_self_attention(model, name)
+        if isinstance(module, nn.Linear)
+        and not _in_self_attention(model, name)
+        and not set(model.uncalled) & set(name.split("."))
     ]
     alpha: Any = lora.alpha or lora.rank
     peft.inject_adapter_in_model(

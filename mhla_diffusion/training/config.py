@@ -196,8 +196,9 @@ def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
 def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) -> None:
     """jsonargparse refuses unknown keys too, but does not name the known ones."""
     allowed = [*_dotted_keys(config_class), "resume", "help", "print_config"]
+    free = tuple(f"{name}." for name in _mappings(config_class))
     for key in _given_keys(arguments):
-        if key in allowed or any(name.startswith(f"{key}.") for name in allowed):
+        if key in allowed or any(name.startswith(f"{key}.") for name in allowed) or key.startswith(free):
             continue
         section = key.rpartition(".")[0]
         known = [name for name in allowed if name.rpartition(".")[0] == section] or allowed
@@ -225,6 +226,12 @@ def _given_keys(arguments: Sequence[str] | None) -> list[str]:
             raise ValueError(f"{path} must map keys to values, got {found}")
         keys += flat_dict(values)
     return keys
+
+
+def _mappings(config_class: type) -> list[str]:
+    """Return the fields of a config that are mappings, whose keys it does not know."""
+    hints = typing.get_type_hints(config_class).items()
+    return [name for name, hint in hints if typing.get_origin(hint) is dict]
 
 
 def _dotted_keys(config_class: type, prefix: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class TrainingTask:
         facts: what else it says of them.
         call: further arguments of the pipeline's call, for sample sheets.
         fps: of videos on them, where the pipeline does not know it.
+        prepare: called with the number of a row and what it asks for; returns the arguments of the call.
     """
 
     conditioning: Conditioning
@@ -69,6 +70,7 @@ class TrainingTask:
     facts: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     fps: float = 16.0
+    prepare: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None
 
     @torch.no_grad()
     def sample(self, model: Any, device: torch.device, clock: SheetClock | None = None) -> SampleSheet:
@@ -92,12 +94,16 @@ class TrainingTask:
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="pil",
             )
-            for arguments in asked
+            for arguments in self._prepared(asked)
         ]
         if hasattr(outputs[0], "frames"):
             fps = pipeline.config.get("fps") or self.fps
             return SampleSheet([output.frames[0] for output in outputs], fps=fps)
         return SampleSheet([output.images for output in outputs])
+
+    def _prepared(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(rows):
+            yield row if self.prepare is None else self.prepare(number, row)
 
     def save_pipeline(
         self, model: Any, folder: Path, training: Mapping[str, Any], picture: Path | None = None

@@ -22,8 +22,9 @@ from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
 from .data import CachedLatents, VideoDataConfig, VideoSamples
 from .data.captions import texts_of
-from .data.image_conditions import load_image_encoder
+from .data.clip_conditions import load_image_encoder, read_control
 from .data.stream import SampleSource
+from .data.video_autoencoders import size_in_pixels
 from .objectives import Objective
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
@@ -31,7 +32,7 @@ from .stock import VIDEOS, StockTraining, require_fit, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
-    load_caption_encoder,
+    load_caption_encoders,
     load_text_encoder,
     video_caption_encoder,
 )
@@ -43,7 +44,8 @@ class VideoModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
-            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, LTX-Video or SanaVideo.
+            latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, ChronoEdit,
+            LTX-Video, SanaVideo or Kandinsky 5.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -79,38 +81,50 @@ class VideoModelConfig:
         return trained_class(self.init_from, [MHLAWanTransformer3DModel, *VIDEOS], "videos")
 
 
+# What a sheet may have beside prompts.
+_GIVEN = {"images": "picture", "last_images": "picture", "videos": "video"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoSamplingConfig(SampleSheetConfig):
     """Videos during training, a row of frames each; see also :class:`SampleSheetConfig`.
 
     Args:
         prompts: one row each.
-        images: of image-to-video models, the picture that the video of each prompt begins with, as a path.
+        images: of image-to-video models, the picture that the video of each prompt begins with, as a path; of
+            ChronoEdit the picture to be edited.
         last_images: of those that are given the last frame too, the picture that it ends with.
+        videos: of Wan VACE, the video for each prompt, as a path, whose first clip is given as far as a task
+            says; the tasks of the data take turns.
     """
 
     prompts: tuple[str, ...] = changeable(())
     images: tuple[str, ...] = changeable(())
     last_images: tuple[str, ...] = changeable(())
+    videos: tuple[str, ...] = changeable(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every and not self.prompts:
             raise ValueError("sampling.prompts must have at least one prompt when sampling.every is set")
-        for name, images in (("images", self.images), ("last_images", self.last_images)):
-            if images and len(images) != len(self.prompts):
+        for name, kind in _GIVEN.items():
+            paths = getattr(self, name)
+            if paths and len(paths) != len(self.prompts):
                 raise ValueError(
-                    f"sampling.{name} must name a picture for each of the {len(self.prompts)} prompts, got "
-                    f"{len(images)}"
+                    f"sampling.{name} must name a {kind} for each of the {len(self.prompts)} prompts, got "
+                    f"{len(paths)}"
                 )
-            if missing := [path for path in images if not Path(path).is_file()]:
+            if missing := [path for path in paths if not Path(path).is_file()]:
                 raise ValueError(f"sampling.{name}: {missing[0]} is no file")
 
     def rows(self) -> list[dict[str, Any]]:
-        given = {"image": self.images, "last_image": self.last_images}
-        pictures = {name: [load_image(path) for path in paths] for name, paths in given.items() if paths}
+        given: dict[str, Sequence[Any]] = {
+            "image": [load_image(path) for path in self.images],
+            "last_image": [load_image(path) for path in self.last_images],
+            "video": self.videos,
+        }
         return [
-            {"prompt": prompt, **{name: row[number] for name, row in pictures.items()}}
+            {"prompt": prompt, **{name: row[number] for name, row in given.items() if row}}
             for number, prompt in enumerate(self.prompts)
         ]
 
@@ -168,7 +182,7 @@ def _build_wan(
     parts = build_parts(config, objective, latents)
     encoder = video_caption_encoder(parts)
     if latents is not None:
-        latents.require_text(config.text, encoder)
+        latents.require_text(config.text, [encoder])
     sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
@@ -179,14 +193,14 @@ def _build_wan(
     else:
         latents.require_channels(model)
     task = TrainingTask(
-        Captions(encoder, config.caption_dropout, embedded=latents is not None),
+        Captions([encoder], config.caption_dropout, embedded=latents is not None),
         config.sampling,
         with_transformer(parts, parts.size_in_pixels(sizes[0])),
         config.data.title,
         config.data.chosen().facts(),
         fps=parts.config.fps,
     )
-    _require_pictures(config.sampling, None if latents is None else latents.known)
+    _require_given(config.sampling, latents)
     if latents is not None and latents.known != "none":
         task.pipeline = with_first_frames(parts, latents)
         frames, height, width = parts.size_in_pixels(sizes[0])
@@ -197,16 +211,19 @@ def _build_wan(
     return model, source, task
 
 
-def _require_pictures(sampling: VideoSamplingConfig, known: str | None) -> None:
-    """Check that a sheet has the frames that the model is given, and no others."""
-    needed = {"first": ("images",), "first_and_last": ("images", "last_images")}.get(known or "", ())
-    for name in ("images", "last_images"):
+def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None) -> None:
+    """Check that a sheet has what the model is given of a clip, and nothing else."""
+    needed: tuple[str, ...] = ()
+    if latents is not None:
+        frames = {"first": ("images",), "edit": ("images",), "first_and_last": ("images", "last_images")}
+        needed = ("videos",) if latents.tasks else frames.get(latents.known, ())
+    for name, kind in _GIVEN.items():
         given = bool(getattr(sampling, name))
         if given and name not in needed:
-            raise ValueError(f"sampling.{name}: the model is given no such frame; remove it")
+            raise ValueError(f"sampling.{name}: the model is given no such {kind}; remove it")
         if sampling.every and not given and name in needed:
             raise ValueError(
-                f"the model makes videos of images: give sampling.{name} a picture for each prompt, or set "
+                f"the model is given a {kind}: give sampling.{name} a {kind} for each prompt, or set "
                 "sampling.every to 0"
             )
 
@@ -215,17 +232,17 @@ def _build_for(
     stock: StockTraining, config: VideoTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
     """Build a run of a model that is trained for its own pipeline of diffusers."""
-    stock.require(config.text, config.objective)
+    stock.require(config.text, config.objective, config.model.init_from)
     latents = stock.require_latents(config.data.open())
     if stock.guarded and config.sampling.every:
         raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
-    _require_pictures(config.sampling, known=None)
-    encoder, vae = load_caption_encoder(config.text), latents.load_vae(stock.autoencoders)
-    latents.require_text(config.text, encoder)
+    _require_given(config.sampling, latents)
+    encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
+    latents.require_text(config.text, encoders)
     if model is None:
         model = new_or_loaded(config.model.model_class, config.model)
-        require_fit(model, objective, encoder.width, config.model.init_from)
     latents.require_channels(model)
+    require_fit(model, objective, encoders, config.model.init_from, beside=latents.channels_beside)
     frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
         raise ValueError(
@@ -235,15 +252,37 @@ def _build_for(
     patch = model.latents_per_token
     require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
     task = TrainingTask(
-        stock.conditioning(encoder, config.caption_dropout),
+        stock.conditioning(encoders, config.caption_dropout),
         config.sampling,
-        partial(stock.finish, encoder, vae, objective),
+        partial(stock.finish, encoders, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
         fps=latents.fps or 16.0,
+        prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )
     return model, latents, task
+
+
+def _controls(
+    latents: CachedLatents, vae: Any, sampling: VideoSamplingConfig
+) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
+    """Return what gives a row of a sheet the control of its video; the tasks of the data take turns.
+
+    Raises:
+        ValueError: when a video cannot be read.
+    """
+    size = size_in_pixels(vae, latents.sizes[0])
+
+    def prepare(number: int, row: dict[str, Any]) -> dict[str, Any]:
+        task = latents.tasks[number % len(latents.tasks)]
+        generator = torch.Generator().manual_seed(sampling.seed + number)
+        return {**row, **read_control(row["video"], task, size=size, fps=latents.fps, generator=generator)}
+
+    if sampling.every:
+        for number, row in enumerate(sampling.rows()):
+            prepare(number, row)
+    return prepare
 
 
 def build_parts(
@@ -283,13 +322,20 @@ def with_first_frames(parts: MHLAWanPipeline, latents: CachedLatents) -> Callabl
     """Return what makes diffusers' image-to-video pipeline of a transformer; it keeps no facts."""
     names = ("tokenizer", "text_encoder", "vae", "scheduler")
     others = {name: part for name, part in parts.components.items() if name in names}
-    if latents.image_encoder is not None:
-        others["image_processor"], others["image_encoder"] = load_image_encoder(latents.image_encoder)
+    others |= _image_parts(latents)
 
     def make(transformer: Any, training: Any) -> WanImageToVideoPipeline:
         return WanImageToVideoPipeline(transformer=transformer, **others)
 
     return make
+
+
+def _image_parts(latents: CachedLatents) -> dict[str, Any]:
+    """Components by which a pipeline embeds known frames, as far as the cache was made with them."""
+    if latents.image_encoder is None:
+        return {}
+    processor, encoder = load_image_encoder(latents.image_encoder)
+    return {"image_processor": processor, "image_encoder": encoder}
 
 
 def _image_arguments(latents: CachedLatents | None) -> dict[str, Any] | None:

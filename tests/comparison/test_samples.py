@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image
 
@@ -25,36 +24,22 @@ from mhla_diffusion.comparison import (
 )
 from mhla_diffusion.comparison.config import Run, runs_of, screening_runs
 from mhla_diffusion.comparison.measured import MeasuredRun, common_start
-from mhla_diffusion.comparison.real import open_source
 from mhla_diffusion.comparison.runs import left_out
 from mhla_diffusion.comparison.screen import Screen
-from mhla_diffusion.evaluation import FeatureExtractor
+from mhla_diffusion.conversion.real import open_source
 from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.evaluation.networks import videos as video_networks
-from mhla_diffusion.evaluation.networks.images import clean_resize
 from mhla_diffusion.training.data import toys
+from tests.extractors import quarters
 
 SAVED = Path(__file__).parents[1] / "saved"
 SOFTMAX, LINEAR = Variant("softmax", "softmax"), Variant("linear", "linear")
 BOTH = Variant("softmax + both", "softmax", {"cpe": "zero", "gate": True})
 
 
-def _quarters(device: str) -> FeatureExtractor:
-    """Colours of quarters of a picture, or of a clip's first, in place of a network that takes seconds."""
-
-    def prepare(pixels: np.ndarray) -> np.ndarray:
-        return clean_resize(pixels if pixels.ndim == 3 else pixels[0], size=8)
-
-    return FeatureExtractor(
-        name="quarters", score_name="fd_quarters", dimension=12, prepare=prepare,
-        network=lambda images: F.adaptive_avg_pool2d(images, 2).flatten(1), resize="to 8 x 8",
-        normalization="none", weights="none", weights_sha256="0" * 64,
-    )  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _small_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "_efficientnet_lite0", _quarters)
+    monkeypatch.setattr(networks, "_efficientnet_lite0", quarters)
 
 
 @pytest.fixture
@@ -148,7 +133,7 @@ def test_clips_are_trained_generated_and_scored_by_the_same_code(
 ) -> None:
     digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
-    monkeypatch.setattr(video_networks, "_transnetv2", _quarters)
+    monkeypatch.setattr(video_networks, "_transnetv2", quarters)
     base = yaml.safe_load((SAVED / "training-video/config.yaml").read_text())
     base["text"]["encoder"] = str(SAVED / "training-video/text")
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))

@@ -204,7 +204,10 @@ def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="must map names to settings of MHLA"):
         load_candidates(path)
-    assert list(default_candidates((8, 8))) == ["linear", "mhla", "mhla-local"]
+    forms = default_candidates((8, 8))
+    assert list(forms) == ["linear", "mhla", "mhla-local", "mhla-wide"]
+    assert forms["mhla-wide"].layout((8, 8)).block_shape == (4, 4)
+    assert forms["mhla-wide"].local_margin == (2, 2)
 
 
 @pytest.mark.parametrize(

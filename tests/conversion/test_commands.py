@@ -73,7 +73,7 @@ def test_an_experiment_needs_all_forms(tmp_path: Path, write_run: Callable[..., 
         *("--teacher", str(write_run()), "--out", str(tmp_path / "out"), "--height", "8", "--width", "8"),
         *("--candidates", str(forms)),
     ]
-    with pytest.raises(ValueError, match="must have linear, mhla, mhla-local, it has mhla"):
+    with pytest.raises(ValueError, match="has mhla and lacks linear, mhla-local"):
         experiment.main(arguments, "mhla experiment conversion", "conversion")
 
 

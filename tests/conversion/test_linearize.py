@@ -6,11 +6,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
 from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
@@ -19,7 +22,9 @@ from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
 from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
+from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.planning import plan
+from tests.extractors import quarters
 
 from .conftest import FEW, FORMS, make_teacher
 
@@ -180,6 +185,39 @@ def test_the_experiment_compares_every_variant_and_goes_on(
     assert [len(found["seeds"]) for found in content["findings"].values()] == [2] * 9
     monkeypatch.setattr("mhla_diffusion.conversion.experiment.distil", lambda *_: pytest.fail("done already"))
     assert experiment(config) == content
+    assert "sampling" not in content
+    check_that_scores_complete(config, content, monkeypatch, tmp_path)
+
+
+def check_that_scores_complete(
+    config: ExperimentConfig, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An experiment that is finished is scored without training, and what was scored is not scored again."""
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        folder = tmp_path / "held-out" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    held_out = {"data.path": str(tmp_path / "held-out")}
+    wanted = replace(config, num_samples=4, num_real=5, held_out=held_out, extractor="efficientnet_lite0")
+    monkeypatch.setattr(networks, "_efficientnet_lite0", quarters)
+    with pytest.raises(ValueError, match="at most the 6 held-out samples, got 7"):
+        experiment(replace(wanted, num_real=7))
+    scored = experiment(replace(wanted, scored=("half, chosen",)))
+    teacher, *rows = scored["results"]
+    assert [its["scores"][0]["name"] for its in rows if "scores" in its] == ["fd_quarters"] * 2
+    assert teacher["scores"][0]["interval"][1] > teacher["scores"][0]["value"] > 0
+    assert [{k: v for k, v in its.items() if k != "scores"} for its in rows] == content["results"]
+    assert list(scored["findings"])[-1] == "half of the layers: fd_quarters within the teacher's interval"
+    assert scored["sampling"]["num_real"] == 5
+    assert len(list((tmp_path / "out").glob("real-*"))) == 1, "one store"
+    more = replace(wanted, scored=("half, chosen", "all linear"))
+    everything = experiment(more)
+    assert {its["variant"] for its in everything["results"] if "scores" in its} == {"teacher", *more.scored}
+    monkeypatch.setattr(
+        "mhla_diffusion.conversion.scores.scores", lambda *_, **__: pytest.fail("done already")
+    )
+    assert experiment(more) == everything
 
 
 PATTERNS = ("every second", "every second from the first")
@@ -215,26 +253,51 @@ def test_findings_are_means_over_seeds_beside_what_was_wanted() -> None:
     assert [its["value"] for its in found] == pytest.approx(
         [0.005, 0.045, 0.0125, 0.015, 0.005, -0.0045, 0.65, 0.025, 0.1875]
     )
-    assert [its["met"] for its in found] == [True, False, True, True, True, True, True, False, False]
+    assert [its["met"] for its in found] == [None] * 9, "intervals of two seeds hold every limit"
     # Student's t of one degree of freedom, 12.706, times the standard error, 0.001.
     assert found[0]["interval"] == pytest.approx([0.005 - 0.012706, 0.005 + 0.012706], abs=1e-6)
     assert found[2]["wanted"]["more than"] == pytest.approx(0.01), "the larger spread, of MHLA"
+
+
+def test_the_interval_decides_whether_a_wish_is_met() -> None:
+    name = "half of the layers: loss within 1%"
+    for losses, met in (((0.0050, 0.0051), True), ((0.020, 0.0201), False), ((0.004, 0.006), None)):
+        assert findings(made_up_results({"half, chosen": losses}))[name]["met"] is met
+    name = "chosen layers: loss of every second less theirs"
+    for losses, met in (((0.0060, 0.0061), True), ((0.001, 0.0011), False), ((0.004, 0.007), None)):
+        rows = {"half, chosen": (0.0050, 0.0051), "half, every second": losses}
+        assert findings(made_up_results(rows))[name]["met"] is met
+    one = made_up_results({"half, chosen": (0.005, 0.005)})
+    one["results"] = one["results"][:1]
+    (found,) = findings(one).values()
+    assert (found["interval"], found["met"]) == (None, None), "one seed says nothing"
+    assert table({**one, "findings": {"a wish": found}}).endswith("| - | 0.0050 | open |\n")
 
 
 def test_half_of_the_layers_are_wished_within_the_teachers_score() -> None:
     content = made_up_results(LOSSES)
     for record in content["results"]:
         if record["variant"] == "half, chosen":
-            record["scores"] = [{"name": "fid", "value": 10.0 + record["seed"]}]
+            record["scores"] = [{"name": "fid", "value": 10.0 + record["seed"] / 10}]
     scores = [{"name": "fid", "value": 9.0, "interval": [8.0, 10.2]}]
-    teacher = {"seed": None, "variant": "teacher", "error": 0.0, "before": 0.0, "ratio": {"value": 1.0}}
+    teacher: dict[str, Any] = {
+        "seed": None,
+        "variant": "teacher",
+        "error": 0.0,
+        "before": 0.0,
+        "ratio": {"value": 1.0},
+    }
     content["results"].insert(0, {**teacher, "scores": scores})
     found = findings(content)["half of the layers: fid within the teacher's interval"]
-    assert (found["value"], found["wanted"], found["met"]) == (10.5, {"most": 10.2}, False)
+    assert (found["value"], found["wanted"], found["met"]) == (10.05, {"most": 10.2}, None)
+    teacher["scores"] = [{**scores[0], "interval": [8.0, 10.7]}]
+    content["results"][0] = teacher
+    assert findings(content)["half of the layers: fid within the teacher's interval"]["met"]
     lines = table({**content, "findings": findings(content)}).splitlines()
     assert lines[2].endswith("| before distillation | fid |")
-    assert lines[4] == "| teacher | 1.0000 | 0.0000 | 0.0000 | 9.0000 |"
+    assert lines[4] == "| teacher | 1.0000 | 0.0000 | 0.0000 | 9.00 (8.00 to 10.70) |"
     assert lines[5].startswith("| half, chosen | 1.0050 ± 0.0127 | 0.0050 ± 0.0127 |")
+    assert lines[5].endswith("| 10.05 ± 0.64 |")
     assert lines[6].endswith("| - |"), "not scored"
     assert f"| all local |{' 1.045 |' * 10}" in lines
-    assert lines[-1].endswith("| most 10.2 | 10.5000 | 4.1469 to 16.8531 | 10.0000, 11.0000 | no |")
+    assert lines[-1].endswith("| most 10.7 | 10.0500 | 9.4147 to 10.6853 | 10.0000, 10.1000 | yes |")

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+# Checks that each stage has, at least.
+NUMBERS = {"correct": 20, "forms": 66, "runtime": 8, "speed": 2, "form_times": 22, "models": 3}
 
 
 def run(*arguments: object, blocked: str = "") -> subprocess.CompletedProcess[str]:
@@ -33,14 +35,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.setenv("MHLA_KERNELS", "auto")
     yield importlib.import_module("gpu_validate")
-    for name in ("gpu_validate", "gpu_checks"):
+    for name in ("gpu_validate", "gpu_checks", "gpu_forms"):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("stage", ["correct", "runtime", "speed", "models"])
+@pytest.mark.parametrize("stage", list(NUMBERS))
 def test_every_check_of_a_stage_runs_and_passes(script: Any, stage: str) -> None:
     results = {name: check() for name, check in script.STAGES[stage](script.Machine("cpu"))}
-    assert len(results) >= {"correct": 20, "runtime": 8, "speed": 2, "models": 3}[stage]
+    assert len(results) >= NUMBERS[stage]
     assert all(good for _, good in results.values()), results
 
 
@@ -60,6 +62,26 @@ def test_a_process_that_dies_is_a_row(script: Any, monkeypatch: pytest.MonkeyPat
     rows = script.run_in_processes("machine", "cpu")
     assert [(row["check"], row["ok"]) for row in rows] == [("process", False)]
     assert "exit 1" in rows[0]["result"]
+
+
+def test_all_stages_together_have_a_limit(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "MOST", 0)
+    monkeypatch.setattr(script.sys, "argv", ["gpu_validate.py", "--device", "cpu", "--stages", "runtime"])
+    assert script.main() == 1
+    assert "| runtime | process | NO | stopped at the limit of 0 s |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [1.01, float("nan")])
+def test_a_form_with_a_wrong_parameter_fails(script: Any, wrong: float) -> None:
+    forms, at = sys.modules["gpu_forms"], script.Machine("cpu")
+    for form, name in (("mixing from content", "strength"), ("window, gate", "local")):
+        module, tensors, arguments = forms._make(at, forms.TINY["image"], forms.FORMS[form], "float32")
+        expected = forms._dense(module, arguments, None, *tensors)
+        getattr(module, name).data *= wrong
+        _, good = forms.verdict([module(*tensors, **arguments)], [expected], forms.LIMIT["float32"])
+        assert not good
 
 
 def test_it_needs_the_operator_alone() -> None:

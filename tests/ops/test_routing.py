@@ -59,10 +59,13 @@ def test_scores_far_from_zero_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("local", ["shared", "gate", "only"])
-def test_the_module_routes_trains_and_keeps_its_config(local: str) -> None:
-    config = MHLAConfig(blocks=(2, 2), local=local, routed_blocks=2)
+@pytest.mark.parametrize(
+    "wider", [{"routed_blocks": 2}, {"local_margin": 1}, {"local_margin": (0, 2)}], ids=str
+)
+def test_the_module_sees_further_trains_and_keeps_its_config(local: str, wider: dict[str, Any]) -> None:
+    config = MHLAConfig(blocks=(2, 2), local=local, **wider)
     assert MHLAConfig.from_json(config.to_json()) == config
-    assert "routed_blocks" not in MHLAConfig(local=local).to_dict()
+    assert MHLAConfig(local=local).to_dict().keys().isdisjoint(wider)
     module = MHLA(config, heads=2, head_dim=8, grid=(8, 8))
     near = MHLA(MHLAConfig(blocks=(2, 2), local=local), heads=2, head_dim=8, grid=(8, 8))
     near.load_state_dict(module.state_dict())
@@ -81,11 +84,22 @@ def test_the_module_routes_trains_and_keeps_its_config(local: str) -> None:
         {"routed_blocks": -1, "local": "shared"},
         {"routed_blocks": 1.5, "local": "shared"},
         {"routed_blocks": 2, "local": "only", "blocks": 1},
+        {"local_margin": 2},
+        {"local_margin": (1, -1), "local": "gate"},
+        {"local_margin": 0.5, "local": "gate"},
+        {"local_margin": (), "local": "gate"},
+        {"local_margin": 1, "local": "only", "blocks": 1},
     ],
 )
-def test_routes_without_a_window_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="routed_blocks"):
+def test_what_no_window_can_see_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
         MHLAConfig(**settings)
+
+
+def test_a_margin_of_other_axes_than_the_grid_is_refused() -> None:
+    config = MHLAConfig(blocks=4, local="shared", local_margin=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"local_margin \(1, 1, 1\) must be one integer or 2"):
+        MHLA(config, heads=1, head_dim=8, grid=(8, 8))
 
 
 def test_time_is_linear_in_tokens_by_products() -> None:

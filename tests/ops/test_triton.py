@@ -49,6 +49,12 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16, several tiles of channels": {
         "grid": (4, 2), "blocks": (2, 1), "d": 20, "d_v": 140, "dtype": "bfloat16",
     },
+    "bfloat16, sums of features alone": {
+        "grid": (5, 7), "blocks": (2, 3), "d": 24, "d_v": 1, "normalizer": "none", "dtype": "bfloat16",
+    },
+    "bfloat16, features wider than values": {
+        "grid": (5, 7), "blocks": (2, 3), "d": 144, "d_v": 72, "dtype": "bfloat16",
+    },
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 160, "rotary": True},
     "heads side by side": {"grid": (4, 6), "blocks": (2, 2), "heads_inside": True, "batch": 2},
     "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "batch": 2},

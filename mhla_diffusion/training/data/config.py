@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Each module's sources are in a config because it is imported here.
-from . import image_sources, latents, toys, videos  # noqa: F401
+from . import image_sources, latents, pairs, toys, videos  # noqa: F401
 from .image_sources import ImageSource
 from .images import Images
 from .sources import SourceConfig

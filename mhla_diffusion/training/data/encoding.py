@@ -17,10 +17,17 @@ from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...processes import process_state
-from ..text import CaptionEncoder, TextConfig, load_caption_encoder
+from ..text import CaptionEncoder, TextConfig, load_caption_encoders
 from .captions import Caption, texts_of
+from .clip_conditions import (
+    Controls,
+    ControlTask,
+    ImageConditions,
+    edit_of,
+    load_image_encoder,
+    require_edits,
+)
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
-from .image_conditions import ImageConditions, load_image_encoder
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import load_vae
@@ -75,10 +82,8 @@ def cache_latents(config: LatentCacheConfig) -> None:
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
     )  # fmt: skip
-    encoder = None
-    if config.text is not None:
-        encoder = load_caption_encoder(config.text)
-    facts: dict[str, Any] = {} if encoder else {"class_names": images.class_names}
+    encoders = [] if config.text is None else load_caption_encoders(config.text)
+    facts: dict[str, Any] = {} if encoders else {"class_names": images.class_names}
     if type(vae).__name__ == "AutoencoderKL":  # whose latents are drawn when they are read
         facts |= {
             "scaling_factor": vae.config.scaling_factor,
@@ -87,41 +92,45 @@ def cache_latents(config: LatentCacheConfig) -> None:
     write_shards(
         config,
         keep=("vae", "data", "text", "size", "shard_size"),
-        facts=facts | _prepare(vae, encoder, images.captions or ()),
+        facts=facts | _prepare(vae, encoders, images.captions or ()),
         num_samples=len(images),
-        make_rows=lambda rows: _encode_images(vae, encoder, images, rows, config),
+        make_rows=lambda rows: _encode_images(vae, encoders, images, rows, config),
     )
 
 
 def _prepare(
-    vae: Any, encoder: CaptionEncoder | None, captions: Sequence[Caption | None]
+    vae: Any, encoders: Sequence[CaptionEncoder], captions: Sequence[Caption | None]
 ) -> dict[str, dict[str, str]]:
     """Name captions that are cut, return the hashes of what encodes, and move it to the device."""
     parts = {"vae": vae}
-    if encoder is not None:
+    for encoder in encoders:
         encoder.warn_of_long(texts_of(captions))
-        parts |= {"tokenizer": encoder.tokenizer, "text_encoder": encoder.text_encoder}
+        parts |= encoder.components
     hashes = {name: component_sha256(part) for name, part in parts.items()}
     device = process_state().device
     vae.to(device)
-    if encoder is not None:
+    for encoder in encoders:
         encoder.to(device)
     return {"components": hashes}
 
 
 @torch.no_grad()
 def _encode_images(
-    vae: Any, encoder: CaptionEncoder | None, images: ImageSamples, rows: range, config: LatentCacheConfig
+    vae: Any,
+    encoders: Sequence[CaptionEncoder],
+    images: ImageSamples,
+    rows: range,
+    config: LatentCacheConfig,
 ) -> list[dict[str, Tensor]]:
     """Encode some images, and their mirror images with ``data.flip``: latents, and what is known of each."""
     pixels: list[Tensor] = []
     known: list[dict[str, Tensor]] = []
-    for index, sample in readable(images, rows):
-        if encoder is None:
+    for index, sample, _ in readable(images, rows):
+        if not encoders:
             about = {"label": torch.tensor(sample["class_labels"])}
         else:
             assert images.captions is not None
-            about = _embed(encoder, images.captions[index] or "")
+            about = _embed(encoders, images.captions[index] or "")
         views = [sample["samples"], sample["samples"].flip(-1)] if config.data.flip else [sample["samples"]]
         pixels += views
         known += [about] * len(views)
@@ -155,16 +164,17 @@ def _encode_batch(vae: Any, batch: Tensor) -> list[dict[str, Tensor]]:
     return [{"mean": mean, "std": std} for mean, std in pairs]
 
 
-def _embed(encoder: CaptionEncoder, caption: Caption) -> dict[str, Tensor]:
-    """Embed a caption; of several all of them, one after the other."""
-    if isinstance(caption, str):
-        return {"text": encoder(caption).cpu()}
-    texts = [encoder(text).cpu() for text in caption]
-    return {
-        "text": torch.cat(texts),
-        "tokens": torch.tensor([len(text) for text in texts]),
-        "weights": torch.tensor(list(caption.values())),
-    }
+def _embed(encoders: Sequence[CaptionEncoder], caption: Caption) -> dict[str, Tensor]:
+    """Embed a caption by each encoder; of several all of them, one after the other."""
+    weighted = {} if isinstance(caption, str) else dict(caption)
+    captions = [caption] if isinstance(caption, str) else list(caption)
+    row = {"weights": torch.tensor(list(weighted.values()))} if weighted else {}
+    for encoder in encoders:
+        texts = [encoder(text) for text in captions]
+        row[f"text{encoder.suffix}"] = torch.cat([text.values.cpu() for text in texts])
+        if len(texts) > 1 or texts[0].tokens < len(texts[0].values):
+            row[f"tokens{encoder.suffix}"] = torch.tensor([text.tokens for text in texts])
+    return row
 
 
 @dataclass(frozen=True)
@@ -173,14 +183,18 @@ class VideoLatentCacheConfig:
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo or, frame by
-            frame, an AutoencoderKL, or of a pipeline that has one.
+        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo,
+            AutoencoderKLHunyuanVideo or, frame by frame, an AutoencoderKL, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
         image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
-            ``"first_and_last"``.
+            ``"first_and_last"``. For ChronoEdit ``"edit"``: of each clip the first frame, which is known, and
+            the last, an edit of it, are encoded alone.
         image_encoder: folder or hub id of a CLIP vision model and its processor, or of a pipeline that has
-            both, for image-to-video models that read its embeddings of these frames (Wan 2.1).
+            both, for image-to-video models that read its embeddings of these frames (Wan 2.1, ChronoEdit).
+        control: for Wan VACE, what is known of a clip: tasks of ``"first"``, ``"first_and_last"``,
+            ``"inpainting"`` (all but a box), ``"outpainting"`` (a box alone) and ``"gray"`` (a clip to be
+            coloured), one of which is drawn for each.
         clips: random clips of each video.
         shard_size: clips per file.
     """
@@ -189,8 +203,9 @@ class VideoLatentCacheConfig:
     vae: str
     data: VideoDataConfig
     text: TextConfig
-    image_condition: Literal["none", "first", "first_and_last"] = "none"
+    image_condition: Literal["none", "first", "first_and_last", "edit"] = "none"
     image_encoder: str | None = None
+    control: tuple[ControlTask, ...] = ()
     clips: int = 1
     shard_size: int = 128
 
@@ -199,7 +214,17 @@ class VideoLatentCacheConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.image_encoder and self.image_condition == "none":
-            raise ValueError("image_encoder needs image_condition first or first_and_last, got none")
+            raise ValueError("image_encoder needs image_condition first, first_and_last or edit, got none")
+        if self.image_condition == "edit" and not self.image_encoder:
+            raise ValueError(
+                "image_condition edit is for ChronoEdit, which reads embeddings of the first frame: give "
+                "image_encoder"
+            )
+        if self.control and self.image_condition != "none":
+            raise ValueError(
+                f"control {list(self.control)} is for Wan VACE, and image_condition {self.image_condition} "
+                "for image-to-video models: remove one of the two"
+            )
 
 
 def cache_video_latents(config: VideoLatentCacheConfig) -> None:
@@ -210,42 +235,71 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
             cache, with the keys that differ.
     """
     vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
-    require_clips(vae, config.data.frames, config.data.sizes)
+    if config.image_condition == "edit":
+        require_edits(vae, config.data.frames, config.data.sizes)
+    else:
+        require_clips(vae, config.data.frames, config.data.sizes)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
-    encoder, conditions = load_caption_encoder(config.text, videos=True), _load_conditions(config, vae)
+    encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,
-        keep=("vae", "data", "text", "image_condition", "image_encoder", "clips", "shard_size"),
-        facts=_prepare(vae, encoder, videos.captions),
+        keep=("vae", "data", "text", "image_condition", "image_encoder", "control", "clips", "shard_size"),
+        facts=_prepare(vae, encoders, videos.captions),
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
             {
-                "latents": encode_clip(vae, sample["samples"]),
-                **_embed(encoder, videos.captions[index]),
-                **conditions(sample["samples"]),
+                "latents": encode_clip(vae, clip),
+                **_embed(encoders, videos.captions[index]),
+                **conditions(clip, generator),
             }
-            for index, sample in readable(videos, rows, draws=config.clips)
+            for index, clip, generator in _clips(videos, rows, config, vae)
         ],
     )
 
 
-def _load_conditions(config: VideoLatentCacheConfig, vae: Any) -> Callable[[Tensor], dict[str, Tensor]]:
-    if config.image_condition == "none":
-        return lambda clip: {}
+def _clips(
+    videos: VideoSamples, rows: range, config: VideoLatentCacheConfig, vae: Any
+) -> Iterator[tuple[int, Tensor, torch.Generator]]:
+    """Load what is encoded, with the number of its video and a generator for what else is drawn of it."""
+    for index, sample, generator in readable(videos, rows, draws=config.clips):
+        clip = sample["samples"]
+        yield index, edit_of(vae, clip) if config.image_condition == "edit" else clip, generator
+
+
+def _load_conditions(
+    config: VideoLatentCacheConfig, vae: Any
+) -> Callable[[Tensor, torch.Generator], dict[str, Tensor]]:
+    if config.image_condition == "none" and not config.control:
+        return lambda clip, generator: {}
+    if type(vae).__name__ != "AutoencoderKLWan":
+        raise ValueError(
+            f"image_condition and control are of models on latents of an AutoencoderKLWan, but {config.vae} "
+            f"holds a {type(vae).__name__}: remove them"
+        )
+    if config.control:
+        return Controls(vae, config.control)
     processor, encoder = load_image_encoder(config.image_encoder) if config.image_encoder else (None, None)
     if encoder is not None:
         encoder.to(process_state().device)
     last = config.image_condition == "first_and_last"
-    return ImageConditions(vae, last=last, processor=processor, encoder=encoder)
+    conditions = ImageConditions(vae, last=last, processor=processor, encoder=encoder)
+    return lambda clip, generator: conditions(clip)
 
 
-def readable(source: SampleSource, rows: range, *, draws: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Load the samples that can be decoded, with their numbers, each ``draws`` times; name the others."""
+def readable(
+    source: SampleSource, rows: range, *, draws: int = 1
+) -> Iterator[tuple[int, dict[str, Any], torch.Generator]]:
+    """Load the samples that can be decoded, each ``draws`` times; name the others.
+
+    Yields:
+        The number of a sample, the sample, and a generator for what else is drawn of it.
+    """
     skipped = 0
     for row in rows:
+        # What is drawn depends on the row alone, so that any process writes the same.
+        generator = torch.Generator().manual_seed(row)
         try:
-            # What is drawn depends on the row alone, so that any process writes the same.
-            yield row // draws, dict(source.load(row // draws, torch.Generator().manual_seed(row)))
+            yield row // draws, dict(source.load(row // draws, generator)), generator
         except UnreadableSampleError as error:
             skipped += 1
             logger.warning("skipped, number %d of this file: %s", skipped, error)

@@ -4,13 +4,14 @@ A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the 
 ``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
 or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up. Of several captions ``text``
 has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
-taken. Of clips for image-to-video models also what :class:`.image_conditions.ImageConditions` gives. See
-:mod:`.shards`.
+taken. Where a model reads what its text encoder makes of what fills up, all texts are whole, and ``tokens``
+counts those that are the text's. Of a second text encoder there are ``text_2`` and ``tokens_2``. Of clips
+perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch.nn import functional as F
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...hub import component_subfolder, load_component_config
-from ..text import CaptionEncoder, TextConfig
+from ..text import CaptionEncoder, TextConfig, number_suffix
 from .captions import draw_index
+from .clip_conditions import ControlTask
 from .image_sources import ImageSource
 from .shards import Shards, read_record
 from .video_autoencoders import VIDEO_AUTOENCODERS
@@ -33,7 +35,7 @@ from .videos import VideoSource
 PLAIN_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 IMAGE_AUTOENCODERS = (*PLAIN_AUTOENCODERS, "AutoencoderKLQwenImage")
 
-_KNOWN_FRAMES = ("condition", "image_embeds")
+_KNOWN = ("condition", "image_embeds", "control")
 
 
 def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
@@ -62,9 +64,12 @@ class CachedLatents:
         text: how captions were embedded; None when there are classes.
         fps: of clips, if they were taken at a rate.
         captions: None, as they are embedded.
-        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``.
+        known: which frames image-to-video models are given, ``"none"``, ``"first"`` or ``"first_and_last"``;
+            of ChronoEdit ``"edit"``.
         condition: shape of what image-to-video models are given beside the noisy latents; None without.
         image_embeds: shape of the embeddings of known frames; None without.
+        control: shape of what Wan VACE is given of a clip; None without.
+        tasks: by which it was drawn.
         image_encoder: that they were made with.
 
     Raises:
@@ -83,11 +88,12 @@ class CachedLatents:
         self.fps: float | None = data.get("fps")
         stored = self.shards.names(0)
         self._latents = "mean" if "mean" in stored else "latents"
-        self.condition, self.image_embeds = (
-            self.shards.shape(0, name) if name in stored else None for name in _KNOWN_FRAMES
+        self.condition, self.image_embeds, self.control = (
+            self.shards.shape(0, name) if name in stored else None for name in _KNOWN
         )
         self.known: str = config.get("image_condition", "none")
         self.image_encoder: str | None = config.get("image_encoder")
+        self.tasks: tuple[ControlTask, ...] = tuple(config.get("control", ()))
         several = len(data.get("sizes") or ()) > 1 or data.get("aspect_ratios")
         shapes = [self.shards.shape(i, self._latents) for i in range(len(self.shards) if several else 1)]
         self.channels = shapes[0][0]
@@ -113,10 +119,15 @@ class CachedLatents:
             samples = (drawn - self._record["shift_factor"]) * self._record["scaling_factor"]
         if self.text is None:
             return {"samples": samples, "class_labels": int(row["label"])}
-        text = _draw_text(row, generator)
-        missing = self.text.max_length - len(text)
-        sample = {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
-        return sample | {name: row[name].float() for name in _KNOWN_FRAMES if name in row}
+        sample = {"samples": samples, **_draw_texts(row, self.text, generator)}
+        return sample | {name: row[name].float() for name in _KNOWN if name in row}
+
+    @property
+    def given(self) -> str:
+        """Name of what models are given beside texts: ``condition``, ``edit``, ``control``, or empty."""
+        if self.condition is not None:
+            return "edit" if self.known == "edit" else "condition"
+        return "" if self.control is None else "control"
 
     def load_vae(self, classes: Iterable[str] = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS) -> Any:
         """Load the autoencoder that the cache was made with.
@@ -144,14 +155,14 @@ class CachedLatents:
         stored = self._record.get("components", {}).get(name)
         return None if stored is None else stored == component_sha256(component)
 
-    def require_text(self, config: TextConfig, encoder: CaptionEncoder) -> None:
+    def require_text(self, config: TextConfig, encoders: Sequence[CaptionEncoder]) -> None:
         """Check that the captions were embedded as a run embeds its prompts.
 
         Raises:
-            ValueError: for another encoder, wherever it lies, another length or another instruction.
+            ValueError: for another encoder, wherever they lie, another length or another instruction.
         """
         assert self.text is not None
-        same = [self.made_with(name, getattr(encoder, name)) for name in ("tokenizer", "text_encoder")]
+        same = [self.made_with(*part) for encoder in encoders for part in encoder.components.items()]
         if None in same:
             same = [self.text.encoder == config.encoder]
         if not all(same) or replace(self.text, encoder=config.encoder) != config:
@@ -161,17 +172,29 @@ class CachedLatents:
                 f"same, got {config}"
             )
 
+    @property
+    def channels_beside(self) -> int:
+        """Channels of what stands beside the noisy latents."""
+        return 0 if self.condition is None else self.condition[0]
+
     def require_channels(self, model: Any) -> None:
         """Check that a model takes these latents.
 
         Raises:
             ValueError: when it takes another number of channels, as those of another autoencoder.
         """
-        beside = 0 if self.condition is None else self.condition[0]
+        beside = self.channels_beside
         if model.sample_channels != self.channels + beside:
             raise ValueError(
                 f"{self.shards.path} holds latents of {self.channels} channels, but model.in_channels is "
                 f"{model.sample_channels}" + (f", {beside} of which are for known frames" if beside else "")
+            )
+        takes = getattr(model.config, "vace_in_channels", None)
+        gives = None if self.control is None else self.control[0]
+        if takes != gives:
+            raise ValueError(
+                f"the model takes {takes or 'no'} channels of a control, but {self.shards.path} holds "
+                f"{gives or 'none'}: cache with --control for Wan VACE alone, by the model's own autoencoder"
             )
         takes = getattr(model.config, "image_dim", None)
         gives = None if self.image_embeds is None else self.image_embeds[-1]
@@ -182,12 +205,19 @@ class CachedLatents:
             )
 
 
-def _draw_text(row: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """Return the embedded caption ``[n, D]``, or draw one of several."""
-    if "tokens" not in row:
-        return row["text"]
-    texts = row["text"].split(row["tokens"].tolist())
-    return texts[draw_index(row["weights"].tolist(), generator)]
+def _draw_texts(row: dict[str, Tensor], config: TextConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return the caption of a row as each text encoder embeds it, filled up, or draw one of several."""
+    drawn = draw_index(row["weights"].tolist(), generator) if "weights" in row else 0
+    columns: dict[str, Any] = {}
+    for number, encoder in enumerate(config.encoders):
+        suffix = number_suffix(number)
+        text = row[f"text{suffix}"]
+        tokens = row[f"tokens{suffix}"].tolist() if f"tokens{suffix}" in row else [len(text)]
+        length = config.length(number)
+        text = text.split(length if encoder.padded else tokens)[drawn]
+        columns[f"text{suffix}"] = F.pad(text, (0, 0, 0, length - len(text)))
+        columns[f"tokens{suffix}"] = tokens[drawn]
+    return columns
 
 
 @dataclass(frozen=True)
@@ -226,5 +256,7 @@ class VideoLatents(VideoSource):
 
 def _facts(path: str) -> dict[str, Any]:
     """What a model card says of the data that a cache was made of."""
-    background = read_record(Path(path))["config"]["data"].get("background")
-    return {} if background is None else {"transparent pixels": f"on {background}"}
+    config = read_record(Path(path))["config"]
+    background, tasks = config["data"].get("background"), config.get("control")
+    facts = {} if background is None else {"transparent pixels": f"on {background}"}
+    return facts | ({"control": ", ".join(tasks)} if tasks else {})

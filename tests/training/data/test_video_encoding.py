@@ -6,16 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from PIL import Image
 from torch.utils.data import default_collate
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
-from mhla_diffusion.files.videos import open_video, write_video
+from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import (
     TextConfig,
     TrainerConfig,
@@ -30,43 +28,11 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
-from mhla_diffusion.training.data.image_conditions import ImageConditions
+from mhla_diffusion.training.data.clip_conditions import ImageConditions
 from mhla_diffusion.training.data.latents import CachedLatents, load_vae
 from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Five videos of 12 frames, one of them upright, and captions."""
-    random, lines = np.random.default_rng(0), ["path,caption"]
-    for i, size in enumerate([(32, 48)] * 4 + [(48, 32)]):
-        write_video(random.integers(0, 255, (12, *size, 3), np.uint8), tmp_path / f"clips/{i}.mp4", fps=8)
-        lines.append(f"{i}.mp4,{'abcde'[: i + 1]}")
-    (tmp_path / "clips" / "captions.csv").write_text("\n".join(lines))
-    return tmp_path / "clips"
-
-
-@pytest.fixture
-def config(folder: Path, text_parts: dict[str, Any], tmp_path: Path) -> VideoLatentCacheConfig:
-    """Four latent channels, whose mean and deviation are not 0 and 1; the parts lie in a pipeline."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 1.0, 2.0, 4.0],
-    )  # fmt: skip
-    for name, part in {**text_parts, "vae": vae}.items():
-        part.save_pretrained(tmp_path / "wan" / name)
-    (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    return VideoLatentCacheConfig(
-        output_dir=str(tmp_path / "cache"),
-        vae=str(tmp_path / "wan"),
-        data=VideoDataConfig("folder", path=str(folder), frames=5, sizes=((16, 32), (32, 16)), fps=8),
-        text=TextConfig(encoder=str(tmp_path / "wan"), max_length=8),
-        clips=2,
-        shard_size=3,
-    )
 
 
 def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainingConfig:
@@ -115,10 +81,10 @@ def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCache
     texts = torch.stack([row["text"] for row in rows])
     encoder = video_caption_encoder(parts)
     batch = {"text": texts, "tokens": torch.tensor([row["tokens"] for row in rows])}
-    cached = Captions(encoder, 0.5, embedded=True).arguments(batch, generators)
+    cached = Captions([encoder], 0.5, embedded=True).arguments(batch, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = Captions(encoder, 0.5).arguments({"caption": captions}, generators)
+    embedded = Captions([encoder], 0.5).arguments({"caption": captions}, generators)
     assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
     assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 
@@ -140,18 +106,6 @@ def test_a_broken_video_is_named_and_left_out(
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 8
-
-
-@pytest.fixture
-def image_encoder(tmp_path: Path) -> str:
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-        patch_size=8,
-    )  # fmt: skip
-    CLIPVisionModel(vision).save_pretrained(tmp_path / "wan" / "image_encoder")
-    size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "wan" / "image_processor")
-    return str(tmp_path / "wan")
 
 
 @pytest.mark.parametrize("frames", ["first", "first_and_last"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation import FeatureExtractor
 from ..evaluation.measure import PassSettings, measure
+from ..evaluation.sets.samples import SampleSet
 from ..files.videos import write_video
+from ..processes import in_first_process
 from ..training.objectives import build_objective
 
 FPS = 8.0
@@ -28,15 +30,32 @@ def open_source(config: Any) -> Any:
     return source
 
 
-def write_statistics(task: Any, source: Any, path: Path) -> None:
-    """Write the statistics of the features of a task's held-out samples, each read once, as a file."""
-    extractor = task.load_extractor("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        for number, pixels in enumerate(_pixels(source, task.num_real)):
-            _write(pixels, Path(folder) / f"{number:06d}")
-        found = measure(task.open_set(folder), [extractor], PassSettings(num_workers=1), title="held out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.measured[extractor.name].statistics.save(path)
+def require_real(number: int, source: Any) -> None:
+    """Check that a source has as many samples.
+
+    Raises:
+        ValueError: when it has fewer.
+    """
+    if number > len(source):
+        raise ValueError(f"num_real must be at most the {len(source)} held-out samples, got {number}")
+
+
+def write_samples(source: Any, number: int, folder: Path) -> None:
+    """Write samples evenly spaced in a source, each read once, as PNG or MP4 files into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for count, pixels in enumerate(_pixels(source, number)):
+        _write(pixels, folder / f"{count:06d}")
+
+
+def write_statistics(samples: SampleSet, extractor: FeatureExtractor, path: Path) -> None:
+    """Write the statistics of the features of samples as a file; processes share the work."""
+    found = measure(samples, [extractor], PassSettings(num_workers=1), title="real")
+
+    def save() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.measured[extractor.name].statistics.save(path)
+
+    in_first_process(save)
 
 
 def _pixels(source: Any, number: int) -> Any:

@@ -1,0 +1,208 @@
+"""Scores of models: samples of the same noise, made with the settings of a run, against real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mhla_diffusion.pipelines import MHLAPipeline
+from mhla_diffusion.pipelines.generation import generate_images, generate_videos
+
+from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
+from ..evaluation.networks.images import load_extractor
+from ..evaluation.networks.videos import load_video_extractor
+from ..evaluation.sets.images import open_images
+from ..evaluation.sets.samples import SampleSet, holds_statistics
+from ..evaluation.sets.videos import open_videos
+from ..files.writing import write_file
+from ..processes import in_first_process
+from ..training import VideoTrainingConfig
+from ..training.config import as_dict, parse_config
+from ..training.data.captions import texts_of
+from .real import open_source, require_real, write_samples, write_statistics
+
+logger = logging.getLogger(__name__)
+
+# Samples at a time.
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Settings of Frechet distances.
+
+    Args:
+        num_samples: of each model, sample i from seed i; 0 for no scores.
+        held_out: keys that make the run's data those to score against, such as ``{data.split: test}``; for
+            models of pixels.
+        real: images or videos to score against instead, or their statistics, see ``mhla evaluate``.
+        num_real: of the held-out data, evenly spaced.
+        extractor: see ``mhla evaluate``.
+
+    Raises:
+        ValueError: for samples without something to score against, and for ``real`` without samples.
+    """
+
+    num_samples: int = 0
+    held_out: dict[str, Any] = field(default_factory=dict)
+    real: str | None = None
+    num_real: int = 10_000
+    extractor: str = "auto"
+
+    def __post_init__(self) -> None:
+        alone = self.num_samples > 0 and self.real is None and not self.held_out
+        if alone or (self.num_samples < 1 and self.real is not None):
+            raise ValueError(
+                f"scores need real or held_out, and num_samples, got real {self.real}, held_out "
+                f"{self.held_out} and num_samples {self.num_samples}"
+            )
+        if self.real is not None and self.held_out:
+            raise ValueError(f"scores are against real {self.real} or held_out {self.held_out}, not both")
+        for name, value in (("num_samples", self.num_samples or 2), ("num_real", self.num_real)):
+            if value < 2:
+                raise ValueError(f"{name} must be 2 or more, as one sample has no covariance, got {value}")
+
+
+class Scorer:
+    """Frechet distances of models to one store of real statistics; what was scored is kept.
+
+    Args:
+        config: see :class:`ScoreConfig`.
+        teacher: YAML of the teacher's training run, that ``run`` was read from.
+        run: whose settings of sampling all models have.
+        out: folder, in which the statistics are kept.
+
+    Raises:
+        ValueError: when an extractor or real samples are not there.
+    """
+
+    def __init__(self, config: ScoreConfig, teacher: str, run: Any, out: Path) -> None:
+        self.config, self.run, self.prompts = config, run, list[str]()
+        self.extractor = _load_extractor(config.extractor, run)
+        source: Any = None
+        if config.held_out:
+            source = _held_out(teacher, run, config)
+            self.prompts = texts_of(source.captions or ())[: config.num_samples]
+        self.real = out / f"real-{_hash(self._real_facts())}.npz"
+        if config.real is not None and holds_statistics(config.real):
+            self.real = Path(config.real)
+        elif not self.real.is_file():
+            self._keep_statistics(source)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what scores depend on beside the models and the data."""
+        config, sampling = self.config, self.run.sampling
+        own = {"num_samples": config.num_samples, "real": config.real, "held_out": config.held_out}
+        if config.held_out:
+            own["num_real"] = config.num_real
+        return {
+            **own, "extractor": self.extractor.name, "num_inference_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+        }  # fmt: skip
+
+    def _real_facts(self) -> list[Any]:
+        data = None if self.config.real is not None else as_dict(self.run.data)
+        kept = self.config.real, self.config.held_out, self.config.num_real
+        return [*kept, data, self.extractor.name, self.extractor.weights_sha256]
+
+    def _keep_statistics(self, source: Any) -> None:
+        if self.config.real is not None:
+            write_statistics(_open_set(self.config.real, self.run), self.extractor, self.real)
+            return
+        folder = self.real.with_suffix("")
+
+        def export() -> None:
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
+            write_samples(source, self.config.num_real, folder)
+
+        in_first_process(export)
+        write_statistics(_open_set(folder, self.run), self.extractor, self.real)
+        in_first_process(lambda: shutil.rmtree(folder))
+
+    def __call__(self, pipeline: str, folder: Path) -> list[dict[str, Any]]:
+        """Return the scores of a pipeline, kept in a folder of its own with its samples."""
+        name = _hash([self._real_facts(), self.facts, self.prompts])
+        kept = folder / f"scores-{name}.json"
+        if not kept.is_file():
+            found = scores(
+                MHLAPipeline.from_pretrained(pipeline), str(self.real), folder / f"samples-{name}", self.run,
+                self.config.num_samples, prompts=self.prompts, metrics="frechet",
+                extractor=self.extractor,
+            )  # fmt: skip
+            logger.info("%s: %s", pipeline, ", ".join(score["text"] for score in found))
+            in_first_process(lambda: write_file(kept, json.dumps(found)))
+        return json.loads(kept.read_text())
+
+
+def _held_out(teacher: str, run: Any, config: ScoreConfig) -> Any:
+    """Open the data of a run with other keys."""
+    keys = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in
+            config.held_out.items()]  # fmt: skip
+    source = open_source(parse_config(type(run), ["--config", teacher, *keys])[0])
+    require_real(config.num_real, source)
+    return source
+
+
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _load_extractor(name: str, run: Any) -> FeatureExtractor:
+    if isinstance(run, VideoTrainingConfig):
+        return load_video_extractor(name, frames=run.data.frames)
+    return load_extractor(name)
+
+
+def _open_set(folder: str | Path, run: Any) -> SampleSet:
+    if isinstance(run, VideoTrainingConfig):
+        return open_videos(folder, frames=run.data.frames)
+    return open_images(folder)
+
+
+def scores(
+    pipeline: Any,
+    real: str,
+    out: Path,
+    run: Any,
+    num_samples: int,
+    *,
+    prompts: Sequence[str] = (),
+    **settings: Any,
+) -> list[Mapping[str, Any]]:
+    """Generate samples with the settings of a run, and score them; what is there is gone on with.
+
+    Args:
+        pipeline: makes images or videos, as the run's models do.
+        real: see ``mhla evaluate``.
+        out: folder of the samples, sample i from seed i.
+        run: config of a training run.
+        num_samples: to generate, of the prompts in turn, or of all classes.
+        prompts: of models of texts; those of the run's sheets by default.
+        settings: of :func:`.evaluate_images` or :func:`.evaluate_videos`.
+    """
+    prompts = list(prompts) or list(run.sampling.prompts)
+    sampling: dict[str, Any] = {
+        "num_inference_steps": run.sampling.num_inference_steps,
+        "guidance_scale": run.sampling.guidance_scale, "batch_size": _BATCH,
+    }  # fmt: skip
+    if isinstance(run, VideoTrainingConfig):
+        height, width = run.data.sizes[0] if run.data.sizes else (None, None)
+        generate_videos(
+            pipeline, out, prompts=prompts, num_videos=num_samples, height=height, width=width,
+            num_frames=run.data.frames, **sampling,
+        )  # fmt: skip
+        report = evaluate_videos(real, out, frames=run.data.frames, **settings)
+    else:
+        generate_images(pipeline, out, prompts=prompts or None, num_images=num_samples, **sampling)
+        report = evaluate_images(real, out, **settings)
+    return [
+        {"name": score.name, "value": score.value, "interval": score.interval, "text": score.text()}
+        for score in report.scores
+    ]
