@@ -32,7 +32,7 @@ from .ops import (
     window_attention,
 )
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding, turn_all
+from .ops.features import RotaryEmbedding, check_key_mask, turn_all
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
 _MOST_SUMMED_IN_FLOAT16 = 16384
@@ -242,6 +242,7 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
+        check_key_mask(key_mask, k)
         unbounded = self.config.normalizer == "none" and self.norm is None
         if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
             raise ValueError(

@@ -116,8 +116,8 @@ class Plan:
             return 4 * tokens**2 * d
         axes = len(self.layout.grid)
         margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,) * axes
-        sides = zip(self.layout.block_shape, margins, strict=True)
-        seen = math.prod(size + 2 * margin for size, margin in sides)
+        sides = zip(self.layout.grid, self.layout.block_shape, margins, strict=True)
+        seen = math.prod(min(size + 2 * margin, length) for length, size, margin in sides)
         flops = 4 * ((tokens - extra) * seen + extra**2) * d
         if routes := min(self.routed_blocks, blocks - 1):
             flops += 4 * tokens * routes * block * d + 2 * tokens * blocks * d * self._width

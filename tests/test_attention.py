@@ -287,6 +287,24 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
     torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blocks": 4}, {"blocks": 4, "center_keys": True}, {"blocks": 4, "local": "gate", "local_margin": 1},
+        {"blocks": 4, "local": "only", "local_margin": 1}, {"blocks": 1, "local": "only"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mask", [torch.ones(2, 24), torch.ones(2, 23) > 0, torch.ones(2, 1, 1, 24) > 0])
+def test_a_mask_of_another_dtype_or_shape_is_refused_in_every_form(
+    settings: dict[str, Any], mask: Tensor
+) -> None:
+    """Softmax would add one of floats to its scores."""
+    module, (q, k, v), _ = make_module(MHLAConfig(**settings))
+    with pytest.raises(ValueError, match=r"key_mask must be a bool tensor \[B, N\] = \[2, 24\]"):
+        module(q, k, v, grid=(4, 6), key_mask=mask)
+
+
 @pytest.mark.parametrize("constraint", ["clamp", "softmax", "none"])
 def test_relative_mixing_starts_near_the_start_and_is_resized(constraint: str) -> None:
     config = MHLAConfig(blocks=(3, 4), mixing_relative=True, constraint=constraint)

@@ -165,6 +165,11 @@ def check_arguments(
             )
         if table.requires_grad:
             raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
+    check_key_mask(key_mask, k)
+
+
+def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+    """Refuse a mask that is not bool ``[B, N]`` for keys ``[B, H, N, d]``, with a ValueError."""
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (len(k), k.shape[2])):
         raise ValueError(
             f"key_mask must be a bool tensor [B, N] = [{len(k)}, {k.shape[2]}], true where a key counts, got "

@@ -139,10 +139,12 @@ class BlockLayout:
             place = torch.arange(count, device=device)
             first = place * (tokens // count) + place.clamp_max(tokens % count)
             end = first + tokens // count + (place < tokens % count)
-            at = (first - beyond)[:, None] + torch.arange(size + 2 * beyond, device=device)
-            inside = (at >= 0) & (at < (end + beyond).clamp_max(tokens)[:, None])
+            beyond = min(beyond, tokens)
+            width = min(size + 2 * beyond, tokens)
+            at = (first - beyond).clamp_min(0)[:, None] + torch.arange(width, device=device)
+            inside = at < (end + beyond).clamp_max(tokens)[:, None]
             # Blocks of this axis behind those of the axes before, and the same for the places in one.
-            token = token[:, None, :, None] * tokens + at.clamp(0, tokens - 1)[None, :, None, :]
+            token = token[:, None, :, None] * tokens + at.clamp_max(tokens - 1)[None, :, None, :]
             there = there[:, None, :, None] & inside[None, :, None, :]
             token, there = token.flatten(2).flatten(0, 1), there.flatten(2).flatten(0, 1)
         return token, there

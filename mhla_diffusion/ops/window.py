@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import RotaryEmbedding
+from .features import RotaryEmbedding, check_key_mask
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
@@ -117,7 +117,11 @@ def window_attention(
 
     Returns:
         ``[B, H, N, d_v]`` in float32 or above. A query that sees no key gets 0.
+
+    Raises:
+        ValueError: for a mask of another dtype or shape.
     """
+    check_key_mask(key_mask, k)
     q, k, v = as_autocast(q, k, v)
     if chosen is not None and chosen.shape[-1]:
         assert not causal, "chosen blocks may lie behind a query"

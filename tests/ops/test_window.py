@@ -126,6 +126,8 @@ def test_a_margin_as_wide_as_the_grid_is_softmax_attention(
     q, k, v = make_inputs(layout)[:3]
     out = window_attention(q, k, v, layout, margin=max(layout.grid))
     assert_close(out, F.scaled_dot_product_attention(q, k, v))
+    beyond = window_attention(q, k, v, layout, margin=10**12)
+    assert torch.equal(beyond, out), "a margin ends with the grid, and so does what it costs"
     along = tuple(n if axis == 0 else 0 for axis, n in enumerate(layout.grid))
     axis = BlockLayout(layout.grid, (1, *layout.blocks[1:]))  # all blocks of the first axis are one
     assert_close(window_attention(q, k, v, layout, margin=along), window_attention(q, k, v, axis))
