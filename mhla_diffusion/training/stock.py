@@ -125,13 +125,48 @@ class StockTraining:
         Raises:
             ValueError: otherwise.
         """
-        if not isinstance(source, CachedLatents) or source.given != self.given:
-            raise ValueError(
-                f"models of {self.pipeline} are trained on latents of texts: make them with mhla "
-                f"cache-latents, --text.pipeline {self.pipeline} and {_OPTIONS[self.given]}, and set "
-                "data.source to latents"
-            )
+        if not isinstance(source, CachedLatents):
+            raise self._unfit()
+        self._require_given(source.given)
         return source
+
+    def require_cache(self, vae: Any, sizes: Sequence[Sequence[int]], given: str) -> None:
+        """Check, before anything is encoded, that the pipeline takes what a cache will hold.
+
+        Args:
+            vae: that encodes.
+            sizes: of the data, height and width in pixels.
+            given: what the model is given beside texts.
+
+        Raises:
+            ValueError: otherwise, saying what to set.
+        """
+        self._require_given(given)
+        if type(vae).__name__ not in self.autoencoders:
+            raise ValueError(
+                f"{self.pipeline} decodes by an {' or '.join(self.autoencoders)}, got an "
+                f"{type(vae).__name__}: give that of the model as vae, or another text.pipeline"
+            )
+        self._require_multiples(sizes)
+
+    def _unfit(self) -> ValueError:
+        return ValueError(
+            f"models of {self.pipeline} are trained on latents of texts: make them with mhla "
+            f"cache-latents, --text.pipeline {self.pipeline} and {_OPTIONS[self.given]}, and set "
+            "data.source to latents"
+        )
+
+    def _require_given(self, given: str) -> None:
+        if given != self.given:
+            raise self._unfit()
+
+    def _require_multiples(self, sizes: Sequence[Sequence[int]]) -> None:
+        for *_, height, width in sizes:
+            if height % self.multiple or width % self.multiple:
+                raise ValueError(
+                    f"{self.pipeline} makes heights and widths of multiples of {self.multiple}, but the data "
+                    f"are of {height} x {width} pixels: cache them with other data.sizes"
+                )
 
     def call(self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for the first of these sizes of latents.
@@ -140,12 +175,7 @@ class StockTraining:
             ValueError: when the pipeline does not make one of these sizes.
         """
         sizes = [size_in_pixels(vae, size) for size in latents]
-        for size in sizes:
-            if any(side % self.multiple for side in size[-2:]):
-                raise ValueError(
-                    f"{self.pipeline} makes heights and widths of multiples of {self.multiple}, but the data "
-                    f"are of {size[-2]} x {size[-1]} pixels: cache them with other data.sizes"
-                )
+        self._require_multiples(sizes)
         *frames, height, width = sizes[0]
         takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
         # A size that is rounded to a known one would not be that of the data.
@@ -185,6 +215,34 @@ VIDEOS: dict[type[Any], StockTraining] = {
         "Kandinsky5T2VPipeline", "flow", masked=True, multiple=16
     ),
 }
+
+
+def require_cache(
+    pipeline: str, vae: Any, sizes: Sequence[Sequence[int]], *, given: str, videos: bool
+) -> None:
+    """Check, before anything is encoded, that models are trained on such a cache.
+
+    Args:
+        pipeline: that embeds the captions, ``text.pipeline``; empty for models with another way.
+        vae, sizes, given: see :meth:`StockTraining.require_cache`.
+        videos: whether clips are cached, not pictures.
+
+    Raises:
+        ValueError: otherwise, saying what to set.
+    """
+    known = {training.pipeline: training for training in (VIDEOS if videos else IMAGES).values()}
+    if pipeline in known:
+        known[pipeline].require_cache(vae, sizes, given)
+    elif pipeline:
+        raise ValueError(
+            f"text.pipeline {pipeline} is not for {'videos' if videos else 'images'}: it must be one of "
+            f"{', '.join(known)}, or empty"
+        )
+    elif takers := [name for name, training in known.items() if given and training.given == given]:
+        raise ValueError(
+            f"{_OPTIONS[given]} is for {takers[0]} alone: set text.pipeline to that, got {pipeline!r}"
+        )
+
 
 UNTRAINED: dict[type[Any], str] = {
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "

@@ -17,6 +17,7 @@ from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...processes import process_state
+from ..stock import require_cache
 from ..text import CaptionEncoder, TextConfig, load_caption_encoders
 from .captions import Caption, texts_of
 from .clip_conditions import (
@@ -72,12 +73,14 @@ def cache_latents(config: LatentCacheConfig) -> None:
     """Encode a data set; see :func:`.shards.write_shards`.
 
     Raises:
-        ValueError: when the autoencoder does not take images of a size, or ``output_dir`` holds another
-            cache, with the keys that differ.
+        ValueError: when the autoencoder does not take images of a size, no model is trained on such latents,
+            or ``output_dir`` holds another cache, with the keys that differ.
     """
     vae = load_vae(config.vae)
     sizes = sizes_of(config.data, (config.size, config.size))
     require_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
+    if config.text is not None:
+        require_cache(config.text.pipeline, vae, sizes, given="", videos=False)
     images = ImageSamples(
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
@@ -226,19 +229,27 @@ class VideoLatentCacheConfig:
                 "for image-to-video models: remove one of the two"
             )
 
+    @property
+    def given(self) -> str:
+        """Name of what models are given beside texts, see :attr:`.CachedLatents.given`."""
+        if self.image_condition != "none":
+            return "edit" if self.image_condition == "edit" else "condition"
+        return "control" if self.control else ""
+
 
 def cache_video_latents(config: VideoLatentCacheConfig) -> None:
     """Encode clips and captions; see :func:`.shards.write_shards`.
 
     Raises:
-        ValueError: when the autoencoder does not take clips of that size, or ``output_dir`` holds another
-            cache, with the keys that differ.
+        ValueError: when the autoencoder does not take clips of that size, no model is trained on such
+            latents, or ``output_dir`` holds another cache, with the keys that differ.
     """
     vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
     if config.image_condition == "edit":
         require_edits(vae, config.data.frames, config.data.sizes)
     else:
         require_clips(vae, config.data.frames, config.data.sizes)
+    require_cache(config.text.pipeline, vae, config.data.sizes, given=config.given, videos=True)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
