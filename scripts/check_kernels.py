@@ -5,14 +5,16 @@ python scripts/check_kernels.py --few        # what the tests check: under a min
 
 Launches are recorded on meta tensors and compiled with the specialisation of the launcher. What is checked:
 each compiles, fits the shared memory of the GPU, spills next to nothing, reads no 2 bytes at a time where
-rows are aligned, and takes no more instructions in its loop for each token than its budget, which is what
-predicts time.
+rows are aligned, and takes no more instructions in its loop for each token than its budget. And bytes that
+forward and backward move, operations of torch among them, are within their limits at the shapes of models.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -27,6 +29,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -87,6 +91,10 @@ BUDGET = {
     for case, budgets in ((DIT, (65, 60, 55, 125, 85, 80, 140)), (WAN, (65, 65, 60, 85, 95, 85, 120)))
     for name, budget in zip(ALL, budgets, strict=True)
 }
+# Bytes that forward and backward may move, over the least.
+MOST_MOVED = {
+    "DiT-XL 16k": (1.35, 1.7), "Wan 31.5k": (1.8, 2.2), "SANA-V 31.5k": (1.55, 1.9), "1M": (1.15, 1.4),
+}  # fmt: skip
 # Bytes a thread, within which nothing of a loop is.
 MOST_SPILLED, MOST_SPILLED_AMD = 64, 256
 
@@ -126,22 +134,64 @@ def recorded() -> Iterator[list[Launch]]:
             setattr(triton_kernels, name, kernel)
 
 
-def launches_of(case: Case, *, batch: int = 1) -> list[Launch]:
-    """What a forward and a backward launch."""
+class Moved(TorchDispatchMode):
+    """Counts the bytes that operations of torch read and write, each tensor once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if not (function.is_view or "view" in function.name() or "empty" in function.name()):
+            self.bytes += bytes_of((args, out))
+        return out
+
+
+def bytes_of(arguments: object) -> int:
+    """Bytes of all tensors among the arguments, of which none is counted twice for being expanded."""
+    tensors = (x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
+    return sum(
+        x.itemsize * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+        for x in tensors
+    )
+
+
+def bytes_moved(launch: Launch) -> int:
+    """Bytes that a kernel has to read and write; ``centre`` reads a sample, which is left out."""
+    return 0 if name_of(launch) == "centre" else bytes_of((launch.arguments, launch.options))
+
+
+def passes_of(case: Case, *, batch: int = 1) -> Iterator[tuple[list[Launch], int]]:
+    """What a forward and what a backward launches, and the bytes that each of them moves."""
     layout, dtype = BlockLayout(case.grid, case.blocks), DTYPES[case.dtype]
     shape = batch, layout.num_tokens, case.heads, case.d
     q, k, v, grad = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4))
     rotary = torch.empty(shape[1], case.d, device="meta") if case.rotary else None
     features = Features(case.feature_map, 1e-6, case.normalized, rotary)
     mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
+    keys = dataclasses.replace(features, mask=mask)
     mixing = torch.empty(layout.num_blocks, layout.num_blocks, device="meta")
-    with recorded() as launches:
-        keys = features.__class__(case.feature_map, 1e-6, case.normalized, rotary, mask)
+    with recorded() as launches, Moved() as moved:
         summaries, sums, centre = triton_mhla.summarize(k, v, layout, keys)
         out, den = triton_mhla.read(q, summaries, sums, centre, mixing, layout, features, dtype)
+    yield launches, moved.bytes + sum(map(bytes_moved, launches))
+    with recorded() as launches, Moved() as moved:
         triton_mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
         triton_mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
-    return launches
+    yield launches, moved.bytes + sum(map(bytes_moved, launches))
+
+
+def launches_of(case: Case, *, batch: int = 1) -> list[Launch]:
+    """What a forward and a backward launch."""
+    return [launch for launches, _ in passes_of(case, batch=batch) for launch in launches]
+
+
+def traffic_of(case: Case) -> list[float]:
+    """Bytes that forward and backward move, over the least: q, k, v and the output once, and twice that."""
+    launches_of(case)  # makes the order of the tokens, which is kept
+    tokens = case.heads * case.d * math.prod(case.grid) * DTYPES[case.dtype].itemsize
+    return [moved / (4 * number * tokens) for number, (_, moved) in enumerate(passes_of(case), 1)]
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
@@ -295,9 +345,23 @@ def check(cases: Iterable[tuple[Case, int | str, tuple[str, ...]]]) -> int:
     return faults
 
 
+def check_traffic() -> int:
+    """Print bytes moved over the least, and return the number of shapes that exceed what is allowed."""
+    print("\n| shape | forward, of the least bytes | backward, of the least |\n| --- | --- | --- |")
+    faults = 0
+    for case in SHAPES:
+        found = traffic_of(case)
+        wrong = any(ratio > most for ratio, most in zip(found, MOST_MOVED[case.name], strict=True))
+        faults += wrong
+        ratios = " | ".join(f"{ratio:.2f} x" for ratio in found)
+        print(f"| {case.name} | {ratios} |{' too many' if wrong else ''}")
+    return faults
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--few", action="store_true", help="a choice of targets, as in the tests")
-    sys.exit(min(1, check(FEW if parser.parse_args().few else matrix())))
+    at_fault = check(FEW if parser.parse_args().few else matrix()) + check_traffic()
+    sys.exit(min(1, at_fault))

@@ -12,13 +12,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ModelMixin, TensorParallelConfig
-from diffusers.loaders.lora_base import _fetch_state_dict
-from torch import Tensor
 
 from ..attention import MHLA
 from ..hub import hub_arguments
+from .adapters import AdapterMixin
 from .denoising import DenoisingMixin
 from .grid import Grid, receive_grid
 from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
@@ -30,20 +28,11 @@ from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
 
-# In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
-FULL_WEIGHTS = "lora_full"
-
-# Arguments that say where the file of an adapter is.
-_ADAPTER_PLACE = (
-    "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
-    "revision", "subfolder",
-)  # fmt: skip
-
 # What configs call the size that a model is made for.
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 
-class MHLAModelMixin(DenoisingMixin, ModelMixin):
+class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
     """Stands before a diffusers model class: ``class MHLAX(MHLAModelMixin, X)`` is the MHLA form of X.
 
     Such a class enters the registry by itself. Its ``__init__``, decorated with :func:`.stock.after`, plans
@@ -230,48 +219,6 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         if lacking:
             raise ValueError(f"the file lacks weights of {cls.stock.__name__}: {lacking[0]}")
         return rebuild(model, cls, attention="mhla", mhla_config=mhla_config)[0]
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        prefix: str | None = "transformer",
-        **kwargs: Any,
-    ) -> None:
-        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``).
-
-        Self-attention that was trained in full beside the adapters takes the place of what is here, and stays
-        when adapters are unloaded.
-
-        Raises:
-            ValueError: for weights of it that do not fit this model.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, dict):
-            place = {name: kwargs.pop(name, None) for name in _ADAPTER_PLACE}
-            source, metadata = _fetch_state_dict(
-                source, user_agent={}, allow_pickle=False, metadata=kwargs.pop("metadata", None), **place
-            )
-            kwargs["metadata"] = metadata
-        start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
-        full = {key.removeprefix(start): value for key, value in source.items() if key.startswith(start)}
-        rest = {key: value for key, value in source.items() if not key.startswith(start)}
-        self._take_weights(full)
-        # diffusers takes a file whose first weight is no adapter's for one of another format.
-        ordered = dict(sorted(rest.items(), key=lambda item: ".lora_" not in item[0]))
-        super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
-
-    @torch.no_grad()
-    def _take_weights(self, weights: dict[str, Tensor]) -> None:
-        own = dict(self.named_parameters())
-        for name, weight in weights.items():
-            if name not in own or own[name].shape != weight.shape:
-                here = tuple(own[name].shape) if name in own else "no such weight"
-                raise ValueError(
-                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
-                    f"{here}: load them beside the model that they were trained from"
-                )
-        for name, weight in weights.items():
-            own[name].copy_(weight)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from torch import nn
 
-from ..backbones.model import FULL_WEIGHTS
+from ..backbones.adapters import FULL_WEIGHTS
 from ..optional import how_to_install
 
 
@@ -89,7 +89,7 @@ def save_adapters(model: Any, lora: LoraConfig, folder: Path) -> None:
     the models' ``load_lora_adapter`` takes it.
 
     Args:
-        model: with adapters, of a class whose pipelines load LoRA.
+        model: with adapters.
         lora: its config.
         folder: to write pytorch_lora_weights.safetensors into.
     """

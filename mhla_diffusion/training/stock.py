@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import diffusers
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from mhla_diffusion.pipelines.sampling import FRAMES
+
 from ..backbones import (
     MHLAAllegroTransformer3DModel,
     MHLAAnyFlowTransformer3DModel,
@@ -32,7 +34,6 @@ from .conditioning import Captions
 from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import DDPM, Objective, ObjectiveConfig
-from .task import FRAMES
 from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline
 
 

@@ -397,10 +397,8 @@ def _embed_as(
     """Embed a caption as a pipeline, which is asked, does by encoder ``number``."""
     stock, length = config.encoders[number], config.length(number)
     found = ask(caption, text_encoder.device, tuple(stock.options.items()))
-    text, mask = (
-        torch.atleast_2d(found[stock.embeddings][0]),
-        None if stock.mask is None else found[stock.mask],
-    )
+    text = torch.atleast_2d(found[stock.embeddings][0])
+    mask = None if stock.mask is None else found[stock.mask]
     shown = text.any(dim=-1) if mask is None else mask[0].bool()  # else zeros fill up
     if stock.padded:
         return EmbeddedText(text, int(shown.sum()))

@@ -205,6 +205,13 @@ def test_kernels_compile_as_launched_within_their_budgets(capfd: pytest.CaptureF
     assert module.check(module.FEW) == 0, capfd.readouterr().out
 
 
+def test_no_more_bytes_are_moved_than_is_allowed(capfd: pytest.CaptureFixture[str]) -> None:
+    module = check_kernels()
+    assert module.check_traffic() == 0, capfd.readouterr().out
+    whole = module.bytes_of(torch.empty(2, 3, device="meta").expand(5, 2, 3))
+    assert whole == 24, "what is expanded lies in memory once"
+
+
 @pytest.mark.parametrize("batch", [1, 8192])
 def test_launches_are_within_the_limits_of_a_grid_and_fill_a_gpu(batch: int) -> None:
     """On one axis, 2^31 programs are allowed; on the others 65,535."""

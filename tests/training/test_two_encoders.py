@@ -126,7 +126,7 @@ def test_it_is_trained_goes_on_to_the_bit_and_leaves_its_pipeline(
     assert Image.open(tmp_path / "run" / "samples" / "step-00000002.png").size == (192, 64)
     again = dataclasses.replace(run, output_dir=str(tmp_path / "again"))
     assert train_image(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
-    assert not (tmp_path / "run" / "lora").exists(), "as diffusers loads no adapters of such a model"
+    assert (tmp_path / "run" / "lora").is_dir() == ("lora" in trained)
     before = weights(base / "base")
     whole, resumed = (weights(tmp_path / name / "pipeline") for name in ("run", "again"))
     assert before.keys() == whole.keys() == resumed.keys()
