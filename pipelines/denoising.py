@@ -11,6 +11,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -41,8 +42,10 @@ def size_arguments(
     return {} if told is None else told(rows, height, width, device=device)
 
 
-class ImagePipeline(CardedPipeline):
+class ImagePipeline(CardedPipeline, SanaLoraLoaderMixin):
     """Base of pipelines whose images are denoised by steps of any scheduler, in latents or in pixels.
+
+    Adapters are loaded as by :class:`diffusers.SanaPipeline`: nothing in that is Sana's but the name.
 
     A subclass registers ``transformer``, ``scheduler``, ``vae`` (or None) and, in its config,
     ``prediction_type``; its call says what the model is told, and hands the rest to :meth:`generate`.

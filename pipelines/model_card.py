@@ -19,7 +19,7 @@ from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
 from .identity import transformers_of
-from .sampling import call_parameters, output_kind
+from .sampling import call_parameters, guidance_name, output_kind, with_negative_prompt
 from .schedulers import prediction_of, require_scheduler, scales_inputs
 
 # Marks a card as ours to write again; a card without it belongs to its author.
@@ -326,11 +326,16 @@ def _example_call(pipeline: Any, training: Mapping[str, Any]) -> str:
     else:
         picture = "image, " if "image" in call_parameters(pipeline) else ""
         call = f'video = pipe({picture}prompt="...").frames[0]'
-    chosen = dict(training.get("sampled with") or {})
-    given = "".join(
-        f", {name}={chosen[name]}" for name in ("num_inference_steps", "guidance_scale") if name in chosen
-    )
+    chosen = with_negative_prompt({"prompt": "...", **_sampled_with(pipeline, training)})
+    given = "".join(f", {name}={json.dumps(value)}" for name, value in chosen.items() if name != "prompt")
     return re.sub(r"\)\.(images|frames)", rf"{given}).\1", call, count=1)
+
+
+def _sampled_with(pipeline: Any, training: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and guidance of the samples during training, as arguments of the pipeline's call."""
+    names = {"num_inference_steps": "num_inference_steps", "guidance_scale": guidance_name(pipeline)}
+    chosen = training.get("sampled with") or {}
+    return {names[name]: chosen[name] for name in names if name in chosen}
 
 
 def _is_hub_id(name: str) -> bool:
@@ -354,7 +359,11 @@ def _facts(pipeline: Any, training: Mapping[str, Any]) -> dict[str, str]:
     else:
         facts |= _parts(pipeline)
     facts["scheduler"] = type(pipeline.scheduler).__name__
-    told = _flatten(training or {"training": "not recorded"})
+    told = _flatten(
+        {**training, "sampled with": _sampled_with(pipeline, training)}
+        if training
+        else {"training": "not recorded"}
+    )
     return facts | {key.replace("_", " "): str(value) for key, value in told.items()}
 
 
@@ -371,7 +380,7 @@ def _parts(pipeline: Any) -> dict[str, str]:
 def _attention(transformer: Any) -> dict[str, str]:
     """What attention a transformer has."""
     # A stock model will do for a pipeline.
-    kinds = getattr(transformer, "layer_attention", ["softmax"] * transformer.config.num_layers)
+    kinds = getattr(transformer, "layer_attention", None) or ["softmax"] * transformer.config.num_layers
     counts = ", ".join(f"{kind} in {count} of {len(kinds)} layers" for kind, count in Counter(kinds).items())
     if not hasattr(transformer, "mixing_blocks") or set(kinds) == {"softmax"}:
         return {"attention": counts}

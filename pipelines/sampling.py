@@ -24,8 +24,9 @@ Kind = Literal["images", "videos"]
 
 DEFAULT_FPS = 16.0
 
-# The number of frames, as pipelines call it.
-_FRAMES = ("num_frames", "frames")
+FRAMES = ("num_frames", "video_length", "frames")
+"""Names by which pipelines of diffusers are told how many frames to make."""
+
 # What comes from the rows, and how results come back.
 _OURS = (
     "prompt", "negative_prompt", "class_labels", "image", "generator", "output_type", "return_dict",
@@ -60,7 +61,26 @@ def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
 
 def output_kind(pipeline: Any) -> Kind:
     """Return what a pipeline makes: videos when its call takes a number of frames."""
-    return "videos" if any(name in call_parameters(pipeline) for name in _FRAMES) else "images"
+    return "videos" if any(name in call_parameters(pipeline) for name in FRAMES) else "images"
+
+
+def guidance_name(pipeline: Any) -> str:
+    """Return what a pipeline calls the strength of guidance away from the empty text, or from another one."""
+    if "true_cfg_scale" not in call_parameters(pipeline):
+        return "guidance_scale"
+    # There guidance_scale is for models that are told it, and for others it is not read.
+    return "guidance_scale" if pipeline.transformer.config.get("guidance_embeds") else "true_cfg_scale"
+
+
+def with_negative_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call whose guidance has a text to lead away from, the empty one where none is given.
+
+    Pipelines with a ``true_cfg_scale`` do not guide without it.
+    """
+    if "negative_prompt" in call or (call.get("true_cfg_scale") or 0) <= 1:
+        return dict(call)
+    prompt = call["prompt"]
+    return {**call, "negative_prompt": [""] * len(prompt) if isinstance(prompt, list) else ""}
 
 
 def call_arguments(
@@ -89,8 +109,11 @@ def call_arguments(
             f"{', '.join(sorted(allowed))}"
         )
     _require_types(pipeline, options)
-    frames = next((frames for frames in _FRAMES if frames in parameters), "num_frames")
-    named = {frames if key == "num_frames" else key: value for key, value in given.items()}
+    names = {
+        "num_frames": next((frames for frames in FRAMES if frames in parameters), "num_frames"),
+        "guidance_scale": guidance_name(pipeline),
+    }
+    named = {names.get(key, key): value for key, value in given.items()}
     call: dict[str, Any] = {
         key: parameters[key].default
         for key in ("num_inference_steps", "guidance_scale", "frame_rate")
@@ -188,7 +211,7 @@ def sample(
     generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
     with _remedies(pipeline):
         made = pipeline(
-            **asked, **{**call, **own_size(rows[0])}, **watch,
+            **with_negative_prompt({**asked, **call, **own_size(rows[0])}), **watch,
             generator=generators, output_type="np", return_dict=False,
         )[0]  # fmt: skip
     values = np.asarray(made)

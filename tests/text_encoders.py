@@ -49,11 +49,12 @@ def _numbered(*pieces: str) -> dict[str, int]:
     return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def _bert() -> tuple[Any, Any]:
+def _bert(positions: int = POSITIONS) -> tuple[Any, Any]:
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [*string.ascii_lowercase, *string.punctuation]
     vocabulary = _numbered(*marks, *letters, *(f"##{letter}" for letter in letters))
-    return BertTokenizer(vocab=vocabulary), BertModel(BertConfig(**_SIZE))
+    config = BertConfig(**{**_SIZE, "max_position_embeddings": positions})
+    return BertTokenizer(vocab=vocabulary), BertModel(config)
 
 
 def _roberta() -> tuple[Any, Any]:
@@ -61,11 +62,12 @@ def _roberta() -> tuple[Any, Any]:
     return RobertaTokenizer(vocab=vocabulary, merges=[]), RobertaModel(RobertaConfig(**_SIZE))
 
 
-def _clip() -> tuple[Any, Any]:
+def _clip(positions: int = POSITIONS) -> tuple[Any, Any]:
     ends = ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = _numbered(*_BYTES, *(f"{letter}</w>" for letter in _BYTES), *ends)
     start, end = (vocabulary[name] for name in ends)
-    config = CLIPTextConfig(**_SIZE, bos_token_id=start, eos_token_id=end)
+    size = {**_SIZE, "max_position_embeddings": positions}
+    config = CLIPTextConfig(**size, bos_token_id=start, eos_token_id=end)
     return CLIPTokenizer(vocab=vocabulary, merges=[]), CLIPTextModel(config)
 
 
@@ -95,9 +97,9 @@ def _gemma() -> tuple[Any, Any]:
     return _begun(GemmaTokenizer(vocab=vocabulary, merges=[])), Gemma2Model(config)
 
 
-def _t5() -> tuple[Any, Any]:
+def _t5(width: int = WIDTH) -> tuple[Any, Any]:
     pieces = [(piece, -float(i)) for i, piece in enumerate(["<pad>", "</s>", "<unk>", *_PIECES])]
-    config = T5Config(vocab_size=400, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=400, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5Tokenizer(vocab=pieces, extra_ids=0), T5EncoderModel(config)
 
 
@@ -111,10 +113,27 @@ KINDS = tuple(_KINDS)
 def make_text_parts(kind: str) -> dict[str, Any]:
     """Return a tokenizer and a random encoder of 64 positions, whose embeddings have a width of 16."""
     torch.manual_seed(0)
-    tokenizer, encoder = _KINDS[kind]()
+    return _randomized("", *_KINDS[kind]())
+
+
+def make_hunyuan_parts(seed: int = 0) -> dict[str, Any]:
+    """Return tokenizers and random encoders as HunyuanDiT's, of widths 16 and 24."""
+    torch.manual_seed(seed)
+    return {**_randomized("", *_bert(77)), **_randomized("_2", *_t5(24))}
+
+
+def make_kandinsky_parts(seed: int = 0) -> dict[str, Any]:
+    """Return tokenizers and random encoders as Kandinsky 5's, of widths 16."""
+    torch.manual_seed(seed)
+    qwen = make_qwen_parts()
+    return {**_randomized("", qwen["tokenizer"], qwen["text_encoder"]), **_randomized("_2", *_clip(77))}
+
+
+def _randomized(suffix: str, tokenizer: Any, encoder: Any) -> dict[str, Any]:
+    """Name a tokenizer and its encoder, of random weights that are not small."""
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder.eval()}
 
 
 def make_qwen_parts() -> dict[str, Any]:

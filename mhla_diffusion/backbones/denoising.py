@@ -18,10 +18,12 @@ class DenoisingMixin:
     Attributes:
         time_scale: times are 0 to this.
         time_in_dtype: whether times are given in the dtype of the model, as its pipeline gives them.
+        one_by_one: whether texts of several lengths have no place in a call, as the model takes no mask.
     """
 
     time_scale: ClassVar[int] = 1000
     time_in_dtype: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False
 
     config: Any
 
@@ -36,10 +38,10 @@ class DenoisingMixin:
         return self.config.get("out_channels") or self.config.in_channels
 
     @property
-    def text_width(self) -> int | None:
-        """Width of the embeddings of text that it takes, if any."""
+    def text_shapes(self) -> tuple[tuple[int | None, int], ...]:
+        """Tokens, None for any number, and width of the embeddings that it takes, of each text encoder."""
         names = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
-        return next((self.config[name] for name in names if self.config.get(name)), None)
+        return tuple((None, self.config[name]) for name in names if self.config.get(name))[:1]
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
@@ -73,7 +75,8 @@ class DenoisingMixin:
             samples: noisy, ``[B, C, ...]``.
             timestep: ``[B]``, from 0, of data, to 1,000, of noise.
             conditions: ``encoder_hidden_states`` ``[B, L, D]``, perhaps ``encoder_attention_mask``
-                ``[B, L]``, and arguments that the model has by these names.
+                ``[B, L]``, both of a second text encoder with the ending ``_2``, and arguments that the model
+                has by these names.
         """
         timestep = self.time_of(timestep)
         if self.time_in_dtype:
@@ -83,6 +86,12 @@ class DenoisingMixin:
     def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
         """Return what a forward gave for noisy samples as the prediction of an objective, ``[B, C, ...]``."""
         return output
+
+
+def unwrapped(model: Any) -> Any:
+    """Return a model without what wraps it for several processes, or compiles it."""
+    wrapped = isinstance(model, nn.Module)
+    return extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
 
 
 def denoise(
@@ -95,8 +104,7 @@ def denoise(
             **conditions)`` and returns a tuple, the prediction first.
         samples, timestep, conditions: see :meth:`DenoisingMixin.denoising_arguments`.
     """
-    wrapped = isinstance(model, nn.Module)
-    ours = extract_model_from_parallel(model, keep_torch_compile=False) if wrapped else model
+    ours = unwrapped(model)
     if not isinstance(ours, DenoisingMixin):
         return model(samples, timestep=timestep, return_dict=False, **conditions)[0]
     arguments = ours.denoising_arguments(samples, timestep, conditions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .grid import Grid, grid_of_latents, receive_grid, send_as_argument, send_with_rope
 from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan
-from .model import FULL_WEIGHTS, MHLAModelMixin
+from .model import MHLAModelMixin
 
 
 def square_grid(config: Mapping[str, Any]) -> Grid:
@@ -71,40 +70,6 @@ class RotaryVideoMixin(MHLAModelMixin):
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        prefix: str | None = "transformer",
-        **kwargs: Any,
-    ) -> None:
-        """Load as diffusers does, with self-attention that was trained in full beside the adapters.
-
-        That takes the place of what is here, and stays when adapters are unloaded.
-
-        Raises:
-            ValueError: for weights that do not fit this model.
-        """
-        weights = pretrained_model_name_or_path_or_dict
-        if isinstance(weights, dict):
-            start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
-            full = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-            weights = {key: value for key, value in weights.items() if not key.startswith(start)}
-            self._take_weights(full)
-        super().load_lora_adapter(weights, prefix=prefix, **kwargs)
-
-    @torch.no_grad()
-    def _take_weights(self, weights: dict[str, Tensor]) -> None:
-        own = dict(self.named_parameters())
-        for name, weight in weights.items():
-            if name not in own or own[name].shape != weight.shape:
-                here = tuple(own[name].shape) if name in own else "no such weight"
-                raise ValueError(
-                    f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
-                    f"{here}: load them beside the model that they were trained from"
-                )
-        for name, weight in weights.items():
-            own[name].copy_(weight)
 
     def example_latents(
         self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None

@@ -77,6 +77,7 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
     }  # fmt: skip
     block_list = "visual_transformer_blocks"
     attention_name = "self_attention"
+    one_by_one = True
     vae_stride = (4, 8, 8)
 
     @after(Kandinsky5Transformer3DModel)
@@ -123,6 +124,61 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
     @property
     def default_grid(self) -> Grid:
         return tuple(self.config.sample_grid)
+
+    @property
+    def sample_channels(self) -> int:
+        return self.config.in_visual_dim
+
+    @property
+    def predicted_channels(self) -> int:
+        return self.config.out_visual_dim
+
+    @property
+    def text_shapes(self) -> tuple[tuple[int | None, int], ...]:
+        return (None, self.config.in_text_dim), (1, self.config.in_text_dim2)
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return arguments of the forward as the pipeline that makes videos of texts gives them.
+
+        Raises:
+            ValueError: for texts of several lengths, of which the model takes no mask.
+        """
+        given = {**self._positions(samples), **super().denoising_arguments(samples, timestep, conditions)}
+        latents = samples.movedim(1, -1)
+        if self.config.visual_cond:  # of which nothing is known
+            latents = torch.cat([latents, torch.zeros_like(latents), torch.zeros_like(latents[..., :1])], -1)
+        given["hidden_states"] = latents
+        mask = given.pop("encoder_attention_mask", None)
+        if mask is not None:
+            given.pop("encoder_attention_mask_2")
+            lengths = mask.sum(1).tolist()
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"texts in a call of Kandinsky 5 have one length, got {lengths}: call it apart"
+                )
+            given["encoder_hidden_states"] = given["encoder_hidden_states"][:, : lengths[0]]
+            given["text_rope_pos"] = torch.arange(lengths[0], device=samples.device)
+            given["pooled_projections"] = given.pop("encoder_hidden_states_2").flatten(1)
+        return given
+
+    def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
+        """Return the velocity ``[B, C, F, H, W]`` of the output, whose channels are last."""
+        return output.movedim(-1, 1)
+
+    def _positions(self, samples: Tensor) -> dict[str, Any]:
+        """Positions of latents ``[B, C, F, H, W]``, and how much they are apart at their height and width."""
+        from diffusers import Kandinsky5T2VPipeline
+
+        grid = token_grid(samples.shape[2:], self.latents_per_token)
+        height, width = (
+            side * stride for side, stride in zip(samples.shape[3:], self.vae_stride[1:], strict=True)
+        )
+        return {
+            "visual_rope_pos": [torch.arange(tokens, device=samples.device) for tokens in grid],
+            "scale_factor": Kandinsky5T2VPipeline._get_scale_factor(None, height, width),
+        }
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

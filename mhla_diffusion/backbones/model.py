@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import ModelMixin, TensorParallelConfig
-from diffusers.loaders.lora_base import _fetch_state_dict
-from torch import Tensor
 
 from ..attention import MHLA
 from ..hub import hub_arguments
+from .adapters import AdapterMixin
 from .denoising import DenoisingMixin
 from .grid import Grid, receive_grid
 from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
@@ -29,20 +28,11 @@ from .registry import BACKBONES
 
 logger = logging.getLogger(__name__)
 
-# In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
-FULL_WEIGHTS = "lora_full"
-
-# Arguments that say where the file of an adapter is.
-_ADAPTER_PLACE = (
-    "weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
-    "revision", "subfolder",
-)  # fmt: skip
-
 # What configs call the size that a model is made for.
 SIZES = ("sample_size", "sample_grid", "sample_frames", "sample_height", "sample_width")
 
 
-class MHLAModelMixin(DenoisingMixin, ModelMixin):
+class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
     """Stands before a diffusers model class: ``class MHLAX(MHLAModelMixin, X)`` is the MHLA form of X.
 
     Such a class enters the registry by itself. Its ``__init__``, decorated with :func:`.stock.after`, plans
@@ -55,6 +45,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         stock_attention: its attention: ``"softmax"``, or ``"linear"``.
         block_list: name of its list of blocks.
         attention_name: of self-attention in a block.
+        uncalled: names of modules that read the weights of their linear layers in place of calling these, so
+            that adapters beside them would do nothing.
         argument_names: what our processor calls the arguments of a self-attention layer, see
             :func:`.grid.receive_grid`.
         rotary_halves: parts of a head whose halves turn together; 0 where neighbouring channels do.
@@ -72,6 +64,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
     rotary_halves: ClassVar[int] = 0
     old_norm_type: ClassVar[str] = ""
     attention_name: ClassVar[str] = "attn1"
+    uncalled: ClassVar[tuple[str, ...]] = ()
     extra_tokens: int = 0
     vae_stride: ClassVar[tuple[int, ...]]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -226,24 +219,6 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin):
         if lacking:
             raise ValueError(f"the file lacks weights of {cls.stock.__name__}: {lacking[0]}")
         return rebuild(model, cls, attention="mhla", mhla_config=mhla_config)[0]
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        prefix: str | None = "transformer",
-        **kwargs: Any,
-    ) -> None:
-        """Load as the stock model does, also an adapter with parts of MHLA (peft's ``modules_to_save``)."""
-        source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, dict):
-            place = {name: kwargs.pop(name, None) for name in _ADAPTER_PLACE}
-            source, metadata = _fetch_state_dict(
-                source, user_agent={}, allow_pickle=False, metadata=kwargs.pop("metadata", None), **place
-            )
-            kwargs["metadata"] = metadata
-        # diffusers takes a file whose first weight is no adapter's for one of another format.
-        ordered = dict(sorted(source.items(), key=lambda item: ".lora_" not in item[0]))
-        super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
 
     @property
     def mixing_blocks(self) -> tuple[int, ...]:

@@ -76,8 +76,8 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
         return self.config.in_channels // math.prod(self.latents_per_token)
 
     @property
-    def text_width(self) -> int:
-        return self.config.joint_attention_dim
+    def text_shapes(self) -> tuple[tuple[int | None, int], ...]:
+        return ((None, self.config.joint_attention_dim),)
 
     def denoising_arguments(
         self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]

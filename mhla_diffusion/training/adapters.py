@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from torch import nn
 
-from ..backbones.model import FULL_WEIGHTS
+from ..backbones.adapters import FULL_WEIGHTS
 from ..optional import how_to_install
 
 
@@ -59,7 +59,7 @@ def set_trainable(model: Any, trainable: str, lora: LoraConfig) -> None:
         model: a transformer, whose ``attention_name`` is what its layers call their self-attention.
         trainable: ``"all"`` or ``"attention"``. With a rank, self-attention is trained in full and every
             other linear layer through its adapter, whatever is said here.
-        lora: see :class:`LoraConfig`.
+        lora: see :class:`LoraConfig`. Layers of the model's ``uncalled`` modules have no adapters.
 
     Raises:
         ImportError: for adapters without the package peft.
@@ -89,7 +89,7 @@ def save_adapters(model: Any, lora: LoraConfig, folder: Path) -> None:
     the models' ``load_lora_adapter`` takes it.
 
     Args:
-        model: with adapters, of a class whose pipelines load LoRA.
+        model: with adapters.
         lora: its config.
         folder: to write pytorch_lora_weights.safetensors into.
     """
@@ -116,7 +116,9 @@ def _add_adapters(model: Any, lora: LoraConfig) -> None:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _in_self_attention(model, name)
+        if isinstance(module, nn.Linear)
+        and not _in_self_attention(model, name)
+        and not set(model.uncalled) & set(name.split("."))
     ]
     alpha: Any = lora.alpha or lora.rank
     peft.inject_adapter_in_model(

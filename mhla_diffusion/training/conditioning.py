@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .objectives.objective import BESIDE
-from .text import CaptionEncoder
+from .text import CaptionEncoder, EmbeddedText
 
 
 class Conditioning(Protocol):
@@ -74,15 +74,18 @@ class ClassLabels:
 class Captions:
     """Texts, from the column ``caption``, or embedded ones from the columns ``text`` and ``tokens``.
 
+    Those of a second text encoder are in ``text_2`` and ``tokens_2``, and so are the model's arguments. A
+    text is dropped for all encoders, or for none.
+
     What is known of a clip, in the columns ``condition``, ``image_embeds`` and ``control``, is never dropped.
 
     Dropped ones become the empty text. The embeddings are ``[B, L, D]``.
 
     Args:
-        encoder: embeds captions.
+        encoders: embed captions, one after the other.
         dropout: probability in [0, 1).
-        embedded: whether the column is ``text``; then the encoder stays where it is, as a large one takes the
-            room of the model.
+        embedded: whether the column is ``text``; then the encoders stay where they are, as large ones take
+            the room of the model.
         masked: tell the model which tokens are the text's; otherwise it sees the zeros after them.
         sizes: what else the model is told, by the number of rows, the samples' height and width and their
             device.
@@ -90,32 +93,28 @@ class Captions:
 
     def __init__(
         self,
-        encoder: CaptionEncoder,
+        encoders: Sequence[CaptionEncoder],
         dropout: float,
         *,
         embedded: bool = False,
         masked: bool = False,
         sizes: Callable[[int, int, int, torch.device], dict[str, Any]] | None = None,
     ) -> None:
-        self.encoder, self.dropout, self.embedded = encoder, dropout, embedded
+        self.encoders, self.dropout, self.embedded = list(encoders), dropout, embedded
         self.masked, self.sizes = masked, sizes
 
     def arguments(self, batch: Mapping[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        texts = (
-            [text[:tokens] for text, tokens in zip(batch["text"], batch["tokens"].tolist(), strict=True)]
-            if self.embedded
-            else [self.encoder(caption) for caption in batch["caption"]]
-        )
         dropped = _draw(generators, self.dropout).tolist()
-        embeddings, mask = self.encoder.fill_up(
-            [
-                self.encoder("").to(text.device) if drop else text
-                for drop, text in zip(dropped, texts, strict=True)
-            ]
-        )
-        arguments = {"encoder_hidden_states": embeddings}
-        if self.masked:
-            arguments["encoder_attention_mask"] = mask
+        arguments: dict[str, Any] = {}
+        for encoder in self.encoders:
+            texts = self._texts(encoder, batch)
+            arguments |= self._conditions(
+                encoder,
+                [
+                    encoder("").to(text.values.device) if drop else text
+                    for drop, text in zip(dropped, texts, strict=True)
+                ],
+            )
         if "condition" in batch:  # of image-to-video models
             arguments[BESIDE] = batch["condition"]
         if "image_embeds" in batch:
@@ -129,17 +128,32 @@ class Captions:
         return arguments
 
     def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        text = arguments["encoder_hidden_states"]
-        empty, mask = self.encoder.fill_up([self.encoder("").to(text)] * len(text))
-        masks = {"encoder_attention_mask": mask} if self.masked else {}
-        return {**arguments, "encoder_hidden_states": empty, **masks}
+        found = dict(arguments)
+        for encoder in self.encoders:
+            text = arguments[f"encoder_hidden_states{encoder.suffix}"]
+            found |= self._conditions(encoder, [encoder("").to(text)] * len(text))
+        return found
+
+    def _texts(self, encoder: CaptionEncoder, batch: Mapping[str, Any]) -> list[EmbeddedText]:
+        """Texts of a batch as an encoder embeds them, or has."""
+        if not self.embedded:
+            return [encoder(caption) for caption in batch["caption"]]
+        columns = batch[f"text{encoder.suffix}"], batch[f"tokens{encoder.suffix}"].tolist()
+        return [EmbeddedText(text, tokens) for text, tokens in zip(*columns, strict=True)]
+
+    def _conditions(self, encoder: CaptionEncoder, texts: Sequence[EmbeddedText]) -> dict[str, Tensor]:
+        """Arguments of the model for texts of one encoder."""
+        embeddings, mask = encoder.fill_up(texts)
+        masks = {f"encoder_attention_mask{encoder.suffix}": mask} if self.masked else {}
+        return {f"encoder_hidden_states{encoder.suffix}": embeddings, **masks}
 
     def facts(self, data: str) -> dict[str, Any]:
         return {"data": data, "caption dropout": self.dropout}
 
     def to(self, device: torch.device) -> None:
-        if not self.embedded:
-            self.encoder.to(device)
+        for encoder in self.encoders:
+            if not self.embedded:
+                encoder.to(device)
 
 
 def require_probability(name: str, value: float) -> None:

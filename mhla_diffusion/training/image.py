@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from .run import train
 from .settings import RunConfig
 from .stock import IMAGES
 from .task import SampleSheetConfig, TrainingTask
-from .text import CaptionEncoder, TextConfig, load_caption_encoder
+from .text import CaptionEncoder, TextConfig, load_caption_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -134,36 +135,38 @@ def _build_of_texts(
     assert config.text is not None
     stock = IMAGES.get(config.model.model_class if model is None else type(model))
     if stock is not None:
-        stock.require(config.text, config.objective)
+        stock.require(config.text, config.objective, config.model.init_from)
     elif config.text.pipeline:
         raise ValueError(f"text.pipeline {config.text.pipeline} is for another model: remove it")
-    encoder = load_caption_encoder(config.text)
+    encoders = load_caption_encoders(config.text)
     if model is None:
-        model = build_model(config.model, objective, text_dim=encoder.width)
+        model = build_model(config.model, objective, encoders=encoders)
     source, vae = build_source(config, model), None
     if isinstance(source, CachedLatents):
-        source.require_text(config.text, encoder)
+        source.require_text(config.text, encoders)
         vae = source.load_vae(PLAIN_AUTOENCODERS if stock is None else stock.autoencoders)
-    else:
+    for encoder in encoders if vae is None else ():
         encoder.warn_of_long(texts_of(source.captions or ()))
     if stock is not None:
-        conditioning = stock.conditioning(encoder, config.caption_dropout)
-        pipeline: Any = partial(stock.finish, encoder, vae, objective)
+        conditioning = stock.conditioning(encoders, config.caption_dropout)
+        pipeline: Any = partial(stock.finish, encoders, vae, objective)
         call = stock.call(vae, source.sizes, config.text)
     else:
-        conditioning = _captions(config, model, encoder, vae)
-        pipeline = _Finished(config, objective.scheduler(), encoder, vae)
+        conditioning = _captions(config, model, encoders, vae)
+        pipeline = _Finished(config, objective.scheduler(), encoders[0], vae)
         call = dict.fromkeys(("height", "width"), model.config.sample_size * vae_scale_factor(vae))
     facts = config.data.chosen().facts()
     task = TrainingTask(conditioning, config.sampling, pipeline, config.data.title, facts, call=call)
     return model, source, task
 
 
-def _captions(config: ImageTrainingConfig, model: Any, encoder: CaptionEncoder, vae: Any) -> Captions:
+def _captions(
+    config: ImageTrainingConfig, model: Any, encoders: Sequence[CaptionEncoder], vae: Any
+) -> Captions:
     """Captions and, for models that are told it, the size in pixels."""
     factor = vae_scale_factor(vae)
     return Captions(
-        encoder,
+        encoders,
         config.caption_dropout,
         embedded=vae is not None,
         masked=True,

@@ -16,6 +16,7 @@ from .config import require_shape_or_init_from
 from .objectives import Objective
 from .run import new_or_loaded, require_patches
 from .stock import IMAGES, require_fit, trained_class
+from .text import CaptionEncoder
 
 BACKBONES: dict[str, Any] = {
     "dit": MHLADiTTransformer2DModel,
@@ -30,7 +31,7 @@ class ModelConfig:
 
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer to go on training, such as
-            mhla convert writes; of Lumina-Next and Qwen-Image too, which have no shape here.
+            mhla convert writes; of Lumina-Next, HunyuanDiT and Qwen-Image too, which have no shape here.
         backbone: of a new one: ``"dit"`` (default), of classes; ``"pixart"`` or ``"sana"``, of texts.
         sample_size: side of the image or latent.
         patch_size: side of a token.
@@ -88,23 +89,23 @@ def takes_texts(model_class: Any) -> bool:
     return model_class is not MHLADiTTransformer2DModel
 
 
-def build_model(config: ModelConfig, objective: Objective, *, text_dim: int | None = None) -> Any:
+def build_model(config: ModelConfig, objective: Objective, *, encoders: Sequence[CaptionEncoder] = ()) -> Any:
     """Build a new transformer, or load the one that ``init_from`` names, in fp32.
 
     Args:
         config: of the model.
         objective: of the run.
-        text_dim: width of the text embeddings; None for a model of classes.
+        encoders: of its texts; none for a model of classes.
 
     Raises:
         ValueError: when a loaded model does not have the output channels that the objective needs, or takes
             text of another width.
     """
     arguments: dict[str, Any] = {"out_channels": objective.out_channels(config.in_channels or 0)}
-    if config.init_from is None and text_dim is not None:
-        arguments |= _text_arguments(config, text_dim)
+    if config.init_from is None and encoders:
+        arguments |= _text_arguments(config, encoders[0].width)
     model = new_or_loaded(config.model_class, config, without=("backbone", "size_conditions"), **arguments)
-    require_fit(model, objective, text_dim, config.init_from)
+    require_fit(model, objective, encoders, config.init_from)
     return model
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import diffusers
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from mhla_diffusion.pipelines.sampling import FRAMES
 
 from ..backbones import (
     MHLAAllegroTransformer3DModel,
@@ -26,12 +29,11 @@ from ..backbones import (
     MHLAWanVACETransformer3DModel,
     backbone_of_config,
 )
-from ..hub import load_component_config
+from ..hub import component_subfolder, load_component_config
 from .conditioning import Captions
 from .data import CachedLatents
 from .data.video_autoencoders import needs_tiles, size_in_pixels
-from .objectives import Objective, ObjectiveConfig
-from .task import FRAMES
+from .objectives import DDPM, Objective, ObjectiveConfig
 from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline
 
 
@@ -57,8 +59,8 @@ class StockTraining:
     multiple: int = 1
     given: str = ""
 
-    def require(self, text: TextConfig, objective: ObjectiveConfig) -> None:
-        """Check that a run embeds captions and denoises as the pipeline does.
+    def require(self, text: TextConfig, objective: ObjectiveConfig, init_from: str | None) -> None:
+        """Check that a run embeds captions and denoises as the pipeline does, the one that it goes on from.
 
         Raises:
             ValueError: otherwise, saying what to set.
@@ -79,6 +81,8 @@ class StockTraining:
                 f"{self.pipeline} takes a prediction {kind} a variance: set objective.learn_variance to "
                 f"{str(self.variance).lower()}"
             )
+        if self.objective == "ddpm" and init_from is not None:
+            _require_schedule(objective, init_from)
 
     @property
     def guarded(self) -> bool:
@@ -92,13 +96,13 @@ class StockTraining:
         said = takes["vae"].annotation
         return tuple(vae.__name__ for vae in get_args(said) or (said,))
 
-    def conditioning(self, encoder: CaptionEncoder, dropout: float) -> Captions:
+    def conditioning(self, encoders: Sequence[CaptionEncoder], dropout: float) -> Captions:
         """Return captions that are embedded already, as the pipeline gives them to the model."""
-        return Captions(encoder, dropout, embedded=True, masked=self.masked)
+        return Captions(encoders, dropout, embedded=True, masked=self.masked)
 
     def finish(
         self,
-        encoder: CaptionEncoder,
+        encoders: Sequence[CaptionEncoder],
         vae: Any,
         objective: Objective,
         transformer: Any,
@@ -109,9 +113,9 @@ class StockTraining:
         scheduler = objective.scheduler()
         if needs_tiles(vae):
             vae.enable_tiling()
+        texts = {name: part for encoder in encoders for name, part in encoder.components.items()}
         return make_stock_pipeline(
-            self.pipeline, tokenizer=encoder.tokenizer, text_encoder=encoder.text_encoder, vae=vae,
-            transformer=transformer, **others,
+            self.pipeline, **texts, vae=vae, transformer=transformer, **others,
             scheduler=type(scheduler).from_config(scheduler.config, **self.scheduler),
         )  # fmt: skip
 
@@ -161,6 +165,9 @@ _OPTIONS = {
 
 IMAGES: dict[type[Any], StockTraining] = {
     MHLALuminaNextDiT2DModel: StockTraining("LuminaPipeline", "flow", masked=True),
+    MHLAHunyuanDiT2DModel: StockTraining(
+        "HunyuanDiTPipeline", "ddpm", variance=True, masked=True, multiple=16
+    ),
     MHLAQwenImageTransformer2DModel: StockTraining("QwenImagePipeline", "flow", masked=True),
 }
 VIDEOS: dict[type[Any], StockTraining] = {
@@ -174,12 +181,12 @@ VIDEOS: dict[type[Any], StockTraining] = {
     MHLAChronoEditTransformer3DModel: StockTraining("ChronoEditPipeline", "flow", multiple=16, given="edit"),
     MHLALTXVideoTransformer3DModel: StockTraining("LTXPipeline", "flow", masked=True),
     MHLASanaVideoTransformer3DModel: StockTraining("SanaVideoPipeline", "flow", masked=True, multiple=32),
+    MHLAKandinsky5Transformer3DModel: StockTraining(
+        "Kandinsky5T2VPipeline", "flow", masked=True, multiple=16
+    ),
 }
 
-_TWO_ENCODERS = "it reads a text by two encoders, and runs and caches here have one"
 UNTRAINED: dict[type[Any], str] = {
-    MHLAHunyuanDiT2DModel: _TWO_ENCODERS,
-    MHLAKandinsky5Transformer3DModel: _TWO_ENCODERS,
     MHLAWanAnimateTransformer3DModel: "it needs a picture of the character and videos of its pose and face "
     "beside each clip, which no data source here has",
     MHLAAnyFlowTransformer3DModel: "it is told where a step ends beside where it starts, and learns maps "
@@ -210,14 +217,28 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
     )
 
 
+def _require_schedule(objective: ObjectiveConfig, init_from: str) -> None:
+    """Check that noise is added as for the pipeline that a run goes on from, where there is one."""
+    alone = component_subfolder(init_from, "scheduler") is None
+    if alone or not DiffusionPipeline.load_config(init_from).get("scheduler", [None])[0]:
+        return
+    stored = DDIMScheduler.load_config(init_from, subfolder="scheduler")
+    for name, value in DDPM(objective).schedule.items():
+        if stored.get(name, value) != value:
+            raise ValueError(
+                f"{init_from} was trained with the {name} {stored[name]!r}: set objective.{name} to that, "
+                f"got {value!r}"
+            )
+
+
 def require_fit(
-    model: Any, objective: Objective, text_dim: int | None, name: str | None, *, beside: int = 0
+    model: Any, objective: Objective, encoders: Sequence[CaptionEncoder], name: str | None, *, beside: int = 0
 ) -> None:
-    """Check that a loaded model has the output channels that an objective needs, and takes a text's width.
+    """Check that a loaded model has the output channels that an objective needs, and takes the texts.
 
     Args:
         model, objective: of the run.
-        text_dim: width of the text; None without texts.
+        encoders: of the texts; none without texts.
         name: of the model.
         beside: channels of what stands beside its samples.
 
@@ -233,8 +254,11 @@ def require_fit(
             f"{name} returns {found} channels, but this objective needs {expected}: {remedy}, as it was "
             "trained"
         )
-    if text_dim is not None and model.text_width != text_dim:
-        raise ValueError(
-            f"{name} takes text of width {model.text_width}, but text.encoder gives {text_dim}: use the text "
-            "encoder that it was trained with"
-        )
+    for encoder, (tokens, width) in zip(encoders, model.text_shapes, strict=False):
+        which = f"'s text_encoder{encoder.suffix}" if encoder.number else ""
+        for what, takes, gives in (("width", width, encoder.width), ("length", tokens, encoder.max_length)):
+            if takes not in (None, gives):
+                raise ValueError(
+                    f"{name} takes text of {what} {takes}, but text.encoder{which} gives {gives}: use the "
+                    "text encoder that it was trained with"
+                )

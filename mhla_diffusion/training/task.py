@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +11,11 @@ from typing import Any
 import torch
 
 from mhla_diffusion.pipelines.model_card import PICTURE, save_with_card
+from mhla_diffusion.pipelines.sampling import FRAMES, call_parameters, guidance_name, with_negative_prompt
 
 from .conditioning import Conditioning
 from .config import changeable
 from .sheets import SampleSheet, SheetClock
-
-FRAMES = ("num_frames", "video_length", "frames")
-"""Names by which pipelines of diffusers are told how many frames to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +84,12 @@ class TrainingTask:
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
         # Some pipelines of diffusers know callbacks of another kind alone.
-        watched = "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
-        watch = {"callback_on_step_end": clock} if watched else {}
+        watch = {"callback_on_step_end": clock} if "callback_on_step_end" in call_parameters(pipeline) else {}
+        guidance = {guidance_name(pipeline): sampling.guidance_scale}
         outputs = [
             pipeline(
-                **arguments,
-                **self.call,
+                **with_negative_prompt({**arguments, **self.call, **guidance}),
                 **watch,
-                **_guidance(pipeline, sampling.guidance_scale, arguments),
                 num_inference_steps=sampling.num_inference_steps,
                 generator=torch.Generator().manual_seed(sampling.seed),
                 output_type="pil",
@@ -131,19 +126,3 @@ class TrainingTask:
     def all_facts(self, training: Mapping[str, Any]) -> dict[str, Any]:
         """Return the facts of a run and those of its data."""
         return {**training, **self.conditioning.facts(f"{self.data_name}, {training['data']}"), **self.facts}
-
-
-def _guidance(pipeline: Any, scale: float, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call for guidance away from the empty text."""
-    if "true_cfg_scale" not in inspect.signature(type(pipeline).__call__).parameters:
-        return {"guidance_scale": scale}
-    # There guidance_scale is for models that are told it, and no negative prompt means no guidance.
-    prompt = asked["prompt"]
-    return (
-        {
-            "true_cfg_scale": scale,
-            "negative_prompt": [""] * len(prompt) if isinstance(prompt, list) else "",
-        }
-        if scale > 1
-        else {"true_cfg_scale": scale}
-    )

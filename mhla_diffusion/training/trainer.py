@@ -356,9 +356,9 @@ class Trainer:
         logger.info("saved %s", folder)
 
     def _save_adapters(self, model: Any) -> None:
-        """Write lora/ where diffusers loads adapters of such a model."""
+        """Write lora/, for a run with adapters."""
         lora, folder = self.run_config.lora, self.output_dir / "lora"
-        if lora.rank and hasattr(model, "load_lora_adapter"):
+        if lora.rank:
             write_folder(folder, lambda path: save_adapters(model, lora, path))
             logger.info("saved %s", folder)
 

@@ -32,7 +32,7 @@ from .stock import VIDEOS, StockTraining, require_fit, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
-    load_caption_encoder,
+    load_caption_encoders,
     load_text_encoder,
     video_caption_encoder,
 )
@@ -45,7 +45,7 @@ class VideoModelConfig:
     Args:
         init_from: folder or hub id of an MHLA pipeline or transformer, to go on training: of Wan; or on
             latents, for their own pipelines, of Latte, Allegro, Cosmos, SkyReels V2, Wan VACE, ChronoEdit,
-            LTX-Video or SanaVideo.
+            LTX-Video, SanaVideo or Kandinsky 5.
         patch_size: frames, height and width of a token, in pixels or of the latents.
         in_channels: 1 (gray) or 3 (RGB), or the channels of the latents.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim: of the transformer.
@@ -182,7 +182,7 @@ def _build_wan(
     parts = build_parts(config, objective, latents)
     encoder = video_caption_encoder(parts)
     if latents is not None:
-        latents.require_text(config.text, encoder)
+        latents.require_text(config.text, [encoder])
     sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
@@ -193,7 +193,7 @@ def _build_wan(
     else:
         latents.require_channels(model)
     task = TrainingTask(
-        Captions(encoder, config.caption_dropout, embedded=latents is not None),
+        Captions([encoder], config.caption_dropout, embedded=latents is not None),
         config.sampling,
         with_transformer(parts, parts.size_in_pixels(sizes[0])),
         config.data.title,
@@ -232,17 +232,17 @@ def _build_for(
     stock: StockTraining, config: VideoTrainingConfig, objective: Objective, model: Any
 ) -> tuple[Any, SampleSource, TrainingTask]:
     """Build a run of a model that is trained for its own pipeline of diffusers."""
-    stock.require(config.text, config.objective)
+    stock.require(config.text, config.objective, config.model.init_from)
     latents = stock.require_latents(config.data.open())
     if stock.guarded and config.sampling.every:
         raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
     _require_given(config.sampling, latents)
-    encoder, vae = load_caption_encoder(config.text), latents.load_vae(stock.autoencoders)
-    latents.require_text(config.text, encoder)
+    encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
+    latents.require_text(config.text, encoders)
     if model is None:
         model = new_or_loaded(config.model.model_class, config.model)
     latents.require_channels(model)
-    require_fit(model, objective, encoder.width, config.model.init_from, beside=latents.channels_beside)
+    require_fit(model, objective, encoders, config.model.init_from, beside=latents.channels_beside)
     frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
         raise ValueError(
@@ -252,9 +252,9 @@ def _build_for(
     patch = model.latents_per_token
     require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
     task = TrainingTask(
-        stock.conditioning(encoder, config.caption_dropout),
+        stock.conditioning(encoders, config.caption_dropout),
         config.sampling,
-        partial(stock.finish, encoder, vae, objective, **_image_parts(latents)),
+        partial(stock.finish, encoders, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),

@@ -85,6 +85,8 @@ def test_newer_backbones_are_aligned_and_then_distilled(
     samples, _ = conditions.pop("hidden_states"), conditions.pop("timestep")
     if name == "LuminaNextDiT":
         conditions["encoder_attention_mask"] = conditions.pop("encoder_mask")
+    if name == "Kandinsky5":  # whose channels are last, and samples' first
+        samples = samples.movedim(-1, 1)
     objective = build_objective(ObjectiveConfig(name=objective_name))
     config = DistillationConfig(data=0.0, prediction=1.0, every=1, fade_steps=100)
     distillation = Distillation(objective, teacher, config)

@@ -32,6 +32,7 @@ from tests.pipelines.conftest import (  # noqa: F401 (fixtures)
     sana_pipeline,
     video_vae,
 )
+from tests.training.test_two_encoders import SHAPE, hunyuan_pipeline
 
 _SAVED_REPORT = Path(__file__).parents[1] / "saved" / "report-image" / "report"
 
@@ -143,6 +144,7 @@ def stand_ins(
     make_stock_video_pipeline("wan-image").save_pretrained(tmp_path / "wan-image")
     sana_pipeline.save_pretrained(tmp_path / "sana")
     _latte(text_parts).save_pretrained(tmp_path / "latte")
+    hunyuan_pipeline(CASES["HunyuanDiT"].stock(**SHAPE)).save_pretrained(tmp_path / "hunyuan")
     (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,1\na dog,2\n")
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "red.png")
@@ -154,6 +156,7 @@ def stand_ins(
         "runs/quickstart/training/pipeline": str(tmp_path / "digits"),
         "SANA": str(tmp_path / "sana"),
         "LATTE": str(tmp_path / "latte"),
+        "HUNYUAN": str(tmp_path / "hunyuan"),
         "TEXT_MODEL": str(text_model),
         **_benchmarks(tmp_path),
         "WAN_I2V": str(tmp_path / "wan-image"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -105,11 +107,18 @@ def test_images_of_images_are_made_by_the_same_transformer(qwen_pipeline: QwenIm
 def test_images_of_prompts_are_generated_in_a_folder(
     qwen_pipeline: QwenImagePipeline, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"num_inference_steps": 1, "height": 32, "width": 32, "batch_size": 2}
-    generate_images(converted(qwen_pipeline), tmp_path / "out", prompts=TEXTS, per_prompt=2, **settings)
-    pictures = sorted((tmp_path / "out").rglob("*.png"))
-    assert len(pictures) == 4
-    assert {Image.open(path).size for path in pictures} == {(32, 32)}
+    """Guidance is its true_cfg_scale, away from the empty text where no other is given."""
+    pipeline, size = converted(qwen_pipeline), {"num_inference_steps": 1, "height": 32, "width": 32}
+    for guidance, call in ((None, {}), (3.0, {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]})):
+        out = tmp_path / str(guidance)
+        manifest = generate_images(
+            pipeline, out, prompts=TEXTS, per_prompt=2, batch_size=2, guidance_scale=guidance, **size
+        )
+        assert json.loads(manifest.read_text()).get("true_cfg_scale") == guidance
+        pictures = [np.asarray(Image.open(path)).astype(int) for path in sorted(out.rglob("*.png"))]
+        assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 4
+        expected = generate(pipeline, TEXTS[:1] * 2, **size, **call).permute(0, 2, 3, 1) * 255
+        assert np.abs(np.stack(pictures[:2]) - expected.round().numpy()).max() <= 1
 
 
 @pytest.fixture

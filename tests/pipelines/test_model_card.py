@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from PIL import Image
 
 import mhla_diffusion.pipelines.image
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
+from mhla_diffusion.pipelines.model_card import write_model_card
+from mhla_diffusion.training.stock import IMAGES, VIDEOS
+from mhla_diffusion.training.text import make_stock_pipeline
+from tests.backbones.cases import CASES
 from tests.processes import run_script
 
 MakePipeline = Callable[..., MHLADiTPipeline]
@@ -145,6 +150,37 @@ def test_the_card_says_what_was_trained_from_what_and_how_to_sample(
     assert (header.base_model, header.license) == ("someone/base", None)
     assert "# Before publishing say here" in text
     assert "pip install ." in text
+
+
+# Pipelines of diffusers that a run leaves, and the case of their transformer.
+_KNOWN = {"SanaPipeline": "Sana", "PixArtSigmaPipeline": "PixArt", "WanImageToVideoPipeline": "Wan"}
+LEFT = _KNOWN | {
+    stock.pipeline: next(name for name, case in CASES.items() if case.model is model)
+    for model, stock in (*IMAGES.items(), *VIDEOS.items())
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_the_call_of_a_card_is_one_that_the_pipeline_takes_and_guides(name: str, tmp_path: Path) -> None:
+    """Where diffusers has a true_cfg_scale it reads no other, and guides away from a given text alone."""
+    pipeline = make_stock_pipeline(
+        name, transformer=CASES[LEFT[name]].make(), scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    training = {"steps": 7, "sampled with": {"num_inference_steps": 20, "guidance_scale": 2.5}}
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    write_model_card(pipeline, tmp_path, repo_id="x")
+    shows = "video" if "3D" in type(pipeline.transformer).__name__ and "ToImage" not in name else "images"
+    found = re.search(r"^(images|video) = pipe\((.*)\)\.(images|frames\[0\])$", card(tmp_path), re.MULTILINE)
+    assert found is not None
+    assert found[1] == shows
+    signature = inspect.signature(type(pipeline).__call__)
+    given = eval(f"bind(pipe, {found[2]})", {"bind": signature.bind, "pipe": pipeline, "image": None})
+    given = given.arguments
+    assert (given["prompt"], given["num_inference_steps"]) == ("...", 20)
+    own = "true_cfg_scale" in signature.parameters
+    assert given["true_cfg_scale" if own else "guidance_scale"] == 2.5
+    assert given.get("negative_prompt") == ("" if own else None)
+    assert ("sampled with.true cfg scale" in facts(card(tmp_path))) == own
 
 
 def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_gives(

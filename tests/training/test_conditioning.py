@@ -41,9 +41,9 @@ def test_a_share_of_the_labels_becomes_the_null_class() -> None:
 
 def test_captions_become_embeddings_and_dropped_ones_that_of_the_empty_text(encoder: CaptionEncoder) -> None:
     captions = ["abc", "xyz"] * 20
-    whole = Captions(encoder, 0.0).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
-    some = Captions(encoder, 0.5).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
-    empty = Captions(encoder, 0.0).arguments({"caption": [""]}, generators(1))["encoder_hidden_states"][0]
+    whole = Captions([encoder], 0.0).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
+    some = Captions([encoder], 0.5).arguments({"caption": captions}, generators(40))["encoder_hidden_states"]
+    empty = Captions([encoder], 0.0).arguments({"caption": [""]}, generators(1))["encoder_hidden_states"][0]
     assert whole.shape == (40, 8, 16)
     assert torch.equal(whole[0], whole[2])
     assert not torch.equal(whole[0], whole[1])
@@ -56,7 +56,7 @@ def test_labels_and_captions_drop_the_same_samples(encoder: CaptionEncoder) -> N
     labels = torch.zeros(30, dtype=torch.long)
     null = ClassLabels(["cat"], null_label=1, dropout=0.4).arguments({"class_labels": labels}, generators(30))
     texts = torch.ones(30, 8, 16)
-    text = Captions(encoder, 0.4, embedded=True).arguments(
+    text = Captions([encoder], 0.4, embedded=True).arguments(
         {"text": texts, "tokens": torch.full((30,), 8)}, generators(30)
     )
     kept = (text["encoder_hidden_states"] == 1).all(dim=2).all(dim=1)
@@ -64,9 +64,9 @@ def test_labels_and_captions_drop_the_same_samples(encoder: CaptionEncoder) -> N
 
 
 def test_only_an_encoder_that_is_used_in_training_moves(encoder: CaptionEncoder) -> None:
-    Captions(encoder, 0.1, embedded=True).to(torch.device("meta"))
+    Captions([encoder], 0.1, embedded=True).to(torch.device("meta"))
     assert encoder.text_encoder.device.type == "cpu"
-    Captions(encoder, 0.1).to(torch.device("meta"))
+    Captions([encoder], 0.1).to(torch.device("meta"))
     assert encoder.text_encoder.device.type == "meta"
 
 
@@ -74,11 +74,11 @@ def test_facts_for_the_card(encoder: CaptionEncoder) -> None:
     assert ClassLabels(["a", "b"], 2, 0.1).facts("x, 5 samples") == {
         "data": "x, 5 samples of 2 classes", "class dropout": 0.1,
     }  # fmt: skip
-    assert Captions(encoder, 0.2).facts("x, 5 samples") == {"data": "x, 5 samples", "caption dropout": 0.2}
+    assert Captions([encoder], 0.2).facts("x, 5 samples") == {"data": "x, 5 samples", "caption dropout": 0.2}
 
 
 def test_without_its_condition_a_caption_is_the_empty_one(encoder: CaptionEncoder) -> None:
-    conditioning = Captions(encoder, 0.0, masked=True)
+    conditioning = Captions([encoder], 0.0, masked=True)
     arguments = {**conditioning.arguments({"caption": ["abc", "ab"]}, generators(2)), "other": 3}
     empty = conditioning.arguments({"caption": ["", ""]}, generators(2))
     found = conditioning.unconditional(arguments)

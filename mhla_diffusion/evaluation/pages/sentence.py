@@ -37,6 +37,7 @@ def _how_made(manifest: Mapping[str, Any], kind: str) -> str:
     words = {
         "num_inference_steps": "{} steps",
         "guidance_scale": "guidance {}",
+        "true_cfg_scale": "guidance {}",
         "height": "height {}",
         "width": "width {}",
         "num_frames": "{} frames",

@@ -17,7 +17,7 @@ from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...processes import process_state
-from ..text import CaptionEncoder, TextConfig, load_caption_encoder
+from ..text import CaptionEncoder, TextConfig, load_caption_encoders
 from .captions import Caption, texts_of
 from .clip_conditions import (
     Controls,
@@ -82,10 +82,8 @@ def cache_latents(config: LatentCacheConfig) -> None:
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
     )  # fmt: skip
-    encoder = None
-    if config.text is not None:
-        encoder = load_caption_encoder(config.text)
-    facts: dict[str, Any] = {} if encoder else {"class_names": images.class_names}
+    encoders = [] if config.text is None else load_caption_encoders(config.text)
+    facts: dict[str, Any] = {} if encoders else {"class_names": images.class_names}
     if type(vae).__name__ == "AutoencoderKL":  # whose latents are drawn when they are read
         facts |= {
             "scaling_factor": vae.config.scaling_factor,
@@ -94,41 +92,45 @@ def cache_latents(config: LatentCacheConfig) -> None:
     write_shards(
         config,
         keep=("vae", "data", "text", "size", "shard_size"),
-        facts=facts | _prepare(vae, encoder, images.captions or ()),
+        facts=facts | _prepare(vae, encoders, images.captions or ()),
         num_samples=len(images),
-        make_rows=lambda rows: _encode_images(vae, encoder, images, rows, config),
+        make_rows=lambda rows: _encode_images(vae, encoders, images, rows, config),
     )
 
 
 def _prepare(
-    vae: Any, encoder: CaptionEncoder | None, captions: Sequence[Caption | None]
+    vae: Any, encoders: Sequence[CaptionEncoder], captions: Sequence[Caption | None]
 ) -> dict[str, dict[str, str]]:
     """Name captions that are cut, return the hashes of what encodes, and move it to the device."""
     parts = {"vae": vae}
-    if encoder is not None:
+    for encoder in encoders:
         encoder.warn_of_long(texts_of(captions))
-        parts |= {"tokenizer": encoder.tokenizer, "text_encoder": encoder.text_encoder}
+        parts |= encoder.components
     hashes = {name: component_sha256(part) for name, part in parts.items()}
     device = process_state().device
     vae.to(device)
-    if encoder is not None:
+    for encoder in encoders:
         encoder.to(device)
     return {"components": hashes}
 
 
 @torch.no_grad()
 def _encode_images(
-    vae: Any, encoder: CaptionEncoder | None, images: ImageSamples, rows: range, config: LatentCacheConfig
+    vae: Any,
+    encoders: Sequence[CaptionEncoder],
+    images: ImageSamples,
+    rows: range,
+    config: LatentCacheConfig,
 ) -> list[dict[str, Tensor]]:
     """Encode some images, and their mirror images with ``data.flip``: latents, and what is known of each."""
     pixels: list[Tensor] = []
     known: list[dict[str, Tensor]] = []
     for index, sample, _ in readable(images, rows):
-        if encoder is None:
+        if not encoders:
             about = {"label": torch.tensor(sample["class_labels"])}
         else:
             assert images.captions is not None
-            about = _embed(encoder, images.captions[index] or "")
+            about = _embed(encoders, images.captions[index] or "")
         views = [sample["samples"], sample["samples"].flip(-1)] if config.data.flip else [sample["samples"]]
         pixels += views
         known += [about] * len(views)
@@ -162,16 +164,17 @@ def _encode_batch(vae: Any, batch: Tensor) -> list[dict[str, Tensor]]:
     return [{"mean": mean, "std": std} for mean, std in pairs]
 
 
-def _embed(encoder: CaptionEncoder, caption: Caption) -> dict[str, Tensor]:
-    """Embed a caption; of several all of them, one after the other."""
-    if isinstance(caption, str):
-        return {"text": encoder(caption).cpu()}
-    texts = [encoder(text).cpu() for text in caption]
-    return {
-        "text": torch.cat(texts),
-        "tokens": torch.tensor([len(text) for text in texts]),
-        "weights": torch.tensor(list(caption.values())),
-    }
+def _embed(encoders: Sequence[CaptionEncoder], caption: Caption) -> dict[str, Tensor]:
+    """Embed a caption by each encoder; of several all of them, one after the other."""
+    weighted = {} if isinstance(caption, str) else dict(caption)
+    captions = [caption] if isinstance(caption, str) else list(caption)
+    row = {"weights": torch.tensor(list(weighted.values()))} if weighted else {}
+    for encoder in encoders:
+        texts = [encoder(text) for text in captions]
+        row[f"text{encoder.suffix}"] = torch.cat([text.values.cpu() for text in texts])
+        if len(texts) > 1 or texts[0].tokens < len(texts[0].values):
+            row[f"tokens{encoder.suffix}"] = torch.tensor([text.tokens for text in texts])
+    return row
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,8 @@ class VideoLatentCacheConfig:
 
     Args:
         output_dir: where the cache goes. If it holds a part of the same cache, the rest is added.
-        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo or, frame by
-            frame, an AutoencoderKL, or of a pipeline that has one.
+        vae: folder or hub id of an AutoencoderKLWan, AutoencoderKLAllegro, AutoencoderKLLTXVideo,
+            AutoencoderKLHunyuanVideo or, frame by frame, an AutoencoderKL, or of a pipeline that has one.
         data: the videos; frames and sizes as the autoencoder takes them.
         text: see :class:`TextConfig`. All captions of a video are embedded.
         image_condition: for image-to-video models, the frames that are known: the ``"first"``, or
@@ -237,16 +240,16 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
     else:
         require_clips(vae, config.data.frames, config.data.sizes)
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
-    encoder, conditions = load_caption_encoder(config.text, videos=True), _load_conditions(config, vae)
+    encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,
         keep=("vae", "data", "text", "image_condition", "image_encoder", "control", "clips", "shard_size"),
-        facts=_prepare(vae, encoder, videos.captions),
+        facts=_prepare(vae, encoders, videos.captions),
         num_samples=len(videos) * config.clips,
         make_rows=lambda rows: [
             {
                 "latents": encode_clip(vae, clip),
-                **_embed(encoder, videos.captions[index]),
+                **_embed(encoders, videos.captions[index]),
                 **conditions(clip, generator),
             }
             for index, clip, generator in _clips(videos, rows, config, vae)

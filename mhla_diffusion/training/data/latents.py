@@ -4,12 +4,14 @@ A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the 
 ``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
 or ``text`` ``[n, D]``, the embeddings of its caption without what fills them up. Of several captions ``text``
 has one after the other, ``tokens`` int64 ``[k]`` how long each is, and ``weights`` ``[k]`` how often each is
-taken. Of clips perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
+taken. Where a model reads what its text encoder makes of what fills up, all texts are whole, and ``tokens``
+counts those that are the text's. Of a second text encoder there are ``text_2`` and ``tokens_2``. Of clips
+perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...hub import component_subfolder, load_component_config
-from ..text import CaptionEncoder, TextConfig
+from ..text import CaptionEncoder, TextConfig, number_suffix
 from .captions import draw_index
 from .clip_conditions import ControlTask
 from .image_sources import ImageSource
@@ -117,9 +119,7 @@ class CachedLatents:
             samples = (drawn - self._record["shift_factor"]) * self._record["scaling_factor"]
         if self.text is None:
             return {"samples": samples, "class_labels": int(row["label"])}
-        text = _draw_text(row, generator)
-        missing = self.text.max_length - len(text)
-        sample = {"samples": samples, "text": F.pad(text, (0, 0, 0, missing)), "tokens": len(text)}
+        sample = {"samples": samples, **_draw_texts(row, self.text, generator)}
         return sample | {name: row[name].float() for name in _KNOWN if name in row}
 
     @property
@@ -155,14 +155,14 @@ class CachedLatents:
         stored = self._record.get("components", {}).get(name)
         return None if stored is None else stored == component_sha256(component)
 
-    def require_text(self, config: TextConfig, encoder: CaptionEncoder) -> None:
+    def require_text(self, config: TextConfig, encoders: Sequence[CaptionEncoder]) -> None:
         """Check that the captions were embedded as a run embeds its prompts.
 
         Raises:
-            ValueError: for another encoder, wherever it lies, another length or another instruction.
+            ValueError: for another encoder, wherever they lie, another length or another instruction.
         """
         assert self.text is not None
-        same = [self.made_with(name, getattr(encoder, name)) for name in ("tokenizer", "text_encoder")]
+        same = [self.made_with(*part) for encoder in encoders for part in encoder.components.items()]
         if None in same:
             same = [self.text.encoder == config.encoder]
         if not all(same) or replace(self.text, encoder=config.encoder) != config:
@@ -205,12 +205,19 @@ class CachedLatents:
             )
 
 
-def _draw_text(row: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """Return the embedded caption ``[n, D]``, or draw one of several."""
-    if "tokens" not in row:
-        return row["text"]
-    texts = row["text"].split(row["tokens"].tolist())
-    return texts[draw_index(row["weights"].tolist(), generator)]
+def _draw_texts(row: dict[str, Tensor], config: TextConfig, generator: torch.Generator) -> dict[str, Any]:
+    """Return the caption of a row as each text encoder embeds it, filled up, or draw one of several."""
+    drawn = draw_index(row["weights"].tolist(), generator) if "weights" in row else 0
+    columns: dict[str, Any] = {}
+    for number, encoder in enumerate(config.encoders):
+        suffix = number_suffix(number)
+        text = row[f"text{suffix}"]
+        tokens = row[f"tokens{suffix}"].tolist() if f"tokens{suffix}" in row else [len(text)]
+        length = config.length(number)
+        text = text.split(length if encoder.padded else tokens)[drawn]
+        columns[f"text{suffix}"] = F.pad(text, (0, 0, 0, length - len(text)))
+        columns[f"tokens{suffix}"] = tokens[drawn]
+    return columns
 
 
 @dataclass(frozen=True)

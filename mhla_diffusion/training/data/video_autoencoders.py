@@ -1,4 +1,4 @@
-"""Autoencoders of videos: those of Wan, Allegro and LTX, and those of images, frame by frame, as Latte's."""
+"""Autoencoders of videos, and those of images, frame by frame, as Latte's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mhla_diffusion.pipelines.denoising import vae_scale_factor
 
-VIDEO_AUTOENCODERS = ("AutoencoderKLWan", "AutoencoderKLAllegro", "AutoencoderKLLTXVideo", "AutoencoderKL")
+_BY_FIRST_FRAME = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo")
+VIDEO_AUTOENCODERS = (*_BY_FIRST_FRAME, "AutoencoderKLAllegro", "AutoencoderKL")
 
 
 def strides(vae: Any) -> tuple[int, int]:
@@ -111,4 +112,4 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
 
 def _has_first_frame(vae: Any) -> bool:
     """Tell if it makes one latent frame of the first, then one of each few."""
-    return type(vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLLTXVideo")
+    return type(vae).__name__ in _BY_FIRST_FRAME

@@ -29,7 +29,12 @@ class DDPM(Objective):
         given = config.prediction_type
         self.prediction_type = "epsilon" if given == "flow_prediction" else given
         self.predicts_variance = config.learn_variance
-        betas = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+        names = ("beta_schedule", "beta_start", "beta_end")
+        self.schedule = {name: getattr(config, name) for name in names}
+        self.schedule["prediction_type"] = self.prediction_type
+        power = 2 if config.beta_schedule == "scaled_linear" else 1
+        ends = (config.beta_start ** (1 / power), config.beta_end ** (1 / power))
+        betas = torch.linspace(*ends, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** power
         bar = (1 - betas).cumprod(0)  # alpha bar of t
         previous = F.pad(bar[:-1], (1, 0), value=1.0)  # alpha bar of t - 1
         posterior_variance = betas * (1 - previous) / (1 - bar)
@@ -93,11 +98,8 @@ class DDPM(Objective):
     def scheduler(self) -> DDIMScheduler:
         return DDIMScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-            beta_start=1e-4,
-            beta_end=0.02,
-            beta_schedule="linear",
             clip_sample=False,
-            prediction_type=self.prediction_type,
+            **self.schedule,
         )
 
     def _at(self, name: str, times: Tensor, samples: Tensor) -> Tensor:

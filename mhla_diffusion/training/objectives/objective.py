@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...backbones.denoising import denoise
+from ...backbones.denoising import denoise, unwrapped
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -81,6 +81,10 @@ class ObjectiveConfig:
             nothing is given, ``"v_prediction"`` or ``"sample"``.
         learn_variance: ddpm only. The model has twice the channels and returns the variance too, as DiT and
             PixArt do.
+        beta_schedule: ddpm only. How the variance of the noise of each step grows, by diffusers' names:
+            evenly (``"linear"``), or its square root (``"scaled_linear"``).
+        beta_start: of the first step.
+        beta_end: of the last step.
         weighting_scheme: flow only. How times are drawn and losses weighted, by diffusers' names:
             ``"logit_normal"`` and ``"mode"`` draw times unevenly, ``"sigma_sqrt"`` and ``"cosmap"`` weight
             losses at even times, ``"none"`` does neither.
@@ -93,7 +97,8 @@ class ObjectiveConfig:
         distillation: see :class:`DistillationConfig`.
 
     Raises:
-        ValueError: for a scale or shift that is not positive, or a setting of the other objective.
+        ValueError: for a scale or shift that is not positive, variances that are not in (0, 1) and rising, or
+            a setting of the other objective.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
@@ -104,6 +109,9 @@ class ObjectiveConfig:
     mode_scale: float = 1.29
     shift: float = 1.0
     learn_variance: bool = True
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
     teacher: str | None = None
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -111,11 +119,17 @@ class ObjectiveConfig:
         for name in ("logit_std", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                "objective.beta_start and objective.beta_end must be above 0, below 1 and in this order, got "
+                f"{self.beta_start} and {self.beta_end}"
+            )
         if self.teacher is None and self.distillation != DistillationConfig():
             raise ValueError("objective.distillation needs a teacher: give objective.teacher, or remove it")
         both = ("name", "prediction_type", "teacher", "distillation")
+        of_ddpm = ("learn_variance", "beta_schedule", "beta_start", "beta_end")
         given = {
-            its.name: "ddpm" if its.name == "learn_variance" else "flow"
+            its.name: "ddpm" if its.name in of_ddpm else "flow"
             for its in fields(self)
             if its.name not in both and getattr(self, its.name) != its.default
         }
@@ -157,7 +171,13 @@ class Objective(ABC):
             ``[B]``, the mean over the values of each sample.
         """
         times, noise = self.draw(samples, generators)
-        return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+        if not getattr(unwrapped(model), "one_by_one", False):
+            return self.loss_at(model, samples, conditioning, times=times, noise=noise)
+        losses = []
+        for row in (slice(number, number + 1) for number in range(len(samples))):
+            its = {name: value[row] for name, value in conditioning.items()}
+            losses.append(self.loss_at(model, samples[row], its, times=times[row], noise=noise[row]))
+        return torch.cat(losses)
 
     def draw(self, samples: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Draw a time ``[B]`` and standard normal noise for each sample, from its own generator."""

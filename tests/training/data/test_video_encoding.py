@@ -81,10 +81,10 @@ def test_cached_texts_are_those_that_the_pipeline_makes(config: VideoLatentCache
     texts = torch.stack([row["text"] for row in rows])
     encoder = video_caption_encoder(parts)
     batch = {"text": texts, "tokens": torch.tensor([row["tokens"] for row in rows])}
-    cached = Captions(encoder, 0.5, embedded=True).arguments(batch, generators)
+    cached = Captions([encoder], 0.5, embedded=True).arguments(batch, generators)
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = ["a", "a", "ab", "ab", "abc", "abc", "abcd", "abcd"]
-    embedded = Captions(encoder, 0.5).arguments({"caption": captions}, generators)
+    embedded = Captions([encoder], 0.5).arguments({"caption": captions}, generators)
     assert torch.equal(cached["encoder_hidden_states"], embedded["encoder_hidden_states"])
     assert len({tuple(text.flatten().tolist()) for text in cached["encoder_hidden_states"]}) > 2
 

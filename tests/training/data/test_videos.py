@@ -101,10 +101,10 @@ def test_workers_serve_the_same_clips(folder: Path) -> None:
     ("arguments", "message"),
     [
         ({"source": "folder"}, "folder needs data.path"),
-        ({"source": "films", "path": "x"}, "data.path is for data.source folder or latents alone"),
+        ({"source": "films", "path": "x"}, "data.path is for data.source folder or pairs or latents alone"),
         ({"source": "films", "frames": 0}, "must be positive"),
         ({"source": "films", "sizes": ((0, 8),)}, "pairs of height and width"),
-        ({"source": "films", "captions": "x.csv"}, "data.captions is for data.source folder alone"),
+        ({"source": "films", "captions": "x.csv"}, "data.captions is for data.source folder or pairs alone"),
         ({"source": "moving_mnist", "fps": 8.0}, "data.fps is for data.source folder or films alone"),
         (
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -201,11 +202,13 @@ def test_the_bound_trains_the_variance_alone() -> None:
     assert (output.grad[:, 2:] != 0).any(dim=(1, 2, 3)).all()
 
 
-def test_ddpm_noises_as_its_scheduler_does() -> None:
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_ddpm_noises_as_its_scheduler_does(schedule: Any) -> None:
     samples, noise = samples_and_noise()
     times = torch.tensor([0, 3, 200, 999])
     model = Recorder(torch.zeros(4, 4, 3, 3))
-    objective = DDPM()
+    objective = DDPM(ObjectiveConfig(name="ddpm", beta_schedule=schedule, beta_start=0.00085, beta_end=0.018))
+    assert objective.scheduler().config.beta_schedule == schedule
     objective.loss_at(model, samples, {}, times=times, noise=noise)
     torch.testing.assert_close(model.noisy, objective.scheduler().add_noise(samples, noise, times))
 
@@ -230,3 +233,7 @@ def test_settings_that_do_not_belong_together() -> None:
         ObjectiveConfig(name="ddpm", shift=3.0)
     with pytest.raises(ValueError, match=r"logit_std must be positive, got 0"):
         ObjectiveConfig(logit_std=0.0)
+    with pytest.raises(ValueError, match=r"objective\.beta_end is for objective\.name ddpm alone"):
+        ObjectiveConfig(beta_end=0.03)
+    with pytest.raises(ValueError, match=r"above 0, below 1 and in this order, got 0.03 and 0.02"):
+        ObjectiveConfig(name="ddpm", beta_start=0.03)
