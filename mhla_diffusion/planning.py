@@ -114,11 +114,7 @@ class Plan:
         blocks, block = math.prod(self.layout.blocks), math.prod(self.layout.block_shape)
         if blocks == 1:
             return 4 * tokens**2 * d
-        axes = len(self.layout.grid)
-        margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,) * axes
-        sides = zip(self.layout.grid, self.layout.block_shape, margins, strict=True)
-        seen = math.prod(min(size + 2 * margin, length) for length, size, margin in sides)
-        flops = 4 * ((tokens - extra) * seen + extra**2) * d
+        flops = 4 * ((tokens - extra) * self.layout.reach_size(self.local_margin) + extra**2) * d
         if routes := min(self.routed_blocks, blocks - 1):
             flops += 4 * tokens * routes * block * d + 2 * tokens * blocks * d * self._width
         return flops

@@ -71,8 +71,9 @@ SHAPES = [
 ]
 
 DIT, WAN = SHAPES[:2]
-WIDE, EXACT = (
-    Case(f"d {d}, {t}", d, 8, (64, 64), (4, 4), True, t) for d, t in ((256, "bf16"), (128, "fp32"))
+WIDE, EXACT, SMALL = (
+    Case(f"d {d}, {t}", d, 8, (64, 64), (4, 4), True, t)
+    for d, t in ((256, "bf16"), (128, "fp32"), (64, "fp32"))
 )
 ALL = ("centre", "outer", "inner", "rows", "outer of quotients", "inner of quotients", "rows of quotients")
 # What the tests compile, a second each: the largest kernels for all targets, all kernels for one.
@@ -81,6 +82,7 @@ FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
     (WAN, 90, ALL[1:]),
     (WAN, 80, ("rows of quotients",)),
     (EXACT, 86, ("outer", "rows of quotients")),
+    (SMALL, 90, ("rows of quotients",)),
     (WIDE, 120, ("inner of quotients", "rows of quotients")),
     (WAN, 100, ("outer of quotients",)),
     (DIT, "gfx942", ("outer of quotients", "rows of quotients")),

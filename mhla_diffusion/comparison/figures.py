@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def draw_mixing(matrices: Mapping[str, Mapping[str, Tensor]]) -> bytes:
             image = axes.imshow(matrix.numpy(), vmin=low, vmax=high)
             axes.set_title(layer, fontsize="small")
             axes.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize="small")
+        row[0].set_ylabel(textwrap.fill(name, 20), fontsize="small")
     figure.colorbar(image, ax=grid, label="weight")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

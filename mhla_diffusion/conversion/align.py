@@ -115,7 +115,7 @@ def align(
 
         def enter() -> tuple[dict[str, Any], list[Job]]:
             stack.enter_context(only_writer(out))
-            claimed = _claim(out, record)
+            claimed = _claim(out, record, calls)
             wanted = [name for name in first if layers is None or record["layers"][name] in layers]
             jobs = [(layer, form) for layer in wanted for form in candidates]
             return claimed, [job for job in jobs if not is_done(out, *job)]
@@ -207,11 +207,12 @@ def _read_record(out: Path) -> dict[str, Any]:
         raise ValueError(f"{out / RECORD} is damaged ({error}): align again in another folder") from error
 
 
-def _claim(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _claim(out: Path, record: dict[str, Any], calls: Calls) -> dict[str, Any]:
     """Write align.json, or make sure that the one there is of the same alignment."""
     record = json.loads(json.dumps(record))
     if (out / RECORD).is_file():
         old = _read_record(out)
+        old["calls"] = calls.completed(old["calls"])
         forms = {**old["candidates"], **record["candidates"]}
         changed = [form for form, settings in old["candidates"].items() if forms[form] != settings]
         keys = [key for key in record if key not in ("candidates", "model") and old.get(key) != record[key]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..backbones import (
 )
 from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
-from ..training.config import as_dict, parse_config
+from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
 from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS
@@ -55,6 +56,10 @@ class Calls(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Everything that the calls depend on, beside the model, as plain values."""
+
+    def completed(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return facts that an older version wrote, with the defaults of what came later."""
+        return dict(facts)
 
     @abstractmethod
     def inputs(self, number: int) -> dict[str, Any]:
@@ -120,6 +125,10 @@ class DataCalls(Calls):
         names = ("data", "text", "class_dropout", "caption_dropout", "objective")
         kept = {name: value for name, value in as_dict(self.config).items() if name in names}
         return {**kept, "seed": self.seed}
+
+    def completed(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        filled = with_later_fields(facts, self.config)
+        return {name: value for name, value in filled.items() if name in facts or name in self.facts}
 
     def sample(self, number: int) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
         """Return a clean sample ``[1, C, ...]``, its conditions, its time ``[1]`` and its noise."""

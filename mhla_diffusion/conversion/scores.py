@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mhla_diffusion.pipelines import MHLAPipeline
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
@@ -23,7 +25,7 @@ from ..evaluation.sets.videos import open_videos
 from ..files.writing import write_file
 from ..processes import in_first_process
 from ..training import VideoTrainingConfig
-from ..training.config import as_dict, parse_config
+from ..training.config import flat_dict, parse_config
 from ..training.data.captions import texts_of
 from .real import open_source, require_real, write_samples, write_statistics
 
@@ -85,8 +87,12 @@ class Scorer:
     def __init__(self, config: ScoreConfig, teacher: str, run: Any, out: Path) -> None:
         self.config, self.run, self.prompts = config, run, list[str]()
         self.extractor = _load_extractor(config.extractor, run)
+        self.data: dict[str, Any] = {}
         source: Any = None
         if config.held_out:
+            # As the file has it: what it leaves to defaults may get other names later.
+            values = flat_dict(yaml.safe_load(Path(teacher).read_text()))
+            self.data = {key: value for key, value in values.items() if key.startswith(("data.", "model."))}
             source = _held_out(teacher, run, config)
             self.prompts = texts_of(source.captions or ())[: config.num_samples]
         self.real = out / f"real-{_hash(self._real_facts())}.npz"
@@ -108,9 +114,8 @@ class Scorer:
         }  # fmt: skip
 
     def _real_facts(self) -> list[Any]:
-        data = None if self.config.real is not None else as_dict(self.run.data)
         kept = self.config.real, self.config.held_out, self.config.num_real
-        return [*kept, data, self.extractor.name, self.extractor.weights_sha256]
+        return [*kept, self.data, self.extractor.name, self.extractor.weights_sha256]
 
     def _keep_statistics(self, source: Any) -> None:
         if self.config.real is not None:

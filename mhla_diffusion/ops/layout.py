@@ -130,11 +130,10 @@ class BlockLayout:
             places hold one, bool ``[M, m]``. For grids without extra tokens.
         """
         assert self.extra is None, "extra tokens lie beside no others"
-        margins = margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         there = torch.ones(1, 1, dtype=torch.bool, device=device)
         for tokens, count, size, beyond in zip(
-            self.grid, self.blocks, self.block_shape, margins, strict=True
+            self.grid, self.blocks, self.block_shape, self._margins(margin), strict=True
         ):
             place = torch.arange(count, device=device)
             first = place * (tokens // count) + place.clamp_max(tokens % count)
@@ -148,6 +147,14 @@ class BlockLayout:
             there = there[:, None, :, None] & inside[None, :, None, :]
             token, there = token.flatten(2).flatten(0, 1), there.flatten(2).flatten(0, 1)
         return token, there
+
+    def reach_size(self, margin: int | tuple[int, ...]) -> int:
+        """m of :meth:`reach`: places of the largest block with its margin, no more than the grid has."""
+        sides = zip(self.grid, self.block_shape, self._margins(margin), strict=True)
+        return math.prod(min(size + 2 * beyond, tokens) for tokens, size, beyond in sides)
+
+    def _margins(self, margin: int | tuple[int, ...]) -> tuple[int, ...]:
+        return margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
 
     def pack(self, x: Tensor) -> Tensor:
         """Grid order to blocks.

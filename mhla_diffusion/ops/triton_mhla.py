@@ -343,18 +343,20 @@ def _tile(
     most = (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32)
     channels = min(channels, most)
     wide = max(d, channels) > 64
+    precision = "ieee" if narrow else _precision(factors, tf32)
     if narrow and d <= 128:
         rows, warps, stages = _NARROW[name, wide]
     elif narrow:
         rows, warps, stages = 32, 8, 2
     else:
         rows = 32 if d <= 64 or (d <= 128 and name != "outer") else 16
-        warps, stages = 8 if wide else 4, 2
+        # Four warps of "rows" would spill most of what exact products of float32 hold.
+        warps, stages = 8 if wide or (name == "rows" and precision == "ieee") else 4, 2
     limited = narrow and d <= 128 and warps == 8 and torch.version.hip is None
     registers = {"maxnreg": _REGISTERS} if limited else {}
     return {
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "ieee" if narrow else _precision(factors, tf32),
+        "PRECISION": precision,
         "ROWS": rows, "D": d, "DV": channels, "TILES": -(-height // channels),
         "num_warps": warps, "num_stages": stages, **registers,
     }  # fmt: skip

@@ -107,6 +107,22 @@ def test_another_teacher_grid_or_setting_is_refused_by_name(
         align(teacher, calls, out, candidates={"mhla": MHLAConfig(blocks=2)}, config=FEW)
 
 
+def test_an_alignment_goes_on_that_is_older_than_a_setting_of_the_run(
+    teacher: Any, tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    out, few = tmp_path / "aligned", dataclasses.replace(FEW, steps=1)
+    path = str(write_run())
+    align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[0])
+    record = json.loads((out / "align.json").read_text())
+    del record["calls"]["objective"]["shift"], record["calls"]["data"]["flip"]
+    (out / "align.json").write_text(json.dumps(record))
+    align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[0])
+    shifted = str(write_run(objective={"shift": 2.0}))
+    (out / "align.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"calls: .*'shift': 1.0.* -> .*'shift': 2.0"):
+        align(teacher, open_calls(teacher, shifted), out, candidates=FORMS, config=few, layers=[0])
+
+
 def make_cache(teacher: Any, calls: NoiseCalls, folder: Path, fingerprint: str = "f") -> cache.CacheConfig:
     config = cache.CacheConfig(str(folder), fingerprint, calls.facts, tuple(attention_layers(teacher)), 4)
     cache.write_activations(teacher, calls, config)
