@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..attention import MHLAConfig
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
@@ -22,6 +24,7 @@ from ..planning import Plan, plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, train
 from ..training.checkpoints import list_checkpoints
+from ..training.config import as_dict, forbidden_changes
 from ..training.export import read_run_config
 from .align import align, load_candidates
 from .calls import TIME_BUCKETS, DataCalls
@@ -38,6 +41,12 @@ from .trial import Trial, prediction_error
 
 logger = logging.getLogger(__name__)
 
+RECORD = "experiment.json"
+# Settings that every student and every loss depend on. What alignment depends on is in align.json.
+_KEPT = (
+    "height", "width", "frames", "vae_stride", "steps", "batch_size", "learning_rate", "distillation",
+    "check", "calls",
+)  # fmt: skip
 # Behind the calls that layers were aligned on.
 _FIRST_CALL = 1_000_000
 # Candidates, and the words of variants that need them.
@@ -129,6 +138,7 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     forms = load_candidates(config.candidates)
     if missing := [form for form in _needed(config.variants) if form not in forms]:
         raise ValueError(f"{config.candidates} has {', '.join(forms)} and lacks {', '.join(missing)}")
+    in_first_process(lambda: _claim(out, config, run))
     scorer = Scorer(config, config.teacher, run, out) if config.num_samples else None
     teacher_folder = out / "teacher"
     if not (teacher_folder / "pipeline").is_dir():
@@ -152,6 +162,25 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     in_first_process(lambda: write_file(out / "results.md", table(content)))
     logger.info("Results: %s", out / "results.md")
     return content
+
+
+def _claim(out: Path, config: ExperimentConfig, run: Any) -> None:
+    """Write experiment.json, or make sure that the experiment in ``out`` and its teacher are the same."""
+    record = {name: value for name, value in as_dict(config).items() if name in _KEPT}
+    old = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else record
+    changes = [f"{key}: {old.get(key)} -> {value}" for key, value in record.items() if old.get(key) != value]
+    trained = out / "teacher" / "config.yaml"
+    if trained.is_file():
+        saved = yaml.safe_load(trained.read_text(encoding="utf-8"))
+        changes += [f"teacher: {change}" for change in forbidden_changes(saved, run)]
+        if (steps := saved["trainer"]["max_steps"]) != run.trainer.max_steps:
+            changes.append(f"teacher: trainer.max_steps: {steps} -> {run.trainer.max_steps}")
+    if changes:
+        raise ValueError(
+            f"{out} holds an experiment with other settings: choose another folder as out, or set these as "
+            "they were:\n  " + "\n  ".join(changes)
+        )
+    write_file(out / RECORD, json.dumps(record, indent=2))
 
 
 def _scored(

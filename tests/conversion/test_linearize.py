@@ -185,6 +185,16 @@ def test_the_experiment_compares_every_variant_and_goes_on(
     assert [len(found["seeds"]) for found in content["findings"].values()] == [2] * 9
     monkeypatch.setattr("mhla_diffusion.conversion.experiment.distil", lambda *_: pytest.fail("done already"))
     assert experiment(config) == content
+    for changes, message in (
+        ({"learning_rate": 0.5}, r"learning_rate: 0\.0001 -> 0\.5"),
+        (
+            {"teacher": str(write_run(model={**model, "dropout": 0.5}))},
+            r"teacher: model\.dropout: None -> 0\.5",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"out holds an experiment with other .*\n  {message}"):
+            experiment(replace(config, **changes))
+    write_run(model=model)
     assert "sampling" not in content
     check_that_scores_complete(config, content, monkeypatch, tmp_path)
 
