@@ -32,6 +32,7 @@ from ..backbones import (
 from ..hub import component_subfolder, load_component_config
 from .conditioning import Captions
 from .data import CachedLatents
+from .data.latents import PLAIN_AUTOENCODERS
 from .data.video_autoencoders import needs_tiles, size_in_pixels
 from .objectives import DDPM, Objective, ObjectiveConfig
 from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline
@@ -238,10 +239,14 @@ def require_cache(
             f"text.pipeline {pipeline} is not for {'videos' if videos else 'images'}: it must be one of "
             f"{', '.join(known)}, or empty"
         )
-    elif takers := [name for name, training in known.items() if given and training.given == given]:
-        raise ValueError(
-            f"{_OPTIONS[given]} is for {takers[0]} alone: set text.pipeline to that, got {pipeline!r}"
-        )
+    else:
+        special = not videos and type(vae).__name__ not in PLAIN_AUTOENCODERS
+        for name, training in known.items():
+            if (given and training.given == given) or (
+                special and type(vae).__name__ in training.autoencoders
+            ):
+                what = _OPTIONS[given] if given else f"an {type(vae).__name__}"
+                raise ValueError(f"{what} is for {name} alone: set text.pipeline to that, got {pipeline!r}")
 
 
 UNTRAINED: dict[type[Any], str] = {

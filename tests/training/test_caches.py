@@ -44,6 +44,7 @@ def cache(pipeline: str, vae: Any, size: tuple[int, int], folder: Path, *, video
         ("QwenImagePipeline", "kl", (64, 64), "decodes by an AutoencoderKLQwenImage, got an AutoencoderKL:"),
         ("LuminaPipeline", "qwen", (64, 64), "decodes by an AutoencoderKL, got an AutoencoderKLQwenImage:"),
         ("HunyuanDiTPipeline", "kl", (64, 72), "multiples of 16, but the data are of 64 x 72 pixels"),
+        ("", "qwen", (64, 64), "AutoencoderKLQwenImage is for QwenImagePipeline alone: set text.pipeline to"),
         ("LattePipeline", "kl", (64, 64), "LattePipeline is not for images: it must be one of Lumina"),
     ],
 )

@@ -79,8 +79,8 @@ def cache_latents(config: LatentCacheConfig) -> None:
     vae = load_vae(config.vae)
     sizes = sizes_of(config.data, (config.size, config.size))
     require_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
-    if config.text is not None:
-        require_cache(config.text.pipeline, vae, sizes, given="", videos=False)
+    pipeline = "" if config.text is None else config.text.pipeline
+    require_cache(pipeline, vae, sizes, given="", videos=False)
     images = ImageSamples(
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
