@@ -66,7 +66,8 @@ def parse_config(
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
         return config_class(**{name: values[name] for name in names}), values["resume"]
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(str(error)) from error
+        lists = "Expected a <class 'tuple'>" in str(error)
+        raise ValueError(f"{error}{'; a list is written [A, B], in quotes' if lists else ''}") from error
 
 
 def run_script(
