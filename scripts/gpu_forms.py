@@ -32,10 +32,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "window, one denominator": {"local": "shared"},
     "window, gate": {"local": "gate"},
     "window alone": {"local": "only"},
+    "window with a margin": {"local": "shared", "local_margin": 1},
     "routed blocks": {"local": "shared", "routed_blocks": 2},
     "all at once": {
         "mixing_per_head": True, "mixing_relative": True, "mixing_content": True, "extra_block": True,
-        "feature_map": "hedgehog", "local": "gate", "routed_blocks": 2,
+        "feature_map": "hedgehog", "local": "gate", "local_margin": 2, "routed_blocks": 2,
     },
 }  # fmt: skip
 # Tokens before and after those of the grid, for forms that have a block of them.
@@ -140,8 +141,9 @@ def _dense(
         weight = torch.full_like(q[0, :, 0, 0], torch.inf) if module.local is None else module.local
         form = "gate" if config.local == WINDOW_ONLY else config.local
         out = mhla_local_reference(
-            *features, v, mixing, layout, window=window, weight=weight, form=form, chosen=chosen, **options
-        )
+            *features, v, mixing, layout, window=window, weight=weight, form=form,
+            margin=config.local_margin, chosen=chosen, **options,
+        )  # fmt: skip
     return out.transpose(1, 2).flatten(2)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Nothing may reach for a hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from torch import Tensor
 
+from tests.extractors import quarters
 from tests.processes import free_port
 
 # Relative RMS error that a result in this dtype may have against the float64 reference.
@@ -44,6 +48,21 @@ def assert_close() -> Callable[..., None]:
         assert error <= TOLERANCE[dtype or actual.dtype], f"relative RMS error {error:.2e}"
 
     return check
+
+
+@pytest.fixture
+def clip_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The config of tests/saved/training-video, of random digits; clips are scored by their colours."""
+    from mhla_diffusion.evaluation.networks import videos
+    from mhla_diffusion.training.data import toys
+
+    digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
+    monkeypatch.setattr(videos, "_transnetv2", quarters)
+    folder = Path(__file__).parent / "saved" / "training-video"
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["text"]["encoder"] = str(folder / "text")
+    return values
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import yaml
 
 from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
-from ..conversion.real import open_source, require_real, write_samples, write_statistics
+from ..conversion.real import open_source, require_real, write_statistics_of
 from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
 from ..training.config import flat_dict, parse_config
@@ -174,9 +174,7 @@ class Samples(Task):
         source = open_source(self.real_config(Path()))
         require_real(self.num_real, source)
         if not (out / self.real_name).is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                write_samples(source, self.num_real, Path(folder))
-                write_statistics(self.open_set(folder), extractor, out / self.real_name)
+            write_statistics_of(source, self.num_real, self.open_set, extractor, out / self.real_name)
 
     @abstractmethod
     def load_extractor(self, device: str) -> FeatureExtractor:

@@ -14,8 +14,13 @@ Record = Mapping[str, Any]
 _Rows = Mapping[str, Sequence[Record]]
 _Losses = Mapping[str, Sequence[float]]
 
-# Most that a conversion may add to the loss, as a share of the teacher's.
-_HALF, _LOCAL = 0.01, 0.03
+# Variants of which something is wished, and the most that they may add to the loss, over the teacher's.
+_HALVES = {
+    "half, chosen": "half of the layers",
+    "half, chosen, wide": "half of the layers, with a wide window",
+}
+_WHOLES = {"all local": "all layers with a window", "all wide": "all layers with a wide window"}
+_MOST = {**dict.fromkeys(_HALVES, 0.01), **dict.fromkeys(_WHOLES, 0.03)}
 
 
 def findings(content: Record) -> dict[str, Any]:
@@ -36,13 +41,8 @@ def findings(content: Record) -> dict[str, Any]:
         if name != "teacher"
     }
     found = {
-        name: _finding(losses[variant], most=most)
-        for name, variant, most in (
-            (f"half of the layers: loss within {_HALF:.0%}", "half, chosen", _HALF),
-            (f"half of the layers, with a wide window: loss within {_HALF:.0%}", "half, chosen, wide", _HALF),
-            (f"all layers with a window: loss within {_LOCAL:.0%}", "all local", _LOCAL),
-            (f"all layers with a wide window: loss within {_LOCAL:.0%}", "all wide", _LOCAL),
-        )
+        f"{name}: loss within {_MOST[variant]:.0%}": _finding(losses[variant], most=_MOST[variant])
+        for variant, name in (_HALVES | _WHOLES).items()
         if variant in rows
     }
     return found | _forms(losses) | _patterns(losses) | _alignment(rows, losses) | _scored(rows)
@@ -92,10 +92,7 @@ def _scored(rows: _Rows) -> dict[str, Any]:
     """Whether half of the layers score within the teacher's interval, where they were scored."""
     found = {}
     for number, score in enumerate(_scores(rows.get("teacher", [{}])[0])):
-        for variant, name in (
-            ("half, chosen", "half of the layers"),
-            ("half, chosen, wide", "half of the layers, with a wide window"),
-        ):
+        for variant, name in _HALVES.items():
             if students := [its for its in rows.get(variant, []) if _scores(its)]:
                 values = [_scores(its)[number]["value"] for its in students]
                 wish = f"{name}: {score['name']} within the teacher's interval"

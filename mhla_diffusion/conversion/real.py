@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,21 @@ def require_real(number: int, source: Any) -> None:
         raise ValueError(f"num_real must be at most the {len(source)} held-out samples, got {number}")
 
 
-def write_samples(source: Any, number: int, folder: Path) -> None:
-    """Write samples evenly spaced in a source, each read once, as PNG or MP4 files into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for count, pixels in enumerate(_pixels(source, number)):
-        _write(pixels, folder / f"{count:06d}")
+def write_statistics_of(
+    source: Any, number: int, open_set: Callable[[Path], SampleSet], extractor: FeatureExtractor, path: Path
+) -> None:
+    """Write the statistics of samples evenly spaced in a source, which are PNG or MP4 files on the way."""
+    folder = path.with_suffix("")
+
+    def export() -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
+        folder.mkdir(parents=True)
+        for count, pixels in enumerate(_pixels(source, number)):
+            _write(pixels, folder / f"{count:06d}")
+
+    in_first_process(export)
+    write_statistics(open_set(folder), extractor, path)
+    in_first_process(lambda: shutil.rmtree(folder))
 
 
 def write_statistics(samples: SampleSet, extractor: FeatureExtractor, path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..processes import in_first_process
 from ..training import VideoTrainingConfig
 from ..training.config import flat_dict, parse_config
 from ..training.data.captions import texts_of
-from .real import open_source, require_real, write_samples, write_statistics
+from .real import open_source, require_real, write_statistics, write_statistics_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,18 +118,11 @@ class Scorer:
         return [*kept, self.data, self.extractor.name, self.extractor.weights_sha256]
 
     def _keep_statistics(self, source: Any) -> None:
+        open_set = partial(_open_set, run=self.run)
         if self.config.real is not None:
-            write_statistics(_open_set(self.config.real, self.run), self.extractor, self.real)
-            return
-        folder = self.real.with_suffix("")
-
-        def export() -> None:
-            shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
-            write_samples(source, self.config.num_real, folder)
-
-        in_first_process(export)
-        write_statistics(_open_set(folder, self.run), self.extractor, self.real)
-        in_first_process(lambda: shutil.rmtree(folder))
+            write_statistics(open_set(self.config.real), self.extractor, self.real)
+        else:
+            write_statistics_of(source, self.config.num_real, open_set, self.extractor, self.real)
 
     def __call__(self, pipeline: str, folder: Path) -> list[dict[str, Any]]:
         """Return the scores of a pipeline, kept in a folder of its own with its samples."""

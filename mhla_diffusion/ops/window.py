@@ -133,14 +133,15 @@ def window_attention(
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
-    far, score = (layout.pack(x) for x in (rest[0], rest[1][..., None])) if rest is not None else (None, None)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     # A mean would see later tokens.
     values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
     seen = _with_the_rest(seen, causal=causal, tokens=layout.block_size, device=q.device)
-    near, share = _with_one_more(queries, keys, values, score, seen)
-    if far is None or score is None:
+    if rest is None:
+        near, share = _with_one_more(queries, keys, values, None, seen)
         return layout.unpack(near + (1 - share) * centre)  # the share is 0, or 1 where no key is seen
+    far, score = layout.pack(rest[0]), layout.pack(rest[1][..., None])
+    near, share = _with_one_more(queries, keys, values, score, seen)
     out = near + share * (far - centre)
     # The gradient of the score, in float32, where the softmax would round both parts of a difference.
     slope = (share * (far - centre - out)).detach()

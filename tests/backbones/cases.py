@@ -39,8 +39,8 @@ Grid = tuple[int, ...]
 EVERY_PART: dict[str, Any] = {"gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero"}
 
 LEARNED: dict[str, Any] = {
-    "feature_map": "hedgehog", "center_keys": True, "local": "shared", "mixing_relative": True,
-    "mixing_content": True,
+    "feature_map": "hedgehog", "center_keys": True, "local": "shared", "local_margin": 1,
+    "mixing_relative": True, "mixing_content": True,
 }  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from mhla_diffusion.comparison.runs import left_out
 from mhla_diffusion.comparison.screen import Screen
 from mhla_diffusion.conversion.real import open_source
 from mhla_diffusion.evaluation.networks import images as networks
-from mhla_diffusion.evaluation.networks import videos as video_networks
 from mhla_diffusion.training.data import toys
 from tests.extractors import quarters
 
@@ -129,14 +128,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(task: Images, tmp_path:
 
 
 def test_clips_are_trained_generated_and_scored_by_the_same_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clip_training: dict[str, Any]
 ) -> None:
-    digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
-    monkeypatch.setattr(video_networks, "_transnetv2", quarters)
-    base = yaml.safe_load((SAVED / "training-video/config.yaml").read_text())
-    base["text"]["encoder"] = str(SAVED / "training-video/text")
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(clip_training))
     task = Videos(
         base=str(tmp_path / "base.yaml"), num_samples=3, num_real=4, calls=1, analyzed=1,
         training={"trainer.max_steps": 2, "sampling.num_inference_steps": 2},

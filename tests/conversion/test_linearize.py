@@ -120,7 +120,7 @@ def test_a_branch_is_off_inside_and_on_again_behind() -> None:
         torch.testing.assert_close(windows(**calls(0)).sample, near)
     with without(model, "window"):
         alone = model(**calls(0)).sample
-    shared = {**LOCAL["mhla"].to_dict(), "routed_blocks": 1}
+    shared = {**LOCAL["mhla"].to_dict(), "local_margin": 1, "routed_blocks": 1}
     routed = make_teacher(attention="mhla", mhla_config=shared)
     routed.load_state_dict(model.state_dict())
     assert not torch.allclose(routed(**calls(0)).sample, before)

@@ -8,18 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from mhla_diffusion.conversion.experiment import ExperimentConfig
 from mhla_diffusion.conversion.scores import ScoreConfig, Scorer
 from mhla_diffusion.evaluation.networks import images as image_networks
-from mhla_diffusion.evaluation.networks import videos as video_networks
 from mhla_diffusion.evaluation.scores.frechet import FeatureStatistics
 from mhla_diffusion.training import train
 from mhla_diffusion.training.config import parse_config
-from mhla_diffusion.training.data import toys
 from mhla_diffusion.training.export import read_run_config
 from tests.extractors import quarters
 
@@ -27,16 +24,11 @@ SAVED = Path(__file__).parents[1] / "saved"
 
 
 def test_clips_are_made_of_held_out_captions_and_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clip_training: dict[str, Any]
 ) -> None:
-    digits = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
-    monkeypatch.setattr(toys, "load_mnist", lambda: (digits, np.arange(20) % 10))
-    monkeypatch.setattr(video_networks, "_transnetv2", quarters)
-    base = yaml.safe_load((SAVED / "training-video/config.yaml").read_text())
-    base["text"]["encoder"] = str(SAVED / "training-video/text")
-    base["trainer"]["max_steps"] = 1
-    base["sampling"] = {"num_inference_steps": 1, "prompts": ["digit 3"]}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
+    clip_training["trainer"]["max_steps"] = 1
+    clip_training["sampling"] = {"num_inference_steps": 1, "prompts": ["digit 3"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(clip_training))
     run: Any = replace(read_run_config(tmp_path / "run.yaml"), output_dir=str(tmp_path / "trained"))
     train(run)
     config = ScoreConfig(

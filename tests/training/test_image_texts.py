@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline, MHLATextToImagePipeline
 from mhla_diffusion.training import (
@@ -32,6 +31,7 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.data import CachedLatents, ImageSamples, open_images
 from mhla_diffusion.training.text import image_caption_encoder, load_text_encoder
+from tests.weights import weights
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -76,10 +76,6 @@ def settings(pictures: Path, text: TextConfig) -> dict[str, Any]:
         },
         "sampling": {"every": 4, "prompts": ["aa", "it"], "images_per_class": 2, "num_inference_steps": 2},
     }  # fmt: skip
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_run_in_two_sizes_leaves_a_pipeline_and_a_resumed_one_the_same(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline
-from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from mhla_diffusion import MHLAPipeline
@@ -34,6 +33,7 @@ from mhla_diffusion.training.data import CachedLatents, MovingDigitsConfig
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
 from tests.text_encoders import make_kandinsky_parts
+from tests.weights import weights
 
 NAME = "Kandinsky5T2VPipeline"
 # The template before prompts is of 600 letters more than the 128 tokens that the pipeline leaves out.
@@ -81,10 +81,6 @@ def run_of(folder: Path, output_dir: Path, **changes: Any) -> VideoTrainingConfi
     return VideoTrainingConfig(**{**settings, **changes})
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize(
     "trained", [{"trainable": "all"}, {"trainable": "attention"}, {"lora": LoraConfig(rank=2)}], ids=str
 )
@@ -95,7 +91,7 @@ def test_it_is_trained_and_goes_on_to_the_bit(trained: dict[str, Any], base: Pat
     again = dataclasses.replace(run, output_dir=str(tmp_path / "again"))
     assert train_video(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
     before = weights(base / "base")
-    whole, resumed = (weights(tmp_path / name / "pipeline") for name in ("run", "again"))
+    whole, resumed = (weights(tmp_path / name) for name in ("run", "again"))
     assert all(torch.equal(whole[key], resumed[key]) for key in before)
     changed = {key for key in before if not torch.equal(before[key], whole[key])}
     layers = {key for key in before if ".self_attention." in key}

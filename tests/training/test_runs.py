@@ -13,18 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.training.launcher import warn_of_idle_cores
 from tests.processes import Script
+from tests.weights import weights
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Losses = Callable[[Path], list[float]]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def check_same_weights(first: Path, second: Path) -> None:

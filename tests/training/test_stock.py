@@ -22,7 +22,6 @@ from diffusers import (
     AutoencoderKLWan,
 )
 from PIL import Image
-from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones import BACKBONES
@@ -60,6 +59,7 @@ from mhla_diffusion.training.text import STOCK_PIPELINES, load_caption_encoders,
 from tests.backbones.cases import CASES
 from tests.pipelines.test_diffusers_pipelines import NothingUnsafe
 from tests.text_encoders import make_qwen_parts
+from tests.weights import weights
 
 KL: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -201,15 +201,11 @@ def run_of(trained: Trained, text: TextConfig, folder: Path, **changes: Any) -> 
     return VideoTrainingConfig(model=VideoModelConfig(init_from=init_from), data=video, **common)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
 def check_run(run: Any, folder: Path, name: str, **guard: Any) -> Any:
     """Check losses and weights of a finished run of self-attention, and return its pipeline."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(torch.tensor(json.loads(line)["loss"]).isfinite() for line in lines)
-    before, after = weights(folder / "model"), weights(folder / "run" / "pipeline" / "transformer")
+    before, after = weights(folder / "model"), weights(folder / "run")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys()
     layer = "attn" if name == "QwenImagePipeline" else "attn1"
@@ -315,7 +311,7 @@ def test_adapters_are_trained_and_shown_on_sheets_and_read_back_and_a_run_goes_o
     check_sheet(trained, tmp_path / "run" / "samples" / "step-00000002")
     again = dataclasses.replace(run, output_dir=str(tmp_path / "again"))
     assert train(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
-    whole, resumed = (weights(tmp_path / name / "pipeline" / "transformer") for name in ("run", "again"))
+    whole, resumed = (weights(tmp_path / name) for name in ("run", "again"))
     before = weights(tmp_path / "model")
     assert all(torch.equal(whole[key], resumed[key]) for key in before)
     changed = {key for key in before if not torch.equal(before[key], whole[key])}
@@ -365,7 +361,7 @@ def test_all_weights_are_trained_on_what_is_cached_with_a_sheet_of_guided_sample
     assert trainer_of(trained)(run) == 0
     sheet = tmp_path / "run" / "samples" / "step-00000002"
     check_sheet(trained, sheet)
-    before, after = (weights(tmp_path / name) for name in ("model", "run/pipeline/transformer"))
+    before, after = (weights(tmp_path / name) for name in ("model", "run"))
     unchanged = {key for key in before if torch.equal(before[key], after[key])}
     # The last block of Qwen-Image makes a text that nothing reads.
     last = r"transformer_blocks\.1\.(attn\.(to_add_out|norm_added_q|add_q_proj)|txt_)"

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiTPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones.denoising import denoise
@@ -35,6 +34,7 @@ from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipel
 from tests.backbones.cases import CASES, randomize
 from tests.text_encoders import make_hunyuan_parts
 from tests.training.test_stock import KL
+from tests.weights import weights
 
 NAME = "HunyuanDiTPipeline"
 SHAPE = {"cross_attention_dim": 16, "cross_attention_dim_t5": 24, "text_len": 77, "text_len_t5": 256}
@@ -96,10 +96,6 @@ def run_of(folder: Path, output_dir: Path, **changes: Any) -> ImageTrainingConfi
     return ImageTrainingConfig(**{**settings, **changes})
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
 @torch.no_grad()
 def check_call(model: Any, call: dict[str, Any]) -> None:
     """Compare a call of the pipeline with the one that training makes of the same samples, time and texts."""
@@ -128,7 +124,7 @@ def test_it_is_trained_goes_on_to_the_bit_and_leaves_its_pipeline(
     assert train_image(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000001")) == 0
     assert (tmp_path / "run" / "lora").is_dir() == ("lora" in trained)
     before = weights(base / "base")
-    whole, resumed = (weights(tmp_path / name / "pipeline") for name in ("run", "again"))
+    whole, resumed = (weights(tmp_path / name) for name in ("run", "again"))
     assert before.keys() == whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in before)
     changed = {key for key in before if not torch.equal(before[key], whole[key])}

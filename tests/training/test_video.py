@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline, MHLAWanTransformer3DModel
 from mhla_diffusion.files.videos import open_video
@@ -25,6 +24,7 @@ from mhla_diffusion.training import (
     VideoTrainingConfig,
 )
 from mhla_diffusion.training.video import build_model
+from tests.weights import weights
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,10 +53,6 @@ def settings(tmp_path: Path, text_parts: dict[str, Any]) -> dict[str, Any]:
         },
         "sampling": {"every": 3, "prompts": ["digit 3 moving up"], "num_inference_steps": 2},
     }  # fmt: skip
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_run_leaves_a_pipeline_and_a_resumed_one_the_same(run_video: Run, tmp_path: Path) -> None:

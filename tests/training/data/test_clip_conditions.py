@@ -9,7 +9,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import AutoencoderKL, WanVACEPipeline
-from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from mhla_diffusion.files.videos import open_video
@@ -31,6 +30,7 @@ from mhla_diffusion.training.data.clip_conditions import Controls, ControlTask, 
 from mhla_diffusion.training.data.latents import load_vae
 from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from tests.backbones.cases import CASES
+from tests.weights import weights
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -61,11 +61,6 @@ def run_of(cache: VideoLatentCacheConfig, **changes: Any) -> VideoTrainingConfig
         "output_dir": str(folder.parent / "run"),
     }  # fmt: skip
     return VideoTrainingConfig(**(settings | changes))
-
-
-def weights(run: VideoTrainingConfig) -> dict[str, torch.Tensor]:
-    folder = Path(run.output_dir) / "pipeline" / "transformer"
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("task", get_args(ControlTask))
@@ -136,8 +131,8 @@ def test_a_run_leaves_a_pipeline_that_is_given_the_control_of_training(
     run = run_of(cache, sampling=sampling, trainable="attention")
     assert train_video(run) == 0
     assert open_video(Path(run.output_dir) / "samples" / "step-00000002.mp4").num_frames == 5
-    before = load_file(Path(run.model.init_from or "") / "diffusion_pytorch_model.safetensors")
-    changed = {name for name, weight in weights(run).items() if not torch.equal(weight, before[name])}
+    before, after = weights(run.model.init_from or ""), weights(run.output_dir)
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert all(".attn1." in name for name in changed)
     assert "vace_blocks.0.attn1.processor.mixing" in changed
     card = (Path(run.output_dir) / "pipeline" / "README.md").read_text()
@@ -173,9 +168,9 @@ def test_adapters_are_trained_and_a_run_goes_on_to_the_bit(cache: VideoLatentCac
     assert train_video(run) == 0
     again = dataclasses.replace(run, output_dir=f"{run.output_dir}-again")
     assert train_video(again, resume=f"{run.output_dir}/checkpoints/step-00000001") == 0
-    whole, resumed = weights(run), weights(again)
+    whole, resumed = weights(run.output_dir), weights(again.output_dir)
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    before = load_file(Path(run.model.init_from or "") / "diffusion_pytorch_model.safetensors")
+    before = weights(run.model.init_from or "")
     assert not torch.equal(before["vace_blocks.0.ffn.net.2.weight"], whole["vace_blocks.0.ffn.net.2.weight"])
 
 

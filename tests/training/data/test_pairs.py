@@ -12,7 +12,6 @@ import torch
 from diffusers import ChronoEditPipeline
 from diffusers.utils import load_image
 from PIL import Image
-from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from mhla_diffusion.files.videos import UnreadableVideoError, open_video
@@ -34,6 +33,7 @@ from mhla_diffusion.training.data.latents import load_vae
 from mhla_diffusion.training.data.pairs import PicturePairs
 from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from tests.backbones.cases import CASES
+from tests.weights import weights
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -79,11 +79,6 @@ def run_of(cache: VideoLatentCacheConfig, **changes: Any) -> VideoTrainingConfig
         "output_dir": str(folder / "run"),
     }  # fmt: skip
     return VideoTrainingConfig(**(settings | changes))
-
-
-def weights(run: VideoTrainingConfig) -> dict[str, torch.Tensor]:
-    folder = Path(run.output_dir) / "pipeline" / "transformer"
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_pair_is_a_clip_of_two_frames(pairs: Path) -> None:
@@ -151,8 +146,8 @@ def test_a_run_sees_the_picture_and_leaves_a_pipeline_that_is_given_the_same(
 
     assert train_video(run) == 0
     assert open_video(Path(run.output_dir) / "samples" / "step-00000002.mp4").num_frames == 5
-    before = load_file(Path(run.model.init_from or "") / "diffusion_pytorch_model.safetensors")
-    changed = {name for name, weight in weights(run).items() if not torch.equal(weight, before[name])}
+    before, after = weights(run.model.init_from or ""), weights(run.output_dir)
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert "blocks.0.attn1.processor.mixing" in changed
     assert all(".attn1." in name for name in changed)
 
@@ -180,9 +175,9 @@ def test_adapters_are_trained_on_ends_of_clips_and_a_run_goes_on_to_the_bit(
     assert train_video(run) == 0
     again = dataclasses.replace(run, output_dir=f"{run.output_dir}-again")
     assert train_video(again, resume=f"{run.output_dir}/checkpoints/step-00000001") == 0
-    whole, resumed = weights(run), weights(again)
+    whole, resumed = weights(run.output_dir), weights(again.output_dir)
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    before = load_file(Path(run.model.init_from or "") / "diffusion_pytorch_model.safetensors")
+    before = weights(run.model.init_from or "")
     assert not torch.equal(before["blocks.0.ffn.net.2.weight"], whole["blocks.0.ffn.net.2.weight"])
 
 
