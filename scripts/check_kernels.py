@@ -4,9 +4,10 @@ python scripts/check_kernels.py              # every target, dtype and width: ab
 python scripts/check_kernels.py --few        # what the tests check: under a minute
 
 Launches are recorded on meta tensors and compiled with the specialisation of the launcher. What is checked:
-each compiles, fits the shared memory of the GPU, spills next to nothing, reads no 2 bytes at a time where
-rows are aligned, and takes no more instructions in its loop for each token than its budget. And bytes that
-forward and backward move, operations of torch among them, are within their limits at the shapes of models.
+each compiles, fits the shared memory of the GPU, spills nothing (exact float32 next to nothing), reads no 2
+bytes at a time where rows are aligned, and takes no more instructions in its loop for each token than its
+budget. And bytes that forward and backward move, operations of torch among them, are within their limits at
+the shapes of models.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -70,35 +73,41 @@ SHAPES = [
     Case("1M", 64, 1, (1024, 1024), (16, 16)),
 ]
 
-DIT, WAN = SHAPES[:2]
+DIT, WAN, _, MILLION = SHAPES
 WIDE, EXACT, SMALL = (
     Case(f"d {d}, {t}", d, 8, (64, 64), (4, 4), True, t)
     for d, t in ((256, "bf16"), (128, "fp32"), (64, "fp32"))
 )
-ALL = ("centre", "outer", "inner", "rows", "outer of quotients", "inner of quotients", "rows of quotients")
+ALL = ("centre", "outer", "inner", "queries", "keys", "outer of quotients")
+BACKWARD = ALL[3:]
 # What the tests compile, a second each: the largest kernels for all targets, all kernels for one.
 FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
     (DIT, 90, ALL),
     (WAN, 90, ALL[1:]),
-    (WAN, 80, ("rows of quotients",)),
-    (EXACT, 86, ("outer", "rows of quotients")),
-    (SMALL, 90, ("rows of quotients",)),
-    (WIDE, 120, ("inner of quotients", "rows of quotients")),
-    (WAN, 100, ("outer of quotients",)),
-    (DIT, "gfx942", ("outer of quotients", "rows of quotients")),
+    (MILLION, 90, BACKWARD),
+    (SMALL, 90, ("outer", "queries")),
+    (WAN, 80, ("inner", "keys", "outer of quotients")),
+    (EXACT, 86, ("outer", "keys")),
+    (WIDE, 120, ("inner", "keys")),
+    (DIT, 100, ("inner", "keys")),
+    (DIT, "gfx942", ("keys", "outer of quotients")),
 ]
 # Instructions that warps may issue in the loop for each token and head, at compute capability 9.0.
 BUDGET = {
     (case.name, name): budget
-    for case, budgets in ((DIT, (65, 60, 55, 125, 85, 80, 140)), (WAN, (65, 65, 60, 85, 95, 85, 120)))
+    for case, budgets in (
+        (DIT, (65, 60, 80, 140, 85, 80)),
+        (WAN, (65, 65, 85, 120, 105, 95)),
+        (MILLION, (10, 30, 35, 75, 40, 45)),
+    )
     for name, budget in zip(ALL, budgets, strict=True)
 }
 # Bytes that forward and backward may move, over the least.
 MOST_MOVED = {
-    "DiT-XL 16k": (1.35, 1.7), "Wan 31.5k": (1.8, 2.2), "SANA-V 31.5k": (1.55, 1.9), "1M": (1.15, 1.4),
+    "DiT-XL 16k": (1.35, 1.7), "Wan 31.5k": (1.75, 2.2), "SANA-V 31.5k": (1.5, 1.95), "1M": (1.1, 1.1),
 }  # fmt: skip
-# Bytes a thread, within which nothing of a loop is.
-MOST_SPILLED, MOST_SPILLED_AMD = 64, 256
+# Bytes a thread, of exact products of float32; others spill nothing.
+MOST_SPILLED = 32
 
 
 class Launch(NamedTuple):
@@ -111,29 +120,27 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Launches are noted instead of made."""
+def recorded(target: int | str = 90) -> Iterator[list[Launch]]:
+    """Launches are noted instead of made, as they would be on such a GPU."""
     launches: list[Launch] = []
-    originals = {
-        name: getattr(triton_kernels, name) for name in dir(triton_kernels) if name.endswith("_kernel")
-    }
 
     class Recorder:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *arguments, **options: launches.append(
                 Launch(self.kernel, grid, arguments, options)
             )
 
-    for name, kernel in originals.items():
-        setattr(triton_kernels, name, Recorder(kernel))
-    try:
+    names = [name for name in dir(triton_kernels) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in names}
+    major = 0 if isinstance(target, str) else target // 10
+    with (
+        mock.patch.multiple(triton_kernels, **recorders),
+        mock.patch.object(triton_mhla, "_major", return_value=major),
+    ):
         yield launches
-    finally:
-        for name, kernel in originals.items():
-            setattr(triton_kernels, name, kernel)
 
 
 class Moved(TorchDispatchMode):
@@ -164,7 +171,7 @@ def bytes_moved(launch: Launch) -> int:
     return 0 if name_of(launch) == "centre" else bytes_of((launch.arguments, launch.options))
 
 
-def passes_of(case: Case, *, batch: int = 1) -> Iterator[tuple[list[Launch], int]]:
+def passes_of(case: Case, target: int | str = 90, *, batch: int = 1) -> Iterator[tuple[list[Launch], int]]:
     """What a forward and what a backward launches, and the bytes that each of them moves."""
     layout, dtype = BlockLayout(case.grid, case.blocks), DTYPES[case.dtype]
     shape = batch, layout.num_tokens, case.heads, case.d
@@ -174,26 +181,31 @@ def passes_of(case: Case, *, batch: int = 1) -> Iterator[tuple[list[Launch], int
     mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
     keys = dataclasses.replace(features, mask=mask)
     mixing = torch.empty(layout.num_blocks, layout.num_blocks, device="meta")
-    with recorded() as launches, Moved() as moved:
+    with recorded(target) as launches, Moved() as moved:
         summaries, sums, centre = triton_mhla.summarize(k, v, layout, keys)
         out, den = triton_mhla.read(q, summaries, sums, centre, mixing, layout, features, dtype)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
-    with recorded() as launches, Moved() as moved:
+    with recorded(target) as launches, Moved() as moved:
         triton_mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
         triton_mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
 
 
-def launches_of(case: Case, *, batch: int = 1) -> list[Launch]:
+def launches_of(case: Case, target: int | str = 90, *, batch: int = 1) -> list[Launch]:
     """What a forward and a backward launch."""
-    return [launch for launches, _ in passes_of(case, batch=batch) for launch in launches]
+    return [launch for launches, _ in passes_of(case, target, batch=batch) for launch in launches]
 
 
 def traffic_of(case: Case) -> list[float]:
-    """Bytes that forward and backward move, over the least: q, k, v and the output once, and twice that."""
+    """Bytes that forward and backward move, over the least.
+
+    That is q, k, v and the output, and, as no output is read, q, k, v and four gradients.
+    Whatever one kernel writes and another reads is counted twice, as if no cache kept it; what one kernel
+    reads is counted once.
+    """
     launches_of(case)  # makes the order of the tokens, which is kept
     tokens = case.heads * case.d * math.prod(case.grid) * DTYPES[case.dtype].itemsize
-    return [moved / (4 * number * tokens) for number, (_, moved) in enumerate(passes_of(case), 1)]
+    return [moved / (least * tokens) for least, (_, moved) in zip((4, 7), passes_of(case), strict=True)]
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
@@ -290,11 +302,11 @@ def longest_loop(assembly: str) -> int:
 def faults_of(cost: Cost, launch: Launch, target: int | str, budget: float | None) -> list[str]:
     """What is wrong with a compiled kernel."""
     limit = SHARED["gfx" if isinstance(target, str) else target]
+    exact = launch.options.get("OPERAND") == tl.float32 and launch.options["PRECISION"] == "ieee"
     aligned = launch.options.get("X_VEC", 1) == launch.options.get("V_VEC", 1) == 8
     checks = {
         f"{cost.shared} bytes of shared memory, of {limit}": cost.shared > limit,
-        f"{cost.spilled} bytes spilled": cost.spilled
-        > (MOST_SPILLED_AMD if isinstance(target, str) else MOST_SPILLED),
+        f"{cost.spilled} bytes spilled": cost.spilled > (MOST_SPILLED if exact else 0),
         f"{cost.narrow_loads} loads of 2 bytes": aligned and cost.narrow_loads > 0,
         f"{cost.instructions:.0f} instructions a token, budget {budget}": budget is not None
         and target == 90
@@ -304,7 +316,7 @@ def faults_of(cost: Cost, launch: Launch, target: int | str, budget: float | Non
 
 
 def name_of(launch: Launch) -> str:
-    """The kernel, and whether it works for the queries of the backward or of the forward."""
+    """The kernel, and whether it works for queries of the backward."""
     name = launch.kernel.fn.__name__.removesuffix("_kernel")
     return f"{name} of quotients" if launch.options.get("QUOTIENT") else name
 
@@ -327,7 +339,7 @@ def check(cases: Iterable[tuple[Case, int | str, tuple[str, ...]]]) -> int:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     faults, seen = 0, set()
     for case, target, names in cases:
-        for launch in launches_of(case):
+        for launch in launches_of(case, target):
             key = target, name_of(launch), str(source_of(launch)[0].hash()), str(launch.options)
             if key in seen or name_of(launch) not in names:
                 continue

@@ -108,6 +108,29 @@ def _summary(summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WID
     return summaries + start + channel[:, None] * WIDTH + column[None, :], valid
 
 
+@triton.jit
+def _matrix(
+    summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of a summary, as a factor of products."""
+    place, valid = _summary(summaries, at, stride, channel, column, CHANNELS, WIDTH)
+    return _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
+
+
+@triton.jit
+def _values(v, token, stride, channel, counts, CHANNELS: tl.constexpr, VEC: tl.constexpr):
+    """A tile of the rows of v that count. What others hold must not matter: 0 times NaN is NaN."""
+    valid = counts[:, None] & (channel[None, :] < CHANNELS)
+    return tl.load(v + _places(token, stride, channel, VEC), valid, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _folded(x, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr):
+    """Sums of every KEPT-th row, [KEPT, D]: what a loop adds up in few registers, and without a shuffle."""
+    return tl.sum(tl.reshape(x, (ROWS // KEPT, KEPT, D)), 0)
+
+
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])
 def centre_kernel(
     v, centre, mask, v_b, v_h, v_n, v_d, mask_b, mask_n, heads, tokens, step,
@@ -148,7 +171,8 @@ def outer_kernel(
     QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr,
     FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
-    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    V_VEC: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Summaries of values and features of x, and the sums of features.
 
@@ -161,7 +185,7 @@ def outer_kernel(
     if CENTRED:
         middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
     total = tl.zeros((DV, D), tl.float32)
-    features = tl.zeros((ROWS, D), tl.float32)
+    features = tl.zeros((KEPT, D), tl.float32)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
@@ -173,24 +197,21 @@ def outer_kernel(
         real = inside[:, None] & (column[None, :] < WIDTH)
         plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
         plain = tl.where(counts[:, None], _phi(plain, column, eps, WIDTH, D, FEATURE_MAP), 0.0)
-        # What a masked value holds must not matter: 0 times NaN is NaN.
-        values = tl.load(
-            v + _places(token, v_n, channel, V_VEC), counts[:, None] & (channel[None, :] < CHANNELS), 0.0
-        )
+        values = _values(v, token, v_n, channel, counts, CHANNELS, V_VEC)
         if QUOTIENT:
             at = (b * heads + h) * tokens + token
-            values = values.to(tl.float32) / tl.load(den + at, inside, 1.0)[:, None]
-            features += plain * tl.load(den_grad + at, inside, 0.0)[:, None]
+            values = values / tl.load(den + at, inside, 1.0)[:, None]
+            features += _folded(plain * tl.load(den_grad + at, inside, 0.0)[:, None], ROWS, KEPT, D)
         else:
             if NORMALIZED:
-                features += plain
+                features += _folded(plain, ROWS, KEPT, D)
             if CENTRED:
-                values = values.to(tl.float32) - middle[None, :]
+                values = values - middle[None, :]
         rotated = plain
         if ROTARY:
             cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
             rotated = _turn(plain, cos, sin, ROWS, D)
-        factor = _operand(values.to(tl.float32), OPERAND, PRECISION)
+        factor = _operand(values, OPERAND, PRECISION)
         total = tl.dot(
             tl.trans(factor), _operand(rotated, OPERAND, PRECISION), total, input_precision=PRECISION
         )
@@ -203,23 +224,21 @@ def outer_kernel(
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
 def inner_kernel(
-    x, out, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
-    x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, mask_b, mask_n, summary_stride, sums_stride,
-    heads, blocks, parts, tokens, eps,
-    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, SATURATE: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
-    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    x, v, summaries, sums, centre, den, order, starts, rotary, x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n,
+    summary_stride, sums_stride, heads, blocks, parts, tokens, eps,
+    NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, SATURATE: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Products of features of x and summaries; QUOTIENT: over the denominators, which are stored too."""
+    """Write to v products of features of x and summaries; over the denominators, which are stored too."""
     b, h, tile, block, _part, first, last = _place(starts, heads, blocks, parts, TILES, ROWS)
     column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
-    out += tl.multiple_of(b * v_b + h * v_h, V_VEC)
+    v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     at = (b * heads + h) * blocks + block
-    place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
-    matrix = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
-    if QUOTIENT:
+    matrix = _matrix(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION)
+    if NORMALIZED:
         z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
     if CENTRED:
         middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
@@ -230,19 +249,16 @@ def inner_kernel(
         inside = slot < last
         token = following.to(tl.int64)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
-        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
         real = inside[:, None] & (column[None, :] < WIDTH)
         plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
         plain = _phi(plain, column, eps, WIDTH, D, FEATURE_MAP)
-        if MASK:
-            plain = tl.where(counts[:, None], plain, 0.0)
         rotated = plain
         if ROTARY:
             cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
             rotated = _turn(plain, cos, sin, ROWS, D)
         factor = _operand(rotated, OPERAND, PRECISION)
         product = tl.dot(factor, tl.trans(matrix), input_precision=PRECISION)
-        if QUOTIENT:
+        if NORMALIZED:
             denominator = tl.sum(plain * z[None, :], 1)
             # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
             blind = denominator == 0
@@ -256,35 +272,130 @@ def inner_kernel(
             product = tl.maximum(product, -65504.0, propagate_nan=tl.PropagateNan.ALL)
             product = tl.minimum(product, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         written = inside[:, None] & (channel[None, :] < CHANNELS)
-        tl.store(out + _places(token, v_n, channel, V_VEC), product.to(out.dtype.element_ty), written)
+        tl.store(v + _places(token, v_n, channel, V_VEC), product.to(v.dtype.element_ty), written)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
-def rows_kernel(
-    x, v, grad, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
-    x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, r_b, r_h, r_n, mask_b, mask_n,
-    summary_stride, sums_stride, heads, blocks, parts, tokens, eps,
-    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
-    V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+def queries_kernel(
+    x, v, dx, summaries, sums, matrix_grads, sum_grads, den, den_grad, order, starts, rotary,
+    x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, r_b, r_h, r_n, summary_stride, sums_stride,
+    heads, blocks, parts, tokens, eps,
+    FUSED: tl.constexpr, NORMALIZED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x, where summaries and v multiply its features.
+    """Gradient of queries x, where v is the gradient g of the output, and, FUSED, of their summaries S.
 
-    QUOTIENT: v is the gradient g of ``o = n / den``. With ``u = S^T g / den`` the features get
+    NORMALIZED: the output is ``o = n / den``. With ``u = S^T g / den`` the features f get
     ``u - (f . u / den) z``: g . o is f . u, so that no o is read, and what is left is orthogonal to f.
+    Where ``outer`` is to find the gradient of S, that of den is stored for it.
     """
-    b, h, _tile, block, _part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
-    column = tl.arange(0, D)
+    b, h, _tile, block, part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
+    column, all_channels = tl.arange(0, D), tl.arange(0, DV)
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
-    grad += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
+    dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
     at = (b * heads + h) * blocks + block
     if NORMALIZED:
         z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
     if TILES == 1:
-        place, valid = _summary(summaries, at, summary_stride, tl.arange(0, DV), column, CHANNELS, WIDTH)
-        whole = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
+        matrix = _matrix(
+            summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
+        )
+    if FUSED:
+        total = tl.zeros((DV, D), tl.float32)
+        weighted = tl.zeros((KEPT, D), tl.float32)
+    slot = first + tl.arange(0, ROWS)
+    following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
+    for row in range(first, last, ROWS):
+        slot = row + tl.arange(0, ROWS)
+        inside = slot < last
+        token = following.to(tl.int64)
+        following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
+        real = inside[:, None] & (column[None, :] < WIDTH)
+        if TILES == 1:
+            values = _values(v, token, v_n, all_channels, inside, CHANNELS, V_VEC)
+            factor = _operand(values, OPERAND, PRECISION)
+            plain = tl.dot(factor, matrix, input_precision=PRECISION)
+        else:
+            plain = tl.zeros((ROWS, D), tl.float32)
+            for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
+                channel = tile * DV + all_channels
+                matrix = _matrix(
+                    summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
+                )
+                values = _values(v, token, v_n, channel, inside, CHANNELS, V_VEC)
+                factor = _operand(values, OPERAND, PRECISION)
+                plain = tl.dot(factor, matrix, plain, input_precision=PRECISION)
+        if ROTARY:
+            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            plain = _turn(plain, cos, -sin, ROWS, D)
+        rows = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
+        features = _phi(rows, column, eps, WIDTH, D, FEATURE_MAP)
+        if NORMALIZED:
+            at_token = (b * heads + h) * tokens + token
+            inverse = 1.0 / tl.load(den + at_token, inside, 1.0)
+            plain = plain * inverse[:, None]
+            weight = -tl.sum(features * plain, 1) * inverse
+            plain += weight[:, None] * z[None, :]
+            if FUSED:
+                weighted += _folded(features * weight[:, None], ROWS, KEPT, D)
+            else:
+                tl.store(den_grad + at_token, weight, inside)
+        result = _phi_backward(plain, rows, features, FEATURE_MAP)
+        tl.store(dx + _places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+        if FUSED:
+            if ROTARY:
+                features = _turn(features, cos, sin, ROWS, D)
+            if NORMALIZED:
+                features = features * inverse[:, None]
+            turned = _operand(features, OPERAND, PRECISION)
+            total = tl.dot(tl.trans(factor), turned, total, input_precision=PRECISION)
+    if FUSED:
+        at = at * parts + part
+        place, valid = _summary(matrix_grads, at, summary_stride, all_channels, column, CHANNELS, WIDTH)
+        tl.store(place, total.to(matrix_grads.dtype.element_ty), valid)
+        if NORMALIZED:
+            tl.store(sum_grads + at * sums_stride + column, tl.sum(weighted, 0), column < WIDTH)
+
+
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "eps"])
+def keys_kernel(
+    x, v, dx, dv, summaries, sums, centre, order, starts, rotary, mask,
+    x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, dv_b, dv_h, dv_n, r_b, r_h, r_n, mask_b, mask_n,
+    summary_stride, sums_stride, heads, blocks, parts, eps,
+    NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
+    MASK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys x and values v, from those of their summaries.
+
+    What the second product needs is computed, or read from a cache, after the first is done, so that
+    registers hold one of them at a time.
+    """
+    b, h, _tile, block, _part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
+    column, all_channels = tl.arange(0, D), tl.arange(0, DV)
+    x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
+    v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
+    dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
+    dv += tl.multiple_of(b * dv_b + h * dv_h, V_VEC)
+    at = (b * heads + h) * blocks + block
+    if TILES == 1:
+        matrix = _matrix(
+            summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
+        )
+    if CENTRED:  # (v - m) S = v S - m S, which leaves v in few digits, as it is
+        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+        for tile in range(0, TILES):
+            channel = tile * DV + all_channels
+            if TILES > 1:
+                matrix = _matrix(
+                    summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
+                )
+            middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+            z -= tl.sum(middle[:, None] * matrix.to(tl.float32), 0)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
@@ -293,40 +404,40 @@ def rows_kernel(
         token = following.to(tl.int64)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
-        rotated = tl.zeros((ROWS, D), tl.float32)
-        for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
-            channel = tile * DV + tl.arange(0, DV)
-            values = tl.load(
-                v + _places(token, v_n, channel, V_VEC), counts[:, None] & (channel[None, :] < CHANNELS), 0.0
-            )
-            if CENTRED:
-                middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
-                values = values.to(tl.float32) - middle[None, :]
-            if TILES == 1:
-                matrix = whole
-            else:
-                place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
-                matrix = _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
-            factor = _operand(values.to(tl.float32), OPERAND, PRECISION)
-            rotated = tl.dot(factor, matrix, rotated, input_precision=PRECISION)
         real = inside[:, None] & (column[None, :] < WIDTH)
-        plain = rotated
+        plain = tl.zeros((ROWS, D), tl.float32)
+        for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
+            channel = tile * DV + all_channels
+            if TILES > 1:
+                matrix = _matrix(
+                    summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
+                )
+            values = _values(v, token, v_n, channel, counts, CHANNELS, V_VEC)
+            plain = tl.dot(_operand(values, OPERAND, PRECISION), matrix, plain, input_precision=PRECISION)
         if ROTARY:
             cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            plain = _turn(rotated, cos, -sin, ROWS, D)
+            plain = _turn(plain, cos, -sin, ROWS, D)
+        if NORMALIZED:
+            if not CENTRED:
+                z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+            plain += z[None, :]
         rows = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
         features = _phi(rows, column, eps, WIDTH, D, FEATURE_MAP)
-        if QUOTIENT:
-            at_token = (b * heads + h) * tokens + token
-            inverse = 1.0 / tl.load(den + at_token, inside, 1.0)
-            plain = plain * inverse[:, None]
-            weight = -tl.sum(features * plain, 1) * inverse
-            tl.store(den_grad + at_token, weight, inside)
-            plain += weight[:, None] * z[None, :]
-        elif NORMALIZED:
-            plain += z[None, :]
         if MASK:
             plain = tl.where(counts[:, None], plain, 0.0)
             features = tl.where(counts[:, None], features, 0.0)
         result = _phi_backward(plain, rows, features, FEATURE_MAP)
-        tl.store(grad + _places(token, dx_n, column, X_VEC), result.to(grad.dtype.element_ty), real)
+        tl.store(dx + _places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+        if ROTARY:
+            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            features = _turn(features, cos, sin, ROWS, D)
+        turned = _operand(features, OPERAND, PRECISION)
+        for tile in range(0, TILES):
+            channel = tile * DV + all_channels
+            if TILES > 1:
+                matrix = _matrix(
+                    summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
+                )
+            product = tl.dot(turned, tl.trans(matrix), input_precision=PRECISION)
+            written = inside[:, None] & (channel[None, :] < CHANNELS)
+            tl.store(dv + _places(token, dv_n, channel, V_VEC), product.to(dv.dtype.element_ty), written)

@@ -1,11 +1,12 @@
 """GPU kernels for :mod:`mhla_diffusion.ops.tiled`: the same four functions, blocks gathered in registers.
 
-Three kernels do everything (:mod:`mhla_diffusion.ops.triton_kernels`):
+Four kernels do everything (:mod:`mhla_diffusion.ops.triton_kernels`):
 
-- ``outer``, summaries of values and features: the forward of ``summarize``, and the gradient of the mixed
-  summaries in ``read``;
-- ``inner``, products of features and summaries: the forward of ``read``, and the gradient of v;
-- ``rows``, the gradient of q or k, through rotation and feature map.
+- ``outer``, summaries of values and features: the forward of ``summarize``;
+- ``inner``, products of features and summaries: the forward of ``read``;
+- ``queries``, the gradient of q and, of heads up to 64 wide, that of the mixed summaries. A wider one would
+  not leave registers for a second program on a multiprocessor: ``outer`` finds it then;
+- ``keys``, the gradients of k and v.
 
 Mixing is a product of matrices and torch's, which is several times slower where sizes are no multiples of 8:
 many blocks are filled up with empty ones. All sums are float32. What is multiplied is
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +44,7 @@ from .tiled import new_gradient, new_outputs
 
 # Programs that keep a GPU of 132 multiprocessors at work. Long blocks are shared by several programs, each
 # with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added.
-_PROGRAMS = {"outer": 264, "inner": 1024, "rows": 1024}
+_PROGRAMS = {"outer": 264, "inner": 1024, "queries": 1024, "keys": 1024}
 _FEWEST = 128
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64
@@ -73,9 +75,7 @@ def summarize_backward(
     """See :func:`mhla_diffusion.ops.tiled.summarize_backward`."""
     grad, grad_sums = grad.contiguous(), grad_sums.contiguous()
     grad_k, grad_v = new_gradient(k), new_gradient(v)
-    # Gradients that float16 does not hold become infinite, as scalers of gradients expect.
-    _launch("inner", (k, grad_v), grad, grad_sums, layout, features, SATURATE=False)
-    _launch("rows", (k, v, grad_k), grad, grad_sums, layout, features, centre=centre)
+    _launch("keys", (k, v, grad_k, grad_v), grad, grad_sums, layout, features, centre=centre)
     return grad_k, grad_v
 
 
@@ -92,9 +92,9 @@ def read(
     """See :func:`mhla_diffusion.ops.tiled.read`."""
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
     mixed, mixed_sums = _mix(_filled_up(mixing, summaries, features), summaries, sums)
-    quotient = _Quotient(denominators) if features.normalized else None
     _launch(
-        "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre, quotient=quotient,
+        "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre,
+        den=denominators if features.normalized else None,
         SATURATE=dtype == torch.float16 and not features.normalized,
     )  # fmt: skip
     return out, denominators
@@ -115,9 +115,8 @@ def read_backward(
     weights = _filled_up(mixing, summaries, features)
     mixed, mixed_sums = _mix(weights, summaries, sums)
     grad_q, grad_mixed, grad_sums = new_gradient(q), torch.empty_like(mixed), torch.empty_like(mixed_sums)
-    quotient = _Quotient(denominators, torch.empty_like(denominators)) if features.normalized else None
-    _launch("rows", (q, grad, grad_q), mixed, mixed_sums, layout, features, quotient=quotient)
-    _outer(q, grad, grad_mixed, grad_sums, layout, features, quotient=quotient)
+    den = denominators if features.normalized else None
+    _queries_backward((q, grad, grad_q), (mixed, mixed_sums), (grad_mixed, grad_sums), den, layout, features)
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
     grad_mixing = grad_weights.to(mixing.dtype).sum_to_size(weights.shape)
     if sums.shape[-1]:
@@ -125,6 +124,34 @@ def read_backward(
     rows, columns = mixing.shape[-2:]
     # A copy, as outputs of an operator have their own memory.
     return grad_q, *_mix(weights.mT, grad_mixed, grad_sums), grad_mixing[..., :rows, :columns].clone()
+
+
+def _queries_backward(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    mixed: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    den: Tensor | None,
+    layout: BlockLayout,
+    features: Features,
+) -> None:
+    """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much."""
+    q, grad, _ = tokens
+    options = _tile("queries", q, grad, mixed[0].dtype, _target(q.device))
+    if options["FUSED"]:
+        _add_up(
+            *grads, _parts("outer", q, layout),
+            lambda matrices, sums: _launch(
+                "queries", tokens, *mixed, layout, features, den=den, parts=_parts("outer", q, layout),
+                matrix_grads=matrices, sum_grads=_row_of_sums(matrices, sums), den_grad=None,
+            ),
+        )  # fmt: skip
+        return
+    den_grad = None if den is None else torch.empty_like(den)
+    _launch(
+        "queries", tokens, *mixed, layout, features, den=den, den_grad=den_grad,
+        matrix_grads=None, sum_grads=None,
+    )  # fmt: skip
+    _outer(q, grad, *grads, layout, features, den=den, den_grad=den_grad)
 
 
 def new_summaries(
@@ -180,14 +207,9 @@ def _mix(weights: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tens
     return mixed, (weights @ sums).contiguous()
 
 
-class _Quotient(NamedTuple):
-    """What ``o = n / den`` needs: den and, in the backward, the gradient of den, ``[B, H, N]``.
-
-    ``rows`` stores the latter, for ``outer`` to read.
-    """
-
-    den: Tensor
-    den_grad: Tensor | None = None
+def _row_of_sums(summaries: Tensor, sums: Tensor) -> Tensor:
+    """Sums where they are: apart, or the last row of the summaries."""
+    return sums if sums.shape[-1] else summaries[..., -1, :]
 
 
 def _outer(
@@ -197,17 +219,27 @@ def _outer(
     sums: Tensor,
     layout: BlockLayout,
     features: Features,
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Summaries, by several programs a block where there are few blocks; what each finds is then added up."""
-    parts = _parts("outer", x.shape[0] * x.shape[1], layout)
+    """Summaries of x and v."""
+    parts = _parts("outer", x, layout)
+    _add_up(
+        summaries, sums, parts,
+        lambda each, each_sums: _launch(
+            "outer", (x, v), each, each_sums, layout, features, dtype=summaries.dtype, parts=parts, **given
+        ),
+    )  # fmt: skip
+
+
+def _add_up(summaries: Tensor, sums: Tensor, parts: int, launch: Callable[[Tensor, Tensor], None]) -> None:
+    """Launch what writes summaries, by several programs a block, and add up what each of them finds."""
     if parts == 1:
-        _launch("outer", (x, v), summaries, sums, layout, features, **options)
+        launch(summaries, sums)
         return
     each, each_sums = (
         y.new_empty(*y.shape[:3], parts, *y.shape[3:], dtype=torch.float32) for y in (summaries, sums)
     )
-    _launch("outer", (x, v), each, each_sums, layout, features, dtype=summaries.dtype, **options)
+    launch(each, each_sums)
     summaries.copy_(each.sum(3))
     sums.copy_(each_sums.sum(3))
 
@@ -221,13 +253,14 @@ def _launch(
     features: Features,
     *,
     centre: Tensor | None = None,
-    quotient: _Quotient | None = None,
     dtype: torch.dtype | None = None,
-    **options: bool,
+    parts: int | None = None,
+    **given: Any,
 ) -> None:
-    """Run a kernel on x, v and what else it takes of tokens; ``out`` and gradients are written in place.
+    """Run a kernel on x, v and, in the backward, what is written of their gradients.
 
-    ``dtype`` is that of the summaries in the end, where these are parts of them.
+    ``dtype`` is that of the summaries in the end, where these are parts of them; ``parts`` how many programs
+    share a block; ``given`` what only this kernel takes.
     """
     x, v = (y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2])
     assert v is tokens[1] or name != "inner", "outputs have their channels side by side"
@@ -240,26 +273,37 @@ def _launch(
         centre = None
     plan = _plan(
         name, layout, features.feature_map, features.eps, features.normalized, centre is not None,
-        quotient is not None, dtype or summaries.dtype, summaries.shape, sums.shape[-1],
-        *((y.shape, y.stride(), y.dtype) for y in tokens),
+        given.get("den_grad") is not None, dtype or summaries.dtype, summaries.shape, sums.shape[-1],
+        parts or _parts(name, x, layout), *((y.shape, y.stride(), y.dtype) for y in tokens),
         rotary=None if rotary is None else rotary.stride(), mask=None if mask is None else mask.stride(),
-        tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
+        target=_target(x.device),
     )  # fmt: skip
+    kernel = getattr(kernels, f"{name}_kernel")
+    assert mask is None or "mask" in kernel.arg_names, "masks are of keys"
     if plan.programs:
-        getattr(kernels, f"{name}_kernel")[(plan.programs,)](
-            *tokens, summaries, sums if sums.shape[-1] else summaries[..., -1, :], centre,
-            *(quotient or (None, None)), *_order(layout, x.device, plan.blocks), rotary, mask,
-            *plan.numbers, **plan.options, **options,
-        )  # fmt: skip
+        order, starts = _order(layout, x.device, plan.blocks)
+        tensors = dict(zip(_TOKENS, tokens, strict=False)) | {
+            "summaries": summaries, "sums": _row_of_sums(summaries, sums), "order": order, "starts": starts,
+            "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None, **given,
+        }  # fmt: skip
+        kernel[(plan.programs,)](**_taken(kernel, tensors), **plan.arguments)
+
+
+# Names of what kernels take of tokens.
+_TOKENS = ("x", "v", "dx", "dv")
+
+
+def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a kernel has."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
 class _Plan(NamedTuple):
-    """How a kernel is launched: number of programs and blocks, arguments that are numbers, and constants."""
+    """How a kernel is launched: number of programs and blocks, arguments that are numbers, and options."""
 
     programs: int
     blocks: int
-    numbers: tuple[float, ...]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 class _Meta(NamedTuple):
@@ -282,29 +326,43 @@ def _plan(
     dtype: torch.dtype,
     summaries: torch.Size,
     sums: int,
+    parts: int,
     *tensors: tuple[Any, ...],
     rotary: tuple[int, ...] | None,
     mask: tuple[int, ...] | None,
-    tf32: bool,
+    target: _Target,
 ) -> _Plan:
     """All that does not depend on what tensors hold; a model asks the same again and again."""
     tokens = [_Meta(*y) for y in tensors]
-    (x, v, *_), rest = tokens, tokens[2:]
+    x, v = tokens[:2]
     batch, heads, length, width = x.shape
-    tile = _tile(name, width, v.shape[-1], x.dtype, v.dtype, dtype, tf32)
-    parts = _parts(name, batch * heads, layout)
+    tile = _tile(name, x, v, dtype, target)
     size = math.prod(summaries[-2:])
-    programs = batch * heads * summaries[2] * parts * (1 if name == "rows" else tile["TILES"])
-    numbers = (
-        *(stride for y in tokens for stride in y.stride[:3]), *((0, 0, 0) if rotary is None else rotary[:3]),
-        *((0, 0) if mask is None else mask), size, sums or size, heads, summaries[2], parts, length, eps,
-    )  # fmt: skip
-    options = {
+    numbers: dict[str, float] = {
+        f"{name}_{axis}": stride
+        for name, y in zip(_TOKENS, tokens, strict=False)
+        for axis, stride in zip("bhn", y.stride, strict=False)
+    }
+    numbers |= dict(zip(("r_b", "r_h", "r_n"), rotary or (0, 0, 0), strict=False))
+    numbers |= dict(zip(("mask_b", "mask_n"), mask or (0, 0), strict=False))
+    numbers |= {
+        "summary_stride": size, "sums_stride": sums or size, "heads": heads, "blocks": summaries[2],
+        "parts": parts, "tokens": length, "eps": eps,
+    }  # fmt: skip
+    constants = {
         "QUOTIENT": quotient, "NORMALIZED": normalized, "CENTRED": centred, "FEATURE_MAP": feature_map,
         "ROTARY": rotary is not None, "MASK": mask is not None, "WIDTH": width, "CHANNELS": v.shape[-1],
-        "X_VEC": _vector(x, *rest), "V_VEC": _vector(v), **tile,
+        "X_VEC": _vector(x, *tokens[2:3]), "V_VEC": _vector(v, *tokens[3:]),
+        # Rows that threads of 4 warps cover with 16 bytes each.
+        "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
     }  # fmt: skip
-    return _Plan(programs, summaries[2], numbers, options)
+    if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
+        # More than that is needed for other features and for masks, and would be spilled.
+        tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
+    kernel = getattr(kernels, f"{name}_kernel")
+    split = tile["TILES"] if name in ("outer", "inner") else 1
+    programs = batch * heads * summaries[2] * parts * split
+    return _Plan(programs, summaries[2], {**_taken(kernel, {**numbers, **constants}), **tile})
 
 
 def _vector(*tensors: _Meta) -> int:
@@ -312,61 +370,98 @@ def _vector(*tensors: _Meta) -> int:
     return math.gcd(8, *(stride for x in tensors for stride in x.stride[:3]))
 
 
-def _parts(name: str, rows: int, layout: BlockLayout) -> int:
+def _parts(name: str, x: Tensor, layout: BlockLayout) -> int:
     """How many programs share a block, for so many samples times heads."""
-    most = layout.block_size // _FEWEST
+    most, rows = layout.block_size // _FEWEST, x.shape[0] * x.shape[1]
     return max(1, min(most, -(-_PROGRAMS[name] // max(1, rows * layout.num_blocks))))
 
 
-# Tokens at a time, warps and stages of bfloat16 kernels, by whether rows are wider than 64: the fastest on an
-# H200 of 16 to 128 tokens, 4 and 8 warps and 1 to 3 stages, at the shapes of scripts/gpu_validate.py. What
-# counts is how many programs fit a multiprocessor, as most of the time is spent waiting for memory.
-_NARROW = {
-    ("outer", False): (32, 4, 1), ("inner", False): (64, 4, 2), ("rows", False): (32, 4, 3),
-    ("outer", True): (32, 4, 1), ("inner", True): (64, 8, 1), ("rows", True): (16, 4, 3),
+class _Target(NamedTuple):
+    """The GPU: major number of its compute capability, 0 for AMD's; and whether float32 may be TF32."""
+
+    major: int
+    tf32: bool
+
+
+def _target(device: torch.device) -> _Target:
+    """For what is not a GPU, an H100's."""
+    return _Target(_major(device), torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    if torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+# Tokens at a time, warps and stages, for heads up to 64, 128 and 256 wide. Those of bfloat16 up to 128 were
+# the fastest on an H200 of 16 to 128 tokens, 4 and 8 warps and 1 to 3 stages, at the shapes of
+# scripts/gpu_validate.py; "keys", and "queries" up to 64, were never timed. What counts is how many programs
+# fit a multiprocessor, as most of the time is spent waiting for memory.
+_TILES = {
+    ("outer", "bf16"): ((32, 4, 1), (32, 4, 1), (32, 8, 2)),
+    ("inner", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 2)),
+    ("queries", "bf16"): ((32, 4, 1), (16, 4, 3), (32, 8, 2)),
+    ("keys", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 1)),
+    ("outer", "tf32"): ((32, 4, 2), (16, 8, 2), (16, 8, 2)),
+    ("inner", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
+    ("queries", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
+    ("keys", "tf32"): ((32, 4, 2), (32, 8, 2), (32, 8, 1)),
+    ("outer", "ieee"): ((16, 8, 2), (16, 8, 2), (16, 8, 2)),
+    ("inner", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
+    ("queries", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
+    ("keys", "ieee"): ((16, 4, 1), (16, 8, 2), (32, 8, 1)),
+}
+# What takes the place of these on other GPUs than those of compute capability 9.0, where they would spill; by
+# its major number, 0 for AMD's.
+_OTHER_TILES = {
+    (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
+    (8, "keys", "bf16", 128): (32, 8, 1),
+    (10, "outer", "bf16", 64): (32, 4, 2), (10, "inner", "bf16", 128): (64, 8, 2),
+    (10, "keys", "bf16", 128): (32, 8, 1),
+    (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
+    (12, "queries", "tf32", 64): (32, 8, 2),
+    (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
+    (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
+    (0, "keys", "ieee", 256): (16, 4, 1),
 }  # fmt: skip
+# The largest summary that a program holds beside all else of the queries and leaves room for others.
+_MOST_HELD = 64 * 64
 # Registers of a thread of 8 warps, so that two programs fit.
 _REGISTERS = 128
 
 
 def _tile(
-    name: str, width: int, height: int, x: torch.dtype, v: torch.dtype, summaries: torch.dtype, tf32: bool
+    name: str, x: Tensor | _Meta, v: Tensor | _Meta, summaries: torch.dtype, target: _Target
 ) -> dict[str, Any]:
     """Compile-time options: what is multiplied, and how much of it at a time.
 
     The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
     capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them.
     """
-    d, channels = (max(16, triton.next_power_of_2(size)) for size in (width, height))
-    factors = (x,) if name == "inner" else (x, v)
+    d, channels = (max(16, triton.next_power_of_2(y.shape[-1])) for y in (x, v))
+    factors = (x.dtype,) if name == "inner" else (x.dtype, v.dtype)
     narrow = summaries == torch.bfloat16 or all(dtype == torch.bfloat16 for dtype in factors)
-    most = (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32)
-    channels = min(channels, most)
-    wide = max(d, channels) > 64
-    precision = "ieee" if narrow else _precision(factors, tf32)
-    if narrow and d <= 128:
-        rows, warps, stages = _NARROW[name, wide]
-    elif narrow:
-        rows, warps, stages = 32, 8, 2
-    else:
-        rows = 32 if d <= 64 or (d <= 128 and name != "outer") else 16
-        # Four warps of "rows" would spill most of what exact products of float32 hold.
-        warps, stages = 8 if wide or (name == "rows" and precision == "ieee") else 4, 2
-    limited = narrow and d <= 128 and warps == 8 and torch.version.hip is None
-    registers = {"maxnreg": _REGISTERS} if limited else {}
-    return {
-        "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": precision,
-        "ROWS": rows, "D": d, "DV": channels, "TILES": -(-height // channels),
-        "num_warps": warps, "num_stages": stages, **registers,
+    channels = min(channels, (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32))
+    tiles = -(-v.shape[-1] // channels)
+    precision = "ieee" if narrow else _precision(factors, target)
+    kind, size = "bf16" if narrow else precision, max(64, d, channels)
+    tile = _TILES[name, kind][(64, 128, 256).index(size)]
+    rows, warps, stages = _OTHER_TILES.get((target.major, name, kind, size), tile)
+    options = {
+        "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision,
+        "ROWS": rows, "D": d, "DV": channels, "TILES": tiles, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+    if name == "queries":
+        exact = not narrow and precision == "ieee"
+        options["FUSED"] = d * channels <= _MOST_HELD and tiles == 1 and not exact
+    return options
 
 
-def _precision(factors: tuple[torch.dtype, ...], tf32: bool) -> str:
-    """How float32 numbers are multiplied that stand for such tensors."""
-    if torch.version.hip is not None:
-        return "ieee"  # few of its devices have TF32
-    return "tf32" if tf32 or torch.float32 not in factors else "ieee"
+def _precision(factors: tuple[torch.dtype, ...], target: _Target) -> str:
+    """How float32 numbers are multiplied that stand for such tensors; few of AMD's devices have TF32."""
+    return "tf32" if target.major and (target.tf32 or torch.float32 not in factors) else "ieee"
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,6 +43,22 @@ def with_gradients(
     return out, *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))
 
 
+def errors_of(
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: list[Tensor],
+    cotangent: Tensor,
+    layout: BlockLayout,
+    **options: Any,
+) -> dict[str, float]:
+    """Relative errors of the output and of each gradient, against float64 on the same numbers."""
+    found = with_gradients(mhla, inputs, cotangent, layout, **options)
+    exact = [x.double() for x in inputs]
+    with monkeypatch.context() as patch:
+        patch.setenv("MHLA_KERNELS", "torch")
+        expected = with_gradients(mhla, exact, cotangent.double(), layout, **options)
+    return relative_errors(found, expected)
+
+
 @functools.cache
 def inputs_with_mean(dtype: torch.dtype, mean: float) -> tuple[Tensor, ...]:
     """q, k, v and a cotangent ``[1, 1, N, 64]``; each channel of v has a mean, as a bias gives it."""
@@ -67,11 +83,19 @@ def test_gradients_are_exact_where_values_have_a_mean(
         "normalizer": normalizer,
         "rotary_emb": (angles.cos(), angles.sin()) if rotary else None,
     }
-    found = with_gradients(mhla, [*tensors, mixing], cotangent, LAYOUT, **options)
-    exact = [x.double() for x in (*tensors, mixing)]
-    monkeypatch.setenv("MHLA_KERNELS", "torch")
-    expected = with_gradients(mhla, exact, cotangent.double(), LAYOUT, **options)
-    errors = relative_errors(found, expected)
+    errors = errors_of(monkeypatch, [*tensors, mixing], cotangent, LAYOUT, **options)
+    assert max(errors.values()) < LIMIT[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+def test_gradients_of_wide_heads_are_exact_where_values_have_a_mean(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    layout = BlockLayout((16, 16), (2, 2))
+    torch.manual_seed(1)
+    q, k, v, cotangent = torch.randn(4, 1, 1, 256, 80)
+    tensors = [x.to(dtype) for x in (q, k, v + 3 * torch.randn(80))]
+    errors = errors_of(monkeypatch, [*tensors, locality_mixing(layout)], cotangent.to(dtype), layout)
     assert max(errors.values()) < LIMIT[dtype], errors
 
 
