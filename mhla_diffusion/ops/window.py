@@ -169,13 +169,11 @@ def _with_one_more(
     high = score.to(q.dtype)
     scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, (score - high).to(q.dtype)), -1)
     width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
-    queries, keys, values = (F.pad(x, (0, width - x.shape[-1])).flatten(0, 1) for x in (scaled, k, v))
-    ones = torch.zeros(2, width, dtype=q.dtype, device=q.device)
-    ones[0, q.shape[-1] : q.shape[-1] + 2] = ones[1, dim] = 1
-    keys, values = (
-        torch.cat((x, one.expand(*x.shape[:2], 1, width)), 2)
-        for x, one in zip((keys, values), ones, strict=True)
-    )
+    keys, values = (F.pad(x, (0, width - x.shape[-1], 0, 1)) for x in (k, v))
+    keys[..., -1, q.shape[-1] : q.shape[-1] + 2] = 1
+    values[..., -1, dim] = 1
+    queries = F.pad(scaled, (0, width - scaled.shape[-1]))
+    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
     if seen is not None:
         seen = seen.expand(*q.shape[:3], *seen.shape[3:]).flatten(0, 1)
     # Outside autocast, which would take float32 back.
