@@ -28,7 +28,7 @@ COMPARISONS = [name for name, content in RESULTS.items() if "runs" in content]
 CONVERSIONS = [name for name, content in RESULTS.items() if "results" in content]
 
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?|\.\d+)"
-_INTERVAL = re.compile(rf"{_NUMBER} ± {_NUMBER}")
+_INTERVAL = re.compile(rf"{_NUMBER}\s±\s{_NUMBER}")
 
 
 def rows(text: str) -> list[str]:
