@@ -134,7 +134,7 @@ def recorded(target: int | str = 90) -> Iterator[list[Launch]]:
             )
 
     names = [name for name in dir(triton_kernels) if name.endswith("_kernel")]
-    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in names}
+    recorders: dict[str, Any] = {name: Recorder(getattr(triton_kernels, name)) for name in names}
     major = 0 if isinstance(target, str) else target // 10
     with (
         mock.patch.multiple(triton_kernels, **recorders),
