@@ -258,7 +258,7 @@ def _build_for(
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
-        fps=latents.fps or 16.0,
+        fps=latents.fps,
         prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )
     return model, latents, task
