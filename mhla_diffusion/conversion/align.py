@@ -216,15 +216,13 @@ def _claim(out: Path, record: dict[str, Any], calls: Calls) -> dict[str, Any]:
         old = _read_record(out)
         old["calls"] = calls.completed(old["calls"])
         forms = {**old["candidates"], **record["candidates"]}
-        changed = [form for form, settings in old["candidates"].items() if forms[form] != settings]
+        known = {**record, "candidates": {form: forms[form] for form in old["candidates"]}}
         before, after = (
-            flat_dict({key: its.get(key) for key in record if key not in ("candidates", "model")})
-            for its in (old, record)
+            flat_dict({key: its.get(key) for key in record if key != "model"}) for its in (old, known)
         )
         keys = sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
-        if changed or keys:
+        if keys:
             lines = [f"{key}: {shortened(before.get(key))} -> {shortened(after.get(key))}" for key in keys]
-            lines += [f"candidate {form}: {old['candidates'][form]} -> {forms[form]}" for form in changed]
             raise ValueError(
                 f"{out} holds another alignment; choose another folder:\n  " + "\n  ".join(lines)
             )

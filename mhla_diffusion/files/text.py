@@ -32,6 +32,6 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def shortened(value: Any) -> str:
-    """Return a value as messages say it: of a SHA-256 hash its first 12 digits."""
+    """Return a value as messages say it: of a hash its first 12 digits."""
     text = str(value)
-    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
+    return text[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{16,}", value) else text
