@@ -37,7 +37,7 @@ from mhla_diffusion.training.data import CachedLatents
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
 from tests.text_encoders import make_hunyuan_parts
-from tests.training.test_stock import KL
+from tests.training.stock_runs import KL
 from tests.weights import weights
 
 NAME = "HunyuanDiTPipeline"
