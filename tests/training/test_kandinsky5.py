@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from mhla_diffusion.training import (
     train_video,
 )
 from mhla_diffusion.training.adapters import set_trainable
+from mhla_diffusion.training.config import write_config
 from mhla_diffusion.training.data import CachedLatents, MovingDigitsConfig
 from mhla_diffusion.training.export import open_checkpoint
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
+from tests.processes import run_script
 from tests.text_encoders import make_kandinsky_parts
 from tests.weights import weights
 
@@ -103,6 +106,25 @@ def test_it_is_trained_and_goes_on_to_the_bit(trained: dict[str, Any], base: Pat
     else:
         assert {"pooled_text_embeddings.in_layer.weight", "text_embeddings.in_layer.weight"} <= changed
     assert (tmp_path / "run" / "lora").is_dir() == ("lora" in trained)
+
+
+def test_two_processes_that_call_it_for_each_sample_give_the_losses_of_one(
+    base: Path, tmp_path: Path
+) -> None:
+    trainer = TrainerConfig(batch_size=4, max_steps=2, log_every=1)
+    run = run_of(base, tmp_path / "one", trainer=trainer, sampling=VideoSamplingConfig(every=0))
+    assert train_video(run) == 0
+    write_config(run, tmp_path / "run.yaml")
+    arguments = ("--config", tmp_path / "run.yaml", "--output_dir", str(tmp_path / "two"))
+    result = run_script("train_video", *arguments, num_processes=2, stderr_to_stdout=True)
+    assert result.returncode == 0, result.stdout
+    assert "2 processes share the work" in result.stdout
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 2
 
 
 def test_what_is_left_makes_videos_as_it_was_trained(base: Path, tmp_path: Path) -> None:
