@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..backbones import backbone_of_config
 from ..backbones.layer_plan import attentions_of
+from ..config import MHLAConfig
 from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..ops import recommended_layout
@@ -51,6 +52,7 @@ def model(
     device: str | None = None,
     training: bool = True,
     processor_time: bool = False,
+    mhla: dict[str, Any] | None = None,
 ) -> str:
     """Time a denoising step and a training step of a model with MHLA and with other attention.
 
@@ -75,13 +77,14 @@ def model(
         training: whether a training step is timed beside the denoising step.
         processor_time: count the seconds of all threads on the processor and not those of the clock, which
             other work on the machine lengthens; on a CPU.
+        mhla: settings of MHLAConfig for mhla beside its blocks, such as {local: shared, local_margin: 2}.
 
     Returns:
         A table in Markdown.
 
     Raises:
-        ValueError: for a choice that does not exist, a number that is too small, or a size that does not
-            divide into tokens.
+        ValueError: for a choice that does not exist, a number that is too small, a size that does not divide
+            into tokens, or settings that MHLAConfig refuses.
         ModuleNotFoundError: for a drawing without matplotlib.
     """
     widths = {"num_attention_heads": heads, "attention_head_dim": head_dim}
@@ -91,6 +94,12 @@ def model(
     possible = attentions_of(subject.stock.stock_attention)
     attentions = possible if attentions is None else attentions
     check_choices(attentions=(attentions, possible), dtype=((dtype,), ("float32", "bfloat16")))
+    settings = dict(mhla or {})
+    if "blocks" in settings:
+        raise ValueError(
+            f"blocks are those recommended for each size, got blocks={settings['blocks']} in mhla"
+        )
+    MHLAConfig.from_dict(settings)  # refuses what it does not know, before any work
     if sizes is None:
         sizes = _SIZES.get(backbone, _VIDEO_SIZES if subject.frames else _IMAGE_SIZES)
     check_at_least(16, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
@@ -104,7 +113,7 @@ def model(
     for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):
         steps: list[Callable[[], Any]] = []
         for attention in attentions:
-            made = subject.make(grid, attention)
+            made = subject.make(grid, attention, settings if attention == "mhla" else {})
             inputs = send_to_device(made.example_inputs(grid, batch_size=batch_size), device)
             steps += _model_steps(made.to(device), inputs, getattr(torch, dtype), device)[: len(kinds)]
         times = interleaved(steps, device, repeats, seconds, clock=clock)
@@ -114,9 +123,10 @@ def model(
             for attention, measured in zip(attentions, each, strict=True)
         ]
     counted = ", processor time" if processor_time else ""
-    text = f"{subject.title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
+    title = subject.title + (f", mhla with {settings}" if settings else "")
+    text = f"{title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
     if out is not None:
-        _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=subject.title)
+        _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=title)
     return text
 
 
@@ -141,8 +151,8 @@ class _Subject:
         patch, strides = self.stock.latents_per_token, self.stock.vae_stride
         return token_grid(patch, size, size, self.frames, vae_stride=strides[-1], frame_stride=strides[0])
 
-    def make(self, grid: tuple[int, ...], attention: str) -> Any:
-        """Make the model for a grid."""
+    def make(self, grid: tuple[int, ...], attention: str, settings: Mapping[str, Any]) -> Any:
+        """Make the model for a grid, with settings of MHLAConfig beside its blocks."""
         latents = [tokens * patch for tokens, patch in zip(grid, self.stock.latents_per_token, strict=True)]
         sizes = {
             "sample_grid": grid, "sample_size": latents[-1],
@@ -152,8 +162,8 @@ class _Subject:
         # SanaVideo has a size beside its grid, which says nothing.
         names = ["sample_grid"] if "sample_grid" in known else [name for name in sizes if name in known]
         arguments = {**self.arguments, **{name: sizes[name] for name in names}}
-        blocks = recommended_layout(grid).blocks
-        return type(self.stock)(**arguments, attention=attention, mhla_config={"blocks": blocks})
+        config = {**settings, "blocks": recommended_layout(grid).blocks}
+        return type(self.stock)(**arguments, attention=attention, mhla_config=config)
 
 
 def _subject(backbone: str, frames: int | None, layers: int | None, widths: Mapping[str, int]) -> _Subject:

@@ -98,9 +98,9 @@ def _workers(processes: int, device: str) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            pool.shutdown(cancel_futures=True)  # the folder is theirs for as long as they write
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -112,8 +112,19 @@ def _start_worker(device: str) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+_stopped = False
+
+
 def _train(run: Run, out: Path, device: str) -> dict[str, Any]:
-    return run.task.train(run.variant, run.seed, (out / run.path).with_suffix(""), device)
+    """Train in this process, or in none that was stopped: the pool hands it the next run before."""
+    global _stopped
+    if _stopped:
+        raise KeyboardInterrupt
+    try:
+        return run.task.train(run.variant, run.seed, (out / run.path).with_suffix(""), device)
+    except KeyboardInterrupt:
+        _stopped = True
+        raise
 
 
 def records(comparison: Comparison, out: Path) -> list[dict[str, Any]]:

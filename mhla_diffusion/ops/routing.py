@@ -107,11 +107,15 @@ def joined(outs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
 def without_mean(v: Tensor) -> tuple[Tensor, Tensor]:
     """Take their mean from the values of a block, ``[..., n, d_v]``: as weights sum to 1, it is added after.
 
-    Without it, 16 bits hold what differs among values, and of that are the gradients of scores.
+    Without it, 16 bits hold what differs among values, and of that are the gradients of scores. Wider dtypes
+    have room for both, and keep it.
 
     Returns:
-        Values in their dtype, and the mean in float32 or above, ``[..., 1, d_v]``, which needs no gradient.
+        Values in their dtype, and the mean, in float32 or above, ``[..., 1, d_v]`` or 0, ``[1]``; it needs no
+        gradient.
     """
+    if v.dtype.itemsize > 2:
+        return v, v.new_zeros(1)
     centre = v.detach().mean(-2, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
     return (v - centre).to(v.dtype), centre
 

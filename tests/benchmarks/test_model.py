@@ -24,10 +24,11 @@ def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
     assert len(record["measurements"]) == 6
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
     counted = model(
-        [64], ["mhla"], layers=1, heads=2, head_dim=8, repeats=1, device="cpu", training=False,
-        processor_time=True,
+        [64], ["mhla", "softmax"], layers=1, heads=2, head_dim=8, repeats=1, device="cpu", training=False,
+        processor_time=True, mhla={"local": "shared", "local_margin": 1},
     )  # fmt: skip
     assert "float32, processor time" in counted
+    assert "mhla with {'local': 'shared', 'local_margin': 1}" in counted
     assert "| training |" not in counted
 
 
@@ -55,6 +56,8 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
         ({"backbone": "Sana-0.7B"}, "none of .*Sana-0.6B"),
         ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"mhla": {"local": "near"}}, "local must be one of None, 'shared', 'gate', 'only', got 'near'"),
+        ({"mhla": {"blocks": 4}}, "blocks are those recommended for each size, got blocks=4"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import pytest
 
 from mhla_diffusion.commands.main import MHLA
 from mhla_diffusion.commands.parsing import parse_and_call
-from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, write_page
+from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, runs, write_page
 from mhla_diffusion.comparison.config import Run, runs_of
 from mhla_diffusion.comparison.runs import records
 from mhla_diffusion.intervals import Interval
@@ -41,6 +41,27 @@ def test_runs_are_done_once_and_side_by_side_as_alone(tmp_path: Path) -> None:
     assert without_times(again) == without_times(alone)
     changed = [path.stat().st_mtime_ns != time for path, time in zip(paths, times, strict=True)]
     assert changed == [i == 3 for i in range(8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped(Recall):
+    """Task that is stopped in its first run, as by Ctrl-C."""
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        folder.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+
+def test_a_process_that_was_stopped_starts_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_stopped", False)
+    first, second, *_ = runs_of(dataclasses.replace(COMPARISON, task=Stopped(), settings={}))
+    for run in (first, second):
+        with pytest.raises(KeyboardInterrupt):
+            runs._train(run, tmp_path, "cpu")
+    assert (tmp_path / first.path).with_suffix("").is_dir()
+    assert not (tmp_path / second.path).with_suffix("").exists()
 
 
 def test_results_keep_their_names() -> None:

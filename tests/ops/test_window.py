@@ -19,6 +19,7 @@ from mhla_diffusion.ops import (
     mhla_causal,
     mhla_local,
     mhla_local_reference,
+    window,
     window_attention,
 )
 
@@ -65,7 +66,9 @@ def test_output_and_each_gradient_equal_the_reference(
     margin: int,
     masked: bool,
     mean: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(window, "_WIDE_DEVICES", ())  # 16 bits stay 16, as on a GPU
     inputs = make_inputs(layout, dtype, mean)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     mask = torch.rand(2, layout.num_tokens) < 0.7 if masked else None
@@ -131,6 +134,18 @@ def test_a_margin_as_wide_as_the_grid_is_softmax_attention(
     along = tuple(n if axis == 0 else 0 for axis, n in enumerate(layout.grid))
     axis = BlockLayout(layout.grid, (1, *layout.blocks[1:]))  # all blocks of the first axis are one
     assert_close(window_attention(q, k, v, layout, margin=along), window_attention(q, k, v, axis))
+
+
+def test_16_bits_on_a_cpu_are_float32_inside_the_window(assert_close: AssertClose) -> None:
+    layout = LAYOUTS[0]
+    q, k, v = (x.detach() for x in make_inputs(layout, torch.bfloat16)[:3])
+    expected = window_attention(q.double(), k.double(), v.double(), layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = window_attention(q, k, v, layout)
+    assert_close(out, expected.float())
+    narrow, keys, values = (layout.pack(x).flatten(0, 1) for x in (q, k, v))
+    other = F.scaled_dot_product_attention(narrow, keys, values).unflatten(0, q.shape[:2])
+    assert (layout.unpack(other) - expected).abs().max() > 1e-3, "16 bits would show"
 
 
 def test_scores_far_from_zero_stay_finite() -> None:

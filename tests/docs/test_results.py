@@ -1,0 +1,109 @@
+"""Numbers of the pages of results against the JSON beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mhla_diffusion.comparison import Comparison, write_page
+from mhla_diffusion.comparison.screen import Screen
+from mhla_diffusion.comparison.variant import Variant
+from mhla_diffusion.conversion.findings import findings, table
+from mhla_diffusion.intervals import Interval
+
+from .pages import PAGES, ROOT, read
+
+RESULTS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "docs/results").glob("*.json"))
+}
+COMPARISONS = [name for name, content in RESULTS.items() if "runs" in content]
+CONVERSIONS = [name for name, content in RESULTS.items() if "results" in content]
+
+_NUMBER = r"(\d[\d,]*(?:\.\d+)?|\.\d+)"
+_INTERVAL = re.compile(rf"{_NUMBER}\s±\s{_NUMBER}")
+
+
+def rows(text: str) -> list[str]:
+    """Lines of the tables, without bold."""
+    return [line.replace("**", "") for line in text.splitlines() if line.startswith("| ")]
+
+
+def comparison(name: str) -> Comparison:
+    config = yaml.safe_load((ROOT / f"configs/compare/{name}.yaml").read_text(encoding="utf-8"))
+    variants = [Variant(**variant) for variant in config.pop("variants")]
+    return Comparison(variants=variants, screen=Screen(**config.pop("screen", {})), **config)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_tables_of_a_comparison_are_what_its_records_come_to(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    compared = comparison(name)
+    # What a machine without units for bfloat16 takes instead.
+    here = {key: value for key, value in compared.task.record.items() if key == "trainer.mixed_precision"}
+    runs = [{**run, "task": run["task"] | here} for run in RESULTS[name]["runs"]]
+    runs = [{key: value for key, value in run.items() if key != "curve"} for run in runs]
+    page = write_page(compared, runs, tmp_path, "command").read_text(encoding="utf-8")
+    assert rows(read(f"docs/results/{name}.md").partition("## Screened out")[0]) == rows(page)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_tables_of_a_conversion_are_what_its_records_come_to(name: str) -> None:
+    """But for scores, whose columns the page has in its text."""
+    content = dict(RESULTS[name])
+    content["results"] = [{**its, "scores": []} for its in content["results"] if its["variant"] != "teacher"]
+    expected = rows(table({**content, "findings": findings(content)}))
+    assert len(expected) > 20
+    assert set(expected) <= set(rows(read(f"docs/results/{name}.md")))
+
+
+def test_intervals_of_the_pages_are_those_of_some_records() -> None:
+    found = [Interval.of(values) for content in RESULTS.values() for values in over_seeds(content)]
+    known = {(digits, text(its, digits)) for its in found for digits in range(5)}
+    stated = [(page, *match) for page in PAGES for match in _INTERVAL.findall(read(page))]
+    assert len(stated) > 100
+    wrong = []
+    for page, mean, half in stated:
+        digits = len(mean.partition(".")[2])
+        if (digits, (float(mean.replace(",", "")), float(half.replace(",", "")))) not in known:
+            wrong.append(f"{page}: {mean} ± {half}")
+    assert not wrong
+
+
+def text(interval: Interval, digits: int) -> tuple[float, float]:
+    """Mean and half of the interval, as they are when written with some digits."""
+    return float(f"{interval.mean:.{digits}f}"), float(f"{interval.half:.{digits}f}")
+
+
+def over_seeds(content: dict[str, Any]) -> Iterator[list[float]]:
+    """Yield every number of the records, its values over seeds."""
+    if "runs" in content:
+        groups: dict[str, list[Any]] = {}
+        for run in content["runs"]:
+            groups.setdefault(json.dumps([run["task"], run["variant"]]), []).append(run)
+        for group in groups.values():
+            yield from ([run[key] for run in group] for key in group[0] if isinstance(group[0][key], float))
+        return
+    variants: dict[str, list[Any]] = {}
+    for its in content["results"]:
+        variants.setdefault(its["variant"], []).append(its)
+    experiments = [*variants.values(), *(row["results"] for row in content.get("why", []))]
+    experiments = [group for group in experiments if len(group) > 1]
+    percent = [[100 * (its["ratio"]["value"] - 1) for its in group] for group in experiments]
+    for group, losses in zip(experiments, percent, strict=True):
+        yield from ([its[key] for its in group] for key in ("error", "before") if key in group[0])
+        yield from ([its["ratio"]["value"] for its in group], losses)
+        if group[0].get("scores"):
+            yield [its["scores"][0]["value"] for its in group]
+    for one, other in itertools.permutations(percent, 2):
+        if len(one) == len(other):
+            yield [a - b for a, b in zip(one, other, strict=True)]
