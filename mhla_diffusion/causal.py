@@ -46,7 +46,8 @@ class CausalMHLA(MHLA):
         refused = [name for name in _REFUSED if getattr(config, name)]
         if refused or config.normalizer == "official":
             raise ValueError(
-                f"causal MHLA has no {', '.join(refused) or 'normalizer official'}: leave it out of {config}"
+                f"causal MHLA has no {', '.join(refused) or 'normalizer official'}: leave it out of the "
+                "config"
             )
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {block_size}")

@@ -154,11 +154,7 @@ class Plan:
     def with_config(self, config: MHLAConfig) -> Plan:
         """Return the plan of the same model and size with these settings in its linear layers."""
         layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
-        return replace(
-            self, layout=layout, gate=config.gate, cpe=config.cpe is not None,
-            local=config.local, feature_map=config.feature_map, local_margin=config.local_margin,
-            routed_blocks=config.routed_blocks,
-        )  # fmt: skip
+        return replace(self, layout=layout, **_parts_of(config))
 
     @property
     def _fixed_flops(self) -> int:
@@ -344,20 +340,17 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
         stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
     )
     linear = [number for number, kind in enumerate(kinds) if kind != stock]
-    mhla = configs[linear[0] if linear else 0]
     if not linear:
-        none = {"gate": False, "cpe": False, "local": None, "feature_map": MHLAConfig().feature_map}
-        return {"linear_layers": num_layers, "blocks": None, **none}
-    return {
-        "linear_layers": num_layers - kinds.count(stock),
-        "blocks": mhla.layout(model.default_grid).blocks if "mhla" in kinds else None,
-        "gate": mhla.gate,
-        "cpe": mhla.cpe is not None,
-        "local": mhla.local,
-        "feature_map": mhla.feature_map,
-        "local_margin": mhla.local_margin,
-        "routed_blocks": mhla.routed_blocks,
-    }
+        return {"linear_layers": num_layers, "blocks": None, **_parts_of(MHLAConfig())}
+    mhla = configs[linear[0]]
+    blocks = mhla.layout(model.default_grid).blocks if "mhla" in kinds else None
+    return {"linear_layers": len(linear), "blocks": blocks, **_parts_of(mhla)}
+
+
+def _parts_of(config: MHLAConfig) -> dict[str, Any]:
+    """Return what costs FLOPs in a linear layer beside its blocks, as fields of a :class:`Plan`."""
+    names = ("gate", "local", "feature_map", "local_margin", "routed_blocks")
+    return {**{name: getattr(config, name) for name in names}, "cpe": config.cpe is not None}
 
 
 def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.pictures import DECODING_ERRORS, read_picture
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
+from mhla_diffusion.files.text import shortened
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
 from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
@@ -32,6 +33,7 @@ from .sampling import (
     call_arguments,
     call_parameters,
     frames_per_second,
+    is_controlled,
     output_kind,
     sample,
 )
@@ -83,7 +85,8 @@ def generate_images(
         prompts, per_prompt, negative_prompt: see :func:`generate_videos`.
         seed: of the first image.
         batch_size: images at a time, in one process.
-        num_inference_steps, guidance_scale, height, width: as for the pipeline; its own defaults when None.
+        num_inference_steps, guidance_scale, height, width: as for the pipeline. When None the size is that of
+            the training, as far as that is known, and the others are the pipeline's own defaults.
         options: more arguments of the pipeline's call, as JSON values.
 
     Returns:
@@ -145,15 +148,16 @@ def generate_videos(
         prompts: video i shows ``prompts[i % len(prompts)]``. A :class:`.Prompt` may have a seed, a negative
             prompt, a name for its file, a size and a picture of its own; see :func:`.read_prompts` for files
             of them.
-        images: for image-to-video, a folder with a picture for each prompt, in the order of their names.
+        images: for image-to-video and Wan VACE, a folder with a first frame for each prompt, in the order of
+            their names.
         num_videos: how many; one for each prompt by default.
         per_prompt: videos of each prompt, one after the other, instead of ``num_videos``.
         negative_prompt: of the prompts that have none of their own.
         seed: of the first video; video i has ``seed + i``, unless its prompt has a seed.
-        batch_size: videos at a time, in one process. With pictures 1: diffusers' pipelines take one a call.
-        num_inference_steps, guidance_scale, height, width, num_frames: as for the pipeline; its own defaults
-            when None.
-        fps: frames per second of the files; as the pipeline states by default, else 16.
+        batch_size: videos at a time, in one process. With pictures, and of Wan VACE, 1: diffusers' pipelines
+            take one a call.
+        num_inference_steps, guidance_scale, height, width, num_frames: see :func:`generate_images`.
+        fps: frames per second of the files; as the pipeline or its training states by default, else 16.
         options: more arguments of the pipeline's call, as JSON values.
 
     Returns:
@@ -182,7 +186,7 @@ def generate_videos(
     call = call_arguments(pipeline, rows, settings, options)
     return _generate(
         pipeline, Path(out), "videos", rows, pictures, call=call, fps=frames_per_second(pipeline, call, fps),
-        batch_size=batch_size if pictures[0] is None else 1,
+        batch_size=1 if is_controlled(pipeline) or pictures[0] is not None else batch_size,
     )  # fmt: skip
 
 
@@ -329,5 +333,5 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _shorten(value: Any) -> str:
     if isinstance(value, list):
         return f"{len(value)} rows"
-    text = str(value)
+    text = shortened(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 
 # Of a config: what changes from machine to machine and changes no output.
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype")
+
+TRAINING = "training.json"
+"""File beside pipelines of diffusers, which have no place for it in their config: how they were trained."""
 
 
 def transformers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -22,6 +27,20 @@ def transformers_of(pipeline: Any) -> dict[str, nn.Module]:
     """
     found = {name: getattr(pipeline, name, None) for name in ("transformer", "transformer_2")}
     return {name: model for name, model in found.items() if model is not None}
+
+
+def training_of(pipeline: Any, folder: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Return the facts of a pipeline's training: its own, or those that lie beside it; empty without any.
+
+    Args:
+        pipeline: ours or one of diffusers.
+        folder: that it lies in; by default the one that it was loaded from.
+    """
+    known = pipeline.config.get("training") or pipeline.config.get("_training")
+    place = folder or pipeline.config.get("_name_or_path")
+    beside = Path(place) / TRAINING if place else None
+    stored = json.loads(beside.read_text("utf-8")) if beside is not None and beside.is_file() else {}
+    return dict(known or stored)
 
 
 def describe(pipeline: Any) -> dict[str, Any]:
@@ -51,7 +70,7 @@ def describe(pipeline: Any) -> dict[str, Any]:
         },
         "scheduler": {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
         "pipeline": {"class": type(pipeline).__name__, **settings},
-        "training": pipeline.config.get("training"),
+        "training": training_of(pipeline) or None,
         "versions": {name: version(name) for name in ("mhla-diffusion", "torch", "diffusers", "accelerate")},
     }
 

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData, create_repo
 from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
-from .identity import transformers_of
+from .identity import TRAINING, training_of, transformers_of
 from .sampling import call_parameters, guidance_name, output_kind, with_negative_prompt
 from .schedulers import prediction_of, require_scheduler, scales_inputs
 
@@ -26,9 +26,6 @@ from .schedulers import prediction_of, require_scheduler, scales_inputs
 _MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
 
 PICTURE = "samples.png"
-
-# Beside pipelines of diffusers, which have no place for it in their config: how they were trained.
-_TRAINING = "training.json"
 
 _BODY = """
 {mark}
@@ -222,7 +219,7 @@ def save_with_card(
     if isinstance(pipeline, CardedPipeline):
         return
     if training:
-        write_file(Path(folder) / _TRAINING, json.dumps(training, indent=2, default=str))
+        write_file(Path(folder) / TRAINING, json.dumps(training, indent=2, default=str))
     write_model_card(pipeline, folder, repo_id=os.path.basename(os.path.abspath(folder)))
 
 
@@ -244,7 +241,7 @@ def write_model_card(
         with open(path, encoding="utf-8") as existing:
             if _MARK not in existing.read():
                 return
-    training = _training(pipeline, Path(folder))
+    training = training_of(pipeline, folder)
     title = _title(pipeline, repo_id, training)
     base = fields.base_model or training.get("base model")
     purpose = _purpose(pipeline)
@@ -280,13 +277,6 @@ def write_model_card(
     write_file(path, f"---\n{data.to_yaml()}\n{'' if fields.license else _FIELDS}---\n{body}")
 
 
-def _training(pipeline: Any, folder: Path) -> dict[str, Any]:
-    """Facts about the training: of a pipeline, or as they lie beside it."""
-    known = pipeline.config.get("training")
-    beside = folder / _TRAINING
-    return dict(known or (json.loads(beside.read_text("utf-8")) if beside.is_file() else {}))
-
-
 def _purpose(pipeline: Any) -> Purpose:
     if isinstance(pipeline, CardedPipeline):
         return pipeline.purpose
@@ -318,7 +308,7 @@ def _status(training: Mapping[str, Any], base: str | None, fields: CardFields) -
 
 
 def _example_call(pipeline: Any, training: Mapping[str, Any]) -> str:
-    """A line that generates, with the steps and guidance of the samples that were made during training."""
+    """A line that generates as samples were made during training: their size, steps and guidance."""
     if isinstance(pipeline, CardedPipeline):
         call = pipeline.example_call()
     elif output_kind(pipeline) == "images":
@@ -326,8 +316,10 @@ def _example_call(pipeline: Any, training: Mapping[str, Any]) -> str:
     else:
         picture = "image, " if "image" in call_parameters(pipeline) else ""
         call = f'video = pipe({picture}prompt="...").frames[0]'
-    chosen = with_negative_prompt({"prompt": "...", **_sampled_with(pipeline, training)})
-    given = "".join(f", {name}={json.dumps(value)}" for name, value in chosen.items() if name != "prompt")
+    known = {**_sampled_with(pipeline, training), **training.get("call", {})}
+    chosen = with_negative_prompt({"prompt": "...", **known})
+    literals = {name: '""' if value == "" else repr(value) for name, value in chosen.items()}
+    given = "".join(f", {name}={value}" for name, value in literals.items() if name != "prompt")
     return re.sub(r"\)\.(images|frames)", rf"{given}).\1", call, count=1)
 
 
@@ -359,10 +351,9 @@ def _facts(pipeline: Any, training: Mapping[str, Any]) -> dict[str, str]:
     else:
         facts |= _parts(pipeline)
     facts["scheduler"] = type(pipeline.scheduler).__name__
+    told = {key: value for key, value in training.items() if key != "call"}  # which the example has
     told = _flatten(
-        {**training, "sampled with": _sampled_with(pipeline, training)}
-        if training
-        else {"training": "not recorded"}
+        {**told, "sampled with": _sampled_with(pipeline, training)} if told else {"training": "not recorded"}
     )
     return facts | {key.replace("_", " "): str(value) for key, value in told.items()}
 

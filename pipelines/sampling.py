@@ -13,11 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from mhla_diffusion.backbones.quantised import dequantised
 from mhla_diffusion.files.pictures import read_picture
 
+from .identity import training_of
 from .requests import require_finite
 
 Kind = Literal["images", "videos"]
@@ -64,6 +66,14 @@ def output_kind(pipeline: Any) -> Kind:
     return "videos" if any(name in call_parameters(pipeline) for name in FRAMES) else "images"
 
 
+def is_controlled(pipeline: Any) -> bool:
+    """Return True for a pipeline that is given a control of its video, with a mask, as Wan VACE's is.
+
+    It takes one text a call.
+    """
+    return {"video", "mask"} <= call_parameters(pipeline).keys()
+
+
 def guidance_name(pipeline: Any) -> str:
     """Return what a pipeline calls the strength of guidance away from the empty text, or from another one."""
     if "true_cfg_scale" not in call_parameters(pipeline):
@@ -93,8 +103,8 @@ def call_arguments(
 
     Args:
         rows: what there shall be, see :func:`sample`.
-        given: num_inference_steps, guidance_scale, height, width, num_frames, frame_rate; None for the
-            pipeline's own default.
+        given: num_inference_steps, guidance_scale, height, width, num_frames, frame_rate; None for those that
+            the pipeline was trained with, as far as that is known, else its own default.
         options: more arguments of the pipeline's call.
 
     Raises:
@@ -119,11 +129,13 @@ def call_arguments(
         for key in ("num_inference_steps", "guidance_scale", "frame_rate")
         if key in parameters
     }
+    trained = training_of(pipeline).get("call", {})
+    call |= {key: value for key, value in trained.items() if key in parameters}
     call |= options | {key: value for key, value in named.items() if value is not None}
     require_finite(**call)
-    asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))} | (
-        {"image"} & rows[0].keys()
-    )
+    asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))}
+    if "image" in rows[0]:
+        asked |= {"video", "mask"} if is_controlled(pipeline) else {"image"}
     if unknown := sorted(asked - parameters.keys()):
         raise ValueError(f"{name} takes no {', '.join(unknown)}")
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
@@ -176,8 +188,9 @@ def batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[slice]:
 
 
 def frames_per_second(pipeline: Any, call: Mapping[str, Any], fps: float | None) -> float:
-    """Frames per second of the videos: as asked, else as the pipeline states, else 16."""
-    return float(fps or call.get("frame_rate") or pipeline.config.get("fps") or DEFAULT_FPS)
+    """Frames per second of the videos: as asked, else as the pipeline or its training states, else 16."""
+    stated = pipeline.config.get("fps") or training_of(pipeline).get("fps")
+    return float(fps or call.get("frame_rate") or stated or DEFAULT_FPS)
 
 
 def sample(
@@ -186,7 +199,8 @@ def sample(
     """Make what the rows of a manifest say, in one call.
 
     Args:
-        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt; all of one size.
+        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt; all of one size. One
+            where :func:`is_controlled`.
         call: see :func:`call_arguments`.
         images: of each row the picture to begin with, or None. With pictures one row at a time, as diffusers'
             image-to-video pipelines take one image.
@@ -204,21 +218,42 @@ def sample(
             "callback_on_step_end": partial(_check_step, files),
             "callback_on_step_end_tensor_inputs": [n for n in ("latents", "prompt_embeds") if n in known],
         }
-    asked: dict[str, Any] = dict(conditions(rows))
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
+    asked: dict[str, Any] = {**conditions(rows), "generator": generators}
+    shared = {**call, **own_size(rows[0])}
+    if is_controlled(pipeline):
+        assert len(rows) == 1
+        asked = {name: value for name, (value,) in asked.items()}
     if images[0] is not None:
         assert len(images) == 1
-        asked["image"] = read_picture(images[0]).convert("RGB")
-    generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
+        picture = read_picture(images[0]).convert("RGB")
+        control = is_controlled(pipeline)
+        asked |= _first_frame(pipeline, picture, shared) if control else {"image": picture}
     with _remedies(pipeline):
         made = pipeline(
-            **with_negative_prompt({**asked, **call, **own_size(rows[0])}), **watch,
-            generator=generators, output_type="np", return_dict=False,
-        )[0]  # fmt: skip
+            **with_negative_prompt({**asked, **shared}), **watch, output_type="np", return_dict=False
+        )[0]
     values = np.asarray(made)
     if not np.isfinite(values).all():
         when = "after decoding; the latents were finite after every step" if watch else "in the output"
         raise _not_finite(files, pipeline, when)
     return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _first_frame(pipeline: Any, picture: Image.Image, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a control of Wan VACE whose first frame is a picture: what is to be made is gray.
+
+    Returns:
+        ``video`` and ``mask`` ``[1, F, 3, H, W]`` in [0, 1].
+    """
+    parameters = call_parameters(pipeline)
+    frames, height, width = (
+        call.get(name) or parameters[name].default for name in ("num_frames", "height", "width")
+    )
+    first = pipeline.video_processor.preprocess(picture, height=height, width=width)[0]
+    video, mask = torch.full((frames, 3, height, width), 0.5), torch.ones(frames, 3, height, width)
+    video[0], mask[0] = (first + 1) / 2, 0
+    return {"video": video[None], "mask": mask[None]}
 
 
 @contextmanager

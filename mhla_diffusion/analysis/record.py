@@ -48,6 +48,7 @@ def analyze_stored(
     timestep: int = 500,
     batch_size: int = 2,
     seed: int = 0,
+    max_tokens: int = 4096,
 ) -> Analysis:
     """Analyse a stored model on noise and drawn conditions; see :func:`analyze`.
 
@@ -57,9 +58,11 @@ def analyze_stored(
         timestep: 0 to 999.
         batch_size: samples.
         seed: of the noise and conditions.
+        max_tokens: see :func:`analyze`.
 
     Raises:
-        ValueError: for another model, a quantised one, or a size that its patches do not divide.
+        ValueError: for another model, a quantised one, too many tokens, or a size that its patches do not
+            divide.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -80,6 +83,7 @@ def analyze_stored(
     return analyze(
         transformer,
         lambda: transformer(**inputs),
+        max_tokens=max_tokens,
         settings={
             "model": model,
             "latents": f"{batch_size} x {' x '.join(map(str, latents))}, noise",
@@ -147,8 +151,9 @@ def _recording(
     def note(name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
         if q.shape[2] > max_tokens:
             raise ValueError(
-                f"{name} has {q.shape[2]} tokens, more than max_tokens = {max_tokens}: take a smaller image "
-                "or video, or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) time)"
+                f"{name} has {q.shape[2]} tokens, more than max_tokens = {max_tokens}: take smaller "
+                "latents (height, width, frames), or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) "
+                "time)"
             )
         calls.setdefault(name, (module, q.detach(), k.detach(), kwargs))
 

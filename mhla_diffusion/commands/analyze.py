@@ -20,6 +20,7 @@ def report(
     timestep: int = 500,
     batch_size: int = 2,
     seed: int = 0,
+    max_tokens: int = 4096,
     overwrite: bool = False,
 ) -> None:
     """Write report.html and report.json about the attention of a transformer, on noise.
@@ -33,6 +34,7 @@ def report(
         timestep: 0 to 999.
         batch_size: samples, of random conditions.
         seed: of the latents and conditions.
+        max_tokens: of a layer; more are refused, as its matrices take 8 N^2 bytes each.
         overwrite: replace a report that is already there.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
@@ -41,8 +43,9 @@ def report(
     require("jinja2")
     require_room(out, FILE_NAMES, overwrite=overwrite)
     analysis = analyze_stored(
-        model, height=height, width=width, frames=frames, timestep=timestep, batch_size=batch_size, seed=seed
-    )
+        model, height=height, width=width, frames=frames, timestep=timestep, batch_size=batch_size, seed=seed,
+        max_tokens=max_tokens,
+    )  # fmt: skip
     analysis.save(out, overwrite=overwrite)
     logging.info("Report: %s", Path(out) / "report.html")
 

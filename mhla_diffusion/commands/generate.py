@@ -106,12 +106,12 @@ def video(
         prompts: a text, commas included; a list in brackets, each text in quotes; or a file: .txt with one
             text a line, .csv or .jsonl with the columns prompt, seed, negative_prompt, file (name of the
             video), height, width and image (path inside images, or the folder of the file). May be repeated.
-        images: for image-to-video, a folder of images: one for each prompt in the order of their names, or
-            those that the column image names.
+        images: for image-to-video and Wan VACE, a folder of first frames: one for each prompt in the order of
+            their names, or those that the column image names.
         num: number of videos; one for each prompt by default.
         per_prompt: videos of each prompt, each with its own seed, instead of num; VBench asks for 5.
         negative_prompt: what the videos should not show, where a file of prompts does not say it.
-        batch_size: videos at a time in one process; with images 1.
+        batch_size: videos at a time in one process; with images, and of Wan VACE, 1.
         steps: denoising steps; the pipeline's default if not given (50).
         guidance: scale of classifier-free guidance; 1 for none; the pipeline's default if not given (Wan 5,
             SanaVideo 6).
@@ -119,7 +119,7 @@ def video(
         height: in pixels; the training size by default.
         width: in pixels; the training size by default.
         frames: number of frames; that of the training by default.
-        fps: frames a second of the files; the pipeline's if it states one, else 16.
+        fps: frames a second of the files; those that the pipeline or its training states, else 16.
         options: more arguments of the pipeline's call, such as '{"use_resolution_binning": false}'.
         dtype: of the weights.
         strip: also draw all frames of the first eight videos, a row for each, into this PNG file.
@@ -158,7 +158,7 @@ def _open(model: str, dtype: torch.dtype) -> Any:
         newest = newest_model(run)
         logging.info("%s: taking %s", run, newest)
         if newest.parent != run:
-            return open_checkpoint(newest).to(dtype)
+            return open_checkpoint(newest, dtype=dtype)
         model = str(newest)
     return MHLAPipeline.from_pretrained(model, dtype=dtype)
 

@@ -30,9 +30,11 @@ from ..backbones.grid import token_grid
 from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
 from ..files.locking import only_writer
+from ..files.text import shortened
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
+from ..training.config import flat_dict
 from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_room, sample_bytes, write_activations
 from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls
@@ -214,11 +216,13 @@ def _claim(out: Path, record: dict[str, Any], calls: Calls) -> dict[str, Any]:
         old = _read_record(out)
         old["calls"] = calls.completed(old["calls"])
         forms = {**old["candidates"], **record["candidates"]}
-        changed = [form for form, settings in old["candidates"].items() if forms[form] != settings]
-        keys = [key for key in record if key not in ("candidates", "model") and old.get(key) != record[key]]
-        if changed or keys:
-            lines = [f"{key}: {old.get(key)} -> {record[key]}" for key in keys]
-            lines += [f"candidate {form}: {old['candidates'][form]} -> {forms[form]}" for form in changed]
+        known = {**record, "candidates": {form: forms[form] for form in old["candidates"]}}
+        before, after = (
+            flat_dict({key: its.get(key) for key in record if key != "model"}) for its in (old, known)
+        )
+        keys = sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
+        if keys:
+            lines = [f"{key}: {shortened(before.get(key))} -> {shortened(after.get(key))}" for key in keys]
             raise ValueError(
                 f"{out} holds another alignment; choose another folder:\n  " + "\n  ".join(lines)
             )

@@ -385,8 +385,8 @@ def _known(
     stated = (statistics.extractor or extractor.name, statistics.weights_sha256 or extractor.weights_sha256)
     if stated != (extractor.name, extractor.weights_sha256):
         raise ValueError(
-            f"{path} was made with the extractor {stated[0]} (weights sha256 {stated[1]}), not with "
-            f"{extractor.name} ({extractor.weights_sha256}): use that one, or give the {kind.name}s"
+            f"{path} was made with the extractor {stated[0]} (weights sha256 {stated[1][:12]}), not with "
+            f"{extractor.name} ({extractor.weights_sha256[:12]}): use that one, or give the {kind.name}s"
         )
     if statistics.extractor is not None and statistics.sampling != kind.sampling:
         raise ValueError(

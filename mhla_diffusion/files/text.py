@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -27,3 +29,9 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Return rows of cells, the first of them the head, as a table in Markdown."""
     head, *rows = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rows])
+
+
+def shortened(value: Any) -> str:
+    """Return a value as messages say it: of a hash its first 12 digits."""
+    text = str(value)
+    return text[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{16,}", value) else text

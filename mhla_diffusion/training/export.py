@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils.other import load
 from safetensors.torch import load_file
+from torch import nn
+
+from mhla_diffusion.pipelines.model_card import CardedPipeline
 
 from ..files.writing import require_new_folder, write_folder
 from . import checkpoints
@@ -44,7 +47,9 @@ def newest_model(run: Path) -> Path:
     return checkpoints.latest_whole(run)
 
 
-def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
+def open_checkpoint(
+    checkpoint: Path, weights: Weights = "averaged", *, dtype: torch.dtype = torch.float32
+) -> Any:
     """Load a checkpoint as the pipeline that its run will leave, with all that belongs to it.
 
     The data of the run must be where they were, as they say what the classes are called.
@@ -52,12 +57,28 @@ def open_checkpoint(checkpoint: Path, weights: Weights = "averaged") -> Any:
     Args:
         checkpoint: ``<run>/checkpoints/step-00000100``.
         weights: ``"averaged"``, which is what a finished run leaves, or ``"raw"``, as the optimizer has them.
+        dtype: of all weights but those that a model keeps in float32.
 
     Raises:
         ValueError: when it is not whole, or sharded, or the run's config does not fit what is there.
     """
     task, model, facts = _open(checkpoint, weights)
-    return task.pipeline(transformer=model, training=task.all_facts(facts))
+    facts = task.all_facts(facts)
+    pipeline = task.pipeline(transformer=model, training=facts)
+    if not isinstance(pipeline, CardedPipeline):  # those of diffusers have no place for it
+        pipeline.register_to_config(_training=task.beside(facts))
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            _cast(part, dtype)
+    return pipeline
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights in place as ``from_pretrained`` does; ``to`` would cast those that are kept, too."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.is_floating_point() and not kept & set(name.split(".")):
+            weight.data = weight.data.to(dtype)
 
 
 def _open(checkpoint: Path, weights: Weights) -> tuple[TrainingTask, Any, dict[str, Any]]:

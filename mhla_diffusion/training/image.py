@@ -27,7 +27,7 @@ from .image_models import ModelConfig, build_model, require_sizes, takes_texts
 from .objectives import Objective
 from .run import train
 from .settings import RunConfig
-from .stock import IMAGES
+from .stock import IMAGES, require_settings
 from .task import SampleSheetConfig, TrainingTask
 from .text import CaptionEncoder, TextConfig, load_caption_encoders
 
@@ -88,6 +88,9 @@ class ImageTrainingConfig(RunConfig):
         require_probability("class_dropout", self.class_dropout)
         require_probability("caption_dropout", self.caption_dropout)
         require_trained(self.lora, self.model.init_from)
+        require_settings(
+            self.text, self.objective, self.data.source, shown=self.sampling.every > 0, videos=False
+        )
 
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         captioned = takes_texts(self.model.model_class if model is None else type(model))

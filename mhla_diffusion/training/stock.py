@@ -50,6 +50,7 @@ class StockTraining:
         scheduler: settings of the scheduler that is left, beside those of the objective's.
         multiple: of pixels, that heights and widths must be for the pipeline.
         given: what a cache has for the model beside texts, ``"control"`` or ``"edit"``; nothing when empty.
+        frames: of clips and of their latents, where the pipeline makes so many alone.
     """
 
     pipeline: str
@@ -59,9 +60,10 @@ class StockTraining:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     multiple: int = 1
     given: str = ""
+    frames: int | None = None
 
     def require(self, text: TextConfig, objective: ObjectiveConfig, init_from: str | None) -> None:
-        """Check that a run embeds captions and denoises as the pipeline does, the one that it goes on from.
+        """Check that a run embeds captions as the pipeline does, and adds noise as the one it goes on from.
 
         Raises:
             ValueError: otherwise, saying what to set.
@@ -71,6 +73,25 @@ class StockTraining:
                 f"the model is trained on captions as {self.pipeline} embeds them: set text.pipeline to "
                 f"{self.pipeline}, here and where latents are cached, got {text.pipeline!r}"
             )
+        if self.objective == "ddpm" and init_from is not None:
+            _require_schedule(objective, init_from)
+
+    def require_settings(self, objective: ObjectiveConfig, source: str, *, shown: bool) -> None:
+        """Check what a config says by itself, before anything is opened.
+
+        Args:
+            objective: of the run.
+            source: of the data.
+            shown: whether there are sheets of samples.
+
+        Raises:
+            ValueError: when the pipeline does not denoise so, is not trained on such data, or makes nothing
+                without its guard, which is no part of a run; saying what to set.
+        """
+        if source != "latents":
+            raise self._unfit()
+        if shown and is_guarded(self.pipeline):
+            raise ValueError(f"sampling.every must be 0: {self.pipeline} makes nothing without its guard")
         if objective.name != self.objective or objective.prediction_type == "sample":
             raise ValueError(
                 f"{self.pipeline} denoises by steps of {self.objective}: set objective.name to "
@@ -82,13 +103,6 @@ class StockTraining:
                 f"{self.pipeline} takes a prediction {kind} a variance: set objective.learn_variance to "
                 f"{str(self.variance).lower()}"
             )
-        if self.objective == "ddpm" and init_from is not None:
-            _require_schedule(objective, init_from)
-
-    @property
-    def guarded(self) -> bool:
-        """True when it makes nothing without a guard, which is no part of a run."""
-        return is_guarded(self.pipeline)
 
     @property
     def autoencoders(self) -> tuple[str, ...]:
@@ -131,13 +145,16 @@ class StockTraining:
         self._require_given(source.given)
         return source
 
-    def require_cache(self, vae: Any, sizes: Sequence[Sequence[int]], given: str) -> None:
+    def require_cache(
+        self, vae: Any, sizes: Sequence[Sequence[int]], given: str, frames: int | None = None
+    ) -> None:
         """Check, before anything is encoded, that the pipeline takes what a cache will hold.
 
         Args:
             vae: that encodes.
             sizes: of the data, height and width in pixels.
             given: what the model is given beside texts.
+            frames: of clips; None of pictures.
 
         Raises:
             ValueError: otherwise, saying what to set.
@@ -149,6 +166,11 @@ class StockTraining:
                 f"{type(vae).__name__}: give that of the model as vae, or another text.pipeline"
             )
         self._require_multiples(sizes)
+        if self.frames not in (None, frames):
+            raise ValueError(
+                f"{self.pipeline} makes {self.frames} frame alone: set data.frames to {self.frames}, got "
+                f"{frames}"
+            )
 
     def _unfit(self) -> ValueError:
         return ValueError(
@@ -205,7 +227,7 @@ VIDEOS: dict[type[Any], StockTraining] = {
     MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True),
     MHLAAllegroTransformer3DModel: StockTraining("AllegroPipeline", "ddpm", masked=True),
     MHLACosmosTransformer3DModel: StockTraining(
-        "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}
+        "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}, frames=1
     ),
     MHLASkyReelsV2Transformer3DModel: StockTraining("SkyReelsV2Pipeline", "flow"),
     MHLAWanVACETransformer3DModel: StockTraining("WanVACEPipeline", "flow", given="control"),
@@ -218,35 +240,64 @@ VIDEOS: dict[type[Any], StockTraining] = {
 }
 
 
+def _training_of(pipeline: str, *, videos: bool) -> StockTraining | None:
+    """Return the training for a pipeline, ``text.pipeline``; None when that is empty, for another way.
+
+    Raises:
+        ValueError: when it is for the other kind of samples.
+    """
+    known = {training.pipeline: training for training in (VIDEOS if videos else IMAGES).values()}
+    if pipeline and pipeline not in known:
+        raise ValueError(
+            f"text.pipeline {pipeline} is not for {'videos' if videos else 'images'}: it must be one of "
+            f"{', '.join(known)}, or empty"
+        )
+    return known.get(pipeline)
+
+
+def require_settings(
+    text: TextConfig | None, objective: ObjectiveConfig, source: str, *, shown: bool, videos: bool
+) -> None:
+    """Check a config of a run, before anything is opened; see :meth:`StockTraining.require_settings`.
+
+    Raises:
+        ValueError: when its parts do not fit the pipeline that embeds the captions.
+    """
+    training = None if text is None else _training_of(text.pipeline, videos=videos)
+    if training is not None:
+        training.require_settings(objective, source, shown=shown)
+
+
 def require_cache(
-    pipeline: str, vae: Any, sizes: Sequence[Sequence[int]], *, given: str, videos: bool
+    pipeline: str,
+    vae: Any,
+    sizes: Sequence[Sequence[int]],
+    *,
+    given: str,
+    videos: bool,
+    frames: int | None = None,
 ) -> None:
     """Check, before anything is encoded, that models are trained on such a cache.
 
     Args:
         pipeline: that embeds the captions, ``text.pipeline``; empty for models with another way.
-        vae, sizes, given: see :meth:`StockTraining.require_cache`.
+        vae, sizes, given, frames: see :meth:`StockTraining.require_cache`.
         videos: whether clips are cached, not pictures.
 
     Raises:
         ValueError: otherwise, saying what to set.
     """
-    known = {training.pipeline: training for training in (VIDEOS if videos else IMAGES).values()}
-    if pipeline in known:
-        known[pipeline].require_cache(vae, sizes, given)
-    elif pipeline:
-        raise ValueError(
-            f"text.pipeline {pipeline} is not for {'videos' if videos else 'images'}: it must be one of "
-            f"{', '.join(known)}, or empty"
-        )
-    else:
-        special = not videos and type(vae).__name__ not in PLAIN_AUTOENCODERS
-        for name, training in known.items():
-            if (given and training.given == given) or (
-                special and type(vae).__name__ in training.autoencoders
-            ):
-                what = _OPTIONS[given] if given else f"an {type(vae).__name__}"
-                raise ValueError(f"{what} is for {name} alone: set text.pipeline to that, got {pipeline!r}")
+    training = _training_of(pipeline, videos=videos)
+    if training is not None:
+        training.require_cache(vae, sizes, given, frames)
+        return
+    special = not videos and type(vae).__name__ not in PLAIN_AUTOENCODERS
+    for other in (VIDEOS if videos else IMAGES).values():
+        if (given and other.given == given) or (special and type(vae).__name__ in other.autoencoders):
+            what = _OPTIONS[given] if given else f"an {type(vae).__name__}"
+            raise ValueError(
+                f"{what} is for {other.pipeline} alone: set text.pipeline to that, got {pipeline!r}"
+            )
 
 
 UNTRAINED: dict[type[Any], str] = {

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from mhla_diffusion.pipelines.model_card import PICTURE, save_with_card
-from mhla_diffusion.pipelines.sampling import FRAMES, call_parameters, guidance_name, with_negative_prompt
+from mhla_diffusion.pipelines.sampling import (
+    DEFAULT_FPS,
+    FRAMES,
+    call_parameters,
+    guidance_name,
+    with_negative_prompt,
+)
 
 from .conditioning import Conditioning
 from .config import changeable
@@ -58,8 +64,8 @@ class TrainingTask:
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
         facts: what else it says of them.
-        call: further arguments of the pipeline's call, for sample sheets.
-        fps: of videos on them, where the pipeline does not know it.
+        call: further arguments of the pipeline's call, for sample sheets and whoever generates with it.
+        fps: of videos, where the pipeline does not know it and the data have one.
         prepare: called with the number of a row and what it asks for; returns the arguments of the call.
     """
 
@@ -69,7 +75,7 @@ class TrainingTask:
     data_name: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
-    fps: float = 16.0
+    fps: float | None = None
     prepare: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None
 
     @torch.no_grad()
@@ -97,7 +103,7 @@ class TrainingTask:
             for arguments in self._prepared(asked)
         ]
         if hasattr(outputs[0], "frames"):
-            fps = pipeline.config.get("fps") or self.fps
+            fps = pipeline.config.get("fps") or self.fps or DEFAULT_FPS
             return SampleSheet([output.frames[0] for output in outputs], fps=fps)
         return SampleSheet([output.images for output in outputs])
 
@@ -112,8 +118,12 @@ class TrainingTask:
         if picture is not None:
             shutil.copyfile(picture, folder / PICTURE)
         facts = self.all_facts(training)
-        # Pipelines of diffusers say nothing of the size, which is given in calls.
-        save_with_card(self.pipeline(transformer=model, training=facts), folder, self._size() | facts)
+        save_with_card(self.pipeline(transformer=model, training=facts), folder, self.beside(facts))
+
+    def beside(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts of a run and what pipelines of diffusers do not say: size and rate of samples."""
+        rate = {} if self.fps is None else {"fps": self.fps}
+        return {**self._size(), **rate, **facts, "call": dict(self.call)}
 
     def _size(self) -> dict[str, str]:
         """Size of what a sheet shows, for a model card; empty where the pipeline knows it."""

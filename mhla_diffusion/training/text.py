@@ -365,7 +365,7 @@ def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
     """Load the text encoders of the pipeline of diffusers that a config names, and return its embeddings.
 
     Raises:
-        ValueError: see :func:`load_text_encoder`.
+        ValueError: see :func:`load_text_encoder`, and when the pipeline's template leaves no room.
     """
     loaded = [load_text_encoder(config, number) for number in range(len(config.encoders))]
     components = {
@@ -385,7 +385,7 @@ def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
         CaptionEncoder(
             partial(_embed_as, ask, text_encoder, config, number),
             tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.length(number), number=number,
-            room=config.reads(number) - _tokens_beside(pipeline, tokenizer, config.encoders[number]),
+            room=_room(pipeline, tokenizer, config, number),
         )
         for number, (tokenizer, text_encoder) in enumerate(loaded)
     ]  # fmt: skip
@@ -404,6 +404,21 @@ def _embed_as(
         return EmbeddedText(text, int(shown.sum()))
     text = text[shown][:length]
     return EmbeddedText(text, len(text))
+
+
+def _room(pipeline: Any, tokenizer: Any, config: TextConfig, number: int) -> int:
+    """Count the tokens of a caption that encoder ``number`` embeds.
+
+    Raises:
+        ValueError: when the template of the pipeline takes them all.
+    """
+    beside = _tokens_beside(pipeline, tokenizer, config.encoders[number])
+    if config.reads(number) <= beside:
+        raise ValueError(
+            f"text.max_length {config.max_length} leaves no room for captions, as {config.pipeline} puts "
+            f"{beside} tokens around each: set it to {beside} and the tokens of the longest caption"
+        )
+    return config.reads(number) - beside
 
 
 def _tokens_beside(pipeline: Any, tokenizer: Any, stock: StockEncoder) -> int:

@@ -28,7 +28,7 @@ from .data.video_autoencoders import size_in_pixels
 from .objectives import Objective
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
-from .stock import VIDEOS, StockTraining, require_fit, trained_class
+from .stock import VIDEOS, StockTraining, require_fit, require_settings, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
@@ -157,6 +157,9 @@ class VideoTrainingConfig(RunConfig):
             raise ValueError("text.instruction is for models of images: remove it")
         if self.model.init_from is None:
             self._require_flow()
+        require_settings(
+            self.text, self.objective, self.data.source, shown=self.sampling.every > 0, videos=True
+        )
 
     def _require_flow(self) -> None:
         if self.objective.name != "flow":
@@ -234,8 +237,6 @@ def _build_for(
     """Build a run of a model that is trained for its own pipeline of diffusers."""
     stock.require(config.text, config.objective, config.model.init_from)
     latents = stock.require_latents(config.data.open())
-    if stock.guarded and config.sampling.every:
-        raise ValueError(f"sampling.every must be 0: {stock.pipeline} makes nothing without its guard")
     _require_given(config.sampling, latents)
     encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
     latents.require_text(config.text, encoders)
@@ -243,7 +244,7 @@ def _build_for(
         model = new_or_loaded(config.model.model_class, config.model)
     latents.require_channels(model)
     require_fit(model, objective, encoders, config.model.init_from, beside=latents.channels_beside)
-    frames = getattr(model.config, "video_length", None) or (1 if stock.guarded else None)
+    frames = getattr(model.config, "video_length", None) or stock.frames
     if frames is not None and {size[0] for size in latents.sizes} != {frames}:
         raise ValueError(
             f"the model takes {frames} frames of latents, but {latents.shards.path} holds clips of "
@@ -258,7 +259,7 @@ def _build_for(
         config.data.title,
         config.data.chosen().facts(),
         call=stock.call(vae, latents.sizes, config.text),
-        fps=latents.fps or 16.0,
+        fps=latents.fps,
         prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )
     return model, latents, task

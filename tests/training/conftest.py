@@ -29,6 +29,13 @@ def _fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture
+def encoder(tmp_path: Path, text_parts: dict[str, Any]) -> str:
+    for part in text_parts.values():
+        part.save_pretrained(tmp_path / "text")
+    return str(tmp_path / "text")
+
+
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Two classes, ``cat`` and ``dog``, of 10 gray images each, 10 to 14 pixels wide and 9 high."""
     generator = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from mhla_diffusion.training import (
     cache_video_latents,
 )
 from mhla_diffusion.training.data.toys import ScenesConfig
-from tests.training.test_stock import KL, WAN
+from tests.training.stock_runs import KL, WAN
 
 
 def cache(pipeline: str, vae: Any, size: tuple[int, int], folder: Path, *, videos: bool) -> None:

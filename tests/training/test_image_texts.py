@@ -267,9 +267,15 @@ def test_what_does_not_fit_the_cache_is_refused(
     moved.build(build_objective(moved.objective))  # the same one at another place
     torch.nn.init.ones_(text_parts["text_encoder"].shared.weight)
     text_parts["text_encoder"].save_pretrained(other)
-    for wrong in (TextConfig(str(other), max_length=8), TextConfig(cache.text.encoder, 9)):
+    for wrong, message in (
+        (
+            TextConfig(str(other), max_length=8),
+            r"by the text_encoder \(UMT5EncoderModel\) that lay in .*other",
+        ),
+        (TextConfig(cache.text.encoder, 9), r"with text\.max_length 8, not 9\. Set text as it was, or make"),
+    ):
         run = latent_run(cache, text=wrong)
-        with pytest.raises(ValueError, match=r"were encoded with .*: set text to the same, got TextConfig"):
+        with pytest.raises(ValueError, match=message):
             run.build(build_objective(run.objective))
     wide = dataclasses.replace(moved.model, in_channels=8)
     run = latent_run(cache, model=wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import default_collate
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones.denoising import denoise
 from mhla_diffusion.files.videos import open_video
+from mhla_diffusion.pipelines.generation import generate_videos
 from mhla_diffusion.training import (
     LoraConfig,
     OptimizerConfig,
@@ -29,9 +31,12 @@ from mhla_diffusion.training import (
     train_video,
 )
 from mhla_diffusion.training.adapters import set_trainable
+from mhla_diffusion.training.config import write_config
 from mhla_diffusion.training.data import CachedLatents, MovingDigitsConfig
+from mhla_diffusion.training.export import open_checkpoint
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
+from tests.processes import run_script
 from tests.text_encoders import make_kandinsky_parts
 from tests.weights import weights
 
@@ -103,6 +108,25 @@ def test_it_is_trained_and_goes_on_to_the_bit(trained: dict[str, Any], base: Pat
     assert (tmp_path / "run" / "lora").is_dir() == ("lora" in trained)
 
 
+def test_two_processes_that_call_it_for_each_sample_give_the_losses_of_one(
+    base: Path, tmp_path: Path
+) -> None:
+    trainer = TrainerConfig(batch_size=4, max_steps=2, log_every=1)
+    run = run_of(base, tmp_path / "one", trainer=trainer, sampling=VideoSamplingConfig(every=0))
+    assert train_video(run) == 0
+    write_config(run, tmp_path / "run.yaml")
+    arguments = ("--config", tmp_path / "run.yaml", "--output_dir", str(tmp_path / "two"))
+    result = run_script("train_video", *arguments, num_processes=2, stderr_to_stdout=True)
+    assert result.returncode == 0, result.stdout
+    assert "2 processes share the work" in result.stdout
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 2
+
+
 def test_what_is_left_makes_videos_as_it_was_trained(base: Path, tmp_path: Path) -> None:
     run = run_of(base, tmp_path / "run", sampling=VideoSamplingConfig(every=0))
     assert train_video(run) == 0
@@ -132,6 +156,31 @@ def test_what_is_left_makes_videos_as_it_was_trained(base: Path, tmp_path: Path)
         torch.testing.assert_close(denoise(model, samples, call["timestep"], conditions), expected)
         conditions["encoder_hidden_states_2"] = pooled[:, None] + 1
         assert not torch.allclose(denoise(model, samples, call["timestep"], conditions), expected)
+
+
+def test_videos_of_a_checkpoint_are_those_of_the_pipeline_in_bfloat16_too(base: Path, tmp_path: Path) -> None:
+    run = run_of(base, tmp_path / "run", sampling=VideoSamplingConfig(every=0))
+    assert train_video(run) == 0
+    finished = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline", dtype=torch.bfloat16)
+    opened = open_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000002", dtype=torch.bfloat16)
+    for name, part in finished.components.items():
+        for key, weight in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            same = getattr(opened, name).state_dict()[key]
+            assert same.dtype == weight.dtype
+            assert torch.equal(same, weight)
+    assert {weight.dtype for weight in opened.transformer.parameters()} == {torch.float32, torch.bfloat16}
+    videos = []
+    for name, pipeline in (("finished", finished), ("opened", opened)):
+        generate_videos(pipeline, tmp_path / name, prompts=["it"], num_inference_steps=1)
+        reader = open_video(tmp_path / name / "000000.mp4")
+        videos.append(reader.read(range(5)))
+    assert videos[0].shape[:3] == (5, 32, 48)
+    assert (videos[0] == videos[1]).all()
+
+
+def test_a_length_that_the_template_takes_whole_is_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"text.max_length 64 leaves no room for captions, as .* puts 5\d\d"):
+        load_caption_encoders(dataclasses.replace(text_of(base), max_length=64))
 
 
 @torch.no_grad()
@@ -188,12 +237,12 @@ def test_embeddings_of_another_encoder_or_length_are_refused(part: str, base: Pa
     pipeline = Kandinsky5T2VPipeline.from_pretrained(base / "base", **{part: other[part]})
     pipeline.save_pretrained(tmp_path / "other")
     texts = (
-        dataclasses.replace(text_of(base), encoder=str(tmp_path / "other")),
-        dataclasses.replace(text_of(base), max_length=LENGTH + 1),
+        ({"encoder": str(tmp_path / "other")}, rf"by the {part} \(.*\) that lay in .*base, and .*other has"),
+        ({"max_length": LENGTH + 1}, r"this run embeds them: with text\.max_length 700, not 701\. Set text"),
     )
-    for text in texts:
-        run = run_of(base, tmp_path / "run", text=text)
-        with pytest.raises(ValueError, match=r"the captions in .*cache were encoded with TextConfig"):
+    for change, message in texts:
+        run = run_of(base, tmp_path / "run", text=dataclasses.replace(text_of(base), **change))
+        with pytest.raises(ValueError, match=message):
             run.build(build_objective(run.objective))
 
 

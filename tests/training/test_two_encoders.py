@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from PIL import Image
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones.denoising import denoise
+from mhla_diffusion.commands import generate
 from mhla_diffusion.training import (
     DataConfig,
     ImageTrainingConfig,
@@ -33,7 +37,7 @@ from mhla_diffusion.training.data import CachedLatents
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
 from tests.text_encoders import make_hunyuan_parts
-from tests.training.test_stock import KL
+from tests.training.stock_runs import KL
 from tests.weights import weights
 
 NAME = "HunyuanDiTPipeline"
@@ -160,6 +164,33 @@ def test_what_is_left_makes_pictures_as_it_was_trained(base: Path, tmp_path: Pat
     check_call(pipeline.transformer, calls[0])
 
 
+def test_pictures_are_generated_in_the_size_of_the_training_and_as_the_card_says(
+    base: Path, tmp_path: Path
+) -> None:
+    run = run_of(base, tmp_path / "run", sampling=SamplingConfig(every=0, num_inference_steps=1))
+    assert train_image(run) == 0
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    example = re.search(r"images = (pipe\(.*\))\.images", card)
+    assert example is not None
+    pipe = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    made = [eval(example[1], {"pipe": pipe}).images[0]]
+    for name in ("run/pipeline", "run"):  # the finished pipeline, and a checkpoint
+        if name == "run":
+            shutil.rmtree(tmp_path / "run" / "pipeline")
+        out = tmp_path / f"made-{len(made)}"
+        generate.image(str(tmp_path / name), str(out), prompts=["it"], steps=1)
+        made.append(Image.open(out / "000000.png"))
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["training"]["steps"] == "2 of batch size 4"
+    assert [picture.size for picture in made] == [(96, 64)] * 3
+    assert made[1].tobytes() == made[2].tobytes()
+    generate.image(
+        str(tmp_path / "run"), str(tmp_path / "tall"), prompts=["it"], steps=1, height=96, width=64
+    )
+    assert Image.open(tmp_path / "tall" / "000000.png").size == (64, 96)
+
+
 @torch.no_grad()
 def test_captions_are_embedded_as_the_pipeline_embeds_prompts(base: Path) -> None:
     pipeline = HunyuanDiTPipeline.from_pretrained(base / "base", transformer=None)
@@ -239,8 +270,10 @@ def test_embeddings_of_another_encoder_are_refused(part: str, base: Path, tmp_pa
     pipeline.save_pretrained(tmp_path / "other")
     text = dataclasses.replace(text_of(base), encoder=str(tmp_path / "other"))
     run = run_of(base, tmp_path / "run", text=text)
-    with pytest.raises(ValueError, match=r"the captions in .*cache were encoded with TextConfig"):
+    said = rf"by the {part} \({type(other[part]).__name__}\) that lay in .*base, and .*other has another"
+    with pytest.raises(ValueError, match=said) as error:
         run.build(build_objective(run.objective))
+    assert not re.search("TextConfig|[0-9a-f]{20}", str(error.value))
 
 
 def test_the_same_encoders_elsewhere_are_taken(base: Path, tmp_path: Path) -> None:

@@ -214,14 +214,14 @@ class PublishedWeights:
         known = bool(self.sha256) and sha256.startswith(self.sha256)
         if given is not None and self.program and not (known or trust):
             raise ValueError(
-                f"{path} is not known to be {self.network} (sha256 {sha256}). A torchscript is a program: it "
-                "can read and write files as you can. Set trust_weights (--trust_weights true) if you know "
-                "where it comes from"
+                f"{path} is not known to be {self.network} (sha256 {sha256[:12]}). A torchscript is a "
+                "program: it can read and write files as you can. Set trust_weights (--trust_weights true) "
+                "if you know where it comes from"
             )
         if given is None and self.sha256 and not known:
             raise ValueError(
-                f"{path} is not {self.network} or only a part of it (sha256 {sha256}, expected "
-                f"{self.sha256}): remove it, or give other weights or the extractor {self.instead}"
+                f"{path} is not {self.network} or only a part of it (sha256 {sha256[:12]}, expected "
+                f"{self.sha256[:12]}): remove it, or give other weights or the extractor {self.instead}"
             )
         return path, sha256
 

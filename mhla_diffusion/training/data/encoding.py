@@ -249,7 +249,10 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         require_edits(vae, config.data.frames, config.data.sizes)
     else:
         require_clips(vae, config.data.frames, config.data.sizes)
-    require_cache(config.text.pipeline, vae, config.data.sizes, given=config.given, videos=True)
+    require_cache(
+        config.text.pipeline, vae, config.data.sizes, given=config.given, videos=True,
+        frames=config.data.frames,
+    )  # fmt: skip
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(

@@ -12,7 +12,7 @@ perhaps also what :mod:`.clip_conditions` gives. See :mod:`.shards`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...hub import component_subfolder, load_component_config
+from ..config import as_dict
 from ..text import CaptionEncoder, TextConfig, number_suffix
 from .captions import draw_index
 from .clip_conditions import ControlTask
@@ -161,16 +162,26 @@ class CachedLatents:
         Raises:
             ValueError: for another encoder, wherever they lie, another length or another instruction.
         """
-        assert self.text is not None
-        same = [self.made_with(*part) for encoder in encoders for part in encoder.components.items()]
-        if None in same:
-            same = [self.text.encoder == config.encoder]
-        if not all(same) or replace(self.text, encoder=config.encoder) != config:
-            moved = " (where another model lies now)" if self.text == config else ""
+        if changes := self._other_texts(config, encoders):
             raise ValueError(
-                f"the captions in {self.shards.path} were encoded with {self.text}{moved}: set text to the "
-                f"same, got {config}"
+                f"the captions in {self.shards.path} were embedded otherwise than this run embeds them: "
+                f"{'; '.join(changes)}. Set text as it was, or make the cache again"
             )
+
+    def _other_texts(self, config: TextConfig, encoders: Sequence[CaptionEncoder]) -> list[str]:
+        """List what embeds captions otherwise than when the cache was made."""
+        assert self.text is not None
+        old, new = as_dict(self.text), as_dict(config)
+        parts = {name: part for encoder in encoders for name, part in encoder.components.items()}
+        same = {name: self.made_with(name, part) for name, part in parts.items()}
+        if None not in same.values():
+            del old["encoder"], new["encoder"]  # which may be the same elsewhere
+        where = f"that lay in {self.text.encoder}, and {config.encoder} has another one"
+        others = [name for name in same if same[name] is False]
+        return [
+            *(f"by the {name} ({type(parts[name]).__name__}) {where}" for name in others),
+            *(f"with text.{name} {old[name]!r}, not {new[name]!r}" for name in new if old[name] != new[name]),
+        ]
 
     @property
     def channels_beside(self) -> int:

@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...files.locking import only_writer
+from ...files.text import shortened
 from ...files.writing import write_file
 from ...processes import in_first_process, one_fate, process_state, wait_for_all
-from ..config import as_dict, with_later_fields
+from ..config import as_dict, flat_dict, with_later_fields
 from .fingerprint import file_content, fingerprint
 from .stream import UnreadableSampleError
 
@@ -268,18 +269,35 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
-        # Hashes of components came later.
-        keys = sorted(old.keys() | record.keys() - {"components"})
-        if changes := [
-            f"{key}: {old.get(key)} -> {record.get(key)}" for key in keys if old.get(key) != record.get(key)
-        ]:
-            raise ValueError(f"{folder} holds another {_kind(config)}:\n  " + "\n  ".join(changes))
+        if changes := _changes(old, record):
+            raise ValueError(
+                f"{folder} holds another {_kind(config)}; choose another folder, or what it was made of:\n  "
+                + "\n  ".join(changes)
+            )
         return cache
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {_kind(config)}; choose another --output_dir")
     cache = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     write_file(path, json.dumps({**record, "id": cache}, indent=2))
     return cache
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List where the records of two caches differ, a line each, without hashes."""
+    parts = old.get("components", {})
+    parts_now = new.get("components", {}) if parts else {}  # as hashes came later
+    others = [
+        f"{name}: not the one that it was made with"
+        for name in sorted({**parts, **parts_now})
+        if parts.get(name) != parts_now.get(name)
+    ]
+    flat_old, flat_new = ({**flat_dict(record["config"]), **record} for record in (old, new))
+    keys = sorted((flat_old.keys() | flat_new.keys()) - {"components", "config"})
+    return others + [
+        f"{key}: {shortened(flat_old.get(key))} -> {shortened(flat_new.get(key))}"
+        for key in keys
+        if flat_old.get(key) != flat_new.get(key)
+    ]
 
 
 def _kind(config: Any) -> str:

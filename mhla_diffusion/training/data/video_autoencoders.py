@@ -103,7 +103,10 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
     config = vae.config
     scale = config.get("scaling_factor", 1.0)
     # Numbers of the config, or of LTX weights.
-    mean, std = (config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        config[name] if name in config else getattr(vae, name, None)
+        for name in ("latents_mean", "latents_std")
+    )  # fmt: skip
     if mean is None or std is None:
         return (latents - (config.get("shift_factor") or 0.0)) * scale
     mean, std = (torch.as_tensor(values, device=vae.device).view(-1, 1, 1, 1) for values in (mean, std))

@@ -9,9 +9,12 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import AutoencoderKL, WanVACEPipeline
+from PIL import Image
 from torch.utils.data import default_collate
 
+from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.files.videos import open_video
+from mhla_diffusion.pipelines.generation import generate_videos
 from mhla_diffusion.training import (
     LoraConfig,
     OptimizerConfig,
@@ -160,6 +163,34 @@ def test_a_run_leaves_a_pipeline_that_is_given_the_control_of_training(
         vae = load_vae(cache.vae, VIDEO_AUTOENCODERS)
         known = Controls(vae, [cache.control[number]])(clip, seeded(number))["control"]
         torch.testing.assert_close(given[-1][0], known.float(), atol=5e-3, rtol=5e-3)  # float16
+
+
+def test_videos_are_generated_from_texts_and_from_a_first_frame(
+    cache: VideoLatentCacheConfig, tmp_path: Path
+) -> None:
+    cache_video_latents(cache)
+    run = run_of(cache)
+    assert train_video(run) == 0
+    pipeline = MHLAPipeline.from_pretrained(Path(run.output_dir) / "pipeline")
+    given: list[torch.Tensor] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda model, args, kwargs: given.append(kwargs["control_hidden_states"]), with_kwargs=True
+    )
+    pixels = torch.randint(256, (16, 32, 3), dtype=torch.uint8)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / "a.png")
+    for images in (None, tmp_path / "pictures"):
+        out = tmp_path / ("texts" if images is None else "frames")
+        generate_videos(pipeline, out, prompts=["a", "b"], num_inference_steps=1, images=images)
+        reader = open_video(out / "000001.mp4")
+        assert (reader.num_frames, reader.fps) == (5, 8)
+        assert reader.read([0]).shape[1:3] == (16, 32)
+    clip = torch.zeros(3, 5, 16, 32)
+    clip[:, 0] = pixels.movedim(-1, 0) / 127.5 - 1
+    vae = load_vae(cache.vae, VIDEO_AUTOENCODERS)
+    known = Controls(vae, ["first"])(clip, seeded(0))["control"]
+    torch.testing.assert_close(given[-1][0], known.float(), atol=5e-3, rtol=5e-3)  # float16
+    assert not torch.allclose(given[0], given[-1], atol=1e-2)
 
 
 def test_adapters_are_trained_and_a_run_goes_on_to_the_bit(cache: VideoLatentCacheConfig) -> None:

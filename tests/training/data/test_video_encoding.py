@@ -200,10 +200,15 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(config: VideoLatentCacheCo
     with pytest.raises(ValueError, match=r"multiples of the patch \(1, 2, 8\) .*nearest are \(2, 2, 8\)"):
         train_video(training_config(config, patch_size=(1, 2, 8)))
     run = dataclasses.replace(training_config(config), text=TextConfig(encoder="minilm", max_length=8))
-    with pytest.raises(ValueError, match=r"were encoded with .*wan.*: set text to the same, got .*minilm"):
+    with pytest.raises(ValueError, match=r"\(BertModel\) that lay in .*wan, and minilm has another"):
         train_video(run)
-    with pytest.raises(ValueError, match="holds another latent cache"):
+    with pytest.raises(ValueError, match=r"holds another latent cache; .* made of:\n  clips: 2 -> 3\n"):
         cache_video_latents(dataclasses.replace(config, clips=3))
+    vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
+    torch.nn.init.ones_(vae.decoder.conv_out.bias)
+    vae.save_pretrained(Path(config.vae) / "vae")
+    with pytest.raises(ValueError, match=r"made of:\n  vae: not the one that it was made with$"):
+        cache_video_latents(config)
 
 
 @pytest.mark.parametrize(

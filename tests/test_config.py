@@ -1,0 +1,70 @@
+"""Settings of MHLA, as they are stored, printed and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from mhla_diffusion import MHLAConfig
+
+FULL = MHLAConfig(
+    blocks=(2, 3), feature_map="hedgehog", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
+    mixing_relative=True, mixing_content=True, local="gate", center_keys=True, cpe="zero", gate=True,
+    output_norm=True, layers=(0, 2),
+)  # fmt: skip
+
+
+def test_config_survives_json() -> None:
+    assert MHLAConfig.from_json(FULL.to_json()) == FULL
+    assert MHLAConfig.from_json(MHLAConfig().to_json()) == MHLAConfig()
+    assert json.loads(FULL.to_json())["blocks"] == [2, 3]
+
+
+def test_config_prints_what_was_chosen() -> None:
+    assert repr(MHLAConfig()) == "MHLAConfig(blocks=16)"
+    assert repr(MHLAConfig(blocks=(2, 3), gate=True)) == "MHLAConfig(blocks=(2, 3), gate=True)"
+    assert eval(repr(FULL)) == FULL
+
+
+def test_settings_that_came_later_are_written_where_they_are_used() -> None:
+    assert {"local", "center_keys", "mixing_relative", "mixing_content"}.isdisjoint(MHLAConfig().to_dict())
+    assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FULL.gate = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block": 4}, r"unknown MHLA setting block; the known ones are blocks, key_blocks, feature_map"),
+        ({"blocks": 0}, r"blocks must be an integer >= 1"),
+        ({"blocks": (2, 0)}, r"blocks must be an integer >= 1"),
+        ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
+        (
+            {"feature_map": "exp"},
+            r"feature_map must be one of 'relu', 'elu', 'softmax', 'crelu', 'hedgehog', got 'exp'",
+        ),
+        ({"normalizer": "paper "}, r"normalizer must be one of"),
+        ({"mixing_init": "random"}, r"mixing_init must be one of"),
+        ({"constraint": "sigmoid"}, r"constraint must be one of"),
+        ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
+        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', 'only', got 'sum'"),
+        ({"local": "gate", "blocks": 1}, r"local 'gate' needs normalizer 'paper' and several blocks"),
+        ({"local": "gate", "normalizer": "none"}, r"got normalizer 'none' and blocks 16"),
+        ({"local": "gate", "key_blocks": 2}, r"local is for self-attention"),
+        ({"mixing_relative": True, "key_blocks": 2}, r"mixing_relative is for self-attention"),
+        ({"center_keys": 1.5}, r"center_keys must be one of False, True"),
+        ({"gate": "yes"}, r"gate must be one of False, True"),
+        ({"eps": 0.0}, r"eps must lie between 0 and 1"),
+        ({"layers": (0, -1)}, r"layers must be None or layer numbers"),
+    ],
+)
+def test_config_refuses_what_is_not_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MHLAConfig.from_dict(values)
