@@ -32,7 +32,8 @@ from tests.pipelines.conftest import (  # noqa: F401 (fixtures)
     sana_pipeline,
     video_vae,
 )
-from tests.training.test_two_encoders import SHAPE, hunyuan_pipeline
+from tests.training import test_kandinsky5 as kandinsky5
+from tests.training import test_two_encoders as hunyuan
 
 _SAVED_REPORT = Path(__file__).parents[1] / "saved" / "report-image" / "report"
 
@@ -144,7 +145,10 @@ def stand_ins(
     make_stock_video_pipeline("wan-image").save_pretrained(tmp_path / "wan-image")
     sana_pipeline.save_pretrained(tmp_path / "sana")
     _latte(text_parts).save_pretrained(tmp_path / "latte")
-    hunyuan_pipeline(CASES["HunyuanDiT"].stock(**SHAPE)).save_pretrained(tmp_path / "hunyuan")
+    stock = CASES["HunyuanDiT"].stock(**hunyuan.SHAPE)
+    hunyuan.hunyuan_pipeline(stock).save_pretrained(tmp_path / "hunyuan")
+    stock = CASES["Kandinsky5"].stock(**kandinsky5.SHAPE)
+    kandinsky5.kandinsky_pipeline(stock).save_pretrained(tmp_path / "kandinsky")
     (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,1\na dog,2\n")
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "red.png")
@@ -157,6 +161,7 @@ def stand_ins(
         "SANA": str(tmp_path / "sana"),
         "LATTE": str(tmp_path / "latte"),
         "HUNYUAN": str(tmp_path / "hunyuan"),
+        "KANDINSKY": str(tmp_path / "kandinsky"),
         "TEXT_MODEL": str(text_model),
         **_benchmarks(tmp_path),
         "WAN_I2V": str(tmp_path / "wan-image"),

@@ -22,7 +22,7 @@ STORIES = ["docs/conversion.md", "docs/training.md", "docs/generation.md", "docs
 
 # In place of what the pages give these options: small enough for a second.
 SMALLER = {
-    "--mhla.blocks": {"16": "4"},
+    "--mhla.blocks": {"16": "4", "[5, 5, 6]": "[1, 2, 2]"},
     "--num": {"1000": "4", "100": "2"},
     "--per_prompt": {"5": "2"},
     "--size": {"256": "16"},
@@ -30,11 +30,12 @@ SMALLER = {
     "--extractor": {"inception_adm": "efficientnet_lite0", "[inception, clip]": "efficientnet_lite0"},
     "--metrics": {"[frechet, frechet_per_class, clip_score]": "[frechet, frechet_per_class]"},
     "--data.aspect_ratios": {"512": "256"},
-    "--data.frames": {"81": "5", "16": "5"},
-    "--data.fps": {"16": "8"},
+    "--data.frames": {"81": "5", "16": "5", "121": "5"},
+    "--data.fps": {"16": "8", "24": "8"},
     "--data.sizes": {
         "[[480, 832]]": "[[32, 32]]",
         "[[512, 512]]": "[[16, 16]]",
+        "[[512, 768]]": "[[32, 48]]",
         "[[1024, 1024]]": "[[64, 64]]",
     },
     "--trainer.batch_size": {"256": "4", "64": "1", "8": "2"},
@@ -64,6 +65,9 @@ ALSO = {
     ],
     "scripts/train_video.py --model.init_from": ["--text.max_length", "8", "--trainer.num_workers", "0"],
     "scripts/cache_latents.py video": ["--text.max_length", "8"],
+    # Their templates are of letters here, 600 and more.
+    "scripts/train_video.py --model.init_from models/kandinsky-mhla": ["--text.max_length", "700"],
+    "scripts/cache_latents.py video --vae KANDINSKY": ["--text.max_length", "700"],
     "scripts/generate.py image": ["--steps", "1"],
     "scripts/generate.py video --model runs/clips": ["--steps", "1"],
     "scripts/generate.py video --model WAN": [*_VIDEO, "--options", '{"max_sequence_length": 8}'],

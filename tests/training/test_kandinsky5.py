@@ -49,17 +49,25 @@ VAE: dict[str, Any] = {
 }  # fmt: skip
 
 
+SHAPE: dict[str, Any] = {"in_text_dim": 16, "in_text_dim2": 16, "visual_cond": True}
+
+
+def kandinsky_pipeline(transformer: Any) -> Kandinsky5T2VPipeline:
+    """Kandinsky 5 of random parts around a transformer of :data:`SHAPE`."""
+    return make_stock_pipeline(
+        NAME, **make_kandinsky_parts(), vae=AutoencoderKLHunyuanVideo(**VAE).eval(), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pipeline to begin with, and a cache of clips with captions."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("kandinsky")
-    transformer = CASES["Kandinsky5"].make(in_text_dim=16, in_text_dim2=16, visual_cond=True)
+    transformer = CASES["Kandinsky5"].make(**SHAPE)
     randomize(transformer)  # as a new one hardly looks at texts
-    make_stock_pipeline(
-        NAME, **make_kandinsky_parts(), vae=AutoencoderKLHunyuanVideo(**VAE).eval(), transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(folder / "base")  # fmt: skip
+    kandinsky_pipeline(transformer).save_pretrained(folder / "base")
     digits = MovingDigitsConfig(digits=1, digit_size=12, num_clips=4)
     data = VideoDataConfig("moving_mnist", frames=5, sizes=((32, 48),), moving_digits=digits)
     cache_video_latents(
