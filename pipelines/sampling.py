@@ -221,14 +221,14 @@ def sample(
     generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
     asked: dict[str, Any] = {**conditions(rows), "generator": generators}
     shared = {**call, **own_size(rows[0])}
-    if is_controlled(pipeline):
+    controlled = is_controlled(pipeline)
+    if controlled:
         assert len(rows) == 1
         asked = {name: value for name, (value,) in asked.items()}
     if images[0] is not None:
         assert len(images) == 1
         picture = read_picture(images[0]).convert("RGB")
-        control = is_controlled(pipeline)
-        asked |= _first_frame(pipeline, picture, shared) if control else {"image": picture}
+        asked |= _first_frame(pipeline, picture, shared) if controlled else {"image": picture}
     with _remedies(pipeline):
         made = pipeline(
             **with_negative_prompt({**asked, **shared}), **watch, output_type="np", return_dict=False

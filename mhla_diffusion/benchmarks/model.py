@@ -97,7 +97,8 @@ def model(
     settings = dict(mhla or {})
     if "blocks" in settings:
         raise ValueError(
-            f"blocks are those recommended for each size, got blocks={settings['blocks']} in mhla"
+            f"blocks are those recommended for each size, got blocks={settings['blocks']} in mhla: leave "
+            "them out"
         )
     MHLAConfig.from_dict(settings)  # refuses what it does not know, before any work
     if sizes is None:
