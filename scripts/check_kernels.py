@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_mhla
+from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_launch, triton_mhla
 from mhla_diffusion.ops.features import FEATURE_MAPS, Features
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -138,7 +138,7 @@ def recorded(target: int | str = 90) -> Iterator[list[Launch]]:
     major = 0 if isinstance(target, str) else target // 10
     with (
         mock.patch.multiple(triton_kernels, **recorders),
-        mock.patch.object(triton_mhla, "_major", return_value=major),
+        mock.patch.object(triton_launch, "_major", return_value=major),
     ):
         yield launches
 

@@ -27,25 +27,17 @@ atomics: results do not change from run to run.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import triton_kernels as kernels
 from .composite import mix
 from .features import Features
 from .layout import BlockLayout
 from .tiled import new_gradient, new_outputs
+from .triton_launch import Launcher, launch, parts_of, row_of_sums, target_of, tile_of
 
-# Programs that keep a GPU of 132 multiprocessors at work. Long blocks are shared by several programs, each
-# with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added.
-_PROGRAMS = {"outer": 264, "inner": 1024, "queries": 1024, "keys": 1024}
-_FEWEST = 128
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64
 # Tokens whose mean stands for that of all values, and what a program reads of them at a time. Fewer would
@@ -75,7 +67,7 @@ def summarize_backward(
     """See :func:`mhla_diffusion.ops.tiled.summarize_backward`."""
     grad, grad_sums = grad.contiguous(), grad_sums.contiguous()
     grad_k, grad_v = new_gradient(k), new_gradient(v)
-    _launch("keys", (k, v, grad_k, grad_v), grad, grad_sums, layout, features, centre=centre)
+    launch("keys", (k, v, grad_k, grad_v), grad, grad_sums, layout, features, centre=centre)
     return grad_k, grad_v
 
 
@@ -92,10 +84,10 @@ def read(
     """See :func:`mhla_diffusion.ops.tiled.read`."""
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
     mixed, mixed_sums = _mix(_filled_up(mixing, summaries, features), summaries, sums)
-    _launch(
+    launch(
         "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre,
         den=denominators if features.normalized else None,
-        SATURATE=dtype == torch.float16 and not features.normalized,
+        saturate=dtype == torch.float16 and not features.normalized,
     )  # fmt: skip
     return out, denominators
 
@@ -136,18 +128,21 @@ def _queries_backward(
 ) -> None:
     """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much."""
     q, grad, _ = tokens
-    options = _tile("queries", q, grad, mixed[0].dtype, _target(q.device))
+    options = tile_of(
+        "queries", q.shape[-1], grad.shape[-1], q.dtype, grad.dtype, mixed[0].dtype, target_of(q, grad)
+    )
     if options["FUSED"]:
+        parts = parts_of("outer", q, layout)
         _add_up(
-            *grads, _parts("outer", q, layout),
-            lambda matrices, sums: _launch(
-                "queries", tokens, *mixed, layout, features, den=den, parts=_parts("outer", q, layout),
-                matrix_grads=matrices, sum_grads=_row_of_sums(matrices, sums), den_grad=None,
+            *grads, parts,
+            lambda matrices, sums: launch(
+                "queries", tokens, *mixed, layout, features, den=den, parts=parts,
+                matrix_grads=matrices, sum_grads=row_of_sums(matrices, sums),
             ),
         )  # fmt: skip
         return
     den_grad = None if den is None else torch.empty_like(den)
-    _launch(
+    launch(
         "queries", tokens, *mixed, layout, features, den=den, den_grad=den_grad,
         matrix_grads=None, sum_grads=None,
     )  # fmt: skip
@@ -189,14 +184,29 @@ def _filled_up(mixing: Tensor, summaries: Tensor, features: Features) -> Tensor:
 
 def _centre(v: Tensor, mask: Tensor | None, *, out: Tensor) -> None:
     """About the mean of the values that count, ``[B, H, d_v]``. Any other centre would be right, too."""
-    batch, heads, tokens, channels = v.shape
+    launcher = _centre_launcher(
+        v.shape, v.stride(), v.dtype, None if mask is None else (mask.stride(), mask.dtype), v.device
+    )
+    launcher(v, out, mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _centre_launcher(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    mask: tuple[tuple[int, ...], torch.dtype] | None,
+    device: torch.device,
+) -> Launcher:
+    """For values and a mask of that kind on a device."""
+    batch, heads, tokens, channels = shape
     step = max(1, tokens // _SAMPLE) | 1  # odd, so that it meets every column of a grid of even width
     tiles = -(-channels // _CENTRE_TILE["DV"])
-    if batch * heads:
-        kernels.centre_kernel[(batch * heads * tiles,)](
-            v, out, mask, *v.stride(), *((0, 0) if mask is None else mask.stride()), heads, tokens, step,
-            MASK=mask is not None, CHANNELS=channels, TILES=tiles, **_CENTRE_TILE,
-        )  # fmt: skip
+    numbers = dict(zip(("v_b", "v_h", "v_n", "v_d"), stride, strict=True))
+    numbers |= dict(zip(("mask_b", "mask_n"), mask[0] if mask else (0, 0), strict=True))
+    numbers |= {"heads": heads, "tokens": tokens, "step": step, "CHANNELS": channels, "TILES": tiles}
+    arguments = {**numbers, "MASK": mask is not None, **_CENTRE_TILE}
+    return Launcher("centre_kernel", batch * heads * tiles, arguments)
 
 
 def _mix(weights: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,11 +217,6 @@ def _mix(weights: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tens
     return mixed, (weights @ sums).contiguous()
 
 
-def _row_of_sums(summaries: Tensor, sums: Tensor) -> Tensor:
-    """Sums where they are: apart, or the last row of the summaries."""
-    return sums if sums.shape[-1] else summaries[..., -1, :]
-
-
 def _outer(
     x: Tensor,
     v: Tensor,
@@ -219,14 +224,18 @@ def _outer(
     sums: Tensor,
     layout: BlockLayout,
     features: Features,
-    **given: Any,
+    *,
+    centre: Tensor | None = None,
+    den: Tensor | None = None,
+    den_grad: Tensor | None = None,
 ) -> None:
     """Summaries of x and v."""
-    parts = _parts("outer", x, layout)
+    parts = parts_of("outer", x, layout)
     _add_up(
         summaries, sums, parts,
-        lambda each, each_sums: _launch(
-            "outer", (x, v), each, each_sums, layout, features, dtype=summaries.dtype, parts=parts, **given
+        lambda each, each_sums: launch(
+            "outer", (x, v), each, each_sums, layout, features, centre=centre, dtype=summaries.dtype,
+            parts=parts, den=den, den_grad=den_grad,
         ),
     )  # fmt: skip
 
@@ -242,234 +251,3 @@ def _add_up(summaries: Tensor, sums: Tensor, parts: int, launch: Callable[[Tenso
     launch(each, each_sums)
     summaries.copy_(each.sum(3))
     sums.copy_(each_sums.sum(3))
-
-
-def _launch(
-    name: str,
-    tokens: tuple[Tensor, ...],
-    summaries: Tensor,
-    sums: Tensor,
-    layout: BlockLayout,
-    features: Features,
-    *,
-    centre: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    parts: int | None = None,
-    **given: Any,
-) -> None:
-    """Run a kernel on x, v and, in the backward, what is written of their gradients.
-
-    ``dtype`` is that of the summaries in the end, where these are parts of them; ``parts`` how many programs
-    share a block; ``given`` what only this kernel takes.
-    """
-    x, v = (y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2])
-    assert v is tokens[1] or name != "inner", "outputs have their channels side by side"
-    tokens = (x, v, *tokens[2:])
-    rotary, mask = features.rotary, features.mask
-    if rotary is not None:
-        rotary = rotary.float().expand(*x.shape[:-1], -1)
-        rotary = rotary if rotary.stride(-1) == 1 else rotary.contiguous()
-    if centre is not None and not centre.shape[-1]:
-        centre = None
-    plan = _plan(
-        name, layout, features.feature_map, features.eps, features.normalized, centre is not None,
-        given.get("den_grad") is not None, dtype or summaries.dtype, summaries.shape, sums.shape[-1],
-        parts or _parts(name, x, layout), *((y.shape, y.stride(), y.dtype) for y in tokens),
-        rotary=None if rotary is None else rotary.stride(), mask=None if mask is None else mask.stride(),
-        target=_target(x.device),
-    )  # fmt: skip
-    kernel = getattr(kernels, f"{name}_kernel")
-    assert mask is None or "mask" in kernel.arg_names, "masks are of keys"
-    if plan.programs:
-        order, starts = _order(layout, x.device, plan.blocks)
-        tensors = dict(zip(_TOKENS, tokens, strict=False)) | {
-            "summaries": summaries, "sums": _row_of_sums(summaries, sums), "order": order, "starts": starts,
-            "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None, **given,
-        }  # fmt: skip
-        kernel[(plan.programs,)](**_taken(kernel, tensors), **plan.arguments)
-
-
-# Names of what kernels take of tokens.
-_TOKENS = ("x", "v", "dx", "dv")
-
-
-def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a kernel has."""
-    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
-
-
-class _Plan(NamedTuple):
-    """How a kernel is launched: number of programs and blocks, arguments that are numbers, and options."""
-
-    programs: int
-    blocks: int
-    arguments: dict[str, Any]
-
-
-class _Meta(NamedTuple):
-    """What a plan knows of a tensor."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    name: str,
-    layout: BlockLayout,
-    feature_map: str,
-    eps: float,
-    normalized: bool,
-    centred: bool,
-    quotient: bool,
-    dtype: torch.dtype,
-    summaries: torch.Size,
-    sums: int,
-    parts: int,
-    *tensors: tuple[Any, ...],
-    rotary: tuple[int, ...] | None,
-    mask: tuple[int, ...] | None,
-    target: _Target,
-) -> _Plan:
-    """All that does not depend on what tensors hold; a model asks the same again and again."""
-    tokens = [_Meta(*y) for y in tensors]
-    x, v = tokens[:2]
-    batch, heads, length, width = x.shape
-    tile = _tile(name, x, v, dtype, target)
-    size = math.prod(summaries[-2:])
-    numbers: dict[str, float] = {
-        f"{name}_{axis}": stride
-        for name, y in zip(_TOKENS, tokens, strict=False)
-        for axis, stride in zip("bhn", y.stride, strict=False)
-    }
-    numbers |= dict(zip(("r_b", "r_h", "r_n"), rotary or (0, 0, 0), strict=False))
-    numbers |= dict(zip(("mask_b", "mask_n"), mask or (0, 0), strict=False))
-    numbers |= {
-        "summary_stride": size, "sums_stride": sums or size, "heads": heads, "blocks": summaries[2],
-        "parts": parts, "tokens": length, "eps": eps,
-    }  # fmt: skip
-    constants = {
-        "QUOTIENT": quotient, "NORMALIZED": normalized, "CENTRED": centred, "FEATURE_MAP": feature_map,
-        "ROTARY": rotary is not None, "MASK": mask is not None, "WIDTH": width, "CHANNELS": v.shape[-1],
-        "X_VEC": _vector(x, *tokens[2:3]), "V_VEC": _vector(v, *tokens[3:]),
-        # Rows that threads of 4 warps cover with 16 bytes each.
-        "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
-    }  # fmt: skip
-    if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
-        # More than that is needed for other features and for masks, and would be spilled.
-        tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
-    kernel = getattr(kernels, f"{name}_kernel")
-    split = tile["TILES"] if name in ("outer", "inner") else 1
-    programs = batch * heads * summaries[2] * parts * split
-    return _Plan(programs, summaries[2], {**_taken(kernel, {**numbers, **constants}), **tile})
-
-
-def _vector(*tensors: _Meta) -> int:
-    """The largest power of two, up to 8, that all rows of the tensors start at multiples of."""
-    return math.gcd(8, *(stride for x in tensors for stride in x.stride[:3]))
-
-
-def _parts(name: str, x: Tensor, layout: BlockLayout) -> int:
-    """How many programs share a block, for so many samples times heads."""
-    most, rows = layout.block_size // _FEWEST, x.shape[0] * x.shape[1]
-    return max(1, min(most, -(-_PROGRAMS[name] // max(1, rows * layout.num_blocks))))
-
-
-class _Target(NamedTuple):
-    """The GPU: major number of its compute capability, 0 for AMD's; and whether float32 may be TF32."""
-
-    major: int
-    tf32: bool
-
-
-def _target(device: torch.device) -> _Target:
-    """For what is not a GPU, an H100's."""
-    return _Target(_major(device), torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-@functools.cache
-def _major(device: torch.device) -> int:
-    if torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-# Tokens at a time, warps and stages, for heads up to 64, 128 and 256 wide. Those of bfloat16 up to 128 were
-# the fastest on an H200 of 16 to 128 tokens, 4 and 8 warps and 1 to 3 stages, at the shapes of
-# scripts/gpu_validate.py; "keys", and "queries" up to 64, were never timed. What counts is how many programs
-# fit a multiprocessor, as most of the time is spent waiting for memory.
-_TILES = {
-    ("outer", "bf16"): ((32, 4, 1), (32, 4, 1), (32, 8, 2)),
-    ("inner", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 2)),
-    ("queries", "bf16"): ((32, 4, 1), (16, 4, 3), (32, 8, 2)),
-    ("keys", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 1)),
-    ("outer", "tf32"): ((32, 4, 2), (16, 8, 2), (16, 8, 2)),
-    ("inner", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
-    ("queries", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
-    ("keys", "tf32"): ((32, 4, 2), (32, 8, 2), (32, 8, 1)),
-    ("outer", "ieee"): ((16, 8, 2), (16, 8, 2), (16, 8, 2)),
-    ("inner", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
-    ("queries", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
-    ("keys", "ieee"): ((16, 4, 1), (16, 8, 2), (32, 8, 1)),
-}
-# What takes the place of these on other GPUs than those of compute capability 9.0, where they would spill; by
-# its major number, 0 for AMD's.
-_OTHER_TILES = {
-    (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
-    (8, "keys", "bf16", 128): (32, 8, 1),
-    (10, "outer", "bf16", 64): (32, 4, 2), (10, "inner", "bf16", 128): (64, 8, 2),
-    (10, "keys", "bf16", 128): (32, 8, 1),
-    (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
-    (12, "queries", "tf32", 64): (32, 8, 2),
-    (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
-    (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
-    (0, "keys", "ieee", 256): (16, 4, 1),
-}  # fmt: skip
-# The largest summary that a program holds beside all else of the queries and leaves room for others.
-_MOST_HELD = 64 * 64
-# Registers of a thread of 8 warps, so that two programs fit.
-_REGISTERS = 128
-
-
-def _tile(
-    name: str, x: Tensor | _Meta, v: Tensor | _Meta, summaries: torch.dtype, target: _Target
-) -> dict[str, Any]:
-    """Compile-time options: what is multiplied, and how much of it at a time.
-
-    The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
-    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them.
-    """
-    d, channels = (max(16, triton.next_power_of_2(y.shape[-1])) for y in (x, v))
-    factors = (x.dtype,) if name == "inner" else (x.dtype, v.dtype)
-    narrow = summaries == torch.bfloat16 or all(dtype == torch.bfloat16 for dtype in factors)
-    channels = min(channels, (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32))
-    tiles = -(-v.shape[-1] // channels)
-    precision = "ieee" if narrow else _precision(factors, target)
-    kind, size = "bf16" if narrow else precision, max(64, d, channels)
-    tile = _TILES[name, kind][(64, 128, 256).index(size)]
-    rows, warps, stages = _OTHER_TILES.get((target.major, name, kind, size), tile)
-    options = {
-        "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision,
-        "ROWS": rows, "D": d, "DV": channels, "TILES": tiles, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-    if name == "queries":
-        exact = not narrow and precision == "ieee"
-        options["FUSED"] = d * channels <= _MOST_HELD and tiles == 1 and not exact
-    return options
-
-
-def _precision(factors: tuple[torch.dtype, ...], target: _Target) -> str:
-    """How float32 numbers are multiplied that stand for such tensors; few of AMD's devices have TF32."""
-    return "tf32" if target.major and (target.tf32 or torch.float32 not in factors) else "ieee"
-
-
-@functools.lru_cache(maxsize=64)
-def _order(layout: BlockLayout, device: torch.device, blocks: int) -> tuple[Tensor, Tensor]:
-    """Tokens sorted by block, ``[N]``, and where each block starts among them, ``[blocks + 1]``; int32.
-
-    Blocks beyond those of the layout are empty.
-    """
-    index = layout.block_index(device)
-    starts = torch.searchsorted(index.sort().values, torch.arange(blocks + 1, device=device))
-    return index.argsort(stable=True).int(), starts.int()

@@ -305,8 +305,10 @@ def test_a_gpu_falls_back_and_says_why_once(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla")
     dispatch._log_once.cache_clear()
+    dispatch._obstacle_of.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert dispatch.implementation_for(tensor) is tiled
         assert dispatch.implementation_for(tensor) is tiled
     assert len(caplog.records) == 1
     assert re.search(reason, caplog.text)
+    dispatch._obstacle_of.cache_clear()  # there is no such GPU
