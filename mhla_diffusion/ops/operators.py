@@ -12,7 +12,6 @@ they compute. What lies between them (an exchange between ranks, say) is ordinar
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, tiled
+from .composite import weights_of
 from .dispatch import implementation_for
 from .features import Features
 from .layout import BlockLayout
@@ -72,9 +72,6 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    mixing = mixing.to(torch.promote_types(summaries.matrices.dtype, torch.float32))
-    if features.normalized:
-        mixing = mixing * _row_scale(mixing.detach())
     return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
 
 
@@ -88,19 +85,6 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _row_scale(mixing: Tensor) -> Tensor:
-    """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
-
-    A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
-    would leave the range of float32.
-    """
-    largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
-    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
-    if torch.compiler.is_exporting():  # ONNX has no frexp
-        return torch.exp2(-1 - largest.log2().floor())
-    return torch.frexp(largest).mantissa / largest
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
@@ -130,12 +114,14 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(function)
         def run(*args: Any) -> Any:
             device = args[0].device
-            with contextlib.ExitStack() as stack:
-                if device.type == "cuda":  # Triton launches on the current device, not that of its tensors
-                    stack.enter_context(torch.cuda.device(device))
-                if torch.is_autocast_enabled(device.type):
-                    stack.enter_context(torch.autocast(device.type, enabled=False))
-                return function(*args)
+            if torch.is_autocast_enabled(device.type):
+                with torch.autocast(device.type, enabled=False):
+                    return run(*args)
+            # Triton launches on the current device, not that of its tensors.
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return function(*args)
+            return function(*args)
 
         return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
 
@@ -257,7 +243,7 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
         its = objects(settings)
         grads = _differentiate(
             lambda q, s, z, w: composite.read(
-                q, joined(s, z)[:, :, : mixing.shape[-1]], centre, w, *its, dtype
+                q, joined(s, z)[:, :, : w.shape[-1]], centre, weights_of(w, s.dtype, its[1])[0], *its, dtype
             ),
             (q, summaries, sums, mixing),
             grad,

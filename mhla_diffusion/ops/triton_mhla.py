@@ -27,9 +27,12 @@ atomics: results do not change from run to run.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .composite import mix
@@ -83,7 +86,7 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.read`."""
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
-    mixed, mixed_sums = _mix(_filled_up(mixing, summaries, features), summaries, sums)
+    mixed, mixed_sums = _mix(_weights(mixing, summaries, sums, features), summaries, sums)
     launch(
         "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre,
         den=denominators if features.normalized else None,
@@ -104,18 +107,18 @@ def read_backward(
     features: Features,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.read_backward`; ``out`` is not read."""
-    weights = _filled_up(mixing, summaries, features)
+    weights = _weights(mixing, summaries, sums, features)
     mixed, mixed_sums = _mix(weights, summaries, sums)
     grad_q, grad_mixed, grad_sums = new_gradient(q), torch.empty_like(mixed), torch.empty_like(mixed_sums)
     den = denominators if features.normalized else None
     _queries_backward((q, grad, grad_q), (mixed, mixed_sums), (grad_mixed, grad_sums), den, layout, features)
+    shape = weights.narrow.shape
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
-    grad_mixing = grad_weights.to(mixing.dtype).sum_to_size(weights.shape)
-    if sums.shape[-1]:
-        grad_mixing = grad_mixing + (grad_sums @ sums.mT).sum_to_size(weights.shape)
-    rows, columns = mixing.shape[-2:]
-    # A copy, as outputs of an operator have their own memory.
-    return grad_q, *_mix(weights.mT, grad_mixed, grad_sums), grad_mixing[..., :rows, :columns].clone()
+    grad_weights = grad_weights.float().sum_to_size(shape)
+    more = (grad_sums @ sums.mT).sum_to_size(shape) if sums.shape[-1] else None
+    grad_mixing = mixing.new_empty(mixing.shape)
+    _launch_weights("weights_grad_kernel", mixing, features, grad_weights, more, grad_mixing)
+    return grad_q, *_mix(_Weights(*(x.mT for x in weights)), grad_mixed, grad_sums), grad_mixing
 
 
 def _queries_backward(
@@ -174,12 +177,57 @@ def _blocks(layout: BlockLayout, features: Features) -> int:
     return layout.num_blocks if few else -(-layout.num_blocks // 8) * 8
 
 
-def _filled_up(mixing: Tensor, summaries: Tensor, features: Features) -> Tensor:
-    """Weights that are zero for blocks, and of blocks, which are only there to fill up."""
-    rows, columns = mixing.shape[-2:]
-    more = -(-rows // 8) * 8 - rows if rows > _FEW_BLOCKS and not features.shared else 0
-    empty = summaries.shape[2] - columns
-    return torch.nn.functional.pad(mixing, (0, empty, 0, more)) if more or empty else mixing
+class _Weights(NamedTuple):
+    """W as it mixes summaries, ``[..., M_q, M_k]``, in their dtype, and their sums, in float32."""
+
+    narrow: Tensor
+    wide: Tensor
+
+
+def _weights(mixing: Tensor, summaries: Tensor, sums: Tensor, features: Features) -> _Weights:
+    """See :func:`mhla_diffusion.ops.composite.weights_of`; zero for, and of, blocks that only fill up."""
+    rows, columns = mixing.shape[-2], summaries.shape[2]
+    if rows > _FEW_BLOCKS and not features.shared:
+        rows = -(-rows // 8) * 8
+    shape = *mixing.shape[:-2], rows, columns
+    narrow = mixing.new_empty(shape, dtype=summaries.dtype)
+    wide = mixing.new_empty(shape, dtype=torch.float32) if sums.shape[-1] else None
+    _launch_weights("weights_kernel", mixing, features, narrow, wide)
+    return _Weights(narrow, narrow if wide is None else wide)
+
+
+def _launch_weights(
+    name: str, mixing: Tensor, features: Features, filled: Tensor, more: Tensor | None, *out: Tensor
+) -> None:
+    """Launch what reads W and one or two tensors ``[..., M_q, M_k]`` of blocks filled up."""
+    launcher = _weights_launcher(
+        name, mixing.shape, mixing.stride(), mixing.dtype, filled.shape, filled.dtype, more is not None,
+        features.normalized, mixing.device,
+    )  # fmt: skip
+    launcher(mixing, filled, more, *out)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_launcher(
+    name: str,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    filled: torch.Size,
+    filled_dtype: torch.dtype,
+    more: bool,
+    scaled: bool,
+    device: torch.device,
+) -> Launcher:
+    """For W of that kind on a device; each program takes a row."""
+    *each, rows, width = filled
+    columns = triton.next_power_of_2(width)
+    numbers = dict(zip(("w_n", "w_m", "w_h", "w_b"), reversed((0, 0, *stride)), strict=False))
+    numbers |= {
+        "heads": each[-1] if each else 1, "rows": shape[-2], "columns": shape[-1], "filled": rows,
+        "width": width, "COLUMNS": columns, "num_warps": 1 if columns <= 256 else 4,
+    }  # fmt: skip
+    return Launcher(name, math.prod(each) * rows, {**numbers, "SCALED": scaled, "MORE": more})
 
 
 def _centre(v: Tensor, mask: Tensor | None, *, out: Tensor) -> None:
@@ -209,12 +257,12 @@ def _centre_launcher(
     return Launcher("centre_kernel", batch * heads * tiles, arguments)
 
 
-def _mix(weights: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _mix(weights: _Weights, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Summaries and sums of the query blocks, contiguous."""
-    mixed = mix(weights.to(summaries.dtype), summaries).contiguous()
+    mixed = mix(weights.narrow, summaries).contiguous()
     if not sums.shape[-1]:
         return mixed, sums.new_empty(*mixed.shape[:3], 0)
-    return mixed, (weights @ sums).contiguous()
+    return mixed, (weights.wide @ sums).contiguous()
 
 
 def _outer(
