@@ -33,14 +33,11 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
         raise ValueError(
             f"the environment variable MHLA_KERNELS must be of {', '.join(KERNELS)}, got {choice!r}"
         )
-    on_gpu = tensors[0].device.type == "cuda"
-    if choice == "torch" or (choice == "auto" and not on_gpu):
+    if choice == "torch" or (choice == "auto" and tensors[0].device.type != "cuda"):
         return tiled
     reason = _obstacle(tensors)
     if reason is None:
-        from . import triton_mhla
-
-        return triton_mhla
+        return _triton()
     if choice == "triton":
         raise ValueError(f"MHLA_KERNELS=triton, but {reason}; unset it, or set it to auto")
     _log_once(reason)
@@ -79,6 +76,13 @@ def _obstacle_of(device: torch.device) -> str | None:
 
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    from . import triton_mhla
+
+    return triton_mhla
 
 
 @functools.cache

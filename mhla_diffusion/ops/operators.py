@@ -52,7 +52,7 @@ class Summaries(NamedTuple):
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Summaries:
     """Return the summaries of keys ``[B, H, N, d]`` and values ``[B, H, N, d_v]``."""
-    return Summaries(*_summarize(k, v, *_as_arguments(layout, features)))
+    return Summaries(*_call(_summarize, _Summarize, k, v, *_as_arguments(layout, features)))
 
 
 def read(
@@ -72,7 +72,23 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
+    return _call(_read, _Read, q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
+
+
+def _call(operator: Any, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call an operator; outside of graphs and transforms through what is faster to differentiate."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() and not traced:
+        return function.apply(*args)
+    return operator(*args) if traced else _below_autograd(operator, *args)
+
+
+def _below_autograd(operator: Any, *args: Any) -> Any:
+    """Call an operator that need not be differentiated: autograd would hand it on, which takes a while."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -214,24 +230,30 @@ def _(
 
 def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # it would make one of what has none, too
     ctx.save_for_backward(output[2], *inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.settings, ctx.outputs = inputs[4:], [(x.shape, x.dtype) for x in output[:2]]
 
 
-def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | None, ...]:
     centre, k, v, *tables = ctx.saved_tensors
+    grad, grad_sums = (
+        k.new_zeros(shape, dtype=dtype) if x is None else x
+        for x, (shape, dtype) in zip(grads_or_none, ctx.outputs, strict=False)
+    )
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
         its = objects(settings)
         grad = joined(grad, grad_sums)[:, :, : its[0].num_blocks]
         grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *its), (k, v), grad)
     else:
-        grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
+        grads = _below_autograd(_summarize_backward, grad, grad_sums, k, v, centre, *settings)
     return *grads, *[None] * len(settings)
 
 
 def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:7])
     ctx.settings = inputs[7:]
 
@@ -249,13 +271,37 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
             grad,
         )
     else:
-        grads = _read_backward(grad, out, denominators, q, summaries, sums, mixing, *settings)
+        inputs = grad, out, denominators, q, summaries, sums, mixing
+        grads = _below_autograd(_read_backward, *inputs, *settings)
     grad_q, grad_summaries, grad_sums, grad_mixing = grads
     return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
 
 
 _summarize.register_autograd(_keys_backward, setup_context=_save_keys)
 _read.register_autograd(_queries_backward, setup_context=_save_queries)
+
+
+def _function(operator: Any, save: Callable[..., None], gradient: Callable[..., Any]) -> Any:
+    """The operator as a function of autograd.
+
+    What ``register_autograd`` makes asks the schema for defaults at each call, which takes longer than to
+    launch all kernels.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = _below_autograd(operator, *args)
+            save(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradient)
+
+    return Function
+
+
+_Summarize = _function(_summarize, _save_keys, _keys_backward)
+_Read = _function(_read, _save_queries, _queries_backward)
 
 
 def joined(matrices: Tensor, sums: Tensor) -> Tensor:
