@@ -52,7 +52,7 @@ class Summaries(NamedTuple):
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> Summaries:
     """Return the summaries of keys ``[B, H, N, d]`` and values ``[B, H, N, d_v]``."""
-    return Summaries(*_call(_summarize, _Summarize, k, v, *_as_arguments(layout, features)))
+    return Summaries(*_summarize(k, v, *_as_arguments(layout, features)))
 
 
 def read(
@@ -72,23 +72,7 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _call(_read, _Read, q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
-
-
-def _call(operator: Any, function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call an operator; outside of graphs and transforms through what is faster to differentiate."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() and not traced:
-        return function.apply(*args)
-    return operator(*args) if traced else _below_autograd(operator, *args)
-
-
-def _below_autograd(operator: Any, *args: Any) -> Any:
-    """Call an operator that need not be differentiated: autograd would hand it on, which takes a while."""
-    if torch.compiler.is_compiling():
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -123,25 +107,74 @@ def _layout(grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, in
     return BlockLayout(grid, blocks, extra)
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register an operator. It runs on the device of its tensors, and without autocast: sums are float32."""
+class _Operator:
+    """An operator of torch, which runs on the device of its tensors, and without autocast: sums are float32.
 
-    def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def run(*args: Any) -> Any:
-            device = args[0].device
-            if torch.is_autocast_enabled(device.type):
-                with torch.autocast(device.type, enabled=False):
-                    return run(*args)
-            # Triton launches on the current device, not that of its tensors.
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                with torch.cuda.device(device):
-                    return function(*args)
-            return function(*args)
+    Torch is called where anything looks on: compilers, exporters, counters of FLOPs, transforms. Its layers
+    take a processor longer than all launches, so that other calls go straight to the function.
+    """
 
-        return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
+    def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.registered = torch.library.custom_op(f"mhla::{name}", self.run, mutates_args=(), schema=schema)
+        self._differentiable: Any = None
 
-    return register
+    def __call__(self, *args: Any) -> Any:
+        if _is_watched(args):
+            return self.registered(*args)
+        if self._differentiable is not None and torch.is_grad_enabled():
+            return self._differentiable.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Compute without a gradient."""
+        device = args[0].device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return self.run(*args)
+        # Triton launches on the current device, not that of its tensors.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._function(*args)
+        return self._function(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """Take a function that makes the outputs without numbers, for torch.compile and the meta device."""
+        self.registered.register_fake(function)
+
+    def register_autograd(self, save: Callable[..., None], gradient: Callable[..., Any]) -> None:
+        """Take what ``save(ctx, inputs, output)`` keeps for ``gradient(ctx, *grads)``."""
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = self.run(*args)
+                save(ctx, args, output)
+                return output
+
+            backward = staticmethod(gradient)
+
+        self._differentiable = Function
+        self.registered.register_autograd(gradient, setup_context=save)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), torch.dtype, tuple, list, str, float, int, bool}
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a call has to pass through torch: tensors that stand for others are no plain ones."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or args[0].is_meta
+        or not _PLAIN.issuperset(map(type, args))
+    )
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], _Operator]:
+    return functools.partial(_Operator, name, schema)
 
 
 @_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
@@ -247,7 +280,7 @@ def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | No
         grad = joined(grad, grad_sums)[:, :, : its[0].num_blocks]
         grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *its), (k, v), grad)
     else:
-        grads = _below_autograd(_summarize_backward, grad, grad_sums, k, v, centre, *settings)
+        grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
     return *grads, *[None] * len(settings)
 
 
@@ -271,37 +304,13 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
             grad,
         )
     else:
-        inputs = grad, out, denominators, q, summaries, sums, mixing
-        grads = _below_autograd(_read_backward, *inputs, *settings)
+        grads = _read_backward(grad, out, denominators, q, summaries, sums, mixing, *settings)
     grad_q, grad_summaries, grad_sums, grad_mixing = grads
     return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
 
 
-_summarize.register_autograd(_keys_backward, setup_context=_save_keys)
-_read.register_autograd(_queries_backward, setup_context=_save_queries)
-
-
-def _function(operator: Any, save: Callable[..., None], gradient: Callable[..., Any]) -> Any:
-    """The operator as a function of autograd.
-
-    What ``register_autograd`` makes asks the schema for defaults at each call, which takes longer than to
-    launch all kernels.
-    """
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = _below_autograd(operator, *args)
-            save(ctx, args, output)
-            return output
-
-        backward = staticmethod(gradient)
-
-    return Function
-
-
-_Summarize = _function(_summarize, _save_keys, _keys_backward)
-_Read = _function(_read, _save_queries, _queries_backward)
+_summarize.register_autograd(_save_keys, _keys_backward)
+_read.register_autograd(_save_queries, _queries_backward)
 
 
 def joined(matrices: Tensor, sums: Tensor) -> Tensor:

@@ -86,9 +86,10 @@ def launch(
     share a block; ``saturate`` whether outputs beyond float16 become its largest number; ``given`` tensors
     that only this kernel takes.
     """
-    x, v = (y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2])
-    assert v is tokens[1] or name != "inner", "outputs have their channels side by side"
-    tokens = (x, v, *tokens[2:])
+    if tokens[0].stride(-1) != 1 or tokens[1].stride(-1) != 1:
+        assert name != "inner" or tokens[1].stride(-1) == 1, "outputs have their channels side by side"
+        tokens = *(y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2]), *tokens[2:]
+    x, v = tokens[:2]
     rotary, mask = features.rotary, features.mask
     if rotary is not None:
         rotary = rotary.float().expand(*x.shape[:-1], -1)

@@ -114,11 +114,16 @@ def read_backward(
     _queries_backward((q, grad, grad_q), (mixed, mixed_sums), (grad_mixed, grad_sums), den, layout, features)
     shape = weights.narrow.shape
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
-    grad_weights = grad_weights.float().sum_to_size(shape)
-    more = (grad_sums @ sums.mT).sum_to_size(shape) if sums.shape[-1] else None
+    grad_weights = _summed(grad_weights, shape)
+    more = _summed(grad_sums @ sums.mT, shape) if sums.shape[-1] else None
     grad_mixing = mixing.new_empty(mixing.shape)
     _launch_weights("weights_grad_kernel", mixing, features, grad_weights, more, grad_mixing)
     return grad_q, *_mix(_Weights(*(x.mT for x in weights)), grad_mixed, grad_sums), grad_mixing
+
+
+def _summed(x: Tensor, shape: torch.Size) -> Tensor:
+    """``[B, H, M_q, M_k]`` in the shape of W: in float32, or as it is where there is nothing to be summed."""
+    return x.view(shape) if x.numel() == shape.numel() else x.float().sum_to_size(shape)
 
 
 def _queries_backward(
@@ -297,5 +302,8 @@ def _add_up(summaries: Tensor, sums: Tensor, parts: int, launch: Callable[[Tenso
         y.new_empty(*y.shape[:3], parts, *y.shape[3:], dtype=torch.float32) for y in (summaries, sums)
     )
     launch(each, each_sums)
-    summaries.copy_(each.sum(3))
-    sums.copy_(each_sums.sum(3))
+    torch.sum(each_sums, 3, out=sums)
+    if summaries.dtype == each.dtype:
+        torch.sum(each, 3, out=summaries)
+    else:
+        summaries.copy_(each.sum(3))

@@ -71,7 +71,7 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(operators, "implementation_for", lambda *_: implementation)
-    operators._summarize._init_fn(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
+    operators._summarize.run(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
     assert events == [torch.device("cuda", 1), "ran", "left"]
 
 
