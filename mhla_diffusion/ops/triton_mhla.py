@@ -1,12 +1,15 @@
 """GPU kernels for :mod:`mhla_diffusion.ops.tiled`: the same four functions, blocks gathered in registers.
 
-Four kernels do everything (:mod:`mhla_diffusion.ops.triton_kernels`):
+Four kernels do almost everything (:mod:`mhla_diffusion.ops.triton_kernels`):
 
 - ``outer``, summaries of values and features: the forward of ``summarize``;
 - ``inner``, products of features and summaries: the forward of ``read``;
 - ``queries``, the gradient of q and, of heads up to 64 wide, that of the mixed summaries. A wider one would
   not leave registers for a second program on a multiprocessor: ``outer`` finds it then;
 - ``keys``, the gradients of k and v.
+
+Small ones find the centre of values, what of W mixes summaries, and its gradient: an operation of torch for
+each step would take the processor longer.
 
 Mixing is a product of matrices and torch's, which is several times slower where sizes are no multiples of 8:
 many blocks are filled up with empty ones. All sums are float32. What is multiplied is
