@@ -189,7 +189,7 @@ def weights_kernel(
     mixing, narrow, wide, w_b, w_h, w_m, w_n, heads, rows, columns, filled, width,
     COLUMNS: tl.constexpr, SCALED: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """W as it mixes summaries: scaled, filled up with zeros, in their dtype and, MORE, in float32, too."""
+    """Weights that mix summaries: W scaled, filled up with zeros, in their dtype and, MORE, in float32."""
     weights, scale, number, _row, _rest, column = _weights(
         mixing, w_b, w_h, w_m, w_n, heads, rows, columns, filled, COLUMNS, SCALED
     )
@@ -205,7 +205,7 @@ def weights_grad_kernel(
     mixing, grad, more, out, w_b, w_h, w_m, w_n, heads, rows, columns, filled, width,
     COLUMNS: tl.constexpr, SCALED: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of W from that of what ``weights`` makes of it, or from two that have to be added."""
+    """Gradient of W from that of what ``weights`` makes of it or, MORE, from two that have to be added."""
     _row, scale, number, row, rest, column = _weights(
         mixing, w_b, w_h, w_m, w_n, heads, rows, columns, filled, COLUMNS, SCALED
     )

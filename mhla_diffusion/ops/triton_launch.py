@@ -28,7 +28,7 @@ _FEWEST = 128
 
 
 class Launcher:
-    """A kernel on so many programs, with all its arguments but tensors, which are the first.
+    """Kernel on so many programs, with all its arguments but tensors, which are the first.
 
     What was compiled for a launch runs the next one as it is, on pointers, where Triton would look at all
     arguments to find it. It stands for tensors that begin at the same place between multiples of 16 bytes:
@@ -214,7 +214,7 @@ def _parts(name: str, rows: int, layout: BlockLayout) -> int:
 
 
 class Target(NamedTuple):
-    """The GPU: major number of its compute capability, 0 for AMD's; and whether float32 may be TF32."""
+    """GPU: major number of its compute capability, 0 for AMD's; and whether float32 may be TF32."""
 
     major: int
     tf32: bool
