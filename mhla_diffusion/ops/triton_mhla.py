@@ -336,7 +336,8 @@ def _plan(
     tokens = [_Meta(*y) for y in tensors]
     x, v = tokens[:2]
     batch, heads, length, width = x.shape
-    tile = _tile(name, x, v, dtype, target)
+    parted = name in _PARTED and rotary is None and feature_map != "softmax"
+    tile = _tile(name, x, v, dtype, target, parted=parted, beside=normalized and rotary is None)
     size = math.prod(summaries[-2:])
     numbers: dict[str, float] = {
         f"{name}_{axis}": stride
@@ -359,6 +360,8 @@ def _plan(
     if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
         # More than that is needed for other features and for masks, and would be spilled.
         tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
+    steps = [y.stride[2] for y in tokens] + [rotary[2] if rotary else 0]
+    constants["PLACE"] = tl.int32 if length * max(steps) < 2**31 else tl.int64
     kernel = getattr(kernels, f"{name}_kernel")
     split = tile["TILES"] if name in ("outer", "inner") else 1
     programs = batch * heads * summaries[2] * parts * split
@@ -418,7 +421,7 @@ _TILES = {
 _OTHER_TILES = {
     (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
     (8, "keys", "bf16", 128): (32, 8, 1),
-    (10, "outer", "bf16", 64): (32, 4, 2), (10, "inner", "bf16", 128): (64, 8, 2),
+    (10, "outer", "bf16", 64): (64, 4, 1), (10, "inner", "bf16", 128): (64, 8, 2),
     (10, "keys", "bf16", 128): (32, 8, 1),
     (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
     (12, "queries", "tf32", 64): (32, 8, 2),
@@ -426,6 +429,8 @@ _OTHER_TILES = {
     (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
     (0, "keys", "ieee", 256): (16, 4, 1),
 }  # fmt: skip
+# Kernels that hold rows of 65 to 96 channels in two tiles.
+_PARTED = ("outer", "inner")
 # The largest summary that a program holds beside all else of the queries and leaves room for others.
 _MOST_HELD = 64 * 64
 # Registers of a thread of 8 warps, so that two programs fit.
@@ -433,12 +438,21 @@ _REGISTERS = 128
 
 
 def _tile(
-    name: str, x: Tensor | _Meta, v: Tensor | _Meta, summaries: torch.dtype, target: _Target
+    name: str,
+    x: Tensor | _Meta,
+    v: Tensor | _Meta,
+    summaries: torch.dtype,
+    target: _Target,
+    *,
+    parted: bool = False,
+    beside: bool = False,
 ) -> dict[str, Any]:
     """Compile-time options: what is multiplied, and how much of it at a time.
 
     The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
     capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them.
+
+    parted: whether channels of a row may be held in two tiles. beside: whether products may find the sums.
     """
     d, channels = (max(16, triton.next_power_of_2(y.shape[-1])) for y in (x, v))
     factors = (x.dtype,) if name == "inner" else (x.dtype, v.dtype)
@@ -446,6 +460,9 @@ def _tile(
     channels = min(channels, (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32))
     tiles = -(-v.shape[-1] // channels)
     precision = "ieee" if narrow else _precision(factors, target)
+    tail, tail_v = _tails(x.shape[-1], v.shape[-1], parted, beside) if narrow and d <= 128 else (0, 0)
+    if tail:
+        d, channels, tiles = 64, 64, 1
     kind, size = "bf16" if narrow else precision, max(64, d, channels)
     tile = _TILES[name, kind][(64, 128, 256).index(size)]
     rows, warps, stages = _OTHER_TILES.get((target.major, name, kind, size), tile)
@@ -453,10 +470,20 @@ def _tile(
         "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision,
         "ROWS": rows, "D": d, "DV": channels, "TILES": tiles, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+    if name in _PARTED:
+        options |= {"TAIL": tail, "TAIL_V": tail_v, "FREE": max(v.shape[-1], channels * tiles)}
     if name == "queries":
         exact = not narrow and precision == "ieee"
         options["FUSED"] = d * channels <= _MOST_HELD and tiles == 1 and not exact
     return options
+
+
+def _tails(width: int, channels: int, parted: bool, beside: bool) -> tuple[int, int]:
+    """Channels of x and of v in a second tile; three more of v are for sums beside them."""
+    more, sums = width - 64, 3 * beside
+    if parted and width == channels and 0 < more <= 32 - sums:
+        return max(16, triton.next_power_of_2(more)), max(16, triton.next_power_of_2(more + sums))
+    return 0, 16 * beside
 
 
 def _precision(factors: tuple[torch.dtype, ...], target: _Target) -> str:
