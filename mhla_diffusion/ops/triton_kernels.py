@@ -17,6 +17,7 @@ from .triton_pieces import (
     count_rows,
     fold,
     load_angles,
+    load_borders,
     load_factor,
     load_features,
     load_matrix,
@@ -27,12 +28,13 @@ from .triton_pieces import (
     part_of_block,
     phi,
     phi_backward,
-    places,
     put_beside,
+    store_rows,
     store_summary,
     sum_beside,
     turn,
     write,
+    write_gradient,
 )
 
 
@@ -266,6 +268,7 @@ def queries_kernel(
     OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr,
     KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries x, where v is the gradient g of the output, and, FUSED, of their summaries S.
 
@@ -278,13 +281,26 @@ def queries_kernel(
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
-    at = (b * heads + h) * blocks + block
+    head = b * heads + h
+    at = head * blocks + block
+    if ROTARY:
+        rotary += b * r_b + h * r_h
     if NORMALIZED:
-        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+        sums += at * sums_stride
+        den += head * tokens
+        z = tl.load(sums + column, column < WIDTH, 0.0)
     if TILES == 1:
         matrix = load_matrix(
             summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
         )
+    if TAIL:
+        column_2, channel_2 = D + tl.arange(0, TAIL), DV + tl.arange(0, TAIL)
+        matrix_x, matrix_v, corner = load_borders(
+            summaries, at, summary_stride, all_channels, column, channel_2, column_2, CHANNELS, WIDTH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        if NORMALIZED:
+            z_2 = tl.load(sums + column_2, column_2 < WIDTH, 0.0)
     if FUSED:
         total = tl.zeros((DV, D), tl.float32)
         weighted = tl.zeros((KEPT, D), tl.float32)
@@ -310,23 +326,38 @@ def queries_kernel(
                 values = load_values(v, token, v_n, channel, inside, OPERAND, CHANNELS, V_VEC)
                 factor = operand(values, OPERAND, PRECISION)
                 plain = tl.dot(factor, matrix, plain, input_precision=PRECISION)
+        if TAIL:
+            values = load_values(v, token, v_n, channel_2, inside, OPERAND, CHANNELS, V_VEC)
+            plain = tl.dot(values, matrix_v, plain)
+            plain_2 = tl.dot(factor, matrix_x)
+            plain_2 = tl.dot(values, corner, plain_2)
+            rows_2 = load_rows(x, token, x_n, column_2, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
+            features_2 = phi(rows_2, column_2, inside, eps, False, WIDTH, TAIL, FEATURE_MAP).to(tl.float32)
         if ROTARY:
-            cos, sin = load_angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
             plain = turn(plain, cos, -sin, ROWS, D)
         rows = load_rows(x, token, x_n, column, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
         features = phi(rows, column, inside, eps, False, WIDTH, D, FEATURE_MAP).to(tl.float32)
         if NORMALIZED:
-            at_token = (b * heads + h) * tokens + token
-            inverse = 1.0 / tl.load(den + at_token, inside, 1.0)
+            inverse = 1.0 / tl.load(den + token, inside, 1.0)
             plain = plain * inverse[:, None]
-            weight = -tl.sum(features * plain, 1) * inverse
+            weight = tl.sum(features * plain, 1)
+            if TAIL:
+                plain_2 = plain_2 * inverse[:, None]
+                weight += tl.sum(features_2 * plain_2, 1)
+            weight = -weight * inverse
             plain += weight[:, None] * z[None, :]
+            if TAIL:
+                plain_2 += weight[:, None] * z_2[None, :]
             if FUSED:
                 weighted += fold(features * weight[:, None], ROWS, KEPT, D)
             else:
-                tl.store(den_grad + at_token, weight, inside)
+                tl.store(den_grad + head * tokens + token, weight, inside)
         result = phi_backward(plain, rows, features, FEATURE_MAP)
-        tl.store(dx + places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+        store_rows(dx, token, dx_n, result, column, inside, WIDTH, X_VEC)
+        if TAIL:
+            result = phi_backward(plain_2, rows_2, features_2, FEATURE_MAP)
+            store_rows(dx, token, dx_n, result, column_2, inside, WIDTH, X_VEC)
         if FUSED:
             if ROTARY:
                 features = turn(features, cos, sin, ROWS, D)
@@ -349,7 +380,7 @@ def keys_kernel(
     NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
     MASK: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys x and values v, from those of their summaries.
 
@@ -362,21 +393,40 @@ def keys_kernel(
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
     dv += tl.multiple_of(b * dv_b + h * dv_h, V_VEC)
-    at = (b * heads + h) * blocks + block
+    head = b * heads + h
+    at = head * blocks + block
+    if ROTARY:
+        rotary += b * r_b + h * r_h
+    if NORMALIZED:
+        sums += at * sums_stride
     if TILES == 1:
         matrix = load_matrix(
             summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
         )
     if CENTRED:  # (v - m) S = v S - m S, which leaves v in few digits, as it is
-        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+        z = tl.load(sums + column, column < WIDTH, 0.0)
         for tile in range(0, TILES):
             channel = tile * DV + all_channels
             if TILES > 1:
                 matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
-            middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+            middle = load_middle(centre, head, channel, CENTRED, CHANNELS)
             z -= tl.sum(middle[:, None] * matrix.to(tl.float32), 0)
+    if TAIL:
+        column_2, channel_2 = D + tl.arange(0, TAIL), DV + tl.arange(0, TAIL)
+        matrix_x, matrix_v, corner = load_borders(
+            summaries, at, summary_stride, all_channels, column, channel_2, column_2, CHANNELS, WIDTH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        if NORMALIZED:
+            z_2 = tl.load(sums + column_2, column_2 < WIDTH, 0.0)
+        if CENTRED:
+            middle_1 = load_middle(centre, head, all_channels, CENTRED, CHANNELS)[:, None]
+            middle_2 = load_middle(centre, head, channel_2, CENTRED, CHANNELS)[:, None]
+            z -= tl.sum(middle_2 * matrix_v.to(tl.float32), 0)
+            z_2 -= tl.sum(middle_1 * matrix_x.to(tl.float32), 0)
+            z_2 -= tl.sum(middle_2 * corner.to(tl.float32), 0)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
@@ -386,33 +436,50 @@ def keys_kernel(
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = count_rows(mask, b, token, inside, mask_b, mask_n, MASK)
         real = inside[:, None] & (column[None, :] < WIDTH)
-        plain = tl.zeros((ROWS, D), tl.float32)
-        for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
-            channel = tile * DV + all_channels
-            if TILES > 1:
+        if TILES == 1:
+            values = operand(
+                load_values(v, token, v_n, all_channels, counts, OPERAND, CHANNELS, V_VEC), OPERAND, PRECISION
+            )
+            plain = tl.dot(values, matrix, input_precision=PRECISION)
+        else:
+            plain = tl.zeros((ROWS, D), tl.float32)
+            for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
+                channel = tile * DV + all_channels
                 matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
-            values = load_values(v, token, v_n, channel, counts, OPERAND, CHANNELS, V_VEC)
-            plain = tl.dot(operand(values, OPERAND, PRECISION), matrix, plain, input_precision=PRECISION)
+                values = load_values(v, token, v_n, channel, counts, OPERAND, CHANNELS, V_VEC)
+                plain = tl.dot(operand(values, OPERAND, PRECISION), matrix, plain, input_precision=PRECISION)
+        if TAIL:
+            values_2 = load_values(v, token, v_n, channel_2, counts, OPERAND, CHANNELS, V_VEC)
+            plain = tl.dot(values_2, matrix_v, plain)
+            plain_2 = tl.dot(values, matrix_x)
+            plain_2 = tl.dot(values_2, corner, plain_2)
         if ROTARY:
-            cos, sin = load_angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
             plain = turn(plain, cos, -sin, ROWS, D)
         if NORMALIZED:
             if not CENTRED:
-                z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+                z = tl.load(sums + column, column < WIDTH, 0.0)
             plain += z[None, :]
-        rows = load_rows(x, token, x_n, column, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
-        features = phi(rows, column, inside, eps, False, WIDTH, D, FEATURE_MAP).to(tl.float32)
-        if MASK:
-            plain = tl.where(counts[:, None], plain, 0.0)
-            features = tl.where(counts[:, None], features, 0.0)
-        result = phi_backward(plain, rows, features, FEATURE_MAP)
-        tl.store(dx + places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+        features = write_gradient(
+            dx, dx_n, plain, x, x_n, token, inside, counts, column, eps, MASK, FEATURE_MAP, OPERAND, WIDTH,
+            X_VEC, D,
+        )  # fmt: skip
         if ROTARY:
-            cos, sin = load_angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
             features = turn(features, cos, sin, ROWS, D)
         turned = operand(features, OPERAND, PRECISION)
+        if TAIL:
+            if NORMALIZED:
+                plain_2 += z_2[None, :]
+            turned_2 = write_gradient(
+                dx, dx_n, plain_2, x, x_n, token, inside, counts, column_2, eps, MASK, FEATURE_MAP, OPERAND,
+                WIDTH, X_VEC, TAIL,
+            ).to(OPERAND)  # fmt: skip
+            product_2 = tl.dot(turned, tl.trans(matrix_v))
+            product_2 = tl.dot(turned_2, tl.trans(corner), product_2)
+            store_rows(dv, token, dv_n, product_2, channel_2, inside, CHANNELS, V_VEC)
         for tile in range(0, TILES):
             channel = tile * DV + all_channels
             if TILES > 1:
@@ -420,5 +487,6 @@ def keys_kernel(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
             product = tl.dot(turned, tl.trans(matrix), input_precision=PRECISION)
-            written = inside[:, None] & (channel[None, :] < CHANNELS)
-            tl.store(dv + places(token, dv_n, channel, V_VEC), product.to(dv.dtype.element_ty), written)
+            if TAIL:
+                product = tl.dot(turned_2, tl.trans(matrix_x), product)
+            store_rows(dv, token, dv_n, product, channel, inside, CHANNELS, V_VEC)

@@ -1,7 +1,9 @@
 """What the kernels of :mod:`mhla_diffusion.ops.triton_kernels` are made of.
 
-Rows of 65 to 93 channels are held in two tiles, the first 64 channels and the rest, so that less is padded
-than up to 128: what belongs to the second has a name that ends in ``_2``.
+Rows of 72, 80 or 88 channels are held in two tiles, the first 64 channels and the rest (TAIL), so that less
+is padded than up to 128: what belongs to the second has a name that ends in ``_2``. A summary is then four
+tiles: the first, what is beside it in the second of x (``_x``), below it in the second of v (``_v``), and the
+corner.
 """
 
 from __future__ import annotations
@@ -182,6 +184,18 @@ def load_matrix(
 
 
 @triton.jit
+def load_borders(
+    summaries, at, stride, channel, column, channel_2, column_2, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What of a summary lies beside its first tile, below it, and beside and below it."""
+    beside = load_matrix(summaries, at, stride, channel, column_2, CHANNELS, WIDTH, OPERAND, PRECISION)
+    below = load_matrix(summaries, at, stride, channel_2, column, CHANNELS, WIDTH, OPERAND, PRECISION)
+    corner = load_matrix(summaries, at, stride, channel_2, column_2, CHANNELS, WIDTH, OPERAND, PRECISION)
+    return beside, below, corner
+
+
+@triton.jit
 def store_summary(summaries, at, stride, total, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Write a tile of a summary."""
     place, valid = summary_at(summaries, at, stride, channel, column, CHANNELS, WIDTH)
@@ -211,6 +225,26 @@ def fold(x, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def store_rows(y, token, stride, rows, column, inside, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Write rows of tokens inside the block."""
+    valid = inside[:, None] & (column[None, :] < WIDTH)
+    tl.store(y + places(token, stride, column, VEC), rows.to(y.dtype.element_ty), valid)
+
+
+@triton.jit
+def write_gradient(
+    dx, dx_n, grad, x, x_n, token, inside, counts, column, eps, COUNT: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of rows of x, given that of their features, and return the features."""
+    rows = load_rows(x, token, x_n, column, counts, FEATURE_MAP, OPERAND, WIDTH, VEC)
+    features = phi(rows, column, counts, eps, COUNT, WIDTH, D, FEATURE_MAP).to(tl.float32)
+    result = phi_backward(grad, rows, features, FEATURE_MAP)
+    store_rows(dx, token, dx_n, result, column, inside, WIDTH, VEC)
+    return features
+
+
+@triton.jit
 def write(
     v, v_n, product, inverse, seen, middle, token, inside, channel, NORMALIZED: tl.constexpr,
     CENTRED: tl.constexpr, SATURATE: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr,
@@ -223,5 +257,4 @@ def write(
     if SATURATE:
         product = tl.maximum(product, -65504.0, propagate_nan=tl.PropagateNan.ALL)
         product = tl.minimum(product, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-    written = inside[:, None] & (channel[None, :] < CHANNELS)
-    tl.store(v + places(token, v_n, channel, VEC), product.to(v.dtype.element_ty), written)
+    store_rows(v, token, v_n, product, channel, inside, CHANNELS, VEC)

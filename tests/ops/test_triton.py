@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
         "grid": (5, 7), "blocks": (2, 3), "d": 72, "d_v": 72, "rotary": True, "dtype": "bfloat16",
     },
     "bfloat16, a width between, no denominator": {
-        "grid": (5, 7), "blocks": (2, 3), "d": 66, "d_v": 66, "feature_map": "elu", "normalizer": "none",
+        "grid": (5, 7), "blocks": (2, 3), "d": 88, "d_v": 88, "feature_map": "elu", "normalizer": "none",
         "dtype": "bfloat16",
     },
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 160, "rotary": True},
