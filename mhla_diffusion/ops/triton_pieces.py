@@ -1,4 +1,4 @@
-"""What the kernels of :mod:`mhla_diffusion.ops.triton_kernels` are made of.
+"""Pieces that the kernels of :mod:`mhla_diffusion.ops.triton_kernels` are made of.
 
 Rows of 72, 80 or 88 channels are held in two tiles, the first 64 channels and the rest (TAIL), so that less
 is padded than up to 128: what belongs to the second has a name that ends in ``_2``. A summary is then four
@@ -32,7 +32,7 @@ def part_of_block(starts, heads, blocks, parts, TILES: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def count_rows(mask, b, token, inside, stride_b, stride_n, MASK: tl.constexpr):
-    """Which rows count: those of the block that no mask hides."""
+    """Rows that count: those of the block that no mask hides."""
     if MASK:
         inside = inside & (tl.load(mask + b * stride_b + token * stride_n, inside, 0) != 0)
     return inside
@@ -80,7 +80,7 @@ def phi(
 
 @triton.jit
 def phi_backward(grad, x, y, FEATURE_MAP: tl.constexpr):
-    """The gradient of x; NaN stays NaN."""
+    """Gradient of x; NaN stays NaN."""
     if FEATURE_MAP == "relu":
         grad = tl.where(x <= 0, 0.0, grad)
     elif FEATURE_MAP == "elu":
@@ -137,14 +137,14 @@ def load_features(
 def load_values(
     v, token, stride, channel, counts, OPERAND: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr
 ):
-    """A tile of the rows of v that count. What others hold must not matter: 0 times NaN is NaN."""
+    """Tile of the rows of v that count. What others hold must not matter: 0 times NaN is NaN."""
     valid = counts[:, None] & (channel[None, :] < CHANNELS)
     return tl.load(v + places(token, stride, channel, VEC), valid, 0.0).to(OPERAND)
 
 
 @triton.jit
 def load_middle(centre, at, channel, CENTRED: tl.constexpr, CHANNELS: tl.constexpr):
-    """A tile of the centre of values, or none."""
+    """Tile of the centre of values, or 0."""
     if CENTRED:
         return tl.load(centre + at * CHANNELS + channel, channel < CHANNELS, 0.0)
     else:
@@ -167,7 +167,7 @@ def load_factor(
 
 @triton.jit
 def summary_at(summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a tile of a summary lies, and what of it exists."""
+    """Places of a tile of a summary, and what of it exists."""
     valid = (channel[:, None] < CHANNELS) & (column[None, :] < WIDTH)
     start = tl.multiple_of(at * stride, WIDTH & -WIDTH)  # the largest power of two in WIDTH
     return summaries + start + channel[:, None] * WIDTH + column[None, :], valid
@@ -178,7 +178,7 @@ def load_matrix(
     summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a summary, as a factor of products."""
+    """Tile of a summary, as a factor of products."""
     place, valid = summary_at(summaries, at, stride, channel, column, CHANNELS, WIDTH)
     return operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
 
@@ -188,7 +188,7 @@ def load_borders(
     summaries, at, stride, channel, column, channel_2, column_2, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What of a summary lies beside its first tile, below it, and beside and below it."""
+    """Tiles of a summary beside its first one, below it, and beside and below it."""
     beside = load_matrix(summaries, at, stride, channel, column_2, CHANNELS, WIDTH, OPERAND, PRECISION)
     below = load_matrix(summaries, at, stride, channel_2, column, CHANNELS, WIDTH, OPERAND, PRECISION)
     corner = load_matrix(summaries, at, stride, channel_2, column_2, CHANNELS, WIDTH, OPERAND, PRECISION)
