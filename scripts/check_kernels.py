@@ -97,9 +97,9 @@ FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
 BUDGET = {
     (case.name, name): budget
     for case, budgets in (
-        (DIT, (65, 60, 80, 140, 85, 80)),
-        (WAN, (65, 65, 85, 120, 105, 95)),
-        (MILLION, (10, 30, 35, 75, 40, 45)),
+        (DIT, (65, 25, 30, 70, 45, 50)),
+        (WAN, (65, 55, 75, 120, 100, 90)),
+        (MILLION, (10, 18, 25, 75, 32, 45)),
     )
     for name, budget in zip(LOOPS, budgets, strict=True)
 }

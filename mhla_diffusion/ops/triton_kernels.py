@@ -13,122 +13,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _place(starts, heads, blocks, parts, TILES: tl.constexpr, ROWS: tl.constexpr):
-    """Sample, head, tile of channels, number of the summary, and first and last place in ``order``."""
-    pid = tl.program_id(0)
-    h = pid % heads
-    rest = pid // heads
-    tile = rest % TILES
-    rest = rest // TILES
-    part = rest % parts
-    rest = rest // parts
-    block = rest % blocks
-    b = (rest // blocks).to(tl.int64)
-    start, end = tl.load(starts + block), tl.load(starts + block + 1)
-    share = tl.cdiv(end - start, parts * ROWS) * ROWS
-    first = start + part * share
-    return b, h.to(tl.int64), tile, block, part, first, tl.minimum(first + share, end)
-
-
-@triton.jit
-def _phi(x, column, eps, WIDTH: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """Features, and zero in the padding."""
-    if FEATURE_MAP == "relu":
-        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps
-    elif FEATURE_MAP == "elu":
-        y = tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) + tl.maximum(x, 0.0)
-    else:
-        tl.static_assert(FEATURE_MAP == "softmax", "a feature map that the kernels do not know")
-        if WIDTH != D:
-            x = tl.where(column[None, :] < WIDTH, x, float("-inf"))
-        y = tl.exp(x - tl.max(x, 1)[:, None])
-        y = y / tl.sum(y, 1)[:, None]
-    if WIDTH != D:
-        y = tl.where(column[None, :] < WIDTH, y, 0.0)
-    return y
-
-
-@triton.jit
-def _phi_backward(grad, x, y, FEATURE_MAP: tl.constexpr):
-    """The gradient of x; NaN stays NaN."""
-    if FEATURE_MAP == "relu":
-        grad = tl.where(x <= 0, 0.0, grad)
-    elif FEATURE_MAP == "elu":
-        grad = grad * tl.minimum(y, 1.0)
-    else:
-        tl.static_assert(FEATURE_MAP == "softmax", "a feature map that the kernels do not know")
-        grad = y * (grad - tl.sum(grad * y, 1)[:, None])
-    return grad
-
-
-@triton.jit
-def _turn(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
-    """Turn neighbouring columns; cos and sin [ROWS, D / 2]."""
-    even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, D))
-
-
-@triton.jit
-def _angles(rotary, token, stride, column, valid, ROWS: tl.constexpr, D: tl.constexpr):
-    """Cosines and sines of the tokens, [ROWS, D / 2] each, read as the rows they are."""
-    table = tl.load(rotary + (token * stride)[:, None] + column[None, :], valid, 0.0)
-    return tl.split(tl.reshape(table, (ROWS, D // 2, 2)))
-
-
-@triton.jit
-def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Factor of a product: x in bfloat16, or rounded to what TF32 holds, which hardware would cut off."""
-    if PRECISION == "tf32":
-        wide = x * 8193.0  # 2^13 + 1: what is left after taking 2^13 x away are the upper 11 bits
-        x = wide - (wide - x)
-    return x.to(OPERAND)
-
-
-@triton.jit
-def _counted(mask, b, token, inside, stride_b, stride_n, MASK: tl.constexpr):
-    """Which rows count: those of the block that no mask hides."""
-    if MASK:
-        inside = inside & (tl.load(mask + b * stride_b + token * stride_n, inside, 0) != 0)
-    return inside
-
-
-@triton.jit
-def _places(token, stride, column, VEC: tl.constexpr):
-    """Offsets of rows, which begin at multiples of VEC numbers."""
-    return tl.multiple_of(token * stride, VEC)[:, None] + column[None, :]
-
-
-@triton.jit
-def _summary(summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a tile of a summary lies, and what of it exists."""
-    valid = (channel[:, None] < CHANNELS) & (column[None, :] < WIDTH)
-    start = tl.multiple_of(at * stride, WIDTH & -WIDTH)  # the largest power of two in WIDTH
-    return summaries + start + channel[:, None] * WIDTH + column[None, :], valid
-
-
-@triton.jit
-def _matrix(
-    summaries, at, stride, channel, column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of a summary, as a factor of products."""
-    place, valid = _summary(summaries, at, stride, channel, column, CHANNELS, WIDTH)
-    return _operand(tl.load(place, valid, 0.0).to(tl.float32), OPERAND, PRECISION)
-
-
-@triton.jit
-def _values(v, token, stride, channel, counts, CHANNELS: tl.constexpr, VEC: tl.constexpr):
-    """A tile of the rows of v that count. What others hold must not matter: 0 times NaN is NaN."""
-    valid = counts[:, None] & (channel[None, :] < CHANNELS)
-    return tl.load(v + _places(token, stride, channel, VEC), valid, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _folded(x, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr):
-    """Sums of every KEPT-th row, [KEPT, D]: what a loop adds up in few registers, and without a shuffle."""
-    return tl.sum(tl.reshape(x, (ROWS // KEPT, KEPT, D)), 0)
+from .triton_pieces import (
+    count_rows,
+    fold,
+    load_angles,
+    load_borders,
+    load_factor,
+    load_features,
+    load_matrix,
+    load_middle,
+    load_rows,
+    load_values,
+    operand,
+    part_of_block,
+    phi,
+    phi_backward,
+    put_beside,
+    store_rows,
+    store_summary,
+    sum_beside,
+    turn,
+    write,
+    write_gradient,
+)
+from .triton_weights import weights_grad_kernel as weights_grad_kernel
+from .triton_weights import weights_kernel as weights_kernel
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])
@@ -149,7 +58,7 @@ def centre_kernel(
     number = tl.zeros((ROWS,), tl.float32)
     for first in range(0, tokens, ROWS * step):
         token = first + tl.arange(0, ROWS).to(tl.int64) * step
-        counts = _counted(mask, b, token, token < tokens, mask_b, mask_n, MASK)
+        counts = count_rows(mask, b, token, token < tokens, mask_b, mask_n, MASK)
         place = v + b * v_b + h * v_h + token[:, None] * v_n + channel[None, :] * v_d
         values = tl.load(place, counts[:, None] & (channel[None, :] < CHANNELS), 0.0).to(tl.float32)
         total += values
@@ -163,117 +72,101 @@ def centre_kernel(
     tl.store(centre + row * CHANNELS + channel, mean, channel < CHANNELS)
 
 
-@triton.jit
-def _weights(
-    mixing, w_b, w_h, w_m, w_n, heads, rows, columns, filled, COLUMNS: tl.constexpr, SCALED: tl.constexpr
-):
-    """A row of W, the power of two that scales it (see composite._row_scale), and where it is."""
-    number = tl.program_id(0).to(tl.int64)
-    row, rest = number % filled, number // filled
-    column = tl.arange(0, COLUMNS)
-    place = mixing + rest // heads * w_b + rest % heads * w_h + row * w_m + column.to(tl.int64) * w_n
-    weights = tl.load(place, (row < rows) & (column < columns), 0.0).to(tl.float32)
-    scale = 1.0
-    if SCALED:
-        # In bits, which are in the order of the numbers, and NaN above all.
-        largest = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        exponent = tl.maximum(largest >> 23, 1)
-        small = 0x00400000 >> tl.maximum(exponent - 253, 0)  # below the smallest normal number
-        bits = tl.where(exponent < 253, (253 - exponent) << 23, small)
-        scale = tl.where(exponent < 255, bits, 0x7FC00000).to(tl.float32, bitcast=True)
-    return weights, scale, number, row, rest, column
-
-
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "filled", "width"])
-def weights_kernel(
-    mixing, narrow, wide, w_b, w_h, w_m, w_n, heads, rows, columns, filled, width,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    """Weights that mix summaries: W scaled, filled up with zeros, in their dtype and, MORE, in float32."""
-    weights, scale, number, _row, _rest, column = _weights(
-        mixing, w_b, w_h, w_m, w_n, heads, rows, columns, filled, COLUMNS, SCALED
-    )
-    weights = tl.where(column < columns, weights * scale, 0.0)
-    place, valid = number * width + column, column < width
-    tl.store(narrow + place, weights.to(narrow.dtype.element_ty), valid)
-    if MORE:
-        tl.store(wide + place, weights, valid)
-
-
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "filled", "width"])
-def weights_grad_kernel(
-    mixing, grad, more, out, w_b, w_h, w_m, w_n, heads, rows, columns, filled, width,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    """Gradient of W from that of what ``weights`` makes of it or, MORE, from two that have to be added."""
-    _row, scale, number, row, rest, column = _weights(
-        mixing, w_b, w_h, w_m, w_n, heads, rows, columns, filled, COLUMNS, SCALED
-    )
-    valid = (row < rows) & (column < columns)
-    total = tl.load(grad + number * width + column, valid, 0.0).to(tl.float32)
-    if MORE:
-        total += tl.load(more + number * width + column, valid, 0.0)
-    total = (total * scale).to(out.dtype.element_ty)
-    tl.store(out + (rest * rows + row) * columns + column, total, valid)
-
-
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
 def outer_kernel(
     x, v, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
     x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, mask_b, mask_n, summary_stride, sums_stride,
     heads, blocks, parts, tokens, eps,
-    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr,
+    QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr,
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
     V_VEC: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_V: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
     """Summaries of values and features of x, and the sums of features.
 
-    CENTRED: of ``v - centre``. QUOTIENT: of ``v / den``, and of features times ``den_grad``.
+    CENTRED: of ``v - centre``. QUOTIENT: of ``v / den``, and of features times ``den_grad``. Where there is a
+    second tile of channels, ones (or ``den_grad``) are put into it, at FREE: their products are the sums.
     """
-    b, h, tile, block, part, first, last = _place(starts, heads, blocks, parts, TILES, ROWS)
+    b, h, tile, block, part, first, last = part_of_block(starts, heads, blocks, parts, TILES, ROWS)
     column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
+    head = b * heads + h
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
-    if CENTRED:
-        middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+    if ROTARY:
+        rotary += b * r_b + h * r_h
+    if QUOTIENT:
+        den += head * tokens
+        den_grad += head * tokens
+    middle = load_middle(centre, head, channel, CENTRED, CHANNELS)
     total = tl.zeros((DV, D), tl.float32)
-    features = tl.zeros((KEPT, D), tl.float32)
+    if TAIL_V:
+        channel_2 = DV * TILES + tl.arange(0, TAIL_V)
+        middle_2 = load_middle(centre, head, channel_2, CENTRED, CHANNELS)
+        one = tl.full((1, 1), 1.0, tl.float32).to(OPERAND)
+        total_v = tl.zeros((D, TAIL_V), tl.float32)
+    elif NORMALIZED:
+        features = tl.zeros((KEPT, D), tl.float32)
+    if TAIL:
+        column_2 = D + tl.arange(0, TAIL)
+        total_x = tl.zeros((DV, TAIL), tl.float32)
+        corner = tl.zeros((TAIL, TAIL_V), tl.float32)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = following.to(tl.int64)
+        token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
-        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
-        real = inside[:, None] & (column[None, :] < WIDTH)
-        plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
-        plain = tl.where(counts[:, None], _phi(plain, column, eps, WIDTH, D, FEATURE_MAP), 0.0)
-        values = _values(v, token, v_n, channel, counts, CHANNELS, V_VEC)
-        if QUOTIENT:
-            at = (b * heads + h) * tokens + token
-            values = values / tl.load(den + at, inside, 1.0)[:, None]
-            features += _folded(plain * tl.load(den_grad + at, inside, 0.0)[:, None], ROWS, KEPT, D)
-        else:
-            if NORMALIZED:
-                features += _folded(plain, ROWS, KEPT, D)
-            if CENTRED:
-                values = values - middle[None, :]
-        rotated = plain
-        if ROTARY:
-            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            rotated = _turn(plain, cos, sin, ROWS, D)
-        factor = _operand(values, OPERAND, PRECISION)
-        total = tl.dot(
-            tl.trans(factor), _operand(rotated, OPERAND, PRECISION), total, input_precision=PRECISION
-        )
-    at = ((b * heads + h) * blocks + block) * parts + part
-    place, valid = _summary(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH)
-    tl.store(place, total.to(summaries.dtype.element_ty), valid)
+        counts = count_rows(mask, b, token, inside, mask_b, mask_n, MASK)
+        plain, turned = load_features(
+            x, x_n, rotary, r_n, token, counts, column, eps, True, FEATURE_MAP, ROTARY, OPERAND, PRECISION,
+            WIDTH, X_VEC, ROWS, D,
+        )  # fmt: skip
+        factor = load_factor(
+            v, v_n, den, middle, token, counts, channel, QUOTIENT, CENTRED, OPERAND, PRECISION, CHANNELS,
+            V_VEC,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(factor), turned, total, input_precision=PRECISION)
+        if TAIL_V:
+            factor_2 = tl.zeros((ROWS, TAIL_V), tl.float32).to(OPERAND)
+            if TAIL:
+                factor_2 = load_factor(
+                    v, v_n, den, middle_2, token, counts, channel_2, QUOTIENT, CENTRED, OPERAND, PRECISION,
+                    CHANNELS, V_VEC,
+                )  # fmt: skip
+            if QUOTIENT:
+                weight = tl.load(den_grad + token, inside, 0.0)[:, None]
+                factor_2 = put_beside(factor_2, weight, channel_2[None, :], FREE)
+            elif NORMALIZED:
+                factor_2 = tl.where(channel_2[None, :] == FREE, one, factor_2)
+            total_v = tl.dot(tl.trans(turned), factor_2, total_v)
+        elif QUOTIENT:
+            weight = tl.load(den_grad + token, inside, 0.0)[:, None]
+            features += fold(plain.to(tl.float32) * weight, ROWS, KEPT, D)
+        elif NORMALIZED:
+            features += fold(plain.to(tl.float32), ROWS, KEPT, D)
+        if TAIL:
+            _, turned_2 = load_features(
+                x, x_n, rotary, r_n, token, counts, column_2, eps, True, FEATURE_MAP, ROTARY, OPERAND,
+                PRECISION, WIDTH, X_VEC, ROWS, TAIL,
+            )  # fmt: skip
+            total_x = tl.dot(tl.trans(factor), turned_2, total_x)
+            corner = tl.dot(tl.trans(turned_2), factor_2, corner)
+    at = (head * blocks + block) * parts + part
+    store_summary(summaries, at, summary_stride, total, channel, column, CHANNELS, WIDTH)
+    if TAIL:
+        store_summary(summaries, at, summary_stride, total_x, channel, column_2, CHANNELS, WIDTH)
+        store_summary(summaries, at, summary_stride, tl.trans(total_v), channel_2, column, CHANNELS, WIDTH)
+        store_summary(summaries, at, summary_stride, tl.trans(corner), channel_2, column_2, CHANNELS, WIDTH)
     if NORMALIZED and tile == 0:
-        tl.store(sums + at * sums_stride + column, tl.sum(features, 0), column < WIDTH)
+        sums += at * sums_stride
+        if TAIL_V:
+            tl.store(sums + column, sum_beside(total_v, channel_2, FREE), column < WIDTH)
+        else:
+            tl.store(sums + column, tl.sum(features, 0), column < WIDTH)
+        if TAIL:
+            tl.store(sums + column_2, sum_beside(corner, channel_2, FREE), column_2 < WIDTH)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
@@ -281,52 +174,91 @@ def inner_kernel(
     x, v, summaries, sums, centre, den, order, starts, rotary, x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n,
     summary_stride, sums_stride, heads, blocks, parts, tokens, eps,
     NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, SATURATE: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, TILES: tl.constexpr,
+    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
+    TAIL_V: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
-    """Write to v products of features of x and summaries; over the denominators, which are stored too."""
-    b, h, tile, block, _part, first, last = _place(starts, heads, blocks, parts, TILES, ROWS)
+    """Write to v products of features of x and summaries; over the denominators, which are stored too.
+
+    Where there is a second tile of channels, the sums are put into it, from FREE on: their products are the
+    denominators.
+    """
+    b, h, tile, block, _part, first, last = part_of_block(starts, heads, blocks, parts, TILES, ROWS)
     column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
+    head = b * heads + h
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
-    at = (b * heads + h) * blocks + block
-    matrix = _matrix(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION)
+    if ROTARY:
+        rotary += b * r_b + h * r_h
+    at = head * blocks + block
+    matrix = load_matrix(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION)
+    middle = load_middle(centre, head, channel, CENTRED, CHANNELS)
     if NORMALIZED:
-        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
-    if CENTRED:
-        middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+        den += head * tokens
+        sums += at * sums_stride
+        z = tl.load(sums + column, column < WIDTH, 0.0)
+    if TAIL_V:
+        channel_2 = DV * TILES + tl.arange(0, TAIL_V)
+        middle_2 = load_middle(centre, head, channel_2, CENTRED, CHANNELS)
+        matrix_v = load_matrix(
+            summaries, at, summary_stride, channel_2, column, CHANNELS, WIDTH, OPERAND, PRECISION
+        )
+        if NORMALIZED:
+            matrix_v = put_beside(matrix_v, z[None, :], channel_2[:, None], FREE)
+    if TAIL:
+        column_2 = D + tl.arange(0, TAIL)
+        matrix_x = load_matrix(
+            summaries, at, summary_stride, channel, column_2, CHANNELS, WIDTH, OPERAND, PRECISION
+        )
+        corner = load_matrix(
+            summaries, at, summary_stride, channel_2, column_2, CHANNELS, WIDTH, OPERAND, PRECISION
+        )
+        if NORMALIZED:
+            z_2 = tl.load(sums + column_2, column_2 < WIDTH, 0.0)
+            corner = put_beside(corner, z_2[None, :], channel_2[:, None], FREE)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = following.to(tl.int64)
+        token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
-        real = inside[:, None] & (column[None, :] < WIDTH)
-        plain = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
-        plain = _phi(plain, column, eps, WIDTH, D, FEATURE_MAP)
-        rotated = plain
-        if ROTARY:
-            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            rotated = _turn(plain, cos, sin, ROWS, D)
-        factor = _operand(rotated, OPERAND, PRECISION)
-        product = tl.dot(factor, tl.trans(matrix), input_precision=PRECISION)
+        plain, turned = load_features(
+            x, x_n, rotary, r_n, token, inside, column, eps, False, FEATURE_MAP, ROTARY, OPERAND, PRECISION,
+            WIDTH, X_VEC, ROWS, D,
+        )  # fmt: skip
+        product = tl.dot(turned, tl.trans(matrix), input_precision=PRECISION)
+        if TAIL_V:
+            product_2 = tl.dot(turned, tl.trans(matrix_v))
+        if TAIL:
+            _, turned_2 = load_features(
+                x, x_n, rotary, r_n, token, inside, column_2, eps, False, FEATURE_MAP, ROTARY, OPERAND,
+                PRECISION, WIDTH, X_VEC, ROWS, TAIL,
+            )  # fmt: skip
+            product = tl.dot(turned_2, tl.trans(matrix_x), product)
+            product_2 = tl.dot(turned_2, tl.trans(corner), product_2)
+        seen, inverse = None, None
         if NORMALIZED:
-            denominator = tl.sum(plain * z[None, :], 1)
+            if TAIL_V:
+                denominator = sum_beside(product_2, channel_2, FREE)
+            else:
+                denominator = tl.sum(plain.to(tl.float32) * z[None, :], 1)
             # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
-            blind = denominator == 0
-            denominator = tl.where(blind, 1.0, denominator)
-            product = product * (1.0 / denominator)[:, None]
-            if CENTRED:
-                product += tl.where(blind[:, None], 0.0, middle[None, :])
+            seen = tl.where(denominator == 0, 0.0, 1.0)
+            denominator = tl.where(denominator == 0, 1.0, denominator)
+            inverse = 1.0 / denominator
             if tile == 0:
-                tl.store(den + (b * heads + h) * tokens + token, denominator, inside)
-        if SATURATE:
-            product = tl.maximum(product, -65504.0, propagate_nan=tl.PropagateNan.ALL)
-            product = tl.minimum(product, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        written = inside[:, None] & (channel[None, :] < CHANNELS)
-        tl.store(v + _places(token, v_n, channel, V_VEC), product.to(v.dtype.element_ty), written)
+                tl.store(den + token, denominator, inside)
+        write(
+            v, v_n, product, inverse, seen, middle, token, inside, channel, NORMALIZED, CENTRED, SATURATE,
+            CHANNELS, V_VEC,
+        )  # fmt: skip
+        if TAIL:
+            write(
+                v, v_n, product_2, inverse, seen, middle_2, token, inside, channel_2, NORMALIZED, CENTRED,
+                SATURATE, CHANNELS, V_VEC,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
@@ -335,9 +267,10 @@ def queries_kernel(
     x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, r_b, r_h, r_n, summary_stride, sums_stride,
     heads, blocks, parts, tokens, eps,
     FUSED: tl.constexpr, NORMALIZED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, TILES: tl.constexpr,
+    OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries x, where v is the gradient g of the output, and, FUSED, of their summaries S.
 
@@ -345,18 +278,31 @@ def queries_kernel(
     ``u - (f . u / den) z``: g . o is f . u, so that no o is read, and what is left is orthogonal to f.
     Where ``outer`` is to find the gradient of S, that of den is stored for it.
     """
-    b, h, _tile, block, part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
+    b, h, _tile, block, part, first, last = part_of_block(starts, heads, blocks, parts, 1, ROWS)
     column, all_channels = tl.arange(0, D), tl.arange(0, DV)
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
-    at = (b * heads + h) * blocks + block
+    head = b * heads + h
+    at = head * blocks + block
+    if ROTARY:
+        rotary += b * r_b + h * r_h
     if NORMALIZED:
-        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+        sums += at * sums_stride
+        den += head * tokens
+        z = tl.load(sums + column, column < WIDTH, 0.0)
     if TILES == 1:
-        matrix = _matrix(
+        matrix = load_matrix(
             summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
         )
+    if TAIL:
+        column_2, channel_2 = D + tl.arange(0, TAIL), DV + tl.arange(0, TAIL)
+        matrix_x, matrix_v, corner = load_borders(
+            summaries, at, summary_stride, all_channels, column, channel_2, column_2, CHANNELS, WIDTH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        if NORMALIZED:
+            z_2 = tl.load(sums + column_2, column_2 < WIDTH, 0.0)
     if FUSED:
         total = tl.zeros((DV, D), tl.float32)
         weighted = tl.zeros((KEPT, D), tl.float32)
@@ -365,51 +311,65 @@ def queries_kernel(
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = following.to(tl.int64)
+        token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         real = inside[:, None] & (column[None, :] < WIDTH)
         if TILES == 1:
-            values = _values(v, token, v_n, all_channels, inside, CHANNELS, V_VEC)
-            factor = _operand(values, OPERAND, PRECISION)
+            values = load_values(v, token, v_n, all_channels, inside, OPERAND, CHANNELS, V_VEC)
+            factor = operand(values, OPERAND, PRECISION)
             plain = tl.dot(factor, matrix, input_precision=PRECISION)
         else:
             plain = tl.zeros((ROWS, D), tl.float32)
             for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
                 channel = tile * DV + all_channels
-                matrix = _matrix(
+                matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
-                values = _values(v, token, v_n, channel, inside, CHANNELS, V_VEC)
-                factor = _operand(values, OPERAND, PRECISION)
+                values = load_values(v, token, v_n, channel, inside, OPERAND, CHANNELS, V_VEC)
+                factor = operand(values, OPERAND, PRECISION)
                 plain = tl.dot(factor, matrix, plain, input_precision=PRECISION)
+        if TAIL:
+            values = load_values(v, token, v_n, channel_2, inside, OPERAND, CHANNELS, V_VEC)
+            plain = tl.dot(values, matrix_v, plain)
+            plain_2 = tl.dot(factor, matrix_x)
+            plain_2 = tl.dot(values, corner, plain_2)
+            rows_2 = load_rows(x, token, x_n, column_2, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
+            features_2 = phi(rows_2, column_2, inside, eps, False, WIDTH, TAIL, FEATURE_MAP).to(tl.float32)
         if ROTARY:
-            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            plain = _turn(plain, cos, -sin, ROWS, D)
-        rows = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
-        features = _phi(rows, column, eps, WIDTH, D, FEATURE_MAP)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
+            plain = turn(plain, cos, -sin, ROWS, D)
+        rows = load_rows(x, token, x_n, column, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
+        features = phi(rows, column, inside, eps, False, WIDTH, D, FEATURE_MAP).to(tl.float32)
         if NORMALIZED:
-            at_token = (b * heads + h) * tokens + token
-            inverse = 1.0 / tl.load(den + at_token, inside, 1.0)
+            inverse = 1.0 / tl.load(den + token, inside, 1.0)
             plain = plain * inverse[:, None]
-            weight = -tl.sum(features * plain, 1) * inverse
+            weight = tl.sum(features * plain, 1)
+            if TAIL:
+                plain_2 = plain_2 * inverse[:, None]
+                weight += tl.sum(features_2 * plain_2, 1)
+            weight = -weight * inverse
             plain += weight[:, None] * z[None, :]
+            if TAIL:
+                plain_2 += weight[:, None] * z_2[None, :]
             if FUSED:
-                weighted += _folded(features * weight[:, None], ROWS, KEPT, D)
+                weighted += fold(features * weight[:, None], ROWS, KEPT, D)
             else:
-                tl.store(den_grad + at_token, weight, inside)
-        result = _phi_backward(plain, rows, features, FEATURE_MAP)
-        tl.store(dx + _places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+                tl.store(den_grad + head * tokens + token, weight, inside)
+        result = phi_backward(plain, rows, features, FEATURE_MAP)
+        store_rows(dx, token, dx_n, result, column, inside, WIDTH, X_VEC)
+        if TAIL:
+            result = phi_backward(plain_2, rows_2, features_2, FEATURE_MAP)
+            store_rows(dx, token, dx_n, result, column_2, inside, WIDTH, X_VEC)
         if FUSED:
             if ROTARY:
-                features = _turn(features, cos, sin, ROWS, D)
+                features = turn(features, cos, sin, ROWS, D)
             if NORMALIZED:
                 features = features * inverse[:, None]
-            turned = _operand(features, OPERAND, PRECISION)
+            turned = operand(features, OPERAND, PRECISION)
             total = tl.dot(tl.trans(factor), turned, total, input_precision=PRECISION)
     if FUSED:
         at = at * parts + part
-        place, valid = _summary(matrix_grads, at, summary_stride, all_channels, column, CHANNELS, WIDTH)
-        tl.store(place, total.to(matrix_grads.dtype.element_ty), valid)
+        store_summary(matrix_grads, at, summary_stride, total, all_channels, column, CHANNELS, WIDTH)
         if NORMALIZED:
             tl.store(sum_grads + at * sums_stride + column, tl.sum(weighted, 0), column < WIDTH)
 
@@ -420,78 +380,115 @@ def keys_kernel(
     x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, dv_b, dv_h, dv_n, r_b, r_h, r_n, mask_b, mask_n,
     summary_stride, sums_stride, heads, blocks, parts, eps,
     NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
-    MASK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, TILES: tl.constexpr,
+    MASK: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys x and values v, from those of their summaries.
 
     What the second product needs is computed, or read from a cache, after the first is done, so that
     registers hold one of them at a time.
     """
-    b, h, _tile, block, _part, first, last = _place(starts, heads, blocks, parts, 1, ROWS)
+    b, h, _tile, block, _part, first, last = part_of_block(starts, heads, blocks, parts, 1, ROWS)
     column, all_channels = tl.arange(0, D), tl.arange(0, DV)
     x += tl.multiple_of(b * x_b + h * x_h, X_VEC)
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     dx += tl.multiple_of(b * dx_b + h * dx_h, X_VEC)
     dv += tl.multiple_of(b * dv_b + h * dv_h, V_VEC)
-    at = (b * heads + h) * blocks + block
+    head = b * heads + h
+    at = head * blocks + block
+    if ROTARY:
+        rotary += b * r_b + h * r_h
+    if NORMALIZED:
+        sums += at * sums_stride
     if TILES == 1:
-        matrix = _matrix(
+        matrix = load_matrix(
             summaries, at, summary_stride, all_channels, column, CHANNELS, WIDTH, OPERAND, PRECISION
         )
     if CENTRED:  # (v - m) S = v S - m S, which leaves v in few digits, as it is
-        z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+        z = tl.load(sums + column, column < WIDTH, 0.0)
         for tile in range(0, TILES):
             channel = tile * DV + all_channels
             if TILES > 1:
-                matrix = _matrix(
+                matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
-            middle = tl.load(centre + (b * heads + h) * CHANNELS + channel, channel < CHANNELS, 0.0)
+            middle = load_middle(centre, head, channel, CENTRED, CHANNELS)
             z -= tl.sum(middle[:, None] * matrix.to(tl.float32), 0)
+    if TAIL:
+        column_2, channel_2 = D + tl.arange(0, TAIL), DV + tl.arange(0, TAIL)
+        matrix_x, matrix_v, corner = load_borders(
+            summaries, at, summary_stride, all_channels, column, channel_2, column_2, CHANNELS, WIDTH,
+            OPERAND, PRECISION,
+        )  # fmt: skip
+        if NORMALIZED:
+            z_2 = tl.load(sums + column_2, column_2 < WIDTH, 0.0)
+        if CENTRED:
+            middle_1 = load_middle(centre, head, all_channels, CENTRED, CHANNELS)[:, None]
+            middle_2 = load_middle(centre, head, channel_2, CENTRED, CHANNELS)[:, None]
+            z -= tl.sum(middle_2 * matrix_v.to(tl.float32), 0)
+            z_2 -= tl.sum(middle_1 * matrix_x.to(tl.float32), 0)
+            z_2 -= tl.sum(middle_2 * corner.to(tl.float32), 0)
     slot = first + tl.arange(0, ROWS)
     following = tl.load(order + slot, slot < last, 0)  # a step ahead, as what is loaded next depends on it
     for row in range(first, last, ROWS):
         slot = row + tl.arange(0, ROWS)
         inside = slot < last
-        token = following.to(tl.int64)
+        token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
-        counts = _counted(mask, b, token, inside, mask_b, mask_n, MASK)
+        counts = count_rows(mask, b, token, inside, mask_b, mask_n, MASK)
         real = inside[:, None] & (column[None, :] < WIDTH)
-        plain = tl.zeros((ROWS, D), tl.float32)
-        for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
-            channel = tile * DV + all_channels
-            if TILES > 1:
-                matrix = _matrix(
+        if TILES == 1:
+            values = operand(
+                load_values(v, token, v_n, all_channels, counts, OPERAND, CHANNELS, V_VEC), OPERAND, PRECISION
+            )
+            plain = tl.dot(values, matrix, input_precision=PRECISION)
+        else:
+            plain = tl.zeros((ROWS, D), tl.float32)
+            for tile in range(0, TILES):  # not unrolled, or all tiles would be held at once
+                channel = tile * DV + all_channels
+                matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
-            values = _values(v, token, v_n, channel, counts, CHANNELS, V_VEC)
-            plain = tl.dot(_operand(values, OPERAND, PRECISION), matrix, plain, input_precision=PRECISION)
+                values = load_values(v, token, v_n, channel, counts, OPERAND, CHANNELS, V_VEC)
+                plain = tl.dot(operand(values, OPERAND, PRECISION), matrix, plain, input_precision=PRECISION)
+        if TAIL:
+            values_2 = load_values(v, token, v_n, channel_2, counts, OPERAND, CHANNELS, V_VEC)
+            plain = tl.dot(values_2, matrix_v, plain)
+            plain_2 = tl.dot(values, matrix_x)
+            plain_2 = tl.dot(values_2, corner, plain_2)
         if ROTARY:
-            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            plain = _turn(plain, cos, -sin, ROWS, D)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
+            plain = turn(plain, cos, -sin, ROWS, D)
         if NORMALIZED:
             if not CENTRED:
-                z = tl.load(sums + at * sums_stride + column, column < WIDTH, 0.0)
+                z = tl.load(sums + column, column < WIDTH, 0.0)
             plain += z[None, :]
-        rows = tl.load(x + _places(token, x_n, column, X_VEC), real, 0.0).to(tl.float32)
-        features = _phi(rows, column, eps, WIDTH, D, FEATURE_MAP)
-        if MASK:
-            plain = tl.where(counts[:, None], plain, 0.0)
-            features = tl.where(counts[:, None], features, 0.0)
-        result = _phi_backward(plain, rows, features, FEATURE_MAP)
-        tl.store(dx + _places(token, dx_n, column, X_VEC), result.to(dx.dtype.element_ty), real)
+        features = write_gradient(
+            dx, dx_n, plain, x, x_n, token, inside, counts, column, eps, MASK, FEATURE_MAP, OPERAND, WIDTH,
+            X_VEC, D,
+        )  # fmt: skip
         if ROTARY:
-            cos, sin = _angles(rotary + b * r_b + h * r_h, token, r_n, column, real, ROWS, D)
-            features = _turn(features, cos, sin, ROWS, D)
-        turned = _operand(features, OPERAND, PRECISION)
+            cos, sin = load_angles(rotary, token, r_n, column, real, ROWS, D)
+            features = turn(features, cos, sin, ROWS, D)
+        turned = operand(features, OPERAND, PRECISION)
+        if TAIL:
+            if NORMALIZED:
+                plain_2 += z_2[None, :]
+            turned_2 = write_gradient(
+                dx, dx_n, plain_2, x, x_n, token, inside, counts, column_2, eps, MASK, FEATURE_MAP, OPERAND,
+                WIDTH, X_VEC, TAIL,
+            ).to(OPERAND)  # fmt: skip
+            product_2 = tl.dot(turned, tl.trans(matrix_v))
+            product_2 = tl.dot(turned_2, tl.trans(corner), product_2)
+            store_rows(dv, token, dv_n, product_2, channel_2, inside, CHANNELS, V_VEC)
         for tile in range(0, TILES):
             channel = tile * DV + all_channels
             if TILES > 1:
-                matrix = _matrix(
+                matrix = load_matrix(
                     summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION
                 )
             product = tl.dot(turned, tl.trans(matrix), input_precision=PRECISION)
-            written = inside[:, None] & (channel[None, :] < CHANNELS)
-            tl.store(dv + _places(token, dv_n, channel, V_VEC), product.to(dv.dtype.element_ty), written)
+            if TAIL:
+                product = tl.dot(turned_2, tl.trans(matrix_x), product)
+            store_rows(dv, token, dv_n, product, channel, inside, CHANNELS, V_VEC)

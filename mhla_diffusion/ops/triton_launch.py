@@ -165,7 +165,8 @@ def _plan(
     tokens = [_Meta(*y) for y in tensors]
     x, v = tokens[:2]
     batch, heads, length, width = x.shape
-    tile = dict(tile_of(name, width, v.shape[-1], x.dtype, v.dtype, dtype, target))
+    parted, beside = rotary is None and feature_map != "softmax", normalized and rotary is None
+    tile = dict(tile_of(name, width, v.shape[-1], x.dtype, v.dtype, dtype, target, parted, beside))
     size = math.prod(summaries[-2:])
     numbers: dict[str, float] = {
         f"{name}_{axis}": stride
@@ -188,6 +189,8 @@ def _plan(
     if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
         # More than that is needed for other features and for masks, and would be spilled.
         tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
+    steps = [y.stride[2] for y in tokens] + [rotary[2] if rotary else 0, mask[0][1] if mask else 0]
+    constants["PLACE"] = tl.int32 if length * max(steps) < 2**31 else tl.int64
     names = [argument for argument in getattr(kernels, f"{name}_kernel").arg_names if argument in _TENSORS]
     assert mask is None or "mask" in names, "masks are of keys"
     split = tile["TILES"] if name in ("outer", "inner") else 1
@@ -251,13 +254,15 @@ _TILES = {
     ("queries", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
     ("keys", "ieee"): ((16, 4, 1), (16, 8, 2), (32, 8, 1)),
 }
+# The same for heads of 72, 80 and 88 channels in two tiles; never timed.
+_PARTED_TILES = {"outer": (32, 4, 1), "inner": (64, 4, 2), "queries": (64, 4, 1), "keys": (64, 4, 2)}
 # What takes the place of these on other GPUs than those of compute capability 9.0, where they would spill; by
 # its major number, 0 for AMD's.
 _OTHER_TILES = {
     (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
     (8, "keys", "bf16", 128): (32, 8, 1),
-    (10, "outer", "bf16", 64): (32, 4, 2), (10, "inner", "bf16", 128): (64, 8, 2),
-    (10, "keys", "bf16", 128): (32, 8, 1),
+    (10, "outer", "bf16", 64): (32, 8, 1), (10, "outer", "bf16", 80): (32, 8, 1),
+    (10, "inner", "bf16", 128): (64, 8, 2), (10, "keys", "bf16", 128): (32, 8, 1),
     (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
     (12, "queries", "tf32", 64): (32, 8, 2),
     (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
@@ -279,11 +284,14 @@ def tile_of(
     v: torch.dtype,
     summaries: torch.dtype,
     target: Target,
+    parted: bool = False,
+    beside: bool = False,
 ) -> Mapping[str, Any]:
     """Return compile-time options: what is multiplied, and how much of it at a time.
 
     The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
-    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them.
+    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them. parted: whether a row may
+    be held in two tiles. beside: whether products may find the sums.
     """
     d, held = (max(16, triton.next_power_of_2(size)) for size in (width, channels))
     factors = (x,) if name == "inner" else (x, v)
@@ -292,17 +300,30 @@ def tile_of(
     held = min(held, most)
     tiles = -(-channels // held)
     precision = "ieee" if narrow else _precision(factors, target)
-    kind, size = "bf16" if narrow else precision, max(64, d, held)
-    tile = _TILES[name, kind][(64, 128, 256).index(size)]
+    tail, tail_v = _tails(width, channels, parted, beside) if narrow and d <= 128 else (0, 0)
+    if tail:
+        d, held, tiles = 64, 64, 1
+    kind, size = "bf16" if narrow else precision, d + tail if tail else max(64, d, held)
+    tile = _PARTED_TILES[name] if tail else _TILES[name, kind][(64, 128, 256).index(size)]
     rows, warps, stages = _OTHER_TILES.get((target.major, name, kind, size), tile)
     options = {
-        "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision,
+        "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision, "TAIL": tail,
         "ROWS": rows, "D": d, "DV": held, "TILES": tiles, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+    if name in ("outer", "inner"):
+        options |= {"TAIL_V": tail_v, "FREE": max(channels, held * tiles)}
     if name == "queries":
         exact = not narrow and precision == "ieee"
-        options["FUSED"] = d * held <= _MOST_HELD and tiles == 1 and not exact
+        options["FUSED"] = d * held <= _MOST_HELD and tiles == 1 and not tail and not exact
     return options
+
+
+def _tails(width: int, channels: int, parted: bool, beside: bool) -> tuple[int, int]:
+    """Channels of x and of v in a second tile; three more of v are for sums beside them."""
+    more, sums = width - 64, 3 * beside
+    if parted and width == channels and width % 8 == 0 and 0 < more <= 32 - sums:
+        return max(16, triton.next_power_of_2(more)), max(16, triton.next_power_of_2(more + sums))
+    return 0, 16 * beside
 
 
 def _precision(factors: tuple[torch.dtype, ...], target: Target) -> str:
@@ -312,10 +333,7 @@ def _precision(factors: tuple[torch.dtype, ...], target: Target) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _order(layout: BlockLayout, device: torch.device, blocks: int) -> tuple[Tensor, Tensor]:
-    """Tokens sorted by block, ``[N]``, and where each block starts among them, ``[blocks + 1]``; int32.
-
-    Blocks beyond those of the layout are empty.
-    """
+    """Tokens by block, ``[N]``, and where each block starts among them, or would, ``[blocks + 1]``; int32."""
     index = layout.block_index(device)
     starts = torch.searchsorted(index.sort().values, torch.arange(blocks + 1, device=device))
     return index.argsort(stable=True).int(), starts.int()

@@ -15,7 +15,8 @@ Mixing is a product of matrices and torch's, which is several times slower where
 many blocks are filled up with empty ones. All sums are float32. What is multiplied is
 
 - bfloat16 where q, k and v are: features and summaries are rounded to it, and summaries stored in it, with
-  the sums of features apart, in float32;
+  the sums of features apart, in float32. Without rotation the sums are products, too, by ones, and the
+  denominators by the sums, each in three numbers of bfloat16;
 - TF32 for float16, which it holds; features after rotation and summaries are rounded to it;
 - float32 for float32, or TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
 
@@ -23,8 +24,8 @@ Denominators are float32 throughout. Values that have a mean would make that rou
 and W are small differences. So values are centred where the output then only moves by as much, ``o(v - m) +
 m = o(v)``: where there is a denominator and no rotation. Values of one give exactly one.
 
-Head widths that are no power of two are padded to the next in registers, and no more bytes are moved. No
-atomics: results do not change from run to run.
+Head widths that are no power of two are padded to the next in registers (72, 80 and 88 without rotation to
+64 and 16 or 32), and no more bytes are moved. No atomics: results do not change from run to run.
 """
 
 from __future__ import annotations

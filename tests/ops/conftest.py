@@ -12,8 +12,8 @@ import torch
 def multiply_as_gpus_do() -> None:
     """Let the interpreter round as a GPU does.
 
-    As it is, it multiplies the bit patterns of bfloat16 numbers, cuts off what bfloat16 does not hold, and
-    takes float32 for TF32, of which tensor cores do not look at the last 13 bits.
+    As it is, it adds and multiplies the bit patterns of bfloat16 numbers, cuts off what bfloat16 does not
+    hold, and takes float32 for TF32, of which tensor cores do not look at the last 13 bits.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -39,8 +39,20 @@ def multiply_as_gpus_do() -> None:
             return TensorHandle(nearest.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
         return cast_impl(self, source, kind)
 
+    def of_numbers(name: str) -> None:
+        create = getattr(InterpreterBuilder, name)
+
+        def through_float32(self: Any, a: Any, b: Any) -> Any:
+            if a.dtype.scalar != tl.bfloat16:
+                return create(self, a, b)
+            return cast(self, create(self, as_float(a, None), as_float(b, None)), tl.bfloat16)
+
+        setattr(InterpreterBuilder, name, through_float32)
+
     InterpreterBuilder.create_dot = rounded
     InterpreterBuilder.cast_impl = cast
+    of_numbers("create_fadd")
+    of_numbers("create_fsub")
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

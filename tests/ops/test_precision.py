@@ -99,9 +99,10 @@ def test_gradients_of_wide_heads_are_exact_where_values_have_a_mean(
     assert max(errors.values()) < LIMIT[dtype], errors
 
 
+@pytest.mark.parametrize("width", [64, 72])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_values_of_one_give_exactly_one(dtype: torch.dtype) -> None:
-    q, k, *_ = inputs_with_mean(dtype, 0)
+def test_values_of_one_give_exactly_one(dtype: torch.dtype, width: int) -> None:
+    q, k = (F.pad(x, (0, width - 64)) for x in inputs_with_mean(dtype, 0)[:2])
     out = mhla(q, k, torch.ones_like(k), locality_mixing(LAYOUT), LAYOUT)
     assert torch.equal(out, torch.ones_like(out))
 

@@ -55,6 +55,16 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16, features wider than values": {
         "grid": (5, 7), "blocks": (2, 3), "d": 144, "d_v": 72, "dtype": "bfloat16",
     },
+    "bfloat16, a width between": {
+        "grid": (5, 7), "blocks": (2, 3), "d": 72, "d_v": 72, "mask": True, "dtype": "bfloat16", "batch": 2,
+    },
+    "bfloat16, a width between, positions": {
+        "grid": (5, 7), "blocks": (2, 3), "d": 72, "d_v": 72, "rotary": True, "dtype": "bfloat16",
+    },
+    "bfloat16, a width between, no denominator": {
+        "grid": (5, 7), "blocks": (2, 3), "d": 88, "d_v": 88, "feature_map": "elu", "normalizer": "none",
+        "dtype": "bfloat16",
+    },
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 160, "rotary": True},
     "heads side by side": {"grid": (4, 6), "blocks": (2, 2), "heads_inside": True, "batch": 2},
     "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "batch": 2},
