@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_launch, triton_mhla
+from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_launch, triton_mhla, triton_window
 from mhla_diffusion.ops.features import FEATURE_MAPS, Features
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -52,7 +52,10 @@ POINTERS = {
 
 
 class Case(NamedTuple):
-    """A launch of all kernels: forward and backward of q, k and v as projections leave them."""
+    """A launch of all kernels: forward and backward of q, k and v as projections leave them.
+
+    With ``margin`` those of softmax windows, beside a rest; without it those of the operator.
+    """
 
     name: str
     d: int
@@ -64,6 +67,7 @@ class Case(NamedTuple):
     feature_map: str = "relu"
     mask: bool = False
     normalized: bool = True
+    margin: int | None = None
 
 
 SHAPES = [
@@ -174,6 +178,9 @@ def bytes_moved(launch: Launch) -> int:
 
 def passes_of(case: Case, target: int | str = 90, *, batch: int = 1) -> Iterator[tuple[list[Launch], int]]:
     """What a forward and what a backward launches, and the bytes that each of them moves."""
+    if case.margin is not None:
+        yield from window_passes_of(case, target, batch=batch)
+        return
     layout, dtype = BlockLayout(case.grid, case.blocks), DTYPES[case.dtype]
     shape = batch, layout.num_tokens, case.heads, case.d
     q, k, v, grad = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4))
@@ -189,6 +196,22 @@ def passes_of(case: Case, target: int | str = 90, *, batch: int = 1) -> Iterator
     with recorded(target) as launches, Moved() as moved:
         triton_mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
         triton_mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
+    yield launches, moved.bytes + sum(map(bytes_moved, launches))
+
+
+def window_passes_of(case: Case, target: int | str, *, batch: int) -> Iterator[tuple[list[Launch], int]]:
+    """The same of a softmax window."""
+    layout, dtype = BlockLayout(case.grid, case.blocks), DTYPES[case.dtype]
+    shape, margin = (batch, layout.num_tokens, case.heads, case.d), layout.margins(case.margin or 0)
+    q, k, v = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3))
+    far, grad = (torch.empty(shape, device="meta").transpose(1, 2) for _ in range(2))
+    rest = far, torch.empty(q.shape[:3], device="meta")
+    mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
+    with recorded(target) as launches, Moved() as moved:
+        out, log_den = triton_window.forward(q, k, v, rest, mask, layout, margin)
+    yield launches, moved.bytes + sum(map(bytes_moved, launches))
+    with recorded(target) as launches, Moved() as moved:
+        triton_window.backward(grad, out, log_den, q, k, v, rest, mask, layout, margin)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
 
 
@@ -304,7 +327,7 @@ def faults_of(cost: Cost, launch: Launch, target: int | str, budget: float | Non
     """What is wrong with a compiled kernel."""
     limit = SHARED["gfx" if isinstance(target, str) else target]
     exact = launch.options.get("OPERAND") == tl.float32 and launch.options["PRECISION"] == "ieee"
-    aligned = launch.options.get("X_VEC", 1) == launch.options.get("V_VEC", 1) == 8
+    aligned = 8 in (launch.options.get("VEC"), min(launch.options.get(f"{x}_VEC", 1) for x in "XV"))
     checks = {
         f"{cost.shared} bytes of shared memory, of {limit}": cost.shared > limit,
         f"{cost.spilled} bytes spilled": cost.spilled > (MOST_SPILLED if exact else 0),

@@ -21,7 +21,18 @@ KERNELS = ("auto", "torch", "triton")
 def implementation_for(*tensors: Tensor) -> ModuleType:
     """Return the module whose ``summarize``, ``read`` and gradients take these tensors.
 
-    The environment variable ``MHLA_KERNELS`` says which: ``auto`` (the default) takes Triton where it can and
+    Raises:
+        ValueError: see :func:`has_kernels`.
+    """
+    kinds = [(x.dtype, x.shape[-1]) for x in tensors]
+    return _triton() if has_kernels(tensors[0].device, *kinds) else tiled
+
+
+@torch.compiler.assume_constant_result  # what is asked here, compilers could not trace
+def has_kernels(device: torch.device, *kinds: tuple[torch.dtype, int]) -> bool:
+    """Return True where Triton's kernels run on tensors of these dtypes and head widths.
+
+    The environment variable ``MHLA_KERNELS`` says where: ``auto`` (the default) takes Triton where it can and
     logs why it cannot, once for each reason; ``torch`` never takes it; ``triton`` fails where it cannot. On a
     CPU Triton runs in its interpreter alone (``TRITON_INTERPRET=1``), for tests.
 
@@ -33,30 +44,28 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
         raise ValueError(
             f"the environment variable MHLA_KERNELS must be of {', '.join(KERNELS)}, got {choice!r}"
         )
-    if choice == "torch" or (choice == "auto" and tensors[0].device.type != "cuda"):
-        return tiled
-    reason = _obstacle(tensors)
-    if reason is None:
-        return _triton()
-    if choice == "triton":
+    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+        return False
+    reason = _obstacle(device, kinds)
+    if reason is not None and choice == "triton":
         raise ValueError(f"MHLA_KERNELS=triton, but {reason}; unset it, or set it to auto")
-    _log_once(reason)
-    return tiled
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
 
 
-def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why Triton's kernels cannot take these tensors."""
-    device = tensors[0].device
+def _obstacle(device: torch.device, kinds: tuple[tuple[torch.dtype, int], ...]) -> str | None:
+    """Why Triton's kernels cannot take such tensors."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, and Triton's kernels are for GPUs"
     reason = _obstacle_of(device)
     if reason is not None:
         return reason
-    for x in tensors:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{x.dtype} is none of float32, bfloat16, float16"
-        if x.shape[-1] > 256:
-            return f"heads of {x.shape[-1]} channels are wider than 256"
+    for dtype, width in kinds:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{dtype} is none of float32, bfloat16, float16"
+        if width > 256:
+            return f"heads of {width} channels are wider than 256"
     return None
 
 

@@ -133,7 +133,7 @@ class BlockLayout:
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         there = torch.ones(1, 1, dtype=torch.bool, device=device)
         for tokens, count, size, beyond in zip(
-            self.grid, self.blocks, self.block_shape, self._margins(margin), strict=True
+            self.grid, self.blocks, self.block_shape, self.margins(margin), strict=True
         ):
             place = torch.arange(count, device=device)
             first = place * (tokens // count) + place.clamp_max(tokens % count)
@@ -150,10 +150,11 @@ class BlockLayout:
 
     def reach_size(self, margin: int | tuple[int, ...]) -> int:
         """m of :meth:`reach`: places of the largest block with its margin, no more than the grid has."""
-        sides = zip(self.grid, self.block_shape, self._margins(margin), strict=True)
+        sides = zip(self.grid, self.block_shape, self.margins(margin), strict=True)
         return math.prod(min(size + 2 * beyond, tokens) for tokens, size, beyond in sides)
 
-    def _margins(self, margin: int | tuple[int, ...]) -> tuple[int, ...]:
+    def margins(self, margin: int | tuple[int, ...]) -> tuple[int, ...]:
+        """Return a margin along each axis."""
         return margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
 
     def pack(self, x: Tensor) -> Tensor:

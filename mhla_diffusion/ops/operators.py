@@ -173,16 +173,16 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], _Operator]:
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], _Operator]:
     return functools.partial(_Operator, name, schema)
 
 
-@_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
+@operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
 def _summarize(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     return implementation_for(k, v).summarize(k, v, *objects(settings))
 
 
-@_operator(
+@operator(
     "summarize_backward",
     f"(Tensor grad, Tensor grad_sums, Tensor k, Tensor v, Tensor centre, {_SETTINGS}) -> (Tensor, Tensor)",
 )
@@ -193,7 +193,7 @@ def _summarize_backward(
     return implementation.summarize_backward(grad, grad_sums, k, v, centre, *objects(settings))
 
 
-@_operator(
+@operator(
     "read",
     "(Tensor q, Tensor summaries, Tensor sums, Tensor centre, Tensor mixing, "
     f"{_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
@@ -204,7 +204,7 @@ def _read(q: Tensor, summaries: Tensor, *tensors_and_settings: Any) -> tuple[Ten
     return implementation_for(q, summaries).read(q, summaries, *tensors, *objects(settings), dtype)
 
 
-@_operator(
+@operator(
     "read_backward",
     "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor sums, "
     f"Tensor mixing, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -278,7 +278,7 @@ def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | No
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
         its = objects(settings)
         grad = joined(grad, grad_sums)[:, :, : its[0].num_blocks]
-        grads = _differentiate(lambda k, v: composite.summarize(k, v, centre, *its), (k, v), grad)
+        grads = differentiate(lambda k, v: composite.summarize(k, v, centre, *its), (k, v), grad)
     else:
         grads = _summarize_backward(grad, grad_sums, k, v, centre, *settings)
     return *grads, *[None] * len(settings)
@@ -296,7 +296,7 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
     if torch.is_grad_enabled():
         its = objects(settings)
-        grads = _differentiate(
+        grads = differentiate(
             lambda q, s, z, w: composite.read(
                 q, joined(s, z)[:, :, : w.shape[-1]], centre, weights_of(w, s.dtype, its[1])[0], *its, dtype
             ),
@@ -319,7 +319,7 @@ def joined(matrices: Tensor, sums: Tensor) -> Tensor:
     return torch.cat((matrices, sums[..., None, :]), -2) if sums.shape[-1] else matrices
 
 
-def _differentiate(
+def differentiate(
     function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor, ...]:
     tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)

@@ -133,7 +133,7 @@ def new_outputs(
     channels = summaries.shape[-2] - int(features.normalized and not sums.shape[-1])
     denominators = torch.promote_types(summaries.dtype, torch.float32)
     return (
-        _empty_in_order_of(q, channels, dtype),
+        empty_in_order_of(q, channels, dtype),
         q.new_empty(*q.shape[:3], int(features.normalized), dtype=denominators),
     )
 
@@ -196,7 +196,7 @@ def _rotate_(x: Tensor, rotary: Tensor) -> None:
     torch.view_as_complex(x.view(*rotary.shape, 2)).mul_(rotary)
 
 
-def _empty_in_order_of(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+def empty_in_order_of(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """``[B, H, N, channels]``, with heads side by side in memory where x ``[B, H, N, d]`` has them so."""
     batch, heads, tokens, _ = x.shape
     if x.stride(1) < x.stride(2):

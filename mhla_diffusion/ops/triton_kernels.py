@@ -38,6 +38,10 @@ from .triton_pieces import (
 )
 from .triton_weights import weights_grad_kernel as weights_grad_kernel
 from .triton_weights import weights_kernel as weights_kernel
+from .triton_window_kernels import window_kernel as window_kernel
+from .triton_window_kernels import window_keys_kernel as window_keys_kernel
+from .triton_window_kernels import window_queries_kernel as window_queries_kernel
+from .triton_window_kernels import window_sum_kernel as window_sum_kernel
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])

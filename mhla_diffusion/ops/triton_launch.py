@@ -133,7 +133,7 @@ class _Plan(NamedTuple):
     launcher: Launcher
 
 
-class _Meta(NamedTuple):
+class Meta(NamedTuple):
     """What a plan knows of a tensor."""
 
     shape: torch.Size
@@ -162,7 +162,7 @@ def _plan(
     *tensors: tuple[Any, ...],
 ) -> _Plan:
     """All that does not depend on what tensors hold, on one device, which compiles for itself."""
-    tokens = [_Meta(*y) for y in tensors]
+    tokens = [Meta(*y) for y in tensors]
     x, v = tokens[:2]
     batch, heads, length, width = x.shape
     parted, beside = rotary is None and feature_map != "softmax", normalized and rotary is None
@@ -182,7 +182,7 @@ def _plan(
     constants = {
         "QUOTIENT": quotient, "NORMALIZED": normalized, "CENTRED": centred, "SATURATE": saturate,
         "FEATURE_MAP": feature_map, "ROTARY": rotary is not None, "MASK": mask is not None, "WIDTH": width,
-        "CHANNELS": v.shape[-1], "X_VEC": _vector(x, *tokens[2:3]), "V_VEC": _vector(v, *tokens[3:]),
+        "CHANNELS": v.shape[-1], "X_VEC": vector_of(x, *tokens[2:3]), "V_VEC": vector_of(v, *tokens[3:]),
         # Rows that threads of 4 warps cover with 16 bytes each.
         "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
     }  # fmt: skip
@@ -199,7 +199,7 @@ def _plan(
     return _Plan(summaries[2], names, Launcher(f"{name}_kernel", programs, arguments))
 
 
-def _vector(*tensors: _Meta) -> int:
+def vector_of(*tensors: Meta) -> int:
     """The largest power of two, up to 8, that all rows of the tensors start at multiples of."""
     return math.gcd(8, *(stride for x in tensors for stride in x.stride[:3]))
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import has_kernels
 from .features import RotaryEmbedding, check_key_mask
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
-from .routing import NOTHING, counted_keys, joined, routed_attention, without_mean
+from .routing import NOTHING, joined, routed_attention
+from .window_composite import softmax_in_blocks
+from .window_operators import fused_window
 
 LOCAL_FORMS = ("shared", "gate")
-
-# Where the backward of softmax attention on few keys is slower in 16 bits than in float32: 128 blocks of 64
-# queries and 65 keys of 40 channels take 37 ms in bfloat16 and 11 in float32, on a core of an AMD EPYC with
-# AVX512-BF16 and torch 2.14.
-_WIDE_DEVICES = ("cpu",)
 
 
 def mhla_local(
@@ -138,50 +134,9 @@ def window_attention(
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
-    if q.device.type in _WIDE_DEVICES:
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
-    # A mean would see later tokens.
-    values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
-    seen = _with_the_rest(seen, causal=causal, tokens=layout.block_size, device=q.device)
-    if rest is None:
-        near, share = _with_one_more(queries, keys, values, None, seen)
-        return layout.unpack(near + (1 - share) * centre)  # the share is 0, or 1 where no key is seen
-    far, score = layout.pack(rest[0]), layout.pack(rest[1][..., None])
-    near, share = _with_one_more(queries, keys, values, score, seen)
-    out = near + share * (far - centre)
-    # The gradient of the score, in float32, where the softmax would round both parts of a difference.
-    slope = (share * (far - centre - out)).detach()
-    return layout.unpack(out + slope * (score - score.detach()) + centre)
-
-
-def _with_one_more(
-    q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, seen: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attend in blocks ``[B, H, M, n, d]`` with one more key, of a score for each query, ``[B, H, M, n, 1]``.
-
-    Returns:
-        What the keys of the block add to the output, and the weight of the one more, ``[B, H, M, n, 1]``; its
-        score gets no gradient. Without a score the weight is 1 where nothing else is seen, and 0 elsewhere.
-    """
-    score = q.new_full((*q.shape[:-1], 1), NOTHING) if score is None else score.detach()
-    dim = v.shape[-1]
-    # This score is no product of q and a key: two channels more, whose keys are 1 for it and 0 for others.
-    # Two, as one of bfloat16 would round a logarithm by up to 2 %.
-    high = score.to(q.dtype)
-    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, (score - high).to(q.dtype)), -1)
-    width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
-    keys, values = (F.pad(x, (0, width - x.shape[-1], 0, 1)) for x in (k, v))
-    keys[..., -1, q.shape[-1] : q.shape[-1] + 2] = 1
-    values[..., -1, dim] = 1
-    queries = F.pad(scaled, (0, width - scaled.shape[-1]))
-    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
-    if seen is not None:
-        seen = seen.expand(*q.shape[:3], *seen.shape[3:]).flatten(0, 1)
-    # Outside autocast, which would take float32 back.
-    with torch.autocast(q.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
-    return out.unflatten(0, q.shape[:2]).split((dim, 1, width - dim - 1), -1)[:2]
+    if not causal and has_kernels(q.device, *((x.dtype, x.shape[-1]) for x in (q, k, v))):
+        return fused_window(q, k, v, layout, key_mask, margin, rest)
+    return softmax_in_blocks(q, k, v, layout, key_mask, margin, rest, causal=causal)
 
 
 def _apart(
@@ -210,28 +165,3 @@ def _apart(
     outside = torch.cat((index[: inside.start], index[inside.stop :]))
     extra = attend(outside, BlockLayout((number,), (1,)))
     return torch.cat((extra[:, :, : inside.start], on_grid, extra[:, :, inside.start :]), 2)
-
-
-def _keys_of_blocks(
-    k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None, margin: int | tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values of each block with its margin, ``[B, H, M, n, d]``, and which of them count.
-
-    The last is bool ``[1 or B, 1, M, n]``, or None where all do.
-    """
-    if margin in (0, (0,) * len(layout.grid)):
-        whole = layout.is_even and key_mask is None
-        return layout.pack(k), layout.pack(v), None if whole else counted_keys(layout, key_mask, k.device)
-    token, there = layout.reach(margin, k.device)
-    keys, values = (x.index_select(2, token.flatten()).unflatten(2, token.shape) for x in (k, v))
-    return keys, values, there[None, None] if key_mask is None else (there & key_mask[:, token])[:, None]
-
-
-def _with_the_rest(seen: Tensor | None, *, causal: bool, tokens: int, device: torch.device) -> Tensor | None:
-    """Which keys of a block, and the rest behind them, a query sees, ``[1 or B, 1, M, 1 or n, n + 1]``."""
-    if seen is not None:
-        seen = F.pad(seen, (0, 1), value=True)[..., None, :]
-    if not causal:
-        return seen
-    earlier = F.pad(torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril(), (0, 1), value=True)
-    return earlier[None, None, None] if seen is None else seen & earlier

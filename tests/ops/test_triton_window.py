@@ -1,0 +1,282 @@
+"""The GPU kernels of softmax windows in Triton's interpreter, against dense attention in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from mhla_diffusion.ops import (
+    LOCAL_FORMS,
+    BlockLayout,
+    choose_blocks,
+    mhla_local,
+    mhla_local_reference,
+    window_attention,
+)
+
+# Of a case: grid, blocks, margin, dtype, d, d_v; a rest unless it says otherwise.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"grid": (4, 6), "blocks": (2, 2), "batch": 2, "far": False},
+    "rest": {"grid": (4, 6), "blocks": (2, 2), "batch": 2},
+    "ragged, margin": {"grid": (7, 9), "blocks": (3, 2), "margin": 1, "d": 24, "d_v": 10},
+    "margin, mask": {"grid": (7, 9), "blocks": (3, 2), "margin": 1, "mask": 0.3, "batch": 2, "far": False},
+    "a margin along one axis": {"grid": (6, 6), "blocks": (3, 3), "margin": (0, 2), "mask": 0.3},
+    "a margin beyond the grid": {"grid": (5, 3), "blocks": (2, 2), "margin": 10**12},
+    "no key": {"grid": (4, 4), "blocks": (2, 2), "mask": 0.8},
+    "one token a block": {"grid": (4, 3), "blocks": (4, 3), "margin": 1},
+    "sequence, several tiles": {"grid": (300,), "blocks": (2,), "margin": 3, "heads": 1},
+    "video": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "margin": 1, "mask": 0.3, "heads_inside": True},
+    "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "margin": 1},
+    "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 20, "margin": 1},
+    "bfloat16": {"grid": (7, 9), "blocks": (2, 2), "dtype": "bfloat16", "d": 40, "d_v": 72, "margin": 1},
+    "bfloat16, a mean": {
+        "grid": (20, 18), "blocks": (2, 2), "dtype": "bfloat16", "d": 72, "mean": 3.0, "margin": 1,
+        "heads_inside": True, "heads": 1,
+    },
+    "bfloat16, a mean, no rest": {
+        "grid": (16, 18), "blocks": (1, 2), "dtype": "bfloat16", "d": 64, "mean": 3.0, "far": False,
+        "heads": 1,
+    },
+    "bfloat16, a mean of keys": {
+        "grid": (16, 16), "blocks": (2, 1), "dtype": "bfloat16", "d": 128, "mean": 3.0, "key_mean": 1.0,
+        "heads": 1, "mask": 0.3,
+    },
+    "float16, a mean": {
+        "grid": (9, 10), "blocks": (2, 2), "dtype": "float16", "d": 72, "mean": 3.0, "margin": 2,
+    },
+}  # fmt: skip
+LIMIT = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3}
+NAMES = ("output", "q", "k", "v", "far", "log_sums")
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, rest: list[Tensor], layout: BlockLayout, margin: Any, mask: Any
+) -> Tensor:
+    """Softmax over all N keys, all but those of the window hidden, and the rest."""
+    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    index, (token, there) = layout.block_index(), layout.reach(margin)
+    for row in range(layout.num_tokens):
+        seen[row, token[index[row]][there[index[row]]]] = True
+    seen = seen if mask is None else seen & mask[:, None, None]
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).exp() * seen
+    sums, total = weights @ v, weights.sum(-1, keepdim=True)
+    if rest:
+        weight = rest[1][..., None].exp()
+        sums, total = sums + weight * rest[0], total + weight
+    return sums / torch.where(total == 0, 1, total)
+
+
+def make(
+    layout: BlockLayout,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    d: int = 16,
+    d_v: int | None = None,
+    dtype: str = "float32",
+    mean: float = 0.0,
+    key_mean: float = 0.0,
+    heads_inside: bool = False,
+    channels_apart: bool = False,
+    far: bool = True,
+) -> list[Tensor]:
+    """q, k, v and the rest, amid NaN."""
+
+    def amid(channels: int, add: float, kind: str) -> Tensor:
+        order = {
+            heads_inside: (batch, layout.num_tokens, heads, channels),
+            channels_apart: (batch, heads, channels, layout.num_tokens),
+        }
+        shape = order.get(True, (batch, heads, layout.num_tokens, channels))
+        x = torch.full([size + 2 for size in shape], torch.nan, dtype=getattr(torch, kind))
+        x = x[tuple(slice(1, -1) for _ in shape)]
+        x.copy_(torch.randn(shape) + add)
+        x = x.transpose(1, 2) if heads_inside else x.mT if channels_apart else x
+        return x.requires_grad_()
+
+    d_v = d_v or d
+    tensors = [amid(d, 0, dtype), amid(d, key_mean, dtype), amid(d_v, mean, dtype)]
+    if far:
+        log_sums = torch.randn(batch, heads, layout.num_tokens) + math.log(layout.block_size)
+        tensors += [amid(d_v, mean, "float32"), log_sums.requires_grad_()]
+    return tensors
+
+
+def compare(
+    *, grid: tuple[int, ...], blocks: tuple[int, ...], margin: Any = 0, mask: float = 0.0, **options: Any
+) -> dict[str, float]:
+    """Relative errors of the output and of each gradient."""
+    torch.manual_seed(0)
+    layout = BlockLayout(grid, blocks)
+    inputs = make(layout, **options)
+    hidden = torch.rand(inputs[0].shape[0], layout.num_tokens) < mask
+    key_mask = ~hidden if mask else None
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    rest = (inputs[3], inputs[4]) if len(inputs) > 3 else None
+    out = window_attention(*inputs[:3], layout, key_mask=key_mask, margin=margin, rest=rest)
+    expected = dense(*exact[:3], exact[3:], layout, margin, key_mask)
+    cotangent = torch.randn_like(expected).to(inputs[0].dtype)
+    found = [out, *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))]
+    wanted = [expected, *torch.autograd.grad(expected, exact, cotangent.double())]
+    errors = [(a.double() - b).norm() / b.norm().clamp_min(1e-12) for a, b in zip(found, wanted, strict=True)]
+    return {
+        name: error.item() if error.isfinite() else 1e9
+        for name, error in zip(NAMES, errors, strict=False)
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    # In a process of its own: Triton decides on import whether it interprets.
+    sys.path.insert(0, str(Path(__file__).parent))
+    __import__("conftest")
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    some = sys.argv[1:] or CASES
+    sys.stdout.write(json.dumps({name: compare(**CASES[name]) for name in some}))
+
+
+INTERPRETED = {"TRITON_INTERPRET": "1", "MHLA_KERNELS": "triton"}
+
+
+@pytest.fixture(scope="module")
+def errors() -> Any:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, **INTERPRETED}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_dense_attention(errors: Any, case: str) -> None:
+    limit = LIMIT[CASES[case].get("dtype", "float32")]
+    assert max(errors[case].values()) < limit, errors[case]
+
+
+def test_kernels_pass_as_operators() -> None:
+    """The tests below that need the kernels, interpreted, and windows inside MHLA."""
+    pytest.importorskip("triton")
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__],
+        cwd=folder.parents[1], env={**os.environ, **INTERPRETED}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert f"{len(NEEDS)} passed" in result.stdout
+
+
+LAYOUT = BlockLayout((4, 5), (2, 2))
+NEEDS: list[Any] = []
+
+
+def interpreted(test: Any) -> Any:
+    """A test that runs where Triton interprets."""
+    NEEDS.append(test)
+    return pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the kernels")(test)
+
+
+@interpreted
+def test_interpreted_operators_are_what_they_say() -> None:
+    """Opcheck with and without a rest and a mask: fake and real shapes, strides and dtypes are equal."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    mask = torch.rand(1, 20) < 0.7
+    for far, hidden, margin in ((True, mask, [1, 1]), (False, None, [0, 0])):
+        q, k, v, *rest = make(LAYOUT, heads_inside=True, d_v=10, dtype="bfloat16", far=far)
+        tensors, settings = (q, k, v, *(rest or (None, None))), (hidden, [4, 5], [2, 2], margin)
+        opcheck(torch.ops.mhla.window.default, (*tensors, *settings), test_utils=tests)
+        out, log_den = torch.ops.mhla.window(*tensors, *settings)
+        saved = (torch.randn_like(out), out.detach(), log_den)
+        plain = (None if x is None else x.detach() for x in tensors)
+        arguments = (*saved, *plain, *settings)
+        opcheck(torch.ops.mhla.window_backward.default, arguments, test_utils=tests[:1] + tests[2:3])
+
+
+@interpreted
+def test_interpreted_windows_compile_whole() -> None:
+    q, k, v, *rest = make(LAYOUT)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, far: Tensor, log_sums: Tensor) -> Tensor:
+        return window_attention(q, k, v, LAYOUT, margin=1, rest=(far, log_sums))
+
+    def results(function: Any) -> list[Tensor]:
+        out = function(q, k, v, *rest)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v, *rest))]
+
+    found = results(torch.compile(call, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, results(call), strict=True))
+
+
+@interpreted
+def test_interpreted_windows_have_gradients_of_gradients() -> None:
+    """By operations of torch, which the backward takes where a gradient of it is wanted."""
+    mask = torch.rand(1, 20) < 0.7
+
+    def again(inputs: list[Tensor], call: Any) -> list[Tensor]:
+        grads = torch.autograd.grad(call(inputs).square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in grads), inputs))
+
+    for far in (True, False):
+        inputs = make(LAYOUT, d=4, far=far)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+
+        def call(x: list[Tensor]) -> Tensor:
+            rest = (x[3], x[4]) if len(x) > 3 else None
+            return window_attention(*x[:3], LAYOUT, margin=1, rest=rest, key_mask=mask)
+
+        expected = again(exact, lambda x: dense(*x[:3], x[3:], LAYOUT, 1, mask))
+        for a, b in zip(again(inputs, call), expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@torch.no_grad()
+def test_interpreted_windows_show_nan_but_not_what_is_hidden() -> None:
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    for each in range(3):
+        inputs = make(LAYOUT, far=False)
+        inputs[each][0, 0, 7] = torch.nan
+        assert window_attention(*inputs, LAYOUT)[0, 0, 7].isnan().all()
+        if each:
+            mask[0, 7] = False
+            assert window_attention(*inputs, LAYOUT, key_mask=mask).isfinite().all()
+    assert (window_attention(*make(LAYOUT, far=False), LAYOUT, key_mask=mask & False) == 0).all()
+
+
+@interpreted
+def test_interpreted_windows_stand_in_mhla() -> None:
+    """Extra tokens, chosen blocks, rotation: what window_attention makes of them are slices and rests."""
+    layout = BlockLayout((6, 6), (2, 2), (3, 2))
+    q, k, v = (x.detach() for x in make(layout, far=False))
+    mixing, weight = torch.rand(2, 5, 5), torch.randn(2)
+    options: dict[str, Any] = {"window": (k, q), "weight": weight, "margin": 1}
+    options["chosen"] = choose_blocks(q, k, layout, 2)
+    exact = {key: x.double() if key == "weight" else x for key, x in options.items()}
+    exact["window"] = (k.double(), q.double())
+    for form in LOCAL_FORMS:
+        out = mhla_local(q, k, v, mixing, layout, form=form, **options)
+        expected = mhla_local_reference(
+            q.double(), k.double(), v.double(), mixing.double(), layout, form=form, **exact
+        )
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_interpreted_calls_repeat_and_take_no_samples() -> None:
+    inputs = make(LAYOUT)
+    out = window_attention(*inputs[:3], LAYOUT, margin=1, rest=(inputs[3], inputs[4]))
+    grads = [torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    empty = [x.detach()[:0].requires_grad_() for x in inputs]
+    out = window_attention(*empty[:3], LAYOUT, margin=1, rest=(empty[3], empty[4]))
+    assert [x.shape for x in torch.autograd.grad(out.sum(), empty)] == [x.shape for x in empty]
