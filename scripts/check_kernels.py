@@ -82,9 +82,11 @@ WIDE, EXACT, SMALL = (
     Case(f"d {d}, {t}", d, 8, (64, 64), (4, 4), True, t)
     for d, t in ((256, "bf16"), (128, "fp32"), (64, "fp32"))
 )
+WINDOW, SHORT = DIT._replace(name="DiT-XL 16k, window", margin=1), DIT._replace(d=64, margin=0, mask=True)
 LOOPS = ("centre", "outer", "inner", "queries", "keys", "outer of quotients")
 ALL = (*LOOPS, "weights", "weights_grad")
 BACKWARD = LOOPS[3:]
+WINDOWS = ("window", "window_queries", "window_keys", "window_sum")
 # What the tests compile, a second each: the largest kernels for all targets, all kernels for one.
 FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
     (DIT, 90, ALL),
@@ -96,6 +98,9 @@ FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
     (WIDE, 120, ("inner", "keys")),
     (DIT, 100, ("inner", "keys")),
     (DIT, "gfx942", ("keys", "outer of quotients")),
+    (WINDOW, 90, WINDOWS),
+    (SHORT, 120, ("window", "window_keys")),
+    (WINDOW, "gfx942", ("window_keys",)),
 ]
 # Instructions that warps may issue in the loop for each token and head, at compute capability 9.0.
 BUDGET = {
@@ -110,6 +115,7 @@ BUDGET = {
 # Bytes that forward and backward may move, over the least.
 MOST_MOVED = {
     "DiT-XL 16k": (1.35, 1.7), "Wan 31.5k": (1.75, 2.2), "SANA-V 31.5k": (1.5, 1.95), "1M": (1.1, 1.1),
+    "DiT-XL 16k, window": (1.05, 1.75),
 }  # fmt: skip
 # Bytes a thread, of exact products of float32; others spill nothing.
 MOST_SPILLED = 32
@@ -223,13 +229,15 @@ def launches_of(case: Case, target: int | str = 90, *, batch: int = 1) -> list[L
 def traffic_of(case: Case) -> list[float]:
     """Bytes that forward and backward move, over the least.
 
-    That is q, k, v and the output, and, as no output is read, q, k, v and four gradients.
+    That is q, k, v and the output, and, as no output is read, q, k, v and four gradients. Of a window the
+    rest and the output, which is read, are twice as wide, and so are their gradients.
     Whatever one kernel writes and another reads is counted twice, as if no cache kept it; what one kernel
     reads is counted once.
     """
     launches_of(case)  # makes the order of the tokens, which is kept
     tokens = case.heads * case.d * math.prod(case.grid) * DTYPES[case.dtype].itemsize
-    return [moved / (least * tokens) for least, (_, moved) in zip((4, 7), passes_of(case), strict=True)]
+    leasts = (4, 7) if case.margin is None else (7, 14)
+    return [moved / (least * tokens) for least, (_, moved) in zip(leasts, passes_of(case), strict=True)]
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
@@ -350,6 +358,15 @@ def matrix() -> Iterator[tuple[Case, int | str, tuple[str, ...]]]:
     yield from itertools.product(SHAPES, TARGETS, (ALL,))
     for d, dtype, target in itertools.product((16, 64, 72, 112, 128, 160, 256), DTYPES, TARGETS):
         yield Case(f"d {d}, {dtype}", d, 8, (64, 64), (4, 4), rotary=d % 16 == 0, dtype=dtype), target, ALL
+    for d, dtype, target in itertools.product((40, 64, 72, 128, 256), DTYPES, TARGETS):
+        if d * DTYPES[dtype].itemsize <= 512:
+            for margin in (0, 1):
+                name = f"window, d {d}, {dtype}"
+                yield (
+                    Case(name, d, 8, (64, 64), (4, 4), False, dtype, mask=True, margin=margin),
+                    target,
+                    WINDOWS,
+                )
     for name, target in itertools.product(FEATURE_MAPS, TARGETS):
         for mask, normalized in itertools.product((False, True), repeat=2):
             yield Case(name, 64, 8, (64, 64), (4, 4), False, "bf16", name, mask, normalized), target, ALL
@@ -387,7 +404,7 @@ def check_traffic() -> int:
     """Print bytes moved over the least, and return the number of shapes that exceed what is allowed."""
     print("\n| shape | forward, of the least bytes | backward, of the least |\n| --- | --- | --- |")
     faults = 0
-    for case in SHAPES:
+    for case in (*SHAPES, WINDOW):
         found = traffic_of(case)
         wrong = any(ratio > most for ratio, most in zip(found, MOST_MOVED[case.name], strict=True))
         faults += wrong

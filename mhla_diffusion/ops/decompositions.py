@@ -1,6 +1,7 @@
 """The two halves of MHLA in operations of torch's core, for exporters such as that of ONNX.
 
-``torch.export`` keeps ``mhla::summarize`` and ``mhla::read`` whole, and so does torch.compile. What knows
+``torch.export`` keeps ``mhla::summarize`` and ``mhla::read`` whole (and ``mhla::window``, which runs on GPUs
+alone), and so does torch.compile. What knows
 torch's own operators alone, ``torch.onnx.export(model, args, dynamo=True)``, takes these in their place.
 """
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from . import composite
+from . import composite, window_operators
 from .operators import joined, objects
+from .window_composite import softmax_of_scores
 
 
 @register_decomposition(torch.ops.mhla.summarize.default)
@@ -37,3 +39,11 @@ def read(
         mixing = mixing * torch.exp2(-1 - largest.log2().floor())
     out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
     return out, out.new_empty(*out.shape[:3], 0)
+
+
+@register_decomposition(torch.ops.mhla.window.default)
+def window(q: Tensor, k: Tensor, v: Tensor, *rest_and_settings: Any) -> tuple[Tensor, Tensor]:
+    """Softmax windows from their scores; no logarithms of denominators, which a backward alone reads."""
+    rest, mask, layout, margin = window_operators.objects(*rest_and_settings)
+    out = softmax_of_scores(q, k, v, layout, mask, margin, rest)
+    return out, out.new_empty(out.shape[:3])

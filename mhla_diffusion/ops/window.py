@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import has_kernels
 from .features import RotaryEmbedding, check_key_mask
 from .layout import BlockLayout
 from .mhla import mhla
 from .operators import as_autocast
 from .routing import NOTHING, joined, routed_attention
 from .window_composite import softmax_in_blocks
-from .window_operators import fused_window
+from .window_operators import fused_window, is_fused
 
 LOCAL_FORMS = ("shared", "gate")
 
@@ -134,7 +133,7 @@ def window_attention(
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
-    if not causal and has_kernels(q.device, *((x.dtype, x.shape[-1]) for x in (q, k, v))):
+    if not causal and is_fused(q, k, v):
         return fused_window(q, k, v, layout, key_mask, margin, rest)
     return softmax_in_blocks(q, k, v, layout, key_mask, margin, rest, causal=causal)
 

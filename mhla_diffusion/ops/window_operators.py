@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .dispatch import has_kernels
 from .layout import BlockLayout
 from .operators import differentiate, operator
 from .tiled import empty_in_order_of, new_gradient
@@ -17,6 +18,22 @@ from .window_composite import softmax_of_scores
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? far, Tensor? log_sums, Tensor? mask"
 _SETTINGS = "int[] grid, int[] blocks, int[] margin"
+
+
+# What a row of a head may take of registers.
+_MOST_BYTES = 512
+
+
+def is_fused(*tensors: Tensor) -> bool:
+    """Return True where the kernels take these q, k and v.
+
+    Raises:
+        ValueError: where the environment asks for what cannot be, see ``implementation_for``.
+    """
+    kinds = [(x.dtype, x.shape[-1]) for x in tensors]
+    return has_kernels(tensors[0].device, *kinds) and all(
+        dtype.itemsize * width <= _MOST_BYTES for dtype, width in kinds
+    )
 
 
 def fused_window(
@@ -42,7 +59,7 @@ def _kernels() -> ModuleType:
     return triton_window
 
 
-def _objects(
+def objects(
     far: Tensor | None, log_sums: Tensor | None, mask: Tensor | None, *settings: Any
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, BlockLayout, tuple[int, ...]]:
     """The last arguments of the operators as functions take them: rest, mask, layout and margin."""
@@ -58,7 +75,7 @@ def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
 
 @operator("window", f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)")
 def _window(q: Tensor, k: Tensor, v: Tensor, *rest_and_settings: Any) -> tuple[Tensor, Tensor]:
-    return _kernels().forward(q, k, v, *_objects(*rest_and_settings))
+    return _kernels().forward(q, k, v, *objects(*rest_and_settings))
 
 
 @operator(
@@ -69,7 +86,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, *rest_and_settings: Any) -> tuple[T
 def _window_backward(
     grad: Tensor, out: Tensor, log_den: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest_and_settings: Any
 ) -> tuple[Tensor, ...]:
-    grads = _kernels().backward(grad, out, log_den, q, k, v, *_objects(*rest_and_settings))
+    grads = _kernels().backward(grad, out, log_den, q, k, v, *objects(*rest_and_settings))
     return tuple(q.new_empty(0) if x is None else x for x in grads)
 
 
@@ -110,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         present = tuple(x for x in differentiated if x is not None)
 
         def again(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-            others, _, layout, margin = _objects(*(rest or (None, None)), mask, *ctx.settings)
+            others, _, layout, margin = objects(*(rest or (None, None)), mask, *ctx.settings)
             return softmax_of_scores(q, k, v, layout, mask, margin, others)
 
         grads = differentiate(again, present, grad)
