@@ -196,6 +196,18 @@ def test_kernels_pass_the_tests_of_precision_and_operators() -> None:
     assert int(re.findall(r"(\d+) passed", result.stdout)[0]) >= 15
 
 
+def test_kernels_of_windows_pass_their_tests() -> None:
+    """Dense attention, opcheck, compilers and exporters, gradients of gradients, NaN: interpreted."""
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("interpreted_windows.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        env={**os.environ, **INTERPRETED}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.findall(r"(\d+) passed", result.stdout)[0]) >= 20
+
+
 @functools.cache
 def check_kernels() -> Any:
     """scripts/check_kernels.py as a module."""
