@@ -111,12 +111,13 @@ def test_no_form_copies_between_processor_and_gpu(script: Any, monkeypatch: pyte
     for shape in forms.TINY.values():
         for form, settings in forms.FORMS.items():
             module, tensors, arguments = forms._make(at, shape, settings, "bfloat16")
+            here = module.state_dict()
             with FakeTensorMode():
 
                 def there(x: torch.Tensor) -> torch.Tensor:
                     return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
-                state = {name: there(x) for name, x in module.state_dict().items()}
+                state = {name: there(x) for name, x in here.items()}
                 inputs = tuple(there(x) for x in tensors)
                 rotary = arguments["rotary_emb"]
                 arguments["rotary_emb"] = rotary and tuple(there(x) for x in rotary)
