@@ -163,8 +163,8 @@ def content_mixing(
     """
     # Means have the direction of sums; a mask leaves keys out, and a block of none has direction 0.
     wide = torch.promote_types(q.dtype, torch.float32)
-    queries = layout.pack(q.to(wide)).sum(-2)
-    keys = (key_layout or layout).pack(counted(k.to(wide), key_mask)).sum(-2)
+    queries = layout.block_sums(q, wide)
+    keys = (key_layout or layout).block_sums(counted(k, key_mask), wide)
     cosines = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT  # [B, H, M, M_k]
     weights = mixing.to(wide)
     found = weights * (strength.to(wide)[:, None, None] * math.sqrt(q.shape[-1]) * cosines).exp()
