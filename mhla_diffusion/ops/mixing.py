@@ -198,7 +198,7 @@ def _offsets(blocks: tuple[int, ...], device: torch.device, extra: bool) -> Tens
         number = number * (2 * count - 1) + along[:, None] - along + count - 1
     if extra:
         number = F.pad(F.pad(number, (0, 1), value=most), (0, 0, 0, 1), value=most + 1)
-        number[-1, -1] = most + 2
+        number[-1:, -1:] = most + 2  # a view of one number would be copied to, which no CUDA graph may hold
     return number
 
 
