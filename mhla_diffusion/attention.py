@@ -480,6 +480,8 @@ def _resize(
     extra: tuple[int, int] | None,
 ) -> Tensor:
     """A mixing matrix for other blocks of queries and keys."""
+    if old == new:
+        return mixing
     # One token a block: resizing depends on the blocks alone.
     (from_layout, from_keys), (to_layout, to_keys) = (
         (BlockLayout(blocks, blocks, extra) for blocks in both) for both in (old, new)

@@ -325,6 +325,10 @@ def runtime_checks(at: Machine) -> Iterator[tuple[str, Check]]:
         last = mhla(x[-1:], x[-1:], x[-1:], torch.ones(4, 4, device=at.device), BlockLayout((16,), (4,)))
         return f"{len(x)} samples", torch.equal(out[-1:], last)
 
+    def odd_places() -> tuple[str, bool]:
+        moved = (torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x) for x in (q, k, v))
+        return "rows at no multiple of 16 bytes", torch.equal(call(*moved), call(q, k, v))
+
     def operators() -> tuple[str, bool]:
         settings = (None, None, [32, 32], [4, 4], None, "relu", 1e-6, True, False)
         leaves = [x.detach().requires_grad_() for x in (k, v)]
@@ -341,6 +345,7 @@ def runtime_checks(at: Machine) -> Iterator[tuple[str, Check]]:
     yield "TF32 setting", precision_setting
     yield "tokens far apart", far_apart
     yield "many samples", many
+    yield "odd places", odd_places
     yield "no samples", lambda: ("a batch of 0", call(q[:0], k[:0], v[:0]).shape[0] == 0)
     yield "opcheck", operators
     if not at.tiny:

@@ -29,7 +29,7 @@ def read(
     features: Features,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the output of :func:`mhla_diffusion.ops.operators.read`, from such summaries."""
+    """Return the output of :func:`mhla_diffusion.ops.operators.read`, from such summaries and weights."""
     plain, rotated = (layout.pack(x) for x in features_of(q, features))
     products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
     out = ratio(products, normalized=features.normalized)
@@ -93,4 +93,25 @@ def mix(mixing: Tensor, summaries: Tensor) -> Tensor:
     """
     # Expanded: a matrix of its own for each summary would make matmul transpose all summaries first.
     mixing = mixing.expand(*summaries.shape[:2], *mixing.shape[-2:])
-    return (mixing @ summaries.flatten(3)).unflatten(-1, summaries.shape[3:])
+    mixed = mixing @ summaries.flatten(3)
+    return mixed.reshape(*mixed.shape[:3], *summaries.shape[3:])
+
+
+def weights_of(mixing: Tensor, dtype: torch.dtype, features: Features) -> tuple[Tensor, Tensor | None]:
+    """Return W as it mixes summaries of that dtype, and what scales its rows, where there is a quotient."""
+    weights = mixing.to(torch.promote_types(dtype, torch.float32))
+    if not features.normalized:
+        return weights, None
+    scale = _row_scale(weights.detach())
+    return weights * scale, scale
+
+
+def _row_scale(mixing: Tensor) -> Tensor:
+    """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
+
+    A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
+    would leave the range of float32.
+    """
+    largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
+    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
+    return torch.frexp(largest).mantissa / largest

@@ -31,5 +31,9 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.operators.read`; no denominators, which a backward alone reads."""
     layout, features = objects(settings[:-1])
+    mixing = mixing.to(torch.promote_types(summaries.dtype, torch.float32))
+    if features.normalized:  # as composite.weights_of, but ONNX has no frexp
+        largest = mixing.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(mixing.dtype).tiny)
+        mixing = mixing * torch.exp2(-1 - largest.log2().floor())
     out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
     return out, out.new_empty(*out.shape[:3], 0)

@@ -33,14 +33,11 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
         raise ValueError(
             f"the environment variable MHLA_KERNELS must be of {', '.join(KERNELS)}, got {choice!r}"
         )
-    on_gpu = tensors[0].device.type == "cuda"
-    if choice == "torch" or (choice == "auto" and not on_gpu):
+    if choice == "torch" or (choice == "auto" and tensors[0].device.type != "cuda"):
         return tiled
     reason = _obstacle(tensors)
     if reason is None:
-        from . import triton_mhla
-
-        return triton_mhla
+        return _triton()
     if choice == "triton":
         raise ValueError(f"MHLA_KERNELS=triton, but {reason}; unset it, or set it to auto")
     _log_once(reason)
@@ -50,16 +47,11 @@ def implementation_for(*tensors: Tensor) -> ModuleType:
 def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
     """Why Triton's kernels cannot take these tensors."""
     device = tensors[0].device
-    if not _is_installed():
-        return "the package triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, and Triton's kernels are for GPUs"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "there is no GPU to compile for"  # fake tensors
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, below (8, 0)"
+    reason = _obstacle_of(device)
+    if reason is not None:
+        return reason
     for x in tensors:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{x.dtype} is none of float32, bfloat16, float16"
@@ -69,8 +61,28 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
 
 
 @functools.cache
+def _obstacle_of(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on a device; asked once, as it takes longer than a launch."""
+    if not _is_installed():
+        return "the package triton is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU to compile for"  # fake tensors
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, below (8, 0)"
+    return None
+
+
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    from . import triton_mhla
+
+    return triton_mhla
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def mhla(
     dtype = dtype or v.dtype
     rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
     features = Features(feature_map, eps, normalizer == "paper", rotary)
-    key_features = dataclasses.replace(features, mask=key_mask)
+    key_features = features if key_mask is None else dataclasses.replace(features, mask=key_mask)
     summaries = summarize(k, v, key_layout or layout, key_features)
     if normalizer != "official":
         return read(q, summaries, mixing, layout, features, dtype)

@@ -12,7 +12,6 @@ they compute. What lies between them (an exchange between ranks, say) is ordinar
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, tiled
+from .composite import weights_of
 from .dispatch import implementation_for
 from .features import Features
 from .layout import BlockLayout
@@ -72,9 +72,6 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    mixing = mixing.to(torch.promote_types(summaries.matrices.dtype, torch.float32))
-    if features.normalized:
-        mixing = mixing * _row_scale(mixing.detach())
     return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
 
 
@@ -88,19 +85,6 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _row_scale(mixing: Tensor) -> Tensor:
-    """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
-
-    A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
-    would leave the range of float32.
-    """
-    largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
-    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
-    if torch.compiler.is_exporting():  # ONNX has no frexp
-        return torch.exp2(-1 - largest.log2().floor())
-    return torch.frexp(largest).mantissa / largest
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
@@ -123,23 +107,74 @@ def _layout(grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, in
     return BlockLayout(grid, blocks, extra)
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register an operator. It runs on the device of its tensors, and without autocast: sums are float32."""
+class _Operator:
+    """An operator of torch, which runs on the device of its tensors, and without autocast: sums are float32.
 
-    def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def run(*args: Any) -> Any:
-            device = args[0].device
-            with contextlib.ExitStack() as stack:
-                if device.type == "cuda":  # Triton launches on the current device, not that of its tensors
-                    stack.enter_context(torch.cuda.device(device))
-                if torch.is_autocast_enabled(device.type):
-                    stack.enter_context(torch.autocast(device.type, enabled=False))
-                return function(*args)
+    Torch is called where anything looks on: compilers, exporters, counters of FLOPs, transforms. Its layers
+    take a processor longer than all launches, so that other calls go straight to the function.
+    """
 
-        return torch.library.custom_op(f"mhla::{name}", run, mutates_args=(), schema=schema)
+    def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.registered = torch.library.custom_op(f"mhla::{name}", self.run, mutates_args=(), schema=schema)
+        self._differentiable: Any = None
 
-    return register
+    def __call__(self, *args: Any) -> Any:
+        if _is_watched(args):
+            return self.registered(*args)
+        if self._differentiable is not None and torch.is_grad_enabled():
+            return self._differentiable.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Compute without a gradient."""
+        device = args[0].device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return self.run(*args)
+        # Triton launches on the current device, not that of its tensors.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._function(*args)
+        return self._function(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """Take a function that makes the outputs without numbers, for torch.compile and the meta device."""
+        self.registered.register_fake(function)
+
+    def register_autograd(self, save: Callable[..., None], gradient: Callable[..., Any]) -> None:
+        """Take what ``save(ctx, inputs, output)`` keeps for ``gradient(ctx, *grads)``."""
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = self.run(*args)
+                save(ctx, args, output)
+                return output
+
+            backward = staticmethod(gradient)
+
+        self._differentiable = Function
+        self.registered.register_autograd(gradient, setup_context=save)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), torch.dtype, tuple, list, str, float, int, bool}
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a call has to pass through torch: tensors that stand for others are no plain ones."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or args[0].is_meta
+        or not _PLAIN.issuperset(map(type, args))
+    )
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], _Operator]:
+    return functools.partial(_Operator, name, schema)
 
 
 @_operator("summarize", f"(Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
@@ -228,12 +263,17 @@ def _(
 
 def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # it would make one of what has none, too
     ctx.save_for_backward(output[2], *inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.settings, ctx.outputs = inputs[4:], [(x.shape, x.dtype) for x in output[:2]]
 
 
-def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | None, ...]:
     centre, k, v, *tables = ctx.saved_tensors
+    grad, grad_sums = (
+        k.new_zeros(shape, dtype=dtype) if x is None else x
+        for x, (shape, dtype) in zip(grads_or_none, ctx.outputs, strict=False)
+    )
     settings = (*tables, *ctx.settings)
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
         its = objects(settings)
@@ -246,6 +286,7 @@ def _keys_backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tupl
 
 def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:7])
     ctx.settings = inputs[7:]
 
@@ -257,7 +298,7 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
         its = objects(settings)
         grads = _differentiate(
             lambda q, s, z, w: composite.read(
-                q, joined(s, z)[:, :, : mixing.shape[-1]], centre, w, *its, dtype
+                q, joined(s, z)[:, :, : w.shape[-1]], centre, weights_of(w, s.dtype, its[1])[0], *its, dtype
             ),
             (q, summaries, sums, mixing),
             grad,
@@ -268,8 +309,8 @@ def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
 
 
-_summarize.register_autograd(_keys_backward, setup_context=_save_keys)
-_read.register_autograd(_queries_backward, setup_context=_save_queries)
+_summarize.register_autograd(_save_keys, _keys_backward)
+_read.register_autograd(_save_queries, _queries_backward)
 
 
 def joined(matrices: Tensor, sums: Tensor) -> Tensor:

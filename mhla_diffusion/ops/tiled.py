@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .composite import mix, within_range
+from .composite import mix, weights_of, within_range
 from .features import Features, feature_map_of
 from .layout import BlockLayout
 from .tiles import Part, Tile, tile_groups
@@ -67,8 +67,9 @@ def read(
     assert not sums.shape[-1] + centre.shape[-1], "keys and queries take the same path"
     channels = summaries.shape[-2] - features.normalized
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
+    weights, _ = weights_of(mixing, summaries.dtype, features)
     for part, places in _places(q, layout, features, summaries.dtype):
-        mixed = mix(part.of_heads(mixing), summaries[part])
+        mixed = mix(part.of_heads(weights), summaries[part])
         for at in places:
             rows, products = at.rows(q), at.buffer("products", summaries.shape[-2])
             _inner(at.matrices(mixed), rows, out=products)
@@ -94,19 +95,21 @@ def read_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, the summaries, the sums apart (there are none) and the mixing matrix."""
     grad_q, grad_summaries = new_gradient(q), summaries.new_empty(summaries.shape)
-    grad_mixing = mixing.new_zeros(mixing.shape)
+    weights, scale = weights_of(mixing, summaries.dtype, features)
+    grad_weights = weights.new_zeros(weights.shape)
     for part, places in _places(q, layout, features, summaries.dtype):
-        weights = part.of_heads(mixing)
-        mixed = mix(weights, summaries[part])
+        own = part.of_heads(weights)
+        mixed = mix(own, summaries[part])
         grad_mixed = torch.empty_like(mixed)
         for at in places:
             rows, matrices = at.rows(q), at.matrices(mixed)
             products = at.products_gradient(grad, at.outputs(out, matrices, rows, denominators), denominators)
             at.add_outer(products, rows, grad_mixed)
             at.store_gradient(_outer_backward(products, matrices, rows), rows, q, grad_q)
-        grad_summaries[part] = mix(weights.mT, grad_mixed)
-        grad_weights = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
-        part.of_heads(grad_mixing).add_(grad_weights.sum_to_size(part.of_heads(mixing).shape))
+        grad_summaries[part] = mix(own.mT, grad_mixed)
+        products = grad_mixed.flatten(3) @ summaries[part].flatten(3).mT  # [b, h, M_q, M_k]
+        part.of_heads(grad_weights).add_(products.sum_to_size(own.shape))
+    grad_mixing = (grad_weights if scale is None else grad_weights * scale).to(mixing.dtype)
     return grad_q, grad_summaries, sums.new_empty(sums.shape), grad_mixing
 
 

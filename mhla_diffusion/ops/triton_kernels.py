@@ -36,6 +36,8 @@ from .triton_pieces import (
     write,
     write_gradient,
 )
+from .triton_weights import weights_grad_kernel as weights_grad_kernel
+from .triton_weights import weights_kernel as weights_kernel
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])

@@ -1,12 +1,15 @@
 """GPU kernels for :mod:`mhla_diffusion.ops.tiled`: the same four functions, blocks gathered in registers.
 
-Four kernels do everything (:mod:`mhla_diffusion.ops.triton_kernels`):
+Four kernels do almost everything (:mod:`mhla_diffusion.ops.triton_kernels`):
 
 - ``outer``, summaries of values and features: the forward of ``summarize``;
 - ``inner``, products of features and summaries: the forward of ``read``;
 - ``queries``, the gradient of q and, of heads up to 64 wide, that of the mixed summaries. A wider one would
   not leave registers for a second program on a multiprocessor: ``outer`` finds it then;
 - ``keys``, the gradients of k and v.
+
+Small ones find the centre of values, what of W mixes summaries, and its gradient: an operation of torch for
+each step would take the processor longer.
 
 Mixing is a product of matrices and torch's, which is several times slower where sizes are no multiples of 8:
 many blocks are filled up with empty ones. All sums are float32. What is multiplied is
@@ -30,23 +33,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import triton_kernels as kernels
 from .composite import mix
 from .features import Features
 from .layout import BlockLayout
 from .tiled import new_gradient, new_outputs
+from .triton_launch import Launcher, launch, parts_of, row_of_sums, target_of, tile_of
 
-# Programs that keep a GPU of 132 multiprocessors at work. Long blocks are shared by several programs, each
-# with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added.
-_PROGRAMS = {"outer": 264, "inner": 1024, "queries": 1024, "keys": 1024}
-_FEWEST = 128
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64
 # Tokens whose mean stands for that of all values, and what a program reads of them at a time. Fewer would
@@ -76,7 +74,7 @@ def summarize_backward(
     """See :func:`mhla_diffusion.ops.tiled.summarize_backward`."""
     grad, grad_sums = grad.contiguous(), grad_sums.contiguous()
     grad_k, grad_v = new_gradient(k), new_gradient(v)
-    _launch("keys", (k, v, grad_k, grad_v), grad, grad_sums, layout, features, centre=centre)
+    launch("keys", (k, v, grad_k, grad_v), grad, grad_sums, layout, features, centre=centre)
     return grad_k, grad_v
 
 
@@ -92,11 +90,11 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.read`."""
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
-    mixed, mixed_sums = _mix(_filled_up(mixing, summaries, features), summaries, sums)
-    _launch(
+    mixed, mixed_sums = _mix(_weights(mixing, summaries, sums, features), summaries, sums)
+    launch(
         "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre,
         den=denominators if features.normalized else None,
-        SATURATE=dtype == torch.float16 and not features.normalized,
+        saturate=dtype == torch.float16 and not features.normalized,
     )  # fmt: skip
     return out, denominators
 
@@ -113,18 +111,23 @@ def read_backward(
     features: Features,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.read_backward`; ``out`` is not read."""
-    weights = _filled_up(mixing, summaries, features)
+    weights = _weights(mixing, summaries, sums, features)
     mixed, mixed_sums = _mix(weights, summaries, sums)
     grad_q, grad_mixed, grad_sums = new_gradient(q), torch.empty_like(mixed), torch.empty_like(mixed_sums)
     den = denominators if features.normalized else None
     _queries_backward((q, grad, grad_q), (mixed, mixed_sums), (grad_mixed, grad_sums), den, layout, features)
+    shape = weights.narrow.shape
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
-    grad_mixing = grad_weights.to(mixing.dtype).sum_to_size(weights.shape)
-    if sums.shape[-1]:
-        grad_mixing = grad_mixing + (grad_sums @ sums.mT).sum_to_size(weights.shape)
-    rows, columns = mixing.shape[-2:]
-    # A copy, as outputs of an operator have their own memory.
-    return grad_q, *_mix(weights.mT, grad_mixed, grad_sums), grad_mixing[..., :rows, :columns].clone()
+    grad_weights = _summed(grad_weights, shape)
+    more = _summed(grad_sums @ sums.mT, shape) if sums.shape[-1] else None
+    grad_mixing = mixing.new_empty(mixing.shape)
+    _launch_weights("weights_grad_kernel", mixing, features, grad_weights, more, grad_mixing)
+    return grad_q, *_mix(_Weights(*(x.mT for x in weights)), grad_mixed, grad_sums), grad_mixing
+
+
+def _summed(x: Tensor, shape: torch.Size) -> Tensor:
+    """``[B, H, M_q, M_k]`` in the shape of W: in float32, or as it is where there is nothing to be summed."""
+    return x.view(shape) if x.numel() == shape.numel() else x.float().sum_to_size(shape)
 
 
 def _queries_backward(
@@ -137,18 +140,21 @@ def _queries_backward(
 ) -> None:
     """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much."""
     q, grad, _ = tokens
-    options = _tile("queries", q, grad, mixed[0].dtype, _target(q.device))
+    options = tile_of(
+        "queries", q.shape[-1], grad.shape[-1], q.dtype, grad.dtype, mixed[0].dtype, target_of(q, grad)
+    )
     if options["FUSED"]:
+        parts = parts_of("outer", q, layout)
         _add_up(
-            *grads, _parts("outer", q, layout),
-            lambda matrices, sums: _launch(
-                "queries", tokens, *mixed, layout, features, den=den, parts=_parts("outer", q, layout),
-                matrix_grads=matrices, sum_grads=_row_of_sums(matrices, sums), den_grad=None,
+            *grads, parts,
+            lambda matrices, sums: launch(
+                "queries", tokens, *mixed, layout, features, den=den, parts=parts,
+                matrix_grads=matrices, sum_grads=row_of_sums(matrices, sums),
             ),
         )  # fmt: skip
         return
     den_grad = None if den is None else torch.empty_like(den)
-    _launch(
+    launch(
         "queries", tokens, *mixed, layout, features, den=den, den_grad=den_grad,
         matrix_grads=None, sum_grads=None,
     )  # fmt: skip
@@ -180,37 +186,92 @@ def _blocks(layout: BlockLayout, features: Features) -> int:
     return layout.num_blocks if few else -(-layout.num_blocks // 8) * 8
 
 
-def _filled_up(mixing: Tensor, summaries: Tensor, features: Features) -> Tensor:
-    """Weights that are zero for blocks, and of blocks, which are only there to fill up."""
-    rows, columns = mixing.shape[-2:]
-    more = -(-rows // 8) * 8 - rows if rows > _FEW_BLOCKS and not features.shared else 0
-    empty = summaries.shape[2] - columns
-    return torch.nn.functional.pad(mixing, (0, empty, 0, more)) if more or empty else mixing
+class _Weights(NamedTuple):
+    """W as it mixes summaries, ``[..., M_q, M_k]``, in their dtype, and their sums, in float32."""
+
+    narrow: Tensor
+    wide: Tensor
+
+
+def _weights(mixing: Tensor, summaries: Tensor, sums: Tensor, features: Features) -> _Weights:
+    """See :func:`mhla_diffusion.ops.composite.weights_of`; zero for, and of, blocks that only fill up."""
+    rows, columns = mixing.shape[-2], summaries.shape[2]
+    if rows > _FEW_BLOCKS and not features.shared:
+        rows = -(-rows // 8) * 8
+    shape = *mixing.shape[:-2], rows, columns
+    narrow = mixing.new_empty(shape, dtype=summaries.dtype)
+    wide = mixing.new_empty(shape, dtype=torch.float32) if sums.shape[-1] else None
+    _launch_weights("weights_kernel", mixing, features, narrow, wide)
+    return _Weights(narrow, narrow if wide is None else wide)
+
+
+def _launch_weights(
+    name: str, mixing: Tensor, features: Features, filled: Tensor, more: Tensor | None, *out: Tensor
+) -> None:
+    """Launch what reads W and one or two tensors ``[..., M_q, M_k]`` of blocks filled up."""
+    launcher = _weights_launcher(
+        name, mixing.shape, mixing.stride(), mixing.dtype, filled.shape, filled.dtype, more is not None,
+        features.normalized, mixing.device,
+    )  # fmt: skip
+    launcher(mixing, filled, more, *out)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_launcher(
+    name: str,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    filled: torch.Size,
+    filled_dtype: torch.dtype,
+    more: bool,
+    scaled: bool,
+    device: torch.device,
+) -> Launcher:
+    """For W of that kind on a device; each program takes a row."""
+    *each, rows, width = filled
+    columns = triton.next_power_of_2(width)
+    numbers = dict(zip(("w_n", "w_m", "w_h", "w_b"), reversed((0, 0, *stride)), strict=False))
+    numbers |= {
+        "heads": each[-1] if each else 1, "rows": shape[-2], "columns": shape[-1], "filled": rows,
+        "width": width, "COLUMNS": columns, "num_warps": 1 if columns <= 256 else 4,
+    }  # fmt: skip
+    return Launcher(name, math.prod(each) * rows, {**numbers, "SCALED": scaled, "MORE": more})
 
 
 def _centre(v: Tensor, mask: Tensor | None, *, out: Tensor) -> None:
     """About the mean of the values that count, ``[B, H, d_v]``. Any other centre would be right, too."""
-    batch, heads, tokens, channels = v.shape
+    launcher = _centre_launcher(
+        v.shape, v.stride(), v.dtype, None if mask is None else (mask.stride(), mask.dtype), v.device
+    )
+    launcher(v, out, mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _centre_launcher(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    mask: tuple[tuple[int, ...], torch.dtype] | None,
+    device: torch.device,
+) -> Launcher:
+    """For values and a mask of that kind on a device."""
+    batch, heads, tokens, channels = shape
     step = max(1, tokens // _SAMPLE) | 1  # odd, so that it meets every column of a grid of even width
     tiles = -(-channels // _CENTRE_TILE["DV"])
-    if batch * heads:
-        kernels.centre_kernel[(batch * heads * tiles,)](
-            v, out, mask, *v.stride(), *((0, 0) if mask is None else mask.stride()), heads, tokens, step,
-            MASK=mask is not None, CHANNELS=channels, TILES=tiles, **_CENTRE_TILE,
-        )  # fmt: skip
+    numbers = dict(zip(("v_b", "v_h", "v_n", "v_d"), stride, strict=True))
+    numbers |= dict(zip(("mask_b", "mask_n"), mask[0] if mask else (0, 0), strict=True))
+    numbers |= {"heads": heads, "tokens": tokens, "step": step, "CHANNELS": channels, "TILES": tiles}
+    arguments = {**numbers, "MASK": mask is not None, **_CENTRE_TILE}
+    return Launcher("centre_kernel", batch * heads * tiles, arguments)
 
 
-def _mix(weights: Tensor, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _mix(weights: _Weights, summaries: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Summaries and sums of the query blocks, contiguous."""
-    mixed = mix(weights.to(summaries.dtype), summaries).contiguous()
+    mixed = mix(weights.narrow, summaries).contiguous()
     if not sums.shape[-1]:
         return mixed, sums.new_empty(*mixed.shape[:3], 0)
-    return mixed, (weights @ sums).contiguous()
-
-
-def _row_of_sums(summaries: Tensor, sums: Tensor) -> Tensor:
-    """Sums where they are: apart, or the last row of the summaries."""
-    return sums if sums.shape[-1] else summaries[..., -1, :]
+    return mixed, (weights.wide @ sums).contiguous()
 
 
 def _outer(
@@ -220,14 +281,18 @@ def _outer(
     sums: Tensor,
     layout: BlockLayout,
     features: Features,
-    **given: Any,
+    *,
+    centre: Tensor | None = None,
+    den: Tensor | None = None,
+    den_grad: Tensor | None = None,
 ) -> None:
     """Summaries of x and v."""
-    parts = _parts("outer", x, layout)
+    parts = parts_of("outer", x, layout)
     _add_up(
         summaries, sums, parts,
-        lambda each, each_sums: _launch(
-            "outer", (x, v), each, each_sums, layout, features, dtype=summaries.dtype, parts=parts, **given
+        lambda each, each_sums: launch(
+            "outer", (x, v), each, each_sums, layout, features, centre=centre, dtype=summaries.dtype,
+            parts=parts, den=den, den_grad=den_grad,
         ),
     )  # fmt: skip
 
@@ -241,259 +306,8 @@ def _add_up(summaries: Tensor, sums: Tensor, parts: int, launch: Callable[[Tenso
         y.new_empty(*y.shape[:3], parts, *y.shape[3:], dtype=torch.float32) for y in (summaries, sums)
     )
     launch(each, each_sums)
-    summaries.copy_(each.sum(3))
-    sums.copy_(each_sums.sum(3))
-
-
-def _launch(
-    name: str,
-    tokens: tuple[Tensor, ...],
-    summaries: Tensor,
-    sums: Tensor,
-    layout: BlockLayout,
-    features: Features,
-    *,
-    centre: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    parts: int | None = None,
-    **given: Any,
-) -> None:
-    """Run a kernel on x, v and, in the backward, what is written of their gradients.
-
-    ``dtype`` is that of the summaries in the end, where these are parts of them; ``parts`` how many programs
-    share a block; ``given`` what only this kernel takes.
-    """
-    x, v = (y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2])
-    assert v is tokens[1] or name != "inner", "outputs have their channels side by side"
-    tokens = (x, v, *tokens[2:])
-    rotary, mask = features.rotary, features.mask
-    if rotary is not None:
-        rotary = rotary.float().expand(*x.shape[:-1], -1)
-        rotary = rotary if rotary.stride(-1) == 1 else rotary.contiguous()
-    if centre is not None and not centre.shape[-1]:
-        centre = None
-    plan = _plan(
-        name, layout, features.feature_map, features.eps, features.normalized, centre is not None,
-        given.get("den_grad") is not None, dtype or summaries.dtype, summaries.shape, sums.shape[-1],
-        parts or _parts(name, x, layout), *((y.shape, y.stride(), y.dtype) for y in tokens),
-        rotary=None if rotary is None else rotary.stride(), mask=None if mask is None else mask.stride(),
-        target=_target(x.device),
-    )  # fmt: skip
-    kernel = getattr(kernels, f"{name}_kernel")
-    assert mask is None or "mask" in kernel.arg_names, "masks are of keys"
-    if plan.programs:
-        order, starts = _order(layout, x.device, plan.blocks)
-        tensors = dict(zip(_TOKENS, tokens, strict=False)) | {
-            "summaries": summaries, "sums": _row_of_sums(summaries, sums), "order": order, "starts": starts,
-            "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None, **given,
-        }  # fmt: skip
-        kernel[(plan.programs,)](**_taken(kernel, tensors), **plan.arguments)
-
-
-# Names of what kernels take of tokens.
-_TOKENS = ("x", "v", "dx", "dv")
-
-
-def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a kernel has."""
-    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
-
-
-class _Plan(NamedTuple):
-    """How a kernel is launched: number of programs and blocks, arguments that are numbers, and options."""
-
-    programs: int
-    blocks: int
-    arguments: dict[str, Any]
-
-
-class _Meta(NamedTuple):
-    """What a plan knows of a tensor."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    name: str,
-    layout: BlockLayout,
-    feature_map: str,
-    eps: float,
-    normalized: bool,
-    centred: bool,
-    quotient: bool,
-    dtype: torch.dtype,
-    summaries: torch.Size,
-    sums: int,
-    parts: int,
-    *tensors: tuple[Any, ...],
-    rotary: tuple[int, ...] | None,
-    mask: tuple[int, ...] | None,
-    target: _Target,
-) -> _Plan:
-    """All that does not depend on what tensors hold; a model asks the same again and again."""
-    tokens = [_Meta(*y) for y in tensors]
-    x, v = tokens[:2]
-    batch, heads, length, width = x.shape
-    parted = rotary is None and feature_map != "softmax"
-    tile = _tile(name, x, v, dtype, target, parted=parted, beside=normalized and rotary is None)
-    size = math.prod(summaries[-2:])
-    numbers: dict[str, float] = {
-        f"{name}_{axis}": stride
-        for name, y in zip(_TOKENS, tokens, strict=False)
-        for axis, stride in zip("bhn", y.stride, strict=False)
-    }
-    numbers |= dict(zip(("r_b", "r_h", "r_n"), rotary or (0, 0, 0), strict=False))
-    numbers |= dict(zip(("mask_b", "mask_n"), mask or (0, 0), strict=False))
-    numbers |= {
-        "summary_stride": size, "sums_stride": sums or size, "heads": heads, "blocks": summaries[2],
-        "parts": parts, "tokens": length, "eps": eps,
-    }  # fmt: skip
-    constants = {
-        "QUOTIENT": quotient, "NORMALIZED": normalized, "CENTRED": centred, "FEATURE_MAP": feature_map,
-        "ROTARY": rotary is not None, "MASK": mask is not None, "WIDTH": width, "CHANNELS": v.shape[-1],
-        "X_VEC": _vector(x, *tokens[2:3]), "V_VEC": _vector(v, *tokens[3:]),
-        # Rows that threads of 4 warps cover with 16 bytes each.
-        "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
-    }  # fmt: skip
-    if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
-        # More than that is needed for other features and for masks, and would be spilled.
-        tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
-    steps = [y.stride[2] for y in tokens] + [rotary[2] if rotary else 0, mask[1] if mask else 0]
-    constants["PLACE"] = tl.int32 if length * max(steps) < 2**31 else tl.int64
-    kernel = getattr(kernels, f"{name}_kernel")
-    split = tile["TILES"] if name in ("outer", "inner") else 1
-    programs = batch * heads * summaries[2] * parts * split
-    return _Plan(programs, summaries[2], {**_taken(kernel, {**numbers, **constants}), **tile})
-
-
-def _vector(*tensors: _Meta) -> int:
-    """The largest power of two, up to 8, that all rows of the tensors start at multiples of."""
-    return math.gcd(8, *(stride for x in tensors for stride in x.stride[:3]))
-
-
-def _parts(name: str, x: Tensor, layout: BlockLayout) -> int:
-    """How many programs share a block, for so many samples times heads."""
-    most, rows = layout.block_size // _FEWEST, x.shape[0] * x.shape[1]
-    return max(1, min(most, -(-_PROGRAMS[name] // max(1, rows * layout.num_blocks))))
-
-
-class _Target(NamedTuple):
-    """The GPU: major number of its compute capability, 0 for AMD's; and whether float32 may be TF32."""
-
-    major: int
-    tf32: bool
-
-
-def _target(device: torch.device) -> _Target:
-    """For what is not a GPU, an H100's."""
-    return _Target(_major(device), torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-@functools.cache
-def _major(device: torch.device) -> int:
-    if torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-# Tokens at a time, warps and stages, for heads up to 64, 128 and 256 wide. Those of bfloat16 up to 128 were
-# the fastest on an H200 of 16 to 128 tokens, 4 and 8 warps and 1 to 3 stages, at the shapes of
-# scripts/gpu_validate.py; "keys", and "queries" up to 64, were never timed. What counts is how many programs
-# fit a multiprocessor, as most of the time is spent waiting for memory.
-_TILES = {
-    ("outer", "bf16"): ((32, 4, 1), (32, 4, 1), (32, 8, 2)),
-    ("inner", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 2)),
-    ("queries", "bf16"): ((32, 4, 1), (16, 4, 3), (32, 8, 2)),
-    ("keys", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 1)),
-    ("outer", "tf32"): ((32, 4, 2), (16, 8, 2), (16, 8, 2)),
-    ("inner", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
-    ("queries", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
-    ("keys", "tf32"): ((32, 4, 2), (32, 8, 2), (32, 8, 1)),
-    ("outer", "ieee"): ((16, 8, 2), (16, 8, 2), (16, 8, 2)),
-    ("inner", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
-    ("queries", "ieee"): ((32, 8, 2), (32, 8, 2), (16, 8, 2)),
-    ("keys", "ieee"): ((16, 4, 1), (16, 8, 2), (32, 8, 1)),
-}
-# The same for heads of 72, 80 and 88 channels in two tiles; never timed.
-_PARTED_TILES = {"outer": (32, 4, 1), "inner": (64, 4, 2), "queries": (64, 4, 1), "keys": (64, 4, 2)}
-# What takes the place of these on other GPUs than those of compute capability 9.0, where they would spill; by
-# its major number, 0 for AMD's.
-_OTHER_TILES = {
-    (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
-    (8, "keys", "bf16", 128): (32, 8, 1),
-    (10, "outer", "bf16", 64): (32, 8, 1), (10, "outer", "bf16", 80): (32, 8, 1),
-    (10, "inner", "bf16", 128): (64, 8, 2), (10, "keys", "bf16", 128): (32, 8, 1),
-    (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
-    (12, "queries", "tf32", 64): (32, 8, 2),
-    (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
-    (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
-    (0, "keys", "ieee", 256): (16, 4, 1),
-}  # fmt: skip
-# The largest summary that a program holds beside all else of the queries and leaves room for others.
-_MOST_HELD = 64 * 64
-# Registers of a thread of 8 warps, so that two programs fit.
-_REGISTERS = 128
-
-
-def _tile(
-    name: str,
-    x: Tensor | _Meta,
-    v: Tensor | _Meta,
-    summaries: torch.dtype,
-    target: _Target,
-    *,
-    parted: bool = False,
-    beside: bool = False,
-) -> dict[str, Any]:
-    """Compile-time options: what is multiplied, and how much of it at a time.
-
-    The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
-    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them. parted: whether a row may
-    be held in two tiles. beside: whether products may find the sums.
-    """
-    d, channels = (max(16, triton.next_power_of_2(y.shape[-1])) for y in (x, v))
-    factors = (x.dtype,) if name == "inner" else (x.dtype, v.dtype)
-    narrow = summaries == torch.bfloat16 or all(dtype == torch.bfloat16 for dtype in factors)
-    channels = min(channels, (128 if d <= 128 else 64) if narrow else (64 if d <= 64 else 32))
-    tiles = -(-v.shape[-1] // channels)
-    precision = "ieee" if narrow else _precision(factors, target)
-    tail, tail_v = _tails(x.shape[-1], v.shape[-1], parted, beside) if narrow and d <= 128 else (0, 0)
-    if tail:
-        d, channels, tiles = 64, 64, 1
-    kind, size = "bf16" if narrow else precision, d + tail if tail else max(64, d, channels)
-    tile = _PARTED_TILES[name] if tail else _TILES[name, kind][(64, 128, 256).index(size)]
-    rows, warps, stages = _OTHER_TILES.get((target.major, name, kind, size), tile)
-    options = {
-        "OPERAND": tl.bfloat16 if narrow else tl.float32, "PRECISION": precision, "TAIL": tail,
-        "ROWS": rows, "D": d, "DV": channels, "TILES": tiles, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-    if name in ("outer", "inner"):
-        options |= {"TAIL_V": tail_v, "FREE": max(v.shape[-1], channels * tiles)}
-    if name == "queries":
-        exact = not narrow and precision == "ieee"
-        options["FUSED"] = d * channels <= _MOST_HELD and tiles == 1 and not tail and not exact
-    return options
-
-
-def _tails(width: int, channels: int, parted: bool, beside: bool) -> tuple[int, int]:
-    """Channels of x and of v in a second tile; three more of v are for sums beside them."""
-    more, sums = width - 64, 3 * beside
-    if parted and width == channels and width % 8 == 0 and 0 < more <= 32 - sums:
-        return max(16, triton.next_power_of_2(more)), max(16, triton.next_power_of_2(more + sums))
-    return 0, 16 * beside
-
-
-def _precision(factors: tuple[torch.dtype, ...], target: _Target) -> str:
-    """How float32 numbers are multiplied that stand for such tensors; few of AMD's devices have TF32."""
-    return "tf32" if target.major and (target.tf32 or torch.float32 not in factors) else "ieee"
-
-
-@functools.lru_cache(maxsize=64)
-def _order(layout: BlockLayout, device: torch.device, blocks: int) -> tuple[Tensor, Tensor]:
-    """Tokens by block, ``[N]``, and where each block starts among them, or would, ``[blocks + 1]``; int32."""
-    index = layout.block_index(device)
-    starts = torch.searchsorted(index.sort().values, torch.arange(blocks + 1, device=device))
-    return index.argsort(stable=True).int(), starts.int()
+    torch.sum(each_sums, 3, out=sums)
+    if summaries.dtype == each.dtype:
+        torch.sum(each, 3, out=summaries)
+    else:
+        summaries.copy_(each.sum(3))

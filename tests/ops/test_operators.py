@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
 
@@ -46,6 +47,37 @@ def test_operators_are_what_they_say(dtype: torch.dtype, heads_inside: bool) -> 
     opcheck(ops.summarize_backward.default, (summaries, sums, k, v, centre, *SETTINGS), test_utils=tests)
 
 
+class Seen(TorchDispatchMode):
+    """Notes the operators of MHLA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [function._opname] if function.namespace == "mhla" else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_are_seen_and_give_what_they_give_unseen(dtype: torch.dtype) -> None:
+    """Calls that nothing looks on do not pass through torch; they are the same to the last bit."""
+    leaves = [x.to(dtype).requires_grad_() for x in torch.randn(3, 1, 2, 16, 8)]
+    mixing = torch.rand(4, 4).requires_grad_()
+
+    def results() -> list[Tensor]:
+        out = mhla(*leaves, mixing, LAYOUT)
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, mixing])]
+
+    expected = results()
+    with Seen() as seen:
+        found = results()
+    assert seen.names == ["summarize", "read", "read_backward", "summarize_backward"]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.no_grad():
+        assert torch.equal(mhla(*leaves, mixing, LAYOUT), expected[0])
+
+
 class OnSecondGpu:
     """What an operator looks at in a tensor before it runs."""
 
@@ -69,8 +101,9 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
 
     implementation = SimpleNamespace(summarize=lambda *_: events.append("ran"))
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(operators, "implementation_for", lambda *_: implementation)
-    operators._summarize._init_fn(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
+    operators._summarize.run(OnSecondGpu(), OnSecondGpu(), *SETTINGS)
     assert events == [torch.device("cuda", 1), "ran", "left"]
 
 
