@@ -86,8 +86,8 @@ def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> None
 @contextmanager
 def _workers(processes: int, device: str) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each; stopped, they are asked to save what they have and to end."""
-    # Forks of a process that has imported everything, and has no threads yet. With a GPU that import has asked
-    # CUDA how many there are, after which no fork can use them.
+    # Forks of a process that has imported everything, and has no threads yet. Where a GPU is, that import
+    # has asked CUDA for it, after which no fork can use it.
     forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:

@@ -170,11 +170,7 @@ class BlockLayout:
         Raises:
             ValueError: when x does not hold N tokens.
         """
-        if x.shape[-2] != self.num_tokens:
-            raise ValueError(
-                f"expected {self.num_tokens} tokens, {self.counted_tokens()}, got {x.shape[-2]} "
-                f"(shape {tuple(x.shape)})"
-            )
+        self._require_tokens(x)
         lead, d = x.shape[:-2], x.shape[-1]
         if self.is_even:
             axes = [size for pair in zip(self.blocks, self.block_shape, strict=True) for size in pair]
@@ -184,6 +180,21 @@ class BlockLayout:
         packed = packed.index_copy(-2, self._slots(x.device), x)
         return packed.reshape(*lead, self.num_blocks, -1, d)
 
+    def block_sums(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum over the tokens of each block, in a dtype: ``[..., N, d]`` to ``[..., M, d]``.
+
+        Raises:
+            ValueError: when x does not hold N tokens.
+        """
+        self._require_tokens(x)
+        if not self.is_even:
+            return self.pack(x.to(dtype)).sum(-2)
+        pairs = [size for pair in zip(self.blocks, self.block_shape, strict=True) for size in pair]
+        x = x.unflatten(-2, pairs)
+        for axis in range(len(self.grid)):  # the last first, and no copy in the order of blocks
+            x = x.sum(-2 - axis, dtype=dtype)
+        return x.flatten(-1 - len(self.grid), -2)
+
     def unpack(self, x: Tensor) -> Tensor:
         """Blocks to grid order: ``[..., M, n, d]`` to ``[..., N, d]``, the inverse of :meth:`pack`."""
         lead, d = x.shape[:-3], x.shape[-1]
@@ -191,6 +202,13 @@ class BlockLayout:
             x = x.reshape(*lead, *self.blocks, *self.block_shape, d)
             return x.permute(*self._interleave(len(lead), split=False)).reshape(*lead, self.num_tokens, d)
         return x.flatten(-3, -2).index_select(-2, self._slots(x.device))
+
+    def _require_tokens(self, x: Tensor) -> None:
+        if x.shape[-2] != self.num_tokens:
+            raise ValueError(
+                f"expected {self.num_tokens} tokens, {self.counted_tokens()}, got {x.shape[-2]} "
+                f"(shape {tuple(x.shape)})"
+            )
 
     def counted_tokens(self) -> str:
         """Say for messages how many tokens there are."""

@@ -89,7 +89,7 @@ def _official_denominator(
     with torch.autocast(q.device.type, enabled=False):
         q, _ = features_of(q, dataclasses.replace(features, rotary=None, mask=None))
         k, _ = features_of(k, dataclasses.replace(features, rotary=None))
-        sums = layout.pack(k).sum(-2)  # [B, H, M, d]
+        sums = layout.block_sums(k, k.dtype)  # [B, H, M, d]
         own = (layout.pack(q) @ sums[..., None]).squeeze(-1)  # [B, H, M, n]
         denominator = layout.unpack((mixing.to(own.dtype) @ own)[..., None])
     return torch.where(denominator == 0, 1.0, denominator)

@@ -163,8 +163,8 @@ def content_mixing(
     """
     # Means have the direction of sums; a mask leaves keys out, and a block of none has direction 0.
     wide = torch.promote_types(q.dtype, torch.float32)
-    queries = layout.pack(q.to(wide)).sum(-2)
-    keys = (key_layout or layout).pack(counted(k.to(wide), key_mask)).sum(-2)
+    queries = layout.block_sums(q, wide)
+    keys = (key_layout or layout).block_sums(counted(k, key_mask), wide)
     cosines = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT  # [B, H, M, M_k]
     weights = mixing.to(wide)
     found = weights * (strength.to(wide)[:, None, None] * math.sqrt(q.shape[-1]) * cosines).exp()
@@ -198,7 +198,7 @@ def _offsets(blocks: tuple[int, ...], device: torch.device, extra: bool) -> Tens
         number = number * (2 * count - 1) + along[:, None] - along + count - 1
     if extra:
         number = F.pad(F.pad(number, (0, 1), value=most), (0, 0, 0, 1), value=most + 1)
-        number[-1, -1] = most + 2
+        number[-1:, -1:] = most + 2  # a view of one number would be copied to, which no CUDA graph may hold
     return number
 
 

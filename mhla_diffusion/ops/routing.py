@@ -46,7 +46,7 @@ def choose_blocks(
         Numbers of blocks, int64 ``[B, H, N, count]``, the best first.
     """
     keys = counted(phi(k.float(), feature_map, eps=eps), key_mask)[:, :, layout.grid_tokens]
-    sums = BlockLayout(layout.grid, layout.blocks).pack(keys).sum(-2)  # [B, H, M, d]
+    sums = BlockLayout(layout.grid, layout.blocks).block_sums(keys, keys.dtype)  # [B, H, M, d]
     scores = phi(q.float(), feature_map, eps=eps) @ sums.mT
     blocks = torch.arange(sums.shape[2], device=q.device)
     own = layout.block_index(q.device)[:, None] == blocks

@@ -165,8 +165,8 @@ def _plan(
     tokens = [Meta(*y) for y in tensors]
     x, v = tokens[:2]
     batch, heads, length, width = x.shape
-    parted, beside = rotary is None and feature_map != "softmax", normalized and rotary is None
-    tile = dict(tile_of(name, width, v.shape[-1], x.dtype, v.dtype, dtype, target, parted, beside))
+    held = how_held(feature_map, turned=rotary is not None, normalized=normalized)
+    tile = dict(tile_of(name, width, v.shape[-1], x.dtype, v.dtype, dtype, target, *held))
     size = math.prod(summaries[-2:])
     numbers: dict[str, float] = {
         f"{name}_{axis}": stride
@@ -237,13 +237,13 @@ def _major(device: torch.device) -> int:
 
 
 # Tokens at a time, warps and stages, for heads up to 64, 128 and 256 wide. Those of bfloat16 up to 128 were
-# the fastest on an H200 of 16 to 128 tokens, 4 and 8 warps and 1 to 3 stages, at the shapes of
-# scripts/gpu_validate.py; "keys", and "queries" up to 64, were never timed. What counts is how many programs
-# fit a multiprocessor, as most of the time is spent waiting for memory.
+# the fastest on an H200, or within 5 % of it, of 16 to 128 tokens, 2 to 8 warps and 1 to 3 stages, at the
+# shapes of scripts/gpu_validate.py. What counts is how many programs fit a multiprocessor, as most of the
+# time is spent waiting for memory.
 _TILES = {
-    ("outer", "bf16"): ((32, 4, 1), (32, 4, 1), (32, 8, 2)),
+    ("outer", "bf16"): ((64, 4, 2), (32, 4, 1), (32, 8, 2)),
     ("inner", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 2)),
-    ("queries", "bf16"): ((32, 4, 1), (16, 4, 3), (32, 8, 2)),
+    ("queries", "bf16"): ((64, 4, 1), (16, 4, 3), (32, 8, 2)),
     ("keys", "bf16"): ((64, 4, 2), (64, 8, 1), (32, 8, 1)),
     ("outer", "tf32"): ((32, 4, 2), (16, 8, 2), (16, 8, 2)),
     ("inner", "tf32"): ((32, 4, 2), (32, 8, 2), (16, 8, 2)),
@@ -260,19 +260,26 @@ _PARTED_TILES = {"outer": (32, 4, 1), "inner": (64, 4, 2), "queries": (64, 4, 1)
 # its major number, 0 for AMD's.
 _OTHER_TILES = {
     (8, "outer", "bf16", 128): (16, 4, 1), (8, "inner", "bf16", 128): (32, 4, 1),
-    (8, "keys", "bf16", 128): (32, 8, 1),
+    (8, "keys", "bf16", 128): (32, 8, 1), (8, "queries", "bf16", 64): (32, 4, 1),
     (10, "outer", "bf16", 64): (32, 8, 1), (10, "outer", "bf16", 80): (32, 8, 1),
     (10, "inner", "bf16", 128): (64, 8, 2), (10, "keys", "bf16", 128): (32, 8, 1),
     (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
-    (12, "queries", "tf32", 64): (32, 8, 2),
+    (12, "queries", "bf16", 64): (32, 4, 1), (12, "queries", "tf32", 64): (32, 8, 2),
     (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
     (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
     (0, "keys", "ieee", 256): (16, 4, 1),
 }  # fmt: skip
-# The largest summary that a program holds beside all else of the queries and leaves room for others.
+# The largest summary that a program holds beside all else of the queries. In bfloat16 on an H200 a larger
+# one, though fewer programs fit, takes an eighth less time than two kernels.
 _MOST_HELD = 64 * 64
+_MOST_HELD_NARROW = {9: 128 * 128}
 # Registers of a thread of 8 warps, so that two programs fit.
 _REGISTERS = 128
+
+
+def how_held(feature_map: str, *, turned: bool, normalized: bool) -> tuple[bool, bool]:
+    """Return whether a row may be held in two tiles, and whether products may find the sums."""
+    return not turned and feature_map != "softmax", not turned and normalized
 
 
 @functools.lru_cache(maxsize=1024)
@@ -284,14 +291,14 @@ def tile_of(
     v: torch.dtype,
     summaries: torch.dtype,
     target: Target,
-    parted: bool = False,
-    beside: bool = False,
+    parted: bool,
+    beside: bool,
 ) -> Mapping[str, Any]:
     """Return compile-time options: what is multiplied, and how much of it at a time.
 
     The sizes keep accumulators in registers and shared memory within the 99 KB of the smallest GPUs (compute
-    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them. parted: whether a row may
-    be held in two tiles. beside: whether products may find the sums.
+    capabilities 8.6, 8.9 and 12.0): scripts/check_kernels.py compiles all of them. parted and beside: see
+    :func:`how_held`.
     """
     d, held = (max(16, triton.next_power_of_2(size)) for size in (width, channels))
     factors = (x,) if name == "inner" else (x, v)
@@ -314,7 +321,8 @@ def tile_of(
         options |= {"TAIL_V": tail_v, "FREE": max(channels, held * tiles)}
     if name == "queries":
         exact = not narrow and precision == "ieee"
-        options["FUSED"] = d * held <= _MOST_HELD and tiles == 1 and not tail and not exact
+        most = _MOST_HELD_NARROW.get(target.major, _MOST_HELD) if narrow else _MOST_HELD
+        options["FUSED"] = d * held <= most and tiles == 1 and not tail and not exact
     return options
 
 

@@ -43,14 +43,15 @@ from .composite import mix
 from .features import Features
 from .layout import BlockLayout
 from .tiled import new_gradient, new_outputs
-from .triton_launch import Launcher, launch, parts_of, row_of_sums, target_of, tile_of
+from .triton_launch import Launcher, how_held, launch, parts_of, row_of_sums, target_of, tile_of
 
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64
 # Tokens whose mean stands for that of all values, and what a program reads of them at a time. Fewer would
-# leave a mean that is larger than most outputs where values have none.
+# leave a mean that is larger than most outputs where values have none. A program waits for memory once for
+# each ROWS of them.
 _SAMPLE = 2048
-_CENTRE_TILE = {"ROWS": 128, "DV": 32, "num_warps": 4, "num_stages": 3}
+_CENTRE_TILE = {"ROWS": 512, "DV": 16, "num_warps": 8, "num_stages": 1}
 
 
 def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +141,9 @@ def _queries_backward(
 ) -> None:
     """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much."""
     q, grad, _ = tokens
+    held = how_held(features.feature_map, turned=features.rotary is not None, normalized=features.normalized)
     options = tile_of(
-        "queries", q.shape[-1], grad.shape[-1], q.dtype, grad.dtype, mixed[0].dtype, target_of(q, grad)
+        "queries", q.shape[-1], grad.shape[-1], q.dtype, grad.dtype, mixed[0].dtype, target_of(q, grad), *held
     )
     if options["FUSED"]:
         parts = parts_of("outer", q, layout)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def test_a_process_that_was_stopped_starts_no_other_run(
             runs._train(run, tmp_path, "cpu")
     assert (tmp_path / first.path).with_suffix("").is_dir()
     assert not (tmp_path / second.path).with_suffix("").exists()
+
+
+@pytest.mark.parametrize(("device", "method"), [("cpu", "forkserver"), ("cuda", "spawn")])
+def test_no_worker_for_a_gpu_is_a_fork(device: str, method: str) -> None:
+    """CUDA refuses forks of a process that has asked for it, and imports do."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    with runs._workers(1, device) as pool:
+        assert pool._mp_context.get_start_method() == method
 
 
 def test_results_keep_their_names() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 # Checks that each stage has, at least.
@@ -82,6 +85,46 @@ def test_a_form_with_a_wrong_parameter_fails(script: Any, wrong: float) -> None:
         getattr(module, name).data *= wrong
         _, good = forms.verdict([module(*tensors, **arguments)], [expected], forms.LIMIT["float32"])
         assert not good
+
+
+class Copies(TorchDispatchMode):
+    """Operators that read or write tensors of more than one device; numbers to fill with are no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        self.seen += any(x.is_cuda for x in tensors)
+        if len({x.device for x in tensors}) > 1 and func is not torch.ops.aten.fill_.Tensor:
+            self.found.append(str(func))
+        return out
+
+
+def test_no_form_copies_between_processor_and_gpu(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph may hold no such copy. On tensors of a GPU that is not there, and holds no numbers."""
+    monkeypatch.setenv("MHLA_KERNELS", "torch")
+    forms, at = sys.modules["gpu_forms"], script.Machine("cpu")
+    for shape in forms.TINY.values():
+        for form, settings in forms.FORMS.items():
+            module, tensors, arguments = forms._make(at, shape, settings, "bfloat16")
+            here = module.state_dict()
+            with FakeTensorMode():
+
+                def there(x: torch.Tensor) -> torch.Tensor:
+                    return torch.empty(x.shape, dtype=x.dtype, device="cuda")
+
+                state = {name: there(x) for name, x in here.items()}
+                inputs = tuple(there(x) for x in tensors)
+                rotary = arguments["rotary_emb"]
+                arguments["rotary_emb"] = rotary and tuple(there(x) for x in rotary)
+                with Copies() as copies:
+                    torch.func.functional_call(module, state, inputs, arguments)
+            assert copies.seen > 10
+            assert not copies.found, form
 
 
 def test_it_needs_the_operator_alone() -> None:
