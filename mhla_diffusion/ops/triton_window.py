@@ -38,15 +38,16 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 # Rows and columns at a time, warps and stages, for heads up to 64, 128 and (16 bits alone) 256 wide. They
 # spill nothing, and were never timed.
 _TILES = {
-    ("window", "16"): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
-    ("window_queries", "16"): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 8, 1)),
-    ("window_keys", "16"): ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("window", "16"): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    ("window_queries", "16"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 16, 8, 1)),
+    ("window_keys", "16"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("window", "32"): ((64, 32, 8, 2), (32, 32, 8, 2)),
     ("window_queries", "32"): ((32, 32, 4, 2), (16, 16, 8, 1)),
     ("window_keys", "32"): ((32, 32, 4, 2), (32, 16, 8, 1)),
 }
 # What takes the place of these on AMD's GPUs, where they would spill.
 _OTHER_TILES = {
+    ("window", "16", 128): (64, 64, 4, 2),
     ("window_keys", "16", 128): (64, 32, 4, 1),
     ("window_queries", "16", 256): (32, 16, 4, 1),
     ("window_keys", "16", 256): (16, 16, 4, 1),
