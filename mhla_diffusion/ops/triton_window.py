@@ -35,22 +35,27 @@ from .triton_launch import Launcher, Meta, Target, target_of, vector_of
 Rest = tuple[Tensor, Tensor] | None
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# Rows and columns at a time, warps and stages, for heads up to 64, 128 and (16 bits alone) 256 wide. They
-# spill nothing, and were never timed.
+# Rows and columns at a time, warps and stages, for heads up to 64 and 128 wide. They spill nothing, and were
+# never timed.
 _TILES = {
-    ("window", "16"): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-    ("window_queries", "16"): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 16, 8, 1)),
-    ("window_keys", "16"): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("window", "16"): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    ("window_queries", "16"): ((64, 32, 4, 2), (64, 32, 4, 2)),
+    ("window_keys", "16"): ((64, 32, 4, 2), (64, 32, 8, 2)),
     ("window", "32"): ((64, 32, 8, 2), (32, 32, 8, 2)),
     ("window_queries", "32"): ((32, 32, 4, 2), (16, 16, 8, 1)),
     ("window_keys", "32"): ((32, 32, 4, 2), (32, 16, 8, 1)),
 }
-# What takes the place of these on AMD's GPUs, where they would spill.
+# The same for heads of 72 to 96 channels in two tiles, but for these kernels by major numbers of compute
+# capabilities.
+_PARTED_TILES = {
+    "window": (128, 64, 8, 2), "window_queries": (64, 32, 4, 2), "window_keys": (64, 32, 4, 2),
+}  # fmt: skip
+_NEVER_PARTED = (("window_keys", 8), ("window_keys", 12), ("window_queries", 12))
+# What takes the place of these, by major numbers, 0 for AMD's.
 _OTHER_TILES = {
-    ("window", "16", 128): (64, 64, 4, 2),
-    ("window_keys", "16", 128): (64, 32, 4, 1),
-    ("window_queries", "16", 256): (32, 16, 4, 1),
-    ("window_keys", "16", 256): (16, 16, 4, 1),
+    ("window", 8, "16", 128): (64, 64, 4, 2),
+    ("window", 0, "16", 128): (64, 64, 4, 2),
+    ("window_keys", 0, "16", 128): (64, 32, 4, 1),
 }
 _SUMMED = 4096  # numbers at a time
 _LOG2_E = math.log2(math.e)
@@ -212,16 +217,20 @@ def _tile_of(
 ) -> dict[str, Any]:
     """Compile-time options: what is multiplied, and how much of it at a time, no more than there is."""
     d, dv = (max(16, triton.next_power_of_2(size)) for size in (width, channels))
-    kind, most = str(8 * dtype.itemsize), max(64, d, dv)
-    tile = _TILES[name, kind][(64, 128, 256).index(most)]
-    if not target.major:
-        tile = _OTHER_TILES.get((name, kind, most), tile)
+    kind, most, tail = str(8 * dtype.itemsize), max(64, d, dv), 0
+    parted = kind == "16" and width == channels and width % 8 == 0 and 64 < width <= 96
+    if parted and (name, target.major) not in _NEVER_PARTED:
+        d, dv, tail = 64, 64, max(16, triton.next_power_of_2(width - 64))
+        tile = _PARTED_TILES[name]
+    else:
+        tile = _TILES[name, kind][(64, 128).index(most)]
+        tile = _OTHER_TILES.get((name, target.major, kind, most), tile)
     most_rows, most_columns, warps, stages = tile
     return {
         "OPERAND": _OPERANDS[dtype], "PRECISION": "tf32" if target.major and target.tf32 else "ieee",
         "ROWS": min(most_rows, max(16, triton.next_power_of_2(rows))),
         "COLUMNS": min(most_columns, max(16, triton.next_power_of_2(columns))),
-        "D": d, "DV": dv, "num_warps": warps, "num_stages": stages,
+        "D": d, "DV": dv, "TAIL": tail, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 

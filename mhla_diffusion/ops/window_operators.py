@@ -20,20 +20,18 @@ _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? far, Tensor? log_sums, Tensor?
 _SETTINGS = "int[] grid, int[] blocks, int[] margin"
 
 
-# What a row of a head may take of registers.
-_MOST_BYTES = 512
+# Channels of a head that registers have room for.
+_WIDEST = 128
 
 
 def is_fused(*tensors: Tensor) -> bool:
     """Return True where the kernels take these q, k and v.
 
     Raises:
-        ValueError: where the environment asks for what cannot be, see ``implementation_for``.
+        ValueError: where the environment asks for what cannot be, see :func:`.dispatch.has_kernels`.
     """
     kinds = [(x.dtype, x.shape[-1]) for x in tensors]
-    return has_kernels(tensors[0].device, *kinds) and all(
-        dtype.itemsize * width <= _MOST_BYTES for dtype, width in kinds
-    )
+    return has_kernels(tensors[0].device, *kinds) and max(width for _, width in kinds) <= _WIDEST
 
 
 def fused_window(

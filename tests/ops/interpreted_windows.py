@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence, several tiles": {"grid": (300,), "blocks": (2,), "margin": 3},
     "video": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "margin": 1, "mask": 0.3, "heads": 2},
     "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "margin": 1, "heads": 2},
-    "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "d_v": 20, "margin": 1, "dtype": "bfloat16"},
+    "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 128, "d_v": 20, "margin": 1},
     "too wide for kernels": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "margin": 1},
     "bfloat16": {"grid": (7, 9), "blocks": (2, 1), "dtype": "bfloat16", "d": 40, "d_v": 72, "margin": 1},
     "bfloat16, a mean": {
@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mask": 0.3,
     },
     "float16, a mean": {
-        "grid": (9, 10), "blocks": (2, 1), "dtype": "float16", "d": 72, "mean": 3.0, "margin": 2,
+        "grid": (9, 10), "blocks": (2, 1), "dtype": "float16", "d": 88, "mean": 3.0, "margin": 2,
     },
 }  # fmt: skip
 LAYOUT = BlockLayout((3, 4), (2, 1))
