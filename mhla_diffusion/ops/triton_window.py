@@ -50,7 +50,7 @@ _TILES = {
 _PARTED_TILES = {
     "window": (128, 64, 8, 2), "window_queries": (64, 32, 4, 2), "window_keys": (64, 32, 4, 2),
 }  # fmt: skip
-_NEVER_PARTED = (("window_keys", 8), ("window_keys", 12), ("window_queries", 12))
+_NEVER_PARTED = (("window_keys", 8), ("window_keys", 12), ("window_queries", 10), ("window_queries", 12))
 # What takes the place of these, by major numbers, 0 for AMD's.
 _OTHER_TILES = {
     ("window", 8, "16", 128): (64, 64, 4, 2),
