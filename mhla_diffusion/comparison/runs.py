@@ -7,9 +7,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,20 @@ def _start_worker(device: str) -> None:
     torch.set_num_threads(1)
     if device == "cpu":  # where there is a GPU, accelerate would take it
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in processes of the pool"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
+def _end_with(parent: int) -> None:
+    """End this process behind the comparison, whatever ended that: a pool leaves workers waiting for ever."""
+    wait([parent])
+    os.kill(os.getpid(), signal.SIGTERM)  # what is being trained is saved
+    with _training:
+        os._exit(1)
+
+
+_training = threading.Lock()
 _stopped = False
 
 
@@ -122,7 +136,8 @@ def _train(run: Run, out: Path, device: str) -> dict[str, Any]:
     if _stopped:
         raise KeyboardInterrupt
     try:
-        return run.task.train(run.variant, run.seed, (out / run.path).with_suffix(""), device)
+        with _training:
+            return run.task.train(run.variant, run.seed, (out / run.path).with_suffix(""), device)
     except KeyboardInterrupt:
         _stopped = True
         raise

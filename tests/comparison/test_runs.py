@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mhla_diffusion.commands.main import MHLA
@@ -72,6 +77,32 @@ def test_no_worker_for_a_gpu_is_a_fork(device: str, method: str) -> None:
         pytest.skip(f"this system has no {method}")
     with runs._workers(1, device) as pool:
         assert pool._mp_context.get_start_method() == method
+
+
+WORKING = """
+import os, time
+from mhla_diffusion.comparison import runs
+if __name__ == "__main__":
+    with runs._workers(1, "cpu") as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_end_where_the_comparison_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "working.py").write_text(WORKING)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "working.py"], stdout=subprocess.PIPE, text=True
+    ) as main:
+        assert main.stdout is not None
+        worker = psutil.Process(int(main.stdout.readline()))
+        assert worker.is_running()
+        main.kill()
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_results_keep_their_names() -> None:
