@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_diffusion.ops import (
     LOCAL_FORMS,
@@ -154,6 +155,15 @@ def test_operators_are_what_they_say() -> None:
         plain = (None if x is None else x.detach() for x in tensors)
         arguments = (*saved, *plain, *settings)
         opcheck(torch.ops.mhla.window_backward.default, arguments, test_utils=tests[:2])
+
+
+def test_products_are_counted() -> None:
+    inputs = make(LAYOUT, d=8, d_v=4)
+    with FlopCounterMode(display=False) as counter:
+        out = window_attention(*inputs[:3], LAYOUT, margin=1, rest=(inputs[3], inputs[4]))
+        out.sum().backward()
+    forward = 2 * 12 * 12 * (8 + 4)  # 12 queries, and 3 rows of 4 keys in each window
+    assert counter.get_total_flops() == forward + forward * 5 // 2
 
 
 def test_windows_compile_whole() -> None:
