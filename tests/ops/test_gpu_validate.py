@@ -123,7 +123,7 @@ def test_no_form_copies_between_processor_and_gpu(script: Any, monkeypatch: pyte
                 arguments["rotary_emb"] = rotary and tuple(there(x) for x in rotary)
                 with Copies() as copies:
                     torch.func.functional_call(module, state, inputs, arguments)
-            assert copies.seen > 10
+            assert copies.seen > 5
             assert not copies.found, form
 
 
