@@ -133,7 +133,8 @@ def window_attention(
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
-    if not causal and is_fused(q, k, v):
+    # One block is softmax attention, which torch has faster kernels for.
+    if not causal and layout.num_blocks > 1 and is_fused(q, k, v):
         return fused_window(q, k, v, layout, key_mask, margin, rest)
     return softmax_in_blocks(q, k, v, layout, key_mask, margin, rest, causal=causal)
 
