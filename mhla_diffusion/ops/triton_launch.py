@@ -134,7 +134,7 @@ class _Plan(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """What a plan knows of a tensor."""
+    """Shape, strides and dtype of a tensor, which plans are made by."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -200,7 +200,7 @@ def _plan(
 
 
 def vector_of(*tensors: Meta) -> int:
-    """The largest power of two, up to 8, that all rows of the tensors start at multiples of."""
+    """Return the largest power of two, up to 8, that all rows of the tensors start at multiples of."""
     return math.gcd(8, *(stride for x in tensors for stride in x.stride[:3]))
 
 

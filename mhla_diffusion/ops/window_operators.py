@@ -60,7 +60,7 @@ def _kernels() -> ModuleType:
 def objects(
     far: Tensor | None, log_sums: Tensor | None, mask: Tensor | None, *settings: Any
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, BlockLayout, tuple[int, ...]]:
-    """The last arguments of the operators as functions take them: rest, mask, layout and margin."""
+    """Return the last arguments of the operators as functions take them: rest, mask, layout, margin."""
     grid, blocks, margin = map(tuple, settings)
     rest = None if far is None or log_sums is None else (far, log_sums)
     return rest, mask, _layout(grid, blocks), margin
