@@ -37,8 +37,10 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhla_diffusion.ops import BlockLayout, triton_kernels, triton_launch, triton_mhla, triton_window
+from mhla_diffusion.ops import BlockLayout
 from mhla_diffusion.ops.features import FEATURE_MAPS, Features
+from mhla_diffusion.ops.gpu import kernels, mhla, window
+from mhla_diffusion.ops.gpu import launch as launching
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Shared memory that a program may have, in bytes.
@@ -144,12 +146,12 @@ def recorded(target: int | str = 90) -> Iterator[list[Launch]]:
                 Launch(self.kernel, grid, arguments, options)
             )
 
-    names = [name for name in dir(triton_kernels) if name.endswith("_kernel")]
-    recorders: dict[str, Any] = {name: Recorder(getattr(triton_kernels, name)) for name in names}
+    names = [name for name in dir(kernels) if name.endswith("_kernel")]
+    recorders: dict[str, Any] = {name: Recorder(getattr(kernels, name)) for name in names}
     major = 0 if isinstance(target, str) else target // 10
     with (
-        mock.patch.multiple(triton_kernels, **recorders),
-        mock.patch.object(triton_launch, "_major", return_value=major),
+        mock.patch.multiple(kernels, **recorders),
+        mock.patch.object(launching, "_major", return_value=major),
     ):
         yield launches
 
@@ -196,12 +198,12 @@ def passes_of(case: Case, target: int | str = 90, *, batch: int = 1) -> Iterator
     keys = dataclasses.replace(features, mask=mask)
     mixing = torch.empty(layout.num_blocks, layout.num_blocks, device="meta")
     with recorded(target) as launches, Moved() as moved:
-        summaries, sums, centre = triton_mhla.summarize(k, v, layout, keys)
-        out, den = triton_mhla.read(q, summaries, sums, centre, mixing, layout, features, dtype)
+        summaries, sums, centre = mhla.summarize(k, v, layout, keys)
+        out, den = mhla.read(q, summaries, sums, centre, mixing, layout, features, dtype)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
     with recorded(target) as launches, Moved() as moved:
-        triton_mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
-        triton_mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
+        mhla.read_backward(grad, out, den, q, summaries, sums, mixing, layout, features)
+        mhla.summarize_backward(summaries, sums, k, v, centre, layout, keys)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
 
 
@@ -214,10 +216,10 @@ def window_passes_of(case: Case, target: int | str, *, batch: int) -> Iterator[t
     rest = far, torch.empty(q.shape[:3], device="meta")
     mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
     with recorded(target) as launches, Moved() as moved:
-        out, log_den = triton_window.forward(q, k, v, rest, mask, layout, margin)
+        out, log_den = window.forward(q, k, v, rest, mask, layout, margin)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
     with recorded(target) as launches, Moved() as moved:
-        triton_window.backward(grad, out, log_den, q, k, v, rest, mask, layout, margin)
+        window.backward(grad, out, log_den, q, k, v, rest, mask, layout, margin)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
 
 

@@ -89,9 +89,9 @@ def _is_installed() -> bool:
 
 @functools.cache
 def _triton() -> ModuleType:
-    from . import triton_mhla
+    from .gpu import mhla
 
-    return triton_mhla
+    return mhla
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def _elu_into(out: Tensor, x: Tensor, eps: float) -> None:
 
 
 # The one list of feature maps: what is not in it is an error on every path. Triton's kernels, which cannot
-# read it, have a branch for each (triton_pieces.phi) and say so where they lack one.
+# read it, have a branch for each (gpu/pieces.py) and say so where they lack one.
 _MAPS = {
     "relu": FeatureMap(lambda x, eps: F.relu(x) + eps, _relu_into, _relu_backward),
     "elu": FeatureMap(_elu, _elu_into, lambda grad, x, y, out: torch.mul(grad, y.clamp_max(1), out=out)),

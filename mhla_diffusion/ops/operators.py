@@ -6,7 +6,7 @@ they compute. What lies between them (an exchange between ranks, say) is ordinar
 ::
 
     k, v --summarize--> Summaries --read(q, mixing)--> out     tiled.py         on CPUs, float32 and wider
-                                                               triton_mhla.py   on GPUs
+                                                               gpu/mhla.py      on GPUs
                                                                composite.py     gradients of gradients
 """
 

@@ -126,7 +126,7 @@ def _slots(
 def _centred(summaries: Summaries) -> Summaries:
     """Summaries of ``v - m``, m being the mean of the values, weighted as their features weigh them.
 
-    As :mod:`mhla_diffusion.ops.triton_mhla` has them of one process, and for the same reason; no rank knows m
+    As :mod:`mhla_diffusion.ops.gpu.mhla` has them of one process, and for the same reason; no rank knows m
     before the exchange.
     """
     matrices, sums = summaries.matrices[..., :-1, :], summaries.matrices[..., -1:, :]

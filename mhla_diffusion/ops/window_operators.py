@@ -52,9 +52,9 @@ def fused_window(
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from . import triton_window
+    from .gpu import window
 
-    return triton_window
+    return window
 
 
 def objects(

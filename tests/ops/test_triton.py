@@ -318,7 +318,7 @@ class Gpu:
 def test_a_kernel_is_launched_again_as_triton_launched_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernel on the same arguments and the stream of now; Triton is asked where it may compile."""
     module, asked = check_kernels(), []
-    gpu, kernels, jit = Gpu(), module.triton_kernels, module.triton.runtime.jit.JITFunction
+    gpu, kernels, jit = Gpu(), module.kernels, module.triton.runtime.jit.JITFunction
     run = jit.run
     monkeypatch.setattr(module.triton.runtime.driver, "_active", gpu)
     monkeypatch.setattr(jit, "run", lambda self, *a, **b: asked.append(self) or run(self, *a, **b))
@@ -330,8 +330,8 @@ def test_a_kernel_is_launched_again_as_triton_launched_it(monkeypatch: pytest.Mo
     def launch(start: int) -> tuple[list[Any], list[Any]]:
         asked.clear(), gpu.launched.clear()
         x = values[start : start + 256].view(1, 1, 16, 16)
-        module.triton_mhla._centre(x, None, out=centre)
-        module.triton_mhla._outer(x, x, summaries, sums, BlockLayout((4, 4), (2, 2)), features, centre=centre)
+        module.mhla._centre(x, None, out=centre)
+        module.mhla._outer(x, x, summaries, sums, BlockLayout((4, 4), (2, 2)), features, centre=centre)
         return [*asked], [*gpu.launched]
 
     try:
@@ -346,8 +346,8 @@ def test_a_kernel_is_launched_again_as_triton_launched_it(monkeypatch: pytest.Mo
         gpu.stream = 5
         assert launch(8) == ([], [(5, *x[1:]) for x in expected])
     finally:
-        module.triton_launch._plan.cache_clear()
-        module.triton_mhla._centre_launcher.cache_clear()
+        module.launching._plan.cache_clear()
+        module.mhla._centre_launcher.cache_clear()
 
 
 def test_torch_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

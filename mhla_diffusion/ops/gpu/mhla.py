@@ -1,6 +1,6 @@
 """GPU kernels for :mod:`mhla_diffusion.ops.tiled`: the same four functions, blocks gathered in registers.
 
-Four kernels do almost everything (:mod:`mhla_diffusion.ops.triton_kernels`):
+Four kernels do almost everything (:mod:`mhla_diffusion.ops.gpu.kernels`):
 
 - ``outer``, summaries of values and features: the forward of ``summarize``;
 - ``inner``, products of features and summaries: the forward of ``read``;
@@ -39,11 +39,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .composite import mix
-from .features import Features
-from .layout import BlockLayout
-from .tiled import new_gradient, new_outputs
-from .triton_launch import Launcher, how_held, launch, parts_of, row_of_sums, target_of, tile_of
+from ..composite import mix
+from ..features import Features
+from ..layout import BlockLayout
+from ..tiled import new_gradient, new_outputs
+from .launch import Launcher, how_held, launch, parts_of, row_of_sums, target_of, tile_of
 
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64

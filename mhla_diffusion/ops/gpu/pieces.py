@@ -1,4 +1,4 @@
-"""Pieces that the kernels of :mod:`mhla_diffusion.ops.triton_kernels` are made of.
+"""Pieces that the kernels of :mod:`mhla_diffusion.ops.gpu.kernels` are made of.
 
 Rows of 72, 80 or 88 channels are held in two tiles, the first 64 channels and the rest (TAIL), so that less
 is padded than up to 128: what belongs to the second has a name that ends in ``_2``. A summary is then four

@@ -1,4 +1,4 @@
-"""What :mod:`mhla_diffusion.ops.triton_window` launches: softmax of queries in a window, a tile at a time.
+"""What :mod:`mhla_diffusion.ops.gpu.window` launches: softmax of queries in a window, a tile at a time.
 
 Each program works on a tile of queries of one block (or, ``keys``, of keys of one window) and goes through
 the keys of the window (the queries of the block). Which tokens these are, two tables say, ``[M, places]``
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_pieces import count_rows, operand, places, store_rows
+from .pieces import count_rows, operand, places, store_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Below all scores, and finite: minus infinity less itself would be NaN.

@@ -1,4 +1,4 @@
-"""How the kernels of :mod:`mhla_diffusion.ops.triton_kernels` are launched: programs, tiles and arguments.
+"""How the kernels of :mod:`mhla_diffusion.ops.gpu.kernels` are launched: programs, tiles and arguments.
 
 A model launches the same kernels on the same shapes again and again, and on small ones the processor is what
 takes the time. So all that does not depend on what tensors hold is found once, with the compiled kernel.
@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from . import triton_kernels as kernels
-from .features import Features
-from .layout import BlockLayout
+from ..features import Features
+from ..layout import BlockLayout
+from . import kernels
 
 # Programs that keep a GPU of 132 multiprocessors at work. Long blocks are shared by several programs, each
 # with at least _FEWEST tokens, until there are so many; summaries by fewer, as their parts have to be added.

@@ -1,4 +1,4 @@
-"""What :mod:`mhla_diffusion.ops.triton_mhla` launches: one axis of programs, each on tokens of one block.
+"""What :mod:`mhla_diffusion.ops.gpu.mhla` launches: one axis of programs, each on tokens of one block.
 
 A program finds its tokens in ``order`` (tokens sorted by block, ``[N]``) between ``starts[block]`` and
 ``starts[block + 1]``; long blocks are shared by several programs (parts). Programs that follow each other are
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_pieces import (
+from .pieces import (
     count_rows,
     fold,
     load_angles,
@@ -36,12 +36,12 @@ from .triton_pieces import (
     write,
     write_gradient,
 )
-from .triton_weights import weights_grad_kernel as weights_grad_kernel
-from .triton_weights import weights_kernel as weights_kernel
-from .triton_window_kernels import window_kernel as window_kernel
-from .triton_window_kernels import window_keys_kernel as window_keys_kernel
-from .triton_window_kernels import window_queries_kernel as window_queries_kernel
-from .triton_window_kernels import window_sum_kernel as window_sum_kernel
+from .weights import weights_grad_kernel as weights_grad_kernel
+from .weights import weights_kernel as weights_kernel
+from .window_kernels import window_kernel as window_kernel
+from .window_kernels import window_keys_kernel as window_keys_kernel
+from .window_kernels import window_queries_kernel as window_queries_kernel
+from .window_kernels import window_sum_kernel as window_sum_kernel
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "step"])

@@ -2,7 +2,7 @@
 
 As flash attention does (Dao, arXiv 2307.08691), with an online softmax that starts from the rest: q, k and v
 are read where they are, through tables of the tokens of each block and of each window, and scores stay in
-registers. The kernels (:mod:`mhla_diffusion.ops.triton_window_kernels`):
+registers. The kernels (:mod:`mhla_diffusion.ops.gpu.window_kernels`):
 
 - ``window``: the output, in float32, and the logarithm of its denominator;
 - ``window_queries``: the gradients of q and of the rest;
@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_kernels as kernels
-from .layout import BlockLayout
-from .tiled import empty_in_order_of, new_gradient
-from .triton_launch import Launcher, Meta, Target, target_of, vector_of
+from ..layout import BlockLayout
+from ..tiled import empty_in_order_of, new_gradient
+from . import kernels
+from .launch import Launcher, Meta, Target, target_of, vector_of
 
 Rest = tuple[Tensor, Tensor] | None
 

@@ -1,0 +1,1 @@
+"""Triton kernels of the operators: what they compute, and how they are launched. Needs the package triton."""
