@@ -480,7 +480,7 @@ def _resize(
     extra: tuple[int, int] | None,
 ) -> Tensor:
     """A mixing matrix for other blocks of queries and keys."""
-    if old == new:
+    if old == new:  # of almost all calls, which then make no layouts
         return mixing
     # One token a block: resizing depends on the blocks alone.
     (from_layout, from_keys), (to_layout, to_keys) = (

@@ -1,8 +1,8 @@
 """The two halves of MHLA in operations of torch's core, for exporters such as that of ONNX.
 
 ``torch.export`` keeps ``mhla::summarize`` and ``mhla::read`` whole (and ``mhla::window``, which runs on GPUs
-alone), and so does torch.compile. What knows
-torch's own operators alone, ``torch.onnx.export(model, args, dynamo=True)``, takes these in their place.
+alone), and so does torch.compile. What knows torch's own operators alone, ``torch.onnx.export(model, args,
+dynamo=True)``, takes these in their place.
 """
 
 from __future__ import annotations

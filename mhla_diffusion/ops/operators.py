@@ -98,12 +98,15 @@ def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
 def objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
     """Return the objects of the last arguments of an operator."""
     rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared = settings
-    layout = _layout(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
+    layout = layout_of(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
     return layout, Features(feature_map, eps, normalized, rotary, mask, shared)
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None) -> BlockLayout:
+def layout_of(
+    grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None = None
+) -> BlockLayout:
+    """Return a layout; the same one for the same arguments."""
     return BlockLayout(grid, blocks, extra)
 
 

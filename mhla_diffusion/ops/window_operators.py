@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import has_kernels
 from .layout import BlockLayout
-from .operators import differentiate, operator
+from .operators import differentiate, layout_of, operator
 from .tiled import empty_in_order_of, new_gradient
 from .window_composite import softmax_of_scores
 
@@ -63,12 +63,7 @@ def objects(
     """Return the last arguments of the operators as functions take them: rest, mask, layout, margin."""
     grid, blocks, margin = map(tuple, settings)
     rest = None if far is None or log_sums is None else (far, log_sums)
-    return rest, mask, _layout(grid, blocks), margin
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(grid: tuple[int, ...], blocks: tuple[int, ...]) -> BlockLayout:
-    return BlockLayout(grid, blocks)
+    return rest, mask, layout_of(grid, blocks), margin
 
 
 @operator("window", f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)")
