@@ -87,14 +87,14 @@ class MHLA(nn.Module):
         per_head = (heads,) if config.mixing_per_head else ()
         if config.mixing_relative:
             size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
-        alone = config.local == WINDOW_ONLY
+        alone = config.window == WINDOW_ONLY
         self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 and not alone else None
         by_content = config.mixing_content and self.mixing is not None
         self.strength = nn.Parameter(torch.empty(heads)) if by_content else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
         self.feature_k = Hedgehog(heads, head_dim) if learned else None
-        self.local = nn.Parameter(torch.empty(heads)) if config.local and not alone else None
+        self.local = nn.Parameter(torch.empty(heads)) if config.window and not alone else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.cpe = _cpe_conv(inner_dim, len(grid)) if config.cpe else None
@@ -146,7 +146,7 @@ class MHLA(nn.Module):
         A key that the softmax sees weighs about exp(0); one of MHLA about 1 / M, as rows of W sum to 1, times
         the product of two features, which is 2 / d for learned ones without preference.
         """
-        if self.config.local == "gate":
+        if self.config.window == "gate":
             return 0.0
         d = self.head_dim
         relu = d / (2 * math.pi)
@@ -172,7 +172,7 @@ class MHLA(nn.Module):
 
         The last row and column are those of extra tokens, if they are a block.
         """
-        if self.config.local == WINDOW_ONLY:
+        if self.config.window == WINDOW_ONLY:
             return torch.eye(math.prod(self.blocks), device=device)
         if self.mixing is None:
             return torch.ones(math.prod(self.blocks), 1, device=device)
@@ -253,7 +253,7 @@ class MHLA(nn.Module):
         q, k = self.normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
-        if self.config.local is not None and rotary_emb is not None:
+        if self.config.window is not None and rotary_emb is not None:
             turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
             window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))
         q, k = self.features(q, k, key_mask)
@@ -261,7 +261,7 @@ class MHLA(nn.Module):
         attend: Callable[..., Tensor]
         if group is not None:
             attend = self._attend_in_parts(layout, key_layout, group)
-        elif self.config.local is not None:
+        elif self.config.window is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
             attend = functools.partial(mhla, key_layout=key_layout)
@@ -299,7 +299,7 @@ class MHLA(nn.Module):
     def needs_all_tokens(self) -> bool:
         """Return True where parts beside the operator read the tokens of other ranks."""
         content = self.strength is not None or self.config.center_keys
-        return self.cpe is not None or self.config.local is not None or content
+        return self.cpe is not None or self.config.window is not None or content
 
     @property
     def operator_map(self) -> str:
@@ -349,13 +349,13 @@ class MHLA(nn.Module):
                 q, k, layout, self.config.routed_blocks,
                 feature_map=settings["feature_map"], key_mask=key_mask, eps=settings["eps"],
             )  # fmt: skip
-        wider: dict[str, Any] = {"margin": self.config.local_margin, "chosen": chosen}
-        if self.config.local == WINDOW_ONLY:
+        wider: dict[str, Any] = {"margin": self.config.margin, "chosen": chosen}
+        if self.config.window == WINDOW_ONLY:
             return _attend_in_blocks(*window, v, layout, key_mask, wider)
         assert self.local is not None
-        assert self.config.local is not None
+        assert self.config.window is not None
         return mhla_local(
-            *tensors, window=window, weight=self.local, form=self.config.local, **settings | wider
+            *tensors, window=window, weight=self.local, form=self.config.window, **settings | wider
         )
 
     def _attend_in_parts(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
 from .attention import MHLA
-from .config import MHLAConfig
+from .config import AUTO_WINDOW, MHLAConfig
 from .ops import BlockLayout, MHLAState, causal_mixing, initial_mixing, mhla_causal
 from .ops.features import RotaryEmbedding
 
@@ -24,8 +25,9 @@ class CausalMHLA(MHLA):
     on short sequences and hold for long ones, and :meth:`state` keeps no more than m summaries.
 
     Args:
-        config: see :class:`MHLAConfig`; ``blocks`` is m, one number. ``mixing_init`` gives the weights that a
-            block at the end of m + 1 has for the others, with 1 for itself.
+        config: see :class:`MHLAConfig`, whose window ``"auto"`` is none here; ``blocks`` is m, one number.
+            ``mixing_init`` gives the weights that a block at the end of m + 1 has for the others, with 1 for
+            itself.
         heads, head_dim: H and d.
         block_size: tokens in a block.
         query_dim: width of the hidden states that the gate reads; H d by default.
@@ -43,6 +45,8 @@ class CausalMHLA(MHLA):
         block_size: int,
         query_dim: int | None = None,
     ) -> None:
+        if config.local == AUTO_WINDOW:
+            config = dataclasses.replace(config, local=None)
         refused = [name for name in _REFUSED if getattr(config, name)]
         if refused or config.normalizer == "official":
             raise ValueError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .ops import FEATURE_MAPS, LOCAL_FORMS, MIXING_STARTS, NORMALIZERS, BlockLayout
+from .ops import FEATURE_MAPS, LOCAL_FORMS, MIXING_STARTS, NORMALIZERS, BlockLayout, Margin
 
 CONSTRAINTS = ("clamp", "softmax", "none")
 CPE_STARTS = (None, "zero", "identity")
@@ -17,6 +18,11 @@ WIDE_MAPS = ("crelu", "hedgehog")
 
 # Form of ``local`` with nothing beside it.
 WINDOW_ONLY = "only"
+
+# The window of new models, wherever a layer can have one, and its margin in sides of a block.
+AUTO_WINDOW = "auto"
+_AUTO_MARGIN = 0.25
+LOCAL_CHOICES = (None, *LOCAL_FORMS, WINDOW_ONLY, AUTO_WINDOW)
 
 # Settings that came later than stored configs: written where they are used, so that those stay the same.
 _LATER = {"later": True}
@@ -48,9 +54,12 @@ class MHLAConfig:
         local: softmax attention inside the own block, beside MHLA: ``"shared"`` with one denominator, or
             ``"gate"`` with a learned gate for each head, see :func:`mhla_diffusion.ops.mhla_local`. Or
             ``"only"``: nothing beside it, so that tokens do not see other blocks; with ``blocks=1`` that is
-            softmax attention, which so gets the convolution, the norms and the gate.
+            softmax attention, which so gets the convolution, the norms and the gate. ``"auto"``, a deviation
+            from the paper, is ``"shared"`` with a margin of a quarter of a block in self-attention over
+            several blocks with the normalizer ``"paper"``, and no window elsewhere. None is the paper's form.
         local_margin: tokens around the own block that this softmax sees as well, along each axis of the grid
-            or for all of them. Without it the borders of blocks may show in samples.
+            or for all of them: integers, or shares of the side of a block between 0 and 1, to the nearest
+            token. With 0 the borders of blocks may show in samples; ``"auto"`` has 0.25 in place of 0.
         routed_blocks: further blocks that the softmax of each query sees, which it chooses for itself by
             what they add to its denominator, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
@@ -77,8 +86,8 @@ class MHLAConfig:
     mixing_per_head: bool = False
     mixing_relative: bool = field(default=False, metadata=_LATER)
     mixing_content: bool = field(default=False, metadata=_LATER)
-    local: str | None = field(default=None, metadata=_LATER)
-    local_margin: int | tuple[int, ...] = field(default=0, metadata=_LATER)
+    local: str | None = field(default=AUTO_WINDOW, metadata=_LATER)
+    local_margin: Margin = field(default=0, metadata=_LATER)
     routed_blocks: int = field(default=0, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
@@ -102,7 +111,7 @@ class MHLAConfig:
                 raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
             "feature_map": (*FEATURE_MAPS, *WIDE_MAPS),
-            "local": (None, *LOCAL_FORMS, WINDOW_ONLY),
+            "local": LOCAL_CHOICES,
             "normalizer": NORMALIZERS,
             "mixing_init": MIXING_STARTS,
             "constraint": CONSTRAINTS,
@@ -131,19 +140,21 @@ class MHLAConfig:
         if not _is_int(self.routed_blocks) or self.routed_blocks < 0:
             raise ValueError(f"routed_blocks must be an integer >= 0, got {self.routed_blocks!r}")
         margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,)
-        if not margins or not all(_is_int(tokens) and tokens >= 0 for tokens in margins):
+        if not margins or not all(_is_margin(margin) for margin in margins):
             raise ValueError(
-                f"local_margin must be an integer >= 0 or one per axis, got {self.local_margin!r}"
+                "local_margin must be an integer >= 0 (tokens) or a number between 0 and 1 (of the side of "
+                f"a block), or one per axis, got {self.local_margin!r}"
             )
         for name, wider in (("local_margin", any(margins)), ("routed_blocks", self.routed_blocks)):
-            if wider and (self.local is None or self.blocks == 1):
+            if wider and (self.window is None or self.blocks == 1):
                 raise ValueError(
                     f"{name}={getattr(self, name)} is what the softmax window sees beside its own block: set "
-                    f"local to one of {', '.join(map(repr, (*LOCAL_FORMS, WINDOW_ONLY)))} and take several "
-                    f"blocks, got local {self.local!r} and blocks {self.blocks}"
+                    f"local to one of {', '.join(map(repr, LOCAL_CHOICES[1:]))} and take several blocks and "
+                    f"the normalizer 'paper', got local {self.local!r}, blocks {self.blocks} and normalizer "
+                    f"{self.normalizer!r}"
                 )
         for name in ("local", "mixing_relative", "extra_block"):
-            if getattr(self, name) and self.key_blocks is not None:
+            if getattr(self, name) not in (None, False, AUTO_WINDOW) and self.key_blocks is not None:
                 raise ValueError(f"{name} is for self-attention: leave it out, or key_blocks")
         if self.local == WINDOW_ONLY:
             if self.feature_map == "hedgehog" or self.extra_block:
@@ -151,15 +162,30 @@ class MHLAConfig:
                     f"local {self.local!r} has no features and no block of extra tokens: leave feature_map "
                     f"{self.feature_map!r} and extra_block={self.extra_block} out"
                 )
-        elif self.local and (self.normalizer != "paper" or self.blocks == 1):
+        elif self.local in LOCAL_FORMS and (self.normalizer != "paper" or self.blocks == 1):
             raise ValueError(
                 f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
                 f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
             )
 
+    @property
+    def window(self) -> str | None:
+        """Form of the softmax window, ``"shared"``, ``"gate"`` or ``"only"``; None where there is none."""
+        if self.local != AUTO_WINDOW:
+            return self.local
+        several = self.blocks != 1 and (isinstance(self.blocks, int) or math.prod(self.blocks) > 1)
+        return "shared" if several and self.normalizer == "paper" and self.key_blocks is None else None
+
+    @property
+    def margin(self) -> Margin:
+        """Margin of the window, as ``local_margin``."""
+        chosen = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,)
+        by_default = self.local == AUTO_WINDOW and self.window is not None and not any(chosen)
+        return _AUTO_MARGIN if by_default else self.local_margin
+
     @classmethod
     def paper(cls, **settings: Any) -> MHLAConfig:
-        """Return the form of the paper (arXiv 2601.07832): ReLU features, one clamped matrix for all heads.
+        """Return the form of the paper (arXiv 2601.07832): ReLU features, one clamped matrix, no window.
 
         Args:
             settings: others in place of it, or beside it: the paper's DiT has ``cpe="identity", gate=True``.
@@ -170,6 +196,16 @@ class MHLAConfig:
             "mixing_content": False, "local_margin": 0, "routed_blocks": 0, "center_keys": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
+
+    def linear(self) -> MHLAConfig:
+        """Return the settings as plain linear attention, over one block: without window and block of others.
+
+        With ``local="only"`` that is softmax attention, see there.
+        """
+        local = WINDOW_ONLY if self.local == WINDOW_ONLY else None
+        return dataclasses.replace(
+            self, blocks=1, extra_block=False, local=local, local_margin=0, routed_blocks=0
+        )
 
     def __repr__(self) -> str:
         """Name what is not the default, and the blocks: a line that gives the config again."""
@@ -184,11 +220,14 @@ class MHLAConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def _is_left_out(self, setting: dataclasses.Field[Any]) -> bool:
-        return "later" in setting.metadata and getattr(self, setting.name) == setting.default
+        without = None if setting.name == "local" else setting.default
+        return "later" in setting.metadata and getattr(self, setting.name) == without
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
         """Make a config of plain values, the inverse of :meth:`to_dict`.
+
+        Without ``local`` there is no window, as in what was stored before there were any.
 
         Raises:
             ValueError: for an unknown key, naming the known ones.
@@ -198,7 +237,7 @@ class MHLAConfig:
             raise ValueError(
                 f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
             )
-        return cls(**values)
+        return cls(**{"local": None, **values})
 
     def to_json(self) -> str:
         """Write the values of :meth:`to_dict` as JSON."""
@@ -240,6 +279,10 @@ def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout
     if isinstance(blocks, tuple):
         return BlockLayout(grid, blocks)
     return BlockLayout.with_num_blocks(grid, blocks)
+
+
+def _is_margin(value: object) -> bool:
+    return (_is_int(value) and value >= 0) or (isinstance(value, float) and 0 < value < 1)  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

@@ -25,7 +25,7 @@ from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
 from .config import WIDE_MAPS, WINDOW_ONLY
 from .hub import load_component_config
-from .ops import BlockLayout, exchanged_bytes, recommended_layout
+from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 
@@ -86,7 +86,7 @@ class Plan:
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
     grids: int = 1
-    local_margin: int | tuple[int, ...] = 0
+    local_margin: Margin = 0
     routed_blocks: int = 0
 
     def operator_flops(self, attention: str) -> int:
@@ -349,8 +349,10 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def _parts_of(config: MHLAConfig) -> dict[str, Any]:
     """Return what costs FLOPs in a linear layer beside its blocks, as fields of a :class:`Plan`."""
-    names = ("gate", "local", "feature_map", "local_margin", "routed_blocks")
-    return {**{name: getattr(config, name) for name in names}, "cpe": config.cpe is not None}
+    return {
+        "gate": config.gate, "cpe": config.cpe is not None, "feature_map": config.feature_map,
+        "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
+    }  # fmt: skip
 
 
 def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:

@@ -71,7 +71,10 @@ def _make(
     """Module with parameters away from their start, q, k and v, and what else it is called with."""
     torch.manual_seed(0)
     module = MHLA(
-        MHLAConfig(blocks=shape.blocks, **settings), heads=shape.heads, head_dim=shape.d, grid=shape.grid
+        MHLAConfig.paper(blocks=shape.blocks, **settings),
+        heads=shape.heads,
+        head_dim=shape.d,
+        grid=shape.grid,
     )
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.rand_like(parameter)
@@ -134,15 +137,15 @@ def _dense(
         window = apply_rotary_emb(q, turns), apply_rotary_emb(k, turns)
         turned = tuple(torch.cat((x, x), -1) for x in rotary) if config.feature_map in WIDE_MAPS else rotary
     options: dict[str, Any] = {"feature_map": module.operator_map, "rotary_emb": turned, "eps": config.eps}
-    if config.local is None:
+    if config.window is None:
         out = mhla_reference(*features, v, mixing, layout, **options)
     else:
         # The window alone is an open gate: sigmoid(inf) = 1.
         weight = torch.full_like(q[0, :, 0, 0], torch.inf) if module.local is None else module.local
-        form = "gate" if config.local == WINDOW_ONLY else config.local
+        form = "gate" if config.window == WINDOW_ONLY else config.window
         out = mhla_local_reference(
             *features, v, mixing, layout, window=window, weight=weight, form=form,
-            margin=config.local_margin, chosen=chosen, **options,
+            margin=config.margin, chosen=chosen, **options,
         )  # fmt: skip
     return out.transpose(1, 2).flatten(2)
 

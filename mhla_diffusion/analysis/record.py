@@ -218,8 +218,8 @@ def _analyze_layer(
         options = {"feature_map": module.operator_map, "eps": module.config.eps}
         features = module.features(q, k, key_mask)
         kind = "linear" if module.mixing is None else "mhla"
-        if module.config.local is not None:
-            alone = module.config.local == WINDOW_ONLY and math.prod(layout.blocks) == 1
+        if module.config.window is not None:
+            alone = module.config.window == WINDOW_ONLY and math.prod(layout.blocks) == 1
             kind = "softmax" if alone else "local"
         if module.mixing is not None:
             start = initial_mixing(layout, module.config.mixing_init)
@@ -262,7 +262,7 @@ def _window_of(module: nn.Module, head: int) -> dict[str, Any]:
     weight = None if module.local is None else module.local[head : head + 1].double()
     config = module.config
     return {
-        "form": config.local, "weight": weight, "margin": config.local_margin, "routes": config.routed_blocks,
+        "form": config.window, "weight": weight, "margin": config.margin, "routes": config.routed_blocks,
     }  # fmt: skip
 
 

@@ -151,7 +151,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         layer.layer_number = number  # for who goes over the layers, whatever they are called
         if kind != self.stock_attention:
             if kind == "linear":
-                config = dataclasses.replace(config, blocks=1, extra_block=False)
+                config = config.linear()
             processor = MHLAAttnProcessor(
                 config, heads=layer.heads, head_dim=layer.inner_dim // layer.heads, grid=plan.grid,
                 query_dim=layer.to_q.in_features,

@@ -99,7 +99,7 @@ class MHLAAttnProcessor(MHLA):
 
         projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
-        cheap = self.config.local != WINDOW_ONLY  # softmax over many tokens costs more than a projection
+        cheap = self.config.window != WINDOW_ONLY  # softmax over many tokens costs more than a projection
         if extras and cheap and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the

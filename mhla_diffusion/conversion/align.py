@@ -53,7 +53,7 @@ def default_candidates(grid: Sequence[int]) -> dict[str, MHLAConfig]:
     The window is each block, or each block with half of another around it. All have learned features and
     centred keys, which convert best.
     """
-    base = MHLAConfig(blocks=1, feature_map="hedgehog", center_keys=True)
+    base = MHLAConfig.paper(blocks=1, feature_map="hedgehog", center_keys=True)
     layout = recommended_layout(tuple(grid))
     if layout.num_blocks == 1:
         return {"linear": base}

@@ -77,7 +77,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
             changed.append((weights, weights.detach().clone()))
-            off = _ALL if module.config.local == "gate" else -_ALL
+            off = _ALL if module.config.window == "gate" else -_ALL
             weights.data.fill_(off if branch == "linear" else 1 / weights.shape[-1])
     try:
         yield len(undo) + len(changed)

@@ -99,7 +99,7 @@ def convert(model: Any, config: Any, *, attention: Any = "mhla") -> tuple[Any, d
             f"attention mhla or linear: {known}"
         )
     if attention == "linear":
-        config = {**(config.to_dict() if isinstance(config, MHLAConfig) else config or {}), "blocks": 1}
+        config = (config if isinstance(config, MHLAConfig) else MHLAConfig.from_dict(config or {})).linear()
     settings = {**model.config.to_dict(), "mhla_config": config}
     settings.pop("model_type")
     with init_empty_weights():
@@ -125,7 +125,7 @@ def settings_of(config: Any, **changes: Any) -> MHLAConfig:
     Raises:
         ValueError: for settings that cannot be, or layers that the model does not have.
     """
-    chosen = config.mhla_config or {}
+    chosen = MHLAConfig() if config.mhla_config is None else config.mhla_config
     settings = chosen if isinstance(chosen, MHLAConfig) else MHLAConfig.from_dict(dict(chosen))
     settings = dataclasses.replace(settings, **changes)
     if outside := [layer for layer in settings.layers or () if layer >= config.num_hidden_layers]:

@@ -3,7 +3,7 @@
 from . import decompositions  # noqa: F401 (they register themselves)
 from .causal import MHLAState, mhla_causal
 from .features import FEATURE_MAPS, NORMALIZERS, apply_rotary_emb
-from .layout import BlockLayout, recommended_layout
+from .layout import BlockLayout, Margin, recommended_layout
 from .mhla import mhla
 from .mixing import (
     MIXING_STARTS,
@@ -29,6 +29,7 @@ __all__ = [
     "NORMALIZERS",
     "BlockLayout",
     "MHLAState",
+    "Margin",
     "apply_rotary_emb",
     "block_distances",
     "causal_mixing",

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tokens around a block, integers, or floats for shares of its side; one along each axis, or for all of them.
+Margin = int | float | tuple[int | float, ...]
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -117,13 +120,12 @@ class BlockLayout:
             index = index[..., None] * count + _axis_positions(tokens, count, device)[0]
         return F.pad(index.flatten(), self.extra or (0, 0), value=math.prod(self.blocks))
 
-    def reach(
-        self, margin: int | tuple[int, ...], device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def reach(self, margin: Margin, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Find the tokens of each block and of a margin around it, as far as the grid goes.
 
         Args:
-            margin: tokens beyond the block on each side, along each axis or for all of them.
+            margin: tokens beyond the block on each side, along each axis or for all of them; a float is a
+                share of the side of the largest block.
 
         Returns:
             Which tokens, int64 ``[M, m]``, m those of the largest block with its margin, and which of these
@@ -148,14 +150,17 @@ class BlockLayout:
             token, there = token.flatten(2).flatten(0, 1), there.flatten(2).flatten(0, 1)
         return token, there
 
-    def reach_size(self, margin: int | tuple[int, ...]) -> int:
+    def reach_size(self, margin: Margin) -> int:
         """m of :meth:`reach`: places of the largest block with its margin, no more than the grid has."""
         sides = zip(self.grid, self.block_shape, self.margins(margin), strict=True)
         return math.prod(min(size + 2 * beyond, tokens) for tokens, size, beyond in sides)
 
-    def margins(self, margin: int | tuple[int, ...]) -> tuple[int, ...]:
-        """Return a margin along each axis."""
-        return margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
+    def margins(self, margin: Margin) -> tuple[int, ...]:
+        """Return a margin along each axis in tokens, of one that may be in sides of the largest block."""
+        each = margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
+        sides = zip(each, self.block_shape, strict=True)
+        # To the nearest token, half a token up: a quarter of 2 is 1, and of a single frame none.
+        return tuple(x if isinstance(x, int) else math.floor(x * side + 0.5) for x, side in sides)
 
     def pack(self, x: Tensor) -> Tensor:
         """Grid order to blocks.

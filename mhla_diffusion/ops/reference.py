@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .composite import counted
 from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi, turn_all
-from .layout import BlockLayout
+from .layout import BlockLayout, Margin
 
 
 def mhla_reference(
@@ -67,7 +67,7 @@ def mhla_local_reference(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
-    margin: int | tuple[int, ...] = 0,
+    margin: Margin = 0,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window as dense attention: the measure of :func:`mhla_diffusion.ops.mhla_local`.
@@ -100,13 +100,13 @@ def mhla_local_reference(
     return (near @ v + far) / torch.where(sums == 0, 1.0, sums)
 
 
-def _near(layout: BlockLayout, margin: int | tuple[int, ...]) -> Tensor:
+def _near(layout: BlockLayout, margin: Margin) -> Tensor:
     """Which tokens of the grid lie in the block of a token or at most a margin from it, bool ``[N, N]``."""
     block = BlockLayout(layout.grid, layout.blocks).block_index()
     same = block[:, None] == block
     axes = torch.meshgrid(*(torch.arange(n) for n in layout.grid), indexing="ij")
     place = torch.stack(axes, -1).flatten(0, -2)  # [N, axes]
-    margins = torch.tensor(margin).expand(len(layout.grid))
+    margins = torch.tensor(layout.margins(margin))
     offset = (place[:, None] - place).abs()  # [N, N, axes]
     # Along each axis the distance of a token from a block is that from the nearest token of it.
     distance = torch.stack([offset[members].amin(0) for members in same])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .features import RotaryEmbedding, check_key_mask
-from .layout import BlockLayout
+from .layout import BlockLayout, Margin
 from .mhla import mhla
 from .operators import as_autocast
 from .routing import NOTHING, joined, routed_attention
@@ -32,7 +32,7 @@ def mhla_local(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
-    margin: int | tuple[int, ...] = 0,
+    margin: Margin = 0,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """MHLA with a softmax window: queries see the keys of their own block sharply, others by summaries.
@@ -92,7 +92,7 @@ def window_attention(
     layout: BlockLayout,
     *,
     key_mask: Tensor | None = None,
-    margin: int | tuple[int, ...] = 0,
+    margin: Margin = 0,
     chosen: Tensor | None = None,
     rest: tuple[Tensor, Tensor] | None = None,
     causal: bool = False,
@@ -145,13 +145,13 @@ def _apart(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
-    margin: int | tuple[int, ...],
+    margin: Margin,
     rest: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Attend in the blocks of the grid and, apart, in that of extra tokens, which may be far larger."""
     inside = layout.grid_tokens
 
-    def attend(tokens: Tensor | slice, part: BlockLayout, margin: int | tuple[int, ...] = 0) -> Tensor:
+    def attend(tokens: Tensor | slice, part: BlockLayout, margin: Margin = 0) -> Tensor:
         few = None if rest is None else (rest[0][:, :, tokens], rest[1][:, :, tokens])
         counts = None if key_mask is None else key_mask[:, tokens]
         query, key, value = (x[:, :, tokens] for x in (q, k, v))

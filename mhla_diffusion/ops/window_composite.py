@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import BlockLayout
+from .layout import BlockLayout, Margin
 from .routing import NOTHING, counted_keys, without_mean
 
 # Where the backward of softmax attention on few keys is slower in 16 bits than in float32: 128 blocks of 64
@@ -23,7 +23,7 @@ def softmax_in_blocks(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
-    margin: int | tuple[int, ...],
+    margin: Margin,
     rest: tuple[Tensor, Tensor] | None,
     *,
     causal: bool = False,
@@ -52,7 +52,7 @@ def softmax_of_scores(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
-    margin: int | tuple[int, ...],
+    margin: Margin,
     rest: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Return the same, differentiable any number of times; scores are held in memory."""
@@ -99,13 +99,13 @@ def _with_one_more(
 
 
 def _keys_of_blocks(
-    k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None, margin: int | tuple[int, ...]
+    k: Tensor, v: Tensor, layout: BlockLayout, key_mask: Tensor | None, margin: Margin
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values of each block with its margin, ``[B, H, M, n, d]``, and which of them count.
 
     The last is bool ``[1 or B, 1, M, n]``, or None where all do.
     """
-    if margin in (0, (0,) * len(layout.grid)):
+    if not any(layout.margins(margin)):
         whole = layout.is_even and key_mask is None
         return layout.pack(k), layout.pack(v), None if whole else counted_keys(layout, key_mask, k.device)
     token, there = layout.reach(margin, k.device)

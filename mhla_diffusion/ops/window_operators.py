@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import has_kernels
-from .layout import BlockLayout
+from .layout import BlockLayout, Margin
 from .operators import differentiate, layout_of, operator
 from .tiled import empty_in_order_of, new_gradient
 from .window_composite import softmax_of_scores
@@ -40,7 +40,7 @@ def fused_window(
     v: Tensor,
     layout: BlockLayout,
     key_mask: Tensor | None,
-    margin: int | tuple[int, ...],
+    margin: Margin,
     rest: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Return the output of :func:`mhla_diffusion.ops.window_attention` on a grid without extra tokens."""

@@ -6,6 +6,7 @@ the SHA-256 of its files, see :mod:`mhla_diffusion.files.sums`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 from accelerate.utils.other import load
 
+from ..config import AUTO_WINDOW, MHLAConfig
 from ..files.sums import SUMS, damaged_files, record_all
 from ..files.writing import remove_partial, remove_unfinished
 from .config import flat_dict, forbidden_changes
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = "checkpoints"
 _RECORD = "run.json"
+# Since 2 models have the window "auto" where nothing else is said.
+_FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
 # What a run writes before its first checkpoint.
 _BEGINNING = {"config.yaml", "metrics.jsonl", "logs", "samples", "not-finite", _FOLDER}
@@ -75,7 +79,7 @@ def write_record(
         num_processes: of the run.
         data: fingerprint of its data; None when they have none.
     """
-    record = {"config": config, "num_processes": num_processes, "data": data}
+    record = {"config": config, "num_processes": num_processes, "data": data, "format": _FORMAT}
     (folder / _RECORD).write_text(json.dumps(record, indent=2))
     record_all(folder)
 
@@ -114,12 +118,28 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
         _require_room(output_dir, resume)
         return None
     saved = _read_record(checkpoint)
-    if changes := forbidden_changes(saved["config"], config):
+    if changes := forbidden_changes(saved["config"], as_it_began(config, checkpoint)):
         raise ValueError(
             f"{checkpoint} was written with another config, and these keys cannot change on the way:\n  "
             + "\n  ".join(changes)
         )
     return checkpoint
+
+
+def as_it_began(config: Any, checkpoint: Path) -> Any:
+    """Return the config of a run that goes on: a window that is "auto" is none where there was none before.
+
+    Args:
+        config: dataclass of the run.
+        checkpoint: to go on from.
+    """
+    before = _read_record(checkpoint)["config"].get("model") or {}
+    settings = before.get("mhla") or {}
+    mhla = getattr(getattr(config, "model", None), "mhla", None) or MHLAConfig()
+    if settings.get("local", AUTO_WINDOW) is not None or mhla.local != AUTO_WINDOW:
+        return config
+    model = dataclasses.replace(config.model, mhla=dataclasses.replace(mhla, local=None))
+    return dataclasses.replace(config, model=model)
 
 
 def saved_num_processes(checkpoint: Path) -> int:
@@ -206,8 +226,11 @@ def load_errors(path: Path) -> Iterator[None]:
 def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / _RECORD).read_text())
-        known = {name: record[name] for name in ("config", "num_processes")}
-        return {**known, "data": record.get("data")}  # earlier versions wrote no fingerprint
+        config, model = record["config"], record["config"].get("model")
+        if record.get("format", 1) < 2 and model is not None and model["init_from"] is None:
+            config = {**config, "model": {**model, "mhla": {"local": None, **(model.get("mhla") or {})}}}
+        data = record.get("data")  # earlier versions wrote no fingerprint
+        return {"config": config, "num_processes": record["num_processes"], "data": data}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint / _RECORD} is damaged ({type(error).__name__}): go on from another one"

@@ -14,7 +14,7 @@ from ..backbones.quantised import require_not_quantised
 from ..files.locking import only_writer
 from ..hub import component_subfolder
 from ..processes import in_first_process, one_fate
-from .checkpoints import find_checkpoint
+from .checkpoints import as_it_began, find_checkpoint
 from .config import as_dict
 from .objectives import Distillation, build_objective
 from .settings import RunConfig
@@ -45,6 +45,8 @@ def train(config: RunConfig, *, resume: str | None = None, model: Any = None) ->
             return find_checkpoint(output_dir, resume, config)
 
         checkpoint = in_first_process(enter)
+        if checkpoint is not None:
+            config = as_it_began(config, checkpoint)
         set_seed(config.trainer.seed)
         objective = build_objective(config.objective)
         model, source, task = config.build(objective, model)
