@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .by_heads import attend_by_heads
 from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hedgehog import Hedgehog
 from .ops import (
@@ -80,7 +81,7 @@ class MHLA(nn.Module):
             )
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
-        self.head_dim, inner_dim = head_dim, heads * head_dim
+        self.heads, self.head_dim, inner_dim = heads, head_dim, heads * head_dim
         size: tuple[int, ...] = tuple(
             x.num_blocks + config.extra_block for x in (layout, key_layout or layout)
         )
@@ -231,8 +232,9 @@ class MHLA(nn.Module):
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
             group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
-                it and ``extra`` tokens of its own, of which all other tensors are then. See
-                :func:`mhla_diffusion.ops.mhla_parallel`.
+                it and ``extra`` tokens of its own, of which all other tensors are then. They exchange
+                summaries, see :func:`mhla_diffusion.ops.mhla_parallel`; or, see :attr:`needs_all_tokens`,
+                tokens for heads, whose number they then have to divide.
 
         Returns:
             ``[B, N, H d]``.
@@ -249,7 +251,36 @@ class MHLA(nn.Module):
                 f"normalizer 'none' without output_norm sums over {_MOST_SUMMED_IN_FLOAT16} tokens or more; "
                 "float16 holds no more than 65,504: use bfloat16 or float32"
             )
+        settings: dict[str, Any] = {
+            "grid": grid, "extra": extra, "key_grid": key_grid, "rotary_emb": rotary_emb,
+            "key_mask": key_mask, "group": group,
+        }  # fmt: skip
+        by_heads = group is not None and self.needs_all_tokens
+        out, beside = (attend_by_heads if by_heads else MHLA.attend)(self, q, k, v, **settings)
+        out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
+        # Behind norm and gate, as in the public reference code.
+        return out if beside is None else out + beside.transpose(1, 2).flatten(2)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: tuple[int, ...],
+        extra: tuple[int, int] | None = None,
+        key_grid: tuple[int, ...] | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        key_mask: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as :meth:`forward` does before the gate, whose arguments these are.
+
+        Returns:
+            ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
+        """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
+        beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
         q, k = self.normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
@@ -275,11 +306,7 @@ class MHLA(nn.Module):
         )  # fmt: skip
         if self.norm is not None:
             out = _normed(out, self.norm).to(v.dtype) if before_norm else _normed(out, self.norm)
-        out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
-        if self.cpe is not None:
-            # Behind norm and gate, as in the public reference code.
-            out = out + _convolve(self.cpe, v, layout)
-        return out
+        return out, beside
 
     def _turns(self, rotary_emb: RotaryEmbedding | None) -> RotaryEmbedding | None:
         """Rotary tables of the features: both halves of wide ones turn alike."""
@@ -297,9 +324,10 @@ class MHLA(nn.Module):
 
     @property
     def needs_all_tokens(self) -> bool:
-        """Return True where parts beside the operator read the tokens of other ranks."""
+        """Return True where more than summaries is read of the tokens of other ranks."""
         content = self.strength is not None or self.config.center_keys
-        return self.cpe is not None or self.config.window is not None or content
+        paired = self.config.normalizer == "official"
+        return self.cpe is not None or self.config.window is not None or content or paired
 
     @property
     def operator_map(self) -> str:
@@ -362,11 +390,8 @@ class MHLA(nn.Module):
         self, layout: BlockLayout, key_layout: BlockLayout | None, group: dist.ProcessGroup
     ) -> Callable[..., Tensor]:
         """The operator over the ranks of a group."""
-        if key_layout is not None or self.needs_all_tokens:
-            raise ValueError(
-                "over ranks MHLA has no cross-attention, no convolution on v (cpe), no local window, no "
-                "mixing_content and no center_keys, which would read the tokens of other ranks"
-            )
+        if key_layout is not None:
+            raise ValueError("over ranks MHLA has no cross-attention: leave key_grid or the group out")
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         share, longer = divmod(math.prod(layout.grid), ranks)
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
@@ -437,7 +462,7 @@ def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:
-    """A convolution over the grid of tokens ``[B, H, N, d]``; returns ``[B, N, H d]``, 0 for extra tokens."""
+    """A convolution over the grid of tokens ``[B, H, N, d]``, 0 for extra tokens."""
     on_grid = v[:, :, layout.grid_tokens]
     images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
     # Weights in float32 are not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Others
@@ -445,7 +470,7 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
     autocast, in_float32 = torch.is_autocast_enabled(v.device.type), conv.weight.dtype == torch.float32
     dtype = torch.float32 if autocast and in_float32 else v.dtype
     with torch.autocast(v.device.type, enabled=autocast and not in_float32):
-        out = conv(images.to(dtype)).flatten(2).transpose(1, 2).to(v.dtype)
+        out = conv(images.to(dtype)).flatten(2).unflatten(1, (v.shape[1], -1)).mT.to(v.dtype)
     return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 
 

@@ -30,8 +30,45 @@ def test_config_prints_what_was_chosen() -> None:
 
 
 def test_settings_that_came_later_are_written_where_they_are_used() -> None:
-    assert {"local", "center_keys", "mixing_relative", "mixing_content"}.isdisjoint(MHLAConfig().to_dict())
+    assert {"local", "center_keys", "mixing_relative", "mixing_content"}.isdisjoint(
+        MHLAConfig.paper().to_dict()
+    )
     assert MHLAConfig(local="gate").to_dict()["local"] == "gate"
+
+
+def test_new_models_have_a_window_and_stored_ones_what_they_had() -> None:
+    assert (MHLAConfig().window, MHLAConfig().margin) == ("shared", 0.25)
+    assert MHLAConfig().to_dict()["local"] == "auto"
+    assert MHLAConfig.from_dict({}).window is None
+    assert MHLAConfig.from_dict({}) == MHLAConfig.paper() != MHLAConfig()
+    assert MHLAConfig.from_dict({"local": "shared"}).margin == 0
+    assert MHLAConfig(local_margin=2).margin == 2
+    assert MHLAConfig(local="shared").margin == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blocks": 1},
+        {"blocks": (1, 1)},
+        {"normalizer": "official"},
+        {"normalizer": "none"},
+        {"key_blocks": 4},
+    ],
+    ids=str,
+)
+def test_what_can_have_no_window_has_none_by_default(settings: dict[str, Any]) -> None:
+    config = MHLAConfig(**settings)
+    assert (config.window, config.margin) == (None, 0)
+    assert MHLAConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"local_margin=2 is what the softmax window sees"):
+        MHLAConfig(**settings, local_margin=2)
+
+
+def test_linear_attention_keeps_what_it_can_have() -> None:
+    config = MHLAConfig(cpe="zero", extra_block=True, local="gate", local_margin=1, routed_blocks=2)
+    assert config.linear() == MHLAConfig.paper(blocks=1, cpe="zero")
+    assert MHLAConfig(local="only", gate=True).linear() == MHLAConfig(blocks=1, local="only", gate=True)
 
 
 def test_config_is_frozen() -> None:
@@ -54,7 +91,13 @@ def test_config_is_frozen() -> None:
         ({"mixing_init": "random"}, r"mixing_init must be one of"),
         ({"constraint": "sigmoid"}, r"constraint must be one of"),
         ({"cpe": "random"}, r"cpe must be one of None, 'zero', 'identity'"),
-        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', 'only', got 'sum'"),
+        ({"local": "sum"}, r"local must be one of None, 'shared', 'gate', 'only', 'auto', got 'sum'"),
+        (
+            {"local": "gate", "local_margin": 1.5},
+            r"local_margin must be an integer >= 0 \(tokens\) or a number",
+        ),
+        ({"local": "gate", "local_margin": (1, -1)}, r"local_margin must be .* got \(1, -1\)"),
+        ({"local": "gate", "local_margin": True}, r"local_margin must be .* got True"),
         ({"local": "gate", "blocks": 1}, r"local 'gate' needs normalizer 'paper' and several blocks"),
         ({"local": "gate", "normalizer": "none"}, r"got normalizer 'none' and blocks 16"),
         ({"local": "gate", "key_blocks": 2}, r"local is for self-attention"),

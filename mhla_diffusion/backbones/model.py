@@ -234,28 +234,32 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
 
         With a :class:`diffusers.ContextParallelConfig` each rank holds a share of the tokens. Whatever its
         degrees are called, ranks exchange key/value summaries only, see
-        :func:`mhla_diffusion.ops.mhla_parallel`. Token numbers that the ranks do not divide need
-        ``ulysses_anything=True``.
+        :func:`mhla_diffusion.ops.mhla_parallel`; or, where a softmax window, a convolution on v, content,
+        centred keys or the normalizer ``"official"`` need the tokens of other ranks, tokens for heads
+        (Ulysses). Token numbers that the ranks do not divide need ``ulysses_anything=True``.
 
         Raises:
-            ValueError: for layers with softmax attention or a softmax window, a convolution on v, centred
-                keys, or the normalizer ``"official"``, which need the tokens of other ranks.
+            ValueError: for layers with stock attention, and ranks that do not divide the heads where tokens
+                are exchanged.
         """
-        if getattr(config, "context_parallel_config", config) and not isinstance(
-            config, TensorParallelConfig
-        ):
-            self._check_context_parallel()
+        spread = getattr(config, "context_parallel_config", config)
+        if spread and not isinstance(config, TensorParallelConfig):
+            self._check_context_parallel((spread.ulysses_degree or 1) * (spread.ring_degree or 1))
         super().enable_parallelism(config=config, cp_plan=cp_plan)
 
-    def _check_context_parallel(self) -> None:
-        mhla = [module for module in self.modules() if isinstance(module, MHLA)]
-        if self.stock_attention in self.layer_attention or any(
-            module.needs_all_tokens or module.config.normalizer == "official" for module in mhla
-        ):
+    def _check_context_parallel(self, ranks: int) -> None:
+        if self.stock_attention in self.layer_attention:
             raise ValueError(
-                "context parallelism needs linear attention in every layer, without cpe, local and "
-                f"center_keys, and with normalizer 'paper' or 'none'; this model has "
-                f"{', '.join(self.layer_attention)} and mhla_config {self.config.mhla_config}"
+                "context parallelism needs linear attention or MHLA in every layer; this model has "
+                f"{', '.join(self.layer_attention)}"
+            )
+        modules = [module for module in self.modules() if isinstance(module, MHLA)]
+        heads = [mhla.heads for mhla in modules if mhla.needs_all_tokens and mhla.heads % ranks]
+        if heads:
+            raise ValueError(
+                f"{ranks} ranks do not divide {heads[0]} heads, as they have to where windows, cpe, "
+                "mixing_content, center_keys or the normalizer 'official' need all tokens: take another "
+                f"number of ranks, or a model without these; mhla_config is {self.config.mhla_config}"
             )
 
     @classmethod

@@ -20,10 +20,10 @@ from .cases import CASES, Case, sample
 PLANNED = [name for name, case in CASES.items() if case.model._cp_plan and name != "LTXVideo"]
 
 
-def compare(rank: int, name: str) -> None:
+def compare(rank: int, name: str, mhla: dict[str, Any]) -> None:
     case = CASES[name]
     torch.manual_seed(0)
-    model = case.make(mhla={"gate": True})
+    model = case.make(mhla=mhla)
     # Of 2 x 8 tokens in 2 x 2 blocks each rank has one row of every block.
     inputs = case.inputs(model, case.grids[1])
     expected = sample(model, inputs)
@@ -52,37 +52,78 @@ def compare(rank: int, name: str) -> None:
             torch.testing.assert_close(total, reference, rtol=1e-3, atol=1e-4)
 
 
-def compare_unequal_shares(rank: int) -> None:
-    """Of 15 tokens, by the module alone: diffusers spreads them unequally on a GPU only."""
-    torch.manual_seed(0)
-    module = MHLA(MHLAConfig(blocks=(2, 2), qk_norm=True, output_norm=True), heads=2, head_dim=6, grid=(3, 5))
-    q, k, v = torch.randn(3, 1, 2, 15, 6)
-    expected = module(q, k, v, grid=(3, 5)).tensor_split(2, 1)[rank]
-    q, k, v = (x.tensor_split(2, 2)[rank] for x in (q, k, v))
-    found = module(q, k, v, grid=(3, 5), group=dist.group.WORLD)
-    torch.testing.assert_close(found, expected)
+# What looks at all tokens is computed by heads.
+FORMS: dict[str, dict[str, Any]] = {
+    "summaries": {"qk_norm": True, "output_norm": True},
+    "window": {"mixing_per_head": True, "local": "gate", "local_margin": 1, "cpe": "identity"},
+    "extra": {
+        "extra_block": True, "feature_map": "hedgehog", "mixing_content": True, "mixing_relative": True,
+    },
+    "official": {"normalizer": "official", "center_keys": True},
+    "alone": {"local": "only", "routed_blocks": 1},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_two_ranks_equal_one_process(run_processes: Callable[..., None], name: str) -> None:
-    run_processes(compare, 2, name)
-
-
-def test_two_unequal_shares_equal_the_whole(run_processes: Callable[..., None]) -> None:
-    run_processes(compare_unequal_shares, 2)
+def compare_forms(rank: int) -> None:
+    """By the module alone, of 15 tokens: diffusers spreads them unequally on a GPU only."""
+    for name, settings in FORMS.items():
+        torch.manual_seed(0)
+        grid, blocks = ((4, 4), (2, 2)) if name == "official" else ((3, 5), (2, 2))
+        module = MHLA(MHLAConfig.paper(blocks=blocks, **settings), heads=4, head_dim=6, grid=grid)
+        for parameter in module.parameters():
+            torch.nn.init.uniform_(parameter, 0.1, 1)
+        number = math.prod(grid)
+        extras = [(1, 2), (0, 0)] if module.config.extra_block else None
+        shares = list(torch.arange(number).tensor_split(2))
+        if extras is not None:  # tokens 15 and on
+            shares[0] = torch.cat((torch.tensor([number]), shares[0], torch.arange(number + 1, number + 3)))
+        tokens = number + (0 if extras is None else 3)
+        tensors = [x.requires_grad_() for x in torch.randn(3, 2, 4, tokens, 6).unbind()]
+        angles, mask = torch.rand(2, 4, tokens, 3), torch.rand(2, tokens) > 0.2
+        own, whole, mine = shares[rank], {}, {}
+        if name != "official":
+            whole = {"key_mask": mask, "rotary_emb": (angles.cos(), angles.sin())}
+            tables = angles[:, :, own]
+            mine = {"key_mask": mask[:, own], "rotary_emb": (tables.cos(), tables.sin())}
+        expected = module(*tensors, grid=grid, extra=extras and (0, 3), **whole)
+        cotangent = torch.randn_like(expected)
+        weights = list(module.parameters())
+        references = torch.autograd.grad(expected, [*tensors, *weights], cotangent)
+        parts = [x.detach()[:, :, own].requires_grad_() for x in tensors]
+        found = module(
+            *parts, grid=grid, extra=extras and extras[rank], group=dist.group.WORLD, **mine
+        )  # fmt: skip
+        torch.testing.assert_close(found, expected[:, own])
+        gradients = torch.autograd.grad(found, [*parts, *weights], cotangent[:, own])
+        for gradient, reference in zip(gradients[:3], references[:3], strict=True):
+            torch.testing.assert_close(gradient, reference[:, :, own])
+        for gradient, reference in zip(gradients[3:], references[3:], strict=True):
+            total = gradient.clone()
+            dist.all_reduce(total)
+            torch.testing.assert_close(total, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda case: {"attention": ["mhla", case.stock_kind]},
-        lambda case: {"mhla": {"cpe": "zero"}},
-        lambda case: {"mhla": {"normalizer": "official"}},
-    ],
-    ids=["stock layer", "cpe", "official"],
+    "mhla", [{"gate": True}, {"gate": True, "local": "auto"}], ids=["summaries", "heads"]
 )
-def test_what_needs_the_tokens_of_other_ranks_is_refused(
-    case: Case, change: Callable[[Case], dict[str, Any]]
+@pytest.mark.parametrize("name", PLANNED)
+def test_two_ranks_equal_one_process(
+    run_processes: Callable[..., None], name: str, mhla: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="context parallelism needs linear attention in every layer"):
-        case.make(**change(case)).enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    run_processes(compare, 2, name, mhla)
+
+
+def test_forms_over_unequal_shares_equal_the_whole(run_processes: Callable[..., None]) -> None:
+    run_processes(compare_forms, 2)
+
+
+def test_stock_layers_are_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match="context parallelism needs linear attention or MHLA in every layer"):
+        case.make(attention=["mhla", case.stock_kind]).enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=2)
+        )
+
+
+def test_heads_that_ranks_do_not_divide_are_refused_where_tokens_are_exchanged(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"3 ranks do not divide 2 heads, as they have to where windows"):
+        case.make(mhla={"cpe": "zero"}).enable_parallelism(config=ContextParallelConfig(ulysses_degree=3))

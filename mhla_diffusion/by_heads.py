@@ -1,0 +1,80 @@
+"""MHLA over ranks that exchange the tokens of all heads for some heads of all tokens, and back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .ops.exchange import Exchange
+from .ops.features import RotaryEmbedding, turn_all
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def attend_by_heads(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    extra: tuple[int, int] | None,
+    rotary_emb: RotaryEmbedding | None,
+    key_mask: Tensor | None,
+    group: dist.ProcessGroup,
+    **grids: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with some heads of a :class:`mhla_diffusion.MHLA` to the tokens of all ranks.
+
+    Takes and returns what :meth:`mhla_diffusion.MHLA.attend` does, of the tokens of this rank. Gradients of
+    weights are the part of this rank's heads: add them up over the group.
+
+    Raises:
+        ValueError: when the ranks do not divide the heads.
+    """
+    exchange = Exchange.of(group, k.shape[2], k.device)
+    heads = exchange.heads(q.shape[1])
+    order, number = exchange.grid_first(extra, k.device)
+    tensors = exchange.to_heads(torch.cat((q, k, v), -1)).index_select(2, order)
+    if rotary_emb is not None:
+        tables = (exchange.all_tokens(x, -2) for x in turn_all(rotary_emb, k.shape[2], extra))
+        cos, sin = (x.index_select(-2, order) for x in tables)
+        each = (..., heads, slice(None), slice(None)) if cos.ndim > 2 and cos.shape[-3] > 1 else ...
+        rotary_emb = cos[each], sin[each]
+    if key_mask is not None:  # as bytes: not every backend sends booleans
+        key_mask = exchange.all_tokens(key_mask.byte(), 1).bool().index_select(1, order)
+    found = _of_heads(module, heads).attend(
+        *tensors.split([x.shape[-1] for x in (q, k, v)], -1),
+        extra=None if extra is None else (0, number), rotary_emb=rotary_emb, key_mask=key_mask, **grids,
+    )  # fmt: skip
+    parts = [x for x in found if x is not None]
+    together = exchange.to_tokens(torch.cat(parts, -1).index_select(2, order.argsort()))
+    out, *beside = together.split([x.shape[-1] for x in parts], -1)
+    return out, beside[0] if beside else None
+
+
+def _of_heads(module: Any, heads: slice) -> Any:
+    """Some heads of an MHLA: a module with slices of its weights, through which gradients reach these."""
+    part = _with_slices(module, heads, () if module.config.mixing_per_head else ("mixing",))
+    channels = slice(heads.start * module.head_dim, heads.stop * module.head_dim)
+    shares = {"feature_q": heads, "feature_k": heads, "cpe": channels}
+    part._modules = {
+        name: _with_slices(child, shares[name]) if name in shares and child is not None else child
+        for name, child in module._modules.items()
+    }
+    if part.cpe is not None:
+        part.cpe.groups = channels.stop - channels.start
+    return part
+
+
+def _with_slices(module: _Module, share: slice, whole: tuple[str, ...] = ()) -> _Module:
+    """A module whose parameters, but the whole ones, are slices along their first axis."""
+    part = object.__new__(type(module))
+    part.__dict__.update(module.__dict__)
+    part._parameters = {
+        name: value if value is None or name in whole else value[share]  # type: ignore[misc]
+        for name, value in module._parameters.items()
+    }
+    return part
