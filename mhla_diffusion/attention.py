@@ -485,6 +485,7 @@ def _attend_in_blocks(
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
         return window_attention(q, k, v, layout, key_mask=key_mask, **wider).to(v.dtype)
+    k, v = counted(k, key_mask), counted(v, key_mask)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

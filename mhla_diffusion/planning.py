@@ -190,8 +190,11 @@ class Plan:
         return 4 * tokens * self.heads * self.head_dim * self.dtype.itemsize
 
     def exchange_bytes(self, attention: str) -> int:
-        """Bytes that parallel ranks exchange in a layer: q, k, v and output, or the float32 summaries."""
-        if attention == "softmax":
+        """Bytes that parallel ranks exchange in a layer: float32 summaries, or q, k, v and the output.
+
+        Those of softmax, a window and a convolution on v, which need the tokens of other ranks.
+        """
+        if attention == "softmax" or self.cpe or (self.local and attention == "mhla"):
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
@@ -228,7 +231,8 @@ def plan(
         blocks: number in all or along each axis; by default the model's own, else the recommended ones.
         gate: whether MHLA has an output gate; by default as in the model's config, else no.
         cpe: whether MHLA has the convolution on v; by default as in the model's config, else no.
-        local: whether MHLA has a softmax window; by default as in the model's config, else no.
+        local: whether MHLA has a softmax window; by default as in the model's config, else as in new models:
+            with a margin of a quarter of a block, where there are several.
         hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
         vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
@@ -260,14 +264,17 @@ def plan(
     given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
-    if local is not None:
-        settings["local"] = (settings["local"] or "shared") if local else None
+    if local is not None and local != (settings["local"] is not None):
+        chosen = _parts_of(MHLAConfig() if local else MHLAConfig.paper())
+        settings |= {name: chosen[name] for name in ("local", "local_margin", "routed_blocks")}
     if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
         settings["feature_map"] = "hedgehog" if hedgehog else "relu"
     if not 1 <= settings["linear_layers"] <= num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
+    if layout.num_blocks == 1 and settings["local"] != WINDOW_ONLY:
+        settings |= {"local": None, "local_margin": 0, "routed_blocks": 0}
     if transformer.extra_tokens:
         layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
@@ -483,7 +490,7 @@ def _table(plan: Plan) -> Iterator[str]:
     )
     dtype = str(plan.dtype).removeprefix("torch.")
     yield from section(
-        f"MB in a layer, {dtype} (linear attention and MHLA exchange key/value summaries, float32)",
+        f"MB in a layer, {dtype} (without windows and cpe ranks exchange key/value summaries, float32)",
         traffic,
         lambda value: _digits(value / 1e6),
     )

@@ -39,7 +39,7 @@ def make_module(
 
 @pytest.mark.parametrize("grid", [(4, 6), (3, 4, 5)], ids=str)
 def test_all_flags_together_by_hand(assert_close: AssertClose, grid: tuple[int, ...]) -> None:
-    config = MHLAConfig(blocks=(2,) * len(grid), cpe="identity", gate=True, output_norm=True)
+    config = MHLAConfig.paper(blocks=(2,) * len(grid), cpe="identity", gate=True, output_norm=True)
     module, (q, k, v), x = make_module(config, grid)
     assert module.cpe is not None
     assert module.gate is not None
@@ -58,8 +58,8 @@ def test_all_flags_together_by_hand(assert_close: AssertClose, grid: tuple[int, 
 
 @pytest.mark.parametrize("addition", [{"gate": True}, {"cpe": "zero"}], ids=str)
 def test_parts_for_fine_tuning_start_as_no_change(addition: dict[str, Any]) -> None:
-    plain, (q, k, v), x = make_module(MHLAConfig(blocks=4))
-    extended, _, _ = make_module(MHLAConfig(blocks=4, **addition))
+    plain, (q, k, v), x = make_module(MHLAConfig.paper(blocks=4))
+    extended, _, _ = make_module(MHLAConfig.paper(blocks=4, **addition))
     arguments: dict[str, Any] = {"grid": (4, 6), "hidden_states": x}
     torch.testing.assert_close(extended(q, k, v, **arguments), plain(q, k, v, **arguments))
 
@@ -106,11 +106,31 @@ def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() 
 
 
 def test_centred_keys_leave_out_what_is_masked() -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, center_keys=True))
+    module, (q, k, v), _ = make_module(MHLAConfig.paper(blocks=4, center_keys=True))
     mask = torch.rand(2, 24) < 0.7
     out = module(q, k, v, grid=(4, 6), key_mask=mask)
     shifted = torch.where(mask[:, None, :, None], k + 3, torch.nan)
     torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"local": "shared"}, {"local": "auto"}, {"local": "only"}, {"local": "gate", "routed_blocks": 1},
+        {"local": "only", "blocks": 1}, {"local": None}, {"local": None, "mixing_content": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_masked_keys_hold_does_not_matter(settings: dict[str, Any]) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(**{"blocks": 4, **settings}))
+    if module.strength is not None:
+        torch.nn.init.ones_(module.strength)
+    mask = torch.rand(2, 24) < 0.7
+    out = module(q, k, v, grid=(4, 6), key_mask=mask)
+    for_keys = mask[:, None, :, None]
+    again = module(q, k.where(for_keys, torch.nan), v.where(for_keys, torch.inf), grid=(4, 6), key_mask=mask)
+    torch.testing.assert_close(again, out)
+    assert not torch.allclose(module(q, k, v, grid=(4, 6)), out)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +224,9 @@ def test_without_constraint_mixing_is_free() -> None:
 
 
 def test_another_models_optimizer_does_not_break_a_graph() -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
+    module, (q, k, v), _ = make_module(MHLAConfig.paper(blocks=4))
     out = module(q, k, v, grid=(4, 6))
-    other, _, _ = make_module(MHLAConfig(blocks=4))
+    other, _, _ = make_module(MHLAConfig.paper(blocks=4))
     step_far_out(other, torch.optim.SGD)
     out.sum().backward()
     assert module.mixing is not None
@@ -214,7 +234,7 @@ def test_another_models_optimizer_does_not_break_a_graph() -> None:
 
 
 def test_a_grid_smaller_than_the_blocks_takes_each_token_for_a_block(assert_close: AssertClose) -> None:
-    module, _, _ = make_module(MHLAConfig(blocks=(4, 3), constraint="none"))
+    module, _, _ = make_module(MHLAConfig.paper(blocks=(4, 3), constraint="none"))
     q, k, v = torch.randn(3, 1, 2, 10, 6)
     layout = BlockLayout((2, 5), (2, 3))
     mixing = resize_mixing(module.mixing_matrix(), BlockLayout((4, 6), (4, 3)), layout)
@@ -230,7 +250,7 @@ def test_a_grid_smaller_than_the_blocks_takes_each_token_for_a_block(assert_clos
 
 
 def test_qk_norm_is_that_of_each_head(assert_close: AssertClose) -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, qk_norm=True))
+    module, (q, k, v), _ = make_module(MHLAConfig.paper(blocks=4, qk_norm=True))
     assert module.norm_q is not None
     assert module.norm_k is not None
     for norm in (module.norm_q, module.norm_k):
@@ -245,7 +265,7 @@ def test_qk_norm_is_that_of_each_head(assert_close: AssertClose) -> None:
 
 def test_norms_leave_heads_side_by_side_in_memory_and_change_no_bit() -> None:
     """What projections give is not copied to put heads before tokens."""
-    module, tensors, _ = make_module(MHLAConfig(blocks=4, qk_norm=True))
+    module, tensors, _ = make_module(MHLAConfig.paper(blocks=4, qk_norm=True))
     for norm in (module.norm_q, module.norm_k):
         assert norm is not None
         torch.nn.init.uniform_(norm.weight, 0.5, 2)

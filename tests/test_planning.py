@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_known_numbers(
     layer: float,
 ) -> None:
     """GFLOPs of the operator, its ratio and that of a layer, to the digits they are known to."""
-    found = plan(model, *size, blocks=blocks, gate=gate)
+    found = plan(model, *size, blocks=blocks, gate=gate, local=False)
     assert found.operator_flops("softmax") / 1e9 == pytest.approx(softmax, rel=4e-3)
     assert found.operator_flops("mhla") / 1e9 == pytest.approx(mhla_, rel=4e-3)
     assert found.speedups("mhla")["operator"] == pytest.approx(operator, abs=0.6)
@@ -111,7 +112,8 @@ def test_the_operator_does_what_is_planned(blocks: tuple[int, ...], tmp_path: Pa
     layout = BlockLayout((8, 4), blocks)
     heads, d = 3, 16
     config = {**DIT, "num_attention_heads": heads, "attention_head_dim": d}
-    planned = plan(save_config(DiTTransformer2DModel(**config), tmp_path), 128, 64, blocks=blocks)
+    folder = save_config(DiTTransformer2DModel(**config), tmp_path)
+    planned = plan(folder, 128, 64, blocks=blocks, local=False)
     assert planned.layout == layout
     q, k, v = (torch.zeros(1, heads, 32, d) for _ in range(3))
     mixing = locality_mixing(layout)
@@ -184,18 +186,22 @@ def test_parts_of_a_wan_layer_are_those_of_the_formulas(tmp_path: Path) -> None:
 
 
 def test_learned_features_and_windows_are_counted() -> None:
-    plain = plan("DiT-XL/2", 512, 512, blocks=16)
+    plain = plan("DiT-XL/2", 512, 512, blocks=16, local=False)
     tokens, heads, d = 32 * 32, 16, 72
     base = (4 * tokens + 2 * 16**2) * d**2 * heads
     assert plain.operator_flops("mhla") == base
-    learned = plain.with_config(MHLAConfig(blocks=16, feature_map="hedgehog"))
+    learned = plain.with_config(MHLAConfig.paper(feature_map="hedgehog"))
     assert learned.operator_flops("mhla") == 2 * base + 4 * tokens * d**2 * heads
-    windowed = plan("DiT-XL/2", 512, 512, blocks=16, local=True)
-    assert windowed == plain.with_config(MHLAConfig(blocks=16, local="shared"))
+    windowed = plain.with_config(MHLAConfig(blocks=16, local="shared"))
     assert windowed.operator_flops("mhla") == base + 4 * tokens * 64 * d * heads
+    new = plan("DiT-XL/2", 512, 512, blocks=16)
+    assert new == plan("DiT-XL/2", 512, 512, blocks=16, local=True) == plain.with_config(MHLAConfig())
+    # Blocks of 8 x 8 with a margin of a quarter, 2 tokens.
+    assert new.operator_flops("mhla") == base + 4 * tokens * 12**2 * d * heads
+    assert plan("DiT-XL/2", 512, 512, blocks=1).operator_flops("mhla") == 4 * tokens * d**2 * heads
     assert windowed.operator_flops("linear") == plain.operator_flops("linear")
     assert windowed.mixing_share == plain.mixing_share
-    wide = plain.with_config(MHLAConfig(blocks=16, feature_map="crelu"))
+    wide = plain.with_config(MHLAConfig.paper(feature_map="crelu"))
     assert wide.operator_flops("mhla") == 2 * base
     assert wide.operator_flops("linear") == 8 * tokens * d**2 * heads
     # Summaries, and sums of the features, have as many rows as there are features.
@@ -265,7 +271,14 @@ def run_qwen(model: Any, text: int) -> Callable[[], Any]:
 def test_text_in_joint_attention_is_planned(text: int | None, tmp_path: Path) -> None:
     model = QwenImageTransformer2DModel(**QWEN)
     planned = plan(
-        save_config(model, tmp_path), 128, 64, extra_tokens=text, blocks=(2, 2), gate=True, cpe=True
+        save_config(model, tmp_path),
+        128,
+        64,
+        extra_tokens=text,
+        blocks=(2, 2),
+        gate=True,
+        cpe=True,
+        local=False,
     )
     tokens = 32 + (text or 128)
     assert planned.layout == BlockLayout((8, 4), (2, 2), (text or 128, 0))
@@ -276,7 +289,9 @@ def test_text_in_joint_attention_is_planned(text: int | None, tmp_path: Path) ->
     assert parts["gate and convolution"] == 2 * tokens * width**2 + 32 * width * 2 * 9
     assert parts["feed-forward of text"] == 16 * (text or 128) * width**2
     assert planned.operator_bytes == 4 * tokens * width * 2
-    assert planned.exchange_bytes("mhla") == 5 * 2 * 12 * 13 * 4
+    # The convolution needs the tokens of other ranks; without it they exchange summaries.
+    assert planned.exchange_bytes("mhla") == planned.operator_bytes
+    assert dataclasses.replace(planned, cpe=False).exchange_bytes("mhla") == 5 * 2 * 12 * 13 * 4
 
 
 def test_joint_attention_with_mhla_does_what_is_planned(tmp_path: Path) -> None:
@@ -406,12 +421,14 @@ def test_the_grid_is_that_of_the_autoencoder_and_the_patches() -> None:
 
 
 def test_ranks_exchange_what_they_send_and_bytes_follow_the_dtype() -> None:
-    half, full = (plan("DiT-S/2", 512, 512, blocks=16, dtype=d) for d in ("bfloat16", "float32"))
+    half, full = (plan("DiT-S/2", 512, 512, blocks=16, local=False, dtype=d) for d in ("bfloat16", "float32"))
     assert half.operator_bytes == 4 * 1024 * 384 * 2
     assert full.operator_bytes == 2 * half.operator_bytes == full.exchange_bytes("softmax")
     # Summaries are float32 whatever the model is.
     assert half.exchange_bytes("mhla") == full.exchange_bytes("mhla") == 16 * 6 * 64 * 65 * 4
     assert half.exchange_bytes("linear") * 16 == half.exchange_bytes("mhla")
+    # A window needs the tokens of other ranks.
+    assert plan("DiT-S/2", 512, 512, blocks=16).exchange_bytes("mhla") == half.operator_bytes
 
 
 def test_speedups_of_the_model_stay_below_the_limit() -> None:
@@ -441,6 +458,5 @@ def test_routed_blocks_are_counted_as_torch_counts_their_products() -> None:
     )
     more = routed.operator_flops("mhla") - near.operator_flops("mhla")
     assert more == (4 * tokens * 3 * 16 * d + 2 * tokens * 16 * d) * heads
-    assert plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4))).operator_flops("mhla") < (
-        near.operator_flops("mhla")
-    )
+    plain = plan("DiT-S/2", 256, 256).with_config(MHLAConfig.paper(blocks=(4, 4)))
+    assert plain.operator_flops("mhla") < near.operator_flops("mhla")

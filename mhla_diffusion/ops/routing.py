@@ -72,6 +72,7 @@ def routed_attention(
         ``[B, H, N]``, float32 or above: the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
     """
     q, k, v = as_autocast(q, k, v)
+    k, v = counted(k, key_mask), counted(v, key_mask)
     tokens, routes = chosen.shape[2:]
     inside, on_grid = layout.grid_tokens, BlockLayout(layout.grid, layout.blocks)
     place, block_of_group, size = _groups(chosen.flatten(2), on_grid)

@@ -105,7 +105,7 @@ def window_attention(
         q, k: ``[B, H, N, d]`` in grid order.
         v: ``[B, H, N, d_v]``.
         layout: the grid and its blocks.
-        key_mask: bool ``[B, N]``, true where a key counts.
+        key_mask: bool ``[B, N]``, true where a key counts; what others hold does not matter.
         margin: tokens around its block that a query sees as well, along each axis of the grid or for all of
             them; n then counts them in.
         chosen: further blocks of each query, int64 ``[B, H, N, r]``, see

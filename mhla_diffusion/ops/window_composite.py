@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composite import counted
 from .layout import BlockLayout, Margin
 from .routing import NOTHING, counted_keys, without_mean
 
@@ -31,6 +32,7 @@ def softmax_in_blocks(
     """Return the output of :func:`mhla_diffusion.ops.window_attention` on a grid without extra tokens."""
     if q.device.type in _WIDE_DEVICES:
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    k, v = counted(k, key_mask), counted(v, key_mask)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     # A mean would see later tokens.
     values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
@@ -57,6 +59,7 @@ def softmax_of_scores(
 ) -> Tensor:
     """Return the same, differentiable any number of times; scores are held in memory."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    k, v = counted(k, key_mask), counted(v, key_mask)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     scores = queries @ keys.mT / math.sqrt(q.shape[-1])
     if seen is not None:
