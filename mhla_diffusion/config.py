@@ -256,7 +256,7 @@ class MHLAConfig:
         """
         if isinstance(self.local_margin, tuple) and len(self.local_margin) != len(grid):
             raise ValueError(
-                f"local_margin {self.local_margin} must be one integer or {len(grid)}, one for each axis of "
+                f"local_margin {self.local_margin} must be one number or {len(grid)}, one for each axis of "
                 f"the grid {grid}"
             )
         return _layout(grid, self.blocks)

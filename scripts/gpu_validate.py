@@ -37,7 +37,7 @@ from gpu_checks import (
 from gpu_forms import LIMIT, form_checks, form_time_checks
 from torch import Tensor
 
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla
+from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, recommended_layout
 
 # Seconds that each stage may take, as long as all together do not take more than MOST.
 LIMITS = {
@@ -167,7 +167,17 @@ def model_checks(at: Machine) -> Iterator[tuple[str, Check]]:
     yield "Wan2.1-1.3B, 31,500 tokens", functools.partial(_steps, at, functools.partial(_wan, at))
 
 
-def _dit(at: Machine, pixels: int, attention: str) -> tuple[Any, dict[str, Any]]:
+def _attention(kind: str, grid: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of a model: softmax, MHLA as in the paper, or with the window of new models."""
+    from mhla_diffusion import MHLAConfig
+
+    if kind == "softmax":
+        return {"attention": "softmax"}
+    blocks = recommended_layout(grid).blocks
+    return {"mhla_config": MHLAConfig.paper() if kind == "mhla" else MHLAConfig(blocks=blocks)}
+
+
+def _dit(at: Machine, pixels: int, kind: str) -> tuple[Any, dict[str, Any]]:
     from mhla_diffusion import MHLADiTTransformer2DModel
 
     side = pixels // 8
@@ -180,7 +190,7 @@ def _dit(at: Machine, pixels: int, attention: str) -> tuple[Any, dict[str, Any]]
         out_channels=8,
         sample_size=side,
         num_embeds_ada_norm=1000,
-        attention=attention,
+        **_attention(kind, (side // 2, side // 2)),
     )
     inputs = {
         "hidden_states": at.randn(1, 4, side, side, dtype="bfloat16"),
@@ -190,14 +200,15 @@ def _dit(at: Machine, pixels: int, attention: str) -> tuple[Any, dict[str, Any]]
     return model, inputs
 
 
-def _wan(at: Machine, attention: str) -> tuple[Any, dict[str, Any]]:
+def _wan(at: Machine, kind: str) -> tuple[Any, dict[str, Any]]:
     from mhla_diffusion import MHLAWanTransformer3DModel
 
     heads, d, layers, ffn, text = (2, 16, 1, 64, 32) if at.tiny else (12, 128, 30, 8960, 4096)
     grid = (2, 8, 8) if at.tiny else (21, 60, 100)
+    tokens = (grid[0], grid[1] // 2, grid[2] // 2)
     model = MHLAWanTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=d, num_layers=layers, ffn_dim=ffn, text_dim=text,
-        attention=attention, sample_grid=(grid[0], grid[1] // 2, grid[2] // 2),
+        sample_grid=tokens, **_attention(kind, tokens),
     )  # fmt: skip
     inputs = {
         "hidden_states": at.randn(1, 16, *grid, dtype="bfloat16"),
@@ -208,27 +219,27 @@ def _wan(at: Machine, attention: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _steps(at: Machine, build: Callable[[str], tuple[Any, dict[str, Any]]]) -> tuple[str, bool]:
-    """Seconds of a forward, also in a CUDA graph, and of a training step, with MHLA and with softmax."""
+    """Times of a forward, also in a CUDA graph, and of a training step: MHLA, others over it."""
     times: dict[str, list[float]] = {}
-    for attention in ("mhla", "softmax"):
+    for kind in ("mhla", "window", "softmax"):
         with torch.device(at.device):
-            model, inputs = build(attention)
+            model, inputs = build(kind)
         model = model.to(torch.bfloat16)
         with torch.no_grad():
             forward = functools.partial(model, **inputs)
-            times[attention] = [at.seconds(forward, 3), at.seconds(forward, 3, graph=True)]
+            times[kind] = [at.seconds(forward, 3), at.seconds(forward, 3, graph=True)]
         model.enable_gradient_checkpointing()
 
         def train(model: Any = model, inputs: dict[str, Any] = inputs) -> None:
             model(**inputs).sample.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
 
-        times[attention].append(at.seconds(train, 2))
+        times[kind].append(at.seconds(train, 2))
         del model, forward
     names = "forward", "forward in a CUDA graph", "training"
     return "; ".join(
-        f"{name} {ours * 1e3:.1f} ms, softmax {softmax / ours:.2f} x"
-        for name, ours, softmax in zip(names, times["mhla"], times["softmax"], strict=True)
+        f"{name} {ours * 1e3:.1f} ms, window {window / ours:.2f} x, softmax {softmax / ours:.2f} x"
+        for name, ours, window, softmax in zip(names, *times.values(), strict=True)
     ), True
 
 

@@ -30,7 +30,7 @@ def test_all_flags_together_with_extra_tokens_by_hand(
     assert_close: AssertClose, grid: tuple[int, ...], extra: tuple[int, int]
 ) -> None:
     blocks = (2,) * len(grid)
-    config = MHLAConfig(
+    config = MHLAConfig.paper(
         blocks=blocks, cpe="identity", gate=True, output_norm=True, qk_norm=True, extra_block=True
     )
     module, tensors, x = make_module(config, grid)
@@ -118,15 +118,15 @@ def test_extra_tokens_join_plain_linear_attention_and_nothing_else_without_a_blo
 
 
 def test_the_mixing_of_extra_tokens_is_taken_over_and_fits_another_grid(assert_close: AssertClose) -> None:
-    plain, _, _ = make_module(MHLAConfig(blocks=(2, 2)))
-    wider, _, _ = make_module(MHLAConfig(blocks=(4, 3), extra_block=True, mixing_per_head=True))
+    plain, _, _ = make_module(MHLAConfig.paper(blocks=(2, 2)))
+    wider, _, _ = make_module(MHLAConfig.paper(blocks=(4, 3), extra_block=True, mixing_per_head=True))
     assert plain.mixing is not None
     torch.nn.init.uniform_(plain.mixing)
     wider.take_mixing(plain)
     layouts = BlockLayout((2, 2), (2, 2), (0, 0)), BlockLayout((4, 3), (4, 3), (0, 0))
     expected = resize_mixing(extend_mixing(plain.mixing), *layouts)
     torch.testing.assert_close(wider.mixing_matrix(), expected.expand(2, 13, 13))
-    again, _, _ = make_module(MHLAConfig(blocks=(4, 3)))
+    again, _, _ = make_module(MHLAConfig.paper(blocks=(4, 3)))
     again.take_mixing(wider)
     torch.testing.assert_close(again.mixing_matrix(), expected[:-1, :-1])
     # Fewer tokens than blocks along an axis.

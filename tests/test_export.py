@@ -13,6 +13,8 @@ from .test_attention import OwnAttention
 
 CASES = {
     "every part": (MHLAConfig(blocks=(2, 2), cpe="identity", gate=True, output_norm=True), (8, 8)),
+    "the paper's": (MHLAConfig.paper(blocks=(2, 2)), (8, 8)),
+    "no denominator": (MHLAConfig(blocks=(2, 2), normalizer="none"), (8, 8)),
     "ragged, no denominator": (MHLAConfig(blocks=(2, 2), normalizer="none", feature_map="elu"), (5, 7)),
     "official": (MHLAConfig(blocks=(2, 2), normalizer="official", constraint="softmax"), (4, 6)),
 }

@@ -19,7 +19,7 @@ AssertClose = Callable[..., None]
 
 @pytest.mark.parametrize("extra", [None, (2, 3)], ids=str)
 def test_mixing_by_content_by_hand(assert_close: AssertClose, extra: tuple[int, int] | None) -> None:
-    config = MHLAConfig(
+    config = MHLAConfig.paper(
         blocks=(2, 2), mixing_content=True, mixing_per_head=True, extra_block=extra is not None
     )
     layout = BlockLayout((4, 6), (2, 2), extra)
@@ -66,7 +66,9 @@ def test_mixing_by_content_by_hand(assert_close: AssertClose, extra: tuple[int, 
 
 def test_mixing_by_content_looks_where_keys_are_like_queries() -> None:
     """Two blocks, of which the second is what the first asks for."""
-    module, _, _ = make_module(MHLAConfig(blocks=(1, 2), mixing_content=True, mixing_init="uniform"), (1, 4))
+    module, _, _ = make_module(
+        MHLAConfig.paper(blocks=(1, 2), mixing_content=True, mixing_init="uniform"), (1, 4)
+    )
     assert module.strength is not None
     torch.nn.init.constant_(module.strength, 10.0)
     one, other = torch.eye(6)[:2]
@@ -120,7 +122,7 @@ def test_blocks_alone_do_not_see_each_other() -> None:
 
 
 def test_crelu_is_relu_of_queries_and_keys_and_of_what_they_are_not() -> None:
-    module = MHLA(MHLAConfig(blocks=(2, 2), feature_map="crelu"), heads=2, head_dim=8, grid=(4, 4))
+    module = MHLA(MHLAConfig.paper(blocks=(2, 2), feature_map="crelu"), heads=2, head_dim=8, grid=(4, 4))
     q, k, v = torch.randn(3, 1, 2, 16, 8)
     wide = [torch.cat((x, -x), -1) for x in (q, k)]
     layout = module.config.layout((4, 4))
@@ -129,7 +131,9 @@ def test_crelu_is_relu_of_queries_and_keys_and_of_what_they_are_not() -> None:
 
 
 def test_the_paper_is_one_argument_away() -> None:
-    assert MHLAConfig.paper() == MHLAConfig(blocks=16, feature_map="relu", constraint="clamp")
-    assert MHLAConfig.paper(cpe="identity", blocks=(2, 2)) == MHLAConfig(blocks=(2, 2), cpe="identity")
+    assert MHLAConfig.paper() == MHLAConfig(blocks=16, feature_map="relu", constraint="clamp", local=None)
+    assert MHLAConfig.paper(cpe="identity", blocks=(2, 2)) == MHLAConfig(
+        blocks=(2, 2), cpe="identity", local=None
+    )
     with pytest.raises(ValueError, match="unknown MHLA setting heads"):
         MHLAConfig.paper(heads=2)

@@ -35,8 +35,7 @@ def read(
     out = ratio(products, normalized=features.normalized)
     if centre.shape[-1]:
         out = torch.where(products[..., -1:] == 0, 0, out + centre[:, :, None, None])
-    out = layout.unpack(out)
-    return (out if features.normalized else within_range(out, dtype)).to(dtype)
+    return layout.unpack(out if features.normalized else within_range(out, dtype)).to(dtype)
 
 
 def features_of(x: Tensor, features: Features) -> tuple[Tensor, Tensor]:
@@ -56,8 +55,10 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def within_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums that have no denominator, none too large for float16 if that is the dtype; NaN stays NaN."""
+    # onnxscript 0.7 mends a product between two reshapes wrongly; with a clamp behind it, it does not.
+    needed = dtype == torch.float16 or torch.compiler.is_exporting()
     most = torch.finfo(dtype).max
-    return sums.clamp(-most, most) if dtype == torch.float16 else sums
+    return sums.clamp(-most, most) if needed else sums
 
 
 def outer(v: Tensor, plain: Tensor, rotated: Tensor, *, normalized: bool) -> Tensor:

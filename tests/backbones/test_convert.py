@@ -22,12 +22,13 @@ MakeInputs = Callable[..., dict[str, Tensor]]
 @pytest.mark.parametrize(
     ("config", "new"),
     [
-        (MHLAConfig(blocks=4), ["mixing"]),
+        (MHLAConfig(blocks=4), ["local", "mixing"]),
+        (MHLAConfig.paper(blocks=4), ["mixing"]),
         ({"blocks": 4, "cpe": "zero", "gate": True, "output_norm": True},
          ["cpe.bias", "cpe.weight", "gate.bias", "gate.weight", "mixing", "norm.weight"]),
         ({"blocks": 1}, []),
     ],
-    ids=["mhla", "every part", "linear"],
+    ids=["mhla", "the paper's", "every part", "linear"],
 )  # fmt: skip
 def test_every_weight_carries_over_and_what_is_new_is_reported(
     make_stock: MakeStock, config: MHLAConfig | dict[str, Any], new: list[str]

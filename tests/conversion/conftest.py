@@ -19,7 +19,7 @@ from tests.training.conftest import image_folder  # noqa: F401 (a fixture)
 
 FORMS = {
     "linear": MHLAConfig(blocks=1, feature_map="hedgehog"),
-    "mhla": MHLAConfig(blocks=4, feature_map="hedgehog", center_keys=True),
+    "mhla": MHLAConfig.paper(blocks=4, feature_map="hedgehog", center_keys=True),
 }
 FEW = AlignConfig(
     samples=6,

@@ -214,7 +214,7 @@ def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "candidates.yaml"
     path.write_text("mhla: {blocks: [2, 2], local: gate}\nlinear: {blocks: 1}\n")
     assert load_candidates(path) == {
-        "mhla": MHLAConfig(blocks=(2, 2), local="gate"), "linear": MHLAConfig(blocks=1),
+        "mhla": MHLAConfig(blocks=(2, 2), local="gate"), "linear": MHLAConfig.paper(blocks=1),
     }  # fmt: skip
     path.write_text("mhla: {block: 2}\n")
     with pytest.raises(ValueError, match="unknown MHLA setting block"):

@@ -171,7 +171,7 @@ def test_a_video_model_goes_through_all_stages(
     run.write_text(yaml.safe_dump({**video_settings, "output_dir": "unused"}))
     config = LinearizeConfig(budget=0.9, align=ONE_STEP, steps=1, batch_size=2, report=ReportConfig(calls=1))
     size = plan(str(tmp_path / "teacher"), 24, 24, frames=5, vae_stride=1)
-    forms = {"mhla": MHLAConfig(blocks=(1, 2, 2))}
+    forms = {"mhla": MHLAConfig.paper(blocks=(1, 2, 2))}
     out = tmp_path / "out"
     assert linearize(str(tmp_path / "teacher"), str(run), out, size, config=config, candidates=forms) == 0
     content = json.loads((out / "report" / "report.json").read_text())

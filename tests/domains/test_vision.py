@@ -52,7 +52,7 @@ def test_models_are_converted_saved_and_loaded_by_the_auto_classes(name: str, tm
     model, info = convert_to_mhla(stock, config, output_loading_info=True)
     assert type(model) is getattr(mhla_diffusion, f"MHLA{name}")
     assert {key.rpartition(".mhla.")[2] for key in info["new"]} == {
-        "mixing", "gate.weight", "gate.bias", "cpe.weight", "cpe.bias"
+        "mixing", "local", "gate.weight", "gate.bias", "cpe.weight", "cpe.bias"
     }  # fmt: skip
     assert not info["dropped"]
     after = model.state_dict()

@@ -160,3 +160,14 @@ def test_no_blocks_are_recommended_for_an_empty_grid() -> None:
         recommended_layout(())
     with pytest.raises(ValueError, match="0 tokens"):
         recommended_layout((0, 4))
+
+
+def test_a_margin_is_in_tokens_or_in_sides_of_a_block() -> None:
+    video = BlockLayout((2, 24, 9), (2, 4, 4))  # the largest block has 1 x 6 x 3 tokens
+    assert video.margins(2) == (2, 2, 2)
+    assert video.margins(0.25) == (0, 2, 1), "to the nearest token, none of a single frame"
+    assert video.margins(0.5) == (1, 3, 2)
+    assert video.margins((1, 0.5, 0)) == (1, 3, 0)
+    assert video.reach_size(0.25) == 1 * 10 * 5 == video.reach((0, 2, 1))[0].shape[1]
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        video.margins((1, 1))

@@ -80,13 +80,13 @@ def test_the_module_sees_further_trains_and_keeps_its_config(local: str, wider: 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"routed_blocks": 2},
+        {"routed_blocks": 2, "local": None},
         {"routed_blocks": -1, "local": "shared"},
         {"routed_blocks": 1.5, "local": "shared"},
         {"routed_blocks": 2, "local": "only", "blocks": 1},
-        {"local_margin": 2},
+        {"local_margin": 2, "local": None},
         {"local_margin": (1, -1), "local": "gate"},
-        {"local_margin": 0.5, "local": "gate"},
+        {"local_margin": 1.5, "local": "gate"},
         {"local_margin": (), "local": "gate"},
         {"local_margin": 1, "local": "only", "blocks": 1},
     ],
@@ -98,7 +98,7 @@ def test_what_no_window_can_see_is_refused(settings: dict[str, Any]) -> None:
 
 def test_a_margin_of_other_axes_than_the_grid_is_refused() -> None:
     config = MHLAConfig(blocks=4, local="shared", local_margin=(1, 1, 1))
-    with pytest.raises(ValueError, match=r"local_margin \(1, 1, 1\) must be one integer or 2"):
+    with pytest.raises(ValueError, match=r"local_margin \(1, 1, 1\) must be one number or 2"):
         MHLA(config, heads=1, head_dim=8, grid=(8, 8))
 
 
