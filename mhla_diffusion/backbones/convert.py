@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from ..domains.pretrained import convert
-from .layer_plan import AttentionChoice, ConfigChoice
+from .layer_plan import AttentionChoice, ConfigChoice, with_window_of
 from .rebuild import rebuild, require_plain_weights
 from .registry import backbone_of, stock_names
 
@@ -30,7 +30,8 @@ def convert_to_mhla(
     Args:
         model: of a class that has an MHLA form, or an MHLA model to be given another config. Then mixing
             matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
-            that both configs ask for. Of transformers: a stock ViT, DeiT, DINOv2 or Llama.
+            that both configs ask for; a config that says nothing of a softmax window keeps the model's. Of
+            transformers: a stock ViT, DeiT, DINOv2 or Llama.
         config: an :class:`MHLAConfig` or its dict, or one for each layer (not for transformers).
         attention: of all layers that ``config.layers`` names or, as a list, of each layer. For transformers
             ``"mhla"`` or ``"linear"``.
@@ -50,5 +51,6 @@ def convert_to_mhla(
     target = backbone_of(model)
     if target is None:
         raise ValueError(f"no MHLA form of {type(model).__name__}; those that have one: {stock_names()}")
+    config = with_window_of(model.config, config)
     converted, info = rebuild(model, target, attention=attention, mhla_config=config)
     return (converted, info) if output_loading_info else converted

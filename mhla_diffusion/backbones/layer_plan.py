@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attention import MHLAConfig
+from ..config import AUTO_WINDOW, MHLAConfig
 from ..ops import recommended_layout
 from .grid import Grid
 
@@ -53,6 +54,33 @@ def as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:
     """Return the one config, or those of the layers, of what a model's argument may be."""
     choices: Any = mhla_config if isinstance(mhla_config, (list, tuple)) else [mhla_config]
     return [as_config(choice) for choice in choices]
+
+
+def with_window_of(stored: Mapping[str, Any], wanted: ConfigChoice) -> ConfigChoice:
+    """Return configs that keep the softmax window of a model with MHLA where they say nothing of one.
+
+    Args:
+        stored: config of that model.
+        wanted: what its layers are to have; ``local="auto"`` and dicts without ``local`` say nothing.
+    """
+    kinds, before = stored.get("attention", "mhla"), stored.get("mhla_config")
+    if before is None or "mhla" not in ([kinds] if isinstance(kinds, str) else kinds):
+        return wanted
+    old, new = as_configs(before), list[Any](wanted if isinstance(wanted, (list, tuple)) else [wanted])
+    if len(new) == 1 and len({(config.local, config.local_margin) for config in old}) == 1:
+        return _with_window(old[0], new[0])
+    layers = max(len(old), len(new))
+    each = zip(old * (layers // len(old)), new * (layers // len(new)), strict=False)
+    return [_with_window(one, choice) for one, choice in each]
+
+
+def _with_window(old: MHLAConfig, choice: OneConfig) -> OneConfig:
+    said = isinstance(choice, dict) and "local" in choice
+    config = as_config(choice)
+    if said or (isinstance(choice, MHLAConfig) and config.local != AUTO_WINDOW):
+        return choice
+    margin, routes = config.local_margin or old.local_margin, config.routed_blocks or old.routed_blocks
+    return dataclasses.replace(config, local=old.local, local_margin=margin, routed_blocks=routes)
 
 
 def layer_settings(

@@ -19,7 +19,15 @@ from ..hub import hub_arguments
 from .adapters import AdapterMixin
 from .denoising import DenoisingMixin
 from .grid import Grid, receive_grid
-from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan, as_configs, check_blocks, layer_settings
+from .layer_plan import (
+    AttentionChoice,
+    ConfigChoice,
+    LayerPlan,
+    as_configs,
+    check_blocks,
+    layer_settings,
+    with_window_of,
+)
 from .layers import KeepsMHLA, keep_mhla, mhla_of
 from .processors import MHLAAttnProcessor
 from .quantised import require_finite_parts
@@ -268,7 +276,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
 
         ``mhla_config=`` with other blocks than the file has resizes the mixing matrices
         (:func:`mhla_diffusion.ops.resize_mixing`); ``sample_size=`` changes the grid, and blocks grow or
-        shrink with it. Either is logged.
+        shrink with it. Either is logged. A config that says nothing of a softmax window keeps the file's.
 
         Raises:
             ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
@@ -277,6 +285,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)
+        if kwargs.get("mhla_config") is not None:
+            kwargs["mhla_config"] = with_window_of(stored, kwargs["mhla_config"])
         resized = cls._other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
         wanted = kwargs.pop("mhla_config") if resized else None
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -48,6 +49,25 @@ def test_every_weight_carries_over_and_what_is_new_is_reported(
     assert all(fresh[key].data_ptr() == value.data_ptr() for key, value in old.items())
     assert all(fresh[key] is not value for key, value in old.items())
     assert stock.state_dict().keys() == before.keys(), "the model given is as it was"
+
+
+@pytest.mark.parametrize("stored", ["auto", None, "gate"])
+@pytest.mark.parametrize("wanted", [MHLAConfig(blocks=4), {"blocks": 4}], ids=["config", "dict"])
+def test_other_blocks_keep_the_window_that_a_model_has(
+    make_stock: MakeStock, tmp_path: Path, stored: str | None, wanted: MHLAConfig | dict[str, Any]
+) -> None:
+    model = convert_to_mhla(make_stock(), MHLAConfig(blocks=(4, 2), local=stored))
+    model.save_pretrained(tmp_path)
+    for again in (
+        type(model).from_pretrained(tmp_path, mhla_config=wanted),
+        convert_to_mhla(copy.deepcopy(model), wanted),
+    ):
+        processor = again.transformer_blocks[0].attn1.processor
+        assert (processor.config.blocks, processor.config.local) == (4, stored)
+        assert (processor.local is None) == (stored is None)
+    without = MHLAConfig.paper(blocks=4)
+    plain = type(model).from_pretrained(tmp_path, mhla_config=without)
+    assert plain.transformer_blocks[0].attn1.processor.config == without
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -102,9 +102,7 @@ def test_lora_trains_attention_and_adapters_that_are_merged_at_the_end(
     call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "prompt": "digit 3"}
     videos = [pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (merged, beside)]
     torch.testing.assert_close(*videos)
-    other = MHLAPipeline.from_pretrained(
-        first / "pipeline", mhla_config={"blocks": [1, 1, 2], "gate": True, "local": "auto"}
-    )
+    other = MHLAPipeline.from_pretrained(first / "pipeline", mhla_config={"blocks": [1, 1, 2], "gate": True})
     with pytest.raises(ValueError, match=r"adapters were trained with .*mixing \(4, 4\), and this model has"):
         other.load_lora_weights(tuned / "lora")
 
