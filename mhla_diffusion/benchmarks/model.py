@@ -77,7 +77,8 @@ def model(
         training: whether a training step is timed beside the denoising step.
         processor_time: count the seconds of all threads on the processor and not those of the clock, which
             other work on the machine lengthens; on a CPU.
-        mhla: settings of MHLAConfig for mhla beside its blocks, such as {local: shared, local_margin: 2}.
+        mhla: settings of MHLAConfig for mhla beside its blocks, such as {local: auto}, the window of new
+            models; by default the paper's form.
 
     Returns:
         A table in Markdown.
