@@ -45,13 +45,14 @@ def attend_by_heads(
         rotary_emb = cos[each], sin[each]
     if key_mask is not None:  # as bytes: not every backend sends booleans
         key_mask = exchange.all_tokens(key_mask.byte(), 1).bool().index_select(1, order)
+    parts = tensors.split([x.shape[-1] for x in (q, k, v)], -1)
     found = _of_heads(module, heads).attend(
-        *tensors.split([x.shape[-1] for x in (q, k, v)], -1),
+        *(part.to(x.dtype) for part, x in zip(parts, (q, k, v), strict=True)),
         extra=None if extra is None else (0, number), rotary_emb=rotary_emb, key_mask=key_mask, **grids,
     )  # fmt: skip
-    parts = [x for x in found if x is not None]
-    together = exchange.to_tokens(torch.cat(parts, -1).index_select(2, order.argsort()))
-    out, *beside = together.split([x.shape[-1] for x in parts], -1)
+    there = [x for x in found if x is not None]
+    together = exchange.to_tokens(torch.cat(there, -1).index_select(2, order.argsort()))
+    out, *beside = together.split([x.shape[-1] for x in there], -1)
     return out, beside[0] if beside else None
 
 
