@@ -244,6 +244,8 @@ class MHLA(nn.Module):
         """
         if (key_grid is None) != (self.key_blocks is None):
             self.config.key_layout(key_grid)  # says what is missing
+        if key_grid is not None and group is not None:
+            raise ValueError("over ranks MHLA has no cross-attention: leave key_grid or the group out")
         check_key_mask(key_mask, k)
         unbounded = self.config.normalizer == "none" and self.norm is None
         if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
@@ -291,7 +293,7 @@ class MHLA(nn.Module):
         rotary_emb = self._turns(rotary_emb)
         attend: Callable[..., Tensor]
         if group is not None:
-            attend = self._attend_in_parts(layout, key_layout, group)
+            attend = self._attend_in_parts(layout, group)
         elif self.config.window is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
@@ -386,12 +388,9 @@ class MHLA(nn.Module):
             *tensors, window=window, weight=self.local, form=self.config.window, **settings | wider
         )
 
-    def _attend_in_parts(
-        self, layout: BlockLayout, key_layout: BlockLayout | None, group: dist.ProcessGroup
-    ) -> Callable[..., Tensor]:
+    @staticmethod
+    def _attend_in_parts(layout: BlockLayout, group: dist.ProcessGroup) -> Callable[..., Tensor]:
         """The operator over the ranks of a group."""
-        if key_layout is not None:
-            raise ValueError("over ranks MHLA has no cross-attention: leave key_grid or the group out")
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         share, longer = divmod(math.prod(layout.grid), ranks)
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)

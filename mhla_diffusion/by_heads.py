@@ -32,7 +32,7 @@ def attend_by_heads(
     weights are the part of this rank's heads: add them up over the group.
 
     Raises:
-        ValueError: when the ranks do not divide the heads.
+        ValueError: when the ranks do not divide the heads, and for hooks on parts that are sliced.
     """
     exchange = Exchange.of(group, k.shape[2], k.device)
     heads = exchange.heads(q.shape[1])
@@ -71,7 +71,17 @@ def _of_heads(module: Any, heads: slice) -> Any:
 
 
 def _with_slices(module: _Module, share: slice, whole: tuple[str, ...] = ()) -> _Module:
-    """A module whose parameters, but the whole ones, are slices along their first axis."""
+    """A module whose parameters, but the whole ones, are slices along their first axis.
+
+    Raises:
+        ValueError: for one with a hook in place of its forward, which would go on with all heads.
+    """
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"a hook on {type(module).__name__} (offloading, layerwise casting) sees all heads, of which a "
+            "rank has a share where ranks exchange tokens: leave hooks on parts of MHLA layers out, or cpe "
+            "and learned features"
+        )
     part = object.__new__(type(module))
     part.__dict__.update(module.__dict__)
     part._parameters = {

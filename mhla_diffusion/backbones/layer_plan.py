@@ -75,9 +75,9 @@ def with_window_of(stored: Mapping[str, Any], wanted: ConfigChoice) -> ConfigCho
 
 
 def _with_window(old: MHLAConfig, choice: OneConfig) -> OneConfig:
-    said = isinstance(choice, dict) and "local" in choice
     config = as_config(choice)
-    if said or (isinstance(choice, MHLAConfig) and config.local != AUTO_WINDOW):
+    said = "local" in choice if isinstance(choice, dict) else config.local != AUTO_WINDOW
+    if said or dataclasses.replace(config, local=AUTO_WINDOW).window is None:  # or it can have none
         return choice
     margin, routes = config.local_margin or old.local_margin, config.routed_blocks or old.routed_blocks
     return dataclasses.replace(config, local=old.local, local_margin=margin, routed_blocks=routes)

@@ -100,7 +100,9 @@ class MHLAAttnProcessor(MHLA):
         projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
         cheap = self.config.window != WINDOW_ONLY  # softmax over many tokens costs more than a projection
-        if extras and cheap and hidden_states.shape[1] >= _MANY_TOKENS and _is_differentiated():
+        # Ranks have to agree, as what is computed again exchanges again: of their shares the smallest.
+        share = hidden_states.shape[1] if group is None else math.prod(grid) // dist.get_world_size(group)
+        if extras and cheap and share >= _MANY_TOKENS and _is_differentiated():
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the
             # passes under DeepSpeed's ZeRO-3.

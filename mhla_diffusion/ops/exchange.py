@@ -105,7 +105,7 @@ class Exchange:
         sizes = [batch * each * count * width for count in self.counts]
         own = self.counts[dist.get_rank(self.group)]
         found = self._exchange(sent, sizes, [batch * each * own * width] * len(sizes))
-        return found.view(-1, batch, each, own, width).transpose(0, 1).flatten(1, 2)
+        return found.view(len(sizes), batch, each, own, width).transpose(0, 1).flatten(1, 2)
 
     def _exchange(self, sent: Tensor, sizes: list[int], found: list[int]) -> Tensor:
         out = sent.new_empty(sum(found))
@@ -121,7 +121,7 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange._to_tokens(grads[0]), None
+        return ctx.exchange.to_tokens(grads[0]), None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -132,4 +132,4 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange._to_heads(grads[0]), None
+        return ctx.exchange.to_heads(grads[0]), None

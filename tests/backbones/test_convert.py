@@ -65,6 +65,9 @@ def test_other_blocks_keep_the_window_that_a_model_has(
         processor = again.transformer_blocks[0].attn1.processor
         assert (processor.config.blocks, processor.config.local) == (4, stored)
         assert (processor.local is None) == (stored is None)
+    for impossible in (MHLAConfig(blocks=1), {"blocks": 4, "normalizer": "none"}):
+        plain = type(model).from_pretrained(tmp_path, mhla_config=impossible)
+        assert plain.transformer_blocks[0].attn1.processor.local is None
     without = MHLAConfig.paper(blocks=4)
     plain = type(model).from_pretrained(tmp_path, mhla_config=without)
     assert plain.transformer_blocks[0].attn1.processor.config == without

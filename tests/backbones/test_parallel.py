@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ContextParallelConfig
+from diffusers.models.attention_processor import Attention
 
-from mhla_diffusion import MHLA, MHLAConfig
+from mhla_diffusion import MHLA, MHLAAttnProcessor, MHLAConfig
 
 from .cases import CASES, Case, sample
 
@@ -115,6 +118,39 @@ def test_two_ranks_equal_one_process(
 
 def test_forms_over_unequal_shares_equal_the_whole(run_processes: Callable[..., None]) -> None:
     run_processes(compare_forms, 2)
+
+
+def compare_checkpointed(rank: int) -> None:
+    """Shares of 1,024 and 1,023 tokens, between which lies what is computed again in the backward."""
+    torch.manual_seed(0)
+    grid = (23, 89)
+    layer = Attention(32, heads=4, dim_head=8)
+    layer.set_processor(
+        MHLAAttnProcessor(MHLAConfig(blocks=(4, 4), gate=True), heads=4, head_dim=8, grid=grid)
+    )
+    x = torch.randn(1, math.prod(grid), 32)
+    expected = layer(x, grid=grid).tensor_split(2, 1)[rank]
+    mesh = SimpleNamespace(get_group=lambda: dist.group.WORLD)
+    layer.processor._parallel_config = SimpleNamespace(
+        context_parallel_config=SimpleNamespace(_flattened_mesh=mesh)
+    )
+    found = layer(x.tensor_split(2, 1)[rank], grid=grid)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    none = torch.zeros(3, 1, 4, 1, 8)[..., : 1 - rank, :].requires_grad_()  # a rank without any token
+    out = MHLA(MHLAConfig(blocks=4), heads=4, head_dim=8, grid=(4, 4))(
+        *none, grid=(1, 1), group=dist.group.WORLD
+    )
+    assert out.shape == (1, 1 - rank, 32)
+    out.sum().backward()
+    hooked = MHLA(MHLAConfig(blocks=4, cpe="zero"), heads=4, head_dim=8, grid=(4, 4))
+    add_hook_to_module(hooked.cpe, ModelHook())
+    with pytest.raises(ValueError, match=r"a hook on Conv2d .* sees all heads"):
+        hooked(*torch.zeros(3, 1, 4, 8, 8), grid=(4, 4), group=dist.group.WORLD)
+
+
+def test_ranks_agree_on_what_is_computed_again_and_may_be_empty(run_processes: Callable[..., None]) -> None:
+    run_processes(compare_checkpointed, 2)
 
 
 def test_stock_layers_are_refused(case: Case) -> None:
