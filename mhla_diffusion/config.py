@@ -173,8 +173,8 @@ class MHLAConfig:
         """Form of the softmax window, ``"shared"``, ``"gate"`` or ``"only"``; None where there is none."""
         if self.local != AUTO_WINDOW:
             return self.local
-        several = self.blocks != 1 and (isinstance(self.blocks, int) or math.prod(self.blocks) > 1)
-        return "shared" if several and self.normalizer == "paper" and self.key_blocks is None else None
+        blocks = self.blocks if isinstance(self.blocks, int) else math.prod(self.blocks)
+        return "shared" if blocks > 1 and self.normalizer == "paper" and self.key_blocks is None else None
 
     @property
     def margin(self) -> Margin:

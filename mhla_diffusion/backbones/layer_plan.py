@@ -77,10 +77,12 @@ def with_window_of(stored: Mapping[str, Any], wanted: ConfigChoice) -> ConfigCho
 def _with_window(old: MHLAConfig, choice: OneConfig) -> OneConfig:
     config = as_config(choice)
     said = "local" in choice if isinstance(choice, dict) else config.local != AUTO_WINDOW
-    if said or dataclasses.replace(config, local=AUTO_WINDOW).window is None:  # or it can have none
+    if said or config.local_margin or config.routed_blocks:
         return choice
-    margin, routes = config.local_margin or old.local_margin, config.routed_blocks or old.routed_blocks
-    return dataclasses.replace(config, local=old.local, local_margin=margin, routed_blocks=routes)
+    if dataclasses.replace(config, local=AUTO_WINDOW).window is None:  # it can have none
+        return choice
+    window = {name: getattr(old, name) for name in ("local", "local_margin", "routed_blocks")}
+    return dataclasses.replace(config, **window)
 
 
 def layer_settings(

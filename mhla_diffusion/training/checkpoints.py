@@ -227,7 +227,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / _RECORD).read_text())
         config, model = record["config"], record["config"].get("model")
-        if record.get("format", 1) < 2 and model is not None and model["init_from"] is None:
+        if record.get("format", 1) < 2 and model is not None and model.get("init_from") is None:
             config = {**config, "model": {**model, "mhla": {"local": None, **(model.get("mhla") or {})}}}
         data = record.get("data")  # earlier versions wrote no fingerprint
         return {"config": config, "num_processes": record["num_processes"], "data": data}
