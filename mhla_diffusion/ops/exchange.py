@@ -57,11 +57,11 @@ class Exchange:
 
     def to_heads(self, x: Tensor) -> Tensor:
         """Exchange ``[B, H, n, d]``, of this rank's tokens, for ``[B, H / R, N, d]``, of its heads."""
-        return _ToHeads.apply(x, self)
+        return _Exchanged.apply(x, self, True)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Invert :meth:`to_heads`."""
-        return _ToTokens.apply(x, self)
+        return _Exchanged.apply(x, self, False)
 
     def grid_first(self, extra: tuple[int, int] | None, device: torch.device) -> tuple[Tensor, int]:
         """Find the order of all tokens in which those of the grid come first, and extra ones last.
@@ -113,23 +113,15 @@ class Exchange:
         return out
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._to_heads(x)
+class _Exchanged(torch.autograd.Function):
+    """An exchange one way; its gradient goes the other way."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.to_tokens(grads[0]), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._to_tokens(x)
+    def forward(ctx: Any, x: Tensor, exchange: Exchange, to_heads: bool) -> Tensor:
+        ctx.exchange, ctx.to_heads = exchange, to_heads
+        return exchange._to_heads(x) if to_heads else exchange._to_tokens(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.to_heads(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        back = ctx.exchange.to_tokens if ctx.to_heads else ctx.exchange.to_heads
+        return back(grads[0]), None, None
