@@ -14,7 +14,10 @@ from .ops import BlockLayout, MHLAState, causal_mixing, initial_mixing, mhla_cau
 from .ops.features import RotaryEmbedding
 
 # What looks at all tokens, or at a grid.
-_REFUSED = ("cpe", "local", "center_keys", "extra_block", "key_blocks", "mixing_relative", "mixing_content")
+_REFUSED = (
+    "cpe", "local", "local_margin", "routed_blocks", "center_keys", "extra_block", "key_blocks",
+    "mixing_relative", "mixing_content",
+)  # fmt: skip
 
 
 class CausalMHLA(MHLA):
@@ -45,9 +48,7 @@ class CausalMHLA(MHLA):
         block_size: int,
         query_dim: int | None = None,
     ) -> None:
-        if config.local == AUTO_WINDOW:
-            config = dataclasses.replace(config, local=None)
-        refused = [name for name in _REFUSED if getattr(config, name)]
+        refused = [name for name in _REFUSED if getattr(config, name) not in (None, False, 0, AUTO_WINDOW)]
         if refused or config.normalizer == "official":
             raise ValueError(
                 f"causal MHLA has no {', '.join(refused) or 'normalizer official'}: leave it out of the "
@@ -56,6 +57,8 @@ class CausalMHLA(MHLA):
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {block_size}")
         distances = config.blocks if isinstance(config.blocks, int) else math.prod(config.blocks)
+        if config.local == AUTO_WINDOW:
+            config = dataclasses.replace(config, local=None)
         super().__init__(config, heads=heads, head_dim=head_dim, grid=(distances,), query_dim=query_dim)
         self.block_size = block_size
         if self.mixing is not None:

@@ -275,6 +275,22 @@ class MHLAConfig:
         return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
 
 
+def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHLAConfig:
+    """Return a config with the softmax window of another, where it says nothing of one and can have it.
+
+    Args:
+        config: that is to be; ``local="auto"`` says nothing.
+        old: of the model that is given it.
+        said: what the config was made of; a dict without ``local`` says nothing either.
+    """
+    silent = "local" not in said if isinstance(said, dict) else config.local == AUTO_WINDOW
+    possible = dataclasses.replace(config, local=AUTO_WINDOW).window is not None
+    if not silent or not possible or config.local_margin or config.routed_blocks:
+        return config
+    window = {name: getattr(old, name) for name in ("local", "local_margin", "routed_blocks")}
+    return dataclasses.replace(config, **window)
+
+
 def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:
     if isinstance(blocks, tuple):
         return BlockLayout(grid, blocks)

@@ -57,6 +57,7 @@ class Plan:
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe: whether linear layers have an output gate and a convolution on v.
         local, feature_map, local_margin, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
+        all_tokens: whether they read the tokens of other ranks beside windows and the convolution.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -88,6 +89,7 @@ class Plan:
     grids: int = 1
     local_margin: Margin = 0
     routed_blocks: int = 0
+    all_tokens: bool = False
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
@@ -192,9 +194,12 @@ class Plan:
     def exchange_bytes(self, attention: str) -> int:
         """Bytes that parallel ranks exchange in a layer: float32 summaries, or q, k, v and the output.
 
-        Those of softmax, a window and a convolution on v, which need the tokens of other ranks.
+        Those of softmax and of what needs the tokens of other ranks, with what a convolution on v adds to the
+        output.
         """
-        if attention == "softmax" or self.cpe or (self.local and attention == "mhla"):
+        if attention != "softmax" and self.cpe:
+            return self.operator_bytes * 5 // 4
+        if attention == "softmax" or self.all_tokens or (self.local and attention == "mhla"):
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout = self.layout if attention == "mhla" else whole
@@ -349,7 +354,7 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
     linear = [number for number, kind in enumerate(kinds) if kind != stock]
     if not linear:
         return {"linear_layers": num_layers, "blocks": None, **_parts_of(MHLAConfig())}
-    mhla = configs[linear[0]]
+    mhla = configs[linear[0]] if "mhla" in kinds else configs[linear[0]].linear()
     blocks = mhla.layout(model.default_grid).blocks if "mhla" in kinds else None
     return {"linear_layers": len(linear), "blocks": blocks, **_parts_of(mhla)}
 
@@ -359,6 +364,7 @@ def _parts_of(config: MHLAConfig) -> dict[str, Any]:
     return {
         "gate": config.gate, "cpe": config.cpe is not None, "feature_map": config.feature_map,
         "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
+        "all_tokens": config.center_keys or config.mixing_content or config.normalizer == "official",
     }  # fmt: skip
 
 
@@ -490,7 +496,7 @@ def _table(plan: Plan) -> Iterator[str]:
     )
     dtype = str(plan.dtype).removeprefix("torch.")
     yield from section(
-        f"MB in a layer, {dtype} (without windows and cpe ranks exchange key/value summaries, float32)",
+        f"MB in a layer, {dtype} (ranks exchange tokens, or where these suffice summaries, float32)",
         traffic,
         lambda value: _digits(value / 1e6),
     )

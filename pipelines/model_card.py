@@ -392,8 +392,8 @@ def _attention(transformer: Any) -> dict[str, str]:
 
 def _changed(config: Mapping[str, Any]) -> str:
     """What is not the default."""
-    defaults = MHLAConfig().to_dict()
-    changed = [f"{key} = {value}" for key, value in config.items() if defaults.get(key, not value) != value]
+    defaults, values = MHLAConfig().to_dict(), {"local": None, **config}  # left out where there is none
+    changed = [f"{key} = {value}" for key, value in values.items() if defaults.get(key, not value) != value]
     return ", ".join(changed) or "none"
 
 

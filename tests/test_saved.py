@@ -25,6 +25,7 @@ from mhla_diffusion.evaluation import compare_reports, evaluate_images, evaluate
 from mhla_diffusion.evaluation.networks.images import load_extractor
 from mhla_diffusion.evaluation.networks.videos import load_video_extractor
 from mhla_diffusion.pipelines.generation import generate_images
+from mhla_diffusion.training.export import open_checkpoint
 from tests.processes import run_script
 
 SAVED = Path(__file__).parent / "saved"
@@ -107,6 +108,15 @@ def test_a_run_goes_on_from_its_checkpoint(
     for name, value in weights.items():
         if expected_weights[name].any():
             assert_same(value, expected_weights[name], 5e-2)
+
+
+def test_a_checkpoint_is_opened_as_the_model_that_it_was(tmp_path: Path) -> None:
+    saved, run = SAVED / "training-image", tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000003"
+    shutil.copytree(saved / "step-00000003", checkpoint)
+    shutil.copy(saved / "config.yaml", run)
+    config = open_checkpoint(checkpoint).transformer.config
+    assert "local" not in config.mhla_config
 
 
 def test_an_unfinished_folder_is_gone_on_with(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from ..config import AUTO_WINDOW, MHLAConfig
+from ..config import MHLAConfig, with_window
 from ..ops import recommended_layout
 from .grid import Grid
 
@@ -66,23 +65,17 @@ def with_window_of(stored: Mapping[str, Any], wanted: ConfigChoice) -> ConfigCho
     kinds, before = stored.get("attention", "mhla"), stored.get("mhla_config")
     if before is None or "mhla" not in ([kinds] if isinstance(kinds, str) else kinds):
         return wanted
-    old, new = as_configs(before), list[Any](wanted if isinstance(wanted, (list, tuple)) else [wanted])
-    if len(new) == 1 and len({(config.local, config.local_margin) for config in old}) == 1:
-        return _with_window(old[0], new[0])
-    layers = max(len(old), len(new))
-    each = zip(old * (layers // len(old)), new * (layers // len(new)), strict=False)
-    return [_with_window(one, choice) for one, choice in each]
-
-
-def _with_window(old: MHLAConfig, choice: OneConfig) -> OneConfig:
-    config = as_config(choice)
-    said = "local" in choice if isinstance(choice, dict) else config.local != AUTO_WINDOW
-    if said or config.local_margin or config.routed_blocks:
-        return choice
-    if dataclasses.replace(config, local=AUTO_WINDOW).window is None:  # it can have none
-        return choice
-    window = {name: getattr(old, name) for name in ("local", "local_margin", "routed_blocks")}
-    return dataclasses.replace(config, **window)
+    old = as_configs(before)
+    if isinstance(wanted, (list, tuple)):
+        old = old * len(wanted) if len(old) == 1 else old
+        if len(old) != len(wanted):
+            return wanted  # which is refused where layers are planned
+        return [with_window(as_config(choice), one, choice) for one, choice in zip(old, wanted, strict=True)]
+    config = as_config(cast(OneConfig, wanted))
+    each = [with_window(config, one, wanted) for one in old]
+    if all(one == each[0] for one in each):
+        return each[0]
+    return each if config.layers is None else wanted
 
 
 def layer_settings(

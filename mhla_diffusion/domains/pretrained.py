@@ -13,7 +13,7 @@ from transformers import conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from ..attention import MHLA
-from ..config import MHLAConfig
+from ..config import MHLAConfig, with_window
 from . import FAMILIES, configs
 
 # Stock class -> the same model with MHLA.
@@ -27,11 +27,17 @@ class PretrainedMHLA:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **settings: Any) -> Any:
         """Load a model, see ``transformers.PreTrainedModel.from_pretrained``.
 
-        What the files of a stock model lack is at its start, as in a new model.
+        What the files of a stock model lack is at its start, as in a new model. An ``mhla_config`` that says
+        nothing of a softmax window keeps that of the files.
 
         Raises:
             ValueError: for files with a part of an MHLA layer.
         """
+        if (wanted := settings.get("mhla_config")) is not None and args:
+            stored = cls.config_class.get_config_dict(args[0])[0].get("mhla_config")  # type: ignore[attr-defined]
+            if stored is not None:
+                config = wanted if isinstance(wanted, MHLAConfig) else MHLAConfig.from_dict(dict(wanted))
+                settings["mhla_config"] = with_window(config, MHLAConfig.from_dict(stored), wanted)
         model, info = super().from_pretrained(*args, output_loading_info=True, **settings)  # type: ignore[misc]
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         for name, module in model.named_modules():

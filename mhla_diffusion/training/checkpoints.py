@@ -127,16 +127,17 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
 
 def as_it_began(config: Any, checkpoint: Path) -> Any:
-    """Return the config of a run that goes on: a window that is "auto" is none where there was none before.
+    """Return the config of a run that goes on or is opened: "auto" is no window in those of before format 2.
 
     Args:
         config: dataclass of the run.
         checkpoint: to go on from.
     """
-    before = _read_record(checkpoint)["config"].get("model") or {}
-    settings = before.get("mhla") or {}
+    record = _read_record(checkpoint)
+    settings = (record["config"].get("model") or {}).get("mhla") or {}
     mhla = getattr(getattr(config, "model", None), "mhla", None) or MHLAConfig()
-    if settings.get("local", AUTO_WINDOW) is not None or mhla.local != AUTO_WINDOW:
+    without = record["format"] < 2 and settings.get("local", AUTO_WINDOW) is None
+    if not without or mhla.local != AUTO_WINDOW:
         return config
     model = dataclasses.replace(config.model, mhla=dataclasses.replace(mhla, local=None))
     return dataclasses.replace(config, model=model)
@@ -227,10 +228,12 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / _RECORD).read_text())
         config, model = record["config"], record["config"].get("model")
-        if record.get("format", 1) < 2 and model is not None and model.get("init_from") is None:
+        form = record.get("format", 1)
+        if form < 2 and model is not None and model.get("init_from") is None:
             config = {**config, "model": {**model, "mhla": {"local": None, **(model.get("mhla") or {})}}}
         data = record.get("data")  # earlier versions wrote no fingerprint
-        return {"config": config, "num_processes": record["num_processes"], "data": data}
+        num_processes = record["num_processes"]
+        return {"config": config, "num_processes": num_processes, "data": data, "format": form}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint / _RECORD} is damaged ({type(error).__name__}): go on from another one"

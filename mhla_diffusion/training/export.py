@@ -84,7 +84,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 def _open(checkpoint: Path, weights: Weights) -> tuple[TrainingTask, Any, dict[str, Any]]:
     """Return the task of a checkpoint's run, its model and the facts of its training."""
     checkpoints.require_whole(checkpoint)
-    config = read_run_config(checkpoint.parents[1] / "config.yaml")
+    config = checkpoints.as_it_began(read_run_config(checkpoint.parents[1] / "config.yaml"), checkpoint)
     objective = build_objective(config.objective)
     model, source, task = config.build(objective)
     set_trainable(model, config.trainable, config.lora)

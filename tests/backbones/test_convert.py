@@ -68,6 +68,8 @@ def test_other_blocks_keep_the_window_that_a_model_has(
     for impossible in (MHLAConfig(blocks=1), {"blocks": 4, "normalizer": "none"}):
         plain = type(model).from_pretrained(tmp_path, mhla_config=impossible)
         assert plain.transformer_blocks[0].attn1.processor.local is None
+    with pytest.raises(ValueError, match="is a list of 3 configs, but the model has 2 layers"):
+        convert_to_mhla(copy.deepcopy(model), [MHLAConfig(blocks=4)] * 3)
     without = MHLAConfig.paper(blocks=4)
     plain = type(model).from_pretrained(tmp_path, mhla_config=without)
     assert plain.transformer_blocks[0].attn1.processor.config == without

@@ -169,6 +169,7 @@ def test_gradients_flow_with_the_cache_that_training_makes_unasked() -> None:
     [
         ({"cpe": "zero"}, {}, "causal MHLA has no cpe"),
         ({"local": "gate"}, {}, "causal MHLA has no local"),
+        ({"local_margin": 2, "local": "auto"}, {}, "causal MHLA has no local_margin"),
         ({"normalizer": "official"}, {}, "causal MHLA has no normalizer official"),
         ({}, {"block_size": 0}, "block_size must be at least 1 token, got 0"),
         (

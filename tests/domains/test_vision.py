@@ -173,3 +173,14 @@ def test_auto_config_knows_our_models_whichever_was_imported_first(first: str) -
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout == "MHLAViTConfig\n", run.stderr
+
+
+@pytest.mark.parametrize("stored", ["auto", None])
+def test_another_config_on_loading_keeps_the_window_that_a_model_has(
+    tmp_path: Path, stored: str | None
+) -> None:
+    model = convert_to_mhla(make_stock("ViTModel"), MHLAConfig(blocks=4, local=stored))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, mhla_config=MHLAConfig(blocks=4))
+    assert again.config.mhla_config.get("local") == stored
+    assert again.state_dict().keys() == model.state_dict().keys()

@@ -45,14 +45,14 @@ def facts(text: str) -> dict[str, str]:
             {
                 "attention": "mhla in 2 of 2 layers",
                 "blocks": "2 x 2",
-                "settings that are not the default": "blocks = 4",
+                "settings that are not the default": "local = None, blocks = 4",
             },
         ),
         (
             {"mhla_config": {"blocks": (1, 2), "cpe": "zero", "gate": True}},
             {
                 "blocks": "1 x 2",
-                "settings that are not the default": "blocks = [1, 2], cpe = zero, gate = True",
+                "settings that are not the default": "local = None, blocks = [1, 2], cpe = zero, gate = True",
             },
         ),
         (
@@ -88,9 +88,10 @@ def test_the_card_names_every_setting_that_is_not_the_default(
     differ = [
         f.name
         for f in dataclasses.fields(MHLAConfig)
-        if stored.get(f.name, getattr(default, f.name)) != getattr(default, f.name)
+        if stored.get(f.name, None if f.name == "local" else getattr(default, f.name))
+        != getattr(default, f.name)
     ]
-    assert {*differ} == {*chosen, "key_blocks"}
+    assert {*differ} == {*chosen, "key_blocks", "local"}
     assert {setting.split(" = ")[0] for setting in named if " = " in setting} == set(differ)
     assert "qk_norm = True" in named
 
