@@ -392,7 +392,10 @@ def _attention(transformer: Any) -> dict[str, str]:
 
 def _changed(config: Mapping[str, Any]) -> str:
     """What is not the default."""
-    defaults, values = MHLAConfig().to_dict(), {"local": None, **config}  # left out where there is none
+    defaults, values = (
+        MHLAConfig().to_dict(),
+        {**config, "local": config.get("local")},
+    )  # left out where it is None
     changed = [f"{key} = {value}" for key, value in values.items() if defaults.get(key, not value) != value]
     return ", ".join(changed) or "none"
 

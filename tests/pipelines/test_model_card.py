@@ -45,14 +45,14 @@ def facts(text: str) -> dict[str, str]:
             {
                 "attention": "mhla in 2 of 2 layers",
                 "blocks": "2 x 2",
-                "settings that are not the default": "local = None, blocks = 4",
+                "settings that are not the default": "blocks = 4, local = None",
             },
         ),
         (
             {"mhla_config": {"blocks": (1, 2), "cpe": "zero", "gate": True}},
             {
                 "blocks": "1 x 2",
-                "settings that are not the default": "local = None, blocks = [1, 2], cpe = zero, gate = True",
+                "settings that are not the default": "blocks = [1, 2], cpe = zero, gate = True, local = None",
             },
         ),
         (
