@@ -32,7 +32,8 @@ def convert_to_mhla(
             matrices carry over too, resized to the new blocks, and so do the convolutions, norms and gates
             that both configs ask for; a config that says nothing of a softmax window keeps the model's. Of
             transformers: a stock ViT, DeiT, DINOv2 or Llama.
-        config: an :class:`MHLAConfig` or its dict, or one for each layer (not for transformers).
+        config: an :class:`MHLAConfig` or its dict, as stored (without ``local`` it has no window), or one for
+            each layer (not for transformers).
         attention: of all layers that ``config.layers`` names or, as a list, of each layer. For transformers
             ``"mhla"`` or ``"linear"``.
         output_loading_info: also return ``{"new": [...], "dropped": [...]}``, names of weights.
