@@ -69,9 +69,10 @@ def test_one_process_where_two_were_asked_for_is_said() -> None:
     assert "torchrun --nproc_per_node 2 -- SCRIPT starts them all" in result.stderr
 
 
-def wait_long(rank: int) -> None:
+def wait_long(rank: int, port: int) -> None:
     # The others wait for longer than a collective would.
     dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port)  # where no rank finds what the group before left
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))
     join(rank)
 
@@ -98,7 +99,7 @@ def wait_long(rank: int) -> None:
 def test_others_wait_for_the_first_beyond_the_timeout_of_a_collective(
     run_processes: Callable[..., None],
 ) -> None:
-    run_processes(wait_long, 2)
+    run_processes(wait_long, 2, free_port())
 
 
 def lose_peer(rank: int, file: str) -> None:
