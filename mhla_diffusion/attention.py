@@ -255,10 +255,12 @@ class MHLA(nn.Module):
             )
         settings: dict[str, Any] = {
             "grid": grid, "extra": extra, "key_grid": key_grid, "rotary_emb": rotary_emb,
-            "key_mask": key_mask, "group": group,
+            "key_mask": key_mask,
         }  # fmt: skip
-        by_heads = group is not None and self.needs_all_tokens
-        out, beside = (attend_by_heads if by_heads else MHLA.attend)(self, q, k, v, **settings)
+        if group is not None and self.needs_all_tokens:
+            out, beside = attend_by_heads(self, q, k, v, group=group, **settings)
+        else:
+            out, beside = self.attend(q, k, v, group=group, **settings)
         out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
         # Behind norm and gate, as in the public reference code.
         return out if beside is None else out + beside.transpose(1, 2).flatten(2)

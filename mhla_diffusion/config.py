@@ -275,6 +275,16 @@ class MHLAConfig:
         return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
 
 
+OneConfig = MHLAConfig | dict[str, Any] | None
+
+
+def as_config(mhla_config: OneConfig) -> MHLAConfig:
+    """Return the config of what a model's argument may be: a config, its dict, or None for the defaults."""
+    if mhla_config is None:
+        return MHLAConfig()
+    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
+
+
 def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHLAConfig:
     """Return a config with the softmax window of another, where it says nothing of one and can have it.
 

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..config import MHLAConfig, with_window
+from ..config import MHLAConfig, OneConfig, as_config, with_window
 from ..ops import recommended_layout
 from .grid import Grid
 
 ATTENTIONS = ("mhla", "linear", "softmax")
 
 AttentionChoice = str | Sequence[str]
-OneConfig = MHLAConfig | dict[str, Any] | None
 ConfigChoice = OneConfig | Sequence[OneConfig]
 
 
@@ -40,13 +39,6 @@ class LayerPlan:
     def registered(self) -> dict[str, Any] | list[dict[str, Any]]:
         """Config, or those of the layers, as plain values."""
         return self.configs[0].to_dict() if self.shared else [config.to_dict() for config in self.configs]
-
-
-def as_config(mhla_config: OneConfig) -> MHLAConfig:
-    """Return the config of what a model's argument may be."""
-    if mhla_config is None:
-        return MHLAConfig()
-    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
 
 
 def as_configs(mhla_config: ConfigChoice) -> list[MHLAConfig]:

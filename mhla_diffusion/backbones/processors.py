@@ -100,9 +100,7 @@ class MHLAAttnProcessor(MHLA):
         projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
         extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
         cheap = self.config.window != WINDOW_ONLY  # softmax over many tokens costs more than a projection
-        # Ranks have to agree, as what is computed again exchanges again: of their shares the smallest.
-        share = hidden_states.shape[1] if group is None else math.prod(grid) // dist.get_world_size(group)
-        if extras and cheap and share >= _MANY_TOKENS and _is_differentiated():
+        if extras and cheap and _is_differentiated() and _holds_many_tokens(grid, hidden_states, group):
             # Norms and gate keep more than the operator does, and cost less than a projection: the backward
             # computes what it needs of them again. No check of shapes: those of parameters change between the
             # passes under DeepSpeed's ZeRO-3.
@@ -129,6 +127,12 @@ class MHLAAttnProcessor(MHLA):
                 f"self-attention neither; got key_blocks {self.key_blocks} and "
                 f"{'no ' if encoder_hidden_states is None else ''}encoder_hidden_states"
             )
+
+
+def _holds_many_tokens(grid: tuple[int, ...], hidden_states: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether each rank holds many: they have to agree, as what is computed again exchanges again."""
+    share = hidden_states.shape[1] if group is None else math.prod(grid) // dist.get_world_size(group)
+    return share >= _MANY_TOKENS
 
 
 def _is_differentiated() -> bool:

@@ -13,7 +13,7 @@ from transformers import conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from ..attention import MHLA
-from ..config import MHLAConfig, with_window
+from ..config import MHLAConfig, as_config, with_window
 from . import FAMILIES, configs
 
 # Stock class -> the same model with MHLA.
@@ -36,8 +36,7 @@ class PretrainedMHLA:
         if (wanted := settings.get("mhla_config")) is not None and args:
             stored = cls.config_class.get_config_dict(args[0])[0].get("mhla_config")  # type: ignore[attr-defined]
             if stored is not None:
-                config = wanted if isinstance(wanted, MHLAConfig) else MHLAConfig.from_dict(dict(wanted))
-                settings["mhla_config"] = with_window(config, MHLAConfig.from_dict(stored), wanted)
+                settings["mhla_config"] = with_window(as_config(wanted), as_config(stored), wanted)
         model, info = super().from_pretrained(*args, output_loading_info=True, **settings)  # type: ignore[misc]
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         for name, module in model.named_modules():
@@ -105,7 +104,7 @@ def convert(model: Any, config: Any, *, attention: Any = "mhla") -> tuple[Any, d
             f"attention mhla or linear: {known}"
         )
     if attention == "linear":
-        config = (config if isinstance(config, MHLAConfig) else MHLAConfig.from_dict(config or {})).linear()
+        config = as_config(config).linear()
     settings = {**model.config.to_dict(), "mhla_config": config}
     settings.pop("model_type")
     with init_empty_weights():
@@ -131,9 +130,7 @@ def settings_of(config: Any, **changes: Any) -> MHLAConfig:
     Raises:
         ValueError: for settings that cannot be, or layers that the model does not have.
     """
-    chosen = MHLAConfig() if config.mhla_config is None else config.mhla_config
-    settings = chosen if isinstance(chosen, MHLAConfig) else MHLAConfig.from_dict(dict(chosen))
-    settings = dataclasses.replace(settings, **changes)
+    settings = dataclasses.replace(as_config(config.mhla_config), **changes)
     if outside := [layer for layer in settings.layers or () if layer >= config.num_hidden_layers]:
         raise ValueError(
             f"mhla_config.layers names layer {outside[0]}, but the layers are 0 to "
