@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no key": {"grid": (4, 4), "blocks": (2, 2), "mask": 0.8},
     "one token a block": {"grid": (3, 2), "blocks": (3, 2), "margin": 1},
     "sequence, several tiles": {"grid": (300,), "blocks": (2,), "margin": 3},
-    "video": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "margin": 1, "mask": 0.3, "heads": 2},
+    "video": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "margin": 0.25, "mask": 0.3, "heads": 2},
     "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "margin": 1, "heads": 2},
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 128, "d_v": 20, "margin": 1},
     "too wide for kernels": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "margin": 1},
