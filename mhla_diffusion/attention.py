@@ -230,7 +230,7 @@ class MHLA(nn.Module):
             extra: numbers of tokens before and after those of the grid that lie on none, others in every
                 call as may be. The convolution on v leaves them out. See ``extra_block`` of the config.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
-            rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`.
+            rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`. To the convolution masked tokens are 0.
             group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
                 it and ``extra`` tokens of its own, of which all other tensors are then. They exchange
                 summaries, see :func:`mhla_diffusion.ops.mhla_parallel`; or, see :attr:`needs_all_tokens`,
@@ -284,6 +284,8 @@ class MHLA(nn.Module):
             ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
+        # The convolution and the gradients of norms and learned features see them too.
+        k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
         q, k = self.normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
@@ -486,7 +488,6 @@ def _attend_in_blocks(
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
         return window_attention(q, k, v, layout, key_mask=key_mask, **wider).to(v.dtype)
-    k, v = counted(k, key_mask), counted(v, key_mask)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

@@ -118,6 +118,8 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
     [
         {"local": "shared"}, {"local": "auto"}, {"local": "only"}, {"local": "gate", "routed_blocks": 1},
         {"local": "only", "blocks": 1}, {"local": None}, {"local": None, "mixing_content": True},
+        {"cpe": "identity"}, {"cpe": "identity", "local": None}, {"feature_map": "hedgehog"},
+        {"qk_norm": True}, {"center_keys": True}, {"normalizer": "none", "output_norm": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -126,10 +128,17 @@ def test_what_masked_keys_hold_does_not_matter(settings: dict[str, Any]) -> None
     if module.strength is not None:
         torch.nn.init.ones_(module.strength)
     mask = torch.rand(2, 24) < 0.7
-    out = module(q, k, v, grid=(4, 6), key_mask=mask)
     for_keys = mask[:, None, :, None]
-    again = module(q, k.where(for_keys, torch.nan), v.where(for_keys, torch.inf), grid=(4, 6), key_mask=mask)
-    torch.testing.assert_close(again, out)
+
+    def attend(k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        out = module(*inputs, grid=(4, 6), key_mask=mask)
+        wanted = (*inputs, *module.parameters())
+        return out, torch.autograd.grad(out.square().sum(), wanted)
+
+    out, gradients = attend(k, v)
+    again = attend(k.where(for_keys, torch.nan), v.where(for_keys, torch.inf))
+    torch.testing.assert_close(again, (out, gradients))
     assert not torch.allclose(module(q, k, v, grid=(4, 6)), out)
 
 
