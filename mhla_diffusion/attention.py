@@ -376,13 +376,10 @@ class MHLA(nn.Module):
         self, window: tuple[Tensor, Tensor], *tensors: Any, normalizer: str, dtype: Any, **settings: Any
     ) -> Tensor:
         """The operator with a softmax window, or that alone."""
-        q, k, v, _, layout = tensors
+        _, _, v, _, layout = tensors
         key_mask, chosen = settings["key_mask"], None
         if self.config.routed_blocks:
-            chosen = choose_blocks(
-                q, k, layout, self.config.routed_blocks,
-                feature_map=settings["feature_map"], key_mask=key_mask, eps=settings["eps"],
-            )  # fmt: skip
+            chosen = choose_blocks(*window, layout, self.config.routed_blocks, key_mask=key_mask)
         wider: dict[str, Any] = {"margin": self.config.margin, "chosen": chosen}
         if self.config.window == WINDOW_ONLY:
             return _attend_in_blocks(*window, v, layout, key_mask, wider)

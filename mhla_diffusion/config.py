@@ -61,7 +61,7 @@ class MHLAConfig:
             or for all of them: integers, or shares of the side of a block between 0 and 1, to the nearest
             token. With 0 the borders of blocks may show in samples; ``"auto"`` has 0.25 in place of 0.
         routed_blocks: further blocks that the softmax of each query sees, which it chooses for itself by
-            what they add to its denominator, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
+            mean and covariance of their keys, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
             share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for

@@ -118,7 +118,7 @@ class Plan:
             return 4 * tokens**2 * d
         flops = 4 * ((tokens - extra) * self.layout.reach_size(self.local_margin) + extra**2) * d
         if routes := min(self.routed_blocks, blocks - 1):
-            flops += 4 * tokens * routes * block * d + 2 * tokens * blocks * d * self._width
+            flops += 4 * tokens * routes * block * d + 2 * tokens * d * (blocks * (d + 1) + d)
         return flops
 
     @property

@@ -115,12 +115,18 @@ def _chosen(module: MHLA, tensors: list[Tensor], arguments: dict[str, Any]) -> t
     if not module.config.routed_blocks:
         return None, 1.0
     layout = BlockLayout(arguments["grid"], module.blocks, arguments["extra"])
-    options: dict[str, Any] = {"feature_map": module.operator_map, "eps": module.config.eps}
-    with torch.no_grad():
-        q, k = module.features(*tensors[:2])
-    here = choose_blocks(q, k, layout, module.config.routed_blocks, **options)
-    there = choose_blocks(q.cpu(), k.cpu(), layout, module.config.routed_blocks, **options)
+    q, k = _turned(tensors[0], tensors[1], layout, arguments["rotary_emb"])
+    here = choose_blocks(q, k, layout, module.config.routed_blocks)
+    there = choose_blocks(q.cpu(), k.cpu(), layout, module.config.routed_blocks)
     return here, (here.cpu() == there).double().mean().item()
+
+
+def _turned(q: Tensor, k: Tensor, layout: BlockLayout, rotary: Any) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the softmax, with their positions."""
+    if rotary is None:
+        return q, k
+    turns = turn_all(rotary, layout.num_tokens, layout.extra)
+    return apply_rotary_emb(q, turns), apply_rotary_emb(k, turns)
 
 
 def _dense(
@@ -130,12 +136,9 @@ def _dense(
     config, rotary, extra = module.config, arguments["rotary_emb"], arguments["extra"]
     layout, _, mixing = module.fit(arguments["grid"], extra=extra, device=q.device)
     mixing = module.weighed(mixing, q, k, layout)
-    features = module.features(q, k)
-    window, turned = (q, k), rotary
-    if rotary is not None:
-        turns = turn_all(rotary, layout.num_tokens, extra)
-        window = apply_rotary_emb(q, turns), apply_rotary_emb(k, turns)
-        turned = tuple(torch.cat((x, x), -1) for x in rotary) if config.feature_map in WIDE_MAPS else rotary
+    features, window, turned = module.features(q, k), _turned(q, k, layout, rotary), rotary
+    if rotary is not None and config.feature_map in WIDE_MAPS:
+        turned = tuple(torch.cat((x, x), -1) for x in rotary)
     options: dict[str, Any] = {"feature_map": module.operator_map, "rotary_emb": turned, "eps": config.eps}
     if config.window is None:
         out = mhla_reference(*features, v, mixing, layout, **options)

@@ -22,7 +22,7 @@ from mhla_diffusion import (
     MHLAWanTransformer3DModel,
 )
 from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, window_attention
+from mhla_diffusion.ops import BlockLayout, choose_blocks, locality_mixing, mhla, window_attention
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
 ROOT = Path(__file__).parents[1]
@@ -452,11 +452,14 @@ def test_a_margin_is_counted_as_torch_counts_its_products(margin: int | tuple[in
 
 def test_routed_blocks_are_counted_as_torch_counts_their_products() -> None:
     tokens, heads, d = 256, 6, 64
+    q = torch.randn(1, 1, tokens, d)
+    with FlopCounterMode(display=False) as counter:
+        choose_blocks(q, q, BlockLayout((16, 16), (4, 4)), 3)
     near, routed = (
         plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4), local="shared", routed_blocks=number))
         for number in (0, 3)
     )
     more = routed.operator_flops("mhla") - near.operator_flops("mhla")
-    assert more == (4 * tokens * 3 * 16 * d + 2 * tokens * 16 * d) * heads
+    assert more == (4 * tokens * 3 * 16 * d + counter.get_total_flops()) * heads
     plain = plan("DiT-S/2", 256, 256).with_config(MHLAConfig.paper(blocks=(4, 4)))
     assert plain.operator_flops("mhla") < near.operator_flops("mhla")

@@ -115,9 +115,9 @@ def window_matrices(
     """
     window, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
-    chosen = choose_blocks(*features, layout, routes, **options) if routes else None
+    mask = options.get("key_mask")
+    chosen = choose_blocks(*window, layout, routes, key_mask=mask) if routes else None
     if weight is None:
-        mask = options.get("key_mask")
         found = window_attention(*window, unit, layout, key_mask=mask, margin=margin, chosen=chosen)[0, 0]
         return found, found
     acting, plain = (

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .composite import counted
-from .features import phi
 from .layout import BlockLayout
 from .operators import as_autocast
 
@@ -21,34 +20,39 @@ _GROUP_SIZES = (16, 128)
 
 @torch.no_grad()
 def choose_blocks(
-    q: Tensor,
-    k: Tensor,
-    layout: BlockLayout,
-    count: int,
-    *,
-    feature_map: str = "relu",
-    key_mask: Tensor | None = None,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, layout: BlockLayout, count: int, *, key_mask: Tensor | None = None
 ) -> Tensor:
-    """Choose for each query the blocks in which linear attention sees most, its own left out.
+    """Choose for each query the blocks that hold most of its softmax, its own left out.
 
-    A block b counts by what it adds to the denominator, ``phi(q_t) . z_b`` with ``z_b`` the sum of ``phi(k)``
-    over the block: the summaries of MHLA say where the keys of a query lie, though not which they are. Time
-    and memory O(N M); nothing here has a gradient.
+    What a block of n keys holds, ``log sum_j exp(s_j)`` of scores ``s_j = q . k_j / sqrt(d)``, is taken for
+    what it would be if they were Gaussian: ``log n + m + v / 2`` with mean ``m = q . mean(k) / sqrt(d)`` and
+    variance ``v = q^T cov(k) q / d``. A key that a query is sharp on shows by its square: among random ones,
+    sqrt(d / 2) times as clearly as in a sum of scores. Time O(N M d^2), memory O(N (M + d)); nothing here
+    has a gradient.
 
     Args:
-        q, k: ``[B, H, N, d]`` as the operator gets them.
+        q, k: ``[B, H, N, d]`` as the softmax gets them.
         layout: the grid and its blocks. Extra tokens choose as all others do, and are not chosen.
         count: blocks for each query, or all others where there are fewer.
-        feature_map, key_mask, eps: see :func:`mhla_diffusion.ops.mhla`.
+        key_mask: bool ``[B, N]``, true where a key counts.
 
     Returns:
         Numbers of blocks, int64 ``[B, H, N, count]``, the best first.
     """
-    keys = counted(phi(k.float(), feature_map, eps=eps), key_mask)[:, :, layout.grid_tokens]
-    sums = BlockLayout(layout.grid, layout.blocks).block_sums(keys, keys.dtype)  # [B, H, M, d]
-    scores = phi(q.float(), feature_map, eps=eps) @ sums.mT
-    blocks = torch.arange(sums.shape[2], device=q.device)
+    on_grid, inside = BlockLayout(layout.grid, layout.blocks), layout.grid_tokens
+    seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)[..., None]
+    keys = on_grid.pack(counted(k.float(), key_mask)[:, :, inside])  # [B, H, M, n, d]
+    number = seen.sum(-2)  # [B or 1, 1, M, 1]
+    mean = keys.sum(-2) / number.clamp_min(1)
+    apart = (keys - mean[..., None, :]) * seen
+    queries = q.float() / math.sqrt(q.shape[-1])
+    # Outside autocast: in 16 bits blocks would be mistaken for others.
+    with torch.autocast(q.device.type, enabled=False):
+        covariance = apart.mT @ apart / number.clamp_min(1)[..., None]
+        scores = queries @ mean.mT + number.mT.log()
+        variances = [(queries @ of_block * queries).sum(-1) for of_block in covariance.unbind(2)]
+        scores = scores + torch.stack(variances, -1) / 2
+    blocks = torch.arange(on_grid.num_blocks, device=q.device)
     own = layout.block_index(q.device)[:, None] == blocks
     return scores.masked_fill(own, -math.inf).topk(min(count, len(blocks) - 1), -1).indices
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,40 @@ def test_a_query_chooses_the_block_of_its_key_and_never_its_own() -> None:
     chosen = choose_blocks(q, k, layout, 1)[0, 0, :, 0]
     assert (chosen[wanted != block] == wanted[wanted != block]).all()
     assert (choose_blocks(q, k, layout, 3) != block[:, None]).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_blocks_are_ranked_by_what_they_would_hold_of_gaussian_scores(
+    layout: BlockLayout, masked: bool
+) -> None:
+    q, k = torch.randn(2, 2, 3, layout.num_tokens, 6) + 1
+    mask = torch.rand(2, layout.num_tokens) < 0.6 if masked else None
+    block = layout.block_index()
+    held = torch.full((2, 3, layout.num_tokens, layout.num_blocks), -math.inf)
+    for sample, number in itertools.product(range(2), range(layout.num_blocks)):
+        inside = block == number if mask is None else (block == number) & mask[sample]
+        scores = (q[sample] @ k[sample, :, inside].mT) / math.sqrt(6)
+        variance, mean = torch.var_mean(scores, -1, correction=0)
+        held[sample, ..., number] = scores.shape[-1] * (mean + variance / 2).exp()
+        held[sample][:, block == number, number] = -math.inf
+    found = choose_blocks(q, k, layout, 3, key_mask=mask)
+    assert (found == held.topk(3, -1).indices).double().mean() > 0.99  # some are equal but for rounding
+
+
+def test_a_query_finds_one_key_among_random_ones() -> None:
+    """Where heads have 16 channels, 16 keys are too many for a sum to tell which block holds one of them."""
+    layout = BlockLayout((16, 16), (4, 4))
+    k = F.normalize(torch.randn(8, 1, 256, 16), dim=-1)
+    wanted = torch.randperm(256)
+    chosen = choose_blocks(40 * k[:, :, wanted], k, layout, 4)
+    block = layout.block_index()
+    further = block[wanted] != block
+    found = (chosen == block[wanted][:, None]).any(-1)[..., further].double().mean()
+    assert found > 0.9
+    sums = 40 * k[:, :, wanted] @ layout.block_sums(k, k.dtype).mT
+    by_sums = sums.scatter(-1, block[:, None].expand(8, 1, 256, 1), -math.inf).topk(4, -1).indices
+    assert (by_sums == block[wanted][:, None]).any(-1)[..., further].double().mean() < 0.8
 
 
 def test_scores_far_from_zero_stay_finite() -> None:
