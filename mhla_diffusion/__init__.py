@@ -10,11 +10,14 @@ from .registration import offer_classes
 if TYPE_CHECKING:
     from mhla_diffusion.pipelines import *  # noqa: F403
 
-    from .attention import MHLA, MHLAConfig
+    from .attention import MHLA
     from .backbones import *  # noqa: F403
+    from .config import MHLAConfig
     from .domains import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+_ROOMS = {"MHLA": ".attention", "MHLAConfig": ".config"}
 
 __all__ = ["MHLA", "MHLAConfig"]
 
@@ -29,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return ModelMixin
     # Models and pipelines are what their rooms say.
-    rooms = (".attention",) if name in __all__ else (".domains", ".backbones", ".pipelines")
+    rooms = (_ROOMS[name],) if name in _ROOMS else (".domains", ".backbones", ".pipelines")
     for room in rooms if not name.startswith("_") else ():
         module = importlib.import_module(room, __name__)
         if name in getattr(module, "__all__", __all__):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .by_heads import attend_by_heads
-from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
+from .config import WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
 from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
@@ -33,7 +33,7 @@ from .ops import (
     window_attention,
 )
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding, check_key_mask, turn_all
+from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turn_all
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
 _MOST_SUMMED_IN_FLOAT16 = 16384
@@ -59,12 +59,12 @@ class MHLA(nn.Module):
         query_dim: width of the hidden states that the gate reads; H d by default.
 
     Raises:
-        ValueError: when a grid cannot hold its blocks.
+        ValueError: when a grid cannot hold its blocks, and for no number of heads or channels.
     """
 
     def __init__(
         self,
-        config: MHLAConfig,
+        config: OneConfig,
         *,
         heads: int,
         head_dim: int,
@@ -73,7 +73,9 @@ class MHLA(nn.Module):
         query_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = as_config(config)
+        if not (isinstance(heads, int) and isinstance(head_dim, int) and min(heads, head_dim) > 0):
+            raise ValueError(f"heads and head_dim must be integers >= 1, got {heads!r} and {head_dim!r}")
         layout, key_layout = config.layout(grid), config.key_layout(key_grid)
         if key_layout is not None and config.cpe is not None:
             raise ValueError(
@@ -290,6 +292,8 @@ class MHLA(nn.Module):
         q, k = self.normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
+        if self.config.window is not None:
+            check_arguments(q, k, v, mixing, layout, rotary_emb=rotary_emb, key_mask=key_mask)
         if self.config.window is not None and rotary_emb is not None:
             turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
             window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))

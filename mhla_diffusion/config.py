@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ class MHLAConfig:
 
     def __post_init__(self) -> None:
         for name in ("blocks", "key_blocks", "local_margin", "layers"):
-            if isinstance(getattr(self, name), (list, tuple)):
+            if isinstance(getattr(self, name), (list, tuple, range)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("blocks", "key_blocks"):
             value = getattr(self, name)
@@ -116,25 +117,25 @@ class MHLAConfig:
             "mixing_init": MIXING_STARTS,
             "constraint": CONSTRAINTS,
             "cpe": CPE_STARTS,
-            "mixing_per_head": (False, True),
-            "mixing_relative": (False, True),
-            "mixing_content": (False, True),
-            "center_keys": (False, True),
-            "qk_norm": (False, True),
-            "gate": (False, True),
-            "output_norm": (False, True),
-            "extra_block": (False, True),
+        } | {
+            field.name: (False, True) for field in dataclasses.fields(self) if isinstance(field.default, bool)
         }
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            # What is only equal, such as a NumPy boolean, may not be what JSON can hold.
+            if not any(type(value) is type(one) and value == one for one in values):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, got {value!r}")
         self._check_local()
-        if not 0 < self.eps < 1:
-            raise ValueError(f"eps must lie between 0 and 1 (the paper's code has 1e-6), got {self.eps!r}")
-        if self.layers is not None and not all(_is_int(i) and i >= 0 for i in self.layers):
-            raise ValueError(f"layers must be None or layer numbers from 0, got {self.layers!r}")
+        if type(self.eps) not in (int, float) or not 0 < self.eps < 1:
+            raise ValueError(
+                "eps must be a number between 0 and 1 (the paper's code has 1e-6, which YAML takes for text: "
+                f"write 1.0e-6), got {self.eps!r}"
+            )
+        layers = self.layers
+        if layers is not None and not (
+            isinstance(layers, tuple) and all(_is_int(i) and i >= 0 for i in layers)
+        ):
+            raise ValueError(f"layers must be None or a list of layer numbers from 0, got {layers!r}")
 
     def _check_local(self) -> None:
         if not _is_int(self.routed_blocks) or self.routed_blocks < 0:
@@ -146,12 +147,12 @@ class MHLAConfig:
                 f"a block), or one per axis, got {self.local_margin!r}"
             )
         for name, wider in (("local_margin", any(margins)), ("routed_blocks", self.routed_blocks)):
-            if wider and (self.window is None or self.blocks == 1):
+            if wider and (self.window is None or self._is_one_block):
                 raise ValueError(
                     f"{name}={getattr(self, name)} is what the softmax window sees beside its own block: set "
-                    f"local to one of {', '.join(map(repr, LOCAL_CHOICES[1:]))} and take several blocks and "
-                    f"the normalizer 'paper', got local {self.local!r}, blocks {self.blocks} and normalizer "
-                    f"{self.normalizer!r}"
+                    f"local to one of {', '.join(map(repr, LOCAL_CHOICES[1:]))} and take several blocks, the "
+                    f"normalizer 'paper' and no key_blocks, got local {self.local!r}, blocks {self.blocks}, "
+                    f"normalizer {self.normalizer!r} and key_blocks {self.key_blocks}"
                 )
         for name in ("local", "mixing_relative", "extra_block"):
             if getattr(self, name) not in (None, False, AUTO_WINDOW) and self.key_blocks is not None:
@@ -162,7 +163,7 @@ class MHLAConfig:
                     f"local {self.local!r} has no features and no block of extra tokens: leave feature_map "
                     f"{self.feature_map!r} and extra_block={self.extra_block} out"
                 )
-        elif self.local in LOCAL_FORMS and (self.normalizer != "paper" or self.blocks == 1):
+        elif self.local in LOCAL_FORMS and (self.normalizer != "paper" or self._is_one_block):
             raise ValueError(
                 f"local {self.local!r} needs normalizer 'paper' and several blocks (with one it is softmax "
                 f"attention), got normalizer {self.normalizer!r} and blocks {self.blocks}"
@@ -173,8 +174,12 @@ class MHLAConfig:
         """Form of the softmax window, ``"shared"``, ``"gate"`` or ``"only"``; None where there is none."""
         if self.local != AUTO_WINDOW:
             return self.local
-        blocks = self.blocks if isinstance(self.blocks, int) else math.prod(self.blocks)
-        return "shared" if blocks > 1 and self.normalizer == "paper" and self.key_blocks is None else None
+        possible = not self._is_one_block and self.normalizer == "paper" and self.key_blocks is None
+        return "shared" if possible else None
+
+    @property
+    def _is_one_block(self) -> bool:
+        return math.prod(self.blocks if isinstance(self.blocks, tuple) else (self.blocks,)) == 1
 
     @property
     def margin(self) -> Margin:
@@ -224,14 +229,19 @@ class MHLAConfig:
         return "later" in setting.metadata and getattr(self, setting.name) == without
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MHLAConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> MHLAConfig:
         """Make a config of plain values, the inverse of :meth:`to_dict`.
 
         Without ``local`` there is no window, as in what was stored before there were any.
 
         Raises:
-            ValueError: for an unknown key, naming the known ones.
+            ValueError: for what is no dict, and an unknown key, naming the known ones.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                "MHLA settings are an MHLAConfig, a dict of its settings such as {'blocks': 16}, or None for "
+                f"the defaults, got {values!r}"
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(
@@ -275,14 +285,18 @@ class MHLAConfig:
         return None if grid is None or self.key_blocks is None else _layout(grid, self.key_blocks)
 
 
-OneConfig = MHLAConfig | dict[str, Any] | None
+OneConfig = MHLAConfig | Mapping[str, Any] | None
 
 
 def as_config(mhla_config: OneConfig) -> MHLAConfig:
-    """Return the config of what a model's argument may be: a config, its dict, or None for the defaults."""
+    """Return the config of what a model's argument may be: a config, its dict, or None for the defaults.
+
+    Raises:
+        ValueError: for anything else, and what a config refuses.
+    """
     if mhla_config is None:
         return MHLAConfig()
-    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(dict(mhla_config))
+    return mhla_config if isinstance(mhla_config, MHLAConfig) else MHLAConfig.from_dict(mhla_config)
 
 
 def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHLAConfig:
@@ -293,7 +307,7 @@ def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHL
         old: of the model that is given it.
         said: what the config was made of; a dict without ``local`` says nothing either.
     """
-    silent = "local" not in said if isinstance(said, dict) else config.local == AUTO_WINDOW
+    silent = "local" not in said if isinstance(said, Mapping) else config.local == AUTO_WINDOW
     possible = dataclasses.replace(config, local=AUTO_WINDOW).window is not None
     if not silent or not possible or config.local_margin or config.routed_blocks:
         return config

@@ -20,10 +20,9 @@ from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention import MHLAConfig
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
-from .config import WIDE_MAPS, WINDOW_ONLY
+from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hub import load_component_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import diffusers
 
-from mhla_diffusion.attention import MHLAConfig
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
-from mhla_diffusion.config import as_config
+from mhla_diffusion.config import MHLAConfig, as_config
 from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder
 
 from .image import MHLADiTPipeline

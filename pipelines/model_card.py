@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCardData, create_repo
 
-from mhla_diffusion.attention import MHLAConfig
+from mhla_diffusion.config import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
 from .identity import TRAINING, training_of, transformers_of

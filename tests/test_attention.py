@@ -23,6 +23,7 @@ from mhla_diffusion.ops import (
     mhla_reference,
     relative_mixing,
     resize_mixing,
+    window_composite,
 )
 
 AssertClose = Callable[..., None]
@@ -445,3 +446,56 @@ def test_a_gate_without_hidden_states_says_what_is_missing() -> None:
     q, k, v = torch.randn(3, 1, 2, 16, 8)
     with pytest.raises(ValueError, match="pass hidden_states=x"):
         module(q, k, v, grid=(4, 4))
+
+
+@pytest.mark.parametrize("local", [None, "auto", "only"])
+def test_what_does_not_fit_is_refused_in_the_same_words_with_a_window(local: str | None) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, local=local))
+    narrow, short = torch.rand(2, 24, 2), torch.rand(2, 20, 3)
+    for wrong, message in (
+        ({"rotary_emb": tuple(narrow)}, r"rotary_emb must be .*\(24, 2\)"),
+        ({"rotary_emb": tuple(short)}, r"rotary_emb must be .*\(20, 3\)"),
+        ({"k": k[:, :, :20], "v": v[:, :, :20]}, r"k and v hold 20 tokens"),
+        ({"k": k[..., :4]}, r"q and k must have the same B, H and d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(**{"q": q, "k": k, "v": v, "grid": (4, 6), **wrong})
+
+
+@pytest.mark.parametrize("local", [None, "auto", "only", "gate"])
+def test_an_empty_batch_and_mixed_dtypes_are_taken_with_a_window_too(
+    local: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_composite, "_WIDE_DEVICES", ())  # as on a GPU
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, local=local))
+    assert module(q[:0], k[:0], v[:0], grid=(4, 6)).shape == (0, 24, 12)
+    assert module(q, k, v.bfloat16(), grid=(4, 6)).dtype == torch.bfloat16
+    with torch.no_grad():
+        out = module(q, k.double(), v, grid=(4, 6))
+    torch.testing.assert_close(out, module(q, k, v, grid=(4, 6)))
+
+
+@pytest.mark.parametrize("local", [None, "auto"])
+def test_transforms_of_torch_func_are_taken(local: str | None) -> None:
+    """Gradients, those of each sample, derivatives along a direction, and second ones."""
+    module, tensors, _ = make_module(MHLAConfig(blocks=4, local=local, feature_map="softmax"))  # smooth
+    module, (q, k, v) = module.double(), (x.double() for x in tensors)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (q, k, v), {"grid": (4, 6)}).square().mean()
+
+    loss(dict(module.named_parameters()), q, k, v).backward()
+    expected = {name: weight.grad for name, weight in module.named_parameters()}
+    torch.testing.assert_close(torch.func.grad(loss)(weights, q, k, v), expected)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))
+    samples = each(weights, *(x[:, None] for x in (q, k, v)))
+    torch.testing.assert_close({name: grad.mean(0) for name, grad in samples.items()}, expected)
+    along = torch.randn_like(q)
+    _, slope = torch.func.jvp(lambda q: loss(weights, q, k, v), (q,), (along,))
+    gradient = torch.func.grad(loss, 1)(weights, q, k, v)
+    torch.testing.assert_close(slope, (gradient * along).sum())
+    _, bend = torch.func.jvp(lambda q: torch.func.grad(loss, 1)(weights, q, k, v), (q,), (along,))
+    step = 1e-4 * along
+    near = [torch.func.grad(loss, 1)(weights, q + sign * step, k, v) for sign in (1, -1)]
+    torch.testing.assert_close(bend, (near[0] - near[1]) / 2e-4, atol=1e-6, rtol=1e-4)

@@ -6,9 +6,10 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy
 import pytest
 
-from mhla_diffusion import MHLAConfig
+from mhla_diffusion import MHLA, MHLAConfig
 
 FULL = MHLAConfig(
     blocks=(2, 3), feature_map="hedgehog", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
@@ -104,10 +105,44 @@ def test_config_is_frozen() -> None:
         ({"mixing_relative": True, "key_blocks": 2}, r"mixing_relative is for self-attention"),
         ({"center_keys": 1.5}, r"center_keys must be one of False, True"),
         ({"gate": "yes"}, r"gate must be one of False, True"),
-        ({"eps": 0.0}, r"eps must lie between 0 and 1"),
-        ({"layers": (0, -1)}, r"layers must be None or layer numbers"),
+        ({"gate": 1}, r"gate must be one of False, True, got 1"),
+        ({"gate": numpy.True_}, r"gate must be one of False, True, got .*True"),
+        ({"local": "gate", "blocks": (1, 1)}, r"local 'gate' needs normalizer 'paper' and several blocks"),
+        ({"local_margin": 0.25, "key_blocks": 2}, r"local_margin=0.25 is what .* and no key_blocks"),
+        ({"eps": 0.0}, r"eps must be a number between 0 and 1"),
+        ({"eps": "1e-6"}, r"eps must be a number .* write 1.0e-6\), got '1e-6'"),
+        ({"eps": None}, r"eps must be a number between 0 and 1"),
+        ({"eps": numpy.float32(1e-6)}, r"eps must be a number between 0 and 1"),
+        ({"layers": (0, -1)}, r"layers must be None or a list of layer numbers"),
+        ({"layers": 3}, r"layers must be None or a list of layer numbers from 0, got 3"),
+        ({"layers": {0, 1}}, r"layers must be None or a list of layer numbers from 0, got {0, 1}"),
+        ({"layers": "01"}, r"layers must be None or a list of layer numbers from 0, got '01'"),
     ],
 )
 def test_config_refuses_what_is_not_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MHLAConfig.from_dict(values)
+
+
+def test_layers_of_a_range_are_kept_as_they_are_stored() -> None:
+    config = MHLAConfig(layers=range(1, 3))
+    assert config == MHLAConfig(layers=(1, 2)) == MHLAConfig.from_json(config.to_json())
+
+
+@pytest.mark.parametrize("value", [16, "16", MHLAConfig, [("blocks", 4)]], ids=str)
+def test_what_is_no_config_is_refused(value: Any) -> None:
+    for make in (MHLAConfig.from_dict, lambda value: MHLA(value, heads=1, head_dim=4, grid=(4, 4))):
+        with pytest.raises(ValueError, match=r"MHLA settings are an MHLAConfig, a dict .* got"):
+            make(value)
+
+
+def test_a_module_takes_what_a_model_takes() -> None:
+    sizes: dict[str, Any] = {"heads": 1, "head_dim": 4, "grid": (8, 8)}
+    assert MHLA({"blocks": 4}, **sizes).config == MHLAConfig.paper(blocks=4)
+    assert MHLA(None, **sizes).config == MHLAConfig()
+    for wrong in ({"heads": 0}, {"head_dim": -1}, {"heads": 2.0}):
+        with pytest.raises(ValueError, match="heads and head_dim must be integers >= 1"):
+            MHLA(None, **{**sizes, **wrong})
+    for grid in (None, 64, (8.5, 8), "88"):
+        with pytest.raises(ValueError, match="grid must be one integer for each axis"):
+            MHLA({"blocks": 4}, **{**sizes, "grid": grid})

@@ -15,12 +15,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attention import MHLA, MHLAConfig
+from ..attention import MHLA
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
 from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
 from ..backbones.quantised import require_not_quantised
-from ..config import WINDOW_ONLY
+from ..config import WINDOW_ONLY, MHLAConfig
 from ..ops import initial_mixing, locality_mixing, recommended_layout
 from .matrices import (
     MatrixStatistics,

@@ -104,9 +104,13 @@ def layer_attention(
         ValueError: for an unknown attention, a list of the wrong length, a layer that does not exist, or a
             list together with ``layers``.
     """
-    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
     known = attentions_of(stock)
-    if unknown := sorted(set(kinds) - set(known)):
+    if not isinstance(attention, (str, list, tuple)):
+        raise ValueError(
+            f"attention must be one of {', '.join(known)}, or a list of them by layer, got {attention!r}"
+        )
+    kinds = [attention] * num_layers if isinstance(attention, str) else list(attention)
+    if unknown := sorted({kind for kind in kinds if kind not in known}, key=repr):
         raise ValueError(f"attention must be one of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     if len(kinds) != num_layers:
         raise ValueError(f"attention names {len(kinds)} layers, but the model has {num_layers}")

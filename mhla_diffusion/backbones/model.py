@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from diffusers import ModelMixin, TensorParallelConfig
 
 from ..attention import MHLA
+from ..config import MHLAConfig
 from ..hub import hub_arguments
 from .adapters import AdapterMixin
 from .denoising import DenoisingMixin
@@ -126,13 +127,18 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         Raises:
             ValueError: for what does not fit together; the message says what and what to do.
         """
-        grid = tuple(grid)
+        axes, sizes = len(cls.vae_stride), tuple(grid) if isinstance(grid, Sequence) else ()
+        if len(sizes) != axes or any(not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(
+                f"the grid of {cls.__name__} (sample_grid, where that is given) must be {axes} integers >= "
+                f"1, one for each axis, got {grid!r}"
+            )
         kinds, configs = layer_settings(attention, mhla_config, num_layers, stock=cls.stock_attention)
         if cls.extra_tokens:
             configs = [dataclasses.replace(config, extra_block=True) for config in configs]
         for config in dict.fromkeys(c for kind, c in zip(kinds, configs, strict=True) if kind == "mhla"):
-            check_blocks(config, grid)
-        return LayerPlan(attention, kinds, configs, grid, not isinstance(mhla_config, (list, tuple)))
+            check_blocks(config, sizes)
+        return LayerPlan(attention, kinds, configs, sizes, not isinstance(mhla_config, (list, tuple)))
 
     def build(self, stock: dict[str, Any], plan: LayerPlan) -> None:
         """Have the stock class make everything, and set the self-attention of its layers as planned."""
@@ -287,8 +293,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         stored = cls.load_config(pretrained_model_name_or_path, **place)
         if kwargs.get("mhla_config") is not None:
             kwargs["mhla_config"] = with_window_of(stored, kwargs["mhla_config"])
-        resized = cls._other_blocks(stored.get("mhla_config"), kwargs.get("mhla_config"))
-        wanted = kwargs.pop("mhla_config") if resized else None
+        other = cls._other_mixing(stored.get("mhla_config"), kwargs.get("mhla_config"))
+        wanted = kwargs.pop("mhla_config") if other else None
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
@@ -302,16 +308,24 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
                 ) from error
             raise
         missing = sorted(info["missing_keys"])
-        if resized and not missing:
+        if other and not missing:
             blocks = model.mixing_blocks
             model, changed = rebuild(model, cls, mhla_config=wanted)
-            logger.warning("mixing matrices resized, blocks %s to %s", blocks, model.mixing_blocks)
+            if model.mixing_blocks != blocks:
+                logger.warning("mixing matrices resized, blocks %s to %s", blocks, model.mixing_blocks)
             missing = changed["new"]
         if missing:
+            has_mhla = stored.get("mhla_config") is not None
+            remedy = (
+                "Load it without mhla_config and call mhla_diffusion.convert_to_mhla(model, config), which "
+                "starts what is new"
+                if has_mhla
+                else f"If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
+                "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
+            )
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
-                f"{missing[0]}. If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
-                "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
+                f"{missing[0]}. {remedy}"
             )
         if getattr(model, "hf_quantizer", None) is not None:
             require_finite_parts(model)
@@ -323,12 +337,15 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _other_blocks(cls, stored: ConfigChoice, wanted: ConfigChoice) -> bool:
-        """Tell from two choices of configs that mixing matrices differ in size."""
+    def _other_mixing(cls, stored: ConfigChoice, wanted: ConfigChoice) -> bool:
+        """Tell from two choices of configs that the weights of mixing, or of windows, say other things."""
         if stored is None or wanted is None:
             return False
-        before, after = (
-            [(c.blocks, c.extra_block or cls.extra_tokens > 0) for c in as_configs(choice)]
-            for choice in (stored, wanted)
-        )
+
+        def said(config: MHLAConfig) -> tuple[Any, ...]:
+            extra = config.extra_block or cls.extra_tokens > 0
+            shape = config.blocks, extra, config.mixing_per_head, config.mixing_relative
+            return (*shape, config.constraint, config.window)
+
+        before, after = ([said(config) for config in as_configs(choice)] for choice in (stored, wanted))
         return before != after and not (len(after) == 1 and set(before) == set(after))

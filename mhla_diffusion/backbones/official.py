@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..attention import MHLAConfig
+from ..config import MHLAConfig
 from .wan import MHLAWanTransformer3DModel
 
 logger = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
         processor.to(dtype)
     taken = rebuilt.state_dict()
     source = {key: value for key, value in model.state_dict().items() if key in taken or _is_stock(key)}
-    _resize_mixing(model, rebuilt, source)
+    _take_processors(model, rebuilt, source)
     # Assigning takes the tensor itself, and its dtype.
     outcome = rebuilt.load_state_dict(source, strict=False, assign=True)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -127,11 +127,16 @@ def _mhla_modules(model: nn.Module) -> dict[str, MHLA]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MHLA)}
 
 
-def _resize_mixing(model: Any, rebuilt: Any, source: dict[str, Tensor]) -> None:
-    """Put the mixing matrices of an MHLA model, resized, in the place of those in its state dict."""
+def _take_processors(model: Any, rebuilt: Any, source: dict[str, Tensor]) -> None:
+    """Put the mixing matrices of an MHLA model, resized, in the place of those in its state dict.
+
+    What weighs a window of another form is left out: it is a logarithm in one and a logit in the other.
+    """
     old, new = _mhla_modules(model), _mhla_modules(rebuilt)
     for name in old.keys() & new.keys():
         before, after = old[name], new[name]
+        if before.config.window != after.config.window:
+            source.pop(f"{name}.local", None)
         if before.mixing is None or after.mixing is None:
             continue
         after.take_mixing(before)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..attention import MHLAConfig
+from ..config import MHLAConfig
 from .convert import convert_to_mhla
 from .quantised import dequantised
 from .registry import backbone_of, load_transformer

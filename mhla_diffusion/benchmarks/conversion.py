@@ -17,8 +17,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel, convert_to_mhla
+from ..config import MHLAConfig
 from ..files.text import markdown_table
 from .shared import machine
 

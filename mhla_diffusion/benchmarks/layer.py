@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..config import MHLAConfig
 from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..timing import interleaved, peak_bytes, spread

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..attention import MHLAConfig
+from ..config import MHLAConfig
 from ..files.locking import new_folder
 from ..files.writing import write_folder
 from .parsing import parse_and_call

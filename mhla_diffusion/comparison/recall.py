@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import MHLA, MHLAConfig
+from ..attention import MHLA
+from ..config import MHLAConfig
 from ..ops import BlockLayout
 from .task import Metric, Task
 from .variant import Variant

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..attention import MHLAConfig
 from ..backbones import convert_to_mhla
 from ..backbones.grid import token_grid
 from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
+from ..config import MHLAConfig
 from ..files.locking import only_writer
 from ..files.text import shortened
 from ..files.writing import write_file

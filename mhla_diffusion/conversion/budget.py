@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attention import MHLAConfig
+from ..config import MHLAConfig
 from ..planning import Plan, count_parameters
 from .cache import sample_bytes
 from .costs import form_flops

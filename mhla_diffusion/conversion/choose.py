@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from mhla_diffusion.pipelines import MHLAPipeline
 
-from ..attention import MHLAConfig
 from ..backbones import convert_to_mhla
 from ..backbones.teacher import attention_layers, fingerprint
+from ..config import MHLAConfig
 from ..files.writing import require_new_folder, write_folder
 from ..hub import component_subfolder
 from ..planning import Plan

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..attention import MHLAConfig
 from ..backbones.teacher import attention_layers, layer_calls, place
+from ..config import MHLAConfig
 from ..planning import Plan
 from ..timing import interleaved
 from .align import aligned_layer

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from ..attention import MHLAConfig
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
+from ..config import MHLAConfig
 from ..files.writing import write_file
 from ..planning import Plan, plan
 from ..processes import in_first_process, process_state

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..attention import MHLAConfig
 from ..backbones.teacher import load_teacher
+from ..config import MHLAConfig
 from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from mhla_diffusion.pipelines import MHLAPipeline
 
-from ..attention import MHLAConfig
 from ..backbones import convert_to_mhla, load_transformer
 from ..backbones.teacher import as_teacher, fingerprint, load_teacher
+from ..config import MHLAConfig
 from ..files.pages import render
 from ..files.writing import require_folder, write_file
 from ..planning import Plan

@@ -1,4 +1,4 @@
-"""The two halves of MHLA in operations of torch's core, for exporters such as that of ONNX.
+"""The two halves of MHLA in operations of torch's core, for torch.func and exporters such as that of ONNX.
 
 ``torch.export`` keeps ``mhla::summarize`` and ``mhla::read`` whole (and ``mhla::window``, which runs on GPUs
 alone), and so does torch.compile. What knows torch's own operators alone, ``torch.onnx.export(model, args,

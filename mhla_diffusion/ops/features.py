@@ -130,12 +130,12 @@ def check_arguments(
     v: Tensor,
     mixing: Tensor,
     layout: BlockLayout,
-    key_layout: BlockLayout | None,
+    key_layout: BlockLayout | None = None,
     *,
-    feature_map: str,
-    normalizer: str,
-    rotary_emb: RotaryEmbedding | None,
-    key_mask: Tensor | None,
+    feature_map: str = "relu",
+    normalizer: str = "paper",
+    rotary_emb: RotaryEmbedding | None = None,
+    key_mask: Tensor | None = None,
 ) -> None:
     """Refuse what :func:`mhla` cannot compute, with a ValueError that names the value and the remedy."""
     feature_map_of(feature_map)
@@ -191,7 +191,9 @@ def _check_tensors(
         if x.shape[2] != on.num_tokens:
             raise ValueError(f"{name} hold {x.shape[2]} tokens, but {on.counted_tokens()}")
     size = layout.num_blocks, key_layout.num_blocks
-    if tuple(mixing.shape) not in {size, (q.shape[1], *size), (*q.shape[:2], *size)}:
+    allowed = (*q.shape[:2], *size)[4 - mixing.ndim :] if 2 <= mixing.ndim <= 4 else ()
+    # Size by size: what hashes a shape, or compares a batch with blocks, has a compiler fix the batch size.
+    if not allowed or any(n != m for n, m in zip(mixing.shape, allowed, strict=True)):
         raise ValueError(
             f"mixing must be [M, M_k], [H, M, M_k] or [B, H, M, M_k] with M = {size[0]} (blocks "
             f"{_blocks(layout)}), M_k = {size[1]} (blocks {_blocks(key_layout)}), H = {q.shape[1]} and "

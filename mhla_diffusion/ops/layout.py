@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ class BlockLayout:
     extra: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
-        object.__setattr__(self, "blocks", tuple(int(b) for b in self.blocks))
+        for name in ("grid", "blocks"):
+            object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if not self.grid or len(self.grid) != len(self.blocks):
             raise ValueError(
                 f"grid {self.grid} and blocks {self.blocks} must have the same number of axes, at least one: "
@@ -70,6 +71,7 @@ class BlockLayout:
         Raises:
             ValueError: when no such layout exists on this grid; the message names the nearest that do.
         """
+        grid = _counts("grid", grid)
         candidates = [blocks for blocks in _factorizations(num_blocks, len(grid)) if _fits(grid, blocks)]
         if not candidates:
             nearby = sorted(range(1, math.prod(grid) + 1), key=lambda m: abs(m - num_blocks))
@@ -79,7 +81,7 @@ class BlockLayout:
                 f"{sorted(nearest)}, or give the blocks along each axis"
             )
 
-        return cls(tuple(grid), min(candidates, key=lambda blocks: (_elongation(grid, blocks), blocks)))
+        return cls(grid, min(candidates, key=lambda blocks: (_elongation(grid, blocks), blocks)))
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +182,10 @@ class BlockLayout:
         if self.is_even:
             axes = [size for pair in zip(self.blocks, self.block_shape, strict=True) for size in pair]
             x = x.reshape(*lead, *axes, d).permute(*self._interleave(len(lead), split=True))
-            return x.reshape(*lead, self.num_blocks, -1, d)
+            return x.reshape(*lead, self.num_blocks, self.block_size, d)
         packed = x.new_zeros(*lead, self.num_blocks * self.block_size, d)
         packed = packed.index_copy(-2, self._slots(x.device), x)
-        return packed.reshape(*lead, self.num_blocks, -1, d)
+        return packed.reshape(*lead, self.num_blocks, self.block_size, d)
 
     def block_sums(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Sum over the tokens of each block, in a dtype: ``[..., N, d]`` to ``[..., M, d]``.
@@ -267,6 +269,13 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
     best = min(layouts, key=rank)
     even = min((layout for layout in layouts if layout.is_even), key=rank)
     return even if 2 * even.num_blocks > best.num_blocks else best
+
+
+def _counts(name: str, value: Any) -> tuple[int, ...]:
+    """A tuple of integers, of what may be one of NumPy's or torch's."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or any(n != int(n) for n in value):
+        raise ValueError(f"{name} must be one integer for each axis, such as (H, W), got {value!r}")
+    return tuple(int(n) for n in value)
 
 
 def _block_counts(grid: tuple[int, ...], most: int) -> Iterator[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, tiled
@@ -113,7 +114,8 @@ def layout_of(
 class _Operator:
     """An operator of torch, which runs on the device of its tensors, and without autocast: sums are float32.
 
-    Torch is called where anything looks on: compilers, exporters, counters of FLOPs, transforms. Its layers
+    Torch is called where anything looks on: compilers, exporters, counters of FLOPs. In the transforms of
+    torch.func what it is made of takes its place, see :mod:`.decompositions`. The layers of torch
     take a processor longer than all launches, so that other calls go straight to the function.
     """
 
@@ -121,8 +123,12 @@ class _Operator:
         self._function = function
         self.registered = torch.library.custom_op(f"mhla::{name}", self.run, mutates_args=(), schema=schema)
         self._differentiable: Any = None
+        self._overload = getattr(torch.ops.mhla, name).default
 
     def __call__(self, *args: Any) -> Any:
+        if in_transform() and self._overload in decomposition_table:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return decomposition_table[self._overload](*args)
         if _is_watched(args):
             return self.registered(*args)
         if self._differentiable is not None and torch.is_grad_enabled():
@@ -162,6 +168,11 @@ class _Operator:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), torch.dtype, tuple, list, str, float, int, bool}
+
+
+def in_transform() -> bool:
+    """Return True inside torch.func (grad, jvp, vmap), which takes no operator with a gradient of its own."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 from .features import RotaryEmbedding, check_key_mask
 from .layout import BlockLayout, Margin
 from .mhla import mhla
-from .operators import as_autocast
+from .operators import as_autocast, in_transform
 from .routing import NOTHING, joined, routed_attention
-from .window_composite import softmax_in_blocks
+from .window_composite import softmax_in_blocks, softmax_of_scores
 from .window_operators import fused_window, is_fused
 
 LOCAL_FORMS = ("shared", "gate")
@@ -56,11 +56,13 @@ def mhla_local(
         ``[B, H, N, d_v]`` in the dtype of v.
 
     Raises:
-        ValueError: for another form, and what the operator refuses.
+        ValueError: for another form or number of weights, and what the operator refuses.
     """
     if form not in LOCAL_FORMS:
         raise ValueError(f"the form of a local window must be of {', '.join(LOCAL_FORMS)}, got {form!r}")
 
+    if weight.shape != q.shape[1:2]:
+        raise ValueError(f"weight must be [H] = [{q.shape[1]}], one of each head, got {tuple(weight.shape)}")
     q, k, v, *window_tensors = as_autocast(q, k, v, *window)
     queries, keys = window_tensors
 
@@ -133,6 +135,9 @@ def window_attention(
         assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
+    # The kernel of torch for CPUs has no derivative but the first.
+    if in_transform() and not causal:
+        return softmax_of_scores(q, k, v, layout, key_mask, margin, rest)
     # One block is softmax attention, which torch has faster kernels for.
     if not causal and layout.num_blocks > 1 and is_fused(q, k, v):
         return fused_window(q, k, v, layout, key_mask, margin, rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -30,8 +31,10 @@ def softmax_in_blocks(
     causal: bool = False,
 ) -> Tensor:
     """Return the output of :func:`mhla_diffusion.ops.window_attention` on a grid without extra tokens."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     if q.device.type in _WIDE_DEVICES:
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        dtype = torch.promote_types(dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = counted(k, key_mask), counted(v, key_mask)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     # A mean would see later tokens.

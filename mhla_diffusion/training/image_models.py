@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..attention import MHLAConfig
 from ..backbones import (
     MHLADiTTransformer2DModel,
     MHLAPixArtTransformer2DModel,
     MHLASanaTransformer2DModel,
 )
+from ..config import MHLAConfig
 from .config import require_shape_or_init_from
 from .objectives import Objective
 from .run import new_or_loaded, require_patches

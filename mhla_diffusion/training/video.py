@@ -14,8 +14,8 @@ from diffusers.utils import load_image
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
-from ..attention import MHLAConfig
 from ..backbones import MHLAWanTransformer3DModel
+from ..config import MHLAConfig
 from ..files.videos import require_video_writer
 from .adapters import require_trained
 from .conditioning import Captions, require_probability

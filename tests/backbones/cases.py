@@ -36,7 +36,9 @@ from mhla_diffusion import (
 Grid = tuple[int, ...]
 
 # Every part that a linear layer can have.
-EVERY_PART: dict[str, Any] = {"gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero"}
+EVERY_PART: dict[str, Any] = {
+    "gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero", "local": "auto"
+}  # fmt: skip
 
 LEARNED: dict[str, Any] = {
     "feature_map": "hedgehog", "center_keys": True, "local": "shared", "local_margin": 1,

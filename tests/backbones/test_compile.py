@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from .cases import CASES, EVERY_PART, sample
 
@@ -36,6 +37,30 @@ def test_a_model_is_compiled_once_for_each_grid(name: str, dynamic: bool | None)
         counts.append(graphs)
     assert counts[1] > counts[0] > 0
     assert counts[1:] == [counts[1]] * 3, "a grid that was seen is not compiled again"
+
+
+@pytest.mark.parametrize("name", ["DiT", "Wan"])
+@torch.no_grad()
+def test_a_model_is_compiled_once_for_all_batch_sizes_but_one(name: str) -> None:
+    case = CASES[name]
+    model = case.make(num_layers=1, mhla=EVERY_PART)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch_size in (2, 3, 5, 4, 7, 6):  # among them the number of blocks, 4
+        inputs = case.inputs(model, batch_size=batch_size)
+        torch.testing.assert_close(sample(compiled, inputs), sample(model, inputs))
+    assert counter.frame_count == 2, "one for the first size, one for all others"
+
+
+@torch.no_grad()
+def test_a_model_is_exported_for_any_batch_size() -> None:
+    case = CASES["DiT"]
+    model = case.make(num_layers=1, mhla=EVERY_PART)
+    inputs = case.inputs(model, batch_size=2)
+    sizes = {name: {0: torch.export.Dim("batch", min=2, max=64)} for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=sizes).module()
+    inputs = case.inputs(model, batch_size=5)
+    torch.testing.assert_close(program(**inputs).sample, sample(model, inputs))
 
 
 # A stock layer beside ours is another graph of the same block, however its backbone is called.

@@ -205,6 +205,34 @@ def test_loading_with_other_blocks_resizes_the_mixing_and_says_so(
         case.model.from_pretrained(tmp_path, mhla_config={**config, "gate": True})
 
 
+@pytest.mark.parametrize(
+    "settings", [{"constraint": "softmax"}, {"mixing_per_head": True}, {"constraint": "none"}], ids=str
+)
+def test_loading_with_another_form_of_mixing_keeps_its_weights(
+    case: Case, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = case.make(num_layers=1)
+    model.save_pretrained(tmp_path)
+    config = case.config(**settings)
+    loaded = case.model.from_pretrained(tmp_path, mhla_config=config)
+    inputs = case.inputs(model)
+    assert torch.equal(sample(loaded, inputs), sample(convert_to_mhla(model, config), inputs))
+
+
+def test_a_window_of_another_form_is_weighed_anew(case: Case, tmp_path: Path) -> None:
+    case.make(num_layers=1, mhla={"local": "shared"}).save_pretrained(tmp_path)
+    gate = case.config(local="gate")
+    with pytest.raises(ValueError, match=r"lacks .*local.* Load it without mhla_config and call .*convert"):
+        case.model.from_pretrained(tmp_path, mhla_config=gate)
+    loaded = case.model.from_pretrained(tmp_path)
+    before, after = (
+        torch.cat([weight for name, weight in model.named_parameters() if name.endswith("processor.local")])
+        for model in (loaded, convert_to_mhla(loaded, gate))
+    )
+    assert before.unique().numel() > 1
+    assert after.unique().numel() == 1
+
+
 def test_loading_at_another_size_says_so(
     case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
