@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhla_diffusion import MHLA, MHLAConfig
 from mhla_diffusion.ops import (
@@ -499,3 +500,10 @@ def test_transforms_of_torch_func_are_taken(local: str | None) -> None:
     step = 1e-4 * along
     near = [torch.func.grad(loss, 1)(weights, q + sign * step, k, v) for sign in (1, -1)]
     torch.testing.assert_close(bend, (near[0] - near[1]) / 2e-4, atol=1e-6, rtol=1e-4)
+
+
+def test_second_gradients_through_a_window_are_there_where_torch_has_them() -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, feature_map="softmax"))
+    module, (q, k, v) = module.double(), (x.double().requires_grad_() for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda *x: module(*x, grid=(4, 6)), (q, k, v), fast_mode=True)

@@ -305,7 +305,9 @@ def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.settings = inputs[7:]
 
 
-def _queries_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _queries_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # nothing was made of the output
+        return (None,) * (len(ctx.saved_tensors) - 2 + len(ctx.settings))
     out, denominators, q, summaries, sums, centre, mixing, *tables = ctx.saved_tensors
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
     if torch.is_grad_enabled():

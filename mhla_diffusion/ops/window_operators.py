@@ -113,7 +113,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.settings = inputs[6:]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # nothing was made of the output
+        return (None,) * (6 + len(ctx.settings))
     out, log_den, *tensors = ctx.saved_tensors
     *differentiated, mask = tensors
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
