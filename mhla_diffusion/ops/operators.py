@@ -115,8 +115,8 @@ class _Operator:
     """An operator of torch, which runs on the device of its tensors, and without autocast: sums are float32.
 
     Torch is called where anything looks on: compilers, exporters, counters of FLOPs. In the transforms of
-    torch.func what it is made of takes its place, see :mod:`.decompositions`. The layers of torch
-    take a processor longer than all launches, so that other calls go straight to the function.
+    torch.func what it is made of takes its place, see :mod:`.decompositions`. Other calls go straight to the
+    function: the layers of torch take a processor longer than all launches.
     """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:

@@ -14,6 +14,9 @@ from .operators import as_autocast
 # A score of keys that are not counted: exp of it is 0 beside any other, and float16 still has it.
 NOTHING = -1e4
 
+# Blocks whose covariances meet all queries in one product, which holds d numbers for each block and query.
+_BLOCKS_AT_ONCE = 8
+
 # Queries of one block are worked on in groups of a size within these.
 _GROUP_SIZES = (16, 128)
 
@@ -50,8 +53,10 @@ def choose_blocks(
     with torch.autocast(q.device.type, enabled=False):
         covariance = apart.mT @ apart / number.clamp_min(1)[..., None]
         scores = queries @ mean.mT + number.mT.log()
-        variances = [(queries @ of_block * queries).sum(-1) for of_block in covariance.unbind(2)]
-        scores = scores + torch.stack(variances, -1) / 2
+        parts = covariance.transpose(2, 3).split(_BLOCKS_AT_ONCE, 3)  # [B, H, d, blocks, d] each
+        products = ((queries @ part.flatten(3)).unflatten(-1, part.shape[3:]) for part in parts)
+        variances = [(product * queries[..., None, :]).sum(-1) for product in products]
+        scores = scores + torch.cat(variances, -1) / 2
     blocks = torch.arange(on_grid.num_blocks, device=q.device)
     own = layout.block_index(q.device)[:, None] == blocks
     return scores.masked_fill(own, -math.inf).topk(min(count, len(blocks) - 1), -1).indices
