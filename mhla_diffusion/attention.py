@@ -19,7 +19,6 @@ from .config import WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
 from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
-    apply_rotary_emb,
     choose_blocks,
     content_mixing,
     extend_mixing,
@@ -33,7 +32,7 @@ from .ops import (
     window_attention,
 )
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turn_all
+from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
 _MOST_SUMMED_IN_FLOAT16 = 16384
@@ -294,9 +293,7 @@ class MHLA(nn.Module):
         window = (q, k)
         if self.config.window is not None:
             check_arguments(q, k, v, mixing, layout, rotary_emb=rotary_emb, key_mask=key_mask)
-        if self.config.window is not None and rotary_emb is not None:
-            turns = turn_all(rotary_emb, layout.num_tokens, layout.extra)
-            window = (apply_rotary_emb(q, turns), apply_rotary_emb(k, turns))
+            window = turned(q, k, rotary_emb, layout)
         q, k = self.features(q, k, key_mask)
         rotary_emb = self._turns(rotary_emb)
         attend: Callable[..., Tensor]

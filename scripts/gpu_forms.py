@@ -15,12 +15,11 @@ from mhla_diffusion import MHLA, MHLAConfig
 from mhla_diffusion.config import WIDE_MAPS, WINDOW_ONLY
 from mhla_diffusion.ops import (
     BlockLayout,
-    apply_rotary_emb,
     choose_blocks,
     mhla_local_reference,
     mhla_reference,
 )
-from mhla_diffusion.ops.features import turn_all
+from mhla_diffusion.ops.features import turned
 
 FORMS: dict[str, dict[str, Any]] = {
     "the paper's": {},
@@ -115,18 +114,10 @@ def _chosen(module: MHLA, tensors: list[Tensor], arguments: dict[str, Any]) -> t
     if not module.config.routed_blocks:
         return None, 1.0
     layout = BlockLayout(arguments["grid"], module.blocks, arguments["extra"])
-    q, k = _turned(tensors[0], tensors[1], layout, arguments["rotary_emb"])
+    q, k = turned(tensors[0], tensors[1], arguments["rotary_emb"], layout)
     here = choose_blocks(q, k, layout, module.config.routed_blocks)
     there = choose_blocks(q.cpu(), k.cpu(), layout, module.config.routed_blocks)
     return here, (here.cpu() == there).double().mean().item()
-
-
-def _turned(q: Tensor, k: Tensor, layout: BlockLayout, rotary: Any) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the softmax, with their positions."""
-    if rotary is None:
-        return q, k
-    turns = turn_all(rotary, layout.num_tokens, layout.extra)
-    return apply_rotary_emb(q, turns), apply_rotary_emb(k, turns)
 
 
 def _dense(
@@ -136,10 +127,10 @@ def _dense(
     config, rotary, extra = module.config, arguments["rotary_emb"], arguments["extra"]
     layout, _, mixing = module.fit(arguments["grid"], extra=extra, device=q.device)
     mixing = module.weighed(mixing, q, k, layout)
-    features, window, turned = module.features(q, k), _turned(q, k, layout, rotary), rotary
+    features, window = module.features(q, k), turned(q, k, rotary, layout)
     if rotary is not None and config.feature_map in WIDE_MAPS:
-        turned = tuple(torch.cat((x, x), -1) for x in rotary)
-    options: dict[str, Any] = {"feature_map": module.operator_map, "rotary_emb": turned, "eps": config.eps}
+        rotary = tuple(torch.cat((x, x), -1) for x in rotary)
+    options: dict[str, Any] = {"feature_map": module.operator_map, "rotary_emb": rotary, "eps": config.eps}
     if config.window is None:
         out = mhla_reference(*features, v, mixing, layout, **options)
     else:

@@ -55,9 +55,7 @@ def test_all_flags_together_with_extra_tokens_by_hand(
     )
     out = normed(dense, module.norm).transpose(1, 2).reshape(2, -1, 12)
     out = out * F.silu(x.double() @ module.gate.weight.double().T + module.gate.bias.double())
-    shown = (
-        mask[:, None, layout.grid_tokens, None] * tensors[2].double()
-    )  # the convolution's masked ones are 0
+    shown = mask[:, None, layout.grid_tokens, None] * tensors[2].double()  # to it masked tokens are 0
     images = shown.permute(0, 1, 3, 2).reshape(2, 12, *grid)
     conv = F.conv2d if len(grid) == 2 else F.conv3d
     cpe = conv(images, module.cpe.weight.double(), module.cpe.bias.double(), padding=1, groups=12)

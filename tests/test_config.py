@@ -140,9 +140,10 @@ def test_a_module_takes_what_a_model_takes() -> None:
     sizes: dict[str, Any] = {"heads": 1, "head_dim": 4, "grid": (8, 8)}
     assert MHLA({"blocks": 4}, **sizes).config == MHLAConfig.paper(blocks=4)
     assert MHLA(None, **sizes).config == MHLAConfig()
+    assert MHLA({"blocks": 4}, **{**sizes, "grid": numpy.array((8, 8))}).blocks == (2, 2)
     for wrong in ({"heads": 0}, {"head_dim": -1}, {"heads": 2.0}):
         with pytest.raises(ValueError, match="heads and head_dim must be integers >= 1"):
             MHLA(None, **{**sizes, **wrong})
-    for grid in (None, 64, (8.5, 8), "88"):
+    for grid in (None, 64, (8.5, 8), (None, 8), "88"):
         with pytest.raises(ValueError, match="grid must be one integer for each axis"):
             MHLA({"blocks": 4}, **{**sizes, "grid": grid})

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..ops import (
     BlockLayout,
-    apply_rotary_emb,
     choose_blocks,
     mhla_local,
     mhla_reference,
     window_attention,
 )
-from ..ops.features import turn_all
+from ..ops.features import turned
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,10 @@ def _turned(
     q: Tensor, k: Tensor, rotary_emb: Any, layout: BlockLayout, features: tuple[Tensor, Tensor] | None
 ) -> tuple[tuple[Tensor, Tensor], Any]:
     """Queries and keys with their positions, and the rotary tables of the features: wide ones have two."""
-    if rotary_emb is None:
-        return (q, k), None
-    tables = turn_all(rotary_emb, layout.num_tokens, layout.extra)
-    turned = apply_rotary_emb(q, tables), apply_rotary_emb(k, tables)
-    if features is not None and features[0].shape[-1] != q.shape[-1]:
-        tables = torch.cat((tables[0],) * 2, -1), torch.cat((tables[1],) * 2, -1)
-    return turned, tables
+    window = turned(q, k, rotary_emb, layout)
+    if rotary_emb is not None and features is not None and features[0].shape[-1] != q.shape[-1]:
+        rotary_emb = tuple(torch.cat((table, table), -1) for table in rotary_emb)
+    return window, rotary_emb
 
 
 def matrix_statistics(acting: Tensor, weights: Tensor) -> MatrixStatistics:

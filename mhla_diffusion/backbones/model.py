@@ -291,6 +291,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)
+        changed_form = kwargs.get("mhla_config") is not None and stored.get("mhla_config") is not None
         if kwargs.get("mhla_config") is not None:
             kwargs["mhla_config"] = with_window_of(stored, kwargs["mhla_config"])
         other = cls._other_mixing(stored.get("mhla_config"), kwargs.get("mhla_config"))
@@ -315,17 +316,12 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
                 logger.warning("mixing matrices resized, blocks %s to %s", blocks, model.mixing_blocks)
             missing = changed["new"]
         if missing:
-            has_mhla = stored.get("mhla_config") is not None
-            remedy = (
-                "Load it without mhla_config and call mhla_diffusion.convert_to_mhla(model, config), which "
-                "starts what is new"
-                if has_mhla
-                else f"If it is a stock model, load it with diffusers.{cls.stock.__name__} and call "
-                "mhla_diffusion.convert_to_mhla(model, config), or run mhla convert"
-            )
+            stock = f"If it is a stock model, load it with diffusers.{cls.stock.__name__}"
+            remedy = "Load it without mhla_config" if changed_form else stock
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, first "
-                f"{missing[0]}. {remedy}"
+                f"{missing[0]}. {remedy} and call mhla_diffusion.convert_to_mhla(model, config), or run mhla "
+                "convert"
             )
         if getattr(model, "hf_quantizer", None) is not None:
             require_finite_parts(model)

@@ -63,6 +63,8 @@ def rebuild(model: ModelMixin, target: type[Any], **changes: Any) -> tuple[Any, 
     assert not any(map(_is_stock, new)), outcome
     assert not any(tensor.is_meta for tensor in (*rebuilt.parameters(), *rebuilt.buffers()))
     logger.info("kept %d tensors; %d are new: %s", len(source), len(new), ", ".join(new) or "none")
+    if dropped:
+        logger.warning("%d weights have no place in the new config: %s", len(dropped), ", ".join(dropped))
     return rebuilt, {"new": new, "dropped": dropped}
 
 

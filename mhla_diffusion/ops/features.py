@@ -124,6 +124,16 @@ def apply_rotary_emb(x: Tensor, rotary_emb: RotaryEmbedding) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
+def turned(
+    q: Tensor, k: Tensor, rotary_emb: RotaryEmbedding | None, layout: BlockLayout
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys ``[B, H, N, d]`` as a softmax has them: with positions, if there are any."""
+    if rotary_emb is None:
+        return q, k
+    tables = turn_all(rotary_emb, layout.num_tokens, layout.extra)
+    return apply_rotary_emb(q, tables), apply_rotary_emb(k, tables)
+
+
 def check_arguments(
     q: Tensor,
     k: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,10 +272,15 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
 
 
 def _counts(name: str, value: Any) -> tuple[int, ...]:
-    """A tuple of integers, of what may be one of NumPy's or torch's."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or any(n != int(n) for n in value):
+    """A tuple of integers, of what may be those of NumPy or torch."""
+    try:
+        counts = tuple(int(n) for n in value)
+        whole = not isinstance(value, str) and all(n == count for n, count in zip(value, counts, strict=True))
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
         raise ValueError(f"{name} must be one integer for each axis, such as (H, W), got {value!r}")
-    return tuple(int(n) for n in value)
+    return counts
 
 
 def _block_counts(grid: tuple[int, ...], most: int) -> Iterator[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mhla_diffusion import convert_to_mhla
 from mhla_diffusion.backbones.model import SIZES
@@ -206,11 +208,15 @@ def test_loading_with_other_blocks_resizes_the_mixing_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"constraint": "softmax"}, {"mixing_per_head": True}, {"constraint": "none"}], ids=str
+    "settings",
+    [{"constraint": "softmax"}, {"mixing_per_head": True}, {"constraint": "none"}, {"mixing_relative": True}],
+    ids=str,
 )
 def test_loading_with_another_form_of_mixing_keeps_its_weights(
     case: Case, settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    if case.model.extra_tokens and "mixing_relative" in settings:
+        pytest.skip("tokens that lie on no grid have no offset")
     model = case.make(num_layers=1)
     model.save_pretrained(tmp_path)
     config = case.config(**settings)
@@ -219,7 +225,9 @@ def test_loading_with_another_form_of_mixing_keeps_its_weights(
     assert torch.equal(sample(loaded, inputs), sample(convert_to_mhla(model, config), inputs))
 
 
-def test_a_window_of_another_form_is_weighed_anew(case: Case, tmp_path: Path) -> None:
+def test_a_window_of_another_form_is_weighed_anew(
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     case.make(num_layers=1, mhla={"local": "shared"}).save_pretrained(tmp_path)
     gate = case.config(local="gate")
     with pytest.raises(ValueError, match=r"lacks .*local.* Load it without mhla_config and call .*convert"):
@@ -231,6 +239,21 @@ def test_a_window_of_another_form_is_weighed_anew(case: Case, tmp_path: Path) ->
     )
     assert before.unique().numel() > 1
     assert after.unique().numel() == 1
+    caplog.clear()
+    without = case.model.from_pretrained(tmp_path, mhla_config=case.config(local=None))
+    assert not any(name.endswith("processor.local") for name, _ in without.named_parameters())
+    assert re.search(r"\d+ weights have no place in the new config: .*processor\.local", caplog.text)
+
+
+def test_a_folder_that_lacks_weights_is_not_blamed_on_a_config(case: Case, tmp_path: Path) -> None:
+    model = case.make(num_layers=1)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    lost = max(name for name in weights if ".processor." not in name)
+    del weights[lost]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 weights .*{re.escape(lost)}\. If it is a stock model"):
+        case.model.from_pretrained(tmp_path)
 
 
 def test_loading_at_another_size_says_so(
