@@ -28,6 +28,16 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     return component
 
 
+def holds_pixels(path: str, **place: Any) -> bool:
+    """Tell a pipeline without an autoencoder, whose transformer works on pixels; False for a model alone."""
+    try:
+        index = DiffusionPipeline.load_config(path, **place)
+    except OSError:
+        return False
+    parts = {name: part for name, part in index.items() if isinstance(part, (list, tuple))}
+    return bool(parts) and not any(parts.get(name, [None])[0] for name in ("vae", "vqvae"))
+
+
 @contextmanager
 def load_errors(path: str) -> Iterator[None]:
     """Turn what diffusers and torch stumble over in what is stored into one sentence that names it.

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
 from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
-from .hub import load_component_config
+from .hub import holds_pixels, load_component_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
@@ -239,9 +239,9 @@ def plan(
             with a margin of a quarter of a block, where there are several.
         hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
-        vae_stride: pixels for one latent along height and width; by default that of the autoencoder that the
-            stock model comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, models of
-            pixels have 1.
+        vae_stride: pixels for one latent along height and width; by default 1 for a pipeline without an
+            autoencoder, else that of the one that the stock model comes with: 8 for DiT and Wan2.1, 32 for
+            Sana. Wan2.2-TI2V-5B has 16, a transformer of pixels alone, without its pipeline, 1.
         extra_tokens: tokens of the text, for models whose self-attention it takes part in; 128 by default.
         dtype: of q, k, v and the output.
 
@@ -251,13 +251,12 @@ def plan(
     """
     stored = load_model_config(model)
     transformer = _stock_model(stored)
-    attn, num_layers, strides = (
-        transformer.self_attention[0], len(transformer.layer_attention), transformer.vae_stride,
-    )  # fmt: skip
-    stride = strides[-1] if vae_stride is None else vae_stride
+    attn, num_layers = transformer.self_attention[0], len(transformer.layer_attention)
+    strides = transformer.vae_stride if model in PRESETS or not holds_pixels(model) else (1,)
     grid = token_grid(
-        transformer.latents_per_token, height, width, frames, vae_stride=stride, frame_stride=strides[0]
-    )
+        transformer.latents_per_token, height, width, frames, frame_stride=strides[0],
+        vae_stride=strides[-1] if vae_stride is None else vae_stride,
+    )  # fmt: skip
     if extra_tokens is not None:
         if not transformer.extra_tokens or extra_tokens < 1:
             raise ValueError(
@@ -437,8 +436,8 @@ def _tokens(name: str, size: int, unit: int, reason: str, *, lead: int = 0) -> i
     if rest or tokens < 1:
         nearest = [unit * count - lead for count in (tokens, tokens + 1) if count >= 1] or [unit - lead]
         raise ValueError(
-            f"{name} {size} does not divide into tokens of {unit} ({reason}); the nearest that does is "
-            f"{' or '.join(map(str, nearest))}"
+            f"{name} {size} does not divide into tokens of {unit} ({reason}; of pixels alone vae_stride is "
+            f"1); the nearest that does is {' or '.join(map(str, nearest))}"
         )
     return tokens
 

@@ -51,8 +51,8 @@ pipe = MHLAPipeline.from_pretrained("{name}")  # or your path to this folder
 ```
 {hint}"""
 
-_CONVERTED = """**Converted, not fine-tuned yet.** All weights are those of {base}; MHLA is at its start.
-It is not the same function, but a start for fine-tuning: its samples are no measure of either model."""
+_CONVERTED = """**Converted, not fine-tuned yet.** Weights are those of {base}; what MHLA has beyond them is
+at its start. It is not the same function, but a start for fine-tuning: its samples are no measure of either model."""
 
 _FIELDS = """# Before publishing say here, as the hub has it: license: ..., datasets: [...], language: [...]
 """
@@ -351,7 +351,8 @@ def _facts(pipeline: Any, training: Mapping[str, Any]) -> dict[str, str]:
     else:
         facts |= _parts(pipeline)
     facts["scheduler"] = type(pipeline.scheduler).__name__
-    told = {key: value for key, value in training.items() if key != "call"}  # which the example has
+    apart = ("call", "settings")  # the example has the call, and settings are many
+    told = {key: value for key, value in training.items() if key not in apart}
     told = _flatten(
         {**told, "sampled with": _sampled_with(pipeline, training)} if told else {"training": "not recorded"}
     )
@@ -381,13 +382,25 @@ def _attention(transformer: Any) -> dict[str, str]:
     used = [
         choice for choice, kind in zip(choices, kinds, strict=True) if kind != transformer.stock_attention
     ]
-    configs = [MHLAConfig.from_dict(dict(choice)).to_dict() for choice in used]
+    parsed = [MHLAConfig.from_dict(dict(choice)) for choice in used]
+    configs = [config.to_dict() for config in parsed]
     return {
         "attention": counts,
         "blocks": " x ".join(map(str, transformer.mixing_blocks)) if "mhla" in kinds else "none",
         "feature map, normalizer": _distinct(f"{c['feature_map']}, {c['normalizer']}" for c in configs),
+        "softmax window": _distinct(map(_window, parsed)),
         "settings that are not the default": _distinct(map(_changed, configs)),
     }
+
+
+def _window(config: MHLAConfig) -> str:
+    """The window that a config comes to, which may be one by default."""
+    if config.window is None:
+        return "none"
+    margin = " x ".join(map(str, config.margin if isinstance(config.margin, tuple) else (config.margin,)))
+    unit = "of a block" if isinstance(config.margin, float) else "tokens"
+    routed = f", {config.routed_blocks} routed blocks" if config.routed_blocks else ""
+    return f"{config.window}, margin {margin} {unit}{routed}"
 
 
 def _changed(config: Mapping[str, Any]) -> str:

@@ -397,6 +397,23 @@ def test_configs_that_cannot_be_planned_are_refused(text: str | None, message: s
             load_model_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("vae", "tokens"), [({}, 64), ({"vae": [None, None]}, 64), ({"vae": ["diffusers", "AutoencoderKL"]}, 1)]
+)
+def test_a_pipeline_without_an_autoencoder_is_planned_on_pixels(
+    vae: dict[str, object], tokens: int, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(PRESETS["DiT-S/2"]))
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "x"], **vae}))
+    assert plan(str(tmp_path), 16, 16).layout.num_tokens == tokens
+    if tokens == 64:
+        assert plan(str(tmp_path), 16, 16, vae_stride=8).layout.num_tokens == 1
+    else:
+        with pytest.raises(ValueError, match="of pixels alone vae_stride is 1"):
+            plan(str(tmp_path), 18, 18)
+
+
 def test_a_config_that_names_no_attention_has_the_default_blocks(tmp_path: Path) -> None:
     config = {**DIT, "_class_name": "MHLADiTTransformer2DModel"}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -34,7 +34,8 @@ def convert(
         model: folder or hub id of a pipeline whose transformer has an MHLA form; with only_transformer, of
             such a transformer or its pipeline; with ``--from official-wan-mhla`` a file or folder of weights.
         out: a folder that does not exist yet.
-        mhla: what the attention becomes; not for official-wan-mhla, whose weights say it.
+        mhla: what the attention becomes, also where the model has MHLA: parts that it has and this does not
+            name are left out, with a warning. Not for official-wan-mhla, whose weights say it.
         subfolder: where the model lies in the folder or repository.
         revision: branch, tag or commit on the hub.
         only_transformer: convert the transformer alone, not a pipeline.

@@ -6,6 +6,7 @@ them: ``file``, ``seed``, and ``class_id`` and ``class_name`` or ``prompt``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,32 @@ def manifest_rows(manifest: dict[str, Any], key: str, source: str) -> list[dict[
     ):
         raise ValueError(f"'{key}' in {source} must be a list of rows that each have 'file'")
     return rows
+
+
+def manifest_requests(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarize what the rows of a manifest ask for.
+
+    Returns:
+        ``requests_sha256``, a hash of classes, prompts, sizes and pictures whatever their order, and where
+        all rows have one, ``seeds``: the first and the last of each range.
+    """
+    asked = [{key: value for key, value in row.items() if key not in ("file", "seed")} for row in rows]
+    lines = sorted(json.dumps(request, sort_keys=True, default=str) for request in asked)
+    found: dict[str, Any] = {"requests_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+    seeds = [row.get("seed") for row in rows]
+    if rows and all(type(seed) is int for seed in seeds):
+        found["seeds"] = _ranges(sorted(set(seeds)))
+    return found
+
+
+def _ranges(numbers: list[int]) -> list[list[int]]:
+    ranges = [[numbers[0], numbers[0]]]
+    for number in numbers[1:]:
+        if number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges
 
 
 def require_inside(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -163,6 +163,13 @@ def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
     ]
 
 
+def decisive_settings(config: Any) -> dict[str, Any]:
+    """Return what the steps of a run depend on, by dotted keys: all that is not :func:`changeable`."""
+    free = _changeable_keys(config)
+    flat = flat_dict(as_dict(config)).items()
+    return {key: value for key, value in flat if key not in free and value is not None}
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return as_dict(value)

@@ -18,6 +18,7 @@ from ..files.writing import require_new_folder, write_folder
 from . import checkpoints
 from .adapters import merge_adapters, set_trainable
 from .config import parse_config
+from .data.fingerprint import fingerprint_of
 from .objectives import build_objective
 from .settings import RunConfig, Weights, run_facts
 from .task import TrainingTask
@@ -91,7 +92,9 @@ def _open(checkpoint: Path, weights: Weights) -> tuple[TrainingTask, Any, dict[s
     _load_weights(model, checkpoint, weights)
     merge_adapters(model)
     step = checkpoints.checkpoint_step(checkpoint)
-    facts = run_facts(config, len(source), step, objective.facts(), weights=weights)
+    facts = run_facts(
+        config, len(source), step, objective.facts(), data=fingerprint_of(source), weights=weights
+    )
     return task, model.eval(), facts
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attention import MHLA
 from .adapters import LoraConfig
-from .config import changeable
+from .config import changeable, decisive_settings
 from .data.stream import SampleSource
 from .objectives import Objective, ObjectiveConfig
 from .task import TrainingTask
@@ -164,10 +164,23 @@ def run_facts(
     step: int,
     objective: Mapping[str, Any],
     *,
+    data: str | None = None,
     num_unreadable: int = 0,
     weights: Weights = "averaged",
 ) -> dict[str, Any]:
-    """Return what a model card should say of a run, in the card's words."""
+    """Return what a model card should say of a run, in the card's words.
+
+    ``settings`` is not for the card: it tells runs that differ in their seed alone from all others.
+
+    Args:
+        config: of the run.
+        num_samples: in its data.
+        step: of the optimizer that it has come to.
+        objective: what it says of itself.
+        data: fingerprint of the data; None when they have none.
+        num_unreadable: samples that were skipped.
+        weights: ``"averaged"`` or ``"raw"``.
+    """
     trainer, optim = config.trainer, config.trainer.optimizer
     average = f"average with decay {trainer.ema_decay:g}"
     facts: dict[str, Any] = {
@@ -186,7 +199,13 @@ def run_facts(
         facts["sampled with"] = {name: getattr(sampling, name) for name in names}
     if model is not None and model.init_from is not None:
         facts["base model"] = model.init_from
-    return facts | ({"unreadable samples": num_unreadable} if num_unreadable else {})
+    if data is not None:
+        facts["data fingerprint"] = data
+    if num_unreadable:
+        facts["unreadable samples"] = num_unreadable
+    settings = decisive_settings(config)
+    said = ("trainer.seed", "model.init_from")  # above
+    return facts | {"settings": {key: value for key, value in settings.items() if key not in said}}
 
 
 def _trained(config: RunConfig) -> str:

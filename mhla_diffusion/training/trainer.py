@@ -348,7 +348,7 @@ class Trainer:
         picture = sheets[-1] if sheets else None
         facts = run_facts(
             self.run_config, len(self.source), self.progress.step, self.objective.facts(),
-            num_unreadable=len(stream.unreadable),
+            data=self.fingerprint, num_unreadable=len(stream.unreadable),
         )  # fmt: skip
         in_first_process(
             lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts, picture))

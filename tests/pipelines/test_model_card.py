@@ -93,6 +93,7 @@ def test_the_card_names_every_setting_that_is_not_the_default(
     ]
     assert {*differ} == {*chosen, "key_blocks", "local"}
     assert {setting.split(" = ")[0] for setting in named if " = " in setting} == set(differ)
+    assert facts(card(tmp_path))["softmax window"] == "none"
     assert "qk_norm = True" in named
 
 
@@ -136,6 +137,7 @@ def test_the_card_says_what_was_trained_from_what_and_how_to_sample(
 ) -> None:
     training = {
         "data": "/home/somebody/data/pets, 30 samples", "trained": "all weights",
+        "settings": {"trainer.ema_decay": 0.9},
         "base model": "someone/base",
         "sampled with": {"num_inference_steps": 20, "guidance_scale": 2.5},
     }  # fmt: skip
@@ -147,6 +149,7 @@ def test_the_card_says_what_was_trained_from_what_and_how_to_sample(
     assert "Trained: all weights, starting from someone/base." in text
     assert "pipe(['cat'], num_inference_steps=20, guidance_scale=2.5).images" in text
     assert "![Samples](samples.png)" in text
+    assert "ema" not in text  # settings are for comparing runs
     header = ModelCard(text).data
     assert (header.base_model, header.license) == ("someone/base", None)
     assert "# Before publishing say here" in text
@@ -220,11 +223,12 @@ def test_a_converted_pipeline_of_diffusers_has_a_card_that_says_so(
     )
     assert result.returncode == 0, result.stderr
     text = card(tmp_path / "mhla")
-    assert "**Converted, not fine-tuned yet.** All weights are those of stock;" in text
+    assert "**Converted, not fine-tuned yet.** Weights are those of stock;" in text
     assert 'video = pipe(prompt="...").frames[0]' in text
     assert ModelCard(text).data.pipeline_tag == "text-to-video"
     assert str(tmp_path) not in text
     assert facts(text)["blocks"].count("x") == 2
+    assert facts(text)["softmax window"] == "shared, margin 0.25 of a block"
 
 
 def test_what_is_not_known_is_said_to_be_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:

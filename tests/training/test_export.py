@@ -42,6 +42,10 @@ def test_a_checkpoint_is_exported_as_the_pipeline_that_its_run_leaves(finished: 
     export_checkpoint(finished, tmp_path / "first", checkpoint="step-00000003", weights="raw")
     first = MHLAPipeline.from_pretrained(tmp_path / "first")
     assert first.config.training["steps"] == "3 of batch size 8"
+    settings = first.config.training["settings"]
+    assert settings["trainer.optimizer.learning_rate"] == 0.01
+    assert not {"trainer.seed", "trainer.max_steps", "output_dir", "data.path"} & set(settings)
+    assert len(first.config.training["data fingerprint"]) == 64
     assert "not averaged" in first.config.training["weights"]
     averaged = weights(open_checkpoint(finished / "checkpoints" / "step-00000003"))
     assert not torch.equal(weights(first)["proj_out_2.weight"], averaged["proj_out_2.weight"])

@@ -13,7 +13,7 @@ from ...files.writing import write_together
 from ..scores.score import Score, cautions, decimals, once
 from .notebook import in_frame
 from .report import encode
-from .runs import Group, Run, differing, group_runs, load_run, short_names
+from .runs import Group, Run, differing, group_runs, load_run, short_names, tell_apart
 
 FILE_NAMES = ("comparison.md", "comparison.html")
 
@@ -27,7 +27,7 @@ class ScoreRow:
         scores: one a run.
         best: indices of the best runs: those whose interval meets that of the best value.
         means: mean and standard deviation over the runs of each group; None for a single run, where one has
-            it not, and when runs may not be compared.
+            it not, where runs share samples, and when runs may not be compared.
     """
 
     name: str
@@ -66,20 +66,25 @@ class SideBySide:
 
     @property
     def repeated(self) -> list[int]:
-        """Indices of the groups of several runs."""
-        return [i for i, group in enumerate(self.groups) if len(group.indices) > 1]
+        """Indices of the groups over which there is a mean."""
+        return [i for i, group in enumerate(self.groups) if group.averaged]
 
     def group_notes(self) -> list[str]:
         """Say what means are over, and what they are not."""
+        flawed = [
+            f"{group.label}: there is no mean over these runs, as {group.flaw}."
+            for group in self.groups
+            if len(group.indices) > 1 and not group.averaged
+        ]
         if not self.repeated:
-            return [
+            return flawed or [
                 "No two of these runs are known to be one experiment with other seeds: there is no mean "
                 "over them. Equal labels say that runs are one."
             ]
         return [
             f"{group.label}: mean and standard deviation are over {len(group.indices)} runs {group.reason}."
             for group in map(self.groups.__getitem__, self.repeated)
-        ]
+        ] + flawed
 
     def _repr_html_(self) -> str:
         return in_frame(self.to_html())
@@ -153,7 +158,7 @@ def compare_reports(reports: Sequence[str | Path], *, labels: Sequence[str] | No
     if labels is not None and len(labels) != len(reports):
         raise ValueError(f"{len(labels)} labels for {len(reports)} reports: give one each, or none")
     paths = [Path(path) for path in reports]
-    runs = [load_run(*its) for its in zip(paths, labels or short_names(paths), strict=True)]
+    runs = tell_apart([load_run(*its) for its in zip(paths, labels or short_names(paths), strict=True)])
     groups = group_runs(runs, by_label=labels is not None)
     differences = differing([run.conditions for run in runs])
     names = dict.fromkeys(name for run in runs for name in run.scores)
@@ -174,7 +179,10 @@ def _row(name: str, runs: Sequence[Run], groups: Sequence[Group], *, comparable:
     if comparable:
         top = (max if present[0].higher_is_better else min)(present, key=lambda score: score.value)
         best = [i for i, score in enumerate(scores) if score is not None and _meets(score, top)]
-    means = [_mean([scores[i] for i in group.indices]) if comparable else None for group in groups]
+    means = [
+        _mean([scores[i] for i in group.indices]) if comparable and group.averaged else None
+        for group in groups
+    ]
     return ScoreRow(name, scores, best=best if len(best) < len(runs) else [], means=means)
 
 

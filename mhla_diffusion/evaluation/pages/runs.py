@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from .report import SCHEMA_VERSION
 # What differs from run to run without changing what is measured.
 _HARMLESS = ("date", "command", "device", "batch_size", "versions", "intervals", "chosen")
 # Of a manifest: what two runs of one experiment need not have in common.
-_INCIDENTAL = ("complete", "versions", "model", "weights_sha256")
+_INCIDENTAL = ("complete", "versions", "model", "weights_sha256", "seeds")
 _SEED = "training.seed"
+
+Seeds = Sequence[Sequence[int]]
+"""Ranges of them: the first and the last."""
+
 # Reports of earlier versions: where pixels became others, the fingerprint of the real set is another.
 _RENAMED = {
     EARLIER_CONVERSIONS[kind]: text.format(background=WHITE)
@@ -39,6 +44,9 @@ class Run:
         samples: a few generated ones, as they stand in samples.json; none when that is not there.
         made: how its samples were made, by a dotted key, without seeds; empty when no manifest says it.
         seed: of the training; None when it is not known.
+        weights: their hash; None when it is not known.
+        seeds: of its samples; none when they are not known.
+        fingerprint: hash of its samples; None when it is not known.
         real: folder or file of the real samples.
         counts: samples of both sets, ``real`` and ``generated``; None where statistics do not state it.
     """
@@ -52,6 +60,9 @@ class Run:
     samples: list[dict[str, Any]]
     made: dict[str, str]
     seed: str | None
+    weights: str | None
+    seeds: Seeds
+    fingerprint: str | None
     real: str
     counts: dict[str, int | None]
 
@@ -64,11 +75,18 @@ class Group:
         label: what the group is called.
         indices: of its runs.
         reason: why they are one, as the end of a sentence.
+        flaw: why no mean is taken over them; None where nothing speaks against it.
     """
 
     label: str
     indices: list[int]
     reason: str
+    flaw: str | None = None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether there is a mean over its runs."""
+        return len(self.indices) > 1 and self.flaw is None
 
 
 def load_run(path: Path, label: str) -> Run:
@@ -104,7 +122,11 @@ def load_run(path: Path, label: str) -> Run:
         if not all(map(_is_sample, samples)) or not all(map(_is_score, scores)):
             raise ValueError("it has been changed: score the samples again")
         versions = dict(protocol["versions"])
-        made, seed = _made(generated.get("manifest") or {})
+        manifest = generated.get("manifest") or {}
+        made, seed = _made(manifest)
+        weights, seeds = manifest.get("weights_sha256"), manifest.get("seeds") or []
+        if not all(type(first) is int and type(last) is int for first, last in seeds):
+            raise ValueError("it has been changed: score the samples again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a report that can be compared: {error}") from error
     return Run(
@@ -117,6 +139,9 @@ def load_run(path: Path, label: str) -> Run:
         samples=samples,
         made=made,
         seed=seed,
+        weights=None if weights is None else str(weights),
+        seeds=seeds,
+        fingerprint=generated["fingerprint"],
         real=str(real["source"]),
         counts={"real": real["count"], "generated": generated["count"]},
     )
@@ -145,7 +170,8 @@ def _made(manifest: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """How samples were made, and with which seed their model was trained."""
     made = flat({key: value for key, value in manifest.items() if key not in _INCIDENTAL})
     seed = made.pop(_SEED, None)
-    if made and seed is None:  # nothing says that other weights are those of another seed
+    told = seed is not None and any(key.startswith("training.settings.") for key in made)
+    if made and not told:  # nothing says that other weights are those of another seed
         made["weights_sha256"] = str(manifest.get("weights_sha256"))
     return made, seed
 
@@ -162,6 +188,23 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(its[start : len(its) - end]) for its in parts]
 
 
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """Count the weights of runs among how they were made where one seed of the training has led to several.
+
+    Then something else than the seed was another, that no report says: the machine, the data, a version.
+    """
+    found: dict[Any, set[str | None]] = {}
+    for run in runs:
+        found.setdefault((tuple(run.made.items()), run.seed), set()).add(run.weights)
+    several = {made for (made, _), weights in found.items() if made and len(weights) > 1}
+    return [
+        replace(run, made={**run.made, "weights_sha256": str(run.weights)})
+        if tuple(run.made.items()) in several
+        else run
+        for run in runs
+    ]
+
+
 def group_runs(runs: Sequence[Run], *, by_label: bool) -> list[Group]:
     """Put the runs of one experiment together.
 
@@ -176,17 +219,49 @@ def group_runs(runs: Sequence[Run], *, by_label: bool) -> list[Group]:
         members.setdefault(key, []).append(index)
     groups = []
     for indices in members.values():
-        label, seeds = runs[indices[0]].label, {runs[i].seed for i in indices} - {None}
+        its = [runs[i] for i in indices]
+        seeds = {run.seed for run in its} - {None}
+        label = its[0].label if by_label else ", ".join(run.label for run in its)
         if by_label:
             reason = "that have this label"
         elif len(seeds) > 1:
-            label = ", ".join(runs[i].label for i in indices)
             reason = f"that differ in the seed of the training ({', '.join(sorted(map(str, seeds)))})"
         else:
-            label = ", ".join(runs[i].label for i in indices)
             reason = "of one model, whose samples have other seeds"
-        groups.append(Group(label, indices, reason))
+        flaw = _same_samples(its) or (None if by_label else _unlike_spread(its, len(seeds)))
+        groups.append(Group(label, indices, reason, flaw))
     return groups
+
+
+def _same_samples(runs: Sequence[Run]) -> str | None:
+    """Say which two runs have samples in common, which would make their spread too small."""
+    for first, second in combinations(runs, 2):
+        names = f"{first.name} and {second.name}"
+        if first.fingerprint is not None and first.fingerprint == second.fingerprint:
+            return f"{names} have the same samples"
+        one_model = first.weights is not None and first.weights == second.weights
+        if one_model and (common := _common(first.seeds, second.seeds)):
+            return (
+                f"{names} are of one model and have {common} seeds in common, hence the same noise: generate "
+                "with a --seed that is at least the number of samples higher"
+            )
+    return None
+
+
+def _unlike_spread(runs: Sequence[Run], num_seeds: int) -> str | None:
+    """Say why the spread of runs that were made in the same way is not that over seeds of one kind."""
+    models = {run.weights for run in runs}
+    if num_seeds > 1 and len(runs) > num_seeds:
+        return "of some seed of the training there are several: compare one of each"
+    if len(runs) > len(models) and not all(run.seeds for run in runs):
+        return "they do not say which seeds their samples have: score again what has a manifest.json"
+    return None
+
+
+def _common(first: Seeds, second: Seeds) -> int:
+    """Count the seeds in the ranges of both."""
+    overlaps = (min(b, d) - max(a, c) + 1 for (a, b), (c, d) in product(first, second))
+    return sum(max(0, overlap) for overlap in overlaps)
 
 
 def differing(conditions: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:

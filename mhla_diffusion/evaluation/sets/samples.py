@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files.arrays import file_kind, require_regular
-from ...files.manifest import MANIFEST, manifest_rows, read_manifest, require_inside
+from ...files.manifest import (
+    MANIFEST,
+    manifest_requests,
+    manifest_rows,
+    read_manifest,
+    require_inside,
+)
 from ...files.names import is_hidden
 from ...files.sums import SUMS, matches, read_sums
 
@@ -80,7 +86,8 @@ class SampleSet(ABC):
         class_names: what class ids are called, as far as known.
         ids_by_position: whether class ids are but the places of subfolders in the order of their names.
         prompts: the text that a sample was generated from, by name, as far as known.
-        manifest: what the manifest says of the whole set: model, steps, guidance, ...
+        manifest: what the manifest says of the whole set: model, steps, guidance, ..., and a summary of what
+            its rows say.
         unlisted: samples in the folder that its manifest does not list, and that are left out.
         left_out: files that are no samples of this kind, by their suffix.
         frame_rates: frames per second of its videos, each rate once; empty when not known.
@@ -136,6 +143,7 @@ class SampleSet(ABC):
 
     def take_rows(self, rows: list[dict[str, Any]]) -> None:
         """Take names, prompts and classes from the rows of a manifest."""
+        self.manifest |= manifest_requests(rows)
         listed = [row["file"] for row in rows]
         self.unlisted = len(set(self.names) - set(listed))
         self.names = listed

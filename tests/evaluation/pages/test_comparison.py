@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mhla_diffusion.evaluation import FeatureExtractor, compare_reports, evaluate_images
+from mhla_diffusion.evaluation import FeatureExtractor, SideBySide, compare_reports, evaluate_images
 from mhla_diffusion.evaluation.pages.runs import short_names
 from tests.processes import run_script
 
@@ -104,42 +105,106 @@ def test_samples_of_runs_stand_side_by_side(make_report: MakeReport) -> None:
     assert "No samples.json beside this report." in page
 
 
+SETTINGS = {"trainer.optimizer.betas": [0.9, 0.999], "trainer.optimizer.warmup_steps": 0}
 MANIFEST = {
     "model": "runs/a/pipeline", "weights_sha256": "a", "guidance_scale": 4.0, "scheduler": {"class": "DDIM"},
-    "training": {"steps": "100", "seed": 0},
+    "training": {"steps": "100", "seed": 0, "settings": SETTINGS}, "requests_sha256": "c",
+    "seeds": [[0, 24]],
 }  # fmt: skip
 
 
+def trained(**changes: Any) -> dict[str, Any]:
+    """What a manifest says of another training."""
+    return {"weights_sha256": "b", "model": "b", "training": {**MANIFEST["training"], **changes}}  # type: ignore[dict-item]
+
+
+@pytest.fixture
+def compare(make_report: MakeReport) -> Callable[..., SideBySide]:
+    def compare(*manifests: dict[str, Any], labels: list[str] | None = None) -> SideBySide:
+        folders = [make_report("x" * (i + 1), i) for i in range(len(manifests))]
+        for folder, manifest in zip(folders, manifests, strict=True):
+            report = json.loads((folder / "report.json").read_text())
+            report["generated"]["manifest"] = {**MANIFEST, **manifest}
+            (folder / "report.json").write_text(json.dumps(report))
+        return compare_reports(folders, labels=labels)
+
+    return compare
+
+
 @pytest.mark.parametrize(
-    ("change", "together", "reason"),
+    ("change", "reason"),
     [
-        ({}, True, "of one model, whose samples have other seeds"),
-        (
-            {"weights_sha256": "b", "model": "b", "training": {"steps": "100", "seed": 1}},
-            True,
-            r"that differ in the seed of the training \(0, 1\)",
-        ),
-        ({"guidance_scale": 2.0}, False, "guidance_scale"),
-        ({"training": {"steps": "200", "seed": 1}}, False, "training.steps"),
-        ({"training": None, "weights_sha256": "b"}, False, "weights_sha256"),
+        ({"seeds": [[25, 49]]}, "are over 2 runs of one model, whose samples have other seeds"),
+        (trained(seed=1), r"are over 2 runs that differ in the seed of the training \(0, 1\)"),
     ],
 )
 def test_means_are_over_runs_that_differ_in_seeds_alone(
-    make_report: MakeReport, change: dict[str, object], together: bool, reason: str
+    compare: Callable[..., SideBySide], change: dict[str, object], reason: str
 ) -> None:
-    folders = [make_report("a", 0), make_report("bb", 1)]
-    for folder, manifest in zip(folders, (MANIFEST, {**MANIFEST, **change}), strict=True):
-        report = json.loads((folder / "report.json").read_text())
-        report["generated"]["manifest"] = manifest
-        (folder / "report.json").write_text(json.dumps(report))
-    table = compare_reports(folders)
-    assert (len(table.groups) == 1) == together
-    assert (table.rows[0].means[0] is not None) == together
-    said = table.group_notes()[0] if together else " ".join(table.made_differently)
-    assert re.search(reason, said)
-    if not together:
-        assert "there is no mean" in table.to_markdown()
-        assert reason in table.to_markdown()
+    table = compare({}, change)
+    assert len(table.groups) == 1
+    assert table.rows[0].means[0] is not None
+    assert re.search(reason, table.group_notes()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"guidance_scale": 2.0, "seeds": [[25, 49]]}, "guidance_scale"),
+        ({"requests_sha256": "d", "seeds": [[25, 49]]}, "requests_sha256"),
+        (trained(steps="200", seed=1), "training.steps"),
+        (
+            trained(settings={**SETTINGS, "trainer.optimizer.betas": [0.5, 0.9]}, seed=1),
+            "training.settings.trainer.optimizer.betas",
+        ),
+        ({"training": None, "weights_sha256": "b"}, "weights_sha256"),
+        # Reports of earlier versions do not say how a model was trained beyond a few words.
+        ({"training": {"steps": "100", "seed": 1}, "weights_sha256": "b"}, "weights_sha256"),
+        # The same seed and settings, and other weights: of other data, or on another machine.
+        ({"weights_sha256": "b"}, "weights_sha256"),
+    ],
+)
+def test_runs_that_differ_in_more_are_not_averaged(
+    compare: Callable[..., SideBySide], change: dict[str, object], difference: str
+) -> None:
+    table = compare({}, change)
+    assert len(table.groups) == 2
+    assert table.rows[0].means == [None, None]
+    assert difference in table.made_differently
+    text = table.to_markdown()
+    assert "there is no mean" in text
+    assert f"- {difference}: " in text
+
+
+@pytest.mark.parametrize(
+    ("manifests", "why"),
+    [
+        (({}, {"seeds": [[10, 34]]}), r"are of one model and have 15 seeds in common, .*--seed"),
+        (({}, {"seeds": []}), "do not say which seeds their samples have"),
+        (({}, {"seeds": [[25, 49]]}, trained(seed=1)), "of some seed of the training there are several"),
+    ],
+)
+def test_runs_that_share_samples_are_not_averaged(
+    compare: Callable[..., SideBySide], manifests: tuple[dict[str, Any], ...], why: str
+) -> None:
+    table = compare(*manifests)
+    assert len(table.groups) == 1
+    assert table.rows[0].means == [None]
+    assert table.repeated == []
+    assert re.search(f"there is no mean over these runs, as .*{why}", table.group_notes()[0])
+    assert table.group_notes()[0] in table.to_markdown()
+
+
+def test_a_report_given_twice_is_one_run(make_report: MakeReport) -> None:
+    folder = make_report("a", 0)
+    table = compare_reports([folder, folder], labels=["mhla", "mhla"])
+    assert table.rows[0].means == [None]
+    assert "have the same samples" in table.to_markdown()
+
+
+def test_a_changed_report_is_refused(compare: Callable[..., SideBySide]) -> None:
+    with pytest.raises(ValueError, match="it has been changed"):
+        compare({}, {"seeds": [["0", "24"]]})
 
 
 def test_labels_are_one_each(make_report: MakeReport) -> None:

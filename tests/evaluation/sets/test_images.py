@@ -105,7 +105,12 @@ def test_a_manifest_says_what_belongs_to_the_set(
     assert images.labels == [3, 1, 3]
     assert images.class_names == {3: "three"}
     assert images.unlisted == 1
-    assert images.manifest == {"model": "runs/<digits>", "num_inference_steps": 20}
+    requests = images.manifest.pop("requests_sha256")
+    assert images.manifest == {"model": "runs/<digits>", "num_inference_steps": 20, "seeds": [[7, 9]]}
+    write_manifest(folder, [3, 3, 1], names={3: "three"})
+    assert open_images(folder).manifest["requests_sha256"] == requests  # in whatever order
+    write_manifest(folder, [3, 1, 1], names={3: "three"})
+    assert open_images(folder).manifest["requests_sha256"] != requests
 
 
 @pytest.mark.parametrize(
