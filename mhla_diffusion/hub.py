@@ -20,12 +20,31 @@ def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def component_subfolder(path: str, component: str, **place: Any) -> str | None:
-    """Return ``component`` where a folder or hub id holds a pipeline, None where it holds the component."""
+    """Return ``component`` where a folder or hub id holds a pipeline, None where it holds the component.
+
+    Raises:
+        ValueError: for the output folder of a training.
+    """
+    require_no_run(path)
     try:
         DiffusionPipeline.load_config(path, **place)
     except OSError:
         return None
     return component
+
+
+def require_no_run(path: str) -> None:
+    """Refuse the output folder of a training where what it leaves is asked for.
+
+    Raises:
+        ValueError: naming that.
+    """
+    if os.path.isfile(os.path.join(path, "config.yaml")) and os.path.isdir(os.path.join(path, "checkpoints")):
+        left = os.path.join(path, "pipeline")
+        what = (
+            f"its pipeline is {left}" if os.path.isdir(left) else "mhla export-checkpoint writes its pipeline"
+        )
+        raise ValueError(f"{path} is the output folder of a training: {what}")
 
 
 def holds_pixels(path: str, **place: Any) -> bool:

@@ -74,7 +74,8 @@ def generate_images(
     holds does not depend on the number of processes, so that the files do not either. Other batch sizes give
     the same images within rounding.
 
-    Calling again with the same settings goes on where an earlier call stopped. SHA256SUMS has the hash of
+    Calling again with the same settings goes on where an earlier call stopped, and with more images adds
+    these. SHA256SUMS has the hash of
     each file that is done; one that is missing or another is made again.
 
     Args:
@@ -227,7 +228,7 @@ def _generate(
             stack.enter_context(only_writer(folder))
             for place in {(folder / row["file"]).parent for row in rows}:
                 remove_partial(place)
-            _check_folder(folder, manifest)
+            _check_folder(folder, manifest, kind)
             write_manifest(folder, manifest)
             made = [row["file"] for row in rows if (folder / row["file"]).is_file()]
             if made and read_sums(folder) is None:
@@ -292,8 +293,8 @@ def _make_batch(
     record_sums(folder, [row["file"] for row in rows])
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """Go on with a folder only when it holds the beginning of the same run.
+def _check_folder(folder: Path, manifest: dict[str, Any], kind: Kind) -> None:
+    """Go on with a folder only when it holds the beginning of the same run, or of one with fewer samples.
 
     Raises:
         ValueError: otherwise, naming what differs.
@@ -306,6 +307,8 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     if {path.name for path in folder.iterdir()} == {MANIFEST}:  # nothing is made yet: settings may change
         return
     expected = json.loads(json.dumps(manifest, default=str))
+    if kind in stored and expected[kind][: len(stored[kind])] == stored[kind]:  # or more of it
+        stored[kind] = expected[kind]
     compared = expected.keys() | stored.keys()
     compared -= _NOT_COMPARED | (_LATER - stored.keys())
     old, new = ({key: values.get(key) for key in compared} for values in (stored, expected))

@@ -52,7 +52,8 @@ pipe = MHLAPipeline.from_pretrained("{name}")  # or your path to this folder
 {hint}"""
 
 _CONVERTED = """**Converted, not fine-tuned yet.** Weights are those of {base}; what MHLA has beyond them is
-at its start. It is not the same function, but a start for fine-tuning: its samples are no measure of either model."""
+at its start. It is not the same function, but a start for fine-tuning: its samples are no measure of either
+model."""
 
 _FIELDS = """# Before publishing say here, as the hub has it: license: ..., datasets: [...], language: [...]
 """

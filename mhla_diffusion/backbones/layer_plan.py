@@ -13,6 +13,9 @@ from .grid import Grid
 
 ATTENTIONS = ("mhla", "linear", "softmax")
 
+# In a softmax window, which then takes several times as long as all else of the operator.
+_MANY_KEYS = 1024
+
 AttentionChoice = str | Sequence[str]
 ConfigChoice = OneConfig | Sequence[OneConfig]
 
@@ -126,12 +129,22 @@ def layer_attention(
 
 
 def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
-    """Warn of blocks whose mixing costs more than it should."""
+    """Warn of blocks whose mixing, or whose softmax windows, cost more than they should."""
     layout = config.layout(grid)
     if layout.num_blocks**2 > layout.num_tokens:
         warnings.warn(
             f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: mixing costs M^2 = "
             f"{layout.num_blocks**2} > N and is over a third of the attention's work; blocks="
             f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
+            stacklevel=6,
+        )
+    if config.window is None or (keys := layout.reach_size(config.margin)) <= _MANY_KEYS:
+        return
+    recommended = recommended_layout(grid)
+    if keys > 2 * (fewer := recommended.reach_size(config.margin)):
+        warnings.warn(
+            f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: softmax windows of {keys} tokens, "
+            f"whose cost is no longer linear in all tokens; blocks={recommended.blocks} makes them {fewer} "
+            f"on the grid {grid}, and local=None leaves them out",
             stacklevel=6,
         )

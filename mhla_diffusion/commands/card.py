@@ -45,8 +45,10 @@ def card(
     from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, write_model_card
 
     from .. import MHLAPipeline
+    from ..hub import require_no_run
 
     folder = Path(model)
+    require_no_run(model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{model} is no folder of a pipeline (it has no model_index.json)")
     scores, results = (None, ()) if report is None else _read_scores(Path(report))

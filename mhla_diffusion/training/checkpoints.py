@@ -101,14 +101,15 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
     Args:
         output_dir: of the run that is about to start.
-        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the folder of a checkpoint, or
-            None.
+        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the name of one there, the folder
+            of one, or None.
         config: dataclass of the run.
 
     Raises:
         ValueError: when a new run would write into another one's folder; when there is no checkpoint, or it
             is damaged, with the files that are; when the run has checkpoints newer than the one asked for;
-            or when the config differs from the saved one where it must not, with the keys that do.
+            when the config differs from the saved one where it must not, with the keys that do; or when it
+        ends before the checkpoint.
     """
     if resume != "latest" and resume is not None:
         checkpoint = _named(output_dir, resume)
@@ -122,6 +123,13 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
         raise ValueError(
             f"{checkpoint} was written with another config, and these keys cannot change on the way:\n  "
             + "\n  ".join(changes)
+            + "\nLeave them as they were, or begin another run from these weights: another --output_dir, and "
+            "--model.init_from with the pipeline of this one, in place of the shape of a model (mhla "
+            "export-checkpoint writes that of a checkpoint)"
+        )
+    if (step := checkpoint_step(checkpoint)) > config.trainer.max_steps:
+        raise ValueError(
+            f"{checkpoint} is beyond trainer.max_steps {config.trainer.max_steps}: give {step} or more"
         )
     return checkpoint
 
@@ -255,9 +263,12 @@ def _require_room(output_dir: Path, resume: str | None) -> None:
 
 
 def _named(output_dir: Path, resume: str) -> Path:
-    checkpoint = Path(resume)
+    checkpoint = output_dir / _FOLDER / resume if _NAME.fullmatch(resume) else Path(resume)
     if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / _RECORD).is_file():
-        raise ValueError(f"{resume} is no checkpoint: give 'latest' or a folder like .../step-00001000")
+        names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        raise ValueError(
+            f"{resume} is no checkpoint: give 'latest', one of {output_dir} ({names}), or the folder of one"
+        )
     own = checkpoint.resolve().parent == (output_dir / _FOLDER).resolve()
     if not own and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(

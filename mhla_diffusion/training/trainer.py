@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -168,6 +169,8 @@ class Trainer:
                 if stop or self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
                 if stop:
+                    name = signal.Signals(stop).name
+                    logger.info("stopped by %s: --resume latest goes on", name)
                     self.accelerator.end_training()
                     return stop
         self._save_pipeline(stream)

@@ -185,6 +185,18 @@ def test_blocks_that_cost_too_much_are_warned_of_at_the_callers_line(make_stock:
         convert_to_mhla(make_stock(), {"blocks": 4})
 
 
+def test_windows_that_grow_with_the_grid_are_warned_of() -> None:
+    """With 16 blocks, whatever the grid, a window is a share of all tokens."""
+    shape = {"num_attention_heads": 1, "attention_head_dim": 4, "num_layers": 1, "sample_size": 128}
+    with pytest.warns(UserWarning, match=r"windows of 2304 tokens.* blocks=\(8, 8\) makes them 576"):
+        MHLADiTTransformer2DModel(**shape, patch_size=1, mhla_config=MHLAConfig(blocks=16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MHLADiTTransformer2DModel(**shape, patch_size=1, mhla_config=MHLAConfig.paper(blocks=16))
+        MHLADiTTransformer2DModel(**shape, patch_size=1, mhla_config=MHLAConfig(blocks=64))
+        MHLADiTTransformer2DModel(**shape, patch_size=2, mhla_config=MHLAConfig(blocks=16))
+
+
 def test_models_without_an_mhla_form_are_refused() -> None:
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
     with pytest.raises(ValueError, match=r"no MHLA form of AutoencoderKL; .* DiTTransformer2DModel"):

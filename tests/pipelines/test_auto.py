@@ -14,6 +14,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
 from torch import Tensor
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.commands.card import card
+from mhla_diffusion.planning import plan
 
 MakePipeline = Callable[..., MHLADiTPipeline]
 MakeStockPipeline = Callable[[], DiTPipeline]
@@ -223,6 +225,24 @@ def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"model_index\.json"):
         MHLAPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["pipeline", "plan", "card"])
+def test_of_the_folder_of_a_training_its_pipeline_is_named(command: str, tmp_path: Path) -> None:
+    def open_it() -> None:
+        if command == "pipeline":
+            MHLAPipeline.from_pretrained(tmp_path)
+        elif command == "plan":
+            plan(str(tmp_path), 16, 16)
+        else:
+            card(str(tmp_path))
+
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    for expected in ("mhla export-checkpoint writes its pipeline", "its pipeline is .*/pipeline"):
+        with pytest.raises(ValueError, match=f"is the output folder of a training: {expected}"):
+            open_it()
+        (tmp_path / "pipeline").mkdir(exist_ok=True)
 
 
 def test_the_index_names_the_package_and_not_its_files(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, change: dict[str, Any], mes
     assert contents(tmp_path) == before
 
 
+def test_more_samples_are_added(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    generate_images(pipeline, tmp_path / "more", **SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "more").glob("*.png")}
+    generate_images(pipeline, tmp_path / "more", **SETTINGS | {"num_images": 11})
+    generate_images(pipeline, tmp_path / "whole", **SETTINGS | {"num_images": 11})
+    assert contents(tmp_path / "more") == contents(tmp_path / "whole")
+    kept = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
+    assert len(kept) == 6, "whole batches of 3 stay"
+    with pytest.raises(ValueError, match="11 rows -> 7 rows"):
+        generate_images(pipeline, tmp_path / "more", **SETTINGS)
+
+
 def test_settings_may_change_while_nothing_is_made(tmp_path: Path) -> None:
     pipeline = make_pipeline()
     with pytest.raises(ValueError, match="height"):

@@ -84,6 +84,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
     script.send(number)
     result = script.finish(timeout=120)
     assert result.returncode == 128 + number, result.stdout + result.stderr
+    assert f"stopped by {number.name}: --resume latest goes on" in result.stdout + result.stderr
     (checkpoint,) = (stopped / "checkpoints").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     assert 2 <= step < 100
@@ -121,6 +122,15 @@ def test_what_cannot_go_on_is_refused_before_any_work(whole: Path, run: Run, tmp
     assert changed.returncode == 1
     assert "trainer.optimizer.learning_rate: 0.01 -> 0.5" in changed.stdout
     assert "model.num_layers: 1 -> 2" in changed.stdout
+    assert (
+        "begin another run from these weights: another --output_dir, and --model.init_from" in changed.stdout
+    )
+    for resume in ("latest", "step-00000006"):
+        ended = run("--output_dir", str(whole), "--resume", resume, "--trainer.max_steps", "5")
+        assert "step-00000006 is beyond trainer.max_steps 5: give 6 or more" in ended.stdout
+    unknown = run("--output_dir", str(whole), "--resume", "step-00000004")
+    assert "step-00000004 is no checkpoint: give 'latest', one of " in unknown.stdout
+    assert "(step-00000003, step-00000006)" in unknown.stdout
     nothing = run("--output_dir", str(tmp_path / "new"), "--resume", "latest")
     assert "has no checkpoint to resume from; start without --resume" in nothing.stdout
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before

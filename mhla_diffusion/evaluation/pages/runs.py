@@ -85,7 +85,7 @@ class Group:
 
     @property
     def averaged(self) -> bool:
-        """Whether there is a mean over its runs."""
+        """Tell a group that has a mean from one of a single run, or with a flaw."""
         return len(self.indices) > 1 and self.flaw is None
 
 

@@ -96,14 +96,22 @@ class Comparison:
         """Neighbourhoods of both sets; see :func:`find_neighbourhoods`."""
         return find_neighbourhoods(self.real.features["features"], self.generated.features["features"])
 
-    def score(self, metric: str, value: float, replicates: Array | None = None, **more: object) -> Score:
-        """Return a score under its full name, with its interval."""
+    def score(
+        self,
+        metric: str,
+        value: float,
+        replicates: Array | None = None,
+        share_of: int | None = None,
+        **more: object,
+    ) -> Score:
+        """Return a score under its full name, with its interval; see :func:`interval`."""
+        bounds = METRICS[metric].bounds
         return Score(
             name=self.extractor.full_name(metric),
             value=value,
             metric=metric,
             extractor=self.extractor.name,
-            interval=None if replicates is None else interval(value, replicates, METRICS[metric].bounds),
+            interval=None if replicates is None else interval(value, replicates, bounds, share_of=share_of),
             higher_is_better=METRICS[metric].higher_is_better,
             **more,  # type: ignore[arg-type]
         )
@@ -206,7 +214,8 @@ def _neighbourhood(sets: Comparison, metric: str) -> Score:
     values: Array = getattr(sets.neighbourhoods, metric)
     counts = sets.drawn.real if metric in ("recall", "coverage") else sets.drawn.generated
     assert counts is not None
-    return sets.score(metric, float(values.mean()), means(values, counts))
+    share_of = None if metric == "density" else len(values)  # which counts balls, not samples
+    return sets.score(metric, float(values.mean()), means(values, counts), share_of)
 
 
 def _clip_score(sets: Comparison, metric: str) -> Score:

@@ -56,18 +56,34 @@ def draw_replicates(num_real: int | None, num_generated: int, *, count: int, see
 
 
 def interval(
-    value: float, replicates: Array, bounds: tuple[float, float] = (-math.inf, math.inf)
+    value: float,
+    replicates: Array,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    *,
+    share_of: int | None = None,
 ) -> tuple[float, float] | None:
     """Return ``value`` plus and minus 1.96 standard deviations of its replicates (95 %); None without any.
 
     Replicates that are not finite, as of a set that was drawn as one sample alone, are left out. The interval
-    ends where the range of the metric, ``bounds``, does.
+    ends where the range of the metric, ``bounds``, does. That of a share of ``share_of`` samples holds
+    Wilson's too: where none of them or all have a property, all replicates are alike.
     """
     replicates = replicates[np.isfinite(replicates)]
     if len(replicates) < 2:
         return None
     reach = 1.96 * float(np.std(replicates, ddof=1))
-    return max(value - reach, bounds[0]), min(value + reach, bounds[1])
+    low, high = max(value - reach, bounds[0]), min(value + reach, bounds[1])
+    if share_of is None:
+        return low, high
+    least, most = _wilson(value, share_of)
+    return min(low, least), max(high, most)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of 95 % (1927), which is never empty."""
+    z = 1.96**2 / count
+    middle, reach = share + z / 2, math.sqrt(z * share * (1 - share) + z * z / 4)
+    return max(0.0, (middle - reach) / (1 + z)), min(1.0, (middle + reach) / (1 + z))
 
 
 def means(values: Array, counts: Array) -> Array:

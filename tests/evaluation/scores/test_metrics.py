@@ -304,6 +304,17 @@ def test_intervals_stay_in_the_range_of_their_metric(metric: str, extractor: Fea
         assert low <= score.interval[0] <= score.value <= score.interval[1] <= high
 
 
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_shares_of_none_and_all_have_an_interval(shift: float, extractor: FeatureExtractor) -> None:
+    """Of 12 samples without a property, the share of all others may well be a fifth."""
+    real = _features(12, 0)
+    sets = Comparison(extractor, _measured(real), _measured(real + np.float32(shift)), 20, 0)
+    for metric in ("precision", "recall", "coverage"):
+        score = _score(sets, metric)
+        assert score.value == (0.0 if shift else 1.0)
+        assert score.interval == pytest.approx((0, 0.2425) if shift else (0.7575, 1), abs=1e-4)
+
+
 def test_classes_that_were_never_generated_are_flagged(extractor: FeatureExtractor) -> None:
     real, generated = _features(90, 0), _features(60, 1)
     a, b = ["x", "y", "z"] * 30, ["y", "x", "w"] * 20
