@@ -72,8 +72,8 @@ def manifest_requests(rows: list[dict[str, Any]]) -> dict[str, Any]:
     asked = [{key: value for key, value in row.items() if key not in ("file", "seed")} for row in rows]
     lines = sorted(json.dumps(request, sort_keys=True, default=str) for request in asked)
     found: dict[str, Any] = {"requests_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
-    seeds = [row.get("seed") for row in rows]
-    if rows and all(type(seed) is int for seed in seeds):
+    seeds = [row["seed"] for row in rows if type(row.get("seed")) is int]
+    if rows and len(seeds) == len(rows):
         found["seeds"] = _ranges(sorted(set(seeds)))
     return found
 

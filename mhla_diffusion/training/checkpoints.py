@@ -101,8 +101,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
     Args:
         output_dir: of the run that is about to start.
-        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the name of one there, the folder
-            of one, or None.
+        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the name of one there, the
+            folder of one, or None.
         config: dataclass of the run.
 
     Raises:
