@@ -109,7 +109,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
         ValueError: when a new run would write into another one's folder; when there is no checkpoint, or it
             is damaged, with the files that are; when the run has checkpoints newer than the one asked for;
             when the config differs from the saved one where it must not, with the keys that do; or when it
-        ends before the checkpoint.
+            ends before the checkpoint.
     """
     if resume != "latest" and resume is not None:
         checkpoint = _named(output_dir, resume)
