@@ -54,7 +54,7 @@ def with_home(word: str) -> str:
 def _expanded(value: Any) -> Any:
     if isinstance(value, str):
         return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):  # no named tuple, such as jsonargparse has of nested keys
         return type(value)(map(_expanded, value))
     return value
 

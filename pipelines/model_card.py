@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from .identity import TRAINING, training_of, transformers_of
 from .sampling import call_parameters, guidance_name, output_kind, with_negative_prompt
 from .schedulers import prediction_of, require_scheduler, scales_inputs
 
-# Marks a card as ours to write again; a card without it belongs to its author.
-_MARK = "<!-- Written by mhla_diffusion. Remove this line to keep your own edits. -->"
+# Marks a card as ours to write again, by a hash of all else, which those of earlier versions lack; any other
+# belongs to its author.
+_MARK = "<!-- Written by mhla_diffusion{hash}. Remove this line to keep your own edits. -->"
+_MARKED = re.compile(re.escape(_MARK).replace(r"\{hash\}", r"(?: \(sha256 (\w+)\))?") + "\n")
 
 PICTURE = "samples.png"
 
@@ -237,11 +240,9 @@ def write_model_card(
         repo_id: what it is loaded by.
         fields: what else is to be said.
     """
-    path = os.path.join(folder, "README.md")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as existing:
-            if _MARK not in existing.read():
-                return
+    path = Path(folder) / "README.md"
+    if is_edited(path):
+        return
     training = training_of(pipeline, folder)
     title = _title(pipeline, repo_id, training)
     base = fields.base_model or training.get("base model")
@@ -261,7 +262,7 @@ def write_model_card(
     )
     picture = os.path.isfile(os.path.join(folder, PICTURE))
     body = _BODY.format(
-        mark=_MARK,
+        mark="{mark}",
         name=repo_id,
         title=title,
         purpose=purpose.text,
@@ -275,7 +276,25 @@ def write_model_card(
         else "\nNo licence is stated: that of the weights is their author's to say.\n",
     )
     # As it is: ModelCard.save would drop the line on fields that are still to be filled.
-    write_file(path, f"---\n{data.to_yaml()}\n{'' if fields.license else _FIELDS}---\n{body}")
+    text = f"---\n{data.to_yaml()}\n{'' if fields.license else _FIELDS}---\n{body}"
+    before, after = text.split("{mark}\n", 1)
+    mark = _MARK.format(hash=f" (sha256 {_sha256(before + after)})")
+    write_file(path, f"{before}{mark}\n{after}")
+
+
+def is_edited(card: Path) -> bool:
+    """Tell a card that somebody wrote or edited from one of ours; False where there is none."""
+    if not card.exists():
+        return False
+    text = card.read_text("utf-8")
+    mark = _MARKED.search(text)
+    if mark is None:
+        return True
+    return mark[1] is not None and mark[1] != _sha256(text[: mark.start()] + text[mark.end() :])
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _purpose(pipeline: Any) -> Purpose:

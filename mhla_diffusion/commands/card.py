@@ -29,7 +29,7 @@ def card(
     converted: bool = False,
     name: str | None = None,
 ) -> None:
-    """Write README.md of a saved pipeline again, fit to publish; one that somebody edited is left alone.
+    """Write README.md of a saved pipeline again, fit to publish; one that somebody edited is refused.
 
     Args:
         model: folder of the pipeline.
@@ -42,7 +42,7 @@ def card(
         name: that it is published under, such as someone/digits.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
-    from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, write_model_card
+    from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
 
     from .. import MHLAPipeline
     from ..hub import require_no_run
@@ -51,6 +51,11 @@ def card(
     require_no_run(model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{model} is no folder of a pipeline (it has no model_index.json)")
+    readme = folder / "README.md"
+    if is_edited(readme):
+        raise ValueError(f"{readme} was edited, and is not written again: move it away first")
+    if report is None and readme.is_file() and "\n## Scores\n" in readme.read_text("utf-8"):
+        logging.warning("%s had scores, which are left out: give their --report again", readme)
     scores, results = (None, ()) if report is None else _read_scores(Path(report))
     if picture is not None:
         if Path(picture).suffix.lower() != ".png" or not Path(picture).is_file():
@@ -62,7 +67,7 @@ def card(
     )  # fmt: skip
     pipeline = MHLAPipeline.from_pretrained(model)
     write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
-    logging.info("Card: %s", folder / "README.md")
+    logging.info("Card: %s", readme)
 
 
 def _read_scores(report: Path) -> tuple[str, tuple[Result, ...]]:

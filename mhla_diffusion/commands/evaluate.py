@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -17,6 +18,7 @@ from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.benchmarks import export_benchmark, write_prompts
 from ..evaluation.sets.vbench import export_vbench
 from ..files.locking import only_writer
+from ..files.writing import write_file
 from ..processes import in_first_process
 from .parsing import join_prompts, parse_and_call, with_list
 
@@ -88,7 +90,7 @@ def steps(
     generation_batch_size: int = 32,
     **evaluation: Any,
 ) -> None:
-    """Score every checkpoint of an image training, and put the scores side by side; called again it goes on.
+    """Score every checkpoint of an image training, side by side; the same command again goes on.
 
     Args:
         run: output folder of the training; trainer.keep_checkpoints says how many there are.
@@ -111,6 +113,11 @@ def steps(
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoints: give the output folder of a training")
     texts = None if prompts is None else read_prompts(prompts)
+    asked = {
+        "run": run, "real": real, "num": num, "prompts": None if texts is None else [str(t) for t in texts],
+        "num_inference_steps": num_inference_steps, "guidance": guidance, **evaluation,
+    }  # fmt: skip
+    in_first_process(lambda: _claim(Path(out) / "settings.json", asked))
     reports = [Path(out) / checkpoint.name / "report" for checkpoint in checkpoints]
     for checkpoint, report in zip(checkpoints, reports, strict=True):
         if (report / "report.json").is_file():
@@ -128,6 +135,21 @@ def steps(
         table = compare_reports(reports, labels=[checkpoint.name for checkpoint in checkpoints])
         in_first_process(lambda: table.save(out, overwrite=True))
         logger.info("%s", table.to_markdown())
+
+
+def _claim(record: Path, asked: dict[str, Any]) -> None:
+    """Write what scores are of, or check that those that are there are of the same."""
+    from ..training.config import changes
+
+    asked = json.loads(json.dumps(asked, default=str))
+    if record.is_file():
+        if differences := changes(json.loads(record.read_text()), asked):
+            raise ValueError(
+                f"{record.parent} holds other scores; choose another --out:\n  " + "\n  ".join(differences)
+            )
+    elif any(record.parent.glob("step-*/report")):
+        raise ValueError(f"{record.parent} holds scores without their {record.name}: choose another --out")
+    write_file(record, json.dumps(asked, indent=2))
 
 
 def vbench(generated: str, out: str) -> None:

@@ -30,11 +30,10 @@ from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
 from ..config import MHLAConfig
 from ..files.locking import only_writer
-from ..files.text import shortened
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
-from ..training.config import flat_dict
+from ..training.config import changes
 from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_room, sample_bytes, write_activations
 from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls
@@ -110,15 +109,19 @@ def align(
     """
     config, out = config or AlignConfig(), Path(out)
     require_not_quantised(teacher, name, "alignment")
-    first = layer_calls(teacher, calls(0), list(attention_layers(teacher)))
+    numbers = {name: layer.layer_number for name, layer in attention_layers(teacher).items()}
+    if outside := sorted({*(layers or ())} - {*numbers.values()}):
+        raise ValueError(f"layers names layer {outside[0]}, but the layers are {sorted({*numbers.values()})}")
+    wanted = [name for name, number in numbers.items() if layers is None or number in layers]
+    first = layer_calls(teacher, calls(0), list(numbers))
     candidates = dict(candidates or default_candidates(grid_of(teacher, calls)))
     record = _record_of(teacher, calls, candidates, config, name=name, tokens=_tokens(first))
+    record |= {"layers": numbers, "asked": wanted}
     with ExitStack() as stack:
 
         def enter() -> tuple[dict[str, Any], list[Job]]:
             stack.enter_context(only_writer(out))
             claimed = _claim(out, record, calls)
-            wanted = [name for name in first if layers is None or record["layers"][name] in layers]
             jobs = [(layer, form) for layer in wanted for form in candidates]
             return claimed, [job for job in jobs if not is_done(out, *job)]
 
@@ -154,7 +157,6 @@ def _record_of(
     return {
         "model": name, "teacher": fingerprint(teacher), "calls": calls.facts, "settings": config.kept(),
         "candidates": {name: form.to_dict() for name, form in candidates.items()},
-        "layers": {name: layer.layer_number for name, layer in attention_layers(teacher).items()},
         "tokens": tokens,
     }  # fmt: skip
 
@@ -183,12 +185,11 @@ def read_aligned(out: str | Path) -> dict[str, Any]:
         for layer in record["layers"]
         if not is_done(out, layer, form)
     ]
-    # Layers that were left out have no form at all.
-    partial = [job for job in missing if any(is_done(out, job[0], form) for form in record["candidates"])]
-    if partial or len(missing) == len(record["layers"]) * len(record["candidates"]):
-        raise ValueError(
-            f"{out} is not finished: {partial[0] if partial else 'no layer'} is missing; run mhla align again"
-        )
+    # Earlier versions did not say which were asked for: those that were left out have no form at all.
+    begun = [layer for layer in record["layers"] if any(is_done(out, layer, f) for f in record["candidates"])]
+    asked = record.get("asked", begun)
+    if late := [job for job in missing if job[0] in asked] or missing[: not begun]:
+        raise ValueError(f"{out} is not finished: {late[0]} is missing; run mhla align again")
     record["jobs"] = {
         form: {
             layer: json.loads(job_files(out, layer, form)[1].read_text())
@@ -217,16 +218,14 @@ def _claim(out: Path, record: dict[str, Any], calls: Calls) -> dict[str, Any]:
         old["calls"] = calls.completed(old["calls"])
         forms = {**old["candidates"], **record["candidates"]}
         known = {**record, "candidates": {form: forms[form] for form in old["candidates"]}}
-        before, after = (
-            flat_dict({key: its.get(key) for key in record if key != "model"}) for its in (old, known)
-        )
-        keys = sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
-        if keys:
-            lines = [f"{key}: {shortened(before.get(key))} -> {shortened(after.get(key))}" for key in keys]
+        before, after = ({key: its.get(key) for key in record} for its in (old, known))
+        if lines := changes(before, after, free=("model", "asked")):
             raise ValueError(
                 f"{out} holds another alignment; choose another folder:\n  " + "\n  ".join(lines)
             )
         record["candidates"] = forms
+        asked = {*old.get("asked", ()), *record["asked"]}
+        record["asked"] = [name for name in record["layers"] if name in asked]
     elif any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no aligned layers; choose another folder")
     write_file(out / RECORD, json.dumps(record, indent=2))

@@ -23,7 +23,7 @@ from ..planning import Plan
 from .align import job_files, read_aligned
 from .calls import Calls
 from .costs import layer_costs
-from .knapsack import STOCK, Choice, Limits, frontier, within
+from .knapsack import STOCK, Choice, Limits, frontier, require_share, within
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def choose(
         ValueError: when the layers are of another teacher, a layer to keep does not exist, or no choice is
             within the budget.
     """
+    require_share(budget)
     record = read_aligned(aligned)
     if record["teacher"] != fingerprint(teacher):
         raise ValueError(f"the layers in {aligned} were aligned to another model than this; align this one")
@@ -88,6 +89,22 @@ def choose(
         count - chosen.forms.count(STOCK), count, chosen.cost, chosen.error,
     )  # fmt: skip
     return assemble(teacher, chosen.forms, record, aligned), facts
+
+
+def require_reachable(
+    teacher: Any, candidates: Mapping[str, MHLAConfig], plan: Plan, budget: float, keep: Sequence[int]
+) -> None:
+    """Check by FLOPs, before layers are aligned, that some choice among candidates is within a budget.
+
+    Raises:
+        ValueError: when all cost more, naming the cheapest.
+    """
+    layers = {name: layer.layer_number for name, layer in attention_layers(teacher).items()}
+    forms = {name: form.to_dict() for name, form in candidates.items()}
+    count = len(teacher.layer_attention)
+    errors = [dict.fromkeys((STOCK, *forms), 0.0) for _ in range(count)]
+    costs = layer_costs(teacher, {"candidates": forms, "layers": layers}, plan, errors, by="flops")
+    within(frontier(errors, costs, keep=[number % count for number in keep]), budget)
 
 
 def describe(

@@ -93,6 +93,18 @@ def frontier(
     return [Choice(chosen, cost, error) for cost, error, chosen in partial]
 
 
+def require_share(budget: float) -> None:
+    """Check that a budget is a share of what the teacher costs.
+
+    Raises:
+        ValueError: when it is not above 0 and at most 1, at which no layer need be another.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"budget is a share of the teacher's self-attention, above 0 and at most 1, got {budget:g}"
+        )
+
+
 def within(choices: Sequence[Choice], budget: float) -> Choice:
     """Return the choice of least error whose cost is within a budget.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,14 @@ from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train
 from ..training.checkpoints import list_checkpoints
-from .align import align
+from ..training.config import changes, decisive_settings
+from ..training.export import read_run_config
+from .align import align, default_candidates, grid_of
 from .calls import DataCalls, open_calls
 from .choose import RECORD as CHOICE
-from .choose import choose, save_student
+from .choose import choose, require_reachable, save_student
 from .job import AlignConfig
+from .knapsack import require_share
 from .report import ReportConfig, report
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class LinearizeConfig:
         report: see :class:`ReportConfig`.
 
     Raises:
-        ValueError: for steps below 0.
+        ValueError: for steps below 0, and a budget that is no share.
     """
 
     budget: float = 0.5
@@ -54,6 +58,7 @@ class LinearizeConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        require_share(self.budget)
         if self.steps < 0:
             raise ValueError(f"steps must be 0 (no distillation) or more, got {self.steps}")
 
@@ -72,7 +77,7 @@ def linearize(
 ) -> int:
     """Convert a softmax model: ``out`` gets aligned/, student/, distilled/ and report/.
 
-    Stopped anywhere, the same call goes on from there.
+    Stopped anywhere, the same call goes on from there; what is done is not done again with other settings.
 
     Args:
         model: teacher, folder or hub id.
@@ -89,7 +94,8 @@ def linearize(
         0, or the number of the signal that stopped distillation.
 
     Raises:
-        ValueError: what the stages refuse.
+        ValueError: what the stages refuse; for a budget that no choice meets; and for other settings than
+            ``out`` was made with, naming them.
     """
     config, out = config or LinearizeConfig(), Path(out)
     if config.steps and component != "transformer":
@@ -97,8 +103,11 @@ def linearize(
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
     calls = open_calls(teacher, data, grid=None if grid is None else tuple(grid))
-    align(teacher, calls, out / "aligned", candidates=candidates, config=config.align, name=model)
+    forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
+    require_reachable(teacher, forms, size, config.budget, config.keep)
     student, students = out / "student", [str(out / "student")]
+    _require_same_choice(student / CHOICE, config, size)
+    align(teacher, calls, out / "aligned", candidates=forms, config=config.align, name=model)
 
     def assemble() -> None:
         if not (student / CHOICE).is_file():
@@ -123,11 +132,32 @@ def linearize(
     return 0
 
 
+def _require_same_choice(record: Path, config: LinearizeConfig, size: Plan) -> None:
+    """Check that a student that is there was chosen as it would be now."""
+    if record.is_file():
+        old = json.loads(record.read_text())
+        new = {"budget": config.budget, "keep": list(config.keep), "size": size.size}
+        _refuse(record.parent, changes({key: old.get(key) for key in new}, new))
+
+
+def _what_counts(run: Any) -> dict[str, Any]:
+    """Settings of a distillation, without the places of student and teacher."""
+    settings = {**decisive_settings(run), "trainer.max_steps": run.trainer.max_steps}
+    places = ("model.init_from", "objective.teacher")
+    return {key: value for key, value in settings.items() if key not in places}
+
+
+def _refuse(folder: Path, differences: list[str]) -> None:
+    if differences:
+        raise ValueError(
+            f"{folder} was made with other settings, and is not made again; choose another --out, or remove "
+            "it and what came after it:\n  " + "\n  ".join(differences)
+        )
+
+
 def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
     """Train the student of ``out`` with its teacher, on the data of a run; see :func:`train`."""
     folder = out / "distilled"
-    if (folder / "pipeline").is_dir():
-        return 0
     settings = config.distillation or DistillationConfig(fade_steps=max(1, config.steps // 2))
     trainer = replace(
         run.trainer,
@@ -145,4 +175,9 @@ def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
         trainer=trainer,
         output_dir=str(folder),
     )
+    if (folder / "config.yaml").is_file():
+        before, after = (_what_counts(its) for its in (read_run_config(folder / "config.yaml"), whole))
+        _refuse(folder, changes(before, after))
+    if (folder / "pipeline").is_dir():
+        return 0
     return train(whole, resume="latest" if list_checkpoints(folder) else None)

@@ -181,7 +181,8 @@ def require_absent(paths: Sequence[Path], *, overwrite: bool = False) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
         raise ValueError(
-            f"{', '.join(existing)} already there: give another place, or ask for overwrite to replace it"
+            f"{', '.join(existing)} already there: give another place, or remove it (or overwrite it, where "
+            "there is that option)"
         )
 
 

@@ -13,13 +13,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError
 
+from ..files.text import shortened
 from ..files.writing import write_file
 from ..help import HelpParser, with_home
 
@@ -154,10 +155,19 @@ def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
     Returns:
         One line per key, ``key: old -> new``.
     """
-    free = _changeable_keys(config)
-    old, new = flat_dict(with_later_fields(saved, config)), flat_dict(as_dict(config))
+    return changes(with_later_fields(saved, config), as_dict(config), free=_changeable_keys(config))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """List where settings differ, as ``key: old -> new`` with dotted keys.
+
+    Args:
+        before, after: nested mappings.
+        free: dotted keys that may differ.
+    """
+    old, new = flat_dict(before), flat_dict(after)
     return [
-        f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        f"{key}: {shortened(old.get(key, '(absent)'))} -> {shortened(new.get(key, '(absent)'))}"
         for key in [*new, *(key for key in old if key not in new)]
         if key not in free and old.get(key) != new.get(key)
     ]

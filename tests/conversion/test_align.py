@@ -25,6 +25,7 @@ from mhla_diffusion.conversion import (
     load_candidates,
     open_calls,
 )
+from mhla_diffusion.conversion.align import job_files, read_aligned
 from mhla_diffusion.training.data.shards import Shards
 
 from .conftest import FEW, FORMS, make_teacher
@@ -72,6 +73,26 @@ def test_what_is_done_is_not_done_again_and_candidates_may_be_added(
     again = json.loads((out / "mhla" / "transformer_blocks.1.attn1.json").read_text())
     stored = json.loads(records[out / "mhla" / "transformer_blocks.1.attn1.json"])
     assert again["error"] == stored["error"], "a job is the same whenever it is done"
+
+
+def test_an_alignment_that_stopped_between_layers_is_not_finished(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    out, forms = tmp_path / "aligned", {"mhla": FORMS["mhla"]}
+    with pytest.raises(ValueError, match=r"layers names layer 7, but the layers are \[0, 1, 2\]"):
+        align(teacher, calls, out, candidates=forms, config=FEW, layers=[0, 7])
+    align(teacher, calls, out, candidates=forms, config=FEW, layers=[0, 1])
+    for file in job_files(out, "transformer_blocks.1.attn1", "mhla"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"not finished: .*blocks.1.* is missing; run mhla align again"
+    ):
+        read_aligned(out)
+    with pytest.raises(ValueError, match=r"not finished: .*blocks.1.attn1"):
+        align(teacher, calls, out, candidates=forms, config=FEW, layers=[2])
+    assert set(json.loads((out / "align.json").read_text())["asked"]) == set(attention_layers(teacher))
+    align(teacher, calls, out, candidates=forms, config=FEW, layers=[1])
+    assert set(read_aligned(out)["jobs"]["mhla"]) == set(attention_layers(teacher))
 
 
 def test_layers_are_done_in_groups_that_the_disk_may_hold(

@@ -72,7 +72,7 @@ def test_a_student_is_made_of_aligned_layers_and_opens_as_a_pipeline(
 
 
 def test_latency_is_measured(teacher: Any, calls: NoiseCalls, aligned: Path, size: Plan) -> None:
-    _, facts = choose(teacher, calls, aligned, size, budget=9.0, keep=[], cost="latency", check=0)
+    _, facts = choose(teacher, calls, aligned, size, budget=1.0, keep=[], cost="latency", check=0)
     assert all(table[form] > 0 for table in facts["costs"] for form in table)
     assert sum(table[STOCK] for table in facts["costs"]) == pytest.approx(1)
 

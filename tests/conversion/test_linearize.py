@@ -76,6 +76,22 @@ def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(
     ):  # fmt: skip
         monkeypatch.setattr(sys.modules[f"mhla_diffusion.conversion.{module}"], done, fail)
     assert run(stored_teacher, data, out) == 0
+    for other, difference in (
+        (replace(TOY, budget=0.8), r"student was made with other settings.*\n  budget: 0.9 -> 0.8$"),
+        (replace(TOY, keep=(1,)), r"student was .*\n  keep: \[0\] -> \[1\]$"),
+        (replace(TOY, steps=4), r"(?s)distilled was .*\n  trainer.max_steps: 3 -> 4"),
+        (replace(TOY, learning_rate=1e-3), r"(?s)distilled was .*\n  .*learning_rate: 0.0001 -> 0.001"),
+    ):
+        with pytest.raises(ValueError, match=difference):
+            run(stored_teacher, data, out, other)
+
+
+def test_a_budget_that_nothing_meets_is_refused_before_any_work(stored_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget is a share .* above 0 and at most 1, got 70"):
+        replace(TOY, budget=70)
+    with pytest.raises(ValueError, match=r"no choice costs 0.01 or less"):
+        run(stored_teacher, "noise", tmp_path / "out", replace(TOY, budget=0.01, steps=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_data_there_is_no_distillation(

@@ -16,6 +16,7 @@ from PIL import Image
 
 import mhla_diffusion.pipelines.image
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
+from mhla_diffusion.commands.card import card as write_card
 from mhla_diffusion.pipelines.model_card import write_model_card
 from mhla_diffusion.training.stock import IMAGES, VIDEOS
 from mhla_diffusion.training.text import make_stock_pipeline
@@ -280,6 +281,30 @@ def test_a_card_that_somebody_edited_is_kept(make_pipeline: MakePipeline, tmp_pa
     (tmp_path / "README.md").write_text(edited, encoding="utf-8")
     pipeline.save_pretrained(tmp_path)
     assert card(tmp_path) == edited
+
+
+def test_edits_are_seen_without_that_and_nothing_is_touched(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    folder, picture = tmp_path / "pipeline", tmp_path / "grid.png"
+    make_pipeline().save_pretrained(folder)
+    picture.write_bytes(b"new")
+    edited = card(folder).replace("MHLA-DiT", "My model", 1)
+    (folder / "README.md").write_text(edited, encoding="utf-8")
+    (folder / "samples.png").write_bytes(b"old")
+    make_pipeline().save_pretrained(folder)
+    assert card(folder) == edited
+    with pytest.raises(ValueError, match="was edited, and is not written again: move it away first"):
+        write_card(str(folder), license="mit", picture=str(picture))
+    assert (folder / "samples.png").read_bytes() == b"old"
+
+
+def test_a_card_of_an_earlier_version_is_renewed(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path)
+    old = re.sub(r" \(sha256 \w+\)", "", card(tmp_path)).replace("MHLA-DiT", "Another", 1)
+    (tmp_path / "README.md").write_text(old, encoding="utf-8")
+    make_pipeline().save_pretrained(tmp_path)
+    assert "Another" not in card(tmp_path)
 
 
 def test_a_loaded_stock_pipeline_has_a_card_too(

@@ -90,3 +90,6 @@ def test_every_checkpoint_is_scored_by_one_command_which_goes_on(
     again = run_script(*command, *options)
     assert again.returncode == 0, again.stderr
     assert "step-00000006 is scored already" in again.stderr
+    other = run_script(*command, *options[2:])
+    assert other.returncode == 1
+    assert "holds other scores; choose another --out: num: 4 -> 1000" in other.stderr

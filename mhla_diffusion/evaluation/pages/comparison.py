@@ -66,8 +66,8 @@ class SideBySide:
 
     @property
     def repeated(self) -> list[int]:
-        """Indices of the groups over which there is a mean."""
-        return [i for i, group in enumerate(self.groups) if group.averaged]
+        """Indices of the groups over which there is a mean; none when runs may not be compared."""
+        return [i for i, group in enumerate(self.groups) if group.averaged and not self.differences]
 
     def group_notes(self) -> list[str]:
         """Say what means are over, and what they are not."""
@@ -76,10 +76,12 @@ class SideBySide:
             for group in self.groups
             if len(group.indices) > 1 and not group.averaged
         ]
+        if self.differences:
+            return ["There is no mean over runs that were not scored in the same way."]
         if not self.repeated:
             return flawed or [
-                "No two of these runs are known to be one experiment with other seeds: there is no mean "
-                "over them. Equal labels say that runs are one."
+                "There is no mean over these runs: no two of them have equal labels, or where no labels are "
+                "given are known to be one experiment with other seeds. Equal labels say that runs are one."
             ]
         return [
             f"{group.label}: mean and standard deviation are over {len(group.indices)} runs {group.reason}."
@@ -183,7 +185,7 @@ def _row(name: str, runs: Sequence[Run], groups: Sequence[Group], *, comparable:
         _mean([scores[i] for i in group.indices]) if comparable and group.averaged else None
         for group in groups
     ]
-    return ScoreRow(name, scores, best=best if len(best) < len(runs) else [], means=means)
+    return ScoreRow(name, scores, best=best if len(best) < len(present) else [], means=means)
 
 
 def _mean(scores: Sequence[Score | None]) -> tuple[float, float] | None:

@@ -114,6 +114,8 @@ def _images_of(prompts: Sequence[BenchmarkPrompt], generated: Path) -> dict[str,
         stem = str(PurePosixPath(file).with_suffix(""))
         name = stem if stem in names else re.sub(r"-\d+$", "", stem)
         if name in names:
+            if not (generated / file).is_file():
+                raise ValueError(f"{generated / file} is missing: generate again, which makes it anew")
             images.setdefault(name, []).append(generated / file)
             if made.prompts.get(file) != names[name].prompt:
                 raise ValueError(

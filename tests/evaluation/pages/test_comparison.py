@@ -172,7 +172,7 @@ def test_runs_that_differ_in_more_are_not_averaged(
     assert table.rows[0].means == [None, None]
     assert difference in table.made_differently
     text = table.to_markdown()
-    assert "there is no mean" in text
+    assert "There is no mean" in text
     assert f"- {difference}: " in text
 
 
@@ -193,6 +193,23 @@ def test_runs_that_share_samples_are_not_averaged(
     assert table.repeated == []
     assert re.search(f"there is no mean over these runs, as .*{why}", table.group_notes()[0])
     assert table.group_notes()[0] in table.to_markdown()
+
+
+def test_no_mean_is_spoken_of_where_there_is_none(
+    make_report: MakeReport, compare: Callable[..., SideBySide]
+) -> None:
+    text = compare({}, {"seeds": [[25, 49]]}, labels=["a", "b"]).to_markdown()
+    assert "no two of them have equal labels" in text
+    first, second = make_report("a", 0), make_report("bb", 1, resize="8 x 8")
+    table = compare_reports([first, second], labels=["mhla", "mhla"])
+    assert table.group_notes() == ["There is no mean over runs that were not scored in the same way."]
+    assert "mean ± std" not in table.to_markdown()
+
+
+def test_a_score_that_one_run_has_is_not_the_best_of_several(make_report: MakeReport) -> None:
+    folders = [make_report("a", 0, metrics=["frechet", "kid"]), make_report("bb", 40, metrics=["frechet"])]
+    table = compare_reports(folders)
+    assert {row.name.split("_")[0]: row.best for row in table.rows} == {"fd": [0], "kid": []}
 
 
 def test_a_report_given_twice_is_one_run(make_report: MakeReport) -> None:
