@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     """Return ``component`` where a folder or hub id holds a pipeline, None where it holds the component.
 
     Raises:
-        ValueError: for the output folder of a training.
+        ValueError: see :func:`require_stored`.
     """
-    require_no_run(path)
+    require_stored(path)
     try:
         DiffusionPipeline.load_config(path, **place)
     except OSError:
@@ -33,18 +34,23 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     return component
 
 
-def require_no_run(path: str) -> None:
-    """Refuse the output folder of a training where what it leaves is asked for.
+def require_stored(path: str) -> None:
+    """Refuse a path to nothing, and the output folder of a training and its checkpoints.
 
     Raises:
-        ValueError: naming that.
+        ValueError: saying what to give.
     """
-    if os.path.isfile(os.path.join(path, "config.yaml")) and os.path.isdir(os.path.join(path, "checkpoints")):
-        left = os.path.join(path, "pipeline")
-        what = (
-            f"its pipeline is {left}" if os.path.isdir(left) else "mhla export-checkpoint writes its pipeline"
-        )
-        raise ValueError(f"{path} is the output folder of a training: {what}")
+    if not os.path.exists(path):
+        if os.path.isabs(path) or path.startswith(("./", "../")) or path.count("/") > 1:
+            raise ValueError(f"{path} does not exist; on the hub models are called OWNER/NAME")
+        return
+    folder = Path(path)
+    above = [place for place in (folder, folder.parent) if place.name == "checkpoints"]
+    run = above[0].parent if above else folder
+    if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+        left = run / "pipeline"
+        what = f"its pipeline is {left}" if left.is_dir() else "mhla export-checkpoint writes its pipeline"
+        raise ValueError(f"{path} is of the output folder of a training: {what}")
 
 
 def holds_pixels(path: str, **place: Any) -> bool:

@@ -10,7 +10,7 @@ import diffusers
 
 from mhla_diffusion.backbones import backbone_of, backbone_of_config, convert_to_mhla, stock_names
 from mhla_diffusion.config import MHLAConfig, as_config
-from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder, require_no_run
+from mhla_diffusion.hub import hub_arguments, load_config, load_errors, locate_subfolder, require_stored
 
 from .image import MHLADiTPipeline
 from .schedulers import prediction_of, require_scheduler, scales_inputs
@@ -67,7 +67,7 @@ class MHLAPipeline:
         path = os.fspath(pretrained_model_name_or_path)
         if subfolder is not None:
             path = locate_subfolder(path, subfolder, kwargs)
-        require_no_run(path)
+        require_stored(path)
         names = os.listdir(path) if os.path.isdir(path) else []
         if "config.json" in names and "model_index.json" not in names:
             raise ValueError(

@@ -49,7 +49,7 @@ def prompt_rows(
 ) -> tuple[list[dict[str, Any]], list[Path | None]]:
     """Rows of the manifest, and the picture that each begins with."""
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a list of one text or more, got {prompts!r}")
+        raise ValueError(f"prompts (--prompts) must be a list of one text or more, got {prompts!r}")
     if num is not None and per_prompt is not None:
         raise ValueError(f"give num_{kind} or per_prompt, not both: got {num} and {per_prompt}")
     if per_prompt is not None and per_prompt < 1:

@@ -38,5 +38,7 @@ def main(arguments: Sequence[str], prog: str, kind: str) -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     config_class, cache = KINDS[kind]
-    config, _ = parse_config(config_class, arguments, prog=prog, description=__doc__ or "")
+    config, resume = parse_config(config_class, arguments, prog=prog, description=__doc__ or "")
+    if resume is not None:
+        raise ValueError("a cache goes on by itself: leave --resume out")
     cache(config)

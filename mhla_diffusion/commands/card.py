@@ -45,10 +45,10 @@ def card(
     from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
 
     from .. import MHLAPipeline
-    from ..hub import require_no_run
+    from ..hub import require_stored
 
     folder = Path(model)
-    require_no_run(model)
+    require_stored(model)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{model} is no folder of a pipeline (it has no model_index.json)")
     readme = folder / "README.md"

@@ -22,6 +22,7 @@ from mhla_diffusion.pipelines.sampling import output_kind
 from .. import MHLAPipeline
 from ..files.writing import require_writable
 from ..processes import in_first_process
+from ..training.checkpoints import is_checkpoint
 from ..training.export import is_run, newest_model, open_checkpoint
 from .parsing import join_prompts, parse_and_call
 
@@ -49,7 +50,8 @@ def image(
     """Generate images of classes or texts: PNG files and manifest.json.
 
     Args:
-        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it.
+        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it, or of a
+            checkpoint there.
         out: a new folder, or that of an unfinished run.
         num: number of images; of texts one for each prompt by default.
         classes: class ids or names to go through; all by default.
@@ -101,7 +103,8 @@ def video(
     """Generate videos of texts, or of texts and images: MP4 files and manifest.json.
 
     Args:
-        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it.
+        model: folder or hub id of a pipeline; or the folder of a training, for the newest of it, or of a
+            checkpoint there.
         out: a new folder, or that of an unfinished run.
         prompts: a text, commas included; a list in brackets, each text in quotes; or a file: .txt with one
             text a line, .csv or .jsonl with the columns prompt, seed, negative_prompt, file (name of the
@@ -154,6 +157,8 @@ def load(model: str, dtype: DType, kind: str) -> Any:
 
 def _open(model: str, dtype: torch.dtype) -> Any:
     run = Path(model)
+    if is_checkpoint(run):
+        return open_checkpoint(run, dtype=dtype)
     if is_run(run):
         newest = newest_model(run)
         logging.info("%s: taking %s", run, newest)

@@ -38,10 +38,17 @@ def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog:
 
 
 def with_list(arguments: Sequence[str], option: str) -> list[str]:
-    """Return ``A B C --out D`` as ``--option [A, B, C] --out D``."""
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    words = list(arguments[:count])
-    return [*([f"--{option}", str(words)] if words else []), *arguments[count:]]
+    """Return ``A B --out D C`` as ``--option [A, B, C] --out D``: every other option has one value."""
+    words, rest = list[str](), list[str]()
+    remaining = iter(arguments)
+    for word in remaining:
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        rest.append(word)
+        if "=" not in word and word not in ("-h", "--help"):
+            rest += [value for value in [next(remaining, None)] if value is not None]
+    return [*([f"--{option}", str(words)] if words else []), *rest]
 
 
 def join_prompts(arguments: Sequence[str]) -> list[str]:

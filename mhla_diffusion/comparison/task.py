@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -135,6 +135,11 @@ def task_of(settings: dict[str, Any] | Task) -> Task:
     """
     if isinstance(settings, Task):
         return settings
+    if not isinstance(settings, Mapping):  # one of them on a command line replaces what the YAML has
+        raise ValueError(
+            f"task must map all of its settings to values, got {settings!r}: change one in the YAML file, or "
+            "by --comparison.settings '{KEY: [VALUE]}'"
+        )
     values = dict(settings)
     kind = values.pop("kind", "recall")
     if kind not in TASKS:

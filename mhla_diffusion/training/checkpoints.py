@@ -47,6 +47,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Tell the folder of a checkpoint by its name and its record."""
+    return _NAME.fullmatch(folder.name) is not None and (folder / _RECORD).is_file()
+
+
 def checkpoint_step(checkpoint: Path) -> int:
     """Return after how many optimizer steps a checkpoint was written."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -264,7 +269,7 @@ def _require_room(output_dir: Path, resume: str | None) -> None:
 
 def _named(output_dir: Path, resume: str) -> Path:
     checkpoint = output_dir / _FOLDER / resume if _NAME.fullmatch(resume) else Path(resume)
-    if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / _RECORD).is_file():
+    if not is_checkpoint(checkpoint):
         names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         raise ValueError(
             f"{resume} is no checkpoint: give 'latest', one of {output_dir} ({names}), or the folder of one"

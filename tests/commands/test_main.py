@@ -18,6 +18,7 @@ from mhla_diffusion import MHLAConfig
 from mhla_diffusion.commands.end import CommandError, exit_code
 from mhla_diffusion.commands.main import MHLA, evaluate, main, paths
 from mhla_diffusion.commands.pages import live_page, page_for
+from mhla_diffusion.commands.parsing import with_list
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,6 +127,29 @@ def test_a_script_is_its_command(
     of_command = capsys.readouterr().out
     named = of_command.replace(f"mhla {command}", " ".join([f"{name}.py", *words]))
     assert of_script.split() == named.split()
+
+
+@pytest.mark.parametrize(
+    "words", ["a b --out c --overwrite=true", "--out c a b --overwrite=true", "--overwrite=true --out c a b"]
+)
+def test_a_list_stands_before_options_or_behind(words: str) -> None:
+    found = with_list(words.split(), "reports")
+    assert found[:2] == ["--reports", "['a', 'b']"]
+    assert sorted(found[2:]) == ["--out", "--overwrite=true", "c"]
+    assert with_list(["--help"], "reports") == ["--help"]
+
+
+def test_a_setting_of_a_task_on_the_command_line_is_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """``--comparison.task.steps`` reaches the options as a named tuple."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text("name: tiny\ntask: {steps: 1}\nvariants: [{name: linear, attention: linear}]\n")
+    words = ["--comparison", str(config), "--out", str(tmp_path), "--comparison.task.steps", "2"]
+    assert call(monkeypatch, "compare-attention", *words) == 1
+    error = capsys.readouterr().err
+    assert "task must map all of its settings to values" in error
+    assert "--comparison.settings '{KEY: [VALUE]}'" in error
 
 
 def test_every_script_is_compared() -> None:

@@ -84,9 +84,7 @@ def test_an_alignment_that_stopped_between_layers_is_not_finished(
     align(teacher, calls, out, candidates=forms, config=FEW, layers=[0, 1])
     for file in job_files(out, "transformer_blocks.1.attn1", "mhla"):
         file.unlink()
-    with pytest.raises(
-        ValueError, match=r"not finished: .*blocks.1.* is missing; run mhla align again"
-    ):
+    with pytest.raises(ValueError, match=r"not finished: .*blocks.1.* is missing; run mhla align again"):
         read_aligned(out)
     with pytest.raises(ValueError, match=r"not finished: .*blocks.1.attn1"):
         align(teacher, calls, out, candidates=forms, config=FEW, layers=[2])

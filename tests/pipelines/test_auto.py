@@ -14,6 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
 from torch import Tensor
 
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion.backbones import load_transformer
 from mhla_diffusion.commands.card import card
 from mhla_diffusion.planning import plan
 
@@ -240,9 +241,27 @@ def test_of_the_folder_of_a_training_its_pipeline_is_named(command: str, tmp_pat
     (tmp_path / "config.yaml").touch()
     (tmp_path / "checkpoints").mkdir()
     for expected in ("mhla export-checkpoint writes its pipeline", "its pipeline is .*/pipeline"):
-        with pytest.raises(ValueError, match=f"is the output folder of a training: {expected}"):
+        with pytest.raises(ValueError, match=f"is of the output folder of a training: {expected}"):
             open_it()
         (tmp_path / "pipeline").mkdir(exist_ok=True)
+
+
+def test_a_checkpoint_is_no_pipeline_and_a_path_to_nothing_no_name_on_the_hub(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    MHLAPipeline.from_pretrained(tmp_path / "pipeline")
+    load_transformer(str(tmp_path / "pipeline" / "transformer"))
+    for name in ("checkpoints", "checkpoints/step-00000002"):
+        with pytest.raises(ValueError, match=r"is of the output folder of a training: its pipeline is"):
+            MHLAPipeline.from_pretrained(tmp_path / name)
+    for path in (tmp_path / "nothing", "./nothing", "a/b/c"):
+        with pytest.raises(
+            ValueError, match=r"nothing|a/b/c does not exist; on the hub models are called OWNER"
+        ):
+            MHLAPipeline.from_pretrained(path)
 
 
 def test_the_index_names_the_package_and_not_its_files(make_pipeline: MakePipeline, tmp_path: Path) -> None:

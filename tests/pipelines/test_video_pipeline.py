@@ -265,5 +265,5 @@ def test_videos_are_generated_into_a_folder_and_gone_on_with(
     assert [file.read_bytes() for file in files] == before
     with pytest.raises(ValueError, match="holds another run"):
         generate_videos(pixel_pipeline, tmp_path / "out", batch_size=2, seed=1, **settings)
-    with pytest.raises(ValueError, match="prompts must be a list"):
+    with pytest.raises(ValueError, match=r"prompts \(--prompts\) must be a list"):
         generate_videos(pixel_pipeline, tmp_path / "other", prompts="a cat")

@@ -243,7 +243,7 @@ class Folder(SampleSet):
         if not self.names:
             raise ValueError(
                 f"folder {self.path} holds no {self.kind.name} ({', '.join(self.kind.extensions)})"
-                + (f"; it has {self.notes[0]}" if self.left_out else "")
+                + (f". {self.notes[0]} mhla evaluate has image and video" if self.left_out else "")
             )
         self._note_links()
 

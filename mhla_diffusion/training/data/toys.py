@@ -113,7 +113,7 @@ class SceneImages(PictureSource):
         if not captioned:
             raise ValueError(
                 "data.source scene has captions and no classes: take a model of texts, model.backbone pixart "
-                "or sana"
+                "or sana, and to cache latents a --text.encoder"
             )
         return DrawnScenes(self.scenes)
 
