@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.commands.generate import load
 from mhla_diffusion.training.export import export_checkpoint, newest_model, open_checkpoint
 from tests.processes import run_script
 
@@ -64,6 +65,7 @@ def test_the_folder_of_a_run_is_a_model_its_newest(finished: Path, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     files = [(tmp_path / name / "000000.png").read_bytes() for name in ("made", "of-checkpoint")]
     assert files[0] == files[1]
+    assert load(str(last), "float32", "images").config.training["steps"] == "6 of batch size 8"
 
 
 def test_what_cannot_be_exported_is_named(finished: Path, tmp_path: Path) -> None:
