@@ -79,6 +79,12 @@ def test_html_is_one_file_with_the_score_and_both_grids(report: Report) -> None:
     assert "runs/&lt;digits&gt;" in html
 
 
+def test_nested_settings_of_a_training_are_written_out(report: Report) -> None:
+    report.generated.manifest["training"] = {"steps": "9", "settings": {"data.flip": True, "betas": [0.9, 1]}}
+    page = report.to_html()
+    assert "steps: 9; settings: data.flip: True; betas: [0.9, 1]" in page
+
+
 def test_cautions_stand_once_below_the_scores(report: Report) -> None:
     flags = report.scores[0].flags
     assert len(report.scores) > 5
