@@ -138,10 +138,11 @@ def check_blocks(config: MHLAConfig, grid: tuple[int, ...]) -> None:
             f"{recommended_layout(grid).blocks} keeps it at 20 % or less on the grid {grid}",
             stacklevel=6,
         )
-    if config.window is None or (keys := layout.reach_size(config.margin)) <= _MANY_KEYS:
+    if config.window is None or layout.num_blocks == 1:  # one block is softmax over all, and asked for
         return
     recommended = recommended_layout(grid)
-    if keys > 2 * (fewer := recommended.reach_size(config.margin)):
+    keys, fewer = layout.reach_size(config.margin), recommended.reach_size(config.margin)
+    if keys > max(_MANY_KEYS, 2 * fewer):
         warnings.warn(
             f"{layout.num_blocks} blocks on {layout.num_tokens} tokens: softmax windows of {keys} tokens, "
             f"whose cost is no longer linear in all tokens; blocks={recommended.blocks} makes them {fewer} "
