@@ -307,7 +307,8 @@ def _check_folder(folder: Path, manifest: dict[str, Any], kind: Kind) -> None:
     if {path.name for path in folder.iterdir()} == {MANIFEST}:  # nothing is made yet: settings may change
         return
     expected = json.loads(json.dumps(manifest, default=str))
-    if kind in stored and expected[kind][: len(stored[kind])] == stored[kind]:  # or more of it
+    rows = stored.get(kind)
+    if isinstance(rows, list) and expected[kind][: len(rows)] == rows:  # or more of it
         stored[kind] = expected[kind]
     compared = expected.keys() | stored.keys()
     compared -= _NOT_COMPARED | (_LATER - stored.keys())

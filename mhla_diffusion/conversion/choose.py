@@ -69,18 +69,17 @@ def choose(
     if record["teacher"] != fingerprint(teacher):
         raise ValueError(f"the layers in {aligned} were aligned to another model than this; align this one")
     count = len(teacher.layer_attention)
-    if outside := [number for number in keep if not -count <= number < count]:
-        raise ValueError(f"keep names layer {outside[0]}, but the layers are 0 to {count - 1}")
+    kept = _numbers(keep, count)
     errors = layer_errors(record, count)
     costs = layer_costs(teacher, record, plan, errors, by=cost)
-    choices = frontier(errors, costs, keep=[number % count for number in keep])
+    choices = frontier(errors, costs, keep=kept)
     chosen, notes = within(choices, budget), dict[str, Any]()
     if check:
         first = record["settings"]["samples"]  # the first call that no layer was trained on
         trial = Trial(
             teacher, calls, range(first, first + check), partial(assemble, record=record, aligned=aligned)
         )
-        limits = Limits(errors, costs, budget, [number % count for number in keep])
+        limits = Limits(errors, costs, budget, kept)
         chosen, notes = trial.check(choices, chosen, limits, repairs=repairs)
     limits = Limits(errors, costs, budget, keep)
     facts = {**describe(record, plan, chosen, choices, limits), "cost_by": cost, "check": notes}
@@ -97,14 +96,21 @@ def require_reachable(
     """Check by FLOPs, before layers are aligned, that some choice among candidates is within a budget.
 
     Raises:
-        ValueError: when all cost more, naming the cheapest.
+        ValueError: when all cost more, naming the cheapest, or a layer to keep does not exist.
     """
     layers = {name: layer.layer_number for name, layer in attention_layers(teacher).items()}
     forms = {name: form.to_dict() for name, form in candidates.items()}
     count = len(teacher.layer_attention)
     errors = [dict.fromkeys((STOCK, *forms), 0.0) for _ in range(count)]
     costs = layer_costs(teacher, {"candidates": forms, "layers": layers}, plan, errors, by="flops")
-    within(frontier(errors, costs, keep=[number % count for number in keep]), budget)
+    within(frontier(errors, costs, keep=_numbers(keep, count)), budget)
+
+
+def _numbers(keep: Sequence[int], count: int) -> list[int]:
+    """Numbers of layers to keep, counted from the first."""
+    if outside := [number for number in keep if not -count <= number < count]:
+        raise ValueError(f"keep names layer {outside[0]}, but the layers are 0 to {count - 1}")
+    return [number % count for number in keep]
 
 
 def describe(

@@ -91,6 +91,8 @@ def test_a_budget_that_nothing_meets_is_refused_before_any_work(stored_teacher: 
         replace(TOY, budget=70)
     with pytest.raises(ValueError, match=r"no choice costs 0.01 or less"):
         run(stored_teacher, "noise", tmp_path / "out", replace(TOY, budget=0.01, steps=0))
+    with pytest.raises(ValueError, match=r"keep names layer 3, but the layers are 0 to 2"):
+        run(stored_teacher, "noise", tmp_path / "out", replace(TOY, keep=(3,), steps=0))
     assert not (tmp_path / "out").exists()
 
 
