@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to scored images of classes, images of texts, or videos: environment, data, training, generation,
-# report. After installation some 6 minutes on 2 cores for images, 15 for texts, and for videos 12 before new models
-# had a window. Runs again from where it stopped; delete the folder in runs/ to start over.
+# report. After installation some 6 minutes on 2 cores with AVX512 for images, 15 for texts, 8 for videos. Runs again
+# from where it stopped; delete the folder in runs/ to start over.
 #   bash scripts/quickstart.sh [image|text|video]
 set -euo pipefail
 cd "$(dirname "$0")/.."
