@@ -259,7 +259,7 @@ def test_a_checkpoint_is_no_pipeline_and_a_path_to_nothing_no_name_on_the_hub(
             MHLAPipeline.from_pretrained(tmp_path / name)
     for path in (tmp_path / "nothing", "./nothing", "a/b/c"):
         with pytest.raises(
-            ValueError, match=r"nothing|a/b/c does not exist; on the hub models are called OWNER"
+            ValueError, match=r"(nothing|a/b/c) does not exist; on the hub models are called OWNER"
         ):
             MHLAPipeline.from_pretrained(path)
 

@@ -13,7 +13,10 @@ import torch
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.commands.generate import load
+from mhla_diffusion.evaluation import compare_reports, evaluate_images
+from mhla_diffusion.pipelines.generation import generate_images
 from mhla_diffusion.training.export import export_checkpoint, newest_model, open_checkpoint
+from tests.extractors import quarters
 from tests.processes import run_script
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,6 +80,37 @@ def test_what_cannot_be_exported_is_named(finished: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"is damaged: model\.safetensors; take another one"):
         export_checkpoint(finished, tmp_path / "out", checkpoint="step-00000003")
     assert not (tmp_path / "out").exists()
+
+
+def test_means_are_over_trainings_that_differ_in_their_seed_alone(
+    finished: Path, run: Run, image_folder: Path, tmp_path: Path
+) -> None:
+    """From training over generation and scores to the comparison, through manifests."""
+
+    def score(model: Path, seed: int = 0) -> Path:
+        name = f"{model.name}-{seed}"
+        pipeline = MHLAPipeline.from_pretrained(model / "pipeline")
+        made = generate_images(
+            pipeline, tmp_path / name, num_images=6, seed=seed, num_inference_steps=2
+        ).parent
+        report = evaluate_images(image_folder, made, extractor=quarters(), metrics=["frechet"], bootstrap=0)
+        report.save(tmp_path / f"report-{name}")
+        return tmp_path / f"report-{name}"
+
+    for name, rate in (("seed", "0.01"), ("rate", "0.02")):
+        options = ["--trainer.seed", "1", "--trainer.optimizer.learning_rate", rate]
+        assert run("--output_dir", str(tmp_path / name), *options).returncode == 0
+    first, seed = score(finished), score(tmp_path / "seed")
+    (group,) = compare_reports([first, seed]).groups
+    assert (group.averaged, group.reason) == (True, "that differ in the seed of the training (0, 1)")
+    table = compare_reports([first, score(tmp_path / "rate")])
+    assert [group.averaged for group in table.groups] == [False, False]
+    assert table.made_differently["training.settings.trainer.optimizer.learning_rate"] == ["0.01", "0.02"]
+    (group,) = compare_reports([first, score(finished, seed=6)]).groups
+    assert (group.averaged, group.reason) == (True, "of one model, whose samples have other seeds")
+    (group,) = compare_reports([first, score(finished, seed=5)]).groups
+    assert not group.averaged
+    assert "have 1 seeds in common" in str(group.flaw)
 
 
 def test_every_checkpoint_is_scored_by_one_command_which_goes_on(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +66,8 @@ class SideBySide:
 
     @property
     def repeated(self) -> list[int]:
-        """Indices of the groups over which there is a mean; none when runs may not be compared."""
-        return [i for i, group in enumerate(self.groups) if group.averaged and not self.differences]
+        """Indices of the groups over which there is a mean."""
+        return [i for i, group in enumerate(self.groups) if group.averaged]
 
     def group_notes(self) -> list[str]:
         """Say what means are over, and what they are not."""
@@ -76,8 +76,6 @@ class SideBySide:
             for group in self.groups
             if len(group.indices) > 1 and not group.averaged
         ]
-        if self.differences:
-            return ["There is no mean over runs that were not scored in the same way."]
         if not self.repeated:
             return flawed or [
                 "There is no mean over these runs: no two of them have equal labels, or where no labels are "
@@ -162,7 +160,8 @@ def compare_reports(reports: Sequence[str | Path], *, labels: Sequence[str] | No
     paths = [Path(path) for path in reports]
     runs = tell_apart([load_run(*its) for its in zip(paths, labels or short_names(paths), strict=True)])
     groups = group_runs(runs, by_label=labels is not None)
-    differences = differing([run.conditions for run in runs])
+    if differences := differing([run.conditions for run in runs]):
+        groups = [replace(group, flaw="runs were not scored in the same way") for group in groups]
     names = dict.fromkeys(name for run in runs for name in run.scores)
     return SideBySide(
         runs=runs,
@@ -181,10 +180,7 @@ def _row(name: str, runs: Sequence[Run], groups: Sequence[Group], *, comparable:
     if comparable:
         top = (max if present[0].higher_is_better else min)(present, key=lambda score: score.value)
         best = [i for i, score in enumerate(scores) if score is not None and _meets(score, top)]
-    means = [
-        _mean([scores[i] for i in group.indices]) if comparable and group.averaged else None
-        for group in groups
-    ]
+    means = [_mean([scores[i] for i in group.indices]) if group.averaged else None for group in groups]
     return ScoreRow(name, scores, best=best if len(best) < len(present) else [], means=means)
 
 

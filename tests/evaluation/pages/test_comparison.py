@@ -202,7 +202,8 @@ def test_no_mean_is_spoken_of_where_there_is_none(
     assert "no two of them have equal labels" in text
     first, second = make_report("a", 0), make_report("bb", 1, resize="8 x 8")
     table = compare_reports([first, second], labels=["mhla", "mhla"])
-    assert table.group_notes() == ["There is no mean over runs that were not scored in the same way."]
+    said = "mhla: there is no mean over these runs, as runs were not scored in the same way."
+    assert table.group_notes() == [said]
     assert "mean ± std" not in table.to_markdown()
 
 
