@@ -60,7 +60,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         max_sequence_length: int = 512,
         fps: float = 16.0,
         training: dict | None = None,
-        sample_size: tuple[int, int, int] | None = None,
+        sample_size: tuple[int, int, int] | list[int] | None = None,  # a list in what is stored
         prediction_type: str | None = None,
     ) -> None:
         super().__init__(

@@ -49,4 +49,16 @@ def main(arguments: Sequence[str], prog: str) -> None:
         found = records(comparison, folder)
         print(write_page(comparison, found, Path(results), command, out=folder, screened=screened))
 
-    parse_and_call(compare, arguments, prog)
+    parse_and_call(compare, _with_comparison(arguments), prog)
+
+
+def _with_comparison(arguments: Sequence[str]) -> list[str]:
+    """Arguments with ``--comparison`` for a ``--config`` that is the YAML of a comparison."""
+    found = list(arguments)
+    for i, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        path = Path(value if equals else "".join(arguments[i + 1 : i + 2]))
+        is_one = path.is_file() and re.search(r"^task:", path.read_text(errors="replace"), re.MULTILINE)
+        if option == "--config" and is_one:
+            found[i] = word.replace(option, "--comparison", 1)
+    return found

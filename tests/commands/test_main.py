@@ -152,6 +152,29 @@ def test_a_setting_of_a_task_on_the_command_line_is_answered(
     assert "--comparison.settings '{KEY: [VALUE]}'" in error
 
 
+@pytest.mark.parametrize("words", ["--config {}", "--config={}", "--comparison {}"])
+def test_a_comparison_may_be_given_as_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text("name: tiny\ntask: {kind: recall}\nvariants: [{name: linear, attention: linear}]\n")
+    given = [*words.format(config).split(), "--out", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert call(monkeypatch, "compare-attention", *given, "--page", "true") == 0
+    assert "0 of 3 runs are done" in (tmp_path / "results/tiny.md").read_text()
+
+
+def test_a_config_of_all_options_stays_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "all.yaml"
+    config.write_text(
+        "comparison:\n  name: tiny\n  task: {kind: recall}\n"
+        f"  variants: [{{name: linear, attention: linear}}]\nout: {tmp_path}\nresults: {tmp_path / 'results'}\n"
+    )
+    assert call(monkeypatch, "compare-attention", "--config", str(config), "--page", "true") == 0
+    assert (tmp_path / "results/tiny.md").is_file()
+
+
 def test_every_script_is_compared() -> None:
     doors = {
         path.stem for path in ROOT.glob("scripts/*.py") if "commands.main import run" in path.read_text()

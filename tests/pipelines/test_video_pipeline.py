@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,21 @@ def test_a_trained_pipeline_survives_saving(pixel_pipeline: MHLAWanPipeline, tmp
     card = (tmp_path / "README.md").read_text()
     assert "| size | 4 frames of 8 x 12 pixels at 8 a second, pixel space |" in card
     assert 'pipe("...").frames[0]' in card
+
+
+def test_nothing_is_logged_on_loading(
+    pixel_pipeline: MHLAWanPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixel_pipeline.register_to_config(sample_size=[4, 8, 12])
+    pixel_pipeline.save_pretrained(tmp_path)
+    logger = logging.getLogger("diffusers")  # does not propagate
+    logger.addHandler(caplog.handler)
+    try:
+        again = MHLAPipeline.from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert again.default_size == (4, 8, 12)
+    assert not caplog.records
 
 
 def test_with_an_autoencoder_it_is_the_stock_pipeline(make_pipeline: MakePipeline) -> None:
