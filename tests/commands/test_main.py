@@ -169,7 +169,8 @@ def test_a_config_of_all_options_stays_one(
     config = tmp_path / "all.yaml"
     config.write_text(
         "comparison:\n  name: tiny\n  task: {kind: recall}\n"
-        f"  variants: [{{name: linear, attention: linear}}]\nout: {tmp_path}\nresults: {tmp_path / 'results'}\n"
+        "  variants: [{name: linear, attention: linear}]\n"
+        f"out: {tmp_path}\nresults: {tmp_path / 'results'}\n"
     )
     assert call(monkeypatch, "compare-attention", "--config", str(config), "--page", "true") == 0
     assert (tmp_path / "results/tiny.md").is_file()
