@@ -76,9 +76,10 @@ class MHLA(nn.Module):
         if not (isinstance(heads, int) and isinstance(head_dim, int) and min(heads, head_dim) > 0):
             raise ValueError(f"heads and head_dim must be integers >= 1, got {heads!r} and {head_dim!r}")
         layout, key_layout = config.layout(grid), config.key_layout(key_grid)
-        if key_layout is not None and config.cpe is not None:
+        if key_layout is not None and (config.cpe is not None or config.qk_conv):
             raise ValueError(
-                f"cpe {config.cpe!r} adds a convolution on v to the output: not in cross-attention"
+                "convolutions are for self-attention: leave them out in cross-attention, got cpe "
+                f"{config.cpe!r} and qk_conv {config.qk_conv}"
             )
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
@@ -97,9 +98,11 @@ class MHLA(nn.Module):
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
         self.feature_k = Hedgehog(heads, head_dim) if learned else None
         self.local = nn.Parameter(torch.empty(heads)) if config.window and not alone else None
+        self.conv_q = _depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
+        self.conv_k = _depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
-        self.cpe = _cpe_conv(inner_dim, len(grid)) if config.cpe else None
+        self.cpe = _depthwise_conv(inner_dim, len(grid)) if config.cpe else None
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.gate = nn.Linear(query_dim or inner_dim, inner_dim) if config.gate else None
         self.reset_parameters()
@@ -124,13 +127,14 @@ class MHLA(nn.Module):
             nn.init.zeros_(self.strength)
         if self.local is not None:
             nn.init.constant_(self.local, self._local_start())
-        if self.cpe is not None:
-            nn.init.zeros_(self.cpe.weight)
-            assert self.cpe.bias is not None
-            nn.init.zeros_(self.cpe.bias)
-            if self.config.cpe == "identity":
-                weights = self.cpe.weight.flatten(1)  # a view: [channels, 3^axes]
-                weights[:, weights.shape[1] // 2] = 1  # the centre
+        for conv in (self.conv_q, self.conv_k, self.cpe):
+            if conv is not None:
+                nn.init.zeros_(conv.weight)
+                assert conv.bias is not None
+                nn.init.zeros_(conv.bias)
+        if self.cpe is not None and self.config.cpe == "identity":
+            weights = self.cpe.weight.flatten(1)  # a view: [channels, 3^axes]
+            weights[:, weights.shape[1] // 2] = 1  # the centre
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, _OPEN_GATE_BIAS)
@@ -288,7 +292,7 @@ class MHLA(nn.Module):
         # The convolution and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
-        q, k = self.normed(q, k)
+        q, k = self.normed(q, k, layout, key_mask)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
         if self.config.window is not None:
@@ -334,7 +338,8 @@ class MHLA(nn.Module):
         """Return True where more than summaries is read of the tokens of other ranks."""
         content = self.strength is not None or self.config.center_keys
         paired = self.config.normalizer == "official"
-        return self.cpe is not None or self.config.window is not None or content or paired
+        convolved = self.cpe is not None or self.conv_q is not None
+        return convolved or self.config.window is not None or content or paired
 
     @property
     def operator_map(self) -> str:
@@ -342,8 +347,14 @@ class MHLA(nn.Module):
         # Learned features are positive, and relu leaves them as they are, plus eps.
         return "relu" if self.config.feature_map in WIDE_MAPS else self.config.feature_map
 
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys ``[B, H, N, d]`` behind their norms."""
+    def normed(
+        self, q: Tensor, k: Tensor, layout: BlockLayout | None = None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return queries and keys ``[B, H, N, d]`` behind their convolutions, if any, and their norms."""
+        if self.conv_q is not None and self.conv_k is not None:
+            assert layout is not None
+            q = q + _convolve(self.conv_q, counted(q, key_mask), layout)
+            k = k + _convolve(self.conv_k, counted(k, key_mask), layout)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = _normed(q, self.norm_q), _normed(k, self.norm_k)
         return q, k
@@ -449,8 +460,8 @@ def _clamp_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, An
 register_optimizer_step_post_hook(_clamp_all)
 
 
-def _cpe_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
-    """The depthwise 3x3 (or 3x3x3) convolution of the conditional position encoding."""
+def _depthwise_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
+    """A 3x3 (or 3x3x3) convolution of each channel by itself."""
     return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
 
 

@@ -60,13 +60,15 @@ def _of_heads(module: Any, heads: slice) -> Any:
     """Some heads of an MHLA: a module with slices of its weights, through which gradients reach these."""
     part = _with_slices(module, heads, () if module.config.mixing_per_head else ("mixing",))
     channels = slice(heads.start * module.head_dim, heads.stop * module.head_dim)
-    shares = {"feature_q": heads, "feature_k": heads, "cpe": channels}
+    convolutions = ("conv_q", "conv_k", "cpe")
+    shares = {"feature_q": heads, "feature_k": heads} | dict.fromkeys(convolutions, channels)
     part._modules = {
         name: _with_slices(child, shares[name]) if name in shares and child is not None else child
         for name, child in module._modules.items()
     }
-    if part.cpe is not None:
-        part.cpe.groups = channels.stop - channels.start
+    for conv in (getattr(part, name) for name in convolutions):
+        if conv is not None:
+            conv.groups = channels.stop - channels.start
     return part
 
 
@@ -79,8 +81,8 @@ def _with_slices(module: _Module, share: slice, whole: tuple[str, ...] = ()) -> 
     if "forward" in module.__dict__:
         raise ValueError(
             f"a hook on {type(module).__name__} (offloading, layerwise casting) sees all heads, of which a "
-            "rank has a share where ranks exchange tokens: leave hooks on parts of MHLA layers out, or cpe "
-            "and learned features"
+            "rank has a share where ranks exchange tokens: leave hooks on parts of MHLA layers out, or "
+            "convolutions and learned features"
         )
     part = object.__new__(type(module))
     part.__dict__.update(module.__dict__)

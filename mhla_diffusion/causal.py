@@ -15,7 +15,7 @@ from .ops.features import RotaryEmbedding
 
 # What looks at all tokens, or at a grid.
 _REFUSED = (
-    "cpe", "local", "local_margin", "routed_blocks", "center_keys", "extra_block", "key_blocks",
+    "cpe", "qk_conv", "local", "local_margin", "routed_blocks", "center_keys", "extra_block", "key_blocks",
     "mixing_relative", "mixing_content",
 )  # fmt: skip
 

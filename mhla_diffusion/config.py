@@ -67,6 +67,8 @@ class MHLAConfig:
             share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
             fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
+        qk_conv: a depthwise 3x3 convolution on queries and one on keys, each added to what it reads, before
+            their norms. Start at zero, so that adding them changes no function. An extension of the paper.
         qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
         gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
             changes no function. A deviation: the paper does not say how it starts.
@@ -92,6 +94,7 @@ class MHLAConfig:
     routed_blocks: int = field(default=0, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
+    qk_conv: bool = field(default=False, metadata=_LATER)
     qk_norm: bool = False
     gate: bool = False
     output_norm: bool = False
@@ -199,6 +202,7 @@ class MHLAConfig:
             "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
             "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
             "mixing_content": False, "local_margin": 0, "routed_blocks": 0, "center_keys": False,
+            "qk_conv": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
 

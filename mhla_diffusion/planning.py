@@ -54,9 +54,9 @@ class Plan:
         layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe: whether linear layers have an output gate and a convolution on v.
+        gate, cpe, qk_conv: whether linear layers have an output gate and convolutions on v, and on q and k.
         local, feature_map, local_margin, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
-        all_tokens: whether they read the tokens of other ranks beside windows and the convolution.
+        all_tokens: whether they read the tokens of other ranks beside windows and convolutions.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -76,6 +76,7 @@ class Plan:
     linear_layers: int
     gate: bool
     cpe: bool
+    qk_conv: bool
     local: str | None
     feature_map: str
     layer: dict[str, int]
@@ -137,7 +138,7 @@ class Plan:
         if attention != "softmax":
             convolution = 2 * 3 ** len(self.layout.grid) * width
             extras = self.layout.num_tokens * self.gate * 2 * width**2
-            extras += math.prod(self.layout.grid) * self.cpe * convolution
+            extras += math.prod(self.layout.grid) * (self.cpe + 2 * self.qk_conv) * convolution
         return {
             "attention operator": self.operator_flops(attention),
             "projections q, k, v, out": self.projections,
@@ -359,10 +360,12 @@ def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def _parts_of(config: MHLAConfig) -> dict[str, Any]:
     """Return what costs FLOPs in a linear layer beside its blocks, as fields of a :class:`Plan`."""
+    all_tokens = config.center_keys or config.mixing_content or config.qk_conv
+    all_tokens |= config.normalizer == "official"
     return {
-        "gate": config.gate, "cpe": config.cpe is not None, "feature_map": config.feature_map,
+        "gate": config.gate, "cpe": config.cpe is not None, "qk_conv": config.qk_conv,
+        "feature_map": config.feature_map, "all_tokens": all_tokens,
         "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
-        "all_tokens": config.center_keys or config.mixing_content or config.normalizer == "official",
     }  # fmt: skip
 
 

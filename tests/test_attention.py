@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def test_all_flags_together_by_hand(assert_close: AssertClose, grid: tuple[int, 
     assert_close(module(q, k, v, grid=grid, hidden_states=x), expected, torch.float32)
 
 
-@pytest.mark.parametrize("addition", [{"gate": True}, {"cpe": "zero"}], ids=str)
+@pytest.mark.parametrize("addition", [{"gate": True}, {"cpe": "zero"}, {"qk_conv": True}], ids=str)
 def test_parts_for_fine_tuning_start_as_no_change(addition: dict[str, Any]) -> None:
     plain, (q, k, v), x = make_module(MHLAConfig.paper(blocks=4))
     extended, _, _ = make_module(MHLAConfig.paper(blocks=4, **addition))
@@ -99,6 +100,38 @@ def test_learned_features_centred_keys_and_a_window_by_hand(assert_close: Assert
     assert_close(out, expected.transpose(1, 2).flatten(2), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [
+        ({"local": None}, None), ({"local": "shared"}, None), ({"local": "only"}, None),
+        ({"local": None, "extra_block": True}, (1, 2)), ({"local": "shared", "extra_block": True}, (1, 2)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_convolutions_of_queries_and_keys_by_hand(
+    settings: dict[str, Any], extra: tuple[int, int] | None
+) -> None:
+    config = MHLAConfig(blocks=(2, 2), qk_conv=True, qk_norm=True, **settings)
+    module, _, _ = make_module(config)
+    plain, _, _ = make_module(dataclasses.replace(config, qk_conv=False))
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 1)
+    plain.load_state_dict({n: w for n, w in module.state_dict().items() if not n.startswith("conv_")})
+    before, behind = extra or (0, 0)
+    q, k, v = torch.randn(3, 2, 2, 24 + before + behind, 6)
+    convolved = []
+    for x, name in ((q, "conv_q"), (k, "conv_k")):
+        conv, out = getattr(module, name), x.clone()
+        images = x[:, :, before : before + 24].permute(0, 1, 3, 2).reshape(2, 12, 4, 6)
+        added = F.conv2d(images, conv.weight, conv.bias, padding=1, groups=12)
+        out[:, :, before : before + 24] += added.reshape(2, 2, 6, 24).mT
+        convolved.append(out)
+    arguments: dict[str, Any] = {"grid": (4, 6), "extra": extra}
+    found = module(q, k, v, **arguments)
+    torch.testing.assert_close(found, plain(*convolved, v, **arguments))
+    assert not torch.allclose(found, plain(q, k, v, **arguments), atol=1e-2)
+
+
 def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
     config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
     module, (q, k, v), _ = make_module(config)
@@ -121,14 +154,16 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
         {"local": "shared"}, {"local": "auto"}, {"local": "only"}, {"local": "gate", "routed_blocks": 1},
         {"local": "only", "blocks": 1}, {"local": None}, {"local": None, "mixing_content": True},
         {"cpe": "identity"}, {"cpe": "identity", "local": None}, {"feature_map": "hedgehog"},
-        {"qk_norm": True}, {"center_keys": True}, {"normalizer": "none", "output_norm": True},
+        {"qk_conv": True}, {"qk_conv": True, "local": None}, {"qk_norm": True}, {"center_keys": True},
+        {"normalizer": "none", "output_norm": True},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_masked_keys_hold_does_not_matter(settings: dict[str, Any]) -> None:
     module, (q, k, v), _ = make_module(MHLAConfig(**{"blocks": 4, **settings}))
-    if module.strength is not None:
-        torch.nn.init.ones_(module.strength)
+    for name, parameter in module.named_parameters():
+        if "conv_" in name or name == "strength":  # start at 0
+            torch.nn.init.uniform_(parameter, 0.1, 1)
     mask = torch.rand(2, 24) < 0.7
     for_keys = mask[:, None, :, None]
 
@@ -322,8 +357,9 @@ def test_cross_attention_that_lacks_a_part_is_refused() -> None:
     for config, grid in ((MHLAConfig(key_blocks=2), None), (MHLAConfig(), (7,))):
         with pytest.raises(ValueError, match=r"key_blocks .* and key_grid"):
             MHLA(config, **arguments, key_grid=grid)
-    with pytest.raises(ValueError, match=r"cpe 'zero' .* not in cross-attention"):
-        MHLA(MHLAConfig(key_blocks=2, cpe="zero"), **arguments, key_grid=(7,))
+    for settings in ({"cpe": "zero"}, {"qk_conv": True}):
+        with pytest.raises(ValueError, match=r"convolutions are for self-attention"):
+            MHLA(MHLAConfig(key_blocks=2, **settings), **arguments, key_grid=(7,))
     module, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
     with pytest.raises(ValueError, match=r"key_blocks None and key_grid \(24,\)"):
         module(q, k, v, grid=(4, 6), key_grid=(24,))

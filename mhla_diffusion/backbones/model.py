@@ -271,9 +271,9 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         heads = [mhla.heads for mhla in modules if mhla.needs_all_tokens and mhla.heads % ranks]
         if heads:
             raise ValueError(
-                f"{ranks} ranks do not divide {heads[0]} heads, as they have to where windows, cpe, "
-                "mixing_content, center_keys or the normalizer 'official' need all tokens: take another "
-                f"number of ranks, or a model without these; mhla_config is {self.config.mhla_config}"
+                f"{ranks} ranks do not divide {heads[0]} heads, as they have to where windows, "
+                "convolutions, mixing_content, center_keys or the normalizer 'official' need all tokens: "
+                f"take another number, or a model without these; mhla_config is {self.config.mhla_config}"
             )
 
     @classmethod

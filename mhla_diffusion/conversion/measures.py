@@ -58,8 +58,8 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
 
     Args:
         model: with MHLA in it.
-        branch: ``"mixing"`` (blocks weigh alike), ``"convolution"``, ``"gate"``, ``"window"`` (MHLA alone) or
-            ``"linear"`` (the window alone).
+        branch: ``"mixing"`` (blocks weigh alike), ``"convolution"`` (those of v, q and k), ``"gate"``,
+            ``"window"`` (MHLA alone) or ``"linear"`` (the window alone).
 
     Yields:
         In how many layers.
@@ -67,8 +67,8 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
     undo: list[tuple[MHLA, str, Any]] = []
     changed: list[tuple[nn.Parameter, torch.Tensor]] = []
     for module in (part for part in model.modules() if isinstance(part, MHLA)):
-        name = {"convolution": "cpe", "gate": "gate"}.get(branch)
-        if name is not None and getattr(module, name) is not None:
+        parts = {"convolution": ("cpe", "conv_q", "conv_k"), "gate": ("gate",)}.get(branch, ())
+        for name in (part for part in parts if getattr(module, part) is not None):
             undo.append((module, name, getattr(module, name)))
             setattr(module, name, None)
         if branch == "window" and module.local is not None:
@@ -80,7 +80,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
             off = _ALL if module.config.window == "gate" else -_ALL
             weights.data.fill_(off if branch == "linear" else 1 / weights.shape[-1])
     try:
-        yield len(undo) + len(changed)
+        yield len({module for module, *_ in undo}) + len(changed)
     finally:
         for module, name, value in undo:
             setattr(module, name, value)

@@ -49,8 +49,9 @@ class Exchange:
         ranks = len(self.counts)
         if count % ranks:
             raise ValueError(
-                f"{count} heads over {ranks} ranks: what looks at the tokens of other ranks (windows, cpe, "
-                "mixing_content, center_keys, normalizer official) needs a number of ranks that divides them"
+                f"{count} heads over {ranks} ranks: what looks at the tokens of other ranks (windows, "
+                "convolutions, mixing_content, center_keys, normalizer official) needs a number of ranks "
+                "that divides them"
             )
         first = dist.get_rank(self.group) * (count // ranks)
         return slice(first, first + count // ranks)

@@ -37,7 +37,8 @@ Grid = tuple[int, ...]
 
 # Every part that a linear layer can have.
 EVERY_PART: dict[str, Any] = {
-    "gate": True, "output_norm": True, "qk_norm": True, "cpe": "zero", "local": "auto"
+    "gate": True, "output_norm": True, "qk_norm": True, "qk_conv": True, "cpe": "zero",
+    "local": "auto",
 }  # fmt: skip
 
 LEARNED: dict[str, Any] = {

@@ -58,7 +58,9 @@ def compare(rank: int, name: str, mhla: dict[str, Any]) -> None:
 # What looks at all tokens is computed by heads.
 FORMS: dict[str, dict[str, Any]] = {
     "summaries": {"qk_norm": True, "output_norm": True},
-    "window": {"mixing_per_head": True, "local": "gate", "local_margin": 1, "cpe": "identity"},
+    "window": {
+        "mixing_per_head": True, "local": "gate", "local_margin": 1, "cpe": "identity", "qk_conv": True,
+    },
     "extra": {
         "extra_block": True, "feature_map": "hedgehog", "mixing_content": True, "mixing_relative": True,
     },
