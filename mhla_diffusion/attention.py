@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .by_heads import attend_by_heads
-from .config import WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
+from .config import POWER_MAP, WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
 from .hedgehog import Hedgehog
 from .ops import (
     BlockLayout,
@@ -158,6 +158,7 @@ class MHLA(nn.Module):
         relu = d / (2 * math.pi)
         products = {
             "hedgehog": 2 / d, "softmax": 1 / d, "relu": relu, "crelu": 2 * relu, "elu": 1.35 * d,
+            POWER_MAP: 0.06 * d,
         }  # fmt: skip
         return math.log(math.prod(self.blocks) / products[self.config.feature_map])
 
@@ -344,8 +345,9 @@ class MHLA(nn.Module):
     @property
     def operator_map(self) -> str:
         """Feature map inside the operator, behind :meth:`features`."""
-        # Learned features are positive, and relu leaves them as they are, plus eps.
-        return "relu" if self.config.feature_map in WIDE_MAPS else self.config.feature_map
+        # What features() makes is positive, and relu leaves it as it is, plus eps.
+        made = (*WIDE_MAPS, POWER_MAP)
+        return "relu" if self.config.feature_map in made else self.config.feature_map
 
     def normed(
         self, q: Tensor, k: Tensor, layout: BlockLayout | None = None, key_mask: Tensor | None = None
@@ -374,7 +376,7 @@ class MHLA(nn.Module):
         return content_mixing(mixing, q, k, self.strength, layout, key_layout=key_layout, key_mask=key_mask)
 
     def features(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return normed queries and keys as the operator gets them: centred, in wide features."""
+        """Return normed queries and keys as the operator gets them: centred, in features of this layer."""
         if self.config.center_keys:
             count = k.shape[2] if key_mask is None else key_mask.sum(1).clamp_min(1)[:, None, None, None]
             k = k - counted(k, key_mask).sum(2, keepdim=True) / count
@@ -382,6 +384,8 @@ class MHLA(nn.Module):
             q, k = self.feature_q(q), self.feature_k(k)
         elif self.config.feature_map == "crelu":
             q, k = torch.cat((q, -q), -1), torch.cat((k, -k), -1)
+        elif self.config.feature_map == POWER_MAP:
+            q, k = _power(q), _power(k)
         return q, k
 
     def _attend_locally(
@@ -471,6 +475,16 @@ def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     Kernels that want contiguous rows would copy them otherwise, and put heads before tokens.
     """
     return norm(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else norm(x)
+
+
+def _power(x: Tensor) -> Tensor:
+    """Rows ``relu(x)^3`` with the norm of ``relu(x)``: nearer to the axis of their largest channel."""
+    positive = F.relu(x.to(torch.promote_types(x.dtype, torch.float32)))
+    # With a largest channel of 1 no cube is out of range. The direction, and its gradient, are the same.
+    largest = positive.detach().amax(-1, keepdim=True).clamp_min(1e-12)
+    cubes = F.normalize((positive / largest) ** 3, dim=-1)
+    # Not the norm of a row of zeros, which has no gradient.
+    return (cubes * (positive.square().sum(-1, keepdim=True) + 1e-24).sqrt()).to(x.dtype)
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:

@@ -16,6 +16,7 @@ CPE_STARTS = (None, "zero", "identity")
 
 # Feature maps in front of the operator, with two features for each channel.
 WIDE_MAPS = ("crelu", "hedgehog")
+POWER_MAP = "power"
 
 # Form of ``local`` with nothing beside it.
 WINDOW_ONLY = "only"
@@ -42,7 +43,8 @@ class MHLAConfig:
         key_blocks: for cross-attention: the number of blocks of the keys, or along each axis of their grid.
         feature_map: ``"relu"``, ``"elu"`` or ``"softmax"``, see :func:`mhla_diffusion.ops.mhla`; or
             ``"hedgehog"``, learned for each head, see :class:`mhla_diffusion.hedgehog.Hedgehog`, or
-            ``"crelu"``, as wide as that without learning, ``[relu(x), relu(-x)]``.
+            ``"crelu"``, as wide as that without learning, ``[relu(x), relu(-x)]``; or ``"power"``, relu(x)^3
+            with the norm of relu(x) (Han et al. 2023, arXiv 2308.00442).
         normalizer: ``"paper"``, ``"official"`` (checkpoints of the public reference code) or ``"none"``.
         mixing_init: the start of the mixing matrix, see :func:`mhla_diffusion.ops.initial_mixing`.
         constraint: ``"clamp"`` holds the mixing matrix in [0, 1] after every optimizer step (the paper);
@@ -114,7 +116,7 @@ class MHLAConfig:
             if not counts or not all(_is_int(count) and count >= 1 for count in counts):
                 raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
-            "feature_map": (*FEATURE_MAPS, *WIDE_MAPS),
+            "feature_map": (*FEATURE_MAPS, *WIDE_MAPS, POWER_MAP),
             "local": LOCAL_CHOICES,
             "normalizer": NORMALIZERS,
             "mixing_init": MIXING_STARTS,

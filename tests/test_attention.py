@@ -154,6 +154,7 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
         {"local": "shared"}, {"local": "auto"}, {"local": "only"}, {"local": "gate", "routed_blocks": 1},
         {"local": "only", "blocks": 1}, {"local": None}, {"local": None, "mixing_content": True},
         {"cpe": "identity"}, {"cpe": "identity", "local": None}, {"feature_map": "hedgehog"},
+        {"feature_map": "power"},
         {"qk_conv": True}, {"qk_conv": True, "local": None}, {"qk_norm": True}, {"center_keys": True},
         {"normalizer": "none", "output_norm": True},
     ],

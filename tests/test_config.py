@@ -86,7 +86,7 @@ def test_config_is_frozen() -> None:
         ({"blocks": "16"}, r"blocks must be an integer >= 1.*'16'"),
         (
             {"feature_map": "exp"},
-            r"feature_map must be one of 'relu', 'elu', 'softmax', 'crelu', 'hedgehog', got 'exp'",
+            r"feature_map must be one of 'relu', 'elu', 'softmax', 'crelu', 'hedgehog', 'power', got 'exp'",
         ),
         ({"normalizer": "paper "}, r"normalizer must be one of"),
         ({"mixing_init": "random"}, r"mixing_init must be one of"),

@@ -130,6 +130,36 @@ def test_crelu_is_relu_of_queries_and_keys_and_of_what_they_are_not() -> None:
     torch.testing.assert_close(module(q, k, v, grid=(4, 4)), expected.float())
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e9])
+def test_power_features_are_cubes_with_the_norm_of_relu(scale: float) -> None:
+    module = MHLA(MHLAConfig.paper(blocks=(2, 2), feature_map="power"), heads=2, head_dim=8, grid=(4, 4))
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    q, k = q * scale, k * scale
+    q[0, 0, 3] = -scale  # no feature but eps
+    cubes = []
+    for x in (q.double(), k.double()):
+        relu = x.clamp_min(0)
+        norms = [y.square().sum(-1, keepdim=True).sqrt() for y in (relu, relu**3)]
+        cubes.append(torch.where(norms[1] > 0, relu**3 * norms[0] / norms[1], 0))
+    layout = module.config.layout((4, 4))
+    expected = mhla_reference(*cubes, v, module.mixing_matrix(), layout).transpose(1, 2).flatten(2)
+    q.requires_grad_()
+    out = module(q, k, v, grid=(4, 4))
+    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q)
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
+def test_power_features_have_the_gradient_of_their_formula() -> None:
+    module = MHLA(MHLAConfig.paper(blocks=(2, 2), feature_map="power"), heads=1, head_dim=4, grid=(4, 4))
+    q, k, v = torch.randn(3, 1, 1, 16, 4, dtype=torch.float64)
+    module = module.double()
+    assert torch.autograd.gradcheck(
+        lambda q, k: module(q, k, v, grid=(4, 4)), (q.requires_grad_(), k.requires_grad_())
+    )
+
+
 def test_the_paper_is_one_argument_away() -> None:
     assert MHLAConfig.paper() == MHLAConfig(blocks=16, feature_map="relu", constraint="clamp", local=None)
     assert MHLAConfig.paper(cpe="identity", blocks=(2, 2)) == MHLAConfig(
