@@ -61,10 +61,13 @@ def choose(
         The student, and the record that stands beside it.
 
     Raises:
-        ValueError: when the layers are of another teacher, a layer to keep does not exist, or no choice is
-            within the budget.
+        ValueError: for numbers below 0, when the layers are of another teacher, a layer to keep does not
+            exist, or no choice is within the budget.
     """
     require_share(budget)
+    for name, value in (("check", check), ("repairs", repairs)):
+        if value < 0:
+            raise ValueError(f"{name} must be 0 (none) or more, got {value}")
     record = read_aligned(aligned)
     if record["teacher"] != fingerprint(teacher):
         raise ValueError(f"the layers in {aligned} were aligned to another model than this; align this one")

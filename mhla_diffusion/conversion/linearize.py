@@ -25,7 +25,7 @@ from .choose import RECORD as CHOICE
 from .choose import choose, require_reachable, save_student
 from .job import AlignConfig
 from .knapsack import require_share
-from .report import ReportConfig, report
+from .report import ReportConfig, report, require_scores
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def linearize(
         0, or the number of the signal that stopped distillation.
 
     Raises:
-        ValueError: what the stages refuse; for a budget that no choice meets; and for other settings than
-            ``out`` was made with, naming them.
+        ValueError: what the stages refuse; for a budget that no choice meets and nothing to score against;
+            and for other settings than ``out`` was made with, naming them.
     """
     config, out = config or LinearizeConfig(), Path(out)
     if config.steps and component != "transformer":
@@ -103,6 +103,7 @@ def linearize(
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
     calls = open_calls(teacher, data, grid=None if grid is None else tuple(grid))
+    require_scores(calls, config.report)
     forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
     require_reachable(teacher, forms, size, config.budget, config.keep)
     student, students = out / "student", [str(out / "student")]

@@ -28,7 +28,7 @@ from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
 from .choose import RECORD as CHOICE
 from .knapsack import STOCK
 from .measures import branch_errors, by_time, losses, pictures, ratio, speed, training_hours
-from .scores import scores
+from .scores import fingerprint_of_real, scores
 from .trial import prediction_error
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ def report(
         The content of report.json.
 
     Raises:
-        ValueError: for folders that hold no model, or students of another teacher.
+        ValueError: for folders that hold no model, students of another teacher or given twice, and nothing to
+            score against.
     """
     config, out = config or ReportConfig(), require_folder(out)
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
@@ -122,12 +123,14 @@ def report(
     device = _device()
     model.to(device)
     calls = open_calls(model, data, seed=config.seed)
+    made_with = _sampling_facts(calls, config)
     entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
-    for path in students:
-        entries += _entries(Path(path), model, place)
+    paths = [Path(student) for student in students]
+    for path, name in zip(paths, _names(paths), strict=True):
+        entries += _entries(path, name, model, place)
     found: dict[str, dict[str, Any]] = {}
     for entry in tqdm(entries, desc="models", disable=None):
-        key = _key(entry, model, calls, size, config)
+        key = _key(entry, model, [calls.facts, made_with, asdict(config)], size)
         kept = out / "measures" / f"{key}.json"
         if not kept.is_file():
             measured = _measure(entry, model, calls, teacher, out / "generated" / key, size, config)
@@ -147,8 +150,42 @@ def _device() -> Any:
     return process_state().device
 
 
-def _entries(path: Path, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
+def _names(students: Sequence[Path]) -> list[str]:
+    """What the page calls the models of folders: the last parts of their paths, as many as tell all apart."""
+    parts = [path.resolve().parts for path in students]
+    for count in range(1, 1 + max(map(len, parts), default=0)):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len({"teacher", *names}) > len(names):
+            return names
+    if students:
+        raise ValueError(f"students must be different folders, got {', '.join(map(str, students))}")
+    return []
+
+
+def require_scores(calls: Calls, config: ReportConfig) -> str | None:
+    """Check that what models are scored against is there, and return its fingerprint; None without scores.
+
+    Raises:
+        ValueError: when it is not, or the calls are of no training run.
+    """
+    if config.real is None:
+        return None
+    if not isinstance(calls, DataCalls):
+        raise ValueError("scores need the settings of a training run: give its YAML as data")
+    return fingerprint_of_real(config.real, calls.config)
+
+
+def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
+    """What generated samples and their scores depend on, beside the models."""
+    against = require_scores(calls, config)
+    drawn = isinstance(calls, DataCalls) and (config.samples or against is not None)
+    return [asdict(calls.config.sampling), against] if drawn else []
+
+
+def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
     """The models that a folder stands for: a student and its plain conversion, or a distilled one."""
+    if not path.is_dir():
+        raise ValueError(f"students are folders of mhla choose or of training runs, and {path} is no folder")
     run = (path / "pipeline").is_dir()
     folder = path / "pipeline" if run else path
     source = path
@@ -163,13 +200,13 @@ def _entries(path: Path, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
         return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
 
     if run:
-        return [Entry(path.name, "distilled", load, choice, training_hours(path), str(path))]
+        return [Entry(name, "distilled", load, choice, training_hours(path), str(path))]
     if choice is None:
-        return [Entry(path.name, "converted", load, None, 0.0, str(path))]
+        return [Entry(name, "converted", load, None, 0.0, str(path))]
     hours = choice["align_seconds"] / 3600
     return [
-        Entry(f"{path.name}, plain", "plain", lambda: plain(teacher, choice), choice, 0.0, str(path)),
-        Entry(path.name, "aligned", load, choice, hours, str(path)),
+        Entry(f"{name}, plain", "plain", lambda: plain(teacher, choice), choice, 0.0, str(path)),
+        Entry(name, "aligned", load, choice, hours, str(path)),
     ]
 
 
@@ -182,13 +219,13 @@ def plain(teacher: Any, choice: Mapping[str, Any]) -> Any:
     return converted.eval()
 
 
-def _key(entry: Entry, teacher: Any, calls: Calls, size: Plan | None, config: ReportConfig) -> str:
+def _key(entry: Entry, teacher: Any, settings: list[Any], size: Plan | None) -> str:
     """Name under which measures are kept: of all that they depend on."""
     weights = (
         fingerprint(entry.load()) if entry.stage != "plain" else json.dumps(entry.choice, sort_keys=True)
     )
     facts = [
-        entry.stage, entry.source, weights, fingerprint(teacher), calls.facts, asdict(config),
+        entry.stage, entry.source, weights, fingerprint(teacher), *settings,
         None if size is None else list(size.layout.grid),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -221,8 +258,7 @@ def _measure(
     if size is not None:
         found["speed"] = speed(model, size.layout.grid)
     if config.real is not None:
-        if not isinstance(calls, DataCalls):
-            raise ValueError("scores need the settings of a training run: give its YAML as data")
+        assert isinstance(calls, DataCalls)
         pipeline = MHLAPipeline.from_pretrained(path)
         pipeline.register_modules(transformer=model)
         found["scores"] = scores(pipeline, config.real, generated, calls.config, config.num_samples)

@@ -22,11 +22,13 @@ from ..evaluation.networks.videos import load_video_extractor
 from ..evaluation.sets.images import open_images
 from ..evaluation.sets.samples import SampleSet, holds_statistics
 from ..evaluation.sets.videos import open_videos
+from ..files.sums import file_sha256
 from ..files.writing import write_file
 from ..processes import in_first_process
 from ..training import VideoTrainingConfig
 from ..training.config import flat_dict, parse_config
 from ..training.data.captions import texts_of
+from ..training.data.fingerprint import file_content, fingerprint
 from .real import open_source, require_real, write_statistics, write_statistics_of
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class Scorer:
     def __init__(self, config: ScoreConfig, teacher: str, run: Any, out: Path) -> None:
         self.config, self.run, self.prompts = config, run, list[str]()
         self.extractor = _load_extractor(config.extractor, run)
+        self.against = None if config.real is None else fingerprint_of_real(config.real, run)
         self.data: dict[str, Any] = {}
         source: Any = None
         if config.held_out:
@@ -114,7 +117,7 @@ class Scorer:
         }  # fmt: skip
 
     def _real_facts(self) -> list[Any]:
-        kept = self.config.real, self.config.held_out, self.config.num_real
+        kept = self.against, self.config.held_out, self.config.num_real
         return [*kept, self.data, self.extractor.name, self.extractor.weights_sha256]
 
     def _keep_statistics(self, source: Any) -> None:
@@ -162,6 +165,22 @@ def _open_set(folder: str | Path, run: Any) -> SampleSet:
     if isinstance(run, VideoTrainingConfig):
         return open_videos(folder, frames=run.data.frames)
     return open_images(folder)
+
+
+def fingerprint_of_real(path: str, run: Any) -> str:
+    """Return the fingerprint of what samples are scored against.
+
+    Args:
+        path: see ``mhla evaluate``.
+        run: config of a training run.
+
+    Raises:
+        ValueError: when it holds neither samples nor statistics.
+    """
+    if holds_statistics(path):
+        return file_sha256(path)
+    found = _open_set(path, run)
+    return fingerprint(found.names, lambda i: file_content(found.file(found.names[i]) or path))
 
 
 def scores(

@@ -92,6 +92,14 @@ def test_what_does_not_fit_is_refused(teacher: Any, calls: NoiseCalls, aligned: 
         choose(teacher, calls, aligned.parent, size, budget=0.9)
 
 
+@pytest.mark.parametrize("name", ["check", "repairs"])
+def test_numbers_below_0_are_refused(
+    teacher: Any, calls: NoiseCalls, aligned: Path, size: Plan, name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be 0 \(none\) or more, got -3"):
+        choose(teacher, calls, aligned, size, budget=0.9, **{name: -3})
+
+
 def test_a_repair_finds_what_summed_errors_hide() -> None:
     """Layers whose errors, alone, say the opposite of what they do together."""
     alone = [{STOCK: 0.0, "a": error} for error in (0.1, 0.2, 0.3, 0.4)]

@@ -120,6 +120,61 @@ def test_students_of_another_teacher_are_refused(
         ReportConfig(real="x")
 
 
+def test_students_of_one_folder_name_are_told_apart(stored_teacher: Path, tmp_path: Path) -> None:
+    half, whole = replace(TOY, steps=0), replace(TOY, steps=0, keep=(), budget=0.7)
+    students = []
+    for place, config in (("a", half), ("b", whole)):
+        run(stored_teacher, "noise", tmp_path / place, config)
+        students.append(tmp_path / place / "student")
+    shutil.copytree(students[1], tmp_path / "c" / "teacher")
+    settings = ReportConfig(calls=1)
+
+    def models(*given: Path) -> dict[str, Any]:
+        found = report(str(stored_teacher), [*map(str, given)], "noise", tmp_path / "report", config=settings)
+        assert set(found["choices"]) <= {model["name"] for model in found["models"]}
+        return {model["name"]: model for model in found["models"]}
+
+    alone = [models(student)["student"] for student in students]
+    assert alone[0]["prediction_error"] != alone[1]["prediction_error"]
+    together = models(*students)
+    assert list(together) == ["teacher", *(f"{s}/student{p}" for s in "ab" for p in (", plain", ""))]
+    for place, found in zip("ab", alone, strict=True):
+        assert {**together[f"{place}/student"], "name": "student"} == found
+    named = models(tmp_path / "c" / "teacher")
+    assert named["teacher"]["prediction_error"] == 0
+    assert named["c/teacher"]["prediction_error"] == alone[1]["prediction_error"]
+    with pytest.raises(ValueError, match="students must be different folders"):
+        models(students[0], students[0])
+    with pytest.raises(ValueError, match=r"and .*studnet is no folder"):
+        models(tmp_path / "studnet")
+
+
+def test_samples_on_the_page_are_of_the_settings_of_now(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    sampling = {"class_labels": [0], "images_per_class": 1, "num_inference_steps": 2}
+    pages = []
+    for guidance in (1.0, 4.0, 4.0):
+        data = str(write_run(sampling={**sampling, "guidance_scale": guidance}))
+        report(str(stored_teacher), [], data, tmp_path / "report", config=ReportConfig(calls=1))
+        pages.append((tmp_path / "report" / "report.html").read_text())
+    assert pages[0] != pages[1] == pages[2]
+    assert len(list((tmp_path / "report" / "measures").iterdir())) == 2
+
+
+def test_what_is_scored_against_has_to_be_there_before_any_work(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    scored = replace(TOY, report=ReportConfig(calls=1, real=str(tmp_path / "nowhere"), num_samples=2))
+    for data, message in (
+        (str(write_run()), "nowhere is neither a folder of images"),
+        ("noise", "scores need the settings of a training run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(stored_teacher, data, tmp_path / "out", scored)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_branch_is_off_inside_and_on_again_behind() -> None:
     teacher = make_teacher()
     model = make_teacher(attention="mhla", mhla_config=LOCAL["mhla"].to_dict())

@@ -56,6 +56,10 @@ def test_images_of_a_user_are_measured_once(
     given = Scorer(replace(config, real=str(store)), str(path), read_run_config(path), tmp_path / "other")
     assert given.real == store
     assert not (tmp_path / "other").exists(), "statistics need no others"
+    next(image_folder.rglob("*.png")).unlink()
+    fewer = Scorer(config, str(path), read_run_config(path), tmp_path / "out").real
+    assert fewer != store
+    assert FeatureStatistics.load(fewer).count == 19
 
 
 @pytest.mark.parametrize(
