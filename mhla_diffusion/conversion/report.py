@@ -178,8 +178,9 @@ def require_scores(calls: Calls, config: ReportConfig) -> str | None:
 def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     """What generated samples and their scores depend on, beside the models."""
     against = require_scores(calls, config)
-    drawn = isinstance(calls, DataCalls) and (config.samples or against is not None)
-    return [asdict(calls.config.sampling), against] if drawn else []
+    if not isinstance(calls, DataCalls) or not (config.samples or against):
+        return []
+    return [asdict(calls.config.sampling), against]
 
 
 def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
