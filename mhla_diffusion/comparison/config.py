@@ -74,14 +74,19 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Return its task and variant, as :func:`.runs.left_out` names them."""
-        return json.dumps(self.task.record, sort_keys=True), self.variant.name
+        """Return its task and variant, see :func:`key_of`."""
+        return key_of(self.record)
 
     @property
     def path(self) -> Path:
         """Path of its result: under the variant, by what it was run with."""
         text = json.dumps(self.record, sort_keys=True)
         return Path(self.variant.name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def key_of(record: dict[str, Any]) -> tuple[str, str]:
+    """Return the task, as JSON, and the variant's name, of a run's record."""
+    return json.dumps(record["task"], sort_keys=True), record["variant"]["name"]
 
 
 def runs_of(comparison: Comparison) -> Iterator[Run]:

@@ -15,7 +15,7 @@ from ..attention import MHLA
 from ..files.text import markdown_table
 from ..files.writing import write_file
 from ..intervals import Interval
-from .config import Comparison, Run
+from .config import Comparison, Run, key_of
 from .figures import draw_curves, draw_mixing, draw_samples
 from .task import Metric, Task
 from .variant import Variant
@@ -49,15 +49,17 @@ def write_page(
         folder: of the page.
         command: that makes them, as the page tells it.
         out: folder of the runs, with their models and samples.
-        screened: what was left out, of :func:`mhla_diffusion.comparison.runs.screened_out`.
+        screened: what was left out, of :func:`mhla_diffusion.comparison.runs.screened_out`; runs of it that
+            there are all the same do not stand in tables of means over seeds.
 
     Returns:
         The path of the page.
     """
-    page = folder / f"{comparison.name}.md"
+    page, screened = folder / f"{comparison.name}.md", screened or {}
+    records = [record for record in records if key_of(record) not in screened]
     pictures = _write_pictures(comparison, records, page, out)
     write_file(page.with_suffix(".json"), json.dumps({"command": command, "runs": records}, indent=1) + "\n")
-    write_file(page, "\n\n".join(_parts(comparison, records, command, screened or {}) + pictures) + "\n")
+    write_file(page, "\n\n".join(_parts(comparison, records, command, screened) + pictures) + "\n")
     return page
 
 

@@ -20,7 +20,7 @@ import tqdm
 
 from ..files.locking import only_writer
 from ..files.writing import write_file
-from .config import Comparison, Run, runs_of, screening_runs
+from .config import Comparison, Run, key_of, runs_of, screening_runs
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tu
         comparison: what is screened.
         found: records of its short runs. While one of a task is missing, nothing of that is left out.
     """
-    metric, by_run = comparison.task.metrics[0], {_key(record): record for record in found}
+    metric, by_run = comparison.task.metrics[0], {key_of(record): record for record in found}
     beaten: dict[tuple[str, str], float] = {}
     for task in comparison.tasks():
         short = json.dumps(task.shortened(comparison.screen.share).record, sort_keys=True)
@@ -176,7 +176,3 @@ def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tu
         whole = json.dumps(task.record, sort_keys=True)
         beaten |= {(whole, name): values[name] for name in comparison.screen.beaten(values, metric)}
     return beaten
-
-
-def _key(record: dict[str, Any]) -> tuple[str, str]:
-    return json.dumps(record["task"], sort_keys=True), record["variant"]["name"]

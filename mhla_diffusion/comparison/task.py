@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {}
 
+_TYPES: dict[type, str] = {int: "an integer", float: "a number", str: "a text"}
+
 
 class Metric(NamedTuple):
     """Number of a run's results that tables are made of.
@@ -76,7 +78,7 @@ class Task(ABC):
         Raises:
             ValueError: for one that it does not have, or a value that is not allowed.
         """
-        _require_known(type(self), settings)
+        _require_settings(type(self), settings)
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
 
     def shortened(self, share: float) -> Task:
@@ -145,14 +147,21 @@ def task_of(settings: dict[str, Any] | Task) -> Task:
     if kind not in TASKS:
         raise ValueError(f"task.kind must be one of {', '.join(sorted(TASKS))}, got {kind!r}")
     cls: Any = TASKS[kind]
-    _require_known(cls, values)
+    _require_settings(cls, values)
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"the task {kind} needs {', '.join(missing)}")
     return cls(**values)
 
 
-def _require_known(cls: Any, settings: dict[str, Any]) -> None:
-    known = sorted(f.name for f in dataclasses.fields(cls))
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"unknown settings {', '.join(unknown)}; the task {cls.kind} has {', '.join(known)}")
+def _require_settings(cls: Any, settings: dict[str, Any]) -> None:
+    """Refuse settings that a task does not have, and values of another type than their default's."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(settings) - set(defaults)):
+        known = ", ".join(sorted(defaults))
+        raise ValueError(f"unknown settings {', '.join(unknown)}; the task {cls.kind} has {known}")
+    for name, value in settings.items():
+        wanted = type(defaults[name])
+        given = float if wanted is float and type(value) is int else type(value)
+        if wanted in _TYPES and given is not wanted:
+            raise ValueError(f"{name} of the task {cls.kind} must be {_TYPES[wanted]}, got {value!r}")

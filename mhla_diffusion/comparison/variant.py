@@ -9,6 +9,9 @@ from typing import Any
 from ..config import WINDOW_ONLY, MHLAConfig
 
 ATTENTIONS = ("softmax", "linear", "mhla")
+# Settings of MHLA beside its operator, and those of the operator over one block.
+_BESIDE = ("cpe", "qk_conv", "qk_norm", "gate", "output_norm")
+_TAKEN = {"softmax": _BESIDE, "linear": ("feature_map", "normalizer", "center_keys", "eps", *_BESIDE)}
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,12 @@ class Variant:
         name: of the row, and of the folder of its runs.
         attention: ``softmax``, ``linear`` (MHLA with one block) or ``mhla``.
         mhla: settings of :class:`mhla_diffusion.MHLAConfig`; without ``blocks`` they are those of the task.
-            Softmax takes those beside the operator, such as cpe, gate and qk_norm.
+            Linear attention takes none of blocks and windows, softmax those beside the operator alone.
         training: keys of the training run that are its own, such as
             ``{trainer.optimizer.mixing_rate: 10}``; for tasks that have one.
+
+    Raises:
+        ValueError: for a name that is none of a folder, and settings that the attention does not have.
     """
 
     name: str
@@ -30,11 +36,23 @@ class Variant:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w+. ()-]+", self.name):
-            raise ValueError(f"the name of a variant has letters, digits and +.()_- alone, got {self.name!r}")
+        if not re.fullmatch(r"\w[\w+. ()-]*", self.name):
+            raise ValueError(
+                "the name of a variant begins with a letter or digit and has these and +.()_- alone, got "
+                f"{self.name!r}"
+            )
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
-        self.config(MHLAConfig().blocks)
+        taken = _TAKEN.get(self.attention, self.mhla)
+        if refused := [name for name in self.mhla if name not in taken]:
+            raise ValueError(
+                f"{self.name}: {self.attention} attention takes {', '.join(taken)} of the settings in mhla, "
+                f"got {', '.join(refused)}"
+            )
+        try:
+            self.config(MHLAConfig().blocks)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def config(self, blocks: Any) -> MHLAConfig | None:
         """Settings of the layers, None for softmax with nothing beside it.

@@ -19,6 +19,7 @@ from mhla_diffusion.commands.parsing import parse_and_call
 from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, runs, write_page
 from mhla_diffusion.comparison.config import Run, runs_of
 from mhla_diffusion.comparison.runs import records
+from mhla_diffusion.comparison.task import task_of
 from mhla_diffusion.intervals import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -174,8 +175,60 @@ def test_a_comparison_that_cannot_be_is_refused(setting: dict[str, Any], told: s
         dataclasses.replace(COMPARISON, **setting)
     with pytest.raises(ValueError, match="attention must be one of"):
         Variant("a", "flash")
-    with pytest.raises(ValueError, match="letters, digits"):
-        Variant("../a")
+
+
+@pytest.mark.parametrize("name", ["../a", "..", ".a", " ", "-a", "a/b", ""])
+def test_a_variant_is_named_as_a_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="begins with a letter or digit"):
+        Variant(name)
+
+
+@pytest.mark.parametrize(
+    ("attention", "mhla", "told"),
+    [
+        ("linear", {"blocks": [2, 2]}, "x: linear attention takes feature_map, .*, got blocks"),
+        ("linear", {"cpe": "zero", "local": "shared"}, "x: linear attention takes .*, got local"),
+        ("softmax", {"blocks": 4, "local": "shared"}, "x: softmax attention takes cpe, .* blocks, local"),
+        ("softmax", {"feature_map": "hedgehog"}, "x: softmax attention takes cpe, .* got feature_map"),
+        ("mhla", {"block": 4}, "x: unknown MHLA setting block"),
+    ],
+)
+def test_settings_that_a_variant_would_not_have_are_refused(
+    attention: str, mhla: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        Variant("x", attention, mhla)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"steps": "eight"}, "steps of the task recall must be an integer, got 'eight'"),
+        ({"steps": 8.5}, "steps of the task recall must be an integer, got 8.5"),
+        ({"learning_rate": "1e-3"}, "learning_rate of the task recall must be a number, got '1e-3'"),
+        ({"distance": 3}, "distance of the task recall must be a text, got 3"),
+    ],
+)
+def test_values_of_another_type_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        task_of(settings)
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(
+            COMPARISON, settings={name: [value] for name, value in settings.items()}
+        )  # fmt: skip
+    assert task_of({"learning_rate": 1}).record["learning_rate"] == 1
+
+
+def test_runs_of_what_was_screened_out_do_not_count(tmp_path: Path) -> None:
+    near = dataclasses.replace(COMPARISON, settings={"distance": ["near"]}, seeds=[0, 1, 2])
+    found = [of("softmax", 0, 0.9), *(of("linear", seed, 0.95) for seed in near.seeds)]
+    (task,) = near.tasks()
+    out = {(json.dumps(task.record, sort_keys=True), "linear"): 0.2}
+    text = write_page(near, found, tmp_path, "mhla compare-attention", screened=out).read_text()
+    assert "**Incomplete: 1 of 3 runs are done.**" in text
+    assert "| linear |  |" in text
+    assert "| 16 | linear | 0.200 |" in text
+    assert json.loads((tmp_path / "tiny.json").read_text())["runs"] == found[:1]
 
 
 @pytest.mark.parametrize(
