@@ -252,6 +252,7 @@ class MHLA(nn.Module):
             self.config.key_layout(key_grid)  # says what is missing
         if key_grid is not None and group is not None:
             raise ValueError("over ranks MHLA has no cross-attention: leave key_grid or the group out")
+        self._check_sizes(q, k, v, hidden_states)
         check_key_mask(key_mask, k)
         unbounded = self.config.normalizer == "none" and self.norm is None
         if unbounded and v.dtype == torch.float16 and k.shape[2] > _MOST_SUMMED_IN_FLOAT16:
@@ -270,6 +271,25 @@ class MHLA(nn.Module):
         out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
         # Behind norm and gate, as in the public reference code.
         return out if beside is None else out + beside.transpose(1, 2).flatten(2)
+
+    def _check_sizes(self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor | None) -> None:
+        """Refuse other heads and channels than this module has, and a gate without its hidden states."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.ndim != 4 or x.shape[1] != self.heads or x.shape[3] != self.head_dim:
+                raise ValueError(
+                    f"{name} must be [B, H, N, d] with H = {self.heads} and d = {self.head_dim} of this "
+                    f"MHLA, got {tuple(x.shape)}"
+                )
+        if self.gate is None:
+            return
+        if hidden_states is None:
+            raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
+        width = self.gate.in_features
+        if hidden_states.ndim != 3 or hidden_states.shape[1] != q.shape[2] or hidden_states.shape[2] != width:
+            raise ValueError(
+                f"hidden_states, which the gate reads, must be [B, N, query_dim] with N = {q.shape[2]} and "
+                f"query_dim = {width}, got {tuple(hidden_states.shape)}"
+            )
 
     def attend(
         self,
@@ -330,8 +350,7 @@ class MHLA(nn.Module):
         """The output ``[B, N, H d]`` behind the gate, if there is one."""
         if self.gate is None:
             return out
-        if hidden_states is None:
-            raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
+        assert hidden_states is not None
         return out * F.silu(self.gate(hidden_states))
 
     @property

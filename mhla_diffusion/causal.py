@@ -114,6 +114,7 @@ class CausalMHLA(MHLA):
         Returns:
             ``[B, N, H d]``.
         """
+        self._check_sizes(q, k, v, hidden_states)
         q, k = self.features(*self.normed(q, k))
         rotary_emb = self._turns(rotary_emb)
         if state is not None:

@@ -494,10 +494,19 @@ def test_what_does_not_fit_is_refused_in_the_same_words_with_a_window(local: str
         ({"rotary_emb": tuple(narrow)}, r"rotary_emb must be .*\(24, 2\)"),
         ({"rotary_emb": tuple(short)}, r"rotary_emb must be .*\(20, 3\)"),
         ({"k": k[:, :, :20], "v": v[:, :, :20]}, r"k and v hold 20 tokens"),
-        ({"k": k[..., :4]}, r"q and k must have the same B, H and d"),
+        ({"k": k[..., :4]}, r"k must be .* H = 2 and d = 6, .* got \(2, 2, 24, 4\)"),
+        ({"q": q[:, :1], "k": k[:, :1], "v": v[:, :1]}, r"q must be .* got \(2, 1, 24, 6\)"),
+        ({"v": v[0]}, r"v must be .* got \(2, 24, 6\)"),
     ):
         with pytest.raises(ValueError, match=message):
             module(**{"q": q, "k": k, "v": v, "grid": (4, 6), **wrong})
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 8), (2, 20, 12), (24, 12)], ids=str)
+def test_hidden_states_that_the_gate_cannot_read_are_refused(shape: tuple[int, ...]) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, gate=True))
+    with pytest.raises(ValueError, match=r"\[B, N, query_dim\] with N = 24 and query_dim = 12, got"):
+        module(q, k, v, grid=(4, 6), hidden_states=torch.randn(shape))
 
 
 @pytest.mark.parametrize("local", [None, "auto", "only", "gate"])

@@ -51,8 +51,9 @@ def mhla_causal(
         ValueError: for shapes or names that do not fit together.
     """
     features = _features(feature_map, normalizer, eps, rotary_emb, key_mask)
-    tokens, blocks = q.shape[2], -(-q.shape[2] // max(block_size, 1))
-    _check(q, k, v, mixing, block_size, blocks)
+    tokens = q.shape[-2]
+    _check(q, k, v, mixing, block_size, tokens)
+    blocks = -(-tokens // block_size)
     with torch.autocast(q.device.type, enabled=False):
         q_rows, k_rows = features_of(q, dataclasses.replace(features, mask=None)), features_of(k, features)
         weights = mixing[..., :blocks, :blocks].to(q_rows[0].dtype)
@@ -132,7 +133,7 @@ class MHLAState:
             _check_relative(q, k, v, self._mixing, self._block_size)
         else:
             end = self.tokens + q.shape[2]
-            _check(q, k, v, self._mixing, self._block_size, -(-end // max(self._block_size, 1)))
+            _check(q, k, v, self._mixing, self._block_size, end)
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         with torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
@@ -228,8 +229,8 @@ def _features(
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1 token, got {block_size}")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {block_size!r}")
     if not q.ndim == 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q, k and v must be [B, H, N, d] with the same B, H, N (q and k also d), got "
@@ -245,9 +246,9 @@ def _check_relative(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size:
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, blocks: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, tokens: int) -> None:
     _check_tokens(q, k, v, block_size)
-    size = mixing.shape[-1]
+    size, blocks = mixing.shape[-1], -(-tokens // block_size)
     if mixing.shape not in {(size, size), (q.shape[1], size, size)}:
         raise ValueError(
             f"mixing must be [M, M] or [H, M, M] with H = {q.shape[1]}, got {tuple(mixing.shape)}"

@@ -149,6 +149,9 @@ def check_arguments(
 ) -> None:
     """Refuse what :func:`mhla` cannot compute, with a ValueError that names the value and the remedy."""
     feature_map_of(feature_map)
+    for name, given in (("layout", layout), ("key_layout", key_layout or layout)):
+        if not isinstance(given, BlockLayout):
+            raise ValueError(f"{name} must be a BlockLayout(grid, blocks), got {given!r}")
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer {normalizer!r} is not one of {', '.join(NORMALIZERS)}")
     _check_tensors(q, k, v, mixing, layout, key_layout or layout)
@@ -191,6 +194,9 @@ def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
 ) -> None:
     # Messages are built on failure alone: torch.compile cannot print the sizes of dynamic shapes.
+    for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {_shapes(q, k, v)}"

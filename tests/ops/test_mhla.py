@@ -371,6 +371,8 @@ def test_rotation_keeps_length_and_relative_position() -> None:
 
 GOOD = BlockLayout((4, 4), (2, 2))
 BAD_INPUT = {
+    "layout": ({"layout": (4, 4)}, r"layout must be a BlockLayout\(grid, blocks\), got \(4, 4\)"),
+    "no mixing": ({"mixing": None}, "mixing must be a tensor, got NoneType"),
     "feature map": ({"feature_map": "gelu"}, r"feature_map 'gelu' is not one of relu, elu, softmax"),
     "normalizer": ({"normalizer": "row"}, r"normalizer 'row' is not one of paper, official, none"),
     "mixing size": ({"mixing": torch.ones(3, 3)}, r"M = 4 .*got \(3, 3\)"),
