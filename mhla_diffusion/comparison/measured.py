@@ -84,7 +84,8 @@ class MeasuredRun:
         with _logged(self.folder / "log.txt"):
             self._train()
             found = {
-                "frechet": self._score(), **self._losses(), **self._progress(),
+                "frechet": self._score(), **self.task.describe(self, self.folder / "samples"),
+                **self._losses(), **self._progress(),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "peak_bytes": self._step_bytes(), "attention": self._attention(),
             }  # fmt: skip

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
-from ..conversion.real import FPS
+from ..conversion.real import FPS, pixels_of
 from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
 from ..evaluation.networks.images import load_extractor
 from ..evaluation.networks.videos import load_video_extractor
@@ -80,7 +84,8 @@ class Images(Measured, kind="images"):
 class Videos(Measured, kind="videos"):
     """Clips, of texts; see :class:`.samples.Samples`.
 
-    Generated are those of the captions of the first of the held-out clips.
+    Generated are those of the captions of the first of the held-out clips. The change from frame to frame of
+    both stands on the page, as a distance of features may not see it.
     """
 
     config_class: ClassVar = VideoTrainingConfig
@@ -118,3 +123,16 @@ class Videos(Measured, kind="videos"):
             num_workers=1, device=device,
         )  # fmt: skip
         return report.scores[0].value
+
+    def describe(self, run: MeasuredRun, folder: Path) -> dict[str, Any]:
+        generated = (read() for read in self.open_set(folder).readers())
+        real = pixels_of(run.calls.source, self.num_samples)
+        return {"frame_change": frame_change(generated), "real_frame_change": frame_change(real)}
+
+
+def frame_change(clips: Iterable[NDArray[np.uint8]]) -> float:
+    """Return the mean absolute difference of consecutive frames, of 255, over clips ``[F, H, W, C]``.
+
+    The distance from 255 is what VBench (Huang et al. 2023, arXiv 2311.17982) calls temporal flickering.
+    """
+    return float(np.mean([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean() for clip in clips]))

@@ -136,7 +136,20 @@ def _of_task(comparison: Comparison, task: Task, records: Records) -> list[str]:
             if found
         ]
         parts += ["### Loss by time", markdown_table([head, *cells])]
-    return parts + _attention(comparison, task, records)
+    return parts + _frame_changes(comparison, task, records) + _attention(comparison, task, records)
+
+
+def _frame_changes(comparison: Comparison, task: Task, records: Records) -> list[str]:
+    """Change from frame to frame, of tasks of videos, beside that of held-out clips."""
+    names = [variant.name for variant in comparison.variants]
+    changes = {name: _values(records, task, name, "frame_change") for name in names}
+    real = [value for name in names for value in _values(records, task, name, "real_frame_change")]
+    if not real:
+        return []
+    rows = [[name, Interval.of(values).text(2)] for name, values in changes.items() if values]
+    head = ["", "mean absolute difference of consecutive frames, of 255"]
+    held_out = ["held-out clips", f"{statistics.mean(real):.2f}"]
+    return ["### Change from frame to frame", markdown_table([head, *rows, held_out])]
 
 
 def _attention(comparison: Comparison, task: Task, records: Records) -> list[str]:

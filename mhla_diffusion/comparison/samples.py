@@ -192,6 +192,10 @@ class Samples(Task):
     def score(self, real: Path, folder: Path, device: str) -> float:
         """Return the Frechet distance of samples to held-out statistics."""
 
+    def describe(self, run: Any, folder: Path) -> dict[str, Any]:
+        """Return what else is known of the samples of a :class:`.measured.MeasuredRun` in a folder."""
+        return {}
+
     @property
     def real_name(self) -> str:
         """Name of the file of statistics of what is held out."""

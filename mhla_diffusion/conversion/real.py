@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def write_statistics_of(
     def export() -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
         folder.mkdir(parents=True)
-        for count, pixels in enumerate(_pixels(source, number)):
+        for count, pixels in enumerate(pixels_of(source, number)):
             _write(pixels, folder / f"{count:06d}")
 
     in_first_process(export)
@@ -70,7 +70,7 @@ def write_statistics(samples: SampleSet, extractor: FeatureExtractor, path: Path
     in_first_process(save)
 
 
-def _pixels(source: Any, number: int) -> Any:
+def pixels_of(source: Any, number: int) -> Iterator[np.ndarray]:
     """Yield uint8 ``[(F,) H, W, C]`` of samples evenly spaced in a source."""
     for i in range(number):
         generator = torch.Generator().manual_seed(i)

@@ -24,6 +24,7 @@ from mhla_diffusion.comparison import (
 )
 from mhla_diffusion.comparison.config import Run, runs_of, screening_runs
 from mhla_diffusion.comparison.measured import MeasuredRun, common_start
+from mhla_diffusion.comparison.media import frame_change
 from mhla_diffusion.comparison.runs import left_out
 from mhla_diffusion.comparison.screen import Screen
 from mhla_diffusion.conversion.real import open_source
@@ -149,6 +150,19 @@ def test_clips_are_trained_generated_and_scored_by_the_same_code(
     assert found["frechet"] > 0
     assert found["attention"][0]["kind"] == "linear"
     assert Image.open(folder / "sheet.png").size == (3 * 24, 4 * 24)
+    assert 0 < found["frame_change"] != found["real_frame_change"] > 0
+    comparison = Comparison("clips", [LINEAR], task, seeds=[0])
+    record = {**json.loads(json.dumps(Run(task, LINEAR, 0).record)), "device": "cpu", **found}
+    text = write_page(comparison, [record], tmp_path, "mhla compare-attention").read_text()
+    assert f"| linear | {found['frame_change']:.2f} (one seed) |" in text
+    assert f"| held-out clips | {found['real_frame_change']:.2f} |" in text
+
+
+def test_frames_change_by_their_mean_difference() -> None:
+    still = np.full((3, 4, 4, 3), 200, np.uint8)
+    blinking = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (255, 0, 255)])
+    assert frame_change([still]) == 0
+    assert frame_change([still, blinking]) == 255 / 2
 
 
 def test_colour_pictures_of_texts_are_generated_from_held_out_captions(tmp_path: Path) -> None:
