@@ -14,6 +14,9 @@ from jsonargparse import auto_cli
 from ..help import HelpParser
 from .end import CommandError
 
+# Options that a message names.
+_FEW = 10
+
 
 def parse_and_call(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> Any:
     """Call a function with what the command line gives for its parameters, and return what it returns.
@@ -68,8 +71,15 @@ def join_prompts(arguments: Sequence[str]) -> list[str]:
 class _Parser(HelpParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong, where argparse prints all options before it and exits."""
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)|Option '([^']+)' is not accepted", message)
+        if unknown is None:
+            raise CommandError(f"{message}; see {self.prog} --help", code=2) from ex
+        given = unknown[1] or unknown[2]  # on the command line, or in a file
         options = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
-        hint = f", did you mean {close[0]}?" if close else ";"
-        raise CommandError(f"{message}{hint} see {self.prog} --help", code=2) from ex
+        if not unknown[1]:
+            options = [action.dest for action in self._actions if action.dest != "help"]
+        close = difflib.get_close_matches(given, options, n=1)
+        few = not unknown[1] and len(options) <= _FEW
+        hint = f", did you mean {close[0]}?" if close else "." if few else ";"
+        known = f" Known there: {', '.join(options)};" if few else ""
+        raise CommandError(f"{message}{hint}{known} see {self.prog} --help", code=2) from ex

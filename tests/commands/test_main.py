@@ -176,6 +176,26 @@ def test_a_config_of_all_options_stays_one(
     assert (tmp_path / "results/tiny.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (
+            "atention",
+            "'atention' is not accepted, did you mean attention? Known there: name, attention, mhla",
+        ),
+        ("foo", "'foo' is not accepted. Known there: name, attention, mhla, training; see"),
+    ],
+)
+def test_a_mistyped_key_of_a_variant_is_told_from_those_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, told: str
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"name: tiny\ntask: {{steps: 1}}\nvariants: [{{name: linear, {key}: linear}}]\n")
+    words = ["--comparison", str(config), "--out", str(tmp_path)]
+    assert call(monkeypatch, "compare-attention", *words) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_every_script_is_compared() -> None:
     doors = {
         path.stem for path in ROOT.glob("scripts/*.py") if "commands.main import run" in path.read_text()
