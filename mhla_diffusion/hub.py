@@ -97,7 +97,12 @@ def load_config(path: str, **place: Any) -> dict[str, Any]:
     Raises:
         OSError: when there is none.
     """
-    return _StoredModel.load_config(path, **place)
+    try:
+        return _StoredModel.load_config(path, **place)
+    except OSError as error:
+        if os.path.exists(path):
+            raise
+        raise OSError(f"{path} is no folder here, and could not be read from the hub: {error}") from error
 
 
 def load_component_config(path: str, component: str) -> dict[str, Any]:

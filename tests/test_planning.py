@@ -21,7 +21,12 @@ from mhla_diffusion import (
     MHLAQwenImageTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
-from mhla_diffusion.backbones import BACKBONES, MHLAWanVACETransformer3DModel, backbone_named
+from mhla_diffusion.backbones import (
+    BACKBONES,
+    MHLAWanVACETransformer3DModel,
+    backbone_named,
+    load_transformer,
+)
 from mhla_diffusion.ops import BlockLayout, choose_blocks, locality_mixing, mhla, window_attention
 from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
 
@@ -396,6 +401,16 @@ def test_configs_that_cannot_be_planned_are_refused(text: str | None, message: s
         said = message if path.exists() else "does not exist; on the hub models are called OWNER/NAME"
         with pytest.raises(ValueError, match=f"(?s)^'?{path}'? {said}"):
             load_model_config(str(path))
+
+
+def test_a_mistyped_folder_may_be_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "^teacher/nopipe is no folder here, and could not be read from the hub: "
+    with pytest.raises(OSError, match=told):
+        load_transformer("teacher/nopipe")
+    (tmp_path / "teacher/nopipe").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"no file named config\.json"):
+        load_transformer("teacher/nopipe")
 
 
 @pytest.mark.parametrize(
