@@ -44,10 +44,11 @@ _OPEN_GATE_BIAS = 1.2784645427610738
 class MHLA(nn.Module):
     """Multi-Head Linear Attention on projected queries, keys and values.
 
-    Holds what the operator learns: the mixing matrix and, by flags, the convolution on v (``cpe``), the
-    per-head norms and the gate. The blocks along each axis are fixed at construction and follow the grid: at
-    another resolution blocks grow or shrink, and the mixing matrix stays valid. Where an axis has fewer
-    tokens than blocks (a single frame, say), each token there is a block, and the mixing matrix is resized.
+    Holds what the operator learns: the mixing matrix and, by flags, the convolutions (``cpe``,
+    ``qk_conv``), the per-head norms and the gate. The blocks along each axis are fixed at construction and
+    follow the grid: at another resolution blocks grow or shrink, and the mixing matrix stays valid. Where an
+    axis has fewer tokens than blocks (a single frame, say), each token there is a block, and the mixing
+    matrix is resized.
 
     Args:
         config: see :class:`MHLAConfig`. With one block there is no mixing matrix: plain linear attention.
@@ -234,9 +235,9 @@ class MHLA(nn.Module):
             q, k, v: ``[B, H, N, d]`` in grid order, before the feature map; extra tokens before or after.
             grid: the grid of these tokens; ``key_grid`` that of k and v, in cross-attention.
             extra: numbers of tokens before and after those of the grid that lie on none, others in every
-                call as may be. The convolution on v leaves them out. See ``extra_block`` of the config.
+                call as may be. Convolutions leave them out. See ``extra_block`` of the config.
             hidden_states: x, ``[B, N, query_dim]``, read by the gate alone.
-            rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`. To the convolution masked tokens are 0.
+            rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`. To convolutions masked tokens are 0.
             group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
                 it and ``extra`` tokens of its own, of which all other tensors are then. They exchange
                 summaries, see :func:`mhla_diffusion.ops.mhla_parallel`; or, see :attr:`needs_all_tokens`,
@@ -310,10 +311,10 @@ class MHLA(nn.Module):
             ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
-        # The convolution and the gradients of norms and learned features see them too.
+        # Convolutions and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
-        q, k = self.normed(q, k, layout, key_mask)
+        q, k = self.normed(q, k, layout, key_mask, dtype=v.dtype)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
         if self.config.window is not None:
@@ -369,13 +370,24 @@ class MHLA(nn.Module):
         return "relu" if self.config.feature_map in made else self.config.feature_map
 
     def normed(
-        self, q: Tensor, k: Tensor, layout: BlockLayout | None = None, key_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        layout: BlockLayout | None = None,
+        key_mask: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return queries and keys ``[B, H, N, d]`` behind their convolutions, if any, and their norms."""
+        """Return queries and keys ``[B, H, N, d]`` behind their convolutions, if any, and their norms.
+
+        Args:
+            q, k: ``[B, H, N, d]``.
+            layout, key_mask, dtype: what convolutions need: of the tokens, and that of v, to compute in.
+        """
         if self.conv_q is not None and self.conv_k is not None:
             assert layout is not None
-            q = q + _convolve(self.conv_q, counted(q, key_mask), layout)
-            k = k + _convolve(self.conv_k, counted(k, key_mask), layout)
+            q = q + _convolve(self.conv_q, counted(q, key_mask).to(dtype or q.dtype), layout).to(q.dtype)
+            k = k + _convolve(self.conv_k, counted(k, key_mask).to(dtype or k.dtype), layout).to(k.dtype)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = _normed(q, self.norm_q), _normed(k, self.norm_k)
         return q, k
@@ -501,9 +513,10 @@ def _power(x: Tensor) -> Tensor:
     positive = F.relu(x.to(torch.promote_types(x.dtype, torch.float32)))
     # With a largest channel of 1 no cube is out of range. The direction, and its gradient, are the same.
     largest = positive.detach().amax(-1, keepdim=True).clamp_min(1e-12)
-    cubes = F.normalize((positive / largest) ** 3, dim=-1)
+    scaled = positive / largest
     # Not the norm of a row of zeros, which has no gradient.
-    return (cubes * (positive.square().sum(-1, keepdim=True) + 1e-24).sqrt()).to(x.dtype)
+    norms = (scaled.square().sum(-1, keepdim=True) + 1e-12).sqrt() * largest
+    return (F.normalize(scaled**3, dim=-1) * norms).to(x.dtype)
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:

@@ -70,7 +70,8 @@ class MHLAConfig:
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
             fine-tuning), ``"identity"`` (for training from scratch), None for no convolution.
         qk_conv: a depthwise 3x3 convolution on queries and one on keys, each added to what it reads, before
-            their norms. Start at zero, so that adding them changes no function. An extension of the paper.
+            ``qk_norm`` and behind norms of a stock layer. Start at zero, so that adding them changes no
+            function. An extension of the paper.
         qk_norm: RMSNorm over each head's d of queries and keys, before the feature map.
         gate: multiply the output with ``SiLU(Linear(x))``. Starts open (a factor of 1), so that adding it
             changes no function. A deviation: the paper does not say how it starts.

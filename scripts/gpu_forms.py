@@ -27,6 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "mixing from content": {"mixing_content": True},
     "extra tokens": {"extra_block": True},
     "crelu": {"feature_map": "crelu"},
+    "power": {"feature_map": "power"},
+    "convolutions and norms of q and k": {"qk_conv": True, "qk_norm": True},
     "hedgehog": {"feature_map": "hedgehog"},
     "window, one denominator": {"local": "shared"},
     "window, gate": {"local": "gate"},
@@ -126,6 +128,7 @@ def _dense(
     """What the module gives, ``[B, N, H d]``, as dense attention."""
     config, rotary, extra = module.config, arguments["rotary_emb"], arguments["extra"]
     layout, _, mixing = module.fit(arguments["grid"], extra=extra, device=q.device)
+    q, k = module.normed(q, k, layout)
     mixing = module.weighed(mixing, q, k, layout)
     features, window = module.features(q, k), turned(q, k, rotary, layout)
     if rotary is not None and config.feature_map in WIDE_MAPS:

@@ -494,7 +494,7 @@ def test_what_does_not_fit_is_refused_in_the_same_words_with_a_window(local: str
         ({"rotary_emb": tuple(narrow)}, r"rotary_emb must be .*\(24, 2\)"),
         ({"rotary_emb": tuple(short)}, r"rotary_emb must be .*\(20, 3\)"),
         ({"k": k[:, :, :20], "v": v[:, :, :20]}, r"k and v hold 20 tokens"),
-        ({"k": k[..., :4]}, r"k must be .* H = 2 and d = 6, .* got \(2, 2, 24, 4\)"),
+        ({"k": k[..., :4]}, r"k must be .* H = 2 and d = 6 of this MHLA, got \(2, 2, 24, 4\)"),
         ({"q": q[:, :1], "k": k[:, :1], "v": v[:, :1]}, r"q must be .* got \(2, 1, 24, 6\)"),
         ({"v": v[0]}, r"v must be .* got \(2, 24, 6\)"),
     ):
@@ -520,6 +520,17 @@ def test_an_empty_batch_and_mixed_dtypes_are_taken_with_a_window_too(
     with torch.no_grad():
         out = module(q, k.double(), v, grid=(4, 6))
     torch.testing.assert_close(out, module(q, k, v, grid=(4, 6)))
+
+
+def test_convolutions_compute_in_the_dtype_of_v() -> None:
+    """Queries and keys may be wider, behind norms or rotary positions in float32."""
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, qk_conv=True, cpe="identity"))
+    for conv in (module.conv_q, module.conv_k):
+        torch.nn.init.uniform_(conv.weight, 0.1, 0.2)  # type: ignore[union-attr]
+    expected = module(q, k, v, grid=(4, 6))
+    out = module.bfloat16()(q, k, v.bfloat16(), grid=(4, 6))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("local", [None, "auto"])

@@ -160,7 +160,7 @@ def _recording(
     def before_mhla(name: str, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("key_grid") is None:
             layout, _, _ = module.fit(tuple(kwargs["grid"]), extra=kwargs.get("extra"))
-            q, k = module.normed(args[0], args[1], layout, kwargs.get("key_mask"))
+            q, k = module.normed(args[0], args[1], layout, kwargs.get("key_mask"), dtype=args[2].dtype)
             note(name, module, q, k, kwargs)
 
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

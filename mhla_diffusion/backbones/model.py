@@ -248,8 +248,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
 
         With a :class:`diffusers.ContextParallelConfig` each rank holds a share of the tokens. Whatever its
         degrees are called, ranks exchange key/value summaries only, see
-        :func:`mhla_diffusion.ops.mhla_parallel`; or, where a softmax window, a convolution on v, content,
-        centred keys or the normalizer ``"official"`` need the tokens of other ranks, tokens for heads
+        :func:`mhla_diffusion.ops.mhla_parallel`; or, where a softmax window, convolutions, content, centred
+        keys or the normalizer ``"official"`` need the tokens of other ranks, tokens for heads
         (Ulysses). Token numbers that the ranks do not divide need ``ulysses_anything=True``.
 
         Raises:

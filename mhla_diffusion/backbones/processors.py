@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import MHLA
-from ..config import WINDOW_ONLY
+from ..config import POWER_MAP, WINDOW_ONLY
 from ..ops.features import RotaryEmbedding
 
 # With fewer there is little memory to save, and calling everything twice shows.
@@ -98,12 +98,13 @@ class MHLAAttnProcessor(MHLA):
             return attend(q_heads, k_heads, join_heads(attn, v), hidden_states=gated)
 
         projected = _project(attn, hidden_states, hidden_states if keys is None else keys, text)
-        extras = any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
+        powers = self.config.feature_map == POWER_MAP
+        extras = powers or any((attn.norm_q, self.norm_q, self.norm, self.gate, self.feature_q))
         cheap = self.config.window != WINDOW_ONLY  # softmax over many tokens costs more than a projection
         if extras and cheap and _is_differentiated() and _holds_many_tokens(grid, hidden_states, group):
-            # Norms and gate keep more than the operator does, and cost less than a projection: the backward
-            # computes what it needs of them again. No check of shapes: those of parameters change between the
-            # passes under DeepSpeed's ZeRO-3.
+            # Norms, gate and features made here keep more than the operator does, and cost less than a
+            # projection: the backward computes what it needs of them again. No check of shapes: those of
+            # parameters change between the passes under DeepSpeed's ZeRO-3.
             out = checkpoint(between_projections, *projected, use_reentrant=False, determinism_check="none")
         else:
             out = between_projections(*projected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shlex
@@ -57,8 +58,10 @@ def _with_comparison(arguments: Sequence[str]) -> list[str]:
     found = list(arguments)
     for i, word in enumerate(arguments):
         option, equals, value = word.partition("=")
+        if option != "--config":
+            continue
         path = Path(value if equals else "".join(arguments[i + 1 : i + 2]))
-        is_one = path.is_file() and re.search(r"^task:", path.read_text(errors="replace"), re.MULTILINE)
-        if option == "--config" and is_one:
-            found[i] = word.replace(option, "--comparison", 1)
+        with contextlib.suppress(OSError):  # no file: what it is instead the parser says
+            if re.search(r"^task:", path.read_text(errors="replace"), re.MULTILINE):
+                found[i] = word.replace(option, "--comparison", 1)
     return found

@@ -71,15 +71,14 @@ def join_prompts(arguments: Sequence[str]) -> list[str]:
 class _Parser(HelpParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong, where argparse prints all options before it and exits."""
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)|Option '([^']+)' is not accepted", message)
-        if unknown is None:
-            raise CommandError(f"{message}; see {self.prog} --help", code=2) from ex
-        given = unknown[1] or unknown[2]  # on the command line, or in a file
-        options = [option for action in self._actions for option in action.option_strings]
-        if not unknown[1]:
-            options = [action.dest for action in self._actions if action.dest != "help"]
-        close = difflib.get_close_matches(given, options, n=1)
-        few = not unknown[1] and len(options) <= _FEW
-        hint = f", did you mean {close[0]}?" if close else "." if few else ";"
-        known = f" Known there: {', '.join(options)};" if few else ""
-        raise CommandError(f"{message}{hint}{known} see {self.prog} --help", code=2) from ex
+        end, options, known = f"see {self.prog} --help", list[str](), ""
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            options = [option for action in self._actions for option in action.option_strings]
+        elif unknown := re.search(r"(?:Group '(.+)' does not accept o|O)ption '(.+)'", message):  # of a file
+            group = f"{unknown[1]}." if unknown[1] else ""
+            below = [a.dest.removeprefix(group) for a in self._actions if a.dest.startswith(group)]
+            options = [name for name in below if "." not in name and name != "help"]
+            known = f" Known there: {', '.join(options)};" if len(options) <= _FEW else ""
+        close = difflib.get_close_matches(unknown[unknown.lastindex or 0], options, n=1) if unknown else []
+        hint = f", did you mean {close[0]}?" if close else "." if known else ";"
+        raise CommandError(f"{message}{hint}{known} {end}", code=2) from ex

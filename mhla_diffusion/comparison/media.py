@@ -125,6 +125,8 @@ class Videos(Measured, kind="videos"):
         return report.scores[0].value
 
     def describe(self, run: MeasuredRun, folder: Path) -> dict[str, Any]:
+        if self.frames < 2:
+            return {}
         generated = (read() for read in self.open_set(folder).readers())
         real = pixels_of(run.calls.source, self.num_samples)
         return {"frame_change": frame_change(generated), "real_frame_change": frame_change(real)}

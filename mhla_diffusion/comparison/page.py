@@ -50,16 +50,16 @@ def write_page(
         command: that makes them, as the page tells it.
         out: folder of the runs, with their models and samples.
         screened: what was left out, of :func:`mhla_diffusion.comparison.runs.screened_out`; runs of it that
-            there are all the same do not stand in tables of means over seeds.
+            there are all the same stand in ``NAME.json`` alone.
 
     Returns:
         The path of the page.
     """
     page, screened = folder / f"{comparison.name}.md", screened or {}
-    records = [record for record in records if key_of(record) not in screened]
-    pictures = _write_pictures(comparison, records, page, out)
     write_file(page.with_suffix(".json"), json.dumps({"command": command, "runs": records}, indent=1) + "\n")
-    write_file(page, "\n\n".join(_parts(comparison, records, command, screened) + pictures) + "\n")
+    shown = [record for record in records if key_of(record) not in screened]
+    pictures = _write_pictures(comparison, shown, page, out)
+    write_file(page, "\n\n".join(_parts(comparison, shown, command, screened) + pictures) + "\n")
     return page
 
 

@@ -10,7 +10,7 @@ from ..config import WINDOW_ONLY, MHLAConfig
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 # Settings of MHLA beside its operator, and those of the operator over one block.
-_BESIDE = ("cpe", "qk_conv", "qk_norm", "gate", "output_norm")
+_BESIDE = ("cpe", "qk_conv", "qk_norm", "gate", "output_norm", "layers")
 _TAKEN = {"softmax": _BESIDE, "linear": ("feature_map", "normalizer", "center_keys", "eps", *_BESIDE)}
 
 
@@ -36,7 +36,7 @@ class Variant:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w+. ()-]*", self.name):
+        if not re.fullmatch(r"\(?\w[\w+. ()-]*", self.name):
             raise ValueError(
                 "the name of a variant begins with a letter or digit and has these and +.()_- alone, got "
                 f"{self.name!r}"

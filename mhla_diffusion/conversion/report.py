@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from .trial import prediction_error
 logger = logging.getLogger(__name__)
 
 FILE_NAMES = ("report.json", "report.html")
+# When the trainer draws samples: these are drawn once.
+_NOT_DRAWN = ("every", "max_share")
 # Far behind the calls that layers were aligned and chosen on.
 _FIRST_CALL = 1_000_000
 
@@ -130,7 +133,7 @@ def report(
         entries += _entries(path, name, model, place)
     found: dict[str, dict[str, Any]] = {}
     for entry in tqdm(entries, desc="models", disable=None):
-        key = _key(entry, model, [calls.facts, made_with, asdict(config)], size)
+        key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
         kept = out / "measures" / f"{key}.json"
         if not kept.is_file():
             measured = _measure(entry, model, calls, teacher, out / "generated" / key, size, config)
@@ -152,7 +155,7 @@ def _device() -> Any:
 
 def _names(students: Sequence[Path]) -> list[str]:
     """What the page calls the models of folders: the last parts of their paths, as many as tell all apart."""
-    parts = [path.resolve().parts for path in students]
+    parts = [Path(os.path.abspath(path)).parts for path in students]  # links keep their names
     for count in range(1, 1 + max(map(len, parts), default=0)):
         names = ["/".join(part[-count:]) for part in parts]
         if len({"teacher", *names}) > len(names):
@@ -180,7 +183,8 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     against = require_scores(calls, config)
     if not isinstance(calls, DataCalls) or not (config.samples or against):
         return []
-    return [asdict(calls.config.sampling), against]
+    sampling = asdict(calls.config.sampling)
+    return [{key: value for key, value in sampling.items() if key not in _NOT_DRAWN}, against]
 
 
 def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:

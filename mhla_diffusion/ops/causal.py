@@ -230,7 +230,7 @@ def _features(
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
     if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size must be at least 1 token, got {block_size!r}")
+        raise ValueError(f"block_size must be an integer of at least 1 token, got {block_size!r}")
     if not q.ndim == 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q, k and v must be [B, H, N, d] with the same B, H, N (q and k also d), got "

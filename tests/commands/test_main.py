@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -177,23 +178,40 @@ def test_a_config_of_all_options_stays_one(
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("line", "told"),
     [
         (
-            "atention",
-            "'atention' is not accepted, did you mean attention? Known there: name, attention, mhla",
+            "variants: [{name: a, atention: linear}]",
+            "'atention' is not accepted, did you mean attention? Known",
         ),
-        ("foo", "'foo' is not accepted. Known there: name, attention, mhla, training; see"),
+        (
+            "variants: [{name: a, foo: 1}]",
+            "'foo' is not accepted. Known there: name, attention, mhla, training;",
+        ),
+        (
+            "seed: [1]",
+            "option 'seed', did you mean seeds? Known there: name, variants, task",
+        ),
     ],
 )
-def test_a_mistyped_key_of_a_variant_is_told_from_those_it_has(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, told: str
+def test_a_mistyped_key_of_a_comparison_is_told_from_those_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str, told: str
 ) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text(f"name: tiny\ntask: {{steps: 1}}\nvariants: [{{name: linear, {key}: linear}}]\n")
+    rest = "" if line.startswith("variants") else "variants: [{name: a}]\n"
+    config.write_text(f"name: tiny\ntask: {{steps: 1}}\n{line}\n{rest}")
     words = ["--comparison", str(config), "--out", str(tmp_path)]
     assert call(monkeypatch, "compare-attention", *words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_long_values_on_the_command_line_are_no_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    variants = [{"name": f"variant {number}", "attention": "linear"} for number in range(20)]
+    given = ["--comparison.variants", json.dumps(variants), "--comparison.name", "x", "--out", str(tmp_path)]
+    assert call(monkeypatch, "compare-attention", *given, "--page=true", f"--results={tmp_path}") == 0
+    assert "0 of 60 runs" in (tmp_path / "x.md").read_text()
 
 
 def test_every_script_is_compared() -> None:

@@ -139,8 +139,8 @@ def test_the_cost_of_a_token_does_not_grow_inside_a_block() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
-        ({"block_size": (4, 4)}, r"block_size must be at least 1 token, got \(4, 4\)"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1 token, got 0"),
+        ({"block_size": (4, 4)}, r"block_size must be an integer of at least 1 token, got \(4, 4\)"),
         ({"block_size": 3}, r"needs 7 blocks of 3 tokens, but mixing is for 5"),
         ({"mixing": torch.rand(2, 5, 5)}, r"H = 3, got \(2, 5, 5\)"),
         ({"mixing": torch.rand(5, 4)}, r"mixing must be \[M, M\]"),
