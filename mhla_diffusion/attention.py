@@ -18,6 +18,7 @@ from .by_heads import attend_by_heads
 from .config import POWER_MAP, WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
 from .hedgehog import Hedgehog
 from .ops import (
+    FEATURE_MAPS,
     BlockLayout,
     choose_blocks,
     content_mixing,
@@ -366,8 +367,7 @@ class MHLA(nn.Module):
     def operator_map(self) -> str:
         """Feature map inside the operator, behind :meth:`features`."""
         # What features() makes is positive, and relu leaves it as it is, plus eps.
-        made = (*WIDE_MAPS, POWER_MAP)
-        return "relu" if self.config.feature_map in made else self.config.feature_map
+        return self.config.feature_map if self.config.feature_map in FEATURE_MAPS else "relu"
 
     def normed(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
 from mhla_diffusion.analysis.matrices import window_matrices
+from mhla_diffusion.analysis.record import _recording
 from mhla_diffusion.ops import BlockLayout, initial_mixing
 from tests.backbones.cases import CASES
 from tests.processes import run_script
@@ -252,6 +253,20 @@ def test_the_matrix_of_a_layer_that_sees_further_is_what_acts_on_its_values(
     )
     assert not torch.allclose(near, wide)
     torch.testing.assert_close(wide @ v[0, 0], module(q, k, v, grid=(6, 6))[0])
+
+
+def test_queries_and_keys_are_recorded_behind_their_convolutions() -> None:
+    module = MHLA(MHLAConfig(blocks=(2, 2), qk_conv=True), heads=1, head_dim=6, grid=(6, 6))
+    for conv in (module.conv_q, module.conv_k):
+        torch.nn.init.uniform_(conv.weight, 0.1, 1)  # type: ignore[union-attr]
+    q, k, v = torch.randn(3, 1, 1, 36, 6)
+    calls: dict[str, Any] = {}
+    with _recording(module, calls, 100):
+        module(q, k, v, grid=(6, 6))
+    _, *found, _ = calls[""]
+    layout, _, _ = module.fit((6, 6))
+    torch.testing.assert_close(found, list(module.normed(q, k, layout)))
+    assert not any(torch.allclose(x, before) for x, before in zip(found, (q, k), strict=True))
 
 
 def test_a_routed_layer_on_a_grid_of_one_block_has_nothing_to_choose() -> None:

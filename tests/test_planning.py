@@ -145,6 +145,8 @@ MHLA_16 = {"blocks": 16, "gate": True, "cpe": "zero"}
         ("mhla", {"blocks": 4, "feature_map": "crelu"}, 3),
         ("linear", {"feature_map": "crelu"}, 3),
         ("mhla", MHLA_16, 3),
+        ("mhla", {"blocks": 4, "qk_conv": True}, 3),
+        ("linear", {"cpe": "zero", "qk_conv": True}, 3),
         ("mhla", {**MHLA_16, "layers": [0, 2]}, 2),
         (["mhla", "softmax", "softmax"], MHLA_16, 1),
     ],

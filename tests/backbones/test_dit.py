@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from mhla_diffusion import MHLAAttnProcessor, MHLAConfig, MHLADiTTransformer2DModel
+from mhla_diffusion.backbones import processors
 from mhla_diffusion.ops import BlockLayout, mhla_reference
 
 AssertClose = Callable[..., None]
@@ -278,3 +279,26 @@ def test_a_cast_keeps_positions_exact(make_model: MakeModel, make_inputs: MakeIn
     model.to(torch.bfloat16).to(torch.float64)
     assert torch.equal(model.pos_embed.pos_embed, table)
     assert model(**make_inputs(dtype=torch.float64)).sample.dtype == torch.float64
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "power", "hedgehog"])
+def test_features_that_keep_much_are_computed_again(
+    make_model: MakeModel, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch, feature_map: str
+) -> None:
+    model = make_model(mhla_config={"blocks": 4, "feature_map": feature_map})
+    inputs, parameters = make_inputs(), list(model.parameters())
+    calls, real = [], processors.checkpoint
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return real(*args, **settings)
+
+    def gradients(many_tokens: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(processors, "_MANY_TOKENS", many_tokens)
+        return torch.autograd.grad(model(**inputs).sample.square().sum(), parameters, allow_unused=True)
+
+    monkeypatch.setattr(processors, "checkpoint", counted)
+    kept = gradients(1000)
+    assert not calls
+    torch.testing.assert_close(gradients(1), kept)
+    assert len(calls) == (0 if feature_map == "relu" else len(model.layer_attention))

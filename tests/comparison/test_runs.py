@@ -213,9 +213,7 @@ def test_values_of_another_type_are_refused(settings: dict[str, Any], told: str)
     with pytest.raises(ValueError, match=told):
         task_of(settings)
     with pytest.raises(ValueError, match=told):
-        dataclasses.replace(
-            COMPARISON, settings={name: [value] for name, value in settings.items()}
-        )  # fmt: skip
+        dataclasses.replace(COMPARISON, settings={name: [value] for name, value in settings.items()})
     assert task_of({"learning_rate": 1}).record["learning_rate"] == 1
 
 

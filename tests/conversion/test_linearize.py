@@ -29,7 +29,8 @@ from tests.extractors import quarters
 from .conftest import FEW, FORMS, make_teacher
 
 TOY = LinearizeConfig(budget=0.9, keep=(0,), align=FEW, steps=3, report=ReportConfig(calls=1))
-LOCAL = {"mhla": MHLAConfig(blocks=4, local="gate", cpe="zero", gate=True, feature_map="hedgehog")}
+PARTS: dict[str, Any] = {"cpe": "zero", "qk_conv": True, "gate": True}
+LOCAL = {"mhla": MHLAConfig(blocks=4, local="gate", feature_map="hedgehog", **PARTS)}
 
 
 def run(stored_teacher: Path, data: str, out: Path, config: LinearizeConfig = TOY) -> int:
