@@ -28,14 +28,17 @@ def read(
     layout: BlockLayout,
     features: Features,
     dtype: torch.dtype,
-) -> Tensor:
-    """Return the output of :func:`mhla_diffusion.ops.operators.read`, from such summaries and weights."""
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`mhla_diffusion.ops.operators.read` does, from such summaries and weights."""
     plain, rotated = (layout.pack(x) for x in features_of(q, features))
     products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
     out = ratio(products, normalized=features.normalized)
+    if not features.normalized:
+        return layout.unpack(within_range(out, dtype)).to(dtype), q.new_empty(*q.shape[:3], 0)
+    denominators = products[..., -1:]
     if centre.shape[-1]:
-        out = torch.where(products[..., -1:] == 0, 0, out + centre[:, :, None, None])
-    return layout.unpack(out if features.normalized else within_range(out, dtype)).to(dtype)
+        out = torch.where(denominators == 0, 0, out + centre[:, :, None, None])
+    return layout.unpack(out).to(dtype), layout.unpack(denominators)
 
 
 def features_of(x: Tensor, features: Features) -> tuple[Tensor, Tensor]:
@@ -99,9 +102,9 @@ def mix(mixing: Tensor, summaries: Tensor) -> Tensor:
 
 
 def weights_of(mixing: Tensor, dtype: torch.dtype, features: Features) -> tuple[Tensor, Tensor | None]:
-    """Return W as it mixes summaries of that dtype, and what scales its rows, where there is a quotient."""
+    """Return W as it mixes summaries of that dtype, and what scales its rows, where only ratios count."""
     weights = mixing.to(torch.promote_types(dtype, torch.float32))
-    if not features.normalized:
+    if not (features.normalized and features.scaled):
         return weights, None
     scale = _row_scale(weights.detach())
     return weights * scale, scale

@@ -31,14 +31,13 @@ def summarize(k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Ten
 def read(
     q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.operators.read`; no denominators, which a backward alone reads."""
+    """See :func:`mhla_diffusion.ops.operators.read`."""
     layout, features = objects(settings[:-1])
     mixing = mixing.to(torch.promote_types(summaries.dtype, torch.float32))
-    if features.normalized:  # as composite.weights_of, but ONNX has no frexp
+    if features.normalized and features.scaled:  # as composite.weights_of, but ONNX has no frexp
         largest = mixing.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(mixing.dtype).tiny)
         mixing = mixing * torch.exp2(-1 - largest.log2().floor())
-    out = composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
-    return out, out.new_empty(*out.shape[:3], 0)
+    return composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
 
 
 @register_decomposition(torch.ops.mhla.window.default)

@@ -89,6 +89,8 @@ class Features:
         mask: bool ``[B, N]``, true where a row counts.
         shared: whether summaries will be added to those of other ranks: then they are of values as they are,
             in float32, on every path.
+        scaled: whether rows of W are brought to one size, which a quotient does not see. Denominators that
+            are asked for themselves are of W as it is.
     """
 
     feature_map: str
@@ -97,6 +99,7 @@ class Features:
     rotary: Tensor | None = None
     mask: Tensor | None = None
     shared: bool = False
+    scaled: bool = True
 
 
 def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:

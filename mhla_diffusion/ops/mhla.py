@@ -73,22 +73,42 @@ def mhla(
     dtype = dtype or v.dtype
     rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
     features = Features(feature_map, eps, normalizer == "paper", rotary)
-    key_features = features if key_mask is None else dataclasses.replace(features, mask=key_mask)
-    summaries = summarize(k, v, key_layout or layout, key_features)
+    tensors, layouts = (q, k, v, mixing), (layout, key_layout or layout)
     if normalizer != "official":
-        return read(q, summaries, mixing, layout, features, dtype)
-    sums_dtype = torch.promote_types(summaries.matrices.dtype, torch.float32)
-    out = read(q, summaries, mixing, layout, features, sums_dtype)
-    return (out / _official_denominator(q, k, mixing, layout, key_features)).to(dtype)
+        return attend(*tensors, *layouts, features, key_mask, dtype)[0]
+    out, _ = attend(*tensors, *layouts, features, key_mask, torch.promote_types(v.dtype, torch.float32))
+    return (out / _official_denominator(q, k, mixing, layout, features, key_mask)).to(dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    key_layout: BlockLayout,
+    features: Features,
+    key_mask: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both halves of the operator, on arguments that were checked.
+
+    Returns:
+        The output ``[B, H, N, d_v]`` in ``dtype``, and its denominators, see
+        :func:`mhla_diffusion.ops.operators.read`.
+    """
+    key_features = features if key_mask is None else dataclasses.replace(features, mask=key_mask)
+    return read(q, summarize(k, v, key_layout, key_features), mixing, layout, features, dtype)
 
 
 def _official_denominator(
-    q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, features: Features
+    q: Tensor, k: Tensor, mixing: Tensor, layout: BlockLayout, features: Features, key_mask: Tensor | None
 ) -> Tensor:
     """See :func:`mhla_diffusion.ops.reference._official_denominator`; ``[B, H, N, 1]``."""
+    features = dataclasses.replace(features, rotary=None)
     with torch.autocast(q.device.type, enabled=False):
-        q, _ = features_of(q, dataclasses.replace(features, rotary=None, mask=None))
-        k, _ = features_of(k, dataclasses.replace(features, rotary=None))
+        q, _ = features_of(q, features)
+        k, _ = features_of(k, dataclasses.replace(features, mask=key_mask))
         sums = layout.block_sums(k, k.dtype)  # [B, H, M, d]
         own = (layout.pack(q) @ sums[..., None]).squeeze(-1)  # [B, H, M, n]
         denominator = layout.unpack((mixing.to(own.dtype) @ own)[..., None])

@@ -30,7 +30,7 @@ from .layout import BlockLayout
 
 _SETTINGS = (
     "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, int[]? extra, str feature_map, float eps, "
-    "bool normalized, bool shared"
+    "bool normalized, bool shared, bool scaled"
 )
 
 
@@ -63,8 +63,11 @@ def read(
     layout: BlockLayout,
     features: Features,
     dtype: torch.dtype,
-) -> Tensor:
-    """Return the output ``[B, H, N, d_v]`` of queries on mixed summaries.
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[B, H, N, d_v]`` of queries on mixed summaries, and the denominators.
+
+    These are ``[B, H, N, 1]`` in float32 or wider, of rows of W that are scaled, if ``features`` says so, and
+    zero where a query sees no key; ``[B, H, N, 0]`` where there are none.
 
     Args:
         q: ``[B, H, N, d]``.
@@ -73,7 +76,7 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)[0]
+    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,15 +95,15 @@ def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
         features.rotary, features.mask, layout.grid, layout.blocks, layout.extra,
-        features.feature_map, features.eps, features.normalized, features.shared,
+        features.feature_map, features.eps, features.normalized, features.shared, features.scaled,
     )  # fmt: skip
 
 
 def objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
     """Return the objects of the last arguments of an operator."""
-    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared = settings
+    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared, scaled = settings
     layout = layout_of(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
-    return layout, Features(feature_map, eps, normalized, rotary, mask, shared)
+    return layout, Features(feature_map, eps, normalized, rotary, mask, shared, scaled)
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,11 +223,12 @@ def _read(q: Tensor, summaries: Tensor, *tensors_and_settings: Any) -> tuple[Ten
 
 @operator(
     "read_backward",
-    "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor sums, "
-    f"Tensor mixing, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor? grad_denominators, Tensor out, Tensor denominators, Tensor q, Tensor summaries, "
+    f"Tensor sums, Tensor mixing, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_backward(
     grad: Tensor,
+    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -234,7 +238,7 @@ def _read_backward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return implementation_for(q, summaries).read_backward(
-        grad, out, denominators, q, summaries, sums, mixing, *objects(settings)
+        grad, grad_denominators, out, denominators, q, summaries, sums, mixing, *objects(settings)
     )
 
 
@@ -263,6 +267,7 @@ def _(
 @_read_backward.register_fake
 def _(
     grad: Tensor,
+    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -299,28 +304,33 @@ def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | No
 
 
 def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:7])
     ctx.settings = inputs[7:]
 
 
-def _queries_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:  # nothing was made of the output
+def _queries_backward(
+    ctx: Any, grad: Tensor | None, grad_denominators: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_denominators is None:  # nothing was made of the outputs
         return (None,) * (len(ctx.saved_tensors) - 2 + len(ctx.settings))
     out, denominators, q, summaries, sums, centre, mixing, *tables = ctx.saved_tensors
     settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
+    grad = torch.zeros_like(out) if grad is None else grad
     if torch.is_grad_enabled():
         its = objects(settings)
+        given = [grad] if grad_denominators is None else [grad, grad_denominators]
         grads = differentiate(
             lambda q, s, z, w: composite.read(
                 q, joined(s, z)[:, :, : w.shape[-1]], centre, weights_of(w, s.dtype, its[1])[0], *its, dtype
-            ),
+            )[: len(given)],
             (q, summaries, sums, mixing),
-            grad,
+            given,
         )
     else:
-        grads = _read_backward(grad, out, denominators, q, summaries, sums, mixing, *settings)
+        grads = _read_backward(
+            grad, grad_denominators, out, denominators, q, summaries, sums, mixing, *settings
+        )
     grad_q, grad_summaries, grad_sums, grad_mixing = grads
     return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
 
@@ -336,11 +346,12 @@ def joined(matrices: Tensor, sums: Tensor) -> Tensor:
 
 
 def differentiate(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor
+    function: Callable[..., Any], tensors: tuple[Tensor, ...], grads: Tensor | list[Tensor]
 ) -> tuple[Tensor, ...]:
     tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)
-    grads = torch.autograd.grad(function(*tensors), tensors, grad, create_graph=True, materialize_grads=True)
-    return tuple(grads)
+    outputs = function(*tensors)
+    found = torch.autograd.grad(outputs, tensors, grads, create_graph=True, materialize_grads=True)
+    return tuple(found)
 
 
 def _flops(queries_or_keys: Any, summaries: Any, sums: Any) -> int:
@@ -374,7 +385,16 @@ def _(q: Any, summaries: Any, sums: Any, centre: Any, mixing: Any, *settings: An
 
 @register_flop_formula(torch.ops.mhla.read_backward)
 def _(
-    grad: Any, out: Any, den: Any, q: Any, summaries: Any, sums: Any, mixing: Any, *_: Any, **__: Any
+    grad: Any,
+    grad_den: Any,
+    out: Any,
+    den: Any,
+    q: Any,
+    summaries: Any,
+    sums: Any,
+    mixing: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     # Summaries are mixed again, and there is a gradient of them and one of W.
     return 2 * _flops(q, summaries, sums) + 3 * _mixing_flops(summaries, sums, mixing)

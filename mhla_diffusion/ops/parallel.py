@@ -84,7 +84,7 @@ def mhla_parallel(
     summaries = part._replace(matrices=total)
     if implementation_for(q, k, v) is not tiled and features.normalized and rotary is None:
         summaries = _centred(summaries)
-    out = read(pack(q), summaries, mixing[..., blocks, :], packed, features, dtype or v.dtype)
+    out, _ = read(pack(q), summaries, mixing[..., blocks, :], packed, features, dtype or v.dtype)
     return out.index_select(2, slots)
 
 

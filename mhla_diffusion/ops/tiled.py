@@ -63,7 +63,10 @@ def read(
     features: Features,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any."""
+    """Return the output ``[B, H, N, d_v]`` in ``dtype``, and the denominators ``[B, H, N, 1]``, if any.
+
+    A denominator is zero where a query sees no key: all masked, or a row of W that is all zero.
+    """
     assert not sums.shape[-1] + centre.shape[-1], "keys and queries take the same path"
     channels = summaries.shape[-2] - features.normalized
     out, denominators = new_outputs(q, summaries, sums, features, dtype)
@@ -74,16 +77,16 @@ def read(
             rows, products = at.rows(q), at.buffer("products", summaries.shape[-2])
             _inner(at.matrices(mixed), rows, out=products)
             if features.normalized:
-                # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
                 denominator = products[..., channels:]
-                denominator.masked_fill_(denominator == 0, 1)
                 at.store(denominator, denominators)
+                denominator.masked_fill_(denominator == 0, 1)  # 0 / 1, not NaN
             at.store_ratio(products, channels, out)
     return out, denominators
 
 
 def read_backward(
     grad: Tensor,
+    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -94,6 +97,7 @@ def read_backward(
     features: Features,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, the summaries, the sums apart (there are none) and the mixing matrix."""
+    denominators = torch.where(denominators == 0, 1, denominators)
     grad_q, grad_summaries = new_gradient(q), summaries.new_empty(summaries.shape)
     weights, scale = weights_of(mixing, summaries.dtype, features)
     grad_weights = weights.new_zeros(weights.shape)
@@ -103,7 +107,8 @@ def read_backward(
         grad_mixed = torch.empty_like(mixed)
         for at in places:
             rows, matrices = at.rows(q), at.matrices(mixed)
-            products = at.products_gradient(grad, at.outputs(out, matrices, rows, denominators), denominators)
+            outputs = at.outputs(out, matrices, rows, denominators)
+            products = at.products_gradient(grad, grad_denominators, outputs, denominators)
             at.add_outer(products, rows, grad_mixed)
             at.store_gradient(_outer_backward(products, matrices, rows), rows, q, grad_q)
         grad_summaries[part] = mix(own.mT, grad_mixed)
@@ -307,18 +312,22 @@ class _Place(NamedTuple):
         _inner(matrices, rows, out=products)
         return _shaped(products, view)[..., :-1].div_(self.tokens(denominators))
 
-    def products_gradient(self, grad: Tensor, outputs: Tensor, denominators: Tensor) -> Tensor:
+    def products_gradient(
+        self, grad: Tensor, grad_denominators: Tensor | None, outputs: Tensor, denominators: Tensor
+    ) -> Tensor:
         """The gradient of numerators and denominators, ``[T, n, d_v + 1]``, from that of ``o = n / den``.
 
-        ``g / den`` that of n, ``-(g . o) / den`` that of den; ``outputs`` is the tile of o.
+        ``g / den`` that of n, ``-(g . o) / den`` that of den, and its own; ``outputs`` is the tile of o.
         """
         channels, view = grad.shape[-1], self.tokens(grad)
         products = self.buffer("products", channels + self.settings.normalized)
         numerators = _shaped(products, view)[..., :channels]
         if self.settings.normalized:
             torch.div(view, self.tokens(denominators), out=numerators)
-            sums = (numerators * outputs).sum(-1, keepdim=True)
-            _shaped(products, view)[..., channels:] = sums.neg_()
+            sums = (numerators * outputs).sum(-1, keepdim=True).neg_()
+            if grad_denominators is not None:
+                sums += self.tokens(grad_denominators)
+            _shaped(products, view)[..., channels:] = sums
         else:
             numerators.copy_(view)
         return products

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import RotaryEmbedding, check_key_mask
+from .features import Features, RotaryEmbedding, check_arguments, check_key_mask, rotary_table, turn_all
 from .layout import BlockLayout, Margin
-from .mhla import mhla
+from .mhla import attend, mhla
 from .operators import as_autocast, in_transform
 from .routing import NOTHING, joined, routed_attention
 from .window_composite import softmax_in_blocks, softmax_of_scores
@@ -65,25 +65,23 @@ def mhla_local(
         raise ValueError(f"weight must be [H] = [{q.shape[1]}], one of each head, got {tuple(weight.shape)}")
     q, k, v, *window_tensors = as_autocast(q, k, v, *window)
     queries, keys = window_tensors
-
-    def attend(values: Tensor, weights: Tensor, normalizer: str, rotary: RotaryEmbedding | None) -> Tensor:
-        return mhla(
-            q, k, values, weights, layout, feature_map=feature_map, normalizer=normalizer,
-            rotary_emb=rotary, key_mask=key_mask, eps=eps,
-            dtype=torch.promote_types(values.dtype, torch.float32),
-        )  # fmt: skip
-
+    dtype = torch.promote_types(v.dtype, torch.float32)
     near_options: dict[str, Any] = {"key_mask": key_mask, "margin": margin, "chosen": chosen}
+    options: dict[str, Any] = {"feature_map": feature_map, "rotary_emb": rotary_emb, "key_mask": key_mask}
     if form == "gate":
         gate = weight.to(torch.promote_types(weight.dtype, torch.float32)).sigmoid()[:, None, None]
         near = window_attention(queries, keys, v, layout, **near_options)
-        return (gate * near + (1 - gate) * attend(v, mixing, "paper", rotary_emb)).to(v.dtype)
+        far = mhla(q, k, v, mixing, layout, eps=eps, dtype=dtype, **options)
+        return (gate * near + (1 - gate) * far).to(v.dtype)
+    check_arguments(q, k, v, mixing, layout, None, normalizer="paper", **options)
+    rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
+    # Denominators are of W as it is: they are weighed against those of the window.
+    features = Features(feature_map, eps, normalized=True, rotary=rotary, scaled=False)
     # W without its diagonal: the own block is the window's.
     others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
-    far = attend(v, others, "paper", rotary_emb)
-    sums = attend(torch.ones_like(v[..., :1]), others, "none", None)[..., 0]
+    far, sums = attend(q, k, v, others, layout, layout, features, key_mask, dtype)
     tiny = torch.finfo(sums.dtype).tiny
-    log_sums = (sums.clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
+    log_sums = (sums[..., 0].clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
     return window_attention(queries, keys, v, layout, rest=(far, log_sums), **near_options).to(v.dtype)
 
 

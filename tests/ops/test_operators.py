@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
+from mhla_diffusion.ops.features import Features, apply_rotary_emb, rotary_table
+from mhla_diffusion.ops.mhla import attend
 
 LAYOUT = BlockLayout((4, 4), (2, 2))
-SETTINGS = (None, None, [4, 4], [2, 2], None, "relu", 1e-6, True, False)
+SETTINGS = (None, None, [4, 4], [2, 2], None, "relu", 1e-6, True, False, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -41,10 +44,72 @@ def test_operators_are_what_they_say(dtype: torch.dtype, heads_inside: bool) -> 
     tests = ("test_schema", "test_faketensor")
     opcheck(
         ops.read_backward.default,
-        (grad, out, den, q, summaries, sums, mixing.detach(), *SETTINGS),
+        (grad, None, out, den, q, summaries, sums, mixing.detach(), *SETTINGS),
         test_utils=tests,
     )
     opcheck(ops.summarize_backward.default, (summaries, sums, k, v, centre, *SETTINGS), test_utils=tests)
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (torch.float32, 16),
+        (torch.float16, 32),
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 128),
+    ],
+    ids=str,
+)
+def test_operators_give_denominators_with_gradients_of_their_own(
+    dtype: torch.dtype, width: int, rotary: bool
+) -> None:
+    """Of W as it is, in which a row sees nothing, and some keys are masked; against float64."""
+    inputs = [x.to(dtype) for x in torch.randn(3, 1, 2, 16, width)]
+    mixing = torch.rand(4, 4) * torch.tensor([[3.0], [0], [0.2], [1]])
+    angles = torch.rand(16, width // 2) * 6
+    mask = torch.rand(1, 16) > 0.3
+    # Where nothing is seen, the output has no derivative.
+    weights = torch.randn(1, 2, 16, width) * (LAYOUT.block_index() != 1)[:, None], torch.randn(1, 2, 16, 1)
+    table = rotary_table((angles.cos(), angles.sin())) if rotary else None
+    features = Features("relu", 1e-6, normalized=True, rotary=table, scaled=False)
+    block, turned = LAYOUT.block_index(), partial(apply_rotary_emb, rotary_emb=(angles.cos(), angles.sin()))
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (x.relu() + 1e-6 for x in (q, k))
+        q_turned, k_turned = (turned(x) if rotary else x for x in (q, k))
+        seen = mixing[block][:, block] * mask
+        sums = (q @ k.mT * seen).sum(-1, keepdim=True)
+        return (q_turned @ k_turned.mT * seen) @ v / torch.where(sums == 0, 1, sums), sums
+
+    def results(function: Any, cast: Any) -> list[Tensor]:
+        leaves = [cast(x).requires_grad_() for x in (*inputs, mixing)]
+        found = function(*leaves)
+        loss = sum((weight.to(x.dtype) * x).double().sum() for weight, x in zip(weights, found, strict=True))
+        return [*found, *torch.autograd.grad(loss, leaves)]
+
+    def operators(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, mixing, LAYOUT, LAYOUT, features, mask, torch.float32)
+
+    limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    pairs = zip(results(operators, torch.clone), results(exact, Tensor.double), strict=True)
+    for name, (a, b) in zip(("out", "den", "q", "k", "v", "mixing"), pairs, strict=True):
+        assert (a.double() - b).norm() < limit * b.norm(), name
+    assert (operators(*inputs, mixing)[1] == 0).sum() == 8, "the queries of a row of zeros, in two heads"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels take no float64")
+def test_operators_give_denominators_that_are_differentiable_twice() -> None:
+    inputs = [x.double().requires_grad_() for x in torch.randn(3, 1, 1, 16, 4)]
+    mixing = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
+    features = Features("elu", 1e-6, normalized=True, scaled=False)
+
+    def both(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(*tensors, LAYOUT, LAYOUT, features, None, torch.float64)
+
+    assert torch.autograd.gradcheck(both, (*inputs, mixing))
+    assert torch.autograd.gradgradcheck(both, (*inputs, mixing))
 
 
 class Seen(TorchDispatchMode):

@@ -24,6 +24,7 @@ from .pieces import (
     load_middle,
     load_rows,
     load_values,
+    not_zero,
     operand,
     part_of_block,
     phi,
@@ -248,12 +249,10 @@ def inner_kernel(
                 denominator = sum_beside(product_2, channel_2, FREE)
             else:
                 denominator = tl.sum(plain.to(tl.float32) * z[None, :], 1)
-            # Zero where a query sees no key (all masked, or a row of W that is all zero): 0 / 1, not NaN.
-            seen = tl.where(denominator == 0, 0.0, 1.0)
-            denominator = tl.where(denominator == 0, 1.0, denominator)
-            inverse = 1.0 / denominator
             if tile == 0:
                 tl.store(den + token, denominator, inside)
+            seen = tl.where(denominator == 0, 0.0, 1.0)
+            inverse = 1.0 / not_zero(denominator)
         write(
             v, v_n, product, inverse, seen, middle, token, inside, channel, NORMALIZED, CENTRED, SATURATE,
             CHANNELS, V_VEC,
@@ -267,19 +266,20 @@ def inner_kernel(
 
 @triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
 def queries_kernel(
-    x, v, dx, summaries, sums, matrix_grads, sum_grads, den, den_grad, order, starts, rotary,
+    x, v, dx, summaries, sums, matrix_grads, sum_grads, den, den_grad, own_grad, order, starts, rotary,
     x_b, x_h, x_n, v_b, v_h, v_n, dx_b, dx_h, dx_n, r_b, r_h, r_n, summary_stride, sums_stride,
     heads, blocks, parts, tokens, eps,
-    FUSED: tl.constexpr, NORMALIZED: tl.constexpr, FEATURE_MAP: tl.constexpr, ROTARY: tl.constexpr,
-    OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr,
-    KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
+    FUSED: tl.constexpr, SUMS: tl.constexpr, NORMALIZED: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr,
+    ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries x, where v is the gradient g of the output, and, FUSED, of their summaries S.
 
     NORMALIZED: the output is ``o = n / den``. With ``u = S^T g / den`` the features f get
     ``u - (f . u / den) z``: g . o is f . u, so that no o is read, and what is left is orthogonal to f.
+    SUMS: den has a gradient of its own too, ``own_grad``.
     Where ``outer`` is to find the gradient of S, that of den is stored for it.
     """
     b, h, _tile, block, part, first, last = part_of_block(starts, heads, blocks, parts, 1, ROWS)
@@ -294,6 +294,8 @@ def queries_kernel(
     if NORMALIZED:
         sums += at * sums_stride
         den += head * tokens
+        if SUMS:
+            own_grad += head * tokens
         z = tl.load(sums + column, column < WIDTH, 0.0)
     if TILES == 1:
         matrix = load_matrix(
@@ -345,13 +347,15 @@ def queries_kernel(
         rows = load_rows(x, token, x_n, column, inside, FEATURE_MAP, OPERAND, WIDTH, X_VEC)
         features = phi(rows, column, inside, eps, False, WIDTH, D, FEATURE_MAP).to(tl.float32)
         if NORMALIZED:
-            inverse = 1.0 / tl.load(den + token, inside, 1.0)
+            inverse = 1.0 / not_zero(tl.load(den + token, inside, 1.0))
             plain = plain * inverse[:, None]
             weight = tl.sum(features * plain, 1)
             if TAIL:
                 plain_2 = plain_2 * inverse[:, None]
                 weight += tl.sum(features_2 * plain_2, 1)
             weight = -weight * inverse
+            if SUMS:
+                weight += tl.load(own_grad + token, inside, 0.0)
             plain += weight[:, None] * z[None, :]
             if TAIL:
                 plain_2 += weight[:, None] * z_2[None, :]

@@ -98,15 +98,16 @@ def launch(
         centre = None
     plan = _plan(
         name, layout, features.feature_map, features.eps, features.normalized, centre is not None,
-        given.get("den_grad") is not None, saturate, dtype or summaries.dtype, summaries.shape,
-        sums.shape[-1], parts or parts_of(name, x, layout), None if rotary is None else rotary.stride(),
+        given.get("den_grad") is not None, given.get("own_grad") is not None, saturate,
+        dtype or summaries.dtype, summaries.shape, sums.shape[-1], parts or parts_of(name, x, layout),
+        None if rotary is None else rotary.stride(),
         None if mask is None else (mask.stride(), mask.dtype), x.device, target_of(x, v),
         *[(y.shape, y.stride(), y.dtype) for y in tokens],
     )  # fmt: skip
     order, starts = _order(layout, x.device, plan.blocks)
     tensors: dict[str, Any] = {
         "summaries": summaries, "sums": row_of_sums(summaries, sums), "order": order, "starts": starts,
-        "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None,
+        "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None, "own_grad": None,
         **dict(zip(_TOKENS, tokens, strict=False)), **given,
     }  # fmt: skip
     plan.launcher(*[tensors[name] for name in plan.tensors])
@@ -115,8 +116,8 @@ def launch(
 # Names of what kernels take of tokens, and of all their tensors.
 _TOKENS = ("x", "v", "dx", "dv")
 _TENSORS = {
-    *_TOKENS, "summaries", "sums", "matrix_grads", "sum_grads", "centre", "den", "den_grad", "order",
-    "starts", "rotary", "mask",
+    *_TOKENS, "summaries", "sums", "matrix_grads", "sum_grads", "centre", "den", "den_grad", "own_grad",
+    "order", "starts", "rotary", "mask",
 }  # fmt: skip
 
 
@@ -150,6 +151,7 @@ def _plan(
     normalized: bool,
     centred: bool,
     quotient: bool,
+    own_grad: bool,
     saturate: bool,
     dtype: torch.dtype,
     summaries: torch.Size,
@@ -180,8 +182,9 @@ def _plan(
         "parts": parts, "tokens": length, "eps": eps,
     }  # fmt: skip
     constants = {
-        "QUOTIENT": quotient, "NORMALIZED": normalized, "CENTRED": centred, "SATURATE": saturate,
-        "FEATURE_MAP": feature_map, "ROTARY": rotary is not None, "MASK": mask is not None, "WIDTH": width,
+        "QUOTIENT": quotient, "SUMS": own_grad, "NORMALIZED": normalized, "CENTRED": centred,
+        "SATURATE": saturate, "FEATURE_MAP": feature_map, "ROTARY": rotary is not None,
+        "MASK": mask is not None, "WIDTH": width,
         "CHANNELS": v.shape[-1], "X_VEC": vector_of(x, *tokens[2:3]), "V_VEC": vector_of(v, *tokens[3:]),
         # Rows that threads of 4 warps cover with 16 bytes each.
         "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
@@ -321,7 +324,8 @@ def tile_of(
         options |= {"TAIL_V": tail_v, "FREE": max(channels, held * tiles)}
     if name == "queries":
         exact = not narrow and precision == "ieee"
-        most = _MOST_HELD_NARROW.get(target.major, _MOST_HELD) if narrow else _MOST_HELD
+        # Gradients of float32, of an output that goes on in a window, leave fewer registers.
+        most = _MOST_HELD_NARROW.get(target.major, _MOST_HELD) if v == torch.bfloat16 else _MOST_HELD
         options["FUSED"] = d * held <= most and tiles == 1 and not tail and not exact
     return options
 

@@ -102,6 +102,7 @@ def read(
 
 def read_backward(
     grad: Tensor,
+    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -115,7 +116,7 @@ def read_backward(
     weights = _weights(mixing, summaries, sums, features)
     mixed, mixed_sums = _mix(weights, summaries, sums)
     grad_q, grad_mixed, grad_sums = new_gradient(q), torch.empty_like(mixed), torch.empty_like(mixed_sums)
-    den = denominators if features.normalized else None
+    den = (denominators, grad_denominators) if features.normalized else (None, None)
     _queries_backward((q, grad, grad_q), (mixed, mixed_sums), (grad_mixed, grad_sums), den, layout, features)
     shape = weights.narrow.shape
     grad_weights = grad_mixed.flatten(3) @ summaries.flatten(3).mT  # [B, H, M_q, M_k]
@@ -135,12 +136,16 @@ def _queries_backward(
     tokens: tuple[Tensor, Tensor, Tensor],
     mixed: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor],
-    den: Tensor | None,
+    denominators: tuple[Tensor | None, Tensor | None],
     layout: BlockLayout,
     features: Features,
 ) -> None:
-    """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much."""
+    """Gradients of queries and of their summaries: by one kernel, or by two where one would hold too much.
+
+    ``denominators`` come with the gradient that they have of their own, if they have one.
+    """
     q, grad, _ = tokens
+    den, own_grad = (None if x is None else x.contiguous() for x in denominators)
     held = how_held(features.feature_map, turned=features.rotary is not None, normalized=features.normalized)
     options = tile_of(
         "queries", q.shape[-1], grad.shape[-1], q.dtype, grad.dtype, mixed[0].dtype, target_of(q, grad), *held
@@ -150,14 +155,14 @@ def _queries_backward(
         _add_up(
             *grads, parts,
             lambda matrices, sums: launch(
-                "queries", tokens, *mixed, layout, features, den=den, parts=parts,
+                "queries", tokens, *mixed, layout, features, den=den, own_grad=own_grad, parts=parts,
                 matrix_grads=matrices, sum_grads=row_of_sums(matrices, sums),
             ),
         )  # fmt: skip
         return
     den_grad = None if den is None else torch.empty_like(den)
     launch(
-        "queries", tokens, *mixed, layout, features, den=den, den_grad=den_grad,
+        "queries", tokens, *mixed, layout, features, den=den, den_grad=den_grad, own_grad=own_grad,
         matrix_grads=None, sum_grads=None,
     )  # fmt: skip
     _outer(q, grad, *grads, layout, features, den=den, den_grad=den_grad)
@@ -213,7 +218,7 @@ def _launch_weights(
     """Launch what reads W and one or two tensors ``[..., M_q, M_k]`` of blocks filled up."""
     launcher = _weights_launcher(
         name, mixing.shape, mixing.stride(), mixing.dtype, filled.shape, filled.dtype, more is not None,
-        features.normalized, mixing.device,
+        features.normalized and features.scaled, mixing.device,
     )  # fmt: skip
     launcher(mixing, filled, more, *out)
 

@@ -152,6 +152,12 @@ def load_middle(centre, at, channel, CENTRED: tl.constexpr, CHANNELS: tl.constex
 
 
 @triton.jit
+def not_zero(den):
+    """Denominators to divide by. One is zero where a query sees no key: 0 / 1, not NaN."""
+    return tl.where(den == 0, 1.0, den)
+
+
+@triton.jit
 def load_factor(
     v, v_n, den, middle, token, counts, channel, QUOTIENT: tl.constexpr, CENTRED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr,
@@ -159,7 +165,7 @@ def load_factor(
     """Rows of v as a factor of products: over ``den``, or less ``middle``, which is as narrow as they are."""
     values = load_values(v, token, v_n, channel, counts, OPERAND, CHANNELS, VEC)
     if QUOTIENT:
-        values = values.to(tl.float32) / tl.load(den + token, counts, 1.0)[:, None]
+        values = values.to(tl.float32) / not_zero(tl.load(den + token, counts, 1.0))[:, None]
     elif CENTRED:
         values -= middle.to(OPERAND)[None, :]
     return operand(values, OPERAND, PRECISION)
