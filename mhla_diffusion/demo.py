@@ -92,8 +92,11 @@ def make_samples(
         folder: for files of videos.
 
     Raises:
-        ValueError: when there is no text, or one that the pipeline does not know.
+        ValueError: when there is no text, or one that the pipeline does not know, and for a seed that torch
+            does not take.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be 0 to 2^63 - 1, got {seed}")
     if not texts:
         raise ValueError("nothing to show: write a class or a prompt on a line")
     kind = output_kind(pipeline)
@@ -123,9 +126,12 @@ def build_page(pairs: Sequence[Pair]) -> Any:
 
     Raises:
         ImportError: without the package gradio.
+        ValueError: when two pairs have one name.
     """
     gradio = require("gradio")
     by_name = {pair.name: pair for pair in pairs}
+    if len(by_name) < len(pairs):
+        raise ValueError(f"each pipeline is given once, got {', '.join(pair.name for pair in pairs)}")
 
     def show(name: str, lines: str, steps: int, guidance: float, seed: int) -> list[Any]:
         texts = [line.strip() for line in lines.splitlines() if line.strip()]

@@ -252,7 +252,7 @@ def write_model_card(
         pipeline_tag=purpose.task,
         license=fields.license,
         datasets=list(fields.datasets) or None,
-        base_model=base if base and _is_hub_id(base) else None,
+        base_model=base if base and is_hub_id(base) else None,
         tags=["mhla", "linear-attention", purpose.task],
         model_name=title if fields.results else None,
         eval_results=[result.for_hub(purpose.task) for result in fields.results] or None,
@@ -309,7 +309,7 @@ def _purpose(pipeline: Any) -> Purpose:
 
 def _title(pipeline: Any, repo_id: str, training: Mapping[str, Any]) -> str:
     """The name on the hub; of a folder, whose name says little, what it is."""
-    if _is_hub_id(repo_id):
+    if is_hub_id(repo_id):
         return repo_id.split("/")[-1]
     transformer = next(iter(transformers_of(pipeline).values()))
     model = type(transformer).__name__.partition("Transformer")[0].replace("MHLA", "MHLA-")
@@ -350,7 +350,8 @@ def _sampled_with(pipeline: Any, training: Mapping[str, Any]) -> dict[str, Any]:
     return {names[name]: chosen[name] for name in names if name in chosen}
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Return True for what may be a model of the hub, and is nothing here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
 from mhla_diffusion.analysis.matrices import window_matrices
-from mhla_diffusion.analysis.record import _recording
+from mhla_diffusion.analysis.record import _recording, analyze_stored
 from mhla_diffusion.ops import BlockLayout, initial_mixing
 from tests.backbones.cases import CASES
 from tests.processes import run_script
@@ -133,6 +133,16 @@ def test_too_many_tokens_are_refused_and_hooks_are_gone() -> None:
     with pytest.raises(ValueError, match=r"attn1.processor has 64 tokens, more than max_tokens = 63"):
         analyze_dit(model, max_tokens=63)
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize("size", [{"height": 0}, {"width": -8}], ids=str)
+def test_sizes_that_are_none_are_refused(size: dict[str, int], tmp_path: Path) -> None:
+    MHLADiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=2, mhla_config={"blocks": 4},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ValueError, match="height, width and frames must be 1 or more"):
+        analyze_stored(str(tmp_path), **size)
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from mhla_diffusion import (
     MHLAWanPipeline,
     MHLAWanTransformer3DModel,
 )
+from mhla_diffusion.commands.demo import demo
 from mhla_diffusion.demo import Pair, build_page, make_samples
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import ObjectiveConfig, build_objective
@@ -71,6 +74,21 @@ def test_a_pair_is_a_pipeline_and_perhaps_its_teacher() -> None:
     assert Pair.parse("a = b").paths == ("a", "b")
     with pytest.raises(ValueError, match="must be a pipeline, or a pipeline and its teacher"):
         Pair.parse("a=")
+
+
+def test_what_cannot_be_shown_is_refused_before_a_page_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    with pytest.raises(ValueError, match="each pipeline is given once, got a, a"):
+        build_page([Pair.parse("a=b"), Pair.parse("a=c")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no pipeline, here or on the hub"):
+        demo([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        demo([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="seed must be 0 to 2"):
+        make_samples(None, ["a"], folder=tmp_path, **{**SETTINGS, "seed": 2**70})
 
 
 def test_the_page_answers_and_shows_in_a_browser(pair: Pair) -> None:

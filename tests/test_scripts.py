@@ -140,10 +140,12 @@ def test_exported_images_are_those_of_the_source(photos: Path, tmp_path: Path) -
     last = photos / "dog" / "5.png"
     whole = last.read_bytes()
     last.write_bytes(whole[:40])
-    assert run_script(
-        "export_images", "--data.source", "folder", "--data.path", photos, "--out", tmp_path / "some"
-    ).returncode
-    assert not (tmp_path / "some").exists()
+    damaged = ("export_images", "--data.source", "folder", "--data.path", photos)
+    result = run_script(*damaged, "--out", tmp_path / "whole")
+    assert result.returncode == 0
+    assert f"skipped: {last}: " in result.stderr
+    assert f"1 of {len(exported)} images were skipped" in result.stderr
+    assert len(list((tmp_path / "whole").rglob("*.png"))) == len(exported) - 1
     last.write_bytes(whole)
     succeed(
         *("export_images", "--data.source", "folder", "--data.path", photos, "--num", "4"),
@@ -221,6 +223,13 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     assert sorted(path.name for path in clips.iterdir()) == [
         "000000.mp4", "000001.mp4", "000002.mp4", "captions.csv",
     ]  # fmt: skip
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "damaged" / "a.txt").write_text("a film")
+    damaged = ("--data.source", "folder", "--data.path", tmp_path / "damaged", "--data.sizes", "[[48, 64]]")
+    result = run_script("export_videos", *damaged, "--out", tmp_path / "nothing")
+    assert (result.returncode, (tmp_path / "nothing").exists()) == (1, False)
+    assert "not one of 1 videos could be read" in result.stderr
     refused = run_script(*export)
     assert refused.returncode != 0
     assert f"error: {clips} is there already; choose another folder" in refused.stderr

@@ -61,8 +61,8 @@ def analyze_stored(
         max_tokens: see :func:`analyze`.
 
     Raises:
-        ValueError: for another model, a quantised one, too many tokens, or a size that its patches do not
-            divide.
+        ValueError: for another model, a quantised one, too many tokens, or a size that is not positive or
+            that its patches do not divide.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -74,6 +74,11 @@ def analyze_stored(
     if frames is not None and len(own) == 2:
         raise ValueError(f"{model} is a model of images and has no frames, got frames={frames}; leave it out")
     asked = (frames, height, width if width is not None or height is None else height)
+    if not all(size is None or size > 0 for size in asked):
+        raise ValueError(
+            f"height, width and frames must be 1 or more, got {height}, {width} and {frames}: leave out what "
+            "the model was made for"
+        )
     latents = [given or size for given, size in zip(asked[-len(own) :], own, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     inputs = transformer.example_inputs(

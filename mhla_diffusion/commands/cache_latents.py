@@ -38,7 +38,6 @@ def main(arguments: Sequence[str], prog: str, kind: str) -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     config_class, cache = KINDS[kind]
-    config, resume = parse_config(config_class, arguments, prog=prog, description=__doc__ or "")
-    if resume is not None:
-        raise ValueError("a cache goes on by itself: leave --resume out")
+    description = __doc__ or ""
+    config, _ = parse_config(config_class, arguments, prog=prog, description=description, resumable=False)
     cache(config)

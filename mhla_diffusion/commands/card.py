@@ -6,17 +6,20 @@ mhla card --model runs/a/pipeline --report runs/a/report --picture runs/a/grid.p
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files.writing import write_file
 from .parsing import parse_and_call
 
 if TYPE_CHECKING:
     from mhla_diffusion.pipelines.model_card import Result
+
+    from ..evaluation.pages.runs import Run
 
 
 def card(
@@ -33,7 +36,8 @@ def card(
 
     Args:
         model: folder of the pipeline.
-        report: folder of mhla evaluate, whose scores are shown, and listed for the hub.
+        report: folder of mhla evaluate, whose scores are shown, and listed for the hub; of samples of this
+            pipeline.
         picture: PNG file with samples, which is copied there.
         license: as the hub names it, such as apache-2.0.
         base_model: hub id of the model that this one was made of.
@@ -42,9 +46,17 @@ def card(
         name: that it is published under, such as someone/digits.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
-    from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
+    from mhla_diffusion.pipelines.identity import training_of
+    from mhla_diffusion.pipelines.model_card import (
+        PICTURE,
+        CardFields,
+        is_edited,
+        is_hub_id,
+        write_model_card,
+    )
 
     from .. import MHLAPipeline
+    from ..evaluation.pages.runs import load_run
     from ..hub import require_stored
 
     folder = Path(model)
@@ -56,39 +68,100 @@ def card(
         raise ValueError(f"{readme} was edited, and is not written again: move it away first")
     if report is None and readme.is_file() and "\n## Scores\n" in readme.read_text("utf-8"):
         logging.warning("%s had scores, which are left out: give their --report again", readme)
-    scores, results = (None, ()) if report is None else _read_scores(Path(report))
+    _require_hub_ids(license, base_model, datasets, is_hub_id)
     if picture is not None:
-        if Path(picture).suffix.lower() != ".png" or not Path(picture).is_file():
-            raise ValueError(f"{picture} is no PNG file: give one, such as mhla generate --grid writes")
+        _require_png(Path(picture))
+    pipeline = MHLAPipeline.from_pretrained(model)
+    if converted and "trained" in training_of(pipeline, folder):
+        raise ValueError(
+            f"{model} was trained since it was converted, by what it says: leave --converted out"
+        )
+    scores: str | None = None
+    results: tuple[Result, ...] = ()
+    if report is not None:
+        scores, run = _read_report(Path(report)), load_run(Path(report), Path(report).name)
+        _require_its_samples(run, pipeline, model)
+        results = _results(run)
+    if picture is not None:
         write_file(folder / PICTURE, partial(shutil.copyfile, picture))
     fields = CardFields(
         scores=scores, results=results, base_model=base_model, license=license, datasets=datasets,
         converted=converted,
     )  # fmt: skip
-    pipeline = MHLAPipeline.from_pretrained(model)
     write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
     logging.info("Card: %s", readme)
 
 
-def _read_scores(report: Path) -> tuple[str, tuple[Result, ...]]:
-    """Read the table of a report, and its scores one by one."""
-    from mhla_diffusion.pipelines.model_card import Result
+def _require_hub_ids(
+    license: str | None, base_model: str | None, datasets: Sequence[str], is_hub_id: Any
+) -> None:
+    """Check what the hub would refuse, or leave out without a word."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license must be a name of the hub, such as apache-2.0, got {license!r}")
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"base_model must be a hub id, such as someone/model, got {base_model!r}")
+    for name in datasets:
+        if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
+            raise ValueError(f"datasets must be hub ids, such as someone/photos, got {name!r}")
 
-    from ..evaluation.pages.runs import load_run
 
+def _require_png(path: Path) -> None:
+    from ..files.pictures import DECODING_ERRORS, open_picture
+
+    try:
+        with open_picture(path) as image:
+            image.load()
+            kind = image.format
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path} is no picture that can be read ({error}): give a PNG file") from error
+    if kind != "PNG":
+        raise ValueError(
+            f"{path} is of the format {kind}: give a PNG file, such as mhla generate --grid writes"
+        )
+
+
+def _require_its_samples(run: Run, pipeline: Any, model: str) -> None:
+    """Check that a report is of samples that the pipeline has made, as far as it says of which they are."""
+    import torch
+
+    from mhla_diffusion.pipelines.identity import transformers_of, weights_sha256
+
+    from .. import MHLAPipeline
+
+    if run.weights is None:
+        logging.warning("%s does not say what made its samples: whether %s did, is for you to know",
+                        run.name, model)  # fmt: skip
+        return
+    dtype = getattr(torch, run.dtype or "", None)
+    if dtype not in (None, next(iter(transformers_of(pipeline).values())).dtype):
+        pipeline = MHLAPipeline.from_pretrained(model, dtype=dtype)
+    found = weights_sha256(next(iter(transformers_of(pipeline).values())))
+    if found != run.weights:
+        raise ValueError(
+            f"{run.name} has scores of samples that another model made: its weights have the SHA-256 "
+            f"{run.weights[:12]}, those of {model} {found[:12]}. Give a report of what this one generates"
+        )
+
+
+def _read_report(report: Path) -> str:
     path = report / "report.md"
     if not path.is_file():
         raise ValueError(f"{report} holds no report of mhla evaluate (report.md)")
-    run = load_run(report, report.name)
-    results = [
+    return path.read_text("utf-8").strip()
+
+
+def _results(run: Run) -> tuple[Result, ...]:
+    """The scores of a report one by one."""
+    from mhla_diffusion.pipelines.model_card import Result
+
+    return tuple(
         Result(
             score.name, score.metric or score.name, score.value, data=Path(run.real).name,
             facts={f"{name} samples": count for name, count in run.counts.items() if count is not None}
             | ({} if score.interval is None else {"interval of 95 %": list(score.interval)}),
         )
         for score in run.scores.values()
-    ]  # fmt: skip
-    return path.read_text("utf-8").strip(), tuple(results)
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

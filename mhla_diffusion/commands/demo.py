@@ -19,9 +19,19 @@ def demo(models: list[str], host: str = "127.0.0.1", port: int | None = None) ->
         port: of the page; the first that is free from 7860 on by default.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
-    from ..demo import Pair, build_page
+    from diffusers import DiffusionPipeline
 
-    build_page([Pair.parse(text) for text in models]).launch(server_name=host, server_port=port)
+    from ..demo import Pair, build_page
+    from ..hub import require_stored
+
+    pairs = [Pair.parse(text) for text in models]
+    for path in (path for pair in pairs for path in pair.paths):
+        require_stored(path)
+        try:
+            DiffusionPipeline.load_config(path)
+        except OSError as error:  # now, and not at the first click
+            raise ValueError(f"{path} is no pipeline, here or on the hub: {error}") from error
+    build_page(pairs).launch(server_name=host, server_port=port)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

@@ -15,7 +15,6 @@ def main(arguments: Sequence[str], prog: str, kind: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for library in ("mhla_diffusion.backbones.rebuild", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    config, resume = parse_config(ExperimentConfig, arguments, prog=prog, description=__doc__ or "")
-    if resume is not None:
-        raise ValueError("an experiment goes on by itself: leave --resume out")
+    description = __doc__ or ""
+    config, _ = parse_config(ExperimentConfig, arguments, prog=prog, description=description, resumable=False)
     experiment(config)

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..files.locking import new_folder
+from ..files.pictures import DECODING_ERRORS
 from ..files.videos import require_video_writer, write_video
 from ..files.writing import write_folder
 from ..training.data import DataConfig, VideoDataConfig, VideoSamples, open_images, open_videos
@@ -50,13 +51,21 @@ def images(data: DataConfig, out: str, num: int | None = None, captions: bool = 
             for name in folders:
                 (folder / name).mkdir()
             listed: list[tuple[str, str, float]] = []
+            skipped = 0
             for n in tqdm(range(num), desc="exporting", unit="image"):
                 i = n * len(source) // num
+                try:
+                    picture = source.read(i)
+                except DECODING_ERRORS as error:
+                    logging.warning("skipped: %s: %s", source.name(i), error)
+                    skipped += 1
+                    continue
                 place = "" if source.labels is None else folders[source.labels[i]]
-                source.read(i).save(folder / place / f"{i:06d}.png")
+                picture.save(folder / place / f"{i:06d}.png")
                 caption = None if source.captions is None else source.captions[i]
                 texts = {caption: 1.0} if isinstance(caption, str) else caption or {}
                 listed += [(f"{i:06d}.png", text, weight) for text, weight in texts.items()]
+            _tell_skipped(skipped, num, "images")
             if captions:
                 _write_captions(folder, [("path", "caption", "weight"), *listed])
 
@@ -86,6 +95,18 @@ def _require_num(num: int | None, there: int, kind: str) -> int:
     return num
 
 
+def _tell_skipped(skipped: int, num: int, kind: str) -> None:
+    """Say how many could not be read.
+
+    Raises:
+        ValueError: when none could.
+    """
+    if skipped == num:
+        raise ValueError(f"not one of {num} {kind} could be read (above: why), so that nothing is written")
+    if skipped:
+        logging.warning("%d of %d %s were skipped, %d written", skipped, num, kind, num - skipped)
+
+
 def _class_folders(class_names: Sequence[str]) -> list[str]:
     """Return a folder's name for each class: what a data set calls a class may lead to another place."""
     folders = list[str]()
@@ -109,6 +130,7 @@ def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> N
         frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
         write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
         listed.append((f"{i:06d}.mp4", sample["caption"]))
+    _tell_skipped(num - len(listed), num, "videos")
     _write_captions(folder, [("path", "caption"), *listed])
 
 

@@ -81,4 +81,6 @@ class _Parser(HelpParser):
             known = f" Known there: {', '.join(options)};" if len(options) <= _FEW else ""
         close = difflib.get_close_matches(unknown[unknown.lastindex or 0], options, n=1) if unknown else []
         hint = f", did you mean {close[0]}?" if close else "." if known else ";"
+        if re.search(r"Expected a <class '[\w.]*(tuple|list|Sequence)'>", message):
+            hint = f": a list is written [A, B], in quotes{hint}"
         raise CommandError(f"{message}{hint}{known} {end}", code=2) from ex

@@ -24,7 +24,7 @@ def conversion(
 
     Args:
         teacher: folder or hub id.
-        students: folders of mhla choose, or of training runs from one.
+        students: folders of mhla choose, or of training runs, at least one.
         data: as for mhla align.
         out: folder; models that were measured into it are not measured again.
         height: of the output in pixels that speed and memory are for; none are measured by default.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 
 from ..attention import MHLA
 from ..backbones.teacher import place, predict
-from ..timing import interleaved, peak_bytes
+from ..timing import interleaved, peak_bytes, spread
 from .calls import TIME_BUCKETS, Calls, DataCalls
 from .trial import prediction_error
 
@@ -99,12 +101,24 @@ def branch_errors(model: Any, teacher: Any, calls: Calls, numbers: Sequence[int]
 
 
 @torch.no_grad()
-def speed(model: Any, grid: Sequence[int], repeats: int = 3) -> dict[str, float]:
-    """Return seconds and peak bytes of a forward on a grid of tokens."""
+def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> dict[str, float | None]:
+    """Return the time and the peak bytes of a forward on a grid of tokens.
+
+    Returns:
+        ``seconds``, the median of calls that take turns with the teacher's; ``over_teacher``, that median
+        over the teacher's; ``spread``, the distance between its quartiles over it; ``bytes``.
+    """
     inputs = place(model, model.example_inputs(tuple(grid)))
     device = str(model.device)
-    (times,) = interleaved([lambda: predict(model, inputs)], device, repeats)
-    return {"seconds": min(times), "bytes": float(peak_bytes(lambda: predict(model, inputs), device))}
+    own, others = interleaved(
+        [partial(predict, which, inputs) for which in (model, teacher)], device, repeats
+    )
+    return {
+        "seconds": statistics.median(own),
+        "over_teacher": statistics.median(own) / statistics.median(others),
+        "spread": spread(own),
+        "bytes": float(peak_bytes(lambda: predict(model, inputs), device)),
+    }
 
 
 def pictures(model: Any, calls: DataCalls, *, playing: bool) -> list[str]:

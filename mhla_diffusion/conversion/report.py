@@ -22,9 +22,11 @@ from mhla_diffusion.pipelines import MHLAPipeline
 from ..backbones import convert_to_mhla, load_transformer
 from ..backbones.teacher import as_teacher, fingerprint, load_teacher
 from ..config import MHLAConfig
+from ..files.locking import only_writer
 from ..files.pages import render
-from ..files.writing import require_folder, write_file
+from ..files.writing import write_file
 from ..planning import Plan
+from ..training.export import is_run
 from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
 from .choose import RECORD as CHOICE
 from .knapsack import STOCK
@@ -48,12 +50,12 @@ class ReportConfig:
     Args:
         calls: of each model in each tenth of the time.
         real: images or videos to score against, see ``mhla evaluate``; no scores by default.
-        num_samples: to generate for scores.
+        num_samples: to generate for scores, 2 or more.
         samples: whether to draw the run's sample sheet with every model.
         seed: of calls.
 
     Raises:
-        ValueError: for fewer than 1 call, or scores of no samples.
+        ValueError: for fewer than 1 call, or scores of no samples or of one.
     """
 
     calls: int = 8
@@ -69,6 +71,8 @@ class ReportConfig:
             raise ValueError(
                 f"scores need real and num_samples, got real {self.real} and num_samples {self.num_samples}"
             )
+        if self.num_samples == 1:
+            raise ValueError("num_samples must be 2 or more, as one sample has no covariance, got 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Entry:
 
     Args:
         name: what the page calls it.
-        stage: ``teacher``, ``plain``, ``aligned`` or ``distilled``.
+        stage: ``teacher``, ``plain``, ``aligned``, ``distilled``; of what no choice led to ``converted``, and
+            of a training run without a teacher ``trained``.
         load: gives the transformer.
         choice: choice.json of its layers, if it has one.
         hours: of the stage, on the machine that it ran on.
@@ -106,7 +111,7 @@ def report(
 
     Args:
         teacher: folder or hub id.
-        students: folders of mhla choose, or of training runs from one.
+        students: folders of mhla choose, or of training runs; at least one.
         data: as for :func:`open_calls`; without a training run there are no losses and no samples.
         out: folder.
         size: what speed and memory are measured at; none by default.
@@ -117,10 +122,26 @@ def report(
         The content of report.json.
 
     Raises:
-        ValueError: for folders that hold no model, students of another teacher or given twice, and nothing to
-            score against.
+        ValueError: for no students, folders that hold no model, students of another teacher or given twice,
+            nothing to score against, and an ``out`` that another process writes to.
     """
-    config, out = config or ReportConfig(), require_folder(out)
+    config, out = config or ReportConfig(), Path(out)
+    paths = [_located(Path(student)) for student in students]
+    names = _names(paths)
+    with only_writer(out):
+        return _report(teacher, dict(zip(names, paths, strict=True)), data, out, size, config, component)
+
+
+def _report(
+    teacher: str,
+    students: Mapping[str, Path],
+    data: str,
+    out: Path,
+    size: Plan | None,
+    config: ReportConfig,
+    component: str,
+) -> dict[str, Any]:
+    """See :func:`report`; students by what the page calls them."""
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     model = load_teacher(teacher, **place)
     device = _device()
@@ -128,9 +149,8 @@ def report(
     calls = open_calls(model, data, seed=config.seed)
     made_with = _sampling_facts(calls, config)
     entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
-    paths = [Path(student) for student in students]
-    for path, name in zip(paths, _names(paths), strict=True):
-        entries += _entries(path, name, model, place)
+    for name, path in students.items():
+        entries += _entries(path, name, teacher, model, place)
     found: dict[str, dict[str, Any]] = {}
     for entry in tqdm(entries, desc="models", disable=None):
         key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
@@ -160,9 +180,23 @@ def _names(students: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-count:]) for part in parts]
         if len({"teacher", *names}) > len(names):
             return names
-    if students:
-        raise ValueError(f"students must be different folders, got {', '.join(map(str, students))}")
-    return []
+    given = ", ".join(map(str, students)) or "none"
+    raise ValueError(f"students must be different folders, at least one, got {given}")
+
+
+def _located(path: Path) -> Path:
+    """The folder of a student or of a training run, which may be given by its pipeline."""
+    if not path.is_dir():
+        raise ValueError(f"students are folders of mhla choose or of training runs, and {path} is no folder")
+    if path.name == "pipeline" and is_run(path.parent):
+        return path.parent
+    if is_run(path) or any((path / name).is_file() for name in ("model_index.json", "config.json")):
+        return path
+    inside = [str(path / name) for name in ("student", "distilled", "pipeline") if (path / name).is_dir()]
+    raise ValueError(
+        f"{path} holds no model, and is no training run"
+        + (f": students of it are [{', '.join(inside)}]" if inside else "")
+    )
 
 
 def require_scores(calls: Calls, config: ReportConfig) -> str | None:
@@ -187,16 +221,23 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     return [{key: value for key, value in sampling.items() if key not in _NOT_DRAWN}, against]
 
 
-def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
-    """The models that a folder stands for: a student and its plain conversion, or a distilled one."""
-    if not path.is_dir():
-        raise ValueError(f"students are folders of mhla choose or of training runs, and {path} is no folder")
-    run = (path / "pipeline").is_dir()
-    folder = path / "pipeline" if run else path
-    source = path
+def _entries(path: Path, name: str, given: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
+    """The models that a folder stands for: a student and its plain conversion, or one that was trained."""
+    run = is_run(path)
+    folder, source, stage = path, path, "trained"
     if run:
+        folder = path / "pipeline"
+        if not folder.is_dir():
+            raise ValueError(
+                f"{path} is a training run without a pipeline: mhla export-checkpoint writes one"
+            )
         settings = yaml.safe_load((path / "config.yaml").read_text())
         source = Path(settings["model"].get("init_from") or "")
+        taught_by = settings.get("objective", {}).get("teacher")
+        if taught_by is not None:
+            stage = "distilled"
+            if not (source / CHOICE).is_file() and os.path.realpath(taught_by) != os.path.realpath(given):
+                raise ValueError(f"{path} was distilled from {taught_by}, and not from {given}")
     choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
     if choice is not None and choice["teacher"] != fingerprint(teacher):
         raise ValueError(f"{source} was made of another teacher than this")
@@ -205,7 +246,7 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
         return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
 
     if run:
-        return [Entry(name, "distilled", load, choice, training_hours(path), str(path))]
+        return [Entry(name, stage, load, choice, training_hours(path), str(path))]
     if choice is None:
         return [Entry(name, "converted", load, None, 0.0, str(path))]
     hours = choice["align_seconds"] / 3600
@@ -261,7 +302,7 @@ def _measure(
         if config.samples and calls.task.sampling.rows():
             found["pictures"] = pictures(model, calls, playing=len(model.default_grid) == 3)
     if size is not None:
-        found["speed"] = speed(model, size.layout.grid)
+        found["speed"] = speed(model, teacher, size.layout.grid)
     if config.real is not None:
         assert isinstance(calls, DataCalls)
         pipeline = MHLAPipeline.from_pretrained(path)

@@ -300,7 +300,10 @@ def latest_whole(output_dir: Path) -> Path:
         if damaged is None:
             return checkpoint
         logger.warning("%s; trying the one before", damaged)
-    raise ValueError(f"no checkpoint in {output_dir / _FOLDER} is whole: choose another --output_dir")
+    raise ValueError(
+        f"no checkpoint in {output_dir / _FOLDER} is whole, so that nothing of it can be used: train again, "
+        "into another folder"
+    )
 
 
 def require_whole(checkpoint: Path) -> None:

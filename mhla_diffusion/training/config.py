@@ -40,6 +40,7 @@ def parse_config(
     *,
     description: str = "",
     prog: str | None = None,
+    resumable: bool = True,
 ) -> tuple[ConfigT, str | None]:
     """Read ``--config FILE [--key.of.it value ...] [--resume latest|PATH]``.
 
@@ -48,6 +49,7 @@ def parse_config(
         arguments: of the command line; the process's own by default.
         description: for ``--help``.
         prog: what stands before the arguments, for ``--help``; the name of the script by default.
+        resumable: whether there is a ``--resume``; what goes on by itself has none.
 
     Returns:
         The config, and what to resume from.
@@ -58,14 +60,17 @@ def parse_config(
     """
     parser = HelpParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the run")
-    parser.add_argument("--resume", type=str, help="'latest', or the folder of a checkpoint to go on from")
+    if resumable:
+        parser.add_argument(
+            "--resume", type=str, help="'latest', or the folder of a checkpoint to go on from"
+        )
     parser.add_class_arguments(config_class)
     arguments = [with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        _refuse_unknown_keys(config_class, arguments)
+        _refuse_unknown_keys(config_class, arguments, resumable=resumable)
         values = parser.instantiate(parser.parse_args(arguments))
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-        return config_class(**{name: values[name] for name in names}), values["resume"]
+        return config_class(**{name: values[name] for name in names}), values.get("resume")
     except (ArgumentError, ValueError, TypeError) as error:
         lists = "Expected a <class 'tuple'>" in str(error)
         raise ValueError(f"{error}{'; a list is written [A, B], in quotes' if lists else ''}") from error
@@ -211,9 +216,11 @@ def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
     return keys
 
 
-def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None) -> None:
+def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None, *, resumable: bool) -> None:
     """jsonargparse refuses unknown keys too, but does not name the known ones."""
-    allowed = [*_dotted_keys(config_class), "resume", "help", "print_config"]
+    allowed = [*_dotted_keys(config_class), *(["resume"] if resumable else []), "help", "print_config"]
+    if not resumable and "resume" in _given_keys(arguments):
+        raise ValueError("what was interrupted goes on by itself: leave --resume out")
     free = tuple(f"{name}." for name in _mappings(config_class))
     for key in _given_keys(arguments):
         if key in allowed or any(name.startswith(f"{key}.") for name in allowed) or key.startswith(free):

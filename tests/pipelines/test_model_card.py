@@ -4,12 +4,14 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers.utils.hub_utils
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 import mhla_diffusion.pipelines.image
 from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
 from mhla_diffusion.commands.card import card as write_card
+from mhla_diffusion.pipelines.identity import describe
 from mhla_diffusion.pipelines.model_card import write_model_card
 from mhla_diffusion.training.stock import IMAGES, VIDEOS
 from mhla_diffusion.training.text import make_stock_pipeline
@@ -213,6 +216,55 @@ def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_giv
     assert first.metric_args["interval of 95 %"] == scores[0]["interval"]
     assert (folder / "samples.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     assert run_script("card", "--model", tmp_path).returncode == 1
+
+
+def reported(pipeline: Path, folder: Path, dtype: torch.dtype) -> str:
+    """A report of samples that the pipeline has made in a dtype."""
+    shutil.copytree(Path(__file__).parents[1] / "saved" / "report-image" / "report", folder)
+    content = json.loads((folder / "report.json").read_text())
+    content["generated"]["manifest"] = describe(MHLAPipeline.from_pretrained(pipeline, dtype=dtype))
+    (folder / "report.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_card_shows_scores_of_its_own_pipeline_alone(
+    make_pipeline: MakePipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, another = tmp_path / "one", tmp_path / "another"
+    for folder in (one, another):
+        make_pipeline().save_pretrained(folder)
+    for dtype in (torch.float32, torch.bfloat16):
+        report = reported(one, tmp_path / str(dtype), dtype)
+        write_card(str(one), report=report)
+        assert "## Scores" in card(one)
+        before = card(another)
+        with pytest.raises(ValueError, match=r"scores of samples that another model made: .* SHA-256"):
+            write_card(str(another), report=report)
+        assert card(another) == before
+    assert "does not say" not in caplog.text
+    write_card(str(another), report=str(Path(__file__).parents[1] / "saved" / "report-image" / "report"))
+    assert "does not say what made its samples" in caplog.text
+
+
+def test_a_card_takes_nothing_that_is_not_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    folder, picture = tmp_path / "pipeline", tmp_path / "grid.png"
+    make_pipeline(training={"trained": "all weights"}).save_pretrained(folder)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+    picture.write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "jpeg.png", "jpeg")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"picture": str(picture)}, "is no picture that can be read"),
+        ({"picture": str(tmp_path / "jpeg.png")}, "is of the format JPEG: give a PNG file"),
+        ({"picture": str(tmp_path / "nowhere.png")}, "is no picture that can be read"),
+        ({"license": "Not A Licence"}, "license must be a name of the hub"),
+        ({"base_model": "no id!"}, "base_model must be a hub id"),
+        ({"datasets": ("a b",)}, "datasets must be hub ids"),
+        ({"converted": True}, "was trained since it was converted"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            write_card(str(folder), **arguments)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
 
 
 def test_a_converted_pipeline_of_diffusers_has_a_card_that_says_so(

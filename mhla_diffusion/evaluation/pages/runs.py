@@ -45,6 +45,7 @@ class Run:
         made: how its samples were made, by a dotted key, without seeds; empty when no manifest says it.
         seed: of the training; None when it is not known.
         weights: their hash; None when it is not known.
+        dtype: of the weights that samples were made with, such as ``"bfloat16"``; None when it is not known.
         seeds: of its samples; none when they are not known.
         fingerprint: hash of its samples; None when it is not known.
         real: folder or file of the real samples.
@@ -61,6 +62,7 @@ class Run:
     made: dict[str, str]
     seed: str | None
     weights: str | None
+    dtype: str | None
     seeds: Seeds
     fingerprint: str | None
     real: str
@@ -140,6 +142,7 @@ def load_run(path: Path, label: str) -> Run:
         made=made,
         seed=seed,
         weights=None if weights is None else str(weights),
+        dtype=None if manifest.get("dtype") is None else str(manifest["dtype"]),
         seeds=seeds,
         fingerprint=generated["fingerprint"],
         real=str(real["source"]),

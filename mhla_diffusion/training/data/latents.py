@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mhla_diffusion.pipelines.identity import component_sha256
 
-from ...hub import component_subfolder, load_component_config
+from ...hub import component_subfolder, holds_pixels, load_component_config
 from ..config import as_dict
 from ..text import CaptionEncoder, TextConfig, number_suffix
 from .captions import draw_index
@@ -43,8 +43,10 @@ def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
     """Load a frozen autoencoder in fp32, by the folder or hub id of itself or of a pipeline.
 
     Raises:
-        ValueError: when it is of another class.
+        ValueError: when it is of another class, or the pipeline has none.
     """
+    if holds_pixels(path):
+        raise ValueError(f"{path} is a pipeline without an autoencoder, of a model of pixels")
     name = load_component_config(path, "vae").get("_class_name", "model of no class of diffusers")
     if name not in classes:
         raise ValueError(f"{path} holds a {name}, but the autoencoder must be {' or '.join(classes)}")

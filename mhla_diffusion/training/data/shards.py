@@ -203,7 +203,7 @@ def write_shards(
 
     Raises:
         ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else; or
-            when another process is writing there.
+            when another process is writing there, or not one sample could be read.
         ConnectionError: when another process of this run has ended.
     """
     folder, shard_size = Path(config.output_dir), config.shard_size
@@ -229,6 +229,20 @@ def write_shards(
                 number,
             )
         wait_for_all()
+        in_first_process(lambda: _require_samples(folder, cache, range(num_shards), num_samples))
+
+
+def _require_samples(folder: Path, cache: str | None, numbers: range, num_samples: int) -> None:
+    """Refuse a cache of nothing, and leave no files of it: they would count as done."""
+    if any(_Shard(_shard(folder, number), cache, number).num_rows for number in numbers):
+        logger.info("%s is complete: %d files of %d samples at most", folder, len(numbers), num_samples)
+        return
+    for number in numbers:
+        _shard(folder, number).unlink()
+    (folder / _RECORD).unlink()
+    raise ValueError(
+        f"not one of {num_samples} samples could be read (above: why), so that nothing is left in {folder}"
+    )
 
 
 def _write_shard(path: Path, rows: Sequence[Row], cache: str | None, number: int) -> None:

@@ -76,6 +76,37 @@ def test_an_unfinished_cache_is_refused_and_finished_by_another_run(config: Late
     assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
 
 
+def test_a_cache_of_nothing_is_refused_and_leaves_no_files(
+    config: LatentCacheConfig, image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = sorted(image_folder.rglob("*.png"))
+    whole = [path.read_bytes() for path in images]
+    for path in images:
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"not one of 20 samples could be read"):
+        cache_latents(config)
+    assert not Path(config.output_dir).exists()
+    for path, content in zip(images[:-1], whole, strict=False):
+        path.write_bytes(content)
+    cache_latents(config)
+    assert f"skipped, number 1 of this file: {images[-1]}" in caplog.text
+    assert len(CachedLatents(config.output_dir)) == 38
+
+
+def test_a_pipeline_without_an_autoencoder_is_named(config: LatentCacheConfig, tmp_path: Path) -> None:
+    (tmp_path / "pixels").mkdir()
+    index = {"_class_name": "MHLADiTPipeline", "transformer": ["mhla_diffusion", "A"], "vae": [None, None]}
+    (tmp_path / "pixels" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="pixels is a pipeline without an autoencoder"):
+        cache_latents(dataclasses.replace(config, vae=str(tmp_path / "pixels")))
+
+
+def test_a_cache_has_no_option_to_resume() -> None:
+    for words in (("--resume", "latest"), ("--resume=latest",)):
+        result = run_script("cache_latents", "image", *words)
+        assert "what was interrupted goes on by itself: leave --resume out" in result.stderr
+
+
 def test_a_cache_from_before_a_setting_came_is_the_same(config: LatentCacheConfig) -> None:
     cache_latents(config)
     path = Path(config.output_dir) / "cache.json"
@@ -112,12 +143,6 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
         cache_latents(config)
     assert str(broken) in caplog.text
     assert len(CachedLatents(config.output_dir)) == 38
-    for path in image_folder.rglob("*.png"):
-        path.write_bytes(b"")
-    empty = dataclasses.replace(config, output_dir=f"{config.output_dir}-empty")
-    cache_latents(empty)
-    with pytest.raises(ValueError, match="is empty: none of its files could be read"):
-        CachedLatents(empty.output_dir)
 
 
 def test_the_autoencoder_may_lie_in_a_pipeline(config: LatentCacheConfig, tmp_path: Path) -> None:
