@@ -13,6 +13,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -311,6 +313,9 @@ def load_model_config(model: str) -> dict[str, Any]:
     """
     if model in PRESETS:
         return PRESETS[model]
+    presets = {name.lower(): name for name in PRESETS}
+    if not Path(model).exists() and (close := get_close_matches(model.lower(), presets, n=1, cutoff=0.85)):
+        raise ValueError(f"unknown preset {model!r}, did you mean {presets[close[0]]}?")
     try:
         config = load_component_config(model, "transformer")
     except OSError as error:

@@ -368,7 +368,9 @@ def test_every_backbone_has_a_published_size() -> None:
         (("Wan2.1-1.3B", 480, 832, -3), r"frames -3 .* nearest .* is 1$"),
         (("DiT-S/2", 0, 256), r"height 0 .* nearest .* is 16$"),
         (("DiT-S/2", 256, 256, None, (32, 1)), r"16 tokens and cannot hold 32 blocks"),
-        (("DiT-M/2", 256, 256), r"'DiT-M/2' is no folder or hub id .* none of .*DiT-S/2"),
+        (("DiT-M/2", 256, 256), r"unknown preset 'DiT-M/2', did you mean DiT-\w+/2"),
+        (("dit-xl/2", 256, 256), r"unknown preset 'dit-xl/2', did you mean DiT-XL/2\?"),
+        (("Diffusion", 256, 256), r"'Diffusion' is no folder or hub id .* none of .*DiT-S/2"),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
+from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
 from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS
 
@@ -259,4 +260,21 @@ def run_of(model: Any, path: str) -> Any:
         raise ValueError(
             f"data must be the YAML file of a training run, samples, samples-ddpm or noise, got {path!r}"
         )
-    return parse_config(config_class, ["--config", path])[0]
+    try:
+        return parse_config(config_class, ["--config", path])[0]
+    except ValueError as error:
+        if not _is_run(path):
+            raise
+        made = "images" if config_class is ImageTrainingConfig else "videos"
+        raise ValueError(
+            f"{path} is no training run of {made}, which {type(model).__name__} is a model of"
+        ) from error
+
+
+def _is_run(path: str) -> bool:
+    """Tell a run of any kind from a file with mistakes."""
+    try:
+        read_run_config(path)
+    except ValueError:
+        return False
+    return True

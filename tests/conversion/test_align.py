@@ -227,6 +227,8 @@ def test_calls_are_functions_of_their_number_at_even_times(
 def test_data_that_cannot_be_is_refused(teacher: Any) -> None:
     with pytest.raises(ValueError, match=r"the YAML file of a training run, samples, .* got 'nothing.yaml'"):
         open_calls(teacher, "nothing.yaml")
+    with pytest.raises(ValueError, match=r"wan_films.yaml is no training run of images, which MHLADiT"):
+        open_calls(teacher, str(Path(__file__).parents[2] / "configs" / "video_wan_films.yaml"))
 
 
 def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
