@@ -76,7 +76,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         result = call()
         return torch.cuda.max_memory_allocated() - before - _size(result)
-    # What it logs of GPUs that are not there looks like a failure.
+    # Else it tells its steps, and what it says of GPUs that are not there looks like a failure.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:

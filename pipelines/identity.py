@@ -43,6 +43,19 @@ def training_of(pipeline: Any, folder: str | os.PathLike[str] | None = None) -> 
     return dict(known or stored)
 
 
+def mark_converted(pipeline: Any, source: str) -> None:
+    """Have a pipeline of ours say that what it holds of a training was that of what it was converted from.
+
+    Args:
+        pipeline: whose transformer was converted; one of diffusers holds nothing of a training.
+        source: folder or hub id of that.
+    """
+    if facts := dict(pipeline.config.get("training") or {}):
+        for key in ("trained", "base model"):
+            facts.pop(key, None)
+        pipeline.register_to_config(training={**facts, "converted from": source})
+
+
 def describe(pipeline: Any) -> dict[str, Any]:
     """Return what a pipeline's samples depend on besides the arguments of its call, as JSON values.
 

@@ -323,6 +323,11 @@ def _status(training: Mapping[str, Any], base: str | None, fields: CardFields) -
         return _CONVERTED.format(base=_without_folders(base or "the stock model"))
     if not training:
         return "How it was trained is not recorded."
+    if source := training.get("converted from"):
+        return (
+            f"Converted from {_without_folders(source)}, and not trained as a whole since: what is said of "
+            "training is of that model."
+        )
     start = f", starting from {_without_folders(base)}" if base else ", from scratch"
     return f"Trained: {training['trained']}{start}." if "trained" in training else f"Trained{start}."
 

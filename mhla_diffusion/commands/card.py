@@ -47,13 +47,7 @@ def card(
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
     from mhla_diffusion.pipelines.identity import training_of
-    from mhla_diffusion.pipelines.model_card import (
-        PICTURE,
-        CardFields,
-        is_edited,
-        is_hub_id,
-        write_model_card,
-    )
+    from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
 
     from .. import MHLAPipeline
     from ..evaluation.pages.runs import load_run
@@ -68,7 +62,7 @@ def card(
         raise ValueError(f"{readme} was edited, and is not written again: move it away first")
     if report is None and readme.is_file() and "\n## Scores\n" in readme.read_text("utf-8"):
         logging.warning("%s had scores, which are left out: give their --report again", readme)
-    _require_hub_ids(license, base_model, datasets, is_hub_id)
+    _require_hub_ids(license, base_model, datasets)
     if picture is not None:
         _require_png(Path(picture))
     pipeline = MHLAPipeline.from_pretrained(model)
@@ -92,14 +86,16 @@ def card(
     logging.info("Card: %s", readme)
 
 
-def _require_hub_ids(
-    license: str | None, base_model: str | None, datasets: Sequence[str], is_hub_id: Any
-) -> None:
-    """Check what the hub would refuse, or leave out without a word."""
+def _require_hub_ids(license: str | None, base_model: str | None, datasets: Sequence[str]) -> None:
+    """Check what the hub would refuse, or a card leave out without a word."""
+    from mhla_diffusion.pipelines.model_card import is_hub_id
+
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"license must be a name of the hub, such as apache-2.0, got {license!r}")
     if base_model is not None and not is_hub_id(base_model):
-        raise ValueError(f"base_model must be a hub id, such as someone/model, got {base_model!r}")
+        raise ValueError(
+            f"base_model must be a hub id, such as someone/model, and no folder here, got {base_model!r}"
+        )
     for name in datasets:
         if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
             raise ValueError(f"datasets must be hub ids, such as someone/photos, got {name!r}")
@@ -126,16 +122,17 @@ def _require_its_samples(run: Run, pipeline: Any, model: str) -> None:
 
     from mhla_diffusion.pipelines.identity import transformers_of, weights_sha256
 
-    from .. import MHLAPipeline
+    from ..backbones import load_transformer
 
     if run.weights is None:
         logging.warning("%s does not say what made its samples: whether %s did, is for you to know",
                         run.name, model)  # fmt: skip
         return
+    name, transformer = next(iter(transformers_of(pipeline).items()))
     dtype = getattr(torch, run.dtype or "", None)
-    if dtype not in (None, next(iter(transformers_of(pipeline).values())).dtype):
-        pipeline = MHLAPipeline.from_pretrained(model, dtype=dtype)
-    found = weights_sha256(next(iter(transformers_of(pipeline).values())))
+    if dtype not in (None, transformer.dtype):
+        transformer = load_transformer(model, subfolder=name, dtype=dtype)
+    found = weights_sha256(transformer)
     if found != run.weights:
         raise ValueError(
             f"{run.name} has scores of samples that another model made: its weights have the SHA-256 "

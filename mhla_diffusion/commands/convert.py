@@ -43,6 +43,7 @@ def convert(
         normalizer: of official-wan-mhla: official for runs with a denominator.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
+    from mhla_diffusion.pipelines.identity import mark_converted
     from mhla_diffusion.pipelines.model_card import CardFields, write_model_card
 
     from .. import MHLAPipeline
@@ -60,6 +61,7 @@ def convert(
                 converted = convert_to_mhla(load_transformer(model, **place), mhla)
             else:
                 converted = MHLAPipeline.from_pretrained(model, mhla_config=mhla, **place)
+                mark_converted(converted, model)
 
         def write(folder: Path) -> None:
             converted.save_pretrained(folder)

@@ -25,12 +25,13 @@ def demo(models: list[str], host: str = "127.0.0.1", port: int | None = None) ->
     from ..hub import require_stored
 
     pairs = [Pair.parse(text) for text in models]
-    for path in (path for pair in pairs for path in pair.paths):
-        require_stored(path)
-        try:
-            DiffusionPipeline.load_config(path)
-        except OSError as error:  # now, and not at the first click
-            raise ValueError(f"{path} is no pipeline, here or on the hub: {error}") from error
+    for pair in pairs:
+        for path in pair.paths:
+            require_stored(path)
+            try:
+                DiffusionPipeline.load_config(path)
+            except OSError as error:  # now, and not at the first click
+                raise ValueError(f"{path} is no pipeline, here or on the hub: {error}") from error
     build_page(pairs).launch(server_name=host, server_port=port)
 
 

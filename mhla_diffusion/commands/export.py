@@ -57,6 +57,8 @@ def images(data: DataConfig, out: str, num: int | None = None, captions: bool = 
                 try:
                     picture = source.read(i)
                 except DECODING_ERRORS as error:
+                    if isinstance(error, OSError) and error.errno:  # of the disk, not of the picture
+                        raise
                     logging.warning("skipped: %s: %s", source.name(i), error)
                     skipped += 1
                     continue

@@ -70,8 +70,8 @@ def write_activations(model: Any, calls: Calls, config: CacheConfig) -> None:
     """Run the teacher and keep what goes into and out of layers; see :func:`write_shards`.
 
     Raises:
-        ValueError: for activations that are not finite, and when the folder holds those of another teacher,
-            other data or layers.
+        ValueError: for activations that are not finite, when the folder holds those of another teacher,
+            other data or layers, and when not one sample could be read.
         OSError: when the disk is full; what is written stays, and the next run goes on from there.
     """
     dtype = getattr(torch, config.dtype)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 
 from mhla_diffusion.pipelines import MHLAPipeline
+from mhla_diffusion.pipelines.identity import mark_converted
 
 from ..backbones import convert_to_mhla
 from ..backbones.teacher import attention_layers, fingerprint
@@ -174,6 +175,7 @@ def save_student(
     if component_subfolder(teacher, component) is not None:
         whole = MHLAPipeline.from_pretrained(teacher, dtype=student.dtype)
         whole.register_modules(**{component: student})
+        mark_converted(whole, teacher)
 
     def write(folder: Path) -> None:
         whole.save_pretrained(folder)

@@ -101,7 +101,7 @@ def branch_errors(model: Any, teacher: Any, calls: Calls, numbers: Sequence[int]
 
 
 @torch.no_grad()
-def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> dict[str, float | None]:
+def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> dict[str, float]:
     """Return the time and the peak bytes of a forward on a grid of tokens.
 
     Returns:
@@ -116,7 +116,7 @@ def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> di
     return {
         "seconds": statistics.median(own),
         "over_teacher": statistics.median(own) / statistics.median(others),
-        "spread": spread(own),
+        "spread": spread(own) or 0.0,
         "bytes": float(peak_bytes(lambda: predict(model, inputs), device)),
     }
 

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 FILE_NAMES = ("report.json", "report.html")
 # When the trainer draws samples: these are drawn once.
 _NOT_DRAWN = ("every", "max_share")
+# Raised when something else is measured: what was kept is then measured anew.
+_MEASURES = 2
 # Far behind the calls that layers were aligned and chosen on.
 _FIRST_CALL = 1_000_000
 
@@ -150,7 +152,7 @@ def _report(
     made_with = _sampling_facts(calls, config)
     entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
     for name, path in students.items():
-        entries += _entries(path, name, teacher, model, place)
+        entries += _entries(path, name, model, place)
     found: dict[str, dict[str, Any]] = {}
     for entry in tqdm(entries, desc="models", disable=None):
         key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
@@ -221,7 +223,7 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     return [{key: value for key, value in sampling.items() if key not in _NOT_DRAWN}, against]
 
 
-def _entries(path: Path, name: str, given: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
+def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
     """The models that a folder stands for: a student and its plain conversion, or one that was trained."""
     run = is_run(path)
     folder, source, stage = path, path, "trained"
@@ -236,8 +238,7 @@ def _entries(path: Path, name: str, given: str, teacher: Any, place: Mapping[str
         taught_by = settings.get("objective", {}).get("teacher")
         if taught_by is not None:
             stage = "distilled"
-            if not (source / CHOICE).is_file() and os.path.realpath(taught_by) != os.path.realpath(given):
-                raise ValueError(f"{path} was distilled from {taught_by}, and not from {given}")
+            _require_teacher(path, taught_by, teacher, place)
     choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
     if choice is not None and choice["teacher"] != fingerprint(teacher):
         raise ValueError(f"{source} was made of another teacher than this")
@@ -256,6 +257,17 @@ def _entries(path: Path, name: str, given: str, teacher: Any, place: Mapping[str
     ]
 
 
+def _require_teacher(run: Path, taught_by: str, teacher: Any, place: Mapping[str, Any]) -> None:
+    """Check whom a run was distilled from, if that can still be opened from here."""
+    try:
+        its = load_teacher(taught_by, **place)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: its teacher %s cannot be compared with this one: %s", run, taught_by, error)
+        return
+    if fingerprint(its) != fingerprint(teacher):
+        raise ValueError(f"{run} was distilled from {taught_by}, which is another teacher than this")
+
+
 def plain(teacher: Any, choice: Mapping[str, Any]) -> Any:
     """Return the conversion with a choice's forms whose layers were not aligned."""
     forms = choice["chosen"]["forms"]
@@ -271,7 +283,7 @@ def _key(entry: Entry, teacher: Any, settings: list[Any], size: Plan | None) -> 
         fingerprint(entry.load()) if entry.stage != "plain" else json.dumps(entry.choice, sort_keys=True)
     )
     facts = [
-        entry.stage, entry.source, weights, fingerprint(teacher), *settings,
+        _MEASURES, entry.stage, entry.source, weights, fingerprint(teacher), *settings,
         None if size is None else list(size.layout.grid),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

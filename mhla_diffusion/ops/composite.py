@@ -34,7 +34,7 @@ def read(
     products = inner(mix(mixing, summaries), plain, rotated, normalized=features.normalized)
     out = ratio(products, normalized=features.normalized)
     if not features.normalized:
-        return layout.unpack(within_range(out, dtype)).to(dtype), q.new_empty(*q.shape[:3], 0)
+        return layout.unpack(within_range(out, dtype)).to(dtype), plain.new_empty(*q.shape[:3], 0)
     denominators = products[..., -1:]
     if centre.shape[-1]:
         out = torch.where(denominators == 0, 0, out + centre[:, :, None, None])

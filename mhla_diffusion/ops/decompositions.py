@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from . import composite, window_operators
-from .operators import joined, objects
+from .operators import joined, objects, reading
 from .window_composite import softmax_of_scores
 
 
@@ -32,12 +32,12 @@ def read(
     q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.operators.read`."""
-    layout, features = objects(settings[:-1])
+    layout, features, dtype = reading(settings)
     mixing = mixing.to(torch.promote_types(summaries.dtype, torch.float32))
     if features.normalized and features.scaled:  # as composite.weights_of, but ONNX has no frexp
         largest = mixing.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(mixing.dtype).tiny)
         mixing = mixing * torch.exp2(-1 - largest.log2().floor())
-    return composite.read(q, joined(summaries, sums), centre, mixing, layout, features, settings[-1])
+    return composite.read(q, joined(summaries, sums), centre, mixing, layout, features, dtype)
 
 
 @register_decomposition(torch.ops.mhla.window.default)

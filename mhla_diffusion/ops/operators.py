@@ -30,8 +30,11 @@ from .layout import BlockLayout
 
 _SETTINGS = (
     "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, int[]? extra, str feature_map, float eps, "
-    "bool normalized, bool shared, bool scaled"
+    "bool normalized, bool shared"
 )
+_NUM_SETTINGS = 9
+# What came later, after all else and with a default: programs of torch.export are stored without it.
+_SCALED = "bool scaled=True"
 
 
 class Summaries(NamedTuple):
@@ -76,7 +79,7 @@ def read(
         layout: of the queries.
         dtype: of the output.
     """
-    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype)
+    return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype, features.scaled)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -95,15 +98,21 @@ def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
         features.rotary, features.mask, layout.grid, layout.blocks, layout.extra,
-        features.feature_map, features.eps, features.normalized, features.shared, features.scaled,
+        features.feature_map, features.eps, features.normalized, features.shared,
     )  # fmt: skip
 
 
-def objects(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features]:
+def objects(settings: tuple[Any, ...], *, scaled: bool = True) -> tuple[BlockLayout, Features]:
     """Return the objects of the last arguments of an operator."""
-    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared, scaled = settings
+    rotary, mask, grid, blocks, extra, feature_map, eps, normalized, shared = settings
     layout = layout_of(tuple(grid), tuple(blocks), None if extra is None else tuple(extra))
     return layout, Features(feature_map, eps, normalized, rotary, mask, shared, scaled)
+
+
+def reading(settings: tuple[Any, ...]) -> tuple[BlockLayout, Features, torch.dtype]:
+    """Return the objects of the last arguments of ``read``; torch leaves out what is at its default."""
+    dtype, *scaled = settings[_NUM_SETTINGS:]
+    return *objects(settings[:_NUM_SETTINGS], scaled=all(scaled)), dtype
 
 
 @functools.lru_cache(maxsize=256)
@@ -213,22 +222,23 @@ def _summarize_backward(
 @operator(
     "read",
     "(Tensor q, Tensor summaries, Tensor sums, Tensor centre, Tensor mixing, "
-    f"{_SETTINGS}, ScalarType dtype) -> (Tensor, Tensor)",
+    f"{_SETTINGS}, ScalarType dtype, {_SCALED}) -> (Tensor, Tensor)",
 )
-def _read(q: Tensor, summaries: Tensor, *tensors_and_settings: Any) -> tuple[Tensor, Tensor]:
-    *tensors, dtype = tensors_and_settings
-    tensors, settings = tensors[:3], tuple(tensors[3:])
-    return implementation_for(q, summaries).read(q, summaries, *tensors, *objects(settings), dtype)
+def _read(
+    q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    implementation = implementation_for(q, summaries)
+    return implementation.read(q, summaries, sums, centre, mixing, *reading(settings))
 
 
 @operator(
     "read_backward",
-    "(Tensor grad, Tensor? grad_denominators, Tensor out, Tensor denominators, Tensor q, Tensor summaries, "
-    f"Tensor sums, Tensor mixing, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor out, Tensor denominators, Tensor q, Tensor summaries, Tensor sums, "
+    f"Tensor mixing, {_SETTINGS}, {_SCALED}, Tensor? grad_denominators=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_backward(
     grad: Tensor,
-    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -237,9 +247,12 @@ def _read_backward(
     mixing: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    later = dict(zip(("scaled", "grad_denominators"), settings[_NUM_SETTINGS:], strict=False))
+    grad_denominators = later.pop("grad_denominators", None)
     return implementation_for(q, summaries).read_backward(
-        grad, grad_denominators, out, denominators, q, summaries, sums, mixing, *objects(settings)
-    )
+        grad, grad_denominators, out, denominators, q, summaries, sums, mixing,
+        *objects(settings[:_NUM_SETTINGS], **later),
+    )  # fmt: skip
 
 
 # Shapes and strides without numbers, for torch.compile and the meta device.
@@ -261,13 +274,13 @@ def _(
 def _(
     q: Tensor, summaries: Tensor, sums: Tensor, centre: Tensor, mixing: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    return tiled.new_outputs(q, summaries, sums, objects(settings[:-1])[1], settings[-1])
+    _, features, dtype = reading(settings)
+    return tiled.new_outputs(q, summaries, sums, features, dtype)
 
 
 @_read_backward.register_fake
 def _(
     grad: Tensor,
-    grad_denominators: Tensor | None,
     out: Tensor,
     denominators: Tensor,
     q: Tensor,
@@ -304,6 +317,8 @@ def _keys_backward(ctx: Any, *grads_or_none: Tensor | None) -> tuple[Tensor | No
 
 
 def _save_queries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    if not output[1].shape[-1]:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:7])
     ctx.settings = inputs[7:]
@@ -315,24 +330,24 @@ def _queries_backward(
     if grad is None and grad_denominators is None:  # nothing was made of the outputs
         return (None,) * (len(ctx.saved_tensors) - 2 + len(ctx.settings))
     out, denominators, q, summaries, sums, centre, mixing, *tables = ctx.saved_tensors
-    settings, dtype = (*tables, *ctx.settings[:-1]), ctx.settings[-1]
+    layout, features, dtype = reading((*tables, *ctx.settings))
     grad = torch.zeros_like(out) if grad is None else grad
     if torch.is_grad_enabled():
-        its = objects(settings)
         given = [grad] if grad_denominators is None else [grad, grad_denominators]
-        grads = differentiate(
-            lambda q, s, z, w: composite.read(
-                q, joined(s, z)[:, :, : w.shape[-1]], centre, weights_of(w, s.dtype, its[1])[0], *its, dtype
-            )[: len(given)],
-            (q, summaries, sums, mixing),
-            given,
-        )
+
+        def again(q: Tensor, summaries: Tensor, sums: Tensor, mixing: Tensor) -> tuple[Tensor, ...]:
+            whole = joined(summaries, sums)[:, :, : mixing.shape[-1]]
+            weights, _ = weights_of(mixing, summaries.dtype, features)
+            return composite.read(q, whole, centre, weights, layout, features, dtype)[: len(given)]
+
+        grads = differentiate(again, (q, summaries, sums, mixing), given)
     else:
         grads = _read_backward(
-            grad, grad_denominators, out, denominators, q, summaries, sums, mixing, *settings
-        )
+            grad, out, denominators, q, summaries, sums, mixing, *_as_arguments(layout, features),
+            features.scaled, grad_denominators,
+        )  # fmt: skip
     grad_q, grad_summaries, grad_sums, grad_mixing = grads
-    return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * len(settings), None
+    return grad_q, grad_summaries, grad_sums, None, grad_mixing, *[None] * (2 + len(ctx.settings))
 
 
 _summarize.register_autograd(_save_keys, _keys_backward)
@@ -385,16 +400,7 @@ def _(q: Any, summaries: Any, sums: Any, centre: Any, mixing: Any, *settings: An
 
 @register_flop_formula(torch.ops.mhla.read_backward)
 def _(
-    grad: Any,
-    grad_den: Any,
-    out: Any,
-    den: Any,
-    q: Any,
-    summaries: Any,
-    sums: Any,
-    mixing: Any,
-    *_: Any,
-    **__: Any,
+    grad: Any, out: Any, den: Any, q: Any, summaries: Any, sums: Any, mixing: Any, *_: Any, **__: Any
 ) -> int:
     # Summaries are mixed again, and there is a gradient of them and one of W.
     return 2 * _flops(q, summaries, sums) + 3 * _mixing_flops(summaries, sums, mixing)

@@ -78,7 +78,12 @@ def mhla_local(
     # Denominators are of W as it is: they are weighed against those of the window.
     features = Features(feature_map, eps, normalized=True, rotary=rotary, scaled=False)
     # W without its diagonal: the own block is the window's.
-    others = mixing * (1 - torch.eye(layout.num_blocks, dtype=mixing.dtype, device=mixing.device))
+    apart = 1 - torch.eye(layout.num_blocks, dtype=dtype, device=mixing.device)
+    others = mixing.to(dtype) * apart
+    # A row that is all zero, as two blocks start by locality, would have no gradient, that of 0 / 0: it gets
+    # weights that change no output, and whose squares and inverses are in the range of float32.
+    little = torch.finfo(dtype).eps ** 2
+    others = others + apart * (little * (others.detach() == 0).all(-1, keepdim=True))
     far, sums = attend(q, k, v, others, layout, layout, features, key_mask, dtype)
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums[..., 0].clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)

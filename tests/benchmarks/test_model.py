@@ -53,7 +53,7 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
         ({"backbone": "Lumina-Next-2B", "head_dim": 9}, "has no attention_head_dim of its own"),
         ({"backbone": "HunyuanDiT-v1.2", "layers": 3}, "1 layer or an even number"),
         ({"backbone": "Sana-0.6B", "sizes": [1000]}, "does not divide into tokens of 32"),
-        ({"backbone": "Sana-0.7B"}, "none of .*Sana-0.6B"),
+        ({"backbone": "Sana-0.7B"}, "did you mean Sana-"),
         ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         (

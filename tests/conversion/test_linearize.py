@@ -17,8 +17,10 @@ import yaml
 from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.commands.card import card
 from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
 from mhla_diffusion.conversion.budget import conversion_budget
+from mhla_diffusion.conversion.choose import save_student
 from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
 from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
@@ -192,9 +194,31 @@ def test_a_report_calls_distilled_what_learned_from_this_teacher_alone(
     )
     stages = {model["name"]: model["stage"] for model in found["models"]}
     assert stages == {"teacher": "teacher", "alone": "trained", "taught": "distilled"}
-    other = trained(stored_teacher, tmp_path / "other", teacher=str(tmp_path / "elsewhere"))
-    with pytest.raises(ValueError, match=r"other was distilled from .*elsewhere, and not from "):
+    other = trained(stored_teacher, tmp_path / "other", teacher=str(another(stored_teacher, tmp_path)))
+    with pytest.raises(ValueError, match=r"other was distilled from .*elsewhere, which is another teacher"):
         report(teacher, [str(other)], "noise", out, config=ReportConfig(calls=1))
+
+
+def another(pipeline: Path, folder: Path) -> Path:
+    """The same pipeline with other weights."""
+    other = MHLAPipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        next(other.transformer.parameters()).add_(1)
+    other.save_pretrained(folder / "elsewhere")
+    return folder / "elsewhere"
+
+
+def test_a_student_says_that_what_was_trained_was_its_teacher(stored_teacher: Path, tmp_path: Path) -> None:
+    whole = MHLAPipeline.from_pretrained(stored_teacher)
+    whole.register_to_config(training={"trained": "all weights", "steps": 7})
+    whole.save_pretrained(tmp_path / "teacher")
+    save_student(whole.transformer, {}, str(tmp_path / "teacher"), tmp_path / "student")
+    training = MHLAPipeline.from_pretrained(tmp_path / "student").config.training
+    assert training == {"steps": 7, "converted from": str(tmp_path / "teacher")}
+    text = (tmp_path / "student" / "README.md").read_text("utf-8")
+    assert "Converted from teacher, and not trained as a whole since" in text
+    card(str(tmp_path / "student"), converted=True)
+    assert "**Converted, not fine-tuned yet.**" in (tmp_path / "student" / "README.md").read_text("utf-8")
 
 
 def test_students_that_are_none_are_refused_and_nothing_is_touched(

@@ -247,6 +247,23 @@ def test_windows_stand_in_mhla() -> None:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", LIMIT)
+def test_a_row_of_w_that_sees_no_other_block_learns_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As test_window.py has it of operations of torch, which these are compared with."""
+    layout, dtype = BlockLayout((4, 4), (1, 2)), getattr(torch, kind)
+    q, k, v, window_q, window_k, cotangent = torch.randn(6, 1, 2, 16, 16)
+    found = []
+    for kernels, its in (("triton", dtype), ("torch", torch.float64)):
+        monkeypatch.setenv("MHLA_KERNELS", kernels)
+        mixing = torch.eye(2, requires_grad=True)
+        q, k, v, window_q, window_k = (x.to(dtype).to(its) for x in (q, k, v, window_q, window_k))
+        window, weight = (window_q, window_k), torch.zeros(2)
+        out = mhla_local(q, k, v, mixing, layout, window=window, weight=weight, form="shared")
+        found.append(torch.autograd.grad((out.double() * cotangent).sum(), mixing)[0])
+    assert (found[0] - found[1]).norm() < LIMIT[kind] * found[1].norm()
+    assert found[1][0, 1].abs() > 0.1
+
+
 def test_calls_repeat_and_take_no_samples() -> None:
     inputs = make(LAYOUT)
     out = window_attention(*inputs[:3], LAYOUT, margin=1, rest=(inputs[3], inputs[4]))

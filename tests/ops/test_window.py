@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -172,6 +173,31 @@ def test_the_causal_form_joins_the_causal_operator(assert_close: AssertClose) ->
     others = (past[..., block, :][..., block]) * ((F.relu(q) + 1e-6) @ (F.relu(k) + 1e-6).mT)
     weights = near + others
     assert_close(out, weights @ v / weights.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_a_row_of_w_that_sees_no_other_block_learns_to(dtype: torch.dtype, limit: float) -> None:
+    """Two blocks start so by locality. There is no derivative to both sides: W grows from zero."""
+    layout = BlockLayout((4, 4), (1, 2))
+    *tensors, _, window_q, window_k, weight = [x.detach().to(dtype) for x in make_inputs(layout)]
+    cotangent = torch.randn_like(tensors[2])
+
+    def value(mixing: Tensor, dtype: torch.dtype) -> Tensor:
+        inputs = [x.to(dtype) for x in (*tensors, mixing, window_q, window_k, weight)]
+        out = call(mhla_local, inputs, layout, form="shared")
+        return (out.double() * cotangent.double()).sum()
+
+    mixing = torch.eye(2, dtype=dtype).expand(3, 2, 2).clone().requires_grad_()
+    (found,) = torch.autograd.grad(value(mixing, dtype), mixing)
+    start = value(mixing.double(), torch.float64).item()
+    for head, row in itertools.product(range(3), range(2)):
+        moved = mixing.detach().double().clone()
+        moved[head, row, 1 - row] = 1e-7
+        expected = (value(moved, torch.float64).item() - start) / 1e-7
+        assert abs(expected) > 0.01
+        assert found[head, row, 1 - row].item() == pytest.approx(expected, rel=limit, abs=10 * limit)
 
 
 def test_rotated_windows_see_offsets_alone() -> None:

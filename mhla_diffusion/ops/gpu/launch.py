@@ -324,7 +324,8 @@ def tile_of(
         options |= {"TAIL_V": tail_v, "FREE": max(channels, held * tiles)}
     if name == "queries":
         exact = not narrow and precision == "ieee"
-        # Gradients of float32, of an output that goes on in a window, leave fewer registers.
+        # Gradients of float32, of an output that was asked for in it or goes on in a window, leave too few
+        # registers.
         most = _MOST_HELD_NARROW.get(target.major, _MOST_HELD) if v == torch.bfloat16 else _MOST_HELD
         options["FUSED"] = d * held <= most and tiles == 1 and not tail and not exact
     return options

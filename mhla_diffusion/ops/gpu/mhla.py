@@ -5,7 +5,7 @@ Four kernels do almost everything (:mod:`mhla_diffusion.ops.gpu.kernels`):
 - ``outer``, summaries of values and features: the forward of ``summarize``;
 - ``inner``, products of features and summaries: the forward of ``read``;
 - ``queries``, the gradient of q and, where registers hold it, that of the mixed summaries (up to 64 channels,
-  in bfloat16 at compute capability 9.0 up to 128 in one tile); ``outer`` finds it elsewhere;
+  in bfloat16, gradients too, at compute capability 9.0 up to 128 in one tile); ``outer`` finds it elsewhere;
 - ``keys``, the gradients of k and v.
 
 Small ones find the centre of values, what of W mixes summaries, and its gradient: an operation of torch for
