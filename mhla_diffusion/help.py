@@ -42,6 +42,12 @@ class HelpParser(ArgumentParser):
         return values
 
 
+def list_hint(message: str) -> str:
+    """Return how a list is written, to stand behind a message that one was expected; else nothing."""
+    expected = re.search(r"Expected a <class '[\w.]*(tuple|list|Sequence)'>", message)
+    return "; a list is written [A, B], in quotes" if expected else ""
+
+
 def with_home(word: str) -> str:
     """Return an argument, ``~/path`` or ``--option=~/path``, with the home in the place of the tilde.
 

@@ -50,7 +50,6 @@ def card(
     from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
 
     from .. import MHLAPipeline
-    from ..evaluation.pages.runs import load_run
     from ..hub import require_stored
 
     folder = Path(model)
@@ -70,12 +69,7 @@ def card(
         raise ValueError(
             f"{model} was trained since it was converted, by what it says: leave --converted out"
         )
-    scores: str | None = None
-    results: tuple[Result, ...] = ()
-    if report is not None:
-        scores, run = _read_report(Path(report)), load_run(Path(report), Path(report).name)
-        _require_its_samples(run, pipeline, model)
-        results = _results(run)
+    scores, results = (None, ()) if report is None else _read_scores(Path(report), pipeline, model)
     if picture is not None:
         write_file(folder / PICTURE, partial(shutil.copyfile, picture))
     fields = CardFields(
@@ -140,25 +134,26 @@ def _require_its_samples(run: Run, pipeline: Any, model: str) -> None:
         )
 
 
-def _read_report(report: Path) -> str:
+def _read_scores(report: Path, pipeline: Any, model: str) -> tuple[str, tuple[Result, ...]]:
+    """Read the table of a report on samples of the pipeline, and its scores one by one."""
+    from mhla_diffusion.pipelines.model_card import Result
+
+    from ..evaluation.pages.runs import load_run
+
     path = report / "report.md"
     if not path.is_file():
         raise ValueError(f"{report} holds no report of mhla evaluate (report.md)")
-    return path.read_text("utf-8").strip()
-
-
-def _results(run: Run) -> tuple[Result, ...]:
-    """The scores of a report one by one."""
-    from mhla_diffusion.pipelines.model_card import Result
-
-    return tuple(
+    run = load_run(report, report.name)
+    _require_its_samples(run, pipeline, model)
+    results = [
         Result(
             score.name, score.metric or score.name, score.value, data=Path(run.real).name,
             facts={f"{name} samples": count for name, count in run.counts.items() if count is not None}
             | ({} if score.interval is None else {"interval of 95 %": list(score.interval)}),
         )
         for score in run.scores.values()
-    )  # fmt: skip
+    ]  # fmt: skip
+    return path.read_text("utf-8").strip(), tuple(results)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

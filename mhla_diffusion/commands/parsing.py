@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 
-from ..help import HelpParser
+from ..help import HelpParser, list_hint
 from .end import CommandError
 
 # Options that a message names.
@@ -81,6 +81,5 @@ class _Parser(HelpParser):
             known = f" Known there: {', '.join(options)};" if len(options) <= _FEW else ""
         close = difflib.get_close_matches(unknown[unknown.lastindex or 0], options, n=1) if unknown else []
         hint = f", did you mean {close[0]}?" if close else "." if known else ";"
-        if re.search(r"Expected a <class '[\w.]*(tuple|list|Sequence)'>", message):
-            hint = f": a list is written [A, B], in quotes{hint}"
+        message += list_hint(message)
         raise CommandError(f"{message}{hint}{known} {end}", code=2) from ex

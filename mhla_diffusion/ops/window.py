@@ -77,17 +77,21 @@ def mhla_local(
     rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
     # Denominators are of W as it is: they are weighed against those of the window.
     features = Features(feature_map, eps, normalized=True, rotary=rotary, scaled=False)
-    # W without its diagonal: the own block is the window's.
-    apart = 1 - torch.eye(layout.num_blocks, dtype=dtype, device=mixing.device)
-    others = mixing.to(dtype) * apart
-    # A row that is all zero, as two blocks start by locality, would have no gradient, that of 0 / 0: it gets
-    # weights that change no output, and whose squares and inverses are in the range of float32.
-    little = torch.finfo(dtype).eps ** 2
-    others = others + apart * (little * (others.detach() == 0).all(-1, keepdim=True))
+    others = _others(mixing.to(dtype))
     far, sums = attend(q, k, v, others, layout, layout, features, key_mask, dtype)
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums[..., 0].clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
     return window_attention(queries, keys, v, layout, rest=(far, log_sums), **near_options).to(v.dtype)
+
+
+def _others(mixing: Tensor) -> Tensor:
+    """W without its diagonal: the own block is the window's."""
+    apart = 1 - torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
+    others = mixing * apart
+    # A row that is all zero, as two blocks start by locality, would have no gradient, that of 0 / 0: it gets
+    # weights that change no output, and whose squares and inverses are in the range of float32.
+    little = torch.finfo(mixing.dtype).eps ** 2
+    return others + apart * (little * (others.detach() == 0).all(-1, keepdim=True))
 
 
 def window_attention(

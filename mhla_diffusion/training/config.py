@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError
 
 from ..files.text import shortened
 from ..files.writing import write_file
-from ..help import HelpParser, with_home
+from ..help import HelpParser, list_hint, with_home
 
 _CHANGEABLE = "changeable"
 
@@ -72,8 +72,7 @@ def parse_config(
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
         return config_class(**{name: values[name] for name in names}), values.get("resume")
     except (ArgumentError, ValueError, TypeError) as error:
-        lists = "Expected a <class 'tuple'>" in str(error)
-        raise ValueError(f"{error}{'; a list is written [A, B], in quotes' if lists else ''}") from error
+        raise ValueError(f"{error}{list_hint(str(error))}") from error
 
 
 def run_script(

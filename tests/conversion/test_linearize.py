@@ -17,7 +17,9 @@ import yaml
 from PIL import Image
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.commands import report as report_command
 from mhla_diffusion.commands.card import card
+from mhla_diffusion.commands.end import CommandError
 from mhla_diffusion.conversion import LinearizeConfig, NoiseCalls, ReportConfig, linearize, report
 from mhla_diffusion.conversion.budget import conversion_budget
 from mhla_diffusion.conversion.choose import save_student
@@ -239,6 +241,12 @@ def test_students_that_are_none_are_refused_and_nothing_is_touched(
     assert not (tmp_path / "report").exists()
     with pytest.raises(ValueError, match="num_samples must be 2 or more"):
         ReportConfig(real="somewhere", num_samples=1)
+
+
+def test_a_list_that_is_none_is_told_how_lists_are_written() -> None:
+    words = ["--teacher", "a", "--students", "b", "--data", "noise", "--out", "c"]
+    with pytest.raises(CommandError, match=r"a list is written \[A, B\], in quotes"):
+        report_command.main(words, "mhla report conversion", "conversion")
 
 
 def test_two_reports_at_once_do_not_write_into_one_folder(stored_teacher: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
-from mhla_diffusion.training.data import ImageSamples, open_images
+from mhla_diffusion.training.data import ImageSamples, open_images, shards
 from mhla_diffusion.training.data.latents import CachedLatents
 from tests.processes import run_script
 
@@ -91,6 +91,17 @@ def test_a_cache_of_nothing_is_refused_and_leaves_no_files(
     cache_latents(config)
     assert f"skipped, number 1 of this file: {images[-1]}" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 38
+
+
+def test_a_cache_of_nothing_that_an_earlier_version_left_is_named(
+    config: LatentCacheConfig, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"")
+    monkeypatch.setattr(shards, "_require_samples", lambda *_: None)
+    cache_latents(config)
+    with pytest.raises(ValueError, match="is empty: none of its files could be read"):
+        CachedLatents(config.output_dir)
 
 
 def test_a_pipeline_without_an_autoencoder_is_named(config: LatentCacheConfig, tmp_path: Path) -> None:
