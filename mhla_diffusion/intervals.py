@@ -36,6 +36,17 @@ class Interval(NamedTuple):
         """Return whether the intervals lie apart, this one on the better side, which may be the lower."""
         return other.is_above(self) if lower else self.is_above(other)
 
+    def holds(self, value: float) -> bool:
+        """Return whether the value lies within."""
+        return abs(self.mean - value) <= self.half
+
+    def difference_text(self, digits: int = 3) -> str:
+        """Return a difference with its sign, and where it begins and ends."""
+        ends = (self.mean, self.mean - self.half, self.mean + self.half)
+        # No zero below zero.
+        mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in ends)
+        return f"{mean} [{low}, {high}]"
+
     def text(self, digits: int = 3) -> str:
         """Return mean and interval, and in brackets the standard deviation over seeds."""
         if not math.isfinite(self.half):

@@ -28,6 +28,8 @@ class Comparison:
         settings: lists of values of the task's settings, which are combined: ``{"side": [16, 32]}``.
         seeds: of data and weights; the same for all variants. Three or more, or nothing is claimed.
         screen: rule of ``--screen``, see :class:`.screen.Screen`.
+        against: names of the variants that all others are compared with seed by seed; those of linear
+            attention and softmax by default, or the first of all.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Comparison:
     settings: dict[str, list[Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     screen: Screen = field(default_factory=Screen)
+    against: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -47,12 +50,21 @@ class Comparison:
             raise ValueError(
                 f"settings need a list of one value or more, such as side: [16], got {self.settings}"
             )
-        if unknown := sorted(set(self.screen.keep) - set(names)):
-            raise ValueError(f"screen.keep must name variants, got {', '.join(unknown)}")
+        for key, named in (("screen.keep", self.screen.keep), ("against", self.against)):
+            if unknown := sorted(set(named) - set(names)):
+                raise ValueError(
+                    f"{key} must name variants, which are {', '.join(names)}, got {', '.join(unknown)}"
+                )
         object.__setattr__(self, "task", task_of(self.task))
         for task in self.tasks():  # refuses what cannot be, before anything runs
             for variant in self.variants:
                 task.check(variant, variant.config(task.default_blocks))
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the variants that all others are compared with seed by seed."""
+        controls = [variant.name for variant in self.variants if variant.attention != "mhla"]
+        return self.against or controls or [self.variants[0].name]
 
     def tasks(self) -> Iterator[Task]:
         """Yield the settings of the task, in the order of the lists."""

@@ -22,6 +22,10 @@ _EVERY, _TEST_WINDOWS = 10, 200
 _DECODED, _PIECE = 32, 1024
 
 
+def _speed(key: str, title: str) -> Metric:
+    return Metric(key, title, lower_is_better=False, digits=0, paired=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Language(TrainedByTransformers, kind="language"):
     """Prediction of the next byte in the source of Python's standard library (PSF license, in every Python).
@@ -34,12 +38,8 @@ class Language(TrainedByTransformers, kind="language"):
 
     metrics: ClassVar = (
         Metric("perplexity", "Perplexity of a held-out byte", lower_is_better=True),
-        Metric(
-            "tokens_per_second_short", "Tokens a second behind few others", lower_is_better=False, digits=0
-        ),
-        Metric(
-            "tokens_per_second_long", "Tokens a second behind many others", lower_is_better=False, digits=0
-        ),
+        _speed("tokens_per_second_short", "Tokens a second behind few others"),
+        _speed("tokens_per_second_long", "Tokens a second behind many others"),
     )
 
     context: int = 512

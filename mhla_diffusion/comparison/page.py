@@ -77,6 +77,9 @@ def _parts(comparison: Comparison, records: Records, command: str, screened: Scr
         f"`{command}`, on {devices}. {titles[0].upper()}{titles[1:]}: mean over {len(comparison.seeds)} "
         "seeds, its 95 % interval (Student's), and the standard deviation; bold where the interval of the "
         f"best lies apart from all others. {about}",
+        'Runs of a seed have data, noise and, where shapes agree, their start in common. So tables "less" '
+        "another variant have the mean difference of runs of a seed, and in brackets its 95 % interval, bold "
+        "where that does not hold 0, as it would of alike ones once in twenty times.",
     ]
     if len(records) < wanted:
         parts.append(f"**Incomplete: {len(records)} of {wanted} runs are done.**")
@@ -113,6 +116,8 @@ def _grid(comparison: Comparison, records: Records) -> list[str]:
         for variant in comparison.variants:
             rows.append([variant.name, *(cells[variant.name] for cells in columns)])
         parts += [f"## {title or 'All'}", markdown_table(rows)]
+        for value, task in zip(values, tasks, strict=True):
+            parts += _differences(comparison, records, task, metric, _heading(column, value))
     return parts
 
 
@@ -127,6 +132,8 @@ def _of_task(comparison: Comparison, task: Task, records: Records) -> list[str]:
     rows = [["", *(metric.title for metric in metrics)]]
     rows += [[v.name, *(cells[v.name] for cells in columns)] for v in comparison.variants]
     parts = [f"## {task.tokens:,} tokens", markdown_table(rows)]
+    for metric in metrics:
+        parts += _differences(comparison, records, task, metric, metric.title)
     by_time = {v.name: _values(records, task, v.name, "loss_by_time") for v in comparison.variants}
     if any(by_time.values()):
         head = ["loss, data to noise", *(f"{n / 10:.1f}" for n in range(10))]
@@ -185,6 +192,37 @@ def _column(comparison: Comparison, records: Records, task: Task, metric: Metric
         text = interval.text(metric.digits)
         cells[name] = (f"**{text}**" if best and len(intervals) > 1 else text) + missing
     return cells
+
+
+def _differences(
+    comparison: Comparison, records: Records, task: Task, metric: Metric, title: str
+) -> list[str]:
+    """Table of a metric less a reference's of the same seed; nothing where fewer than two seeds have both."""
+    if not metric.paired:
+        return []
+    wanted = json.loads(json.dumps(task.record))
+    found = {
+        (its["variant"]["name"], its["seed"]): its[metric.key]
+        for its in records
+        if its["task"] == wanted and metric.key in its
+    }
+    rows = [[f"{title}, less", *comparison.references]]
+    for variant in comparison.variants:
+        row = [variant.name]
+        for reference in comparison.references:
+            pairs = [((variant.name, seed), (reference, seed)) for seed in comparison.seeds]
+            less = [found[one] - found[other] for one, other in pairs if {one, other} <= found.keys()]
+            row.append(_difference(less, metric) if reference != variant.name else "")
+        rows.append(row)
+    return [markdown_table(rows)] if any(any(row[1:]) for row in rows[1:]) else []
+
+
+def _difference(values: list[float], metric: Metric) -> str:
+    if len(values) < 2:
+        return ""
+    interval = Interval.of(values)
+    text = interval.difference_text(metric.digits)
+    return text if interval.holds(0) else f"**{text}**"
 
 
 def _values(records: Records, task: Task, variant: str, key: str) -> list[Any]:

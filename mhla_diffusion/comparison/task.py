@@ -25,12 +25,14 @@ class Metric(NamedTuple):
         title: on the page.
         lower_is_better: whether less is more.
         digits: behind the point.
+        paired: whether runs of a seed have so much in common that their difference says more than each.
     """
 
     key: str
     title: str
     lower_is_better: bool
     digits: int = 3
+    paired: bool = True
 
 
 class Task(ABC):

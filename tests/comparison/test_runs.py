@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import statistics
 import subprocess
 import sys
 import time
@@ -152,6 +153,25 @@ def test_a_page_says_what_is_missing(tmp_path: Path) -> None:
     assert "| linear |  |  |" in text
 
 
+def test_a_page_compares_runs_of_a_seed(tmp_path: Path) -> None:
+    near = dataclasses.replace(COMPARISON, settings={"distance": ["near"]}, seeds=[0, 1, 2])
+    # Seeds differ by .4 and variants by .1, so that means overlap and differences are apart from 0.
+    starts = {"softmax": 0.5, "linear": 0.4}
+    found = [of(name, seed, start + 0.2 * seed) for name, start in starts.items() for seed in near.seeds]
+    text = write_page(near, found, tmp_path, "x").read_text()
+    assert "| distance near, less | softmax | linear |" in text
+    assert "| linear | **-0.100 [-0.100, -0.100]** |  |" in text
+    assert "| softmax |  | **+0.100 [+0.100, +0.100]** |" in text
+    found[-1] = of("linear", 2, 0.9)
+    text = write_page(dataclasses.replace(near, against=["softmax"]), found[:-1], tmp_path, "x").read_text()
+    assert "| linear | **-0.100 [-0.100, -0.100]** |\n" in text, "two seeds have both"
+    text = write_page(dataclasses.replace(near, against=["softmax"]), found, tmp_path, "x").read_text()
+    half = 4.302653 / math.sqrt(3) * statistics.stdev([-0.1, -0.1, 0.0])
+    low, high = -0.2 / 3 - half, -0.2 / 3 + half
+    assert f"| linear | -0.067 [{low:.3f}, +{high:.3f}] |\n" in text
+    assert ", less" not in write_page(near, found[:4], tmp_path, "x").read_text(), "one seed has both"
+
+
 def test_an_interval_is_students() -> None:
     interval = Interval.of([1.0, 2.0, 3.0])
     assert interval.mean == 2
@@ -168,6 +188,7 @@ def test_an_interval_is_students() -> None:
         ({"settings": {"sides": [4]}}, "unknown settings sides"),
         ({"settings": {"side": 4}}, "a list of one value or more"),
         ({"settings": {"side": [2]}}, "queries may be half"),
+        ({"against": ["flash"]}, "against must name variants, which are softmax, linear, got flash"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused(setting: dict[str, Any], told: str) -> None:

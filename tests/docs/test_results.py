@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mhla_diffusion.comparison import Comparison, write_page
+from mhla_diffusion.comparison.config import key_of
 from mhla_diffusion.comparison.screen import Screen
 from mhla_diffusion.comparison.variant import Variant
 from mhla_diffusion.conversion.findings import findings, table
@@ -29,6 +30,7 @@ CONVERSIONS = [name for name, content in RESULTS.items() if "results" in content
 
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?|\.\d+)"
 _INTERVAL = re.compile(rf"{_NUMBER}\s±\s{_NUMBER}")
+_DIFFERENCE = re.compile(rf"{_NUMBER}\s\[{_NUMBER},\s{_NUMBER}\]")
 
 
 def rows(text: str) -> list[str]:
@@ -77,6 +79,50 @@ def test_intervals_of_the_pages_are_those_of_some_records() -> None:
         if (digits, (float(mean.replace(",", "")), float(half.replace(",", "")))) not in known:
             wrong.append(f"{page}: {mean} ± {half}")
     assert not wrong
+
+
+def test_differences_of_the_pages_are_those_of_some_records() -> None:
+    """Those within a seed, and scores of a teacher, written as ``mean [low, high]``."""
+    found = [Interval.of(values) for values in differences()]
+    ends = [(its.mean - its.half, its.mean, its.mean + its.half) for its in found]
+    teachers = [
+        its for name in CONVERSIONS for its in RESULTS[name]["results"] if its["variant"] == "teacher"
+    ]
+    scores = [score for its in teachers for score in its["scores"]]
+    ends += [(score["interval"][0], score["value"], score["interval"][1]) for score in scores]
+    known = {tuple(f"{abs(end):.{digits}f}" for end in its) for its in ends for digits in range(1, 5)}
+    stated = _DIFFERENCE.findall(read("docs/results/README.md"))
+    assert len(stated) > 10
+    wrong = []
+    for mean, low, high in stated:
+        written = ["0" * number.startswith(".") + number for number in (low, mean, high)]
+        if tuple(written) not in known and tuple(written[::-1]) not in known:
+            wrong.append(f"{mean} [{low}, {high}]")
+    assert not wrong
+
+
+def differences() -> Iterator[list[float]]:
+    """Yield how far two variants are apart in each seed: by metrics of comparisons, losses of conversions."""
+    for content in RESULTS.values():
+        if "runs" not in content:
+            ratios: dict[str, list[float]] = {}
+            for its in content["results"]:
+                ratios.setdefault(its["variant"], []).append(its["ratio"]["value"])
+            yield from less([its for its in ratios.values() if len(its) > 1])
+            continue
+        tasks: dict[str, dict[str, list[Any]]] = {}
+        for run in sorted(content["runs"], key=lambda run: run["seed"]):
+            variants = tasks.setdefault(key_of(run)[0], {})
+            variants.setdefault(run["variant"]["name"], []).append(run)
+        for variants in tasks.values():
+            for key in ("frechet", "loss", "frame_change", "accuracy", "perplexity"):
+                groups = [[run[key] for run in runs] for runs in variants.values() if key in runs[0]]
+                yield from less(groups)
+
+
+def less(groups: list[list[float]]) -> Iterator[list[float]]:
+    for one, other in itertools.permutations(groups, 2):
+        yield [a - b for a, b in zip(one, other, strict=True)]
 
 
 def text(interval: Interval, digits: int) -> tuple[float, float]:
