@@ -23,7 +23,7 @@ from mhla_diffusion.files.videos import open_video, require_video_writer, write_
 from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
-from .identity import describe
+from .identity import describe, training_of
 from .prompts import MAX_SEED, Prompt
 from .requests import require_positive
 from .rows import class_rows, prompt_rows
@@ -33,9 +33,9 @@ from .sampling import (
     call_arguments,
     call_parameters,
     frames_per_second,
-    is_controlled,
     output_kind,
     sample,
+    takes_one_text,
 )
 from .sheets import save_grid, save_image, save_strips
 
@@ -118,8 +118,10 @@ def generate_images(
         rows, pictures = prompt_rows(
             prompts, num_images, per_prompt, seed=seed, negative_prompt=negative_prompt, kind="images"
         )
-    call = call_arguments(pipeline, rows, settings, options)
-    return _generate(pipeline, Path(out), "images", rows, pictures, batch_size=batch_size, call=call)
+    return _generate(
+        pipeline, Path(out), "images", rows, pictures, call=call_arguments(pipeline, rows, settings, options),
+        batch_size=1 if takes_one_text(pipeline) else batch_size,
+    )  # fmt: skip
 
 
 def generate_videos(
@@ -156,7 +158,7 @@ def generate_videos(
         negative_prompt: of the prompts that have none of their own.
         seed: of the first video; video i has ``seed + i``, unless its prompt has a seed.
         batch_size: videos at a time, in one process. With pictures, and of Wan VACE, 1: diffusers' pipelines
-            take one a call.
+            take one a call; of Kandinsky 5 and Latte too, where a text would change those beside it.
         num_inference_steps, guidance_scale, height, width, num_frames: see :func:`generate_images`.
         fps: frames per second of the files; as the pipeline or its training states by default, else 16.
         options: more arguments of the pipeline's call, as JSON values.
@@ -182,12 +184,13 @@ def generate_videos(
         folder=images,
     )  # fmt: skip
     require_video_writer()
-    if "frame_rate" in call_parameters(pipeline):
+    # What was trained has the rate of its training, whatever that of the files.
+    if "frame_rate" in call_parameters(pipeline) and not training_of(pipeline):
         settings["frame_rate"] = fps
     call = call_arguments(pipeline, rows, settings, options)
     return _generate(
         pipeline, Path(out), "videos", rows, pictures, call=call, fps=frames_per_second(pipeline, call, fps),
-        batch_size=1 if is_controlled(pipeline) or pictures[0] is not None else batch_size,
+        batch_size=1 if takes_one_text(pipeline) or pictures[0] is not None else batch_size,
     )  # fmt: skip
 
 

@@ -74,6 +74,14 @@ def is_controlled(pipeline: Any) -> bool:
     return {"video", "mask"} <= call_parameters(pipeline).keys()
 
 
+def takes_one_text(pipeline: Any) -> bool:
+    """Return True where what a text gives would depend on those beside it in a call, or there may be none.
+
+    Models of Kandinsky 5 and Latte have no mask: texts are filled up to the longest, and that is read.
+    """
+    return is_controlled(pipeline) or type(pipeline).__name__.startswith(("Kandinsky5", "Latte"))
+
+
 def guidance_name(pipeline: Any) -> str:
     """Return what a pipeline calls the strength of guidance away from the empty text, or from another one."""
     if "true_cfg_scale" not in call_parameters(pipeline):
@@ -133,7 +141,7 @@ def call_arguments(
     call |= {key: value for key, value in trained.items() if key in parameters}
     call |= options | {key: value for key, value in named.items() if value is not None}
     require_finite(**call)
-    asked = {*call, *conditions(rows), *(key for row in rows for key in own_size(row))}
+    asked = {*call, *(key for row in rows for key in (*conditions([row]), *own_size(row)))}
     if "image" in rows[0]:
         asked |= {"video", "mask"} if is_controlled(pipeline) else {"image"}
     if unknown := sorted(asked - parameters.keys()):
@@ -164,12 +172,12 @@ def _require_types(pipeline: Any, options: Mapping[str, Any]) -> None:
 
 
 def conditions(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return what rows of a manifest ask for, as arguments of a call; without the picture."""
+    """Return what rows of one of the :func:`batches` ask for, as arguments of a call; not the picture."""
     if "class_id" in rows[0]:
         return {"class_labels": [row["class_id"] for row in rows]}
     asked = {"prompt": [row["prompt"] for row in rows]}
-    if any("negative_prompt" in row for row in rows):
-        asked["negative_prompt"] = [row.get("negative_prompt", "") for row in rows]
+    if "negative_prompt" in rows[0]:
+        asked["negative_prompt"] = [row["negative_prompt"] for row in rows]
     return asked
 
 
@@ -179,10 +187,17 @@ def own_size(row: Mapping[str, Any]) -> dict[str, int]:
 
 
 def batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[slice]:
-    """Divide rows into calls: those one after the other that have one size, at most ``batch_size``."""
+    """Divide rows into calls: those one after the other that can be in one, at most ``batch_size``.
+
+    They have one size, and all a negative prompt or none: without one, pipelines have theirs.
+    """
+
+    def kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return own_size(row), "negative_prompt" in row
+
     starts = [0]
     for i in range(1, len(rows)):
-        if i - starts[-1] == batch_size or own_size(rows[i]) != own_size(rows[starts[-1]]):
+        if i - starts[-1] == batch_size or kind(rows[i]) != kind(rows[starts[-1]]):
             starts.append(i)
     return [slice(*ends) for ends in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
@@ -190,7 +205,7 @@ def batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[slice]:
 def frames_per_second(pipeline: Any, call: Mapping[str, Any], fps: float | None) -> float:
     """Frames per second of the videos: as asked, else as the pipeline or its training states, else 16."""
     stated = pipeline.config.get("fps") or training_of(pipeline).get("fps")
-    return float(fps or call.get("frame_rate") or stated or DEFAULT_FPS)
+    return float(fps or stated or call.get("frame_rate") or DEFAULT_FPS)
 
 
 def sample(
@@ -199,8 +214,8 @@ def sample(
     """Make what the rows of a manifest say, in one call.
 
     Args:
-        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt; all of one size. One
-            where :func:`is_controlled`.
+        rows: each with a seed and a class_id, or a prompt and perhaps a negative_prompt; see :func:`batches`.
+            One where :func:`is_controlled`.
         call: see :func:`call_arguments`.
         images: of each row the picture to begin with, or None. With pictures one row at a time, as diffusers'
             image-to-video pipelines take one image.

@@ -83,6 +83,23 @@ class DenoisingMixin:
             timestep = timestep.to(samples.dtype)
         return {"hidden_states": samples, "timestep": timestep, **conditions}
 
+    def without_mask(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments of a model that takes no mask, with texts cut to their tokens.
+
+        Raises:
+            ValueError: for texts of several lengths.
+        """
+        given = dict(arguments)
+        mask = given.pop("encoder_attention_mask", None)
+        if mask is None:
+            return given
+        lengths = mask.sum(1).tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"texts in a call of {type(self).__name__} have one length, got {lengths}: call it apart"
+            )
+        return {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, : lengths[0]]}
+
     def prediction(self, output: Tensor, samples: Tensor) -> Tensor:
         """Return what a forward gave for noisy samples as the prediction of an objective, ``[B, C, ...]``."""
         return output

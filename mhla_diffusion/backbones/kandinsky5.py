@@ -150,16 +150,10 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
         if self.config.visual_cond:  # of which nothing is known
             latents = torch.cat([latents, torch.zeros_like(latents), torch.zeros_like(latents[..., :1])], -1)
         given["hidden_states"] = latents
-        mask = given.pop("encoder_attention_mask", None)
-        if mask is not None:
-            given.pop("encoder_attention_mask_2")
-            lengths = mask.sum(1).tolist()
-            if len(set(lengths)) > 1:
-                raise ValueError(
-                    f"texts in a call of Kandinsky 5 have one length, got {lengths}: call it apart"
-                )
-            given["encoder_hidden_states"] = given["encoder_hidden_states"][:, : lengths[0]]
-            given["text_rope_pos"] = torch.arange(lengths[0], device=samples.device)
+        if given.pop("encoder_attention_mask_2", None) is not None:
+            given = self.without_mask(given)
+            length = given["encoder_hidden_states"].shape[1]
+            given["text_rope_pos"] = torch.arange(length, device=samples.device)
             given["pooled_projections"] = given.pop("encoder_hidden_states_2").flatten(1)
         return given
 

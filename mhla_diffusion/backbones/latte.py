@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +43,7 @@ class MHLALatteTransformer3DModel(SquareSampleMixin, LatteTransformer3DModel):
             "norm_elementwise_affine": False, "norm_eps": 1e-6, "caption_channels": 4096,
         }
     }  # fmt: skip
+    one_by_one = True
     _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
 
     @after(LatteTransformer3DModel)
@@ -74,6 +76,16 @@ class MHLALatteTransformer3DModel(SquareSampleMixin, LatteTransformer3DModel):
             "timestep": torch.randint(1000, (batch_size,), generator=generator),
             "encoder_hidden_states": torch.randn(*text, generator=generator),
         }
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return arguments of the forward as the pipeline gives them for one prompt.
+
+        Raises:
+            ValueError: for texts of several lengths, of which it gives the model no mask.
+        """
+        return self.without_mask(super().denoising_arguments(samples, timestep, conditions))
 
     def forward(
         self,

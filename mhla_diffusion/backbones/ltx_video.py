@@ -17,7 +17,7 @@ from .model import MHLAModelMixin
 from .stock import after
 
 _TEXT_TOKENS = 128  # to which the pipeline pads every prompt
-_FRAME_RATE = 25  # frames a second that the pipeline means where nothing is said
+_FRAME_RATE = 25.0  # frames a second that the pipeline means where nothing is said
 
 
 class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel):
@@ -83,13 +83,15 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     def denoising_arguments(
         self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Return arguments of the forward; ``frame_rate`` of the conditions is that of the clips, ``[B]``."""
         frames, height, width = samples.shape[2:]
         given = super().denoising_arguments(samples, timestep, conditions)
+        rate = given.pop("frame_rate", [_FRAME_RATE])[0]
         time, *space = self.vae_stride
         return {
             **given, "hidden_states": samples.flatten(2).mT,
             "num_frames": frames, "height": height, "width": width,
-            "rope_interpolation_scale": (time / _FRAME_RATE, *space),
+            "rope_interpolation_scale": (time / rate, *space),
         }  # fmt: skip
 
     def prediction(self, output: Tensor, samples: Tensor) -> Tensor:

@@ -156,6 +156,11 @@ def as_it_began(config: Any, checkpoint: Path) -> Any:
     return dataclasses.replace(config, model=model)
 
 
+def saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the config of the run that wrote a checkpoint, as :func:`.config.as_dict` gives it."""
+    return _read_record(checkpoint)["config"]
+
+
 def saved_num_processes(checkpoint: Path) -> int:
     """Return how many processes wrote a checkpoint."""
     return _read_record(checkpoint)["num_processes"]

@@ -111,7 +111,7 @@ class Captions:
             arguments |= self._conditions(
                 encoder,
                 [
-                    encoder("").to(text.values.device) if drop else text
+                    encoder.empty_for(text) if drop else text
                     for drop, text in zip(dropped, texts, strict=True)
                 ],
             )
@@ -130,8 +130,11 @@ class Captions:
     def unconditional(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = dict(arguments)
         for encoder in self.encoders:
-            text = arguments[f"encoder_hidden_states{encoder.suffix}"]
-            found |= self._conditions(encoder, [encoder("").to(text)] * len(text))
+            values = arguments[f"encoder_hidden_states{encoder.suffix}"]
+            mask = arguments.get(f"encoder_attention_mask{encoder.suffix}")
+            tokens = [values.shape[1]] * len(values) if mask is None else mask.sum(1).tolist()
+            texts = [EmbeddedText(*text) for text in zip(values, tokens, strict=True)]
+            found |= self._conditions(encoder, [encoder.empty_for(text) for text in texts])
         return found
 
     def _texts(self, encoder: CaptionEncoder, batch: Mapping[str, Any]) -> list[EmbeddedText]:

@@ -40,6 +40,11 @@ class OptimizerConfig:
     warmup_steps: int = 0
     mixing_rate: float = 1.0
 
+    @property
+    def depends_on_end(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        return not self.schedule.startswith("constant")
+
     def __post_init__(self) -> None:
         _require(self, "learning_rate", self.learning_rate > 0, "positive")
         _require(self, "mixing_rate", self.mixing_rate >= 0, "0 or more")
@@ -204,6 +209,8 @@ def run_facts(
     if num_unreadable:
         facts["unreadable samples"] = num_unreadable
     settings = decisive_settings(config)
+    if config.trainer.optimizer.depends_on_end:
+        settings["trainer.max_steps"] = config.trainer.max_steps
     said = ("trainer.seed", "model.init_from")  # above
     return facts | {"settings": {key: value for key, value in settings.items() if key not in said}}
 

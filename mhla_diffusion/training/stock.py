@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import diffusers
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from mhla_diffusion.pipelines.sampling import FRAMES
@@ -111,9 +112,26 @@ class StockTraining:
         said = takes["vae"].annotation
         return tuple(vae.__name__ for vae in get_args(said) or (said,))
 
-    def conditioning(self, encoders: Sequence[CaptionEncoder], dropout: float) -> Captions:
-        """Return captions that are embedded already, as the pipeline gives them to the model."""
-        return Captions(encoders, dropout, embedded=True, masked=self.masked)
+    def conditioning(
+        self, encoders: Sequence[CaptionEncoder], dropout: float, fps: float | None = None
+    ) -> Captions:
+        """Return captions that are embedded already, as the pipeline gives them, and the rate of clips."""
+        rate = self._rate(fps)
+        return Captions(
+            encoders, dropout, embedded=True, masked=self.masked,
+            sizes=lambda rows, height, width, device: {
+                name: torch.full((rows,), value, device=device) for name, value in rate.items()
+            },
+        )  # fmt: skip
+
+    def _rate(self, fps: float | None) -> dict[str, float]:
+        """Frames a second, where they are known and the model is told them."""
+        return {} if fps is None or "frame_rate" not in self._takes else {"frame_rate": float(fps)}
+
+    @property
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """Parameters of the pipeline's call."""
+        return inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
 
     def finish(
         self,
@@ -191,8 +209,10 @@ class StockTraining:
                     f"are of {height} x {width} pixels: cache them with other data.sizes"
                 )
 
-    def call(self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call for the first of these sizes of latents.
+    def call(
+        self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig, fps: float | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for the first of these sizes, and the rate of clips.
 
         Raises:
             ValueError: when the pipeline does not make one of these sizes.
@@ -200,14 +220,14 @@ class StockTraining:
         sizes = [size_in_pixels(vae, size) for size in latents]
         self._require_multiples(sizes)
         *frames, height, width = sizes[0]
-        takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
-        # A size that is rounded to a known one would not be that of the data.
-        given: dict[str, Any] = {"max_sequence_length": text.max_length, "use_resolution_binning": False}
-        given |= dict.fromkeys(FRAMES, frames[0]) if frames else {}
-        return {
-            "height": height, "width": width,
-            **{name: value for name, value in given.items() if name in takes},
+        # A size that is rounded to a known one would not be that of the data, nor a text that is cleaned the
+        # caption.
+        given: dict[str, Any] = {
+            "max_sequence_length": text.max_length, "use_resolution_binning": False, "clean_caption": False
         }  # fmt: skip
+        given |= dict.fromkeys(FRAMES, frames[0]) if frames else {}
+        taken = {name: value for name, value in given.items() if name in self._takes}
+        return {"height": height, "width": width, **taken, **self._rate(fps)}
 
 
 _OPTIONS = {
@@ -224,7 +244,7 @@ IMAGES: dict[type[Any], StockTraining] = {
     MHLAQwenImageTransformer2DModel: StockTraining("QwenImagePipeline", "flow", masked=True),
 }
 VIDEOS: dict[type[Any], StockTraining] = {
-    MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True),
+    MHLALatteTransformer3DModel: StockTraining("LattePipeline", "ddpm", variance=True, masked=True),
     MHLAAllegroTransformer3DModel: StockTraining("AllegroPipeline", "ddpm", masked=True),
     MHLACosmosTransformer3DModel: StockTraining(
         "Cosmos2TextToImagePipeline", "flow", scheduler={"use_karras_sigmas": True}, frames=1

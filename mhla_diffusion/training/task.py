@@ -64,7 +64,8 @@ class TrainingTask:
         pipeline: called with ``transformer`` and ``training``, the facts for its model card or None.
         data_name: what the model card calls the data.
         facts: what else it says of them.
-        call: further arguments of the pipeline's call, for sample sheets and whoever generates with it.
+        call: further arguments of the pipeline's call, of those that it takes, for sample sheets and whoever
+            generates with it.
         fps: of videos, where the pipeline does not know it and the data have one.
         prepare: called with the number of a row and what it asks for; returns the arguments of the call.
     """
@@ -89,12 +90,14 @@ class TrainingTask:
             clock.start(len(asked) * sampling.num_inference_steps)
         pipeline = self.pipeline(transformer=model, training=None).to(device)
         pipeline.set_progress_bar_config(disable=True)
+        takes = call_parameters(pipeline)
         # Some pipelines of diffusers know callbacks of another kind alone.
-        watch = {"callback_on_step_end": clock} if "callback_on_step_end" in call_parameters(pipeline) else {}
+        watch = {"callback_on_step_end": clock} if "callback_on_step_end" in takes else {}
+        call = {name: value for name, value in self.call.items() if name in takes}
         guidance = {guidance_name(pipeline): sampling.guidance_scale}
         outputs = [
             pipeline(
-                **with_negative_prompt({**arguments, **self.call, **guidance}),
+                **with_negative_prompt({**arguments, **call, **guidance}),
                 **watch,
                 num_inference_steps=sampling.num_inference_steps,
                 generator=torch.Generator().manual_seed(sampling.seed),

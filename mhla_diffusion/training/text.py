@@ -166,6 +166,8 @@ class TextConfig:
             "do_classifier_free_guidance": False,
             "max_sequence_length": self.max_length,
             "complex_human_instruction": self._lines if caption else None,
+            # Latte's: the empty text has as many tokens as the one that it stands for.
+            "mask_feature": bool(caption),
         }
         return {name: value for name, value in options.items() if name in takes}
 
@@ -283,6 +285,13 @@ class CaptionEncoder:
         """Return the embeddings of a caption."""
         found = self._encode(caption)
         return found if isinstance(found, EmbeddedText) else EmbeddedText(found, len(found))
+
+    def empty_for(self, text: EmbeddedText) -> EmbeddedText:
+        """Return the empty text that stands for another one, where it is, and no longer than it."""
+        empty = self("").to(text.values)
+        if empty.tokens <= text.tokens:
+            return empty
+        return EmbeddedText(empty.values[: text.tokens], text.tokens)
 
     @property
     def suffix(self) -> str:

@@ -325,7 +325,10 @@ class Trainer:
         checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
         with checkpoints.load_errors(checkpoint):
             self.accelerator.load_state(str(checkpoint))
+        # Counts forward passes, of which a step may have others now; a checkpoint ends a step.
+        self.accelerator.step = 0
         self.ema.to(self.accelerator.device)
+        self._warn_of_schedule(checkpoints.saved_config(checkpoint)["trainer"]["max_steps"])
         if before != now:
             logger.warning(
                 "resumed on %d processes instead of %d: dropout inside the model draws other numbers",
@@ -333,6 +336,18 @@ class Trainer:
                 before,
             )
         logger.info("resumed from %s", checkpoint)
+
+    def _warn_of_schedule(self, before: int) -> None:
+        """Say so where the learning rate of the steps behind would be another by the number of steps now."""
+        optim, now, step = self.config.optimizer, self.config.max_steps, self.progress.step
+        if before == now or not optim.depends_on_end:
+            return
+        rate = optim.learning_rate * self.lr_scheduler.lr_lambdas[0](step)
+        logger.warning(
+            "trainer.max_steps was %d and is %d: the schedule %s goes on as one of %d steps, at a rate of "
+            "%.3g after one of %.3g; begin anew for the rates of a run of that length",
+            before, now, optim.schedule, now, rate, self.lr_scheduler.get_last_lr()[0],
+        )  # fmt: skip
 
     def _save_pipeline(self, stream: SampleStream) -> None:
         """Write pipeline/ with the averaged weights."""

@@ -253,12 +253,12 @@ def _build_for(
     patch = model.latents_per_token
     require_patches((*(1,) * (3 - len(patch)), *patch), latents.sizes)
     task = TrainingTask(
-        stock.conditioning(encoders, config.caption_dropout),
+        stock.conditioning(encoders, config.caption_dropout, latents.fps),
         config.sampling,
         partial(stock.finish, encoders, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
-        call=stock.call(vae, latents.sizes, config.text),
+        call=stock.call(vae, latents.sizes, config.text, latents.fps),
         fps=latents.fps,
         prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )

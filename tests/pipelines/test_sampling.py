@@ -19,7 +19,15 @@ from mhla_diffusion import MHLADiTPipeline, MHLAPipeline
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos, save_grid
 from mhla_diffusion.pipelines.prompts import Prompt, read_prompts
-from mhla_diffusion.pipelines.sampling import NotFiniteError, call_parameters, output_kind, sample
+from mhla_diffusion.pipelines.sampling import (
+    NotFiniteError,
+    batches,
+    call_parameters,
+    output_kind,
+    sample,
+    takes_one_text,
+)
+from mhla_diffusion.training.text import make_stock_pipeline
 from tests.processes import run_script
 
 MakeStock = Callable[[str], Any]
@@ -100,6 +108,27 @@ def test_images_of_texts_are_generated_too(sana_pipeline: SanaPipeline, tmp_path
     with pytest.raises(ValueError, match=r"SanaPipeline makes images: use generate_images"):
         generate_videos(sana_pipeline, tmp_path / "other", prompts=texts)
     assert not (tmp_path / "other").exists()
+
+
+def test_calls_are_of_rows_of_one_size_with_a_negative_prompt_each_or_none() -> None:
+    plain, other = {"prompt": "a"}, {"prompt": "a", "negative_prompt": "b"}
+    large = {**other, "height": 64, "width": 64}
+    rows = [plain, plain, plain, other, plain, other, other, large, large]
+    found = [(calls.start, calls.stop) for calls in batches(rows, 2)]
+    assert found == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 7), (7, 9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("Kandinsky5T2VPipeline", True),
+        ("LattePipeline", True),
+        ("WanVACEPipeline", True),
+        ("WanPipeline", False),
+    ],
+)
+def test_texts_that_would_change_each_other_are_called_one_by_one(name: str, alone: bool) -> None:
+    assert takes_one_text(make_stock_pipeline(name)) is alone
 
 
 def test_a_package_that_is_missing_is_named(

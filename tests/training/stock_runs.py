@@ -115,7 +115,7 @@ LATTE = Trained(
 BOTH_KINDS = [trained for trained in TRAINED if trained.case in ("QwenImage", "SanaVideo")]
 
 
-def write_latents(trained: Trained, text: TextConfig, folder: Path) -> str:
+def write_latents(trained: Trained, text: TextConfig, folder: Path, *, fps: float | None = None) -> str:
     """A cache of eight samples."""
     vae_class, arguments = trained.vae
     vae_class(**arguments).save_pretrained(folder / "vae")
@@ -123,7 +123,7 @@ def write_latents(trained: Trained, text: TextConfig, folder: Path) -> str:
     config = (
         LatentCacheConfig(**places, data=DataConfig("folder", "x"))
         if len(trained.latents) == 2
-        else VideoLatentCacheConfig(**places, data=VideoDataConfig("folder", "x"))
+        else VideoLatentCacheConfig(**places, data=VideoDataConfig("folder", "x", fps=fps))
     )
     generator = torch.Generator().manual_seed(0)
     write_shards(

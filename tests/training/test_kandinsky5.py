@@ -229,7 +229,7 @@ def test_the_loss_depends_on_both_texts_and_on_no_other_sample(base: Path, tmp_p
     for row, length in enumerate(batch["tokens"].tolist()):
         beyond[row, length:] += 1
     assert torch.equal(loss(text=beyond), expected)
-    with pytest.raises(ValueError, match="texts in a call of Kandinsky 5 have one length, got"):
+    with pytest.raises(ValueError, match="of MHLAKandinsky5Transformer3DModel have one length, got"):
         model.denoising_arguments(
             batch["samples"], torch.ones(3), task.conditioning.arguments(batch, generators())
         )

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.pipelines.identity import training_of
 from mhla_diffusion.training.launcher import warn_of_idle_cores
 from tests.processes import Script
 from tests.weights import weights
@@ -110,6 +111,37 @@ def test_accumulated_micro_batches_give_the_losses_of_one_batch(
     result = run("--output_dir", str(split), "--trainer.gradient_accumulation_steps", "4")
     assert result.returncode == 0, result.stdout
     assert losses(split) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_a_run_goes_on_in_other_micro_batches(whole: Path, run: Run, tmp_path: Path) -> None:
+    """From step 3, which is no multiple of them."""
+    split, checkpoint = tmp_path / "split", whole / "checkpoints" / "step-00000003"
+    changed = ("--trainer.gradient_accumulation_steps", "2")
+    result = run("--output_dir", str(split), "--resume", str(checkpoint), *changed)
+    assert result.returncode == 0, result.stdout
+    found, wanted = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (split, whole)
+    )
+    assert [line["step"] for line in found] == [4, 5, 6]
+    for key in ("loss", "grad_norm"):  # else a step has micro-batches of another
+        assert [line[key] for line in found] == pytest.approx([its[key] for its in wanted[3:]], rel=1e-3)
+
+
+def test_a_longer_run_says_what_becomes_of_its_schedule(
+    run: Run, write_settings: Callable[[], Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["trainer"]["optimizer"] = {"learning_rate": 0.01, "schedule": "cosine"}
+    settings["trainer"]["max_steps"] = 2
+    write_settings()
+    out = ("--output_dir", str(tmp_path / "cosine"))
+    assert run(*out).returncode == 0
+    longer = run(*out, "--resume", "latest", "--trainer.max_steps", "4")
+    assert longer.returncode == 0, longer.stdout
+    said = "trainer.max_steps was 2 and is 4: the schedule cosine goes on as one of 4 steps"
+    assert f"{said}, at a rate of 0.005 after one of 0;" in longer.stdout
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "cosine" / "pipeline")
+    assert training_of(pipeline)["settings"]["trainer.max_steps"] == 4
 
 
 def test_what_cannot_go_on_is_refused_before_any_work(whole: Path, run: Run, tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from PIL import Image
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones import BACKBONES
 from mhla_diffusion.backbones.denoising import denoise
+from mhla_diffusion.files.manifest import read_manifest
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.pipelines.generation import generate_videos
+from mhla_diffusion.pipelines.sampling import guidance_name
 from mhla_diffusion.training import (
     DataConfig,
     LatentCacheConfig,
@@ -40,6 +42,7 @@ from mhla_diffusion.training import (
     cache_video_latents,
     train_video,
 )
+from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import MovingDigitsConfig
 from mhla_diffusion.training.data.toys import ScenesConfig
 from mhla_diffusion.training.image_models import BACKBONES as NEW_IMAGES
@@ -271,6 +274,77 @@ def test_captions_are_embedded_as_the_pipeline_embeds_prompts_and_the_empty_one_
     torch.testing.assert_close(found, torch.cat([text * mask[..., None], empty * empty_mask[..., None]]))
     dog = captions("a dog").values
     assert not torch.allclose(dog, pipeline.encode_prompt("a dog", False)[0][0, : len(dog)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", [*TRAINED, LATTE], ids=lambda trained: trained.case)
+def test_the_model_is_given_texts_as_the_pipeline_gives_them_for_one_prompt(
+    trained: Trained, encoder: str, tmp_path: Path
+) -> None:
+    """Of a caption that some pipelines would clean, and of the text that guidance leads away from."""
+    caption = "(b) #1"
+    text = prepare(trained, encoder, tmp_path)
+    write_latents(trained, text, tmp_path)
+    run = run_of(trained, text, tmp_path)
+    model, _, task = run.build(build_objective(run.objective))
+    pipeline = task.pipeline(transformer=model, training=None)
+    pipeline.register_modules(**trained.guard)
+    calls: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda model, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    pipeline(
+        prompt=caption, negative_prompt="", num_inference_steps=1, output_type="latent",
+        **{guidance_name(pipeline): 4.0}, **task.call,
+    )  # fmt: skip
+    shown = [row for call in calls for row in texts_of_call(call)]
+    conditioning = task.conditioning
+    (captions,) = conditioning.encoders
+    embedded = captions(caption)
+    batch = {"text": embedded.values[None], "tokens": torch.tensor([embedded.tokens])}
+    samples = torch.zeros(1, 3, *trained.latents)
+    told = conditioning.arguments({**batch, "samples": samples}, [torch.Generator().manual_seed(0)])
+    dropped = Captions(conditioning.encoders, 0.999, embedded=True, masked=conditioning.masked)
+    empty = dropped.arguments(batch, [torch.Generator().manual_seed(0)])
+    without = conditioning.unconditional(told)
+    for conditions in (told, empty, without):
+        (given,) = texts_of_call(model.denoising_arguments(samples, torch.tensor([500.0]), conditions))
+        assert any(row.shape == given.shape and torch.allclose(row, given, atol=1e-5) for row in shown)
+    assert not torch.equal(told["encoder_hidden_states"], empty["encoder_hidden_states"])
+
+
+def texts_of_call(call: dict[str, Any]) -> list[torch.Tensor]:
+    """Embeddings that a call of a model lets it see, ``[n, D]`` of each row."""
+    text = call["encoder_hidden_states"].flatten(0, -3)  # Allegro has an axis more
+    names = ("encoder_attention_mask", "encoder_mask", "encoder_hidden_states_mask")
+    mask = next((call[name] for name in names if call.get(name) is not None), None)
+    if mask is None:
+        return list(text)
+    return [row[seen.bool()] for row, seen in zip(text, mask, strict=True)]
+
+
+def test_the_rate_of_the_clips_is_that_of_training_of_sheets_and_of_what_is_generated(
+    encoder: str, tmp_path: Path
+) -> None:
+    trained = next(its for its in TRAINED if its.case == "LTXVideo")
+    text = prepare(trained, encoder, tmp_path)
+    write_latents(trained, text, tmp_path, fps=8)
+    run = run_of(trained, text, tmp_path)
+    model, _, task = run.build(build_objective(run.objective))
+    assert task.call["frame_rate"] == 8
+    samples = torch.zeros(2, 3, *trained.latents)
+    batch = {"samples": samples, "text": torch.zeros(2, 8, 16), "tokens": torch.tensor([8, 8])}
+    told = task.conditioning.arguments(batch, [torch.Generator() for _ in samples])
+    scale = model.denoising_arguments(samples, torch.tensor([500.0] * 2), told)["rope_interpolation_scale"]
+    assert [float(number) for number in scale] == [8 / 8, 32, 32]
+    assert train_video(run) == 0
+    pipeline = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    scales: list[tuple[float, ...]] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda model, args, kwargs: scales.append(kwargs["rope_interpolation_scale"]), with_kwargs=True
+    )
+    for fps, rate in ((None, 8), (6.0, 6)):
+        generate_videos(pipeline, tmp_path / str(fps), prompts=["aa"], num_inference_steps=1, fps=fps)
+        assert read_manifest(tmp_path / str(fps))["fps"] == rate
+    assert {tuple(map(float, its)) for its in scales} == {(1, 32, 32)}
 
 
 def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(

@@ -31,6 +31,20 @@ _LARGEST_FIELD = 1 << 24
 Rows = Iterator[tuple[int, Any]]
 
 
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+def warn_of_sides(captions: Iterable[Caption | None]) -> None:
+    """Warn of captions that name a side, which mirrored pictures contradict."""
+    texts = texts_of(captions)
+    if named := [text for text in texts if _SIDES.search(text)]:
+        logger.warning(
+            "data.flip mirrors pictures, but %d of %d captions name a side, first %r: set it to false where "
+            "they tell what is left and right",
+            len(named), len(texts), named[0][:80],
+        )  # fmt: skip
+
+
 def draw_caption(caption: Caption, generator: torch.Generator) -> str:
     """Return the text, or draw one of several by their weights."""
     if isinstance(caption, str):

@@ -255,6 +255,22 @@ def captioned_samples(config: DataConfig) -> ImageSamples:
     )
 
 
+def test_mirrored_pictures_whose_captions_name_a_side_are_told(
+    captioned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig("folder", str(captioned), flip=True)
+    captioned_samples(config)
+    assert not caplog.records
+    path = captioned / "captions.csv"
+    path.write_text(path.read_text().replace("tall", "a dog on the LEFT"))
+    captioned_samples(dataclasses.replace(config, flip=False))
+    assert not caplog.records
+    captioned_samples(config)
+    assert "1 of 3 captions name a side, first 'a dog on the LEFT'" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.flip must be false for scenes"):
+        open_images(DataConfig("scene", flip=True), captioned=True)
+
+
 def test_captioned_images_go_to_the_size_of_their_shape(
     captioned: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
