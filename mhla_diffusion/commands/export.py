@@ -125,6 +125,8 @@ def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> N
         try:
             sample = source.load(i, torch.Generator().manual_seed(i))
         except UnreadableSampleError as error:
+            if error.is_of_disk:
+                raise ValueError(f"{error}: put it back, or take it out of the data") from error
             logging.warning("skipped: %s", error)
             continue
         # [C, F, H, W] in [-1, 1] to [F, H, W, 3]

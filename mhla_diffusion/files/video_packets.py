@@ -101,8 +101,10 @@ def file_stamp(path: str) -> tuple[int, ...]:
     """
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UnreadableVideoError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UnreadableVideoError(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableVideoError(f"{path}: is not a regular file")
     if status.st_size == 0:

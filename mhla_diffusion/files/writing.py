@@ -6,6 +6,7 @@ that a kill or a full disk in the middle leaves what was there before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fnmatch
@@ -47,7 +48,8 @@ def write_file(path: str | os.PathLike[str], content: bytes | str | Callable[[Pa
             _flush(temporary)
             temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that takes nothing, which is what shall be told
+            temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
 

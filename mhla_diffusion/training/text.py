@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -192,11 +193,14 @@ def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
     tokenizer_folder, encoder_folder = _folders(config, number, path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"text.encoder {path} holds no tokenizer, here or on the hub: {error}") from error
     named = config.encoders[number].model_class
-    encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
-    encoder = encoder_class.from_pretrained(path, subfolder=encoder_folder)
+    try:
+        encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
+        encoder = encoder_class.from_pretrained(path, subfolder=encoder_folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"text.encoder {path} holds no whole model, here or on the hub: {error}") from error
     prepare_tokenizer(tokenizer)
     require_positions(encoder, longest_text(tokenizer, config.reads(number), config.prefix))
     return tokenizer, encoder.eval().requires_grad_(False)

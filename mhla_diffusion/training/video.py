@@ -294,7 +294,7 @@ def build_parts(
     return MHLAWanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=None if latents is None else latents.load_vae(),
+        vae=None if latents is None else latents.load_vae(("AutoencoderKLWan",)),
         scheduler=objective.scheduler(),
         max_sequence_length=config.text.max_length,
         fps=(config.data.fps if latents is None else latents.fps) or 16.0,

@@ -75,7 +75,8 @@ def weighted_texts(texts: Any, weights: Any = None) -> dict[str, float]:
     Raises:
         ValueError: for anything else.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    several = isinstance(texts, Iterable) and not isinstance(texts, str)
+    texts = [] if texts is None else list(texts) if several else [texts]
     weights = [1.0] * len(texts) if weights is None else weights if isinstance(weights, list) else [weights]
     if len(weights) != len(texts) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a caption is a text, or texts and as many weights, got {texts} and {weights}")
@@ -149,6 +150,8 @@ def _read_beside(files: list[Path]) -> list[tuple[Path, Caption]]:
 
 
 def _read_list(folder: Path, path: Path) -> list[tuple[Path, Caption]]:
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist")
     if not path.is_file():
         raise ValueError(
             f"no captions at {path}: a CSV with the columns path and caption, or JSONL, is needed, or a .txt "

@@ -23,10 +23,21 @@ ControlTask = Literal["first", "first_and_last", "inpainting", "outpainting", "g
 
 
 def load_image_encoder(path: str) -> tuple[CLIPImageProcessor, CLIPVisionModel]:
-    """Load the processor and the frozen encoder of images, of a pipeline or beside each other in a folder."""
+    """Load the processor and the frozen encoder of images, of a pipeline or beside each other in a folder.
+
+    Raises:
+        ValueError: when one of them is not there.
+    """
     folders = {name: component_subfolder(path, name) or "" for name in ("image_processor", "image_encoder")}
-    encoder = CLIPVisionModel.from_pretrained(path, subfolder=folders["image_encoder"], dtype=torch.float32)
-    processor = CLIPImageProcessor.from_pretrained(path, subfolder=folders["image_processor"])
+    try:
+        encoder = CLIPVisionModel.from_pretrained(
+            path, subfolder=folders["image_encoder"], dtype=torch.float32
+        )
+        processor = CLIPImageProcessor.from_pretrained(path, subfolder=folders["image_processor"])
+    except OSError as error:
+        raise ValueError(
+            f"image_encoder {path} holds no CLIP vision model with its processor, here or on the hub: {error}"
+        ) from error
     return processor, encoder.eval().requires_grad_(False)
 
 

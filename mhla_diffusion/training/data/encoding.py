@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
+from ...files.writing import require_writable
 from ...processes import process_state
 from ..stock import require_cache
 from ..text import CaptionEncoder, TextConfig, load_caption_encoders
@@ -29,6 +31,7 @@ from .clip_conditions import (
     require_edits,
 )
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
+from .fingerprint import fingerprint_of
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import load_vae
@@ -76,6 +79,7 @@ def cache_latents(config: LatentCacheConfig) -> None:
         ValueError: when the autoencoder does not take images of a size, no model is trained on such latents,
             or ``output_dir`` holds another cache, with the keys that differ.
     """
+    require_writable(Path(config.output_dir))
     vae = load_vae(config.vae)
     sizes = sizes_of(config.data, (config.size, config.size))
     require_multiples("data.sizes" if config.data.sizes else "size", sizes, vae_scale_factor(vae))
@@ -97,6 +101,8 @@ def cache_latents(config: LatentCacheConfig) -> None:
         keep=("vae", "data", "text", "size", "shard_size"),
         facts=facts | _prepare(vae, encoders, images.captions or ()),
         num_samples=len(images),
+        rows_per_sample=1 + config.data.flip,
+        data=fingerprint_of(images),
         make_rows=lambda rows: _encode_images(vae, encoders, images, rows, config),
     )
 
@@ -244,6 +250,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         ValueError: when the autoencoder does not take clips of that size, no model is trained on such
             latents, or ``output_dir`` holds another cache, with the keys that differ.
     """
+    require_writable(Path(config.output_dir))
     vae = load_vae(config.vae, VIDEO_AUTOENCODERS)
     if config.image_condition == "edit":
         require_edits(vae, config.data.frames, config.data.sizes)
@@ -260,6 +267,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         keep=("vae", "data", "text", "image_condition", "image_encoder", "control", "clips", "shard_size"),
         facts=_prepare(vae, encoders, videos.captions),
         num_samples=len(videos) * config.clips,
+        data=fingerprint_of(videos),
         make_rows=lambda rows: [
             {
                 "latents": encode_clip(vae, clip),
@@ -307,13 +315,18 @@ def readable(
 
     Yields:
         The number of a sample, the sample, and a generator for what else is drawn of it.
+
+    Raises:
+        ValueError: when a file is not there, or its disk: to leave it out would be for ever.
     """
-    skipped = 0
     for row in rows:
         # What is drawn depends on the row alone, so that any process writes the same.
         generator = torch.Generator().manual_seed(row)
         try:
             yield row // draws, dict(source.load(row // draws, generator)), generator
         except UnreadableSampleError as error:
-            skipped += 1
-            logger.warning("skipped, number %d of this file: %s", skipped, error)
+            if error.is_of_disk:
+                raise ValueError(
+                    f"{error}: put it back, or take it out of the data; what is encoded already is kept"
+                ) from error
+            logger.warning("skipped: %s", error)

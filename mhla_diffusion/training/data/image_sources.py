@@ -214,7 +214,7 @@ class RowSource(PictureSource):
             try:
                 captions.append(as_caption(weighted_texts(texts, weight)))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
+                raise ValueError(f"{path}, row {number} of data.text_column {name}: {error}") from error
         return captions
 
 

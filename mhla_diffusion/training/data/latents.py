@@ -43,11 +43,15 @@ def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
     """Load a frozen autoencoder in fp32, by the folder or hub id of itself or of a pipeline.
 
     Raises:
-        ValueError: when it is of another class, or the pipeline has none.
+        ValueError: when there is none, it is of another class, or the pipeline has none.
     """
     if holds_pixels(path):
         raise ValueError(f"{path} is a pipeline without an autoencoder, of a model of pixels")
-    name = load_component_config(path, "vae").get("_class_name", "model of no class of diffusers")
+    try:
+        stored = load_component_config(path, "vae")
+    except OSError as error:
+        raise ValueError(f"{path} holds no autoencoder (vae), here or on the hub: {error}") from error
+    name = stored.get("_class_name", "model of no class of diffusers")
     if name not in classes:
         raise ValueError(f"{path} holds a {name}, but the autoencoder must be {' or '.join(classes)}")
     vae = getattr(diffusers, name).from_pretrained(

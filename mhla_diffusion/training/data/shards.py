@@ -186,6 +186,8 @@ def write_shards(
     keep: Sequence[str],
     facts: Mapping[str, Any] | None = None,
     num_samples: int,
+    rows_per_sample: int = 1,
+    data: str | None = None,
     make_rows: Callable[[range], Sequence[Row]],
 ) -> None:
     """Make a cache. Its files are shared out among the processes.
@@ -199,17 +201,20 @@ def write_shards(
         keep: fields of the config that the cache depends on.
         facts: what else to record of it.
         num_samples: of the data set.
+        rows_per_sample: of each sample that can be read.
+        data: fingerprint of the data set; None where the config says it all.
         make_rows: the rows of some of the samples.
 
     Raises:
-        ValueError: when ``output_dir`` holds another cache, with the keys that differ, or something else; or
-            when another process is writing there, or not one sample could be read.
+        ValueError: when ``output_dir`` holds another cache or one of other data, with what differs, or
+            something else; or when another process is writing there, or not one sample could be read.
         ConnectionError: when another process of this run has ended.
     """
     folder, shard_size = Path(config.output_dir), config.shard_size
     num_shards = -(-num_samples // shard_size)
     kept = {name: value for name, value in as_dict(config).items() if name in keep}
-    record = {"config": kept, **(facts or {}), "num_shards": num_shards}
+    record = {"config": kept, **(facts or {}), "num_shards": num_shards, "num_samples": num_samples}
+    record |= {} if data is None else {"data": data}
     state = process_state()
     with one_fate(), ExitStack() as stack:
 
@@ -229,15 +234,25 @@ def write_shards(
                 number,
             )
         wait_for_all()
-        in_first_process(lambda: _require_samples(folder, cache, range(num_shards), num_samples))
+        rows = in_first_process(lambda: _count_rows(folder, cache, range(num_shards)))
+        in_first_process(lambda: _require_samples(folder, num_shards, rows // rows_per_sample, num_samples))
 
 
-def _require_samples(folder: Path, cache: str | None, numbers: range, num_samples: int) -> None:
+def _count_rows(folder: Path, cache: str | None, numbers: range) -> int:
+    return sum(_Shard(_shard(folder, number), cache, number).num_rows for number in numbers)
+
+
+def _require_samples(folder: Path, num_shards: int, kept: int, num_samples: int) -> None:
     """Refuse a cache of nothing, and leave no files of it: they would count as done."""
-    if any(_Shard(_shard(folder, number), cache, number).num_rows for number in numbers):
-        logger.info("%s is complete: %d files of %d samples at most", folder, len(numbers), num_samples)
+    if kept:
+        logger.info("%s is complete: %d files, %d samples", folder, num_shards, kept)
+        if kept < num_samples:
+            logger.warning(
+                "%d of %d samples could not be read, and are not in %s: make another cache once they can",
+                num_samples - kept, num_samples, folder,
+            )  # fmt: skip
         return
-    for number in numbers:
+    for number in range(num_shards):
         _shard(folder, number).unlink()
     (folder / _RECORD).unlink()
     raise ValueError(
@@ -283,7 +298,8 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         cache = old.pop("id", None)
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
-        if changes := _changes(old, record):
+        # What earlier versions did not write.
+        if changes := _changes({name: record.get(name) for name in ("num_samples", "data")} | old, record):
             raise ValueError(
                 f"{folder} holds another {_kind(config)}; choose another folder, or what it was made of:\n  "
                 + "\n  ".join(changes)
@@ -305,8 +321,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted({**parts, **parts_now})
         if parts.get(name) != parts_now.get(name)
     ]
+    if old.get("data") != new.get("data"):
+        others.append("data: other samples, captions or contents than those that it was made of")
     flat_old, flat_new = ({**flat_dict(record["config"]), **record} for record in (old, new))
-    keys = sorted((flat_old.keys() | flat_new.keys()) - {"components", "config"})
+    keys = sorted((flat_old.keys() | flat_new.keys()) - {"components", "config", "data"})
     return others + [
         f"{key}: {shortened(flat_old.get(key))} -> {shortened(flat_new.get(key))}"
         for key in keys
@@ -328,8 +346,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / _RECORD
     try:
         record = json.loads(path.read_text())
+        if not isinstance(record.get("components", {}), dict):
+            raise ValueError(f"components is {record['components']!r}")
         return {**record, "config": dict(record["config"]), "num_shards": int(record["num_shards"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): make the cache again in another folder") from error
 
 

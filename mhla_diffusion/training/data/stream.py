@@ -28,6 +28,17 @@ FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
 class UnreadableSampleError(Exception):
     """Sample that cannot be decoded; the message names it and says why."""
 
+    @property
+    def is_of_disk(self) -> bool:
+        """Whether a file or its disk is not there, or refuses: what it holds may be well."""
+        cause: BaseException | None = self
+        while cause is not None:
+            # FFmpeg's errors are of what a file holds, whatever number they have.
+            if isinstance(cause, OSError) and cause.errno and not type(cause).__module__.startswith("av"):
+                return True
+            cause = cause.__cause__
+        return False
+
 
 class SampleSource(Protocol):
     """Source of samples: a map from 0 .. len - 1 to dicts of tensors, numbers and texts."""

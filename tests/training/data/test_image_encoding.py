@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 
 from mhla_diffusion.training import DataConfig, LatentCacheConfig, cache_latents
 from mhla_diffusion.training.data import ImageSamples, open_images, shards
+from mhla_diffusion.training.data.encoding import readable
 from mhla_diffusion.training.data.latents import CachedLatents
 from tests.processes import run_script
 
@@ -89,7 +90,8 @@ def test_a_cache_of_nothing_is_refused_and_leaves_no_files(
     for path, content in zip(images[:-1], whole, strict=False):
         path.write_bytes(content)
     cache_latents(config)
-    assert f"skipped, number 1 of this file: {images[-1]}" in caplog.text
+    assert f"skipped: {images[-1]}" in caplog.text
+    assert "1 of 20 samples could not be read, and are not in" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 38
 
 
@@ -128,6 +130,65 @@ def test_a_cache_from_before_a_setting_came_is_the_same(config: LatentCacheConfi
     cache_latents(config)
     with pytest.raises(ValueError, match="holds another latent cache"):
         cache_latents(dataclasses.replace(config, shard_size=9))
+
+
+def test_a_cache_of_other_data_is_not_gone_on_with(config: LatentCacheConfig, image_folder: Path) -> None:
+    cache_latents(config)
+    folder = Path(config.output_dir)
+    (folder / "latents-00001.safetensors").unlink()
+    before = contents(folder)
+    picture = image_folder / "cat" / "0.png"
+    content = picture.read_bytes()
+    other = "data: other samples, captions or contents than those that it was made of"
+    for change, said in (
+        (lambda: picture.with_name("100.png").write_bytes(content), "num_samples: 20 -> 21"),
+        (lambda: picture.rename(picture.with_name("100.png")), other),
+        (lambda: picture.write_bytes((image_folder / "dog" / "1.png").read_bytes()), other),
+    ):
+        change()
+        with pytest.raises(ValueError, match=said):
+            cache_latents(config)
+        assert contents(folder) == before
+        picture.with_name("100.png").unlink(missing_ok=True)
+        picture.write_bytes(content)
+    cache_latents(config)
+    assert len(CachedLatents(folder)) == 40
+
+
+def test_a_cache_from_before_its_data_were_noted_is_gone_on_with(config: LatentCacheConfig) -> None:
+    cache_latents(config)
+    path = Path(config.output_dir) / "cache.json"
+    record = json.loads(path.read_text())
+    assert (record.pop("num_samples"), len(record.pop("data"))) == (20, 64)
+    path.write_text(json.dumps(record))
+    (path.parent / "latents-00001.safetensors").unlink()
+    cache_latents(config)
+    assert len(CachedLatents(config.output_dir)) == 40
+
+
+def test_files_that_are_not_there_end_the_run_and_what_is_encoded_stays(
+    config: LatentCacheConfig, image_folder: Path
+) -> None:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=False))
+    images = ImageSamples(open_images(config.data), channels=3, sizes=[(8, 8)])
+    picture = Path(images.name(3))
+    content = picture.read_bytes()
+    picture.unlink()
+    found = readable(images, range(20))
+    assert [next(found)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=f"{picture.name}.*: put it back, or take it out of the data"):
+        next(found)
+    picture.write_bytes(content[:40])
+    assert [index for index, *_ in readable(images, range(5))] == [0, 1, 2, 4], "broken, not gone"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+    config: LatentCacheConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "file" / "cache"), vae="not there")
+    with pytest.raises(ValueError, match=r"nothing can be written to .*choose another place"):
+        cache_latents(config)
 
 
 def test_another_cache_or_other_files_are_not_touched(config: LatentCacheConfig, tmp_path: Path) -> None:

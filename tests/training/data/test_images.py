@@ -361,7 +361,7 @@ def test_hugging_face_rows_with_texts(tmp_path: Path) -> None:
         ValueError, match=r"no single column of texts: set data.text_column to one of picture"
     ):
         captioned_samples(dataclasses.replace(config, text_column=None))
-    with pytest.raises(ValueError, match="row 0: a caption is a text, or texts and as many weights"):
+    with pytest.raises(ValueError, match=r"row 0 of data\.text_column id: a caption is a text, or texts"):
         captioned_samples(dataclasses.replace(config, text_column="id"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, WanImageToVideoPipeline
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -102,10 +102,50 @@ def test_a_run_on_latents_leaves_a_pipeline_with_the_autoencoder(config: VideoLa
 def test_a_broken_video_is_named_and_left_out(
     config: VideoLatentCacheConfig, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    whole = (folder / "1.mp4").read_bytes()
     (folder / "1.mp4").write_bytes(b"no video")
     cache_video_latents(config)
     assert "1.mp4" in caplog.text
+    assert "2 of 10 samples could not be read, and are not in" in caplog.text
     assert len(CachedLatents(config.output_dir)) == 8
+    (folder / "1.mp4").write_bytes(whole)
+    with pytest.raises(ValueError, match="data: other samples, captions or contents"):
+        cache_video_latents(config)
+
+
+def test_a_video_that_is_not_there_ends_the_run(config: VideoLatentCacheConfig, folder: Path) -> None:
+    (folder / "1.mp4").unlink()
+    with pytest.raises(ValueError, match=r"1\.mp4: no such file: put it back, or take it out of the data"):
+        cache_video_latents(config)
+    nowhere = dataclasses.replace(config.data, path=str(folder / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        cache_video_latents(dataclasses.replace(config, data=nowhere))
+
+
+def test_wan_is_not_trained_on_latents_of_pictures(config: VideoLatentCacheConfig, tmp_path: Path) -> None:
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "kl")
+    config = dataclasses.replace(config, vae=str(tmp_path / "kl"))
+    cache_video_latents(config)
+    with pytest.raises(ValueError, match="a AutoencoderKL, but the autoencoder must be AutoencoderKLWan"):
+        train_video(training_config(config))
+
+
+def test_what_is_no_part_of_a_pipeline_is_named_with_its_option(
+    config: VideoLatentCacheConfig, folder: Path
+) -> None:
+    other = str(folder)  # of clips
+    text = dataclasses.replace(config.text, encoder=str(Path(config.vae) / "vae"))
+    for change, said in (
+        ({"vae": other}, r"holds no autoencoder \(vae\), here or on the hub"),
+        ({"text": text}, r"text\.encoder .*vae holds no tokenizer, here or on the hub"),
+        ({"image_condition": "first", "image_encoder": other}, "image_encoder .* holds no CLIP vision model"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cache_video_latents(dataclasses.replace(config, **change))
+    weights = Path(config.vae) / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"text\.encoder .*wan holds no whole model, here or on the hub"):
+        cache_video_latents(config)
 
 
 @pytest.mark.parametrize("frames", ["first", "first_and_last"])
