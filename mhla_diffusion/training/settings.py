@@ -42,7 +42,7 @@ class OptimizerConfig:
 
     @property
     def depends_on_end(self) -> bool:
-        """Whether the learning rate of a step depends on how many there will be."""
+        """Return whether the learning rate of a step depends on how many there will be."""
         return not self.schedule.startswith("constant")
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class UnreadableSampleError(Exception):
 
     @property
     def is_of_disk(self) -> bool:
-        """Whether a file or its disk is not there, or refuses: what it holds may be well."""
+        """Return whether a file or its disk is not there, or refuses: what it holds may be well."""
         cause: BaseException | None = self
         while cause is not None:
             # FFmpeg's errors are of what a file holds, whatever number they have.
