@@ -85,7 +85,8 @@ def generate_images(
         class_labels: ids or names to go through; all classes by default, which gives balanced classes.
         prompts, per_prompt, negative_prompt: see :func:`generate_videos`.
         seed: of the first image.
-        batch_size: images at a time, in one process.
+        batch_size: images at a time, in one process; of Kandinsky 5, where a text would change those beside
+            it, 1.
         num_inference_steps, guidance_scale, height, width: as for the pipeline. When None the size is that of
             the training, as far as that is known, and the others are the pipeline's own defaults.
         options: more arguments of the pipeline's call, as JSON values.
@@ -161,6 +162,7 @@ def generate_videos(
             take one a call; of Kandinsky 5 and Latte too, where a text would change those beside it.
         num_inference_steps, guidance_scale, height, width, num_frames: see :func:`generate_images`.
         fps: frames per second of the files; as the pipeline or its training states by default, else 16.
+            Models that are told a ``frame_rate`` are told this, but where that of their training is known.
         options: more arguments of the pipeline's call, as JSON values.
 
     Returns:
@@ -189,7 +191,8 @@ def generate_videos(
         settings["frame_rate"] = fps
     call = call_arguments(pipeline, rows, settings, options)
     return _generate(
-        pipeline, Path(out), "videos", rows, pictures, call=call, fps=frames_per_second(pipeline, call, fps),
+        pipeline, Path(out), "videos", rows, pictures, call=call,
+        fps=frames_per_second(pipeline, call, fps or (options or {}).get("frame_rate")),
         batch_size=1 if takes_one_text(pipeline) or pictures[0] is not None else batch_size,
     )  # fmt: skip
 

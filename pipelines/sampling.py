@@ -77,7 +77,8 @@ def is_controlled(pipeline: Any) -> bool:
 def takes_one_text(pipeline: Any) -> bool:
     """Return True where what a text gives would depend on those beside it in a call, or there may be none.
 
-    Models of Kandinsky 5 and Latte have no mask: texts are filled up to the longest, and that is read.
+    Models of Kandinsky 5 and Latte have no mask (``one_by_one`` of ours): texts are filled up to the longest,
+    and that is read.
     """
     return is_controlled(pipeline) or type(pipeline).__name__.startswith(("Kandinsky5", "Latte"))
 

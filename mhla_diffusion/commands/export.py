@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..files.locking import new_folder
@@ -23,7 +22,8 @@ from ..files.pictures import DECODING_ERRORS
 from ..files.videos import require_video_writer, write_video
 from ..files.writing import write_folder
 from ..training.data import DataConfig, VideoDataConfig, VideoSamples, open_images, open_videos
-from ..training.data.stream import UnreadableSampleError
+from ..training.data.encoding import readable
+from ..training.data.stream import is_of_disk
 from .parsing import parse_and_call
 
 
@@ -57,7 +57,7 @@ def images(data: DataConfig, out: str, num: int | None = None, captions: bool = 
                 try:
                     picture = source.read(i)
                 except DECODING_ERRORS as error:
-                    if isinstance(error, OSError) and error.errno:  # of the disk, not of the picture
+                    if is_of_disk(error):
                         raise
                     logging.warning("skipped: %s: %s", source.name(i), error)
                     skipped += 1
@@ -121,14 +121,7 @@ def _class_folders(class_names: Sequence[str]) -> list[str]:
 
 def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> None:
     listed = []
-    for i in tqdm(range(num), desc="exporting", unit="video"):
-        try:
-            sample = source.load(i, torch.Generator().manual_seed(i))
-        except UnreadableSampleError as error:
-            if error.is_of_disk:
-                raise ValueError(f"{error}: put it back, or take it out of the data") from error
-            logging.warning("skipped: %s", error)
-            continue
+    for i, sample, _ in readable(source, tqdm(range(num), desc="exporting", unit="video")):
         # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
         pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
         frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()

@@ -188,9 +188,9 @@ def _column(comparison: Comparison, records: Records, task: Task, metric: Metric
             for key, other in intervals.items()
             if key != name
         )
-        missing = f" ({interval.seeds} seeds)" if 1 < interval.seeds < len(comparison.seeds) else ""
         text = interval.text(metric.digits)
-        cells[name] = (f"**{text}**" if best and len(intervals) > 1 else text) + missing
+        bold = best and len(intervals) > 1
+        cells[name] = (f"**{text}**" if bold else text) + _missing(comparison, interval)
     return cells
 
 
@@ -200,38 +200,41 @@ def _differences(
     """Table of a metric less a reference's of the same seed; nothing where fewer than two seeds have both."""
     if not metric.paired:
         return []
-    wanted = json.loads(json.dumps(task.record))
-    found = {
-        (its["variant"]["name"], its["seed"]): its[metric.key]
-        for its in records
-        if its["task"] == wanted and metric.key in its
-    }
+    found = {v.name: _by_seed(records, task, v.name, metric.key) for v in comparison.variants}
     rows = [[f"{title}, less", *comparison.references]]
-    for variant in comparison.variants:
-        row = [variant.name]
+    for name, own in found.items():
+        row = [name]
         for reference in comparison.references:
-            pairs = [((variant.name, seed), (reference, seed)) for seed in comparison.seeds]
-            less = [found[one] - found[other] for one, other in pairs if {one, other} <= found.keys()]
-            row.append(_difference(less, metric) if reference != variant.name else "")
+            others = {} if reference == name else found[reference]
+            less = [own[seed] - others[seed] for seed in comparison.seeds if seed in own and seed in others]
+            row.append(_difference(comparison, less, metric))
         rows.append(row)
     return [markdown_table(rows)] if any(any(row[1:]) for row in rows[1:]) else []
 
 
-def _difference(values: list[float], metric: Metric) -> str:
+def _difference(comparison: Comparison, values: list[float], metric: Metric) -> str:
     if len(values) < 2:
         return ""
     interval = Interval.of(values)
     text = interval.difference_text(metric.digits)
-    return text if interval.holds(0) else f"**{text}**"
+    return (text if interval.holds(0) else f"**{text}**") + _missing(comparison, interval)
+
+
+def _missing(comparison: Comparison, interval: Interval) -> str:
+    return f" ({interval.seeds} seeds)" if 1 < interval.seeds < len(comparison.seeds) else ""
 
 
 def _values(records: Records, task: Task, variant: str, key: str) -> list[Any]:
+    return list(_by_seed(records, task, variant, key).values())
+
+
+def _by_seed(records: Records, task: Task, variant: str, key: str) -> dict[int, Any]:
     wanted = json.loads(json.dumps(task.record))
-    return [
-        record[key]
+    return {
+        record["seed"]: record[key]
         for record in records
         if record["variant"]["name"] == variant and record["task"] == wanted and key in record
-    ]
+    }
 
 
 def _times(comparison: Comparison, records: Records) -> list[list[str]]:

@@ -87,8 +87,8 @@ class Captions:
         embedded: whether the column is ``text``; then the encoders stay where they are, as large ones take
             the room of the model.
         masked: tell the model which tokens are the text's; otherwise it sees the zeros after them.
-        sizes: what else the model is told, by the number of rows, the samples' height and width and their
-            device.
+        sizes: what else the model is told of samples, such as their size or rate, by the number of rows, the
+            samples' height and width and their device.
     """
 
     def __init__(

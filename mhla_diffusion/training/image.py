@@ -19,7 +19,7 @@ from .adapters import require_trained
 from .conditioning import Captions, ClassLabels, require_probability
 from .config import changeable
 from .data import CachedLatents, DataConfig, ImageSamples
-from .data.captions import texts_of, warn_of_sides
+from .data.captions import texts_of
 from .data.image_sources import sizes_of
 from .data.latents import PLAIN_AUTOENCODERS, load_vae
 from .data.stream import SampleSource
@@ -218,8 +218,6 @@ def build_source(config: ImageTrainingConfig, model: Any) -> ImageSamples | Cach
         source = ImageSamples(
             source, channels=channels, sizes=sizes_of(data, square), flip=data.flip, enlarge=data.enlarge
         )
-        if data.flip:
-            warn_of_sides(source.captions or ())
     else:
         found, expected = (source.channels, *source.sizes[0]), (channels, *square)
         if source.text is None and found != expected:

@@ -167,8 +167,6 @@ class TextConfig:
             "do_classifier_free_guidance": False,
             "max_sequence_length": self.max_length,
             "complex_human_instruction": self._lines if caption else None,
-            # Latte's: the empty text has as many tokens as the one that it stands for.
-            "mask_feature": bool(caption),
         }
         return {name: value for name, value in options.items() if name in takes}
 
@@ -194,7 +192,9 @@ def load_text_encoder(config: TextConfig, number: int = 0) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"text.encoder {path} holds no tokenizer, here or on the hub: {error}") from error
+        raise ValueError(
+            f"text.encoder {path} holds no tokenizer that can be loaded, here or on the hub: {error}"
+        ) from error
     named = config.encoders[number].model_class
     try:
         encoder_class = getattr(transformers, named) if named else _encoder_class(path, encoder_folder)
@@ -269,6 +269,7 @@ class CaptionEncoder:
         max_length: tokens that embeddings are filled up to.
         number: of the encoder in its pipeline, 0 for the first.
         room: tokens of a caption that are embedded; ``max_length`` by default.
+        empty: embeds the text that stands for none, where it is not the empty one.
     """
 
     def __init__(
@@ -280,10 +281,12 @@ class CaptionEncoder:
         max_length: int,
         number: int = 0,
         room: int | None = None,
+        empty: Callable[[], EmbeddedText] | None = None,
     ) -> None:
         self.tokenizer, self.text_encoder, self.max_length = tokenizer, text_encoder, max_length
         self.number, self.room = number, max_length if room is None else room
         self._encode = lru_cache(maxsize=4096)(torch.no_grad()(encode))
+        self._empty = None if empty is None else lru_cache(maxsize=1)(torch.no_grad()(empty))
 
     def __call__(self, caption: str) -> EmbeddedText:
         """Return the embeddings of a caption."""
@@ -291,8 +294,8 @@ class CaptionEncoder:
         return found if isinstance(found, EmbeddedText) else EmbeddedText(found, len(found))
 
     def empty_for(self, text: EmbeddedText) -> EmbeddedText:
-        """Return the empty text that stands for another one, where it is, and no longer than it."""
-        empty = self("").to(text.values)
+        """Return the empty text that stands for another one, where that is, and no longer than it."""
+        empty = (self("") if self._empty is None else self._empty()).to(text.values)
         if empty.tokens <= text.tokens:
             return empty
         return EmbeddedText(empty.values[: text.tokens], text.tokens)
@@ -326,6 +329,8 @@ class CaptionEncoder:
     def to(self, device: torch.device) -> None:
         """Move the encoder to a device."""
         self._encode.cache_clear()
+        if self._empty is not None:
+            self._empty.cache_clear()
         self.text_encoder.to(device)
 
     def warn_of_long(self, captions: Sequence[str]) -> int:
@@ -397,9 +402,13 @@ def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
         given = {**config.encoding_options(takes, caption), **dict(options)}
         return pipeline.encode_prompt(caption, device=device, **given)
 
+    # Latte's: in place of a text there is what the encoder makes of none, filled up, as far as the text went.
+    unmasked = "mask_feature" in takes
     return [
         CaptionEncoder(
             partial(_embed_as, ask, text_encoder, config, number),
+            empty=partial(_embed_as, ask, text_encoder, config, number, "", mask_feature=False)
+            if unmasked else None,
             tokenizer=tokenizer, text_encoder=text_encoder, max_length=config.length(number), number=number,
             room=_room(pipeline, tokenizer, config, number),
         )
@@ -408,11 +417,16 @@ def stock_caption_encoders(config: TextConfig) -> list[CaptionEncoder]:
 
 
 def _embed_as(
-    ask: Callable[..., tuple[Any, ...]], text_encoder: Any, config: TextConfig, number: int, caption: str
+    ask: Callable[..., tuple[Any, ...]],
+    text_encoder: Any,
+    config: TextConfig,
+    number: int,
+    caption: str,
+    **more: Any,
 ) -> EmbeddedText:
     """Embed a caption as a pipeline, which is asked, does by encoder ``number``."""
     stock, length = config.encoders[number], config.length(number)
-    found = ask(caption, text_encoder.device, tuple(stock.options.items()))
+    found = ask(caption, text_encoder.device, (*stock.options.items(), *more.items()))
     text = torch.atleast_2d(found[stock.embeddings][0])
     mask = None if stock.mask is None else found[stock.mask]
     shown = text.any(dim=-1) if mask is None else mask[0].bool()  # else zeros fill up

@@ -164,7 +164,7 @@ def test_a_page_compares_runs_of_a_seed(tmp_path: Path) -> None:
     assert "| softmax |  | **+0.100 [+0.100, +0.100]** |" in text
     found[-1] = of("linear", 2, 0.9)
     text = write_page(dataclasses.replace(near, against=["softmax"]), found[:-1], tmp_path, "x").read_text()
-    assert "| linear | **-0.100 [-0.100, -0.100]** |\n" in text, "two seeds have both"
+    assert "| linear | **-0.100 [-0.100, -0.100]** (2 seeds) |\n" in text
     text = write_page(dataclasses.replace(near, against=["softmax"]), found, tmp_path, "x").read_text()
     half = 4.302653 / math.sqrt(3) * statistics.stdev([-0.1, -0.1, 0.0])
     low, high = -0.2 / 3 - half, -0.2 / 3 + half

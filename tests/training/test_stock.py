@@ -277,12 +277,12 @@ def test_captions_are_embedded_as_the_pipeline_embeds_prompts_and_the_empty_one_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("caption", ["(b) #1", ""])
 @pytest.mark.parametrize("trained", [*TRAINED, LATTE], ids=lambda trained: trained.case)
 def test_the_model_is_given_texts_as_the_pipeline_gives_them_for_one_prompt(
-    trained: Trained, encoder: str, tmp_path: Path
+    trained: Trained, caption: str, encoder: str, tmp_path: Path
 ) -> None:
     """Of a caption that some pipelines would clean, and of the text that guidance leads away from."""
-    caption = "(b) #1"
     text = prepare(trained, encoder, tmp_path)
     write_latents(trained, text, tmp_path)
     run = run_of(trained, text, tmp_path)
@@ -308,7 +308,7 @@ def test_the_model_is_given_texts_as_the_pipeline_gives_them_for_one_prompt(
     for conditions in (told, empty, without):
         (given,) = texts_of_call(model.denoising_arguments(samples, torch.tensor([500.0]), conditions))
         assert any(row.shape == given.shape and torch.allclose(row, given, atol=1e-5) for row in shown)
-    assert not torch.equal(told["encoder_hidden_states"], empty["encoder_hidden_states"])
+    assert torch.equal(told["encoder_hidden_states"], empty["encoder_hidden_states"]) is not bool(caption)
 
 
 def texts_of_call(call: dict[str, Any]) -> list[torch.Tensor]:
@@ -341,10 +341,14 @@ def test_the_rate_of_the_clips_is_that_of_training_of_sheets_and_of_what_is_gene
     pipeline.transformer.register_forward_pre_hook(
         lambda model, args, kwargs: scales.append(kwargs["rope_interpolation_scale"]), with_kwargs=True
     )
+    more: dict[str, Any] = {"prompts": ["aa"], "num_inference_steps": 1}
     for fps, rate in ((None, 8), (6.0, 6)):
-        generate_videos(pipeline, tmp_path / str(fps), prompts=["aa"], num_inference_steps=1, fps=fps)
+        generate_videos(pipeline, tmp_path / str(fps), fps=fps, **more)
         assert read_manifest(tmp_path / str(fps))["fps"] == rate
     assert {tuple(map(float, its)) for its in scales} == {(1, 32, 32)}
+    generate_videos(pipeline, tmp_path / "other", options={"frame_rate": 16}, **more)
+    assert read_manifest(tmp_path / "other")["fps"] == 16
+    assert float(scales[-1][0]) == 8 / 16
 
 
 def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(
@@ -372,8 +376,13 @@ def test_latte_is_trained_on_frames_that_the_autoencoder_of_images_encodes(
     assert open_video(tmp_path / "run" / "samples" / "step-00000002.mp4").num_frames == 3
     pipeline = check_run(run, tmp_path, "LattePipeline")
     size = {"num_frames": 3, "height": 16, "width": 16}
-    generate_videos(pipeline, tmp_path / "out", prompts=["aa"], num_inference_steps=1, **size)
-    assert open_video(tmp_path / "out" / "000000.mp4").num_frames == 3
+    rows: list[int] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda model, args, kwargs: rows.append(len(kwargs["encoder_hidden_states"])), with_kwargs=True
+    )
+    generate_videos(pipeline, tmp_path / "out", prompts=["aa", "aab"], num_inference_steps=1, **size)
+    assert rows == [2, 2], "a text and the one that guidance leads away from, as texts have no mask"
+    assert open_video(tmp_path / "out" / "000001.mp4").num_frames == 3
 
 
 def test_every_backbone_is_trained_or_what_is_missing_is_said() -> None:

@@ -31,7 +31,7 @@ _LARGEST_FIELD = 1 << 24
 Rows = Iterator[tuple[int, Any]]
 
 
-_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+_SIDES = re.compile(r"\b(left|right)(most|wards?|-hand)?\b", re.IGNORECASE)
 
 
 def warn_of_sides(captions: Iterable[Caption | None]) -> None:
@@ -39,8 +39,8 @@ def warn_of_sides(captions: Iterable[Caption | None]) -> None:
     texts = texts_of(captions)
     if named := [text for text in texts if _SIDES.search(text)]:
         logger.warning(
-            "data.flip mirrors pictures, but %d of %d captions name a side, first %r: set it to false where "
-            "they tell what is left and right",
+            "data.flip mirrors pictures, but %d of %d captions seem to name a side, first %r: set it to "
+            "false where they do",
             len(named), len(texts), named[0][:80],
         )  # fmt: skip
 

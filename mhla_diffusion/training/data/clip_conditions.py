@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModel
@@ -34,7 +35,7 @@ def load_image_encoder(path: str) -> tuple[CLIPImageProcessor, CLIPVisionModel]:
             path, subfolder=folders["image_encoder"], dtype=torch.float32
         )
         processor = CLIPImageProcessor.from_pretrained(path, subfolder=folders["image_processor"])
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"image_encoder {path} holds no CLIP vision model with its processor, here or on the hub: {error}"
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # Each module's sources are in a config because it is imported here.
 from . import image_sources, latents, pairs, toys, videos  # noqa: F401
-from .captions import warn_of_sides
 from .image_sources import ImageSource
 from .images import Images
 from .sources import SourceConfig
@@ -28,8 +27,6 @@ def open_images(config: DataConfig, *, captioned: bool = False) -> Images:
     opened = config.open(captioned=captioned)
     if not isinstance(opened, Images):
         raise ValueError("latents are not images: give the data.source that they were made from")
-    if config.flip:
-        warn_of_sides(opened.captions or ())
     return opened
 
 

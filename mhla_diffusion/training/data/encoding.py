@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,10 @@ from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
 from ...files.writing import require_writable
-from ...processes import process_state
+from ...processes import in_first_process, process_state
 from ..stock import require_cache
 from ..text import CaptionEncoder, TextConfig, load_caption_encoders
-from .captions import Caption, texts_of
+from .captions import Caption, texts_of, warn_of_sides
 from .clip_conditions import (
     Controls,
     ControlTask,
@@ -31,12 +32,12 @@ from .clip_conditions import (
     require_edits,
 )
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
-from .fingerprint import fingerprint_of
+from .fingerprint import fingerprint_of, require_files
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import load_vae
 from .shards import write_shards
-from .stream import SampleSource, UnreadableSampleError
+from .stream import SampleSource, UnreadableSampleError, is_of_disk
 from .video_autoencoders import VIDEO_AUTOENCODERS, encode_clip, require_clips, require_multiples
 from .videos import VideoSamples
 
@@ -89,6 +90,9 @@ def cache_latents(config: LatentCacheConfig) -> None:
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
     )  # fmt: skip
+    require_files(images.images)
+    if config.data.flip:
+        warn_of_sides(images.captions or ())
     encoders = [] if config.text is None else load_caption_encoders(config.text)
     facts: dict[str, Any] = {} if encoders else {"class_names": images.class_names}
     if type(vae).__name__ == "AutoencoderKL":  # whose latents are drawn when they are read
@@ -102,7 +106,7 @@ def cache_latents(config: LatentCacheConfig) -> None:
         facts=facts | _prepare(vae, encoders, images.captions or ()),
         num_samples=len(images),
         rows_per_sample=1 + config.data.flip,
-        data=fingerprint_of(images),
+        data=in_first_process(partial(fingerprint_of, images)),
         make_rows=lambda rows: _encode_images(vae, encoders, images, rows, config),
     )
 
@@ -261,13 +265,14 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         frames=config.data.frames,
     )  # fmt: skip
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
+    require_files(videos.videos)
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,
         keep=("vae", "data", "text", "image_condition", "image_encoder", "control", "clips", "shard_size"),
         facts=_prepare(vae, encoders, videos.captions),
         num_samples=len(videos) * config.clips,
-        data=fingerprint_of(videos),
+        data=in_first_process(partial(fingerprint_of, videos)),
         make_rows=lambda rows: [
             {
                 "latents": encode_clip(vae, clip),
@@ -309,7 +314,7 @@ def _load_conditions(
 
 
 def readable(
-    source: SampleSource, rows: range, *, draws: int = 1
+    source: SampleSource, rows: Iterable[int], *, draws: int = 1
 ) -> Iterator[tuple[int, dict[str, Any], torch.Generator]]:
     """Load the samples that can be decoded, each ``draws`` times; name the others.
 
@@ -325,8 +330,6 @@ def readable(
         try:
             yield row // draws, dict(source.load(row // draws, generator)), generator
         except UnreadableSampleError as error:
-            if error.is_of_disk:
-                raise ValueError(
-                    f"{error}: put it back, or take it out of the data; what is encoded already is kept"
-                ) from error
+            if is_of_disk(error):
+                raise ValueError(f"{error}: put it back, and run the same again") from error
             logger.warning("skipped: %s", error)

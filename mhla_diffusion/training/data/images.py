@@ -20,7 +20,7 @@ from PIL import Image
 from ...files.pictures import DECODING_ERRORS, WHITE, flat_picture, open_picture, read_picture
 from ...processes import in_first_process
 from .buckets import Size, nearest_size
-from .captions import Caption, draw_caption
+from .captions import Caption, draw_caption, warn_of_sides
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .shapes import Shape, measured, read_shapes
 from .stream import UnreadableSampleError
@@ -136,6 +136,10 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return self.files
 
     def name(self, index: int) -> str:
         return self.files[index]
@@ -263,6 +267,8 @@ class ImageSamples:
         self.images, self.channels, self.sizes = images, channels, list(sizes)
         self.flip, self.enlarge = flip, enlarge
         self.class_names, self.captions = images.class_names, images.captions
+        if flip:
+            warn_of_sides(self.captions or ())
         self.buckets = self._choose_sizes() if len(self.sizes) > 1 else None
 
     def __len__(self) -> int:

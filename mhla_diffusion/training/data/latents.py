@@ -18,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,9 +55,12 @@ def load_vae(path: str, classes: Iterable[str] = IMAGE_AUTOENCODERS) -> Any:
     name = stored.get("_class_name", "model of no class of diffusers")
     if name not in classes:
         raise ValueError(f"{path} holds a {name}, but the autoencoder must be {' or '.join(classes)}")
-    vae = getattr(diffusers, name).from_pretrained(
-        path, subfolder=component_subfolder(path, "vae"), dtype=torch.float32
-    )
+    try:
+        vae = getattr(diffusers, name).from_pretrained(
+            path, subfolder=component_subfolder(path, "vae"), dtype=torch.float32
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no whole autoencoder (vae): {error}") from error
     return vae.eval().requires_grad_(False)
 
 

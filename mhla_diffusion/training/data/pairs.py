@@ -57,6 +57,10 @@ class PicturePairs:
             lambda index: b"".join(map(file_content, self._files(index))),
         )
 
+    @property
+    def paths(self) -> list[Path]:
+        return [file for index in range(len(self.names)) for file in self._files(index)]
+
     def shapes(self) -> list[Shape]:
         files = [self._files(index)[1] for index in range(len(self.names))]
         return read_shapes(files, self._shape, self.folder / "pairs.shapes.json")

@@ -234,16 +234,16 @@ def write_shards(
                 number,
             )
         wait_for_all()
-        rows = in_first_process(lambda: _count_rows(folder, cache, range(num_shards)))
-        in_first_process(lambda: _require_samples(folder, num_shards, rows // rows_per_sample, num_samples))
+        expected = (num_samples, rows_per_sample)
+        in_first_process(lambda: _require_samples(folder, cache, num_shards, *expected))
 
 
-def _count_rows(folder: Path, cache: str | None, numbers: range) -> int:
-    return sum(_Shard(_shard(folder, number), cache, number).num_rows for number in numbers)
-
-
-def _require_samples(folder: Path, num_shards: int, kept: int, num_samples: int) -> None:
+def _require_samples(
+    folder: Path, cache: str | None, num_shards: int, num_samples: int, rows_per_sample: int
+) -> None:
     """Refuse a cache of nothing, and leave no files of it: they would count as done."""
+    shards = (_Shard(_shard(folder, number), cache, number) for number in range(num_shards))
+    kept = sum(shard.num_rows for shard in shards) // rows_per_sample
     if kept:
         logger.info("%s is complete: %d files, %d samples", folder, num_shards, kept)
         if kept < num_samples:

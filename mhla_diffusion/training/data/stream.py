@@ -7,6 +7,7 @@ alone. So a run is the same on any number of processes, workers and micro-batche
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import signal
@@ -28,16 +29,21 @@ FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
 class UnreadableSampleError(Exception):
     """Sample that cannot be decoded; the message names it and says why."""
 
-    @property
-    def is_of_disk(self) -> bool:
-        """Return whether a file or its disk is not there, or refuses: what it holds may be well."""
-        cause: BaseException | None = self
-        while cause is not None:
-            # FFmpeg's errors are of what a file holds, whatever number they have.
-            if isinstance(cause, OSError) and cause.errno and not type(cause).__module__.startswith("av"):
-                return True
-            cause = cause.__cause__
-        return False
+
+_OF_DISKS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ENODEV, errno.ENXIO),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE),
+)
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Return whether a file or its disk is not there, or refuses: what the file holds may be well."""
+    while error is not None:
+        # FFmpeg's errors are of what a file holds, whatever number they have.
+        if isinstance(error, OSError) and not type(error).__module__.startswith("av"):
+            return error.errno in _OF_DISKS
+        error = error.__cause__
+    return False
 
 
 class SampleSource(Protocol):

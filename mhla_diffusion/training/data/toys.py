@@ -115,8 +115,6 @@ class SceneImages(PictureSource):
                 "data.source scene has captions and no classes: take a model of texts, model.backbone pixart "
                 "or sana, and to cache latents a --text.encoder"
             )
-        if self.flip:
-            raise ValueError("data.flip must be false for scenes, whose captions say left and right")
         return DrawnScenes(self.scenes)
 
 

@@ -85,6 +85,10 @@ class VideoFiles:
         self.files, self.decoder, self.background, self.index = list(files), decoder, background, index
         self.captions = [file.caption for file in self.files]
 
+    @property
+    def paths(self) -> list[str]:
+        return [str(file.path) for file in self.files]
+
     def name(self, index: int) -> str:
         return str(self.files[index].path)
 

@@ -176,7 +176,7 @@ def test_files_that_are_not_there_end_the_run_and_what_is_encoded_stays(
     picture.unlink()
     found = readable(images, range(20))
     assert [next(found)[0] for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match=f"{picture.name}.*: put it back, or take it out of the data"):
+    with pytest.raises(ValueError, match=f"{picture.name}.*: put it back, and run the same again"):
         next(found)
     picture.write_bytes(content[:40])
     assert [index for index, *_ in readable(images, range(5))] == [0, 1, 2, 4], "broken, not gone"

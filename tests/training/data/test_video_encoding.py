@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, WanImageToVideoPipeline
@@ -29,7 +30,9 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
 from mhla_diffusion.training.data.clip_conditions import ImageConditions
+from mhla_diffusion.training.data.encoding import readable
 from mhla_diffusion.training.data.latents import CachedLatents, load_vae
+from mhla_diffusion.training.data.stream import is_of_disk
 from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
@@ -114,9 +117,18 @@ def test_a_broken_video_is_named_and_left_out(
 
 
 def test_a_video_that_is_not_there_ends_the_run(config: VideoLatentCacheConfig, folder: Path) -> None:
+    content = (folder / "1.mp4").read_bytes()
     (folder / "1.mp4").unlink()
-    with pytest.raises(ValueError, match=r"1\.mp4: no such file: put it back, or take it out of the data"):
+    with pytest.raises(ValueError, match=r"1 of 5 files are not there, first .*1\.mp4: put them back"):
         cache_video_latents(config)
+    assert not Path(config.output_dir).exists()
+    videos = VideoSamples(open_videos(config.data), config.data, channels=3)
+    with pytest.raises(ValueError, match=r"1\.mp4: no such file: put it back, and run the same again"):
+        list(readable(videos, range(len(videos))))
+    assert not is_of_disk(av.error.FileNotFoundError(2, "it is not the file that is missing"))
+    (folder / "1.mp4").write_bytes(content)
+    cache_video_latents(config)
+    assert len(CachedLatents(config.output_dir)) == 10
     nowhere = dataclasses.replace(config.data, path=str(folder / "nowhere"))
     with pytest.raises(ValueError, match="nowhere does not exist"):
         cache_video_latents(dataclasses.replace(config, data=nowhere))
@@ -137,7 +149,7 @@ def test_what_is_no_part_of_a_pipeline_is_named_with_its_option(
     text = dataclasses.replace(config.text, encoder=str(Path(config.vae) / "vae"))
     for change, said in (
         ({"vae": other}, r"holds no autoencoder \(vae\), here or on the hub"),
-        ({"text": text}, r"text\.encoder .*vae holds no tokenizer, here or on the hub"),
+        ({"text": text}, r"text\.encoder .*vae holds no tokenizer that can be loaded"),
         ({"image_condition": "first", "image_encoder": other}, "image_encoder .* holds no CLIP vision model"),
     ):
         with pytest.raises(ValueError, match=said):
