@@ -195,8 +195,10 @@ class MHLA(nn.Module):
         """Start from the mixing matrix of another module, resized to the blocks of this one.
 
         See :func:`mhla_diffusion.ops.resize_mixing`. Under the constraint ``"clamp"`` a matrix with weights
-        above 1 is divided by the largest. The denominator cancels that factor; without one
-        (``normalizer="none"``) only ``output_norm`` does.
+        above 1 is divided by the largest, under ``"softmax"`` each row by its sum. The denominator cancels
+        these factors; without one (``normalizer="none"``) only ``output_norm`` does. Where a window shares
+        the denominator (``local="shared"`` in both), its weight takes them over, of rows the mean of their
+        logarithms, and with other blocks that a weight is one of more or fewer.
         """
         assert self.mixing is not None
         mixing, extra = other.mixing_matrix(), self.config.extra_block
@@ -212,9 +214,19 @@ class MHLA(nn.Module):
         )
         if mixing.ndim == 3 and not self.config.mixing_per_head:
             mixing = mixing.mean(0)
-        if self.config.constraint == "clamp":
-            mixing = mixing / mixing.max().clamp_min(1)
-        self.mixing.copy_(self._unconstrained(mixing).expand_as(self.mixing))
+        within = mixing / mixing.max().clamp_min(1) if self.config.constraint == "clamp" else mixing
+        self.mixing.copy_(self._unconstrained(within).expand_as(self.mixing))
+        if self.local is not None and other.local is not None and other.config.window == self.config.window:
+            shared = self.config.window == "shared"
+            blocks = math.log(math.prod(self.blocks) / math.prod(other.blocks))
+            self.local.copy_(other.local + (self._scale_of(mixing) + blocks if shared else 0))
+
+    def _scale_of(self, mixing: Tensor) -> Tensor:
+        """Logarithm of how much larger the rows of a matrix are than those of this one: ``[H]`` or one."""
+        sums, own = (rows.sum(-1) for rows in (mixing, self.mixing_matrix()))
+        counts = (sums > 0) & (own > 0)
+        logs = torch.where(counts, sums, 1.0).log() - torch.where(counts, own, 1.0).log()
+        return logs.sum(-1) / counts.sum(-1).clamp_min(1)
 
     def forward(
         self,

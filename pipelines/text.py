@@ -126,6 +126,8 @@ def require_positions(text_encoder: Any, tokens: int) -> None:
 
 def long_prompts(prompts: Sequence[str], tokenizer: Any, max_length: int) -> list[str]:
     """List the distinct prompts of more tokens, which the text encoder is not shown to their end."""
+    if not prompts:  # as embeddings are given, perhaps without a tokenizer
+        return []
     # A character of ASCII is a token at most, and beside them there is one more for the beginning of a word.
     short = max_length - 1 - tokenizer.num_special_tokens_to_add()
     distinct = [text for text in dict.fromkeys(prompts) if len(text) > short or not text.isascii()]

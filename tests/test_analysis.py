@@ -71,6 +71,7 @@ def test_rank_is_bounded_by_blocks_and_not_by_width() -> None:
     assert layer.matrices["linear"].rank <= 4
     assert 4 < layer.matrices["mhla"].rank <= 36
     assert analyze_one(MHLAConfig(blocks=(1, 2))).rank_bound == 8
+    assert analyze_one(MHLAConfig(blocks=(1, 2), feature_map="hedgehog")).rank_bound == 16, "twice as wide"
 
 
 def test_blocks_that_see_themselves_alone_have_the_rank_of_the_bound() -> None:

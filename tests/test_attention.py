@@ -214,6 +214,36 @@ def test_relative_mixing_starts_near_the_start_and_is_resized(constraint: str) -
     torch.testing.assert_close(other.mixing_matrix().diagonal(), resized.diagonal().mean().expand(4))
 
 
+@pytest.mark.parametrize("window", [None, "gate", "shared"])
+@pytest.mark.parametrize("constraint", ["clamp", "softmax"])
+def test_another_constraint_keeps_the_function_with_a_window_too(window: Any, constraint: str) -> None:
+    """Of rows with one sum, which both constraints divide by one number."""
+    settings: dict[str, Any] = {"blocks": (2, 2), "local": window, "local_margin": int(window is not None)}
+    module, (q, k, v), _ = make_module(MHLAConfig(**settings))
+    with torch.no_grad():
+        module.mixing.copy_(6 * initial_mixing(BlockLayout((2, 2), (2, 2)), "locality"))
+        if window is not None:
+            module.local.fill_(0.3)
+    other, _, _ = make_module(MHLAConfig(**settings, constraint=constraint))
+    other.take_mixing(module)
+    before, after = (its(q, k, v, grid=(4, 6)) for its in (module, other))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    if window == "shared":
+        torch.nn.init.constant_(other.local, 0.3)
+        assert not torch.allclose(other(q, k, v, grid=(4, 6)), before, rtol=1e-2, atol=1e-2)
+
+
+def test_with_other_blocks_all_others_weigh_what_they_did_against_the_window() -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=(2, 2), local="shared", mixing_init="uniform"))
+    other, _, _ = make_module(MHLAConfig(blocks=(4, 2), local="shared"))
+    assert module.local is not None
+    torch.nn.init.constant_(module.local, 0.3)
+    other.take_mixing(module)
+    # A weight of W, which is 1 / M, times e^w.
+    weights = [its.mixing_matrix()[0, -1] * its.local.exp() for its in (module, other)]
+    torch.testing.assert_close(weights[1], weights[0])
+
+
 def test_identity_cpe_adds_v() -> None:
     plain, (q, k, v), _ = make_module(MHLAConfig(blocks=4))
     extended, _, _ = make_module(MHLAConfig(blocks=4, cpe="identity"))

@@ -215,7 +215,7 @@ def _is_stock(module: nn.Module) -> bool:
 def _analyze_layer(
     name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any], *, max_matrices: int
 ) -> LayerAnalysis:
-    tokens, d = q.shape[2:]
+    tokens = q.shape[2]
     rotary_emb, key_mask, extra = (kwargs.get(name) for name in ("rotary_emb", "key_mask", "extra"))
     options: dict[str, Any] = {}
     audit = picture = None
@@ -257,7 +257,7 @@ def _analyze_layer(
             found.setdefault(attention, []).append(matrix_statistics(acting, plain))
     return LayerAnalysis(
         name, kind, layout.grid, layout.blocks, extra=sum(layout.extra or ()),
-        rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(d).sum())),
+        rank_bound=min(tokens, int(layout.block_index().bincount().clamp_max(features[0].shape[-1]).sum())),
         matrices={attention: mean_statistics(statistics) for attention, statistics in found.items()},
         mixing=audit, mixing_map=picture,
     )  # fmt: skip

@@ -143,5 +143,7 @@ def _take_processors(model: Any, rebuilt: Any, source: dict[str, Tensor]) -> Non
             continue
         after.take_mixing(before)
         source[f"{name}.mixing"] = after.mixing.to(before.mixing.dtype)
+        if after.local is not None and before.local is not None and f"{name}.local" in source:
+            source[f"{name}.local"] = after.local.to(before.local.dtype)
         if after.blocks != before.blocks:
             logger.info("%s: mixing resized, blocks %s to %s", name, before.blocks, after.blocks)

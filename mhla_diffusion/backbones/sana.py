@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,9 +39,11 @@ class _GridBlock(SanaTransformerBlock):
         normed = (self.norm1(hidden_states) * (1 + scale) + shift).to(hidden_states.dtype)
         hidden_states = hidden_states + gate * self.attn1(normed, grid=(height, width))
 
-        hidden_states = hidden_states + self.attn2(
+        # In this order, as the sum of bfloat16 takes the strides of the first.
+        attended = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
+        hidden_states = attended + hidden_states
 
         normed = self.norm2(hidden_states) * (1 + ff_scale) + ff_shift
         images = self.ff(normed.unflatten(1, (height, width)).permute(0, 3, 1, 2))
@@ -88,6 +91,11 @@ class MHLASanaTransformer2DModel(SquareSampleMixin, SanaTransformer2DModel):
         self.build(stock, plan)
         for block in self.transformer_blocks:
             block.__class__ = _GridBlock
+
+    def denoising_arguments(
+        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return super().denoising_arguments(samples, timestep * self.config.timestep_scale, conditions)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

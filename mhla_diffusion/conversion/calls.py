@@ -25,7 +25,7 @@ from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
-from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS
+from ..training.objectives.objective import BESIDE, NUM_TRAIN_TIMESTEPS
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS: dict[type[Any], type[Any]] = {
@@ -145,6 +145,8 @@ class DataCalls(Calls):
     def inputs(self, number: int) -> dict[str, Any]:
         samples, conditions, times, noise = self.sample(number)
         noisy = self.objective.noisy(samples.float(), times, noise)
+        if BESIDE in conditions:  # of image-to-video models
+            noisy = torch.cat([noisy, conditions.pop(BESIDE)], dim=1)
         return self.model.denoising_arguments(noisy, self.objective.timestep(times), conditions)
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
         In how many layers.
     """
     undo: list[tuple[MHLA, str, Any]] = []
-    changed: list[tuple[nn.Parameter, torch.Tensor]] = []
+    changed: list[tuple[MHLA, nn.Parameter, torch.Tensor]] = []
     for module in (part for part in model.modules() if isinstance(part, MHLA)):
         parts = {"convolution": ("cpe", "conv_q", "conv_k"), "gate": ("gate",)}.get(branch, ())
         for name in (part for part in parts if getattr(module, part) is not None):
@@ -78,15 +78,18 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
             module.config = replace(module.config, local=None, local_margin=0, routed_blocks=0)
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
-            changed.append((weights, weights.detach().clone()))
+            changed.append((module, weights, weights.detach().clone()))
             off = _ALL if module.config.window == "gate" else -_ALL
             weights.data.fill_(off if branch == "linear" else 1 / weights.shape[-1])
+        if branch == "mixing" and module.strength is not None:  # that of content
+            undo.append((module, "strength", module.strength))
+            module.strength = None
     try:
-        yield len({module for module, *_ in undo}) + len(changed)
+        yield len({module for module, *_ in (*undo, *changed)})
     finally:
         for module, name, value in undo:
             setattr(module, name, value)
-        for weights, before in changed:
+        for _, weights, before in changed:
             weights.data.copy_(before)
 
 

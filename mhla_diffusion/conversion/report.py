@@ -107,6 +107,7 @@ def report(
     *,
     size: Plan | None = None,
     config: ReportConfig | None = None,
+    grid: tuple[int, ...] | None = None,
     component: str = "transformer",
 ) -> dict[str, Any]:
     """Measure a teacher and its students, and write report.json and report.html.
@@ -114,7 +115,7 @@ def report(
     Args:
         teacher: folder or hub id.
         students: folders of mhla choose, or of training runs; at least one.
-        data: as for :func:`open_calls`; without a training run there are no losses and no samples.
+        data, grid: as for :func:`open_calls`; without a training run there are no losses and no samples.
         out: folder.
         size: what speed and memory are measured at; none by default.
         config: see :class:`ReportConfig`.
@@ -131,7 +132,8 @@ def report(
     paths = [_located(Path(student)) for student in students]
     names = _names(paths)
     with only_writer(out):
-        return _report(teacher, dict(zip(names, paths, strict=True)), data, out, size, config, component)
+        named = dict(zip(names, paths, strict=True))
+        return _report(teacher, named, data, out, size, config, grid, component)
 
 
 def _report(
@@ -141,6 +143,7 @@ def _report(
     out: Path,
     size: Plan | None,
     config: ReportConfig,
+    grid: tuple[int, ...] | None,
     component: str,
 ) -> dict[str, Any]:
     """See :func:`report`; students by what the page calls them."""
@@ -148,7 +151,7 @@ def _report(
     model = load_teacher(teacher, **place)
     device = _device()
     model.to(device)
-    calls = open_calls(model, data, seed=config.seed)
+    calls = open_calls(model, data, seed=config.seed, grid=grid)
     made_with = _sampling_facts(calls, config)
     entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
     for name, path in students.items():

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion import MHLA, MHLAConfig, MHLAPipeline
 from mhla_diffusion.commands import report as report_command
 from mhla_diffusion.commands.card import card
 from mhla_diffusion.commands.end import CommandError
@@ -29,6 +29,7 @@ from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
 from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.files.locking import only_writer
+from mhla_diffusion.ops import BlockLayout
 from mhla_diffusion.planning import plan
 from tests.extractors import quarters
 
@@ -293,6 +294,17 @@ def test_a_branch_is_off_inside_and_on_again_behind() -> None:
     with without(routed, "window"):
         torch.testing.assert_close(routed(**calls(0)).sample, alone)
     assert set(branch_errors(teacher, teacher, calls, [0])) == set()
+    content = make_teacher(attention="mhla", mhla_config={"blocks": [2, 2], "mixing_content": True})
+    layer = next(part for part in content.modules() if isinstance(part, MHLA))
+    torch.nn.init.constant_(layer.strength, 5.0)
+    q, k = torch.randn(2, 1, layer.heads, 16, layer.head_dim)
+    layout = BlockLayout((4, 4), (2, 2))
+    with without(content, "mixing") as layers:
+        assert layers == 3
+        weights = layer.weighed(layer.mixing_matrix(), q, k, layout)
+        assert (weights == weights.flatten()[0]).all(), "blocks weigh alike, whatever they hold"
+    weights = layer.weighed(layer.mixing_matrix(), q, k, layout)
+    assert not (weights == weights.flatten()[0]).all()
 
 
 def test_a_ratio_has_the_interval_of_its_pairs() -> None:

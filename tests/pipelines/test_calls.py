@@ -139,6 +139,18 @@ def test_images_of_texts_take_what_sana_takes(sana_pair: Pair, dtype: torch.dtyp
 
 
 @torch.no_grad()
+def test_times_are_those_that_sana_scales(sana_pair: Pair) -> None:
+    call: dict[str, Any] = {"latents": torch.randn(2, 4, 8, 16, generator=seeded(0))}
+    before = Called(sana_pair[0])(**call).images
+    sana_pair[0].transformer.register_to_config(timestep_scale=0.01)  # which both have
+    require_same_calls((Called(sana_pair[0]), Called(sana_pair[1])), [call])
+    assert not torch.allclose(Called(sana_pair[0])(**call).images, before)
+    model = sana_pair[0].transformer
+    given = model.denoising_arguments(torch.zeros(1, 4, 8, 16), torch.tensor([500.0]), {})
+    torch.testing.assert_close(given["timestep"], torch.tensor([5.0]))
+
+
+@torch.no_grad()
 def test_callbacks_of_images_of_texts_are_those_of_sana(sana_pair: Pair) -> None:
     require_same_callbacks((Called(sana_pair[0]), Called(sana_pair[1])), negative_prompt="a cat")
     require_same_callbacks((Called(sana_pair[0]), Called(sana_pair[1])), guidance_scale=1.0)

@@ -172,11 +172,14 @@ def test_a_pipeline_on_pixels_has_the_size_it_was_trained_at(pixel_pipeline: MHL
 
 
 def test_prompt_embeds_and_noise_stand_in_for_what_they_are_made_of(pixel_pipeline: MHLAWanPipeline) -> None:
-    embeds, _ = pixel_pipeline.encode_prompt("a cat", max_sequence_length=8)
+    embeds, negative = pixel_pipeline.encode_prompt("a cat", max_sequence_length=8)
     noise = torch.randn(1, 1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     expected = pixels(pixel_pipeline)
     torch.testing.assert_close(pixels(pixel_pipeline, None, prompt_embeds=embeds), expected)
     torch.testing.assert_close(pixels(pixel_pipeline, latents=noise, generator=None), expected)
+    pixel_pipeline.register_modules(tokenizer=None, text_encoder=None)  # to save their memory
+    texts = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    torch.testing.assert_close(pixels(pixel_pipeline, None, **texts), expected)
 
 
 def test_prompts_that_are_cut_are_named(
