@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..backbones import (
 from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config, with_later_fields
+from ..training.data.fingerprint import fingerprint_of
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
@@ -125,10 +127,14 @@ class DataCalls(Calls):
     def facts(self) -> dict[str, Any]:
         names = ("data", "text", "class_dropout", "caption_dropout", "objective")
         kept = {name: value for name, value in as_dict(self.config).items() if name in names}
-        return {**kept, "seed": self.seed}
+        return {**kept, "seed": self.seed, "fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return fingerprint_of(self.source)
 
     def completed(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        filled = with_later_fields(facts, self.config)
+        filled = {"fingerprint": self._fingerprint, **with_later_fields(facts, self.config)}
         return {name: value for name, value in filled.items() if name in facts or name in self.facts}
 
     def sample(self, number: int) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:

@@ -136,12 +136,25 @@ def test_an_alignment_goes_on_that_is_older_than_a_setting_of_the_run(
     align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[0])
     record = json.loads((out / "align.json").read_text())
     del record["calls"]["objective"]["shift"], record["calls"]["data"]["flip"]
+    assert len(record["calls"].pop("fingerprint")) == 64
     (out / "align.json").write_text(json.dumps(record))
     align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[0])
     shifted = str(write_run(objective={"shift": 2.0}))
     (out / "align.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r":\n  calls\.objective\.shift: 1\.0 -> 2\.0$"):
         align(teacher, open_calls(teacher, shifted), out, candidates=FORMS, config=few, layers=[0])
+
+
+def test_layers_are_not_aligned_on_other_pictures_than_those_before(
+    teacher: Any, tmp_path: Path, write_run: Callable[..., Path], image_folder: Path
+) -> None:
+    out, few = tmp_path / "aligned", dataclasses.replace(FEW, steps=1)
+    path = str(write_run())
+    align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[0])
+    first, second, *_ = sorted(image_folder.rglob("*.png"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=r"holds another alignment; .*:\n  calls\.fingerprint: "):
+        align(teacher, open_calls(teacher, path), out, candidates=FORMS, config=few, layers=[1])
 
 
 def make_cache(teacher: Any, calls: NoiseCalls, folder: Path, fingerprint: str = "f") -> cache.CacheConfig:
