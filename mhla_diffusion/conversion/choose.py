@@ -123,7 +123,8 @@ def describe(
     """Return the content of choice.json, for a choice by FLOPs that was not checked."""
     return {
         "model": record["model"], "teacher": record["teacher"], "budget": limits.budget, "cost_by": "flops",
-        "size": plan.size, "keep": list(limits.keep), "chosen": asdict(chosen), "check": {},
+        "size": plan.size, "grid": list(plan.layout.grid), "keep": list(limits.keep),
+        "chosen": asdict(chosen), "check": {},
         "curve": [{"cost": choice.cost, "error": choice.error} for choice in choices],
         "errors": limits.errors, "costs": limits.costs, "candidates": record["candidates"],
         "align_seconds": sum(job["seconds"] for jobs in record["jobs"].values() for job in jobs.values()),

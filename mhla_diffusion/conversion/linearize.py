@@ -108,7 +108,7 @@ def linearize(
     forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
     require_reachable(teacher, forms, size, config.budget, config.keep)
     student, students = out / "student", [str(out / "student")]
-    _require_same_choice(student / CHOICE, config, size)
+    _require_same_choice(student / CHOICE, config, size, forms)
     align(teacher, calls, out / "aligned", candidates=forms, config=config.align, name=model)
 
     def assemble() -> None:
@@ -135,12 +135,20 @@ def linearize(
     return 0
 
 
-def _require_same_choice(record: Path, config: LinearizeConfig, size: Plan) -> None:
-    """Check that a student that is there was chosen as it would be now."""
+def _require_same_choice(
+    record: Path, config: LinearizeConfig, size: Plan, forms: Mapping[str, MHLAConfig]
+) -> None:
+    """Check that a student that is there was chosen as it would be now: for this grid, among these forms."""
     if record.is_file():
         old = json.loads(record.read_text())
-        new = {"budget": config.budget, "keep": list(config.keep), "size": size.size}
-        _refuse(record.parent, changes({key: old.get(key) for key in new}, new))
+        given = {name: form.to_dict() for name, form in forms.items()}
+        new = {
+            "budget": config.budget, "keep": list(config.keep), "size": size.size,
+            "candidates": {**old["candidates"], **json.loads(json.dumps(given))},
+            "grid": list(size.layout.grid),
+        }  # fmt: skip
+        # Older records have no grid.
+        _refuse(record.parent, changes({key: old.get(key, new[key]) for key in new}, new))
 
 
 def _what_counts(run: Any) -> dict[str, Any]:
@@ -171,6 +179,8 @@ def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
         ema_decay=min(run.trainer.ema_decay, 1 - 10 / max(config.steps, 20)),
         max_grad_norm=run.trainer.max_grad_norm or 1.0,
     )
+    if settings.guidance_scale > 1:  # which is in the student then
+        run = replace(run, sampling=replace(run.sampling, guidance_scale=1.0))
     whole = replace(
         run,
         model=type(run.model)(init_from=str(out / "student")),

@@ -21,6 +21,7 @@ from torch import nn
 from ..attention import MHLA
 from ..backbones.teacher import place, predict
 from ..timing import interleaved, peak_bytes, spread
+from ..training.task import TrainingTask
 from .calls import TIME_BUCKETS, Calls, DataCalls
 from .trial import prediction_error
 
@@ -124,9 +125,9 @@ def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> di
     }
 
 
-def pictures(model: Any, calls: DataCalls, *, playing: bool) -> list[str]:
-    """Draw the run's sample sheet, the same seeds for every model: data URIs of rows, or of playing clips."""
-    sheet = calls.task.sample(model, model.device)
+def pictures(model: Any, task: TrainingTask, *, playing: bool) -> list[str]:
+    """Draw a run's sample sheet, the same seeds for every model: data URIs of rows, or of playing clips."""
+    sheet = task.sample(model, model.device)
     return [_clip(row) if playing else _strip(row) for row in sheet.rows]
 
 

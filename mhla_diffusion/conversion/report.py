@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Entry:
         choice: choice.json of its layers, if it has one.
         hours: of the stage, on the machine that it ran on.
         source: what it was read from, by which it is known again.
+        guided: whether guidance was distilled into it, so that it is sampled without.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Entry:
     choice: Mapping[str, Any] | None = None
     hours: float = 0.0
     source: str = ""
+    guided: bool = False
 
 
 def report(
@@ -229,7 +231,7 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
 def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
     """The models that a folder stands for: a student and its plain conversion, or one that was trained."""
     run = is_run(path)
-    folder, source, stage = path, path, "trained"
+    folder, source, stage, guided = path, path, "trained", False
     if run:
         folder = path / "pipeline"
         if not folder.is_dir():
@@ -241,6 +243,7 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
         taught_by = settings.get("objective", {}).get("teacher")
         if taught_by is not None:
             stage = "distilled"
+            guided = settings["objective"].get("distillation", {}).get("guidance_scale", 1.0) > 1
             _require_teacher(path, taught_by, teacher, place)
     choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
     if choice is not None and choice["teacher"] != fingerprint(teacher):
@@ -250,7 +253,7 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
         return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
 
     if run:
-        return [Entry(name, stage, load, choice, training_hours(path), str(path))]
+        return [Entry(name, stage, load, choice, training_hours(path), str(path), guided)]
     if choice is None:
         return [Entry(name, "converted", load, None, 0.0, str(path))]
     hours = choice["align_seconds"] / 3600
@@ -287,7 +290,7 @@ def _key(entry: Entry, teacher: Any, settings: list[Any], size: Plan | None) -> 
     )
     facts = [
         _MEASURES, entry.stage, entry.source, weights, fingerprint(teacher), *settings,
-        None if size is None else list(size.layout.grid),
+        None if size is None else list(size.layout.grid), *(["guided"] if entry.guided else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -314,15 +317,19 @@ def _measure(
     }
     if isinstance(calls, DataCalls):
         found["losses"] = losses(model, calls, numbers)
-        if config.samples and calls.task.sampling.rows():
-            found["pictures"] = pictures(model, calls, playing=len(model.default_grid) == 3)
+        sampling = calls.config.sampling
+        sampling = replace(sampling, guidance_scale=1.0) if entry.guided else sampling
+        if config.samples and sampling.rows():
+            task = replace(calls.task, sampling=sampling)
+            found["pictures"] = pictures(model, task, playing=len(model.default_grid) == 3)
     if size is not None:
         found["speed"] = speed(model, teacher, size.layout.grid)
     if config.real is not None:
         assert isinstance(calls, DataCalls)
+        run = replace(calls.config, sampling=sampling)
         pipeline = MHLAPipeline.from_pretrained(path)
         pipeline.register_modules(transformer=model)
-        found["scores"] = scores(pipeline, config.real, generated, calls.config, config.num_samples)
+        found["scores"] = scores(pipeline, config.real, generated, run, config.num_samples)
     return found
 
 

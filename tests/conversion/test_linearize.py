@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mhla_diffusion import MHLA, MHLAConfig, MHLAPipeline
+from mhla_diffusion import MHLA, MHLAConfig, MHLADiTPipeline, MHLAPipeline
 from mhla_diffusion.commands import report as report_command
 from mhla_diffusion.commands.card import card
 from mhla_diffusion.commands.end import CommandError
@@ -31,6 +32,7 @@ from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.ops import BlockLayout
 from mhla_diffusion.planning import plan
+from mhla_diffusion.training import DistillationConfig
 from tests.extractors import quarters
 
 from .conftest import FEW, FORMS, make_teacher
@@ -92,6 +94,13 @@ def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(
     ):
         with pytest.raises(ValueError, match=difference):
             run(stored_teacher, data, out, other)
+    for stride, forms, difference in (
+        (2, LOCAL, r"student was .*\n  grid: \[32, 32\] -> \[16, 16\]$"),
+        (1, {**LOCAL, "linear": MHLAConfig(blocks=1)}, r"(?s)student was .*\n  candidates\.linear\.blocks: "),
+    ):
+        size = plan(str(stored_teacher), 64, 64, vae_stride=stride)
+        with pytest.raises(ValueError, match=difference):
+            linearize(str(stored_teacher), data, out, size, config=TOY, candidates=forms)
 
 
 def test_a_budget_that_nothing_meets_is_refused_before_any_work(stored_teacher: Path, tmp_path: Path) -> None:
@@ -267,6 +276,44 @@ def test_what_is_scored_against_has_to_be_there_before_any_work(
         with pytest.raises(ValueError, match=message):
             run(stored_teacher, data, tmp_path / "out", scored)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_with_guidance_in_it_is_sampled_without(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, float]] = []
+    call = MHLADiTPipeline.__call__
+
+    @functools.wraps(call)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        distilled = "mhla" in self.transformer.layer_attention
+        asked.append((distilled, kwargs["guidance_scale"]))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(MHLADiTPipeline, "__call__", noted)
+    sampling = {
+        "class_labels": [0, 1],
+        "images_per_class": 1,
+        "num_inference_steps": 1,
+        "guidance_scale": 4.0,
+    }
+    config = replace(TOY, steps=1, distillation=DistillationConfig(guidance_scale=4.0))
+    data = str(write_run(sampling={**sampling, "guidance_scale": 4.0}))
+    run(stored_teacher, data, tmp_path / "out", config)
+    assert (False, 4.0) in asked
+    assert (True, 4.0) in asked, "of the student that was aligned alone"
+    assert (True, 1.0) in asked
+    card = (tmp_path / "out" / "distilled" / "pipeline" / "README.md").read_text()
+    assert "guidance_scale=1.0" in card
+    assert "guidance_scale=4.0" not in card
+
+
+def test_a_report_is_of_the_grid_that_layers_were_aligned_on(stored_teacher: Path, tmp_path: Path) -> None:
+    size = plan(str(stored_teacher), 64, 64, vae_stride=1)
+    linearize(str(stored_teacher), "noise", tmp_path, size, config=TOY, candidates=LOCAL, grid=(8, 8))
+    records = (tmp_path / "aligned" / "align.json", tmp_path / "report" / "report.json")
+    grids = [json.loads(path.read_text())["calls"]["grid"] for path in records]
+    assert grids == [[8, 8], [8, 8]]
 
 
 def test_a_branch_is_off_inside_and_on_again_behind() -> None:
