@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+import torch
 
 from ..conversion.report import ReportConfig
 from .parsing import parse_and_call
@@ -19,6 +22,7 @@ def conversion(
     vae_stride: int | None = None,
     settings: ReportConfig = ReportConfig(),  # noqa: B008 (frozen)
     component: str = "transformer",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Write report.html and report.json: a teacher, and its students plain, aligned and distilled.
 
@@ -34,6 +38,7 @@ def conversion(
             have 1.
         settings: of the report.
         component: of the pipeline.
+        dtype: of the models, that of the alignment.
     """
     from ..conversion.report import report
     from ..planning import plan
@@ -43,7 +48,10 @@ def conversion(
     size = None
     if height is not None and width is not None:
         size = plan(teacher, height, width, frames, vae_stride=vae_stride)
-    report(teacher, students, data, out, size=size, config=settings, component=component)
+    report(
+        teacher, students, data, out, size=size, config=settings, component=component,
+        dtype=getattr(torch, dtype),
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str], prog: str, kind: str) -> None:

@@ -129,7 +129,7 @@ def linearize(
     in_first_process(
         lambda: report(
             model, students, data, out / "report", size=size, config=config.report, grid=calls_grid,
-            component=component,
+            component=component, dtype=dtype,
         )
     )  # fmt: skip
     return 0

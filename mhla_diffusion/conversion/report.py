@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tqdm.auto import tqdm
 
@@ -111,6 +112,7 @@ def report(
     config: ReportConfig | None = None,
     grid: tuple[int, ...] | None = None,
     component: str = "transformer",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Measure a teacher and its students, and write report.json and report.html.
 
@@ -122,6 +124,7 @@ def report(
         size: what speed and memory are measured at; none by default.
         config: see :class:`ReportConfig`.
         component: of the pipeline.
+        dtype: of the models, that of the alignment: the teacher is known by its weights in it.
 
     Returns:
         The content of report.json.
@@ -135,7 +138,7 @@ def report(
     names = _names(paths)
     with only_writer(out):
         named = dict(zip(names, paths, strict=True))
-        return _report(teacher, named, data, out, size, config, grid, component)
+        return _report(teacher, named, data, out, size, config, grid, component, dtype)
 
 
 def _report(
@@ -147,10 +150,11 @@ def _report(
     config: ReportConfig,
     grid: tuple[int, ...] | None,
     component: str,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """See :func:`report`; students by what the page calls them."""
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
-    model = load_teacher(teacher, **place)
+    model = load_teacher(teacher, dtype=dtype, **place)
     device = _device()
     model.to(device)
     calls = open_calls(model, data, seed=config.seed, grid=grid)
@@ -247,7 +251,10 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
             _require_teacher(path, taught_by, teacher, place)
     choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
     if choice is not None and choice["teacher"] != fingerprint(teacher):
-        raise ValueError(f"{source} was made of another teacher than this")
+        raise ValueError(
+            f"{source} was made of another teacher than this, or of this in another dtype than "
+            f"{teacher.dtype}"
+        )
 
     def load() -> Any:
         return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
@@ -266,7 +273,7 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
 def _require_teacher(run: Path, taught_by: str, teacher: Any, place: Mapping[str, Any]) -> None:
     """Check whom a run was distilled from, if that can still be opened from here."""
     try:
-        its = load_teacher(taught_by, **place)
+        its = load_teacher(taught_by, dtype=teacher.dtype, **place)
     except (OSError, ValueError) as error:
         logger.warning("%s: its teacher %s cannot be compared with this one: %s", run, taught_by, error)
         return

@@ -316,6 +316,16 @@ def test_a_report_is_of_the_grid_that_layers_were_aligned_on(stored_teacher: Pat
     assert grids == [[8, 8], [8, 8]]
 
 
+def test_a_report_is_in_the_dtype_of_the_alignment(stored_teacher: Path, tmp_path: Path) -> None:
+    size, config = plan(str(stored_teacher), 64, 64, vae_stride=1), replace(TOY, steps=0)
+    given: dict[str, Any] = {"size": size, "config": config, "candidates": LOCAL, "dtype": torch.bfloat16}
+    assert linearize(str(stored_teacher), "noise", tmp_path, **given) == 0
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [model["stage"] for model in content["models"]] == ["teacher", "plain", "aligned"]
+    with pytest.raises(ValueError, match=r"or of this in another dtype than torch\.float32"):
+        report(str(stored_teacher), [str(tmp_path / "student")], "noise", tmp_path / "other")
+
+
 def test_a_branch_is_off_inside_and_on_again_behind() -> None:
     teacher = make_teacher()
     model = make_teacher(attention="mhla", mhla_config=LOCAL["mhla"].to_dict())
