@@ -41,31 +41,42 @@ class LayerCall:
 
     @property
     def inputs(self) -> Tensor:
-        """Tokens of all streams, ``[B, T + N, D]``, the text first."""
+        """Tokens of all streams, ``[B, T + N, D]``, the text first; zero where it is filled up."""
         text = self.kwargs.get("encoder_hidden_states")
-        return self.hidden_states if text is None else torch.cat((text, self.hidden_states), 1)
+        if text is None:
+            return self.hidden_states
+        return _streams((self.hidden_states, text), self.kwargs.get(_MASK))
 
     @property
     def outputs(self) -> Tensor:
         """Outputs for all streams, as :attr:`inputs` has them."""
-        return _streams(self.output)
+        return _streams(self.output, self.kwargs.get(_MASK))
 
     def replay(self, layer: nn.Module, inputs: Tensor) -> Tensor:
-        """Return the outputs of a layer for other :attr:`inputs`, all else as in this call, of one sample."""
+        """Return the outputs of a layer for other :attr:`inputs`, all else as in this call, of one sample.
+
+        Texts have the lengths that the inputs say.
+        """
         text = self.kwargs.get("encoder_hidden_states")
         if text is None:
             return layer(inputs, *self.args, **self.kwargs)
-        rows, length = len(inputs), text.shape[1]
-        kwargs = {**self.kwargs, "encoder_hidden_states": inputs[:, :length]}
-        mask = kwargs.get("encoder_hidden_states_mask")
-        if mask is not None:
-            kwargs["encoder_hidden_states_mask"] = mask.expand(rows, *mask.shape[1:])
-        return _streams(layer(inputs[:, length:], *self.args, **kwargs))
+        length = text.shape[1]
+        kwargs, mask = {**self.kwargs, "encoder_hidden_states": inputs[:, :length]}, None
+        if _MASK in kwargs:
+            mask = inputs[:, :length].any(-1)
+            kwargs[_MASK] = mask if kwargs[_MASK] is None else mask.to(kwargs[_MASK].dtype)
+        return _streams(layer(inputs[:, length:], *self.args, **kwargs), mask)
 
 
-def _streams(output: Any) -> Tensor:
-    """One tensor of the outputs of a layer, which gives that of the text second."""
-    return torch.cat((output[1], output[0]), 1) if isinstance(output, tuple) else output
+_MASK = "encoder_hidden_states_mask"
+
+
+def _streams(output: Any, mask: Tensor | None) -> Tensor:
+    """One tensor of a layer's outputs, which gives that of the text second; zero where that is masked."""
+    if not isinstance(output, tuple):
+        return output
+    streams, text = output
+    return torch.cat((text if mask is None else text * mask.bool()[..., None], streams), 1)
 
 
 def load_teacher(

@@ -90,11 +90,11 @@ def write_activations(model: Any, calls: Calls, config: CacheConfig) -> None:
 def _activations(
     model: Any, calls: Calls, number: int, names: Sequence[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Input and output ``[N, D]`` of each layer in a call."""
+    """Input and output ``[N, D]`` of each layer in a call, of frames that attend apart one in turn."""
     row: dict[str, Tensor] = {}
     for name, call in layer_calls(model, calls(number), names).items():
         for key, value in (("input", call.inputs), ("output", call.outputs)):
-            stored = value[0].to(dtype).cpu()
+            stored = value[number % len(value)].to(dtype).cpu()
             if not stored.isfinite().all():
                 raise ValueError(
                     f"the {key} of layer {name} is not finite in call {number}: load the teacher in a wider "

@@ -16,7 +16,7 @@ import yaml
 from torch.utils._pytree import tree_leaves
 
 from mhla_diffusion import MHLAConfig, MHLAWanTransformer3DModel, convert_to_mhla
-from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, predict
+from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, layer_calls, predict
 from mhla_diffusion.conversion import (
     DataCalls,
     LinearizeConfig,
@@ -27,6 +27,7 @@ from mhla_diffusion.conversion import (
     linearize,
     open_calls,
 )
+from mhla_diffusion.conversion.cache import Activations, CacheConfig, write_activations
 from mhla_diffusion.conversion.choose import assemble
 from mhla_diffusion.conversion.trial import prediction_error
 from mhla_diffusion.planning import plan
@@ -37,6 +38,7 @@ from mhla_diffusion.training import (
     build_objective,
     parse_config,
 )
+from mhla_diffusion.training.data.shards import Shards
 from mhla_diffusion.training.objectives import Distillation
 from tests.backbones.cases import CASES, Case, randomize
 from tests.faults.test_processes import join
@@ -46,6 +48,40 @@ from tests.training.test_video import settings as video_settings  # noqa: F401 (
 from .conftest import FEW, FORMS, make_teacher
 
 ONE_STEP = dataclasses.replace(FEW, samples=2, held_out=1, steps=2, batch_size=1, evaluate_every=1)
+
+
+class Texts(NoiseCalls):
+    """Texts of several lengths, filled up to one, as data has them."""
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        found = super().inputs(number)
+        tokens = found["encoder_hidden_states"].shape[1]
+        mask = torch.arange(tokens)[None] < (4, tokens, tokens // 2)[number % 3]
+        found["encoder_hidden_states_mask"] = mask
+        return found
+
+
+def test_a_layer_is_replayed_with_the_text_of_each_sample() -> None:
+    teacher = as_teacher(CASES["QwenImage"].stock())
+    calls, names = Texts(teacher, grid=CASES["QwenImage"].grids[0]), list(attention_layers(teacher))
+    first, *others = (layer_calls(teacher, calls(number), names) for number in range(3))
+    for its in (first, *others):
+        for name in names:
+            found = first[name].replay(teacher.get_submodule(name), its[name].inputs)
+            torch.testing.assert_close(found, its[name].outputs)
+    shown = [int(its[names[0]].outputs.any(-1).sum()) for its in (first, *others)]
+    assert shown[0] < shown[2] < shown[1], "what fills a text up counts nowhere"
+
+
+def test_frames_that_attend_apart_are_kept_in_turn(tmp_path: Path) -> None:
+    teacher = as_teacher(CASES["Latte"].stock())
+    calls, names = NoiseCalls(teacher, grid=CASES["Latte"].grids[0]), list(attention_layers(teacher))
+    write_activations(teacher, calls, CacheConfig(str(tmp_path / "kept"), "t", calls.facts, tuple(names), 4))
+    kept = Activations(Shards(tmp_path / "kept"), names[0])
+    for number in range(4):
+        its = layer_calls(teacher, calls(number), names)[names[0]].inputs
+        assert len(its) > 1
+        torch.testing.assert_close(kept.read([number])[0][0], its[number % len(its)], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
