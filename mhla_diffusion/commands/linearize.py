@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 
 from ..conversion.linearize import LinearizeConfig
 from .parsing import parse_and_call
@@ -50,7 +52,8 @@ def linearize(
         component: of the pipeline: Wan2.2 has transformer and transformer_2.
         grid: tokens along each axis, for data samples and noise; the model's own by default.
         dtype: of the teacher in alignment, and of the student.
-        plan_only: print bytes, memory and GPU-hours, and do nothing.
+        plan_only: print bytes, memory and GPU-hours, and do nothing. Without a run, and a batch size of the
+            settings, distillation is of 256 samples a step.
         planned_as: what the plan takes the model for, such as DiT-XL/2, where it is not at hand.
         gpus: of the plan.
         tflops: of the plan, sustained by a GPU.
@@ -65,7 +68,7 @@ def linearize(
     if plan_only:
         budget = conversion_budget(
             size, forms or default_candidates(size.layout.grid), settings.align, steps=settings.steps,
-            batch_size=settings.batch_size or 256, gpus=gpus, tflops=tflops,
+            batch_size=settings.batch_size or _batch_size_of(data) or 256, gpus=gpus, tflops=tflops,
         )  # fmt: skip
         print(budget)
         return 0
@@ -76,6 +79,14 @@ def linearize(
         grid=None if grid is None else tuple(grid), component=component,
     )  # fmt: skip
     return 128 + stopped if stopped else 0
+
+
+def _batch_size_of(data: str) -> int | None:
+    """Return the batch size of a training run, which need not be of a model that is at hand; None of none."""
+    if not Path(data).is_file():
+        return None
+    run = yaml.safe_load(Path(data).read_text(encoding="utf-8"))
+    return run.get("trainer", {}).get("batch_size") if isinstance(run, dict) else None
 
 
 def main(arguments: Sequence[str], prog: str) -> int:

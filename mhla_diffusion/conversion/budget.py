@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ..config import MHLAConfig
 from ..planning import Plan, count_parameters
 from .cache import sample_bytes
@@ -79,7 +81,7 @@ def conversion_budget(
         tflops: sustained by each, 1e12 FLOPs a second; an H100 does about 300 to 400 in bfloat16 of its 990.
     """
     tokens, width = plan.layout.num_tokens, plan.heads * plan.head_dim
-    layer_bytes = align.all_samples * sample_bytes(tokens, width)
+    layer_bytes = align.all_samples * sample_bytes(tokens, width, getattr(torch, align.dtype))
     layers = min(plan.operators, max(1, int(align.disk * 1e9 // layer_bytes)))
     groups = math.ceil(plan.operators / layers)
     teacher = plan.rest + plan.operators * plan.operator_flops(plan.stock_attention)

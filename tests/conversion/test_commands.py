@@ -66,6 +66,22 @@ def test_a_plan_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GPU-hours" in printed
 
 
+def test_a_plan_is_of_the_batch_size_of_the_run(
+    stored_teacher: Path, write_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    planned = ("--model", str(stored_teacher), "--out", str(tmp_path / "out"), "--plan_only", "true")
+    size = ("--height", "64", "--width", "64", "--vae_stride", "1", "--settings.steps", "100000")
+    printed = []
+    for data, more in (
+        (str(write_run()), ()),
+        (str(write_run()), ("--settings.batch_size", "4")),
+        ("noise", ()),
+    ):
+        assert linearize.main([*planned, *size, "--data", data, *more], "mhla linearize") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
 def test_an_experiment_needs_all_forms(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     forms = tmp_path / "forms.yaml"
     forms.write_text("mhla: {blocks: 4}\n")

@@ -387,6 +387,9 @@ def test_the_budget_by_hand() -> None:
     linear = size.with_config(forms["linear"]).model_flops("mhla")
     assert found.hours["distil"] == pytest.approx(80 * (4 * linear + softmax))
     assert found.memory == found.parameters * 22 / 2
+    wider = replace(align, dtype="float32")
+    again = conversion_budget(size, forms, wider, steps=10, batch_size=8, gpus=2, tflops=1e-12 / 3600)
+    assert again.layer_bytes == 2 * layer
 
 
 def test_the_experiment_compares_every_variant_and_goes_on(
