@@ -219,7 +219,7 @@ class ImagePipeline(CardedPipeline, SanaLoraLoaderMixin):
             latents = self.scheduler.scale_model_input(latents, t)
         output = self.transformer(
             latents.to(self.transformer.dtype),
-            timestep=t.expand(len(latents)) * self.transformer.config.get("timestep_scale", 1.0),  # Sana's
+            timestep=self.transformer.time_of(t).expand(len(latents)),
             return_dict=False,
             **told,
             **sizes,

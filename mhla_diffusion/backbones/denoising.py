@@ -49,10 +49,9 @@ class DenoisingMixin:
         """Draw arguments of the forward on a grid of tokens: noise, times, conditions as the pipeline's."""
         raise NotImplementedError
 
-    @classmethod
-    def time_of(cls, timestep: Any) -> Any:
+    def time_of(self, timestep: Any) -> Any:
         """Return a time from 0, of data, to 1,000, of noise, as the model counts it."""
-        return timestep if cls.time_scale == 1000 else timestep * cls.time_scale / 1000
+        return timestep if self.time_scale == 1000 else timestep * self.time_scale / 1000
 
     def at_time(
         self, inputs: Mapping[str, Any], timestep: float, *, until: float | None = None

@@ -61,8 +61,7 @@ class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
         self.build(stock, plan)
         self.send_grid("cross_attention_kwargs", in_dict)
 
-    @classmethod
-    def time_of(cls, timestep: Any) -> Any:
+    def time_of(self, timestep: Any) -> Any:
         return 1 - timestep / 1000  # 0 is noise
 
     def example_inputs(

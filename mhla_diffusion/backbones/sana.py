@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -92,10 +91,8 @@ class MHLASanaTransformer2DModel(SquareSampleMixin, SanaTransformer2DModel):
         for block in self.transformer_blocks:
             block.__class__ = _GridBlock
 
-    def denoising_arguments(
-        self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        return super().denoising_arguments(samples, timestep * self.config.timestep_scale, conditions)
+    def time_of(self, timestep: Any) -> Any:
+        return super().time_of(timestep) * self.config.timestep_scale
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
@@ -105,6 +102,6 @@ class MHLASanaTransformer2DModel(SquareSampleMixin, SanaTransformer2DModel):
         text = (batch_size, _TEXT_TOKENS, config.caption_channels)
         return {
             "hidden_states": torch.randn(batch_size, config.in_channels, *sizes, generator=generator),
-            "timestep": torch.randint(1000, (batch_size,), generator=generator),
+            "timestep": self.time_of(torch.randint(1000, (batch_size,), generator=generator)),
             "encoder_hidden_states": torch.randn(*text, generator=generator),
         }

@@ -20,6 +20,8 @@ from .registry import backbone_of, load_transformer
 
 # Numbers of a tensor that go into the fingerprint: to hash all of a large model takes minutes.
 _PROBES = 256
+# Name of what tells a layer which tokens are the text's.
+_MASK = "encoder_hidden_states_mask"
 
 
 @dataclass
@@ -66,9 +68,6 @@ class LayerCall:
             mask = inputs[:, :length].any(-1)
             kwargs[_MASK] = mask if kwargs[_MASK] is None else mask.to(kwargs[_MASK].dtype)
         return _streams(layer(inputs[:, length:], *self.args, **kwargs), mask)
-
-
-_MASK = "encoder_hidden_states_mask"
 
 
 def _streams(output: Any, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 
 from ..conversion.linearize import LinearizeConfig
 from .parsing import parse_and_call
@@ -83,10 +82,9 @@ def linearize(
 
 def _batch_size_of(data: str) -> int | None:
     """Return the batch size of a training run, which need not be of a model that is at hand; None of none."""
-    if not Path(data).is_file():
-        return None
-    run = yaml.safe_load(Path(data).read_text(encoding="utf-8"))
-    return run.get("trainer", {}).get("batch_size") if isinstance(run, dict) else None
+    from ..training.export import read_run_config
+
+    return read_run_config(data).trainer.batch_size if Path(data).is_file() else None
 
 
 def main(arguments: Sequence[str], prog: str) -> int:

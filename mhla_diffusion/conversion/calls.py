@@ -27,7 +27,7 @@ from ..training.data.fingerprint import fingerprint_of
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
-from ..training.objectives.objective import BESIDE, NUM_TRAIN_TIMESTEPS
+from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS, with_beside
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS: dict[type[Any], type[Any]] = {
@@ -150,9 +150,7 @@ class DataCalls(Calls):
 
     def inputs(self, number: int) -> dict[str, Any]:
         samples, conditions, times, noise = self.sample(number)
-        noisy = self.objective.noisy(samples.float(), times, noise)
-        if BESIDE in conditions:  # of image-to-video models
-            noisy = torch.cat([noisy, conditions.pop(BESIDE)], dim=1)
+        noisy, conditions = with_beside(self.objective.noisy(samples.float(), times, noise), conditions)
         return self.model.denoising_arguments(noisy, self.objective.timestep(times), conditions)
 
     @torch.no_grad()

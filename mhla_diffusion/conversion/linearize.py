@@ -102,8 +102,8 @@ def linearize(
         raise ValueError(f"training is of the component transformer alone: steps must be 0 for {component}")
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
-    calls_grid = None if grid is None else tuple(grid)
-    calls = open_calls(teacher, data, grid=calls_grid)
+    grid = None if grid is None else tuple(grid)
+    calls = open_calls(teacher, data, grid=grid)
     require_scores(calls, config.report)
     forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
     require_reachable(teacher, forms, size, config.budget, config.keep)
@@ -128,7 +128,7 @@ def linearize(
         logger.warning("no distillation: it needs data, the YAML of a training run, got %s", data)
     in_first_process(
         lambda: report(
-            model, students, data, out / "report", size=size, config=config.report, grid=calls_grid,
+            model, students, data, out / "report", size=size, config=config.report, grid=grid,
             component=component, dtype=dtype,
         )
     )  # fmt: skip

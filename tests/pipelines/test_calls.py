@@ -148,6 +148,8 @@ def test_times_are_those_that_sana_scales(sana_pair: Pair) -> None:
     model = sana_pair[0].transformer
     given = model.denoising_arguments(torch.zeros(1, 4, 8, 16), torch.tensor([500.0]), {})
     torch.testing.assert_close(given["timestep"], torch.tensor([5.0]))
+    drawn = model.at_time(model.example_inputs((4, 8)), 500.0)
+    torch.testing.assert_close(drawn["timestep"], torch.tensor([5.0]))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from .clip_conditions import (
     require_edits,
 )
 from .config import DataConfig, VideoDataConfig, open_images, open_videos
-from .fingerprint import fingerprint_of, require_files
+from .fingerprint import fingerprint_of
 from .image_sources import sizes_of
 from .images import ImageSamples
 from .latents import load_vae
@@ -90,7 +91,7 @@ def cache_latents(config: LatentCacheConfig) -> None:
         open_images(config.data, captioned=config.text is not None),
         channels=3, sizes=sizes, enlarge=config.data.enlarge,
     )  # fmt: skip
-    require_files(images.images)
+    _require_files(images.images)
     if config.data.flip:
         warn_of_sides(images.captions or ())
     encoders = [] if config.text is None else load_caption_encoders(config.text)
@@ -109,6 +110,20 @@ def cache_latents(config: LatentCacheConfig) -> None:
         data=in_first_process(partial(fingerprint_of, images)),
         make_rows=lambda rows: _encode_images(vae, encoders, images, rows, config),
     )
+
+
+def _require_files(source: Any) -> None:
+    """Check that the files of samples are there, where ``source.paths`` names them.
+
+    Raises:
+        ValueError: when one is not.
+    """
+    paths = list(getattr(source, "paths", ()))
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        raise ValueError(
+            f"{len(missing)} of {len(paths)} files are not there, first {missing[0]}: put them back, or take "
+            "them out of the data"
+        )
 
 
 def _prepare(
@@ -265,7 +280,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
         frames=config.data.frames,
     )  # fmt: skip
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
-    require_files(videos.videos)
+    _require_files(videos.videos)
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,

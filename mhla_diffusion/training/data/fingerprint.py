@@ -17,20 +17,6 @@ def fingerprint_of(source: Any) -> str | None:
     return None if find is None else find()
 
 
-def require_files(source: Any) -> None:
-    """Check that the files of samples are there, where ``source.paths`` names them.
-
-    Raises:
-        ValueError: when one is not.
-    """
-    paths = list(getattr(source, "paths", ()))
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise ValueError(
-            f"{len(missing)} of {len(paths)} files are not there, first {missing[0]}: put them back, or take "
-            "them out of the data"
-        )
-
-
 def fingerprint(samples: Sequence[Any], content: Callable[[int], bytes]) -> str:
     """Hash what is known of every sample, and the content of a few that are evenly spread.
 

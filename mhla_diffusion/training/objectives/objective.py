@@ -143,6 +143,13 @@ class ObjectiveConfig:
                 )
 
 
+def with_beside(noisy: Tensor, conditioning: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return noisy samples with what is under :data:`BESIDE` as further channels, and the others."""
+    others = dict(conditioning)
+    beside = others.pop(BESIDE, None)
+    return noisy if beside is None else torch.cat([noisy, beside], dim=1), others
+
+
 class Objective(ABC):
     """Loss of each sample, for any model called as ``model(noisy, timestep=..., **conditioning)``."""
 
@@ -208,9 +215,7 @@ class Objective(ABC):
 
         It is given what ``conditioning`` has under :data:`BESIDE` as further channels.
         """
-        conditioning = dict(conditioning)
-        if BESIDE in conditioning:
-            noisy = torch.cat([noisy, conditioning.pop(BESIDE)], dim=1)
+        noisy, conditioning = with_beside(noisy, conditioning)
         return denoise(model, noisy, self.timestep(times), conditioning).float()
 
     def prepare(self, model: Any, accelerator: Accelerator) -> None:  # noqa: B027 (most need nothing)

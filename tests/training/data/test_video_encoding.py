@@ -14,6 +14,8 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.backbones.teacher import predict
+from mhla_diffusion.conversion import DataCalls
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import (
     TextConfig,
@@ -166,8 +168,9 @@ def test_image_to_video_sees_the_known_frames(
     config: VideoLatentCacheConfig, image_encoder: str, frames: Any, encoded: bool
 ) -> None:
     config = dataclasses.replace(
-        config, image_condition=frames, image_encoder=image_encoder if encoded else None, clips=1
-    )
+        config, image_condition=frames, image_encoder=image_encoder if encoded else None, clips=1,
+        data=dataclasses.replace(config.data, sizes=((16, 32),)),
+    )  # fmt: skip
     cache_video_latents(config)
     run = training_config(config)
     objective = build_objective(run.objective)
@@ -179,6 +182,10 @@ def test_image_to_video_sees_the_known_frames(
     batch = default_collate([source.load(0, torch.Generator())])
     mask = batch["condition"][0, :4, :, 0, 0]
     assert mask.tolist() == [[1, 0]] * 3 + [[1, 1 if frames == "first_and_last" else 0]]
+
+    calls = DataCalls(model, run)  # by which layers are aligned
+    with torch.no_grad():
+        assert predict(model, calls(0)).isfinite().all()
 
     def loss() -> torch.Tensor:
         arguments = task.conditioning.arguments(batch, [torch.Generator().manual_seed(3)])
