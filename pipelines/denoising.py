@@ -219,7 +219,8 @@ class ImagePipeline(CardedPipeline, SanaLoraLoaderMixin):
             latents = self.scheduler.scale_model_input(latents, t)
         output = self.transformer(
             latents.to(self.transformer.dtype),
-            timestep=self.transformer.time_of(t).expand(len(latents)),
+            # Sana's scale, read from the config, which models of diffusers have as well.
+            timestep=t.expand(len(latents)) * self.transformer.config.get("timestep_scale", 1.0),
             return_dict=False,
             **told,
             **sizes,
