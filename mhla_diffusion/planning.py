@@ -163,7 +163,8 @@ class Plan:
     @property
     def _fixed_flops(self) -> int:
         others = self.operators - self.linear_operators
-        return self.rest + others * self.operator_flops(self.stock_attention)
+        stock = replace(self, feature_map="relu")  # which linear attention of stock models has
+        return self.rest + others * stock.operator_flops(self.stock_attention)
 
     def speedups(self, attention: str) -> dict[str, float]:
         """FLOPs of softmax over those of this attention, for the operator, one linear layer and the model.

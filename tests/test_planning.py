@@ -166,6 +166,13 @@ def test_dit_does_what_is_planned(
     assert 0 <= counted - planned.model_flops(kind) <= remainder
 
 
+def test_stock_layers_of_sana_have_features_of_their_own() -> None:
+    plain = plan("Sana-0.6B", 512, 512, linear_layers=4, local=False)
+    learned = plan("Sana-0.6B", 512, 512, linear_layers=4, local=False, hedgehog=True)
+    more = learned.operator_flops("mhla") - plain.operator_flops("mhla")
+    assert learned.model_flops("mhla") - plain.model_flops("mhla") == 4 * more > 0
+
+
 def test_parts_of_a_dit_layer_are_those_of_the_formulas() -> None:
     tokens, width = 32 * 16, 384
     assert plan("DiT-S/2", 512, 256).layer_flops("softmax") == {
