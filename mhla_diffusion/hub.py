@@ -34,6 +34,31 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     return component
 
 
+def expert_times(path: str, component: str = "transformer") -> tuple[float, float] | None:
+    """Return the part of the way from data, 0, to noise, 1, that one of a pipeline's two experts is for.
+
+    Wan2.2-A14B's ``transformer`` goes from ``boundary_ratio`` on, its ``transformer_2`` below it.
+
+    Args:
+        path: folder or hub id of a pipeline, or folder of one of its transformers.
+        component: of the pipeline.
+
+    Returns:
+        None where there is one transformer for all times, or nothing to be known.
+    """
+    try:
+        index = DiffusionPipeline.load_config(path)
+    except OSError:
+        folder = Path(path).resolve()
+        if not (folder.parent / DiffusionPipeline.config_name).is_file():
+            return None
+        index, component = DiffusionPipeline.load_config(str(folder.parent)), folder.name
+    boundary = index.get("boundary_ratio")
+    if boundary is None or not index.get("transformer_2", [None])[0]:
+        return None
+    return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}.get(component)
+
+
 def require_stored(path: str) -> None:
     """Refuse a path to nothing, and the output folder of a training and its checkpoints.
 

@@ -44,13 +44,17 @@ def align(
     """
     from ..conversion import align as run
     from ..conversion import load_candidates, load_teacher, open_calls
+    from ..hub import expert_times
     from ..processes import process_state
 
     logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
     forms = None if candidates is None else load_candidates(candidates)
     place = {"subfolder": component} if component != "transformer" else {}
     teacher = load_teacher(model, dtype=getattr(torch, dtype), device=process_state().device, **place)
-    calls = open_calls(teacher, data, seed=seed, grid=None if grid is None else tuple(grid))
+    calls = open_calls(
+        teacher, data, seed=seed, grid=None if grid is None else tuple(grid),
+        times=expert_times(model, component),
+    )  # fmt: skip
     run(teacher, calls, out, candidates=forms, config=settings, name=model, layers=layers)
     logging.info("aligned layers: %s", out)
 

@@ -55,6 +55,7 @@ def choose(
     from ..conversion.align import read_aligned
     from ..conversion.choose import save_student
     from ..files.writing import require_new_folder
+    from ..hub import expert_times
     from ..planning import plan
     from ..processes import process_state
 
@@ -64,7 +65,7 @@ def choose(
     place = {"subfolder": component} if component != "transformer" else {}
     teacher = load_teacher(path, dtype=getattr(torch, dtype), device=process_state().device, **place)
     size = plan(path, height, width, frames, vae_stride=vae_stride)
-    calls = open_calls(teacher, data, seed=seed)
+    calls = open_calls(teacher, data, seed=seed, times=expert_times(path, component))
     student, facts = run(
         teacher, calls, aligned, size, budget=budget, keep=keep, cost=cost, check=check, repairs=repairs
     )

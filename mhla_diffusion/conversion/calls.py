@@ -27,7 +27,7 @@ from ..training.data.fingerprint import fingerprint_of
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
-from ..training.objectives.objective import NUM_TRAIN_TIMESTEPS, with_beside
+from ..training.objectives.objective import ALL_TIMES, NUM_TRAIN_TIMESTEPS, with_beside
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS: dict[type[Any], type[Any]] = {
@@ -45,15 +45,16 @@ TIME_BUCKETS = 10
 class Calls(ABC):
     """Calls of a model, one sample each; the same number gives the same call.
 
-    Call ``n`` is at a time of bucket ``n mod 10``: tenths of the way from data to noise.
+    Call ``n`` is at a time of bucket ``n mod 10``: tenths of the model's part of the way from data to noise.
 
     Args:
         model: the teacher.
         seed: of every draw.
+        times: the model's part.
     """
 
-    def __init__(self, model: Any, *, seed: int = 0) -> None:
-        self.model, self.seed = model, seed
+    def __init__(self, model: Any, *, seed: int = 0, times: tuple[float, float] = ALL_TIMES) -> None:
+        self.model, self.seed, self.times = model, seed, times
 
     @property
     @abstractmethod
@@ -75,24 +76,34 @@ class Calls(ABC):
     def fraction(self, number: int) -> Tensor:
         """Time of call ``number``, ``[1]`` in [0, 1)."""
         generator = sample_generator(self.seed, number, FOR_LOSS)
-        return (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
+        fraction = (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
+        low, high = self.times
+        return fraction if self.times == ALL_TIMES else low + (high - low) * fraction
 
 
 class NoiseCalls(Calls):
     """Noise and drawn conditions, on any grid: to try things, as no model is trained for it but near t = 1.
 
     Args:
-        model, seed: see :class:`Calls`.
+        model, seed, times: see :class:`Calls`.
         grid: of tokens; the model's own by default.
     """
 
-    def __init__(self, model: Any, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> None:
-        super().__init__(model, seed=seed)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        seed: int = 0,
+        times: tuple[float, float] = ALL_TIMES,
+        grid: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(model, seed=seed, times=times)
         self.grid = tuple(grid or model.default_grid)
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"data": "noise", "grid": list(self.grid), "seed": self.seed}
+        part = {} if self.times == ALL_TIMES else {"times": list(self.times)}
+        return {"data": "noise", "grid": list(self.grid), "seed": self.seed, **part}
 
     def inputs(self, number: int) -> dict[str, Any]:
         generator = sample_generator(self.seed, number, FOR_DATA)
@@ -112,7 +123,7 @@ class DataCalls(Calls):
     """
 
     def __init__(self, model: Any, config: Any, *, seed: int = 0) -> None:
-        super().__init__(model, seed=seed)
+        super().__init__(model, seed=seed, times=config.objective.times)
         self.config = config
         alone = replace(config.objective, teacher=None, distillation=DistillationConfig())
         self.objective: Objective = build_objective(alone)
@@ -228,7 +239,14 @@ class SampledCalls(Calls):
         return {**inputs, "hidden_states": noisy}
 
 
-def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | None = None) -> Calls:
+def open_calls(
+    model: Any,
+    data: str,
+    *,
+    seed: int = 0,
+    grid: tuple[int, ...] | None = None,
+    times: tuple[float, float] | None = None,
+) -> Calls:
     """Return the calls that a word or a file names.
 
     Args:
@@ -237,17 +255,27 @@ def open_calls(model: Any, data: str, *, seed: int = 0, grid: tuple[int, ...] | 
             teacher's own (of flow matching; ``"samples-ddpm"`` of DDPM); or ``"noise"``.
         seed: of every draw.
         grid: of tokens, for samples and noise; the model's own by default.
+        times: of a model that is one of two experts, see :func:`mhla_diffusion.hub.expert_times`; a run whose
+            ``objective.times`` are all times is given these.
 
     Raises:
-        ValueError: for another word, a run of a kind that the model has no training of, or data that does not
-            fit the model.
+        ValueError: for another word, a run of a kind that the model has no training of, data that does not
+            fit the model, or samples of an expert.
     """
     if data == "noise":
-        return NoiseCalls(model, seed=seed, grid=grid)
+        return NoiseCalls(model, seed=seed, grid=grid, times=times or ALL_TIMES)
     if data in ("samples", "samples-ddpm"):
+        if times is not None:
+            raise ValueError(
+                f"{data} would be of this transformer alone, which is for times {times[0]:g} to "
+                f"{times[1]:g}: give the YAML of a training run"
+            )
         objective = ObjectiveConfig(name="ddpm" if data.endswith("ddpm") else "flow")
         return SampledCalls(model, seed=seed, objective=objective, grid=grid)
-    return DataCalls(model, run_of(model, data), seed=seed)
+    run = run_of(model, data)
+    if times is not None and run.objective.times == ALL_TIMES:
+        run = replace(run, objective=replace(run.objective, times=times))
+    return DataCalls(model, run, seed=seed)
 
 
 def run_of(model: Any, path: str) -> Any:

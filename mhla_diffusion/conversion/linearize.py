@@ -13,6 +13,7 @@ import torch
 
 from ..backbones.teacher import load_teacher
 from ..config import MHLAConfig
+from ..hub import expert_times
 from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train
@@ -103,7 +104,7 @@ def linearize(
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
     grid = None if grid is None else tuple(grid)
-    calls = open_calls(teacher, data, grid=grid)
+    calls = open_calls(teacher, data, grid=grid, times=expert_times(model, component))
     require_scores(calls, config.report)
     forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
     require_reachable(teacher, forms, size, config.budget, config.keep)

@@ -26,6 +26,7 @@ from ..config import MHLAConfig
 from ..files.locking import only_writer
 from ..files.pages import render
 from ..files.writing import write_file
+from ..hub import expert_times
 from ..planning import Plan
 from ..training.export import is_run
 from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
@@ -157,7 +158,8 @@ def _report(
     model = load_teacher(teacher, dtype=dtype, **place)
     device = _device()
     model.to(device)
-    calls = open_calls(model, data, seed=config.seed, grid=grid)
+    times = expert_times(teacher, component)
+    calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
     made_with = _sampling_facts(calls, config)
     entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
     for name, path in students.items():

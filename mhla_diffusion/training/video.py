@@ -17,6 +17,7 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 from ..backbones import MHLAWanTransformer3DModel
 from ..config import MHLAConfig
 from ..files.videos import require_video_writer
+from ..hub import expert_times
 from .adapters import require_trained
 from .conditioning import Captions, require_probability
 from .config import changeable, require_shape_or_init_from
@@ -168,6 +169,8 @@ class VideoTrainingConfig(RunConfig):
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         if self.sampling.every:
             require_video_writer()
+        if self.model.init_from is not None:
+            _require_its_times(self.model.init_from, self.objective.times)
         stock = VIDEOS.get(self.model.model_class if model is None else type(model))
         if stock is not None:
             return _build_for(stock, self, objective, model)
@@ -175,6 +178,16 @@ class VideoTrainingConfig(RunConfig):
         if self.text.pipeline:
             raise ValueError(f"text.pipeline {self.text.pipeline} is for another model: remove it")
         return _build_wan(self, objective, model)
+
+
+def _require_its_times(path: str, times: tuple[float, float]) -> None:
+    """Refuse to train one of two experts at times that are the other's."""
+    own = expert_times(path)
+    if own is not None and not own[0] <= times[0] < times[1] <= own[1]:
+        raise ValueError(
+            f"{path} is one of two transformers, for times {own[0]:g} to {own[1]:g}, but objective.times are "
+            f"{times[0]:g} to {times[1]:g}: set them to {list(own)}"
+        )
 
 
 def _build_wan(

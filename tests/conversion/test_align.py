@@ -26,6 +26,7 @@ from mhla_diffusion.conversion import (
     open_calls,
 )
 from mhla_diffusion.conversion.align import job_files, read_aligned
+from mhla_diffusion.hub import expert_times
 from mhla_diffusion.training.data.shards import Shards
 
 from .conftest import FEW, FORMS, make_teacher
@@ -235,6 +236,28 @@ def test_calls_are_functions_of_their_number_at_even_times(
         assert not torch.equal(first["hidden_states"], other["hidden_states"])
         times = [float(calls(number)["timestep"]) for number in range(20)]
         assert [int(time // 100) for time in times] == [*range(10), *range(10)]
+
+
+def test_calls_of_an_expert_are_at_its_times(
+    teacher: Any, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    index = {"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer_2").mkdir()
+    pipeline = str(tmp_path)
+    assert expert_times(pipeline) == (0.875, 1)
+    assert expert_times(pipeline, "transformer_2") == expert_times(f"{pipeline}/transformer_2") == (0, 0.875)
+    assert expert_times(str(tmp_path.parent)) is None
+    for data in ("noise", str(write_run())):
+        for low, high in ((0.875, 1.0), (0.0, 0.875)):
+            calls = open_calls(teacher, data, times=(low, high))
+            times = [float(calls(number)["timestep"]) / 1000 for number in range(20)]
+            assert all(low - 0.001 <= time < high for time in times)
+            assert times[9] - times[0] > 0.7 * (high - low)
+            assert calls.facts != open_calls(teacher, data).facts
+    assert calls.config.objective.times == (0, 0.875), "which its distillation is of too"
+    with pytest.raises(ValueError, match=r"of this transformer alone, which is for times 0 to 0.875: give"):
+        open_calls(teacher, "samples", times=(0, 0.875))
 
 
 def test_data_that_cannot_be_is_refused(teacher: Any) -> None:

@@ -23,6 +23,7 @@ from mhla_diffusion.training import (
     VideoSamplingConfig,
     VideoTrainingConfig,
 )
+from mhla_diffusion.training.objectives import build_objective
 from mhla_diffusion.training.video import build_model
 from tests.weights import weights
 
@@ -167,6 +168,29 @@ def test_configs_that_do_not_fit_are_refused(change: dict[str, Any], message: st
             lora=LoraConfig(**settings.get("lora", {})),
             caption_dropout=settings.get("caption_dropout", 0.1),
         )
+
+
+def test_one_of_two_experts_is_trained_at_its_own_times(tmp_path: Path) -> None:
+    index = {"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+
+    def build(times: tuple[float, float]) -> None:
+        config = VideoTrainingConfig(
+            model=VideoModelConfig(init_from=str(tmp_path)),
+            data=VideoDataConfig(source="films"),
+            text=TextConfig(encoder="minilm"),
+            trainer=TrainerConfig(batch_size=1, max_steps=1),
+            objective=ObjectiveConfig(times=times),
+            output_dir="x",
+        )
+        config.build(build_objective(config.objective))
+
+    with pytest.raises(ValueError, match=r"for times 0.875 to 1, but objective.times are 0 to 1: set"):
+        build((0.0, 1.0))
+    with pytest.raises(ValueError, match=r"objective.times are 0.5 to 1"):
+        build((0.5, 1.0))
+    with pytest.raises((ValueError, OSError), match=r"^(?!.*objective.times)"):  # of what comes after it
+        build((0.875, 1.0))
 
 
 def test_clips_that_do_not_divide_into_patches_are_refused_with_the_nearest() -> None:

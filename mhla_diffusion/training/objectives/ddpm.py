@@ -28,7 +28,7 @@ class DDPM(Objective):
         config = config or ObjectiveConfig(name="ddpm")
         given = config.prediction_type
         self.prediction_type = "epsilon" if given == "flow_prediction" else given
-        self.predicts_variance = config.learn_variance
+        self.predicts_variance, self.times = config.learn_variance, config.times
         names = ("beta_schedule", "beta_start", "beta_end")
         self.schedule = {name: getattr(config, name) for name in names}
         self.schedule["prediction_type"] = self.prediction_type
@@ -52,7 +52,7 @@ class DDPM(Objective):
     def time_at(self, fractions: Tensor) -> Tensor:
         return (NUM_TRAIN_TIMESTEPS * fractions).long()
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
+    def _draw_time(self, generator: torch.Generator) -> Tensor:
         return torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
 
     def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:

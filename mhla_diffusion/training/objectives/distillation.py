@@ -139,7 +139,7 @@ class Distillation(Objective):
     def time_at(self, fractions: Tensor) -> Tensor:
         return self.objective.time_at(fractions)
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
+    def _draw_time(self, generator: torch.Generator) -> Tensor:
         return self.objective.draw_time(generator)
 
     def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:

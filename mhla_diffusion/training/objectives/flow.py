@@ -26,12 +26,12 @@ class FlowMatching(Objective):
     predicts_variance = False
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
+        self.config, self.times = config, config.times
 
     def time_at(self, fractions: Tensor) -> Tensor:
         return fractions.clamp(1 / NUM_TRAIN_TIMESTEPS, 1)
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
+    def _draw_time(self, generator: torch.Generator) -> Tensor:
         config = self.config
         time = compute_density_for_timestep_sampling(
             config.weighting_scheme,

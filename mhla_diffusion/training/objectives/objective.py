@@ -20,6 +20,9 @@ from torch import Tensor
 from ...backbones.denoising import denoise, unwrapped
 
 NUM_TRAIN_TIMESTEPS = 1000
+ALL_TIMES = (0.0, 1.0)
+# Times that are never drawn in so many are an error of the settings.
+_MOST_DRAWS = 10_000
 
 Denoiser = Callable[..., Any]
 
@@ -92,13 +95,16 @@ class ObjectiveConfig:
         mode_scale: of ``mode``.
         shift: flow only. Moves times towards noise, ``s t / (1 + (s - 1) t)``; the saved scheduler has the
             same shift.
+        times: that the model is for, from 0, of data, up to 1, of noise: of the two experts of
+            Wan2.2-A14B ``transformer`` has 0.875 to 1 and ``transformer_2`` 0 to 0.875. Times are drawn as
+            without it, those outside again.
         teacher: folder or hub id of a model to distil from: the one, with softmax attention, that the student
             was made of.
         distillation: see :class:`DistillationConfig`.
 
     Raises:
-        ValueError: for a scale or shift that is not positive, variances that are not in (0, 1) and rising, or
-            a setting of the other objective.
+        ValueError: for a scale or shift that is not positive, variances that are not in (0, 1) and rising,
+            times that are not in [0, 1] and rising, or a setting of the other objective.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
@@ -112,6 +118,7 @@ class ObjectiveConfig:
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    times: tuple[float, float] = ALL_TIMES
     teacher: str | None = None
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -124,9 +131,11 @@ class ObjectiveConfig:
                 "objective.beta_start and objective.beta_end must be above 0, below 1 and in this order, got "
                 f"{self.beta_start} and {self.beta_end}"
             )
+        if not 0 <= self.times[0] < self.times[1] <= 1:
+            raise ValueError(f"objective.times must be two of 0 to 1, in this order, got {list(self.times)}")
         if self.teacher is None and self.distillation != DistillationConfig():
             raise ValueError("objective.distillation needs a teacher: give objective.teacher, or remove it")
-        both = ("name", "prediction_type", "teacher", "distillation")
+        both = ("name", "prediction_type", "times", "teacher", "distillation")
         of_ddpm = ("learn_variance", "beta_schedule", "beta_start", "beta_end")
         given = {
             its.name: "ddpm" if its.name in of_ddpm else "flow"
@@ -158,6 +167,9 @@ class Objective(ABC):
 
     step: int = 0
     """Optimizer steps that were taken."""
+
+    times: tuple[float, float] = ALL_TIMES
+    """Part of the way from data to noise that times are drawn from."""
 
     def loss(
         self,
@@ -233,9 +245,26 @@ class Objective(ABC):
     def time_at(self, fractions: Tensor) -> Tensor:
         """Return times ``[B]`` for fractions in [0, 1) of the way from data to noise."""
 
-    @abstractmethod
     def draw_time(self, generator: torch.Generator) -> Tensor:
-        """Draw one time, ``[1]``."""
+        """Draw one of the model's times, ``[1]``.
+
+        Raises:
+            ValueError: where the objective draws almost none of them.
+        """
+        low, high = self.times
+        for _ in range(_MOST_DRAWS):
+            time = self._draw_time(generator)
+            place = float(self.timestep(time)) / NUM_TRAIN_TIMESTEPS
+            if low <= place and (place < high or high == 1):
+                return time
+        raise ValueError(
+            f"the objective draws no times of objective.times {list(self.times)}: choose another "
+            "weighting_scheme or shift"
+        )
+
+    @abstractmethod
+    def _draw_time(self, generator: torch.Generator) -> Tensor:
+        """Draw a time of all, ``[1]``."""
 
     @abstractmethod
     def noisy(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:

@@ -105,6 +105,28 @@ def test_logit_normal_times_and_their_shift() -> None:
     assert draw(ObjectiveConfig(weighting_scheme="none")).mean() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_times_of_an_expert_are_those_of_its_part_that_are_drawn_without_it(name: Any) -> None:
+    def draw(**settings: Any) -> Tensor:
+        objective = build_objective(ObjectiveConfig(name=name, **settings))
+        times = [objective.draw_time(sample_generator(0, k, FOR_LOSS)) for k in range(2000)]
+        return objective.timestep(torch.cat(times)) / 1000
+
+    whole, high, low = draw(), draw(times=(0.7, 1.0)), draw(times=(0.0, 0.7))
+    assert high.min() >= 0.7 > low.max()
+    assert torch.equal(high[whole >= 0.7], whole[whole >= 0.7]), "the first draw counts, where it can"
+    assert high.mean() == pytest.approx(float(whole[whole >= 0.7].mean()), abs=0.01)
+    assert low.mean() == pytest.approx(float(whole[whole < 0.7].mean()), abs=0.03)
+
+
+def test_times_that_are_none_or_never_drawn_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.times must be two of 0 to 1, .* got \[0.9, 0.1\]"):
+        ObjectiveConfig(times=(0.9, 0.1))
+    objective = FlowMatching(ObjectiveConfig(times=(0.0, 0.0005)))
+    with pytest.raises(ValueError, match=r"draws no times of objective.times \[0.0, 0.0005\]"):
+        objective.draw_time(sample_generator(0, 0, FOR_LOSS))
+
+
 def test_flow_weighting() -> None:
     samples, noise = samples_and_noise()
     times = torch.tensor([0.1, 0.4, 0.7, 1.0])
