@@ -20,7 +20,6 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,6 +37,7 @@ from .nonfinite import refuse_step
 from .objectives import Objective
 from .progress import MetricsFile, Progress, StopRequest, Throughput
 from .settings import RunConfig, parameter_groups, run_facts
+from .sharding import AveragedWeights, autocast_forward, gather_in_dtype, gathered, reshard
 from .sheets import SheetClock
 from .task import TrainingTask
 
@@ -111,7 +111,11 @@ class Trainer:
         )  # fmt: skip
         tell_deepspeed(self.accelerator, config, self.share)
         compile_as_launched(model)
+        if sharded := self.accelerator.is_fsdp2:
+            gather_in_dtype(self.accelerator)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if sharded:
+            autocast_forward(self.model, self.accelerator)
         self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
@@ -122,7 +126,7 @@ class Trainer:
         )
         # torch has no _foreach_copy_ of the tensors that FSDP 2 shards.
         whole = self.accelerator.distributed_type != DistributedType.FSDP
-        self.ema = EMAModel(self._parameters(), decay=config.ema_decay, foreach=whole)
+        self.ema = AveragedWeights(self._parameters(), decay=config.ema_decay, foreach=whole)
         self.accelerator.register_for_checkpointing(self.lr_scheduler, self.ema, self.progress)
 
     def _open_run(self, checkpoint: Path | None) -> None:
@@ -225,6 +229,7 @@ class Trainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                    grad_norm = gathered(grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -274,6 +279,7 @@ class Trainer:
     @contextmanager
     def _averaged_weights(self) -> Iterator[Any]:
         """Give the model with the averaged weights, in eval mode, inside the with block."""
+        reshard(self.model)
         parameters = self._parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -281,6 +287,7 @@ class Trainer:
         try:
             yield self.accelerator.unwrap_model(self.model)
         finally:
+            reshard(self.model)
             self.ema.restore(parameters)
             self.model.train()
 

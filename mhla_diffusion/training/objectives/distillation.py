@@ -12,6 +12,7 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
 from ...backbones.teacher import LayerCall, attention_layers, place, recording
+from ..sharding import gather_as_stored
 from .objective import Denoiser, DistillationConfig, Objective, mean_flat
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ class Distillation(Objective):
 
     ``L = data L_objective + prediction |p - p_T|^2 + attention (1 - step / fade_steps) mean_l |a_l - a_l,T|^2
     / |a_l,T|^2`` over every n-th layer l. The teacher sees the same noisy samples, times and conditions, in
-    no_grad and in its own dtype; it is no part of what is trained, averaged or saved.
+    no_grad and in its own dtype; it is no part of what is trained, averaged or saved. Where its guidance is
+    distilled there is no loss on data, which has none.
 
     Args:
         objective: of the student, and of the teacher.
@@ -55,8 +57,9 @@ class Distillation(Objective):
         with recording(model, names[0]) as ours, recording(self.teacher, names[1]) as theirs:
             prediction = self.predict(model, noisy, times, conditioning)
             target = self._ask(noisy, times, conditioning)
-        loss = self.config.data * self.loss_of(prediction, samples, times=times, noise=noise)
-        loss = loss + self._prediction_error(prediction, target)
+        loss = self._prediction_error(prediction, target)
+        if self.config.guidance_scale == 1:  # data would pull towards a prediction without guidance
+            loss = loss + self.config.data * self.loss_of(prediction, samples, times=times, noise=noise)
         errors = [
             _relative_error(ours[name], theirs[its]) for name, its in zip(names[0], names[1], strict=True)
         ]
@@ -114,6 +117,7 @@ class Distillation(Objective):
         if accelerator.distributed_type == DistributedType.FSDP:
             # Sharded as the student is, but no part of its checkpoints.
             if accelerator.is_fsdp2:  # whose prepare wants an optimizer beside every model
+                gather_as_stored(accelerator)
                 self.teacher = fsdp2_prepare_model(accelerator, self.teacher)
             else:
                 self.teacher = accelerator.prepare_model(self.teacher)

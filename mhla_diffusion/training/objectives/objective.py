@@ -37,7 +37,7 @@ class DistillationConfig:
     The defaults are those of CLEAR (arXiv 2412.16112) and, for variances, of LiT (arXiv 2501.12976).
 
     Args:
-        data: of the objective's own loss.
+        data: of the objective's own loss; there is none where guidance is distilled.
         prediction: of the squared error of the student's prediction against the teacher's.
         variance: of that of learned variances, with ``ddpm``.
         attention: of the relative squared error of the outputs of self-attention.

@@ -93,10 +93,11 @@ def test_the_teacher_is_asked_in_its_own_dtype() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_guidance_is_distilled_where_that_is_asked_for() -> None:
+@pytest.mark.parametrize("data", [0, 1])
+def test_guidance_is_distilled_whole_where_that_is_asked_for(data: float) -> None:
     teacher, _ = make_pair()
     objective = build_objective(ObjectiveConfig())
-    config = DistillationConfig(data=0, attention=0, prediction=1, guidance_scale=3)
+    config = DistillationConfig(data=data, attention=0, prediction=1, guidance_scale=3)
     distillation = Distillation(objective, teacher, config)
     distillation.unconditional = lambda given: {"class_labels": torch.full_like(given["class_labels"], 2)}
     batch = make_batch()
