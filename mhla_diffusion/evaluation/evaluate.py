@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 from ..files.pictures import WHITE
 from ..optional import require
 from ..processes import in_first_process, one_fate, process_state
-from .measure import Pass, PassSettings, measure
+from .measure import Pass, PassSettings, how_read, measure
 from .networks.extractor import FeatureExtractor, load_extractors
 from .networks.images import load_extractor
 from .networks.videos import load_video_extractor
@@ -285,6 +286,7 @@ def _evaluate(
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)
+    _require_apart(real_set, generated_set)
     extractors, known, flags = load(), None, list[str]()
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
@@ -298,16 +300,18 @@ def _evaluate(
 
         def judge() -> Report:
             assert first is not None
-            flags.extend(
-                _sample_flags(generated_set.kind, max(e.dimension for e in extractors), first, second)
-            )
+            copies = len(set(second.digests) & set(first.digests))
+            summary = replace(second.summary, copies=copies)
+            largest = max(extractor.dimension for extractor in extractors)
+            flags.extend(_sample_flags(generated_set, largest, first.summary, summary))
+            flags.extend(_content_flags(generated_set, first.summary, summary))
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
             return Report(
                 scores=scores,
                 real=first.summary,
-                generated=replace(second.summary, copies=len(set(second.digests) & set(first.digests))),
+                generated=summary,
                 protocol=_protocol(generated_set.kind, extractors, settings, [name for name, _ in chosen]),
                 real_statistics=first.measured[extractors[0].name].statistics,
                 kind=generated_set.kind.name,
@@ -388,6 +392,14 @@ def _known(
             f"{path} was made with the extractor {stated[0]} (weights sha256 {stated[1][:12]}), not with "
             f"{extractor.name} ({extractor.weights_sha256[:12]}): use that one, or give the {kind.name}s"
         )
+    reading = how_read(extractor, kind)
+    if statistics.extractor is not None and statistics.reading is None:
+        flags.append(f"{path.name} does not state how pixels were read; now it is: {reading}.")
+    if statistics.reading not in (None, reading):
+        raise ValueError(
+            f"{path} is of {kind.name}s that were read otherwise ({statistics.reading}) than now "
+            f"({reading}): make it anew, or give the {kind.name}s"
+        )
     if statistics.extractor is not None and statistics.sampling != kind.sampling:
         raise ValueError(
             f"{path} is of {statistics.sampling or 'images'}, not of {kind.sampling or 'images'}: sample the "
@@ -398,13 +410,15 @@ def _known(
 
 def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, found: Pass | None) -> Pass:
     """Put statistics in the place of a set that was passed over, or of its own statistics."""
+    digest = hashlib.sha256(known.mu.tobytes() + known.sigma.tobytes()).hexdigest()
     if found is None:
-        return Pass({extractor.name: Measured(known)}, SetSummary(str(path), known.count, known.fingerprint))
+        summary = SetSummary(str(path), known.count, known.fingerprint, statistics_sha256=digest)
+        return Pass({extractor.name: Measured(known)}, summary)
     measured = {
         name: replace(measured, statistics=known, own_statistics=False)
         for name, measured in found.measured.items()
     }
-    return replace(found, measured=measured)
+    return replace(found, measured=measured, summary=replace(found.summary, statistics_sha256=digest))
 
 
 def _set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
@@ -415,18 +429,62 @@ def _set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
     return notes + class_notes(real, generated) + rates
 
 
-def _sample_flags(kind: SampleKind, dimension: int, real: Pass, generated: Pass) -> list[str]:
-    """Cautions when a set is too small for its covariance, or its size not known."""
-    needed = max(MIN_SAMPLES, dimension + 1)
+def _require_apart(real: SampleSet | None, generated: SampleSet) -> None:
+    """Refuse a folder of real samples in which the generated ones lie: they would be scored as real."""
+    if real is None or not isinstance(generated.path, Path) or not isinstance(real.path, Path):
+        return
+    outer, inner = real.path.resolve(), generated.path.resolve()
+    if inner == outer or not inner.is_relative_to(outer):
+        return
+    below = f"{inner.relative_to(outer).as_posix()}/"
+    count = sum(name.startswith(below) for name in real.names)
+    if count:
+        raise ValueError(
+            f"{generated.path} lies in {real.path}, so that {count:,} of its samples would be real ones too: "
+            "move it out"
+        )
+
+
+def _sample_flags(samples: SampleSet, dimension: int, real: SetSummary, generated: SetSummary) -> list[str]:
+    """Cautions when a set is too small for its covariance, or its size not known.
+
+    What counts of frames are the videos that they are of, as they are alike.
+    """
+    needed, kind = max(MIN_SAMPLES, dimension + 1), samples.kind
+    of, published = (f"{kind.name}s", kind.published_count // samples.group)
+    if samples.group > 1:
+        of = "videos' frames"
     flags = []
-    for title, count in (("real", real.summary.count), ("generated", generated.summary.count)):
+    for title, count in (("real", real.count), ("generated", generated.count)):
         if count is None:
             flags.append(f"The number of {title} {kind.name}s is not stated in their statistics.")
-        elif count < needed:
+        elif (independent := count // samples.group) < needed:
             flags.append(
-                f"Only {count:,} {title} {kind.name}s for {dimension}-dimensional features: Frechet "
-                f"distances are biased upwards. Use at least {needed:,}; papers use {kind.published_count:,}."
+                f"Only {independent:,} {title} {of} for {dimension}-dimensional features: Frechet "
+                f"distances are biased upwards. Use at least {needed:,}; papers use {published:,}."
             )
+        elif independent // 2 <= dimension:
+            flags.append(
+                f"{independent:,} {title} {of} for {dimension}-dimensional features are too few to tell how "
+                "far Frechet distances are biased upwards: their intervals leave that out."
+            )
+    return flags
+
+
+def _content_flags(samples: SampleSet, real: SetSummary, generated: SetSummary) -> list[str]:
+    """Cautions when what was scored is not all, or not as many different samples as it seems."""
+    kind, flags = samples.kind, []
+    if generated.copies:
+        flags.append(f"{generated.copies:,} generated {kind.name}s have the same pixels as real ones.")
+    for title, its in (("real", real), ("generated", generated)):
+        if its.duplicates and samples.group == 1:  # frames of one video may be alike
+            flags.append(f"{its.duplicates:,} {title} {kind.name}s have the same pixels as one before.")
+        if its.unlisted:
+            flags.append(f"{its.unlisted:,} {title} {kind.name}s are not in their manifest and are left out.")
+        if its.skipped:
+            flags.append(f"{len(its.skipped):,} {title} {kind.name}s could not be read and are left out.")
+        if its.manifest.get("complete") is False:
+            flags.append(f"The manifest says that {title} {kind.name}s were not all made.")
     return flags
 
 

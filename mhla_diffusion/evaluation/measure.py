@@ -197,7 +197,7 @@ class _Found:
         )
         prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
         parts = self.collected if self.main else []
-        measured = {part.extractor.name: part.finish(summary, samples.kind, prompts) for part in parts}
+        measured = {part.extractor.name: part.finish(summary, samples, prompts) for part in parts}
         return Pass(measured, summary, self.indices, self.digests)
 
 
@@ -224,7 +224,7 @@ class _Collected:
                     self.files[output] = FeatureFile(self.place.with_name(f"{self.place.name}-{output}"))
                 self.files[output].append(values)
 
-    def finish(self, summary: SetSummary, kind: SampleKind, prompts: list[str | None]) -> Measured:
+    def finish(self, summary: SetSummary, samples: SampleSet, prompts: list[str | None]) -> Measured:
         """Return statistics and features of the whole set."""
         spatial, running = self.running.get("spatial"), self.running["features"]
         statistics = FeatureStatistics(
@@ -234,10 +234,12 @@ class _Collected:
             extractor=self.extractor.name,
             weights_sha256=self.extractor.weights_sha256,
             fingerprint=summary.fingerprint,
-            sampling=kind.sampling,
+            sampling=samples.kind.sampling,
+            reading=how_read(self.extractor, samples.kind),
             spatial=None if spatial is None else FeatureStatistics(spatial.mean, spatial.covariance),
         )
-        return Measured(statistics, {name: file.read() for name, file in self.files.items()}, prompts=prompts)
+        features = {name: file.read() for name, file in self.files.items()}
+        return Measured(statistics, features, prompts=prompts, group=samples.group)
 
 
 def _rows(
@@ -313,7 +315,7 @@ class _Loader:
         row, file = _Row(name), self.samples.file(name)
         try:
             if self.cache is not None and file is not None:
-                row.key = self._key(file)
+                row.key = self._key(name, file)
         except (OSError, ValueError) as error:
             row.error = f"{type(error).__name__}: {error}"
             return row
@@ -337,12 +339,13 @@ class _Loader:
             row.prepared = {extractor.name: extractor.prepare(pixels) for extractor in self.extractors}
         return row
 
-    def _key(self, file: Path) -> str:
+    def _key(self, name: str, file: Path) -> str:
         key = file_sha256(require_regular(file))
         if not self.by_name:
             return key
         # Where in a video its clip begins depends on the file's name too, which need not be text.
-        return f"{key} {file.name.encode('utf-8', 'backslashreplace').decode()}"
+        called = name if self.samples.names_repeat else file.name
+        return f"{key} {called.encode('utf-8', 'backslashreplace').decode()}"
 
     def _recall(self, row: _Row, of_pixels: bytes | None = None) -> bool:
         """Take the features from the cache, if those of all extractors are there.
@@ -378,6 +381,11 @@ def _add_features(rows: list[_Row], extractors: Sequence[FeatureExtractor]) -> N
                 row.features[extractor.name] = {output: found[output][i] for output in extractor.outputs}
     for row in rows:
         row.prepared = {}
+
+
+def how_read(extractor: FeatureExtractor, kind: SampleKind) -> str:
+    """Return how pixels become what an extractor is given, in words."""
+    return "; ".join((kind.conversion, extractor.resize, extractor.normalization))
 
 
 def _cache_protocol(extractor: FeatureExtractor, kind: SampleKind) -> str:

@@ -115,7 +115,11 @@ def load_run(path: Path, label: str) -> Run:
         conditions["conversion"] = _RENAMED.get(conditions["conversion"], conditions["conversion"])
         conditions |= {
             "kind": content["kind"],
-            "real": {"count": real["count"], "fingerprint": real["fingerprint"]},
+            "real": {
+                "count": real["count"],
+                "fingerprint": real["fingerprint"],
+                "statistics_sha256": real.get("statistics_sha256"),
+            },
             "generated": {"count": generated["count"]},
         }
         scores = [Score(**score) for score in content["scores"]]

@@ -90,6 +90,7 @@ class FeatureStatistics:
         weights_sha256: hash of the extractor's weights, None when not stated.
         fingerprint: hash of the samples, None when not stated.
         sampling: which frames of the videos they are of; None for images.
+        reading: how pixels became what the extractor was given, in words; None when not stated.
         spatial: of the spatial features that sFID is computed from, if there are any.
 
     Raises:
@@ -104,6 +105,7 @@ class FeatureStatistics:
     weights_sha256: str | None = None
     fingerprint: str | None = None
     sampling: str | None = None
+    reading: str | None = None
     spatial: FeatureStatistics | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class FeatureStatistics:
         """
         require_new_npz(path, overwrite=overwrite)
         known = {"n": self.count, "extractor": self.extractor, "sha256": self.weights_sha256}
-        known |= {"fingerprint": self.fingerprint, "sampling": self.sampling}
+        known |= {"fingerprint": self.fingerprint, "sampling": self.sampling, "reading": self.reading}
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in known.items() if value is not None}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mu, "sigma_s": self.spatial.sigma}
@@ -157,6 +159,7 @@ class FeatureStatistics:
                 weights_sha256=found.get("sha256"),
                 fingerprint=found.get("fingerprint"),
                 sampling=found.get("sampling"),
+                reading=found.get("reading"),
                 spatial=cls(found["mu_s"], found["sigma_s"]) if {"mu_s", "sigma_s"} <= set(found) else None,
             )
         except (ValueError, KeyError, OSError, EOFError, MemoryError) as error:

@@ -54,6 +54,7 @@ class Measured:
             statistics of more samples than they hold.
         labels: class of each sample, as far as known.
         prompts: what each sample was generated from; None where not known.
+        group: samples behind each other that belong together, as the frames of one video.
     """
 
     statistics: FeatureStatistics
@@ -61,6 +62,7 @@ class Measured:
     own_statistics: bool = True
     labels: Sequence[str] | None = None
     prompts: Sequence[str | None] = ()
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Comparison:
             len(self.generated.features["features"]),
             count=self.replicates,
             seed=self.seed,
+            group=self.generated.group,
         )
 
     @cached_property
@@ -129,17 +132,29 @@ def _frechet(sets: Comparison, metric: str, output: str) -> Score:
     found = frechet_replicates(real, known, generated, sets.drawn, ddof=ddof)
     smallest = min(len(x) for x in (real, generated) if x is not None)
     curve = []
-    if sets.replicates and smallest >= 4:
-        curve = frechet_curve(real, known, generated, ddof=ddof, seed=sets.seed)
+    group = sets.generated.group
+    if sets.replicates and smallest >= 4 * group:
+        curve = frechet_curve(real, known, generated, ddof=ddof, seed=sets.seed, group=group)
     # With fewer samples than dimensions the bias does not fall as 1 / N yet.
-    enough = bool(curve) and smallest // 2 > len(a.mu)
-    return sets.score(
+    enough = bool(curve) and smallest // (2 * group) > len(a.mu)
+    score = sets.score(
         metric,
         frechet_distance(a.mu, a.sigma, b.mu, b.sigma),
         found,
         curve=curve,
         extrapolated=max(extrapolate(curve), 0.0) if enough else None,
     )
+    if score.interval is None or score.extrapolated is None:
+        return score
+    if score.interval[0] <= score.extrapolated <= score.interval[1]:
+        return score
+    return replace(score, flags=[_BIAS_OUTSIDE])
+
+
+_BIAS_OUTSIDE = (
+    "The interval is of sets of this size, and does not hold what the distance comes to with infinitely many "
+    "samples: compare it with sets of as many alone."
+)
 
 
 def _per_class(sets: Comparison, metric: str) -> Score:
@@ -148,10 +163,11 @@ def _per_class(sets: Comparison, metric: str) -> Score:
     x, y = sets.real.features["features"], sets.generated.features["features"]
     ddof, drawn = sets.extractor.ddof, sets.drawn
     assert drawn.real is not None
-    classes, spread, lacking = {}, [], []
+    classes, spread, lacking, fewest = {}, [], [], len(x)
     for name in dict.fromkeys([*real.tolist(), *generated.tolist()]):
         i, j = np.flatnonzero(real == name), np.flatnonzero(generated == name)
         if min(len(i), len(j)) > 1:
+            fewest = min(fewest, len(i), len(j))
             ours = replace(drawn, real=drawn.real[i], generated=drawn.generated[j])
             classes[str(name)] = frechet_of_features(x[i], y[j], ddof=ddof)
             spread.append(class_replicates(x[i], y[j], ours, ddof=ddof))
@@ -160,6 +176,11 @@ def _per_class(sets: Comparison, metric: str) -> Score:
     if not classes:
         raise LackingError("no class has two samples or more in both sets")
     flags = []
+    if fewest <= x.shape[1]:
+        flags.append(
+            f"Classes have {fewest:,} samples and more for {x.shape[1]}-dimensional features: the mean over "
+            "them is biased upwards, the more the smaller they are."
+        )
     if lacking:
         flags.append(
             f"{len(lacking)} of {len(lacking) + len(classes)} classes have fewer than two samples in one "
@@ -203,7 +224,13 @@ def _inception_score(sets: Comparison, metric: str) -> Score:
         marginal = p.T @ counts / counts.sum(axis=0)  # [1008, R]
         negative_entropy = means((p * log_p).sum(axis=1), counts)
         spread.append(np.exp(negative_entropy - (marginal * np.log(marginal)).sum(axis=0)))
-    return sets.score(metric, float(np.mean(scores)), np.mean(spread, axis=0))
+    flags, last = [], len(logits) % INCEPTION_SCORE_CHUNK
+    if last:
+        flags.append(
+            f"{'The last chunk has' if len(logits) > last else 'There are'} {last:,} images in place of "
+            f"{INCEPTION_SCORE_CHUNK:,}: the Inception score of few images is lower."
+        )
+    return sets.score(metric, float(np.mean(scores)), np.mean(spread, axis=0), flags=flags)
 
 
 def _neighbourhood(sets: Comparison, metric: str) -> Score:
@@ -247,6 +274,8 @@ class Metric:
         needs_real: whether the real samples themselves are needed, not their statistics.
         needs_classes: whether both sets must have classes.
         needs_texts: whether prompts and an extractor that embeds texts are needed.
+        needs_single: whether it compares samples one by one, which frames of one video, alike as they are,
+            cannot stand for.
         min_samples: of each set.
         higher_is_better: else lower is.
         bounds: least and largest value; intervals end there.
@@ -258,6 +287,7 @@ class Metric:
     needs_real: bool = True
     needs_classes: bool = False
     needs_texts: bool = False
+    needs_single: bool = False
     min_samples: int = 2
     higher_is_better: bool = False
     bounds: tuple[float, float] = (0.0, math.inf)
@@ -270,7 +300,12 @@ _DENSE_BALLS = "Naeem et al. 2020, k = 5"
 def _share(definition: str) -> Metric:
     """Return the metric of a share of samples that lie in balls."""
     return Metric(
-        _neighbourhood, definition, min_samples=MIN_SAMPLES, higher_is_better=True, bounds=(0.0, 1.0)
+        _neighbourhood,
+        definition,
+        needs_single=True,
+        min_samples=MIN_SAMPLES,
+        higher_is_better=True,
+        bounds=(0.0, 1.0),
     )
 
 
@@ -298,6 +333,7 @@ METRICS = {
         _kernel_distance,
         "squared maximum mean discrepancy with the kernel (x y / d + 1)^3, unbiased, the mean over 100 "
         "random subsets of 1,000, or of all samples of the smaller set when it has fewer (torch-fidelity)",
+        needs_single=True,
         bounds=(-math.inf, math.inf),  # an unbiased estimate of a small distance may fall below 0
     ),
     "precision": _share(_BALLS),
@@ -403,6 +439,8 @@ def _missing(
     smallest = min(len(samples.names) for samples in (real, generated) if samples is not None)
     if not fit:
         return f"the extractor {'clip' if metric.needs_texts else 'inception_adm'}"
+    if metric.needs_single and generated.group > 1:
+        return "samples one by one, and frames of one video are alike: leave frame_wise out"
     if metric.needs_real and real is None:
         return "the real samples, not their statistics"
     if metric.output == "spatial" and known is not None and known.spatial is None:

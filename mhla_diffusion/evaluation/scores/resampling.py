@@ -45,12 +45,16 @@ class Replicates:
         return self.generated.shape[1]
 
 
-def draw_replicates(num_real: int | None, num_generated: int, *, count: int, seed: int) -> Replicates:
-    """Draw ``count`` replicates of sets of these sizes."""
+def draw_replicates(
+    num_real: int | None, num_generated: int, *, count: int, seed: int, group: int = 1
+) -> Replicates:
+    """Draw ``count`` replicates of sets of these sizes; each ``group`` of neighbours is drawn as one."""
     rng = np.random.default_rng(seed)
 
     def draw(size: int) -> Array:
-        return rng.multinomial(size, np.full(size, 1 / size), size=count).T.astype(np.float64)
+        size //= group
+        drawn = rng.multinomial(size, np.full(size, 1 / size), size=count).T.astype(np.float64)
+        return drawn.repeat(group, axis=0)
 
     return Replicates(None if num_real is None else draw(num_real), draw(num_generated))
 
@@ -178,18 +182,20 @@ def _centred(features: Features, counts: Array, ddof: int) -> tuple[Array, Array
 
 
 def frechet_curve(
-    real: Features | None, known: Gaussian, generated: Features, *, ddof: int, seed: int
+    real: Features | None, known: Gaussian, generated: Features, *, ddof: int, seed: int, group: int = 1
 ) -> list[tuple[int, float]]:
     """Return the Frechet distance of random subsets of half to all samples, against their number.
 
     Of both sets the same share is taken, so that the bias of both falls as 1 / N. Of real samples that are
-    known by their statistics alone all are taken, and their part of the bias stays.
+    known by their statistics alone all are taken, and their part of the bias stays. Each ``group`` of
+    neighbours is taken as one.
     """
     rng = np.random.default_rng(seed)
 
     def choose(size: int, share: float) -> Array:
         """Draw a subset: 1 for its samples, else 0."""
-        return (rng.permutation(size) < round(share * size)).astype(np.float64)
+        size //= group
+        return (rng.permutation(size) < round(share * size)).astype(np.float64).repeat(group)
 
     curve = []
     for share in tqdm(np.linspace(0.5, 1, CURVE_POINTS), desc="score against N", unit="subset", leave=False):

@@ -10,7 +10,7 @@ import numpy as np
 from ...files.arrays import describe_kind, file_kind, npz_headers, require_regular
 
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s")
-FACTS = ("n", "extractor", "sha256", "fingerprint", "sampling")
+FACTS = ("n", "extractor", "sha256", "fingerprint", "sampling", "reading")
 _LARGEST = 4 << 30
 
 _CONVERSION = """in a place where it may run code, write

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import quote
 
 from ...files.arrays import file_kind
 from ...files.manifest import MANIFEST, parse_manifest
@@ -99,7 +100,8 @@ class Archives(SampleSet):
         if self.kind.sampling is None:
             return self.kind.read(io.BytesIO(content))
         with tempfile.TemporaryDirectory() as folder:  # decoders of videos want a path
-            path = Path(folder) / PurePosixPath(member.name).name
+            called = quote(name, safe="") if self.names_repeat else PurePosixPath(member.name).name
+            path = Path(folder) / called
             path.write_bytes(content)
             return self.kind.read(path)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,6 +92,7 @@ class SampleSet(ABC):
         left_out: files that are no samples of this kind, by their suffix.
         frame_rates: frames per second of its videos, each rate once; empty when not known.
         notes: sentences that have to be said of the set beside its scores.
+        group: samples behind each other that belong together, as the frames of one video.
     """
 
     path: Path | str
@@ -106,6 +107,7 @@ class SampleSet(ABC):
     left_out: dict[str, int] = field(init=False, default_factory=dict)
     frame_rates: list[float] = field(init=False, default_factory=list)
     notes: list[str] = field(init=False, default_factory=list)
+    group: int = field(init=False, default=1)
 
     @abstractmethod
     def readers(self) -> Iterator[Callable[[], Pixels]]:
@@ -115,12 +117,19 @@ class SampleSet(ABC):
         """Return the file of a sample, None when it has none of its own."""
         return None
 
+    @cached_property
+    def names_repeat(self) -> bool:
+        """Whether samples of several folders are called alike, so that only their paths tell them apart."""
+        return len({PurePosixPath(name).name for name in self.names}) < len(self.names)
+
     def label_by_subfolder(self) -> None:
         """Take the subfolders for classes (as torchvision's ImageFolder), unless they are but shards."""
         folders = [name.split("/")[0] if "/" in name else None for name in self.names]
         classes = sorted({folder for folder in folders if folder is not None})
         if None in folders or len(classes) < 2:
             return
+        if len({PurePosixPath(name).name for name in self.names}) == 1:
+            return  # 000/video.mp4, 001/video.mp4: a folder for each sample
         if all(_SHARD.fullmatch(name) for name in classes):
             logger.info(
                 "%s: the subfolders %s ... are taken for shards by their names, not for classes",
@@ -198,6 +207,7 @@ class SetSummary:
         manifest: what the manifest says of the whole set.
         left_out: files that are no samples of this kind, by their suffix.
         frame_rates: frames per second of its videos, each rate once; empty when not known.
+        statistics_sha256: hash of the statistics that stand for it, where they were given.
     """
 
     source: str
@@ -210,6 +220,7 @@ class SetSummary:
     manifest: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     frame_rates: list[float] = field(default_factory=list)
+    statistics_sha256: str | None = None
 
 
 @dataclass
@@ -246,6 +257,10 @@ class Folder(SampleSet):
                 + (f". {self.notes[0]} mhla evaluate has image and video" if self.left_out else "")
             )
         self._note_links()
+        inner = sorted(name.rpartition("/")[0] for name in found if name.endswith(f"/{MANIFEST}"))
+        if rows is None and len(inner) > 1:
+            listed = ", ".join(inner[:3]) + (" ..." if len(inner) > 3 else "")
+            self.notes.append(f"It holds {len(inner)} sets with a {MANIFEST} each ({listed}), taken for one.")
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         manifest = read_manifest(self.path)

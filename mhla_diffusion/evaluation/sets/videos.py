@@ -58,10 +58,11 @@ def open_videos(
     background_color(background)
     path = Path(path)
     steps = f"with stride {stride}" if fps is None else f"at {fps:g} a second"
+    read = partial(read_clip, frames=frames, stride=stride, fps=fps, seed=seed, background=background)
     kind = SampleKind(
         name="video",
         extensions=VIDEO_EXTENSIONS,
-        read=partial(read_clip, frames=frames, stride=stride, fps=fps, seed=seed, background=background),
+        read=read,
         conversion=VIDEO_CONVERSION.format(background=background),
         published_count=2_048,
         sampling=f"one clip a video, {frames} frames {steps}, from a random frame (seed {seed})",
@@ -69,6 +70,13 @@ def open_videos(
     videos = open_archives(path, kind) or _open_folder_or_array(
         path, kind, partial(_indices, frames=frames, stride=stride, fps=fps, seed=seed)
     )
+    if fps is not None and isinstance(videos, FrameFolders):
+        raise ValueError(
+            f"{path} holds folders of frames, which do not say their frames a second: leave fps out, or give "
+            "files"
+        )
+    if videos.names_repeat:  # else clips of all that are called alike would begin at the same place
+        videos.kind = replace(kind, read=partial(read, root=path))
     videos.frame_rates = _look_at_rates(videos) if fps is None else [fps]
     return FramesOfVideos(videos, frames) if frame_wise else videos
 
@@ -223,6 +231,7 @@ class FramesOfVideos(SampleSet):
             sampling=f"every frame of {videos.kind.sampling}",
             published_count=videos.kind.published_count * self.frames,
         )
+        self.group = self.frames
         self.path, self.class_names = videos.path, videos.class_names
         self.ids_by_position = videos.ids_by_position
         self.manifest, self.unlisted = videos.manifest, videos.unlisted
@@ -266,14 +275,16 @@ def read_clip(
     fps: float | None = None,
     seed: int,
     background: str = WHITE,
+    root: Path | None = None,
 ) -> Pixels:
-    """Read one clip of a video, uint8 ``[F, H, W, 3]``.
+    """Read one clip of a video, uint8 ``[F, H, W, 3]``; it begins by its name, or by its path below ``root``.
 
     Raises:
         UnreadableVideoError: when it cannot be decoded, is too short, or has fewer frames a second.
     """
     reader = open_video(path, background=background)
-    start = _start(path.name, seed)
+    below = root is not None and path.is_relative_to(root)
+    start = _start(path.relative_to(root).as_posix() if below else path.name, seed)  # type: ignore[arg-type]
     return reader.read(choose_clip(reader, length=frames, stride=stride, fps=fps, start=start))
 
 
