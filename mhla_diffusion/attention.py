@@ -422,7 +422,8 @@ class MHLA(nn.Module):
         """Return normed queries and keys as the operator gets them: centred, in features of this layer."""
         if self.config.center_keys:
             count = k.shape[2] if key_mask is None else key_mask.sum(1).clamp_min(1)[:, None, None, None]
-            k = k - counted(k, key_mask).sum(2, keepdim=True) / count
+            wide = torch.promote_types(k.dtype, torch.float32)
+            k = k - (counted(k, key_mask).sum(2, keepdim=True, dtype=wide) / count).to(k.dtype)
         if self.feature_q is not None and self.feature_k is not None:
             q, k = self.feature_q(q), self.feature_k(k)
         elif self.config.feature_map == "crelu":

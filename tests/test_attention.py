@@ -25,7 +25,7 @@ from mhla_diffusion.ops import (
     mhla_reference,
     relative_mixing,
     resize_mixing,
-    window_composite,
+    routing,
 )
 
 AssertClose = Callable[..., None]
@@ -146,6 +146,15 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
     out = module(q, k, v, grid=(4, 6), key_mask=mask)
     shifted = torch.where(mask[:, None, :, None], k + 3, torch.nan)
     torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
+
+
+def test_the_centre_of_many_keys_is_right_in_float16() -> None:
+    config = MHLAConfig.paper(blocks=(4, 4), center_keys=True)
+    module = MHLA(config, heads=1, head_dim=8, grid=(128, 128)).half()
+    q, k = torch.randn(2, 1, 1, 128 * 128, 8).half()
+    q_features, features = module.features(q, k + 8)
+    assert torch.equal(q_features, q)
+    assert features.float().mean(2).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -543,7 +552,7 @@ def test_hidden_states_that_the_gate_cannot_read_are_refused(shape: tuple[int, .
 def test_an_empty_batch_and_mixed_dtypes_are_taken_with_a_window_too(
     local: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_composite, "_WIDE_DEVICES", ())  # as on a GPU
+    monkeypatch.setattr(routing, "_WIDE_DEVICES", ())  # as on a GPU
     module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, local=local))
     assert module(q[:0], k[:0], v[:0], grid=(4, 6)).shape == (0, 24, 12)
     assert module(q, k, v.bfloat16(), grid=(4, 6)).dtype == torch.bfloat16

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .composite import counted, features_of, inner, mix, outer, ratio
-from .features import Features, RotaryEmbedding, feature_map_of, rotary_table
+from .features import (
+    Features,
+    RotaryEmbedding,
+    check_key_mask,
+    check_rotary,
+    feature_map_of,
+    rotary_table,
+)
 
 
 def mhla_causal(
@@ -53,6 +60,8 @@ def mhla_causal(
     features = _features(feature_map, normalizer, eps, rotary_emb, key_mask)
     tokens = q.shape[-2]
     _check(q, k, v, mixing, block_size, tokens)
+    check_rotary(rotary_emb, q)
+    check_key_mask(key_mask, k)
     blocks = -(-tokens // block_size)
     with torch.autocast(q.device.type, enabled=False):
         q_rows, k_rows = features_of(q, dataclasses.replace(features, mask=None)), features_of(k, features)
@@ -134,6 +143,8 @@ class MHLAState:
         else:
             end = self.tokens + q.shape[2]
             _check(q, k, v, self._mixing, self._block_size, end)
+        check_rotary(rotary_emb, q)
+        check_key_mask(key_mask, k)
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         with torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))

@@ -171,17 +171,26 @@ def check_arguments(
             "keys of another grid (key_layout) have no positions or places in common with the queries: leave "
             "rotary_emb out, and take normalizer 'paper' or 'none'"
         )
+    check_rotary(rotary_emb, q, extra=sum(layout.extra or ()))
+    check_key_mask(key_mask, k)
+
+
+def check_rotary(rotary_emb: RotaryEmbedding | None, q: Tensor, *, extra: int = 0) -> None:
+    """Refuse tables that are not of all tokens, or of all but the extra ones, with a ValueError."""
     tokens, d = q.shape[-2:]
-    lengths = tokens, tokens - sum(layout.extra or ())
     for table in rotary_emb or ():
-        if table.ndim < 2 or table.shape[-2] not in lengths or table.shape[-1] != d // 2 or d % 2:
+        if (
+            table.ndim < 2
+            or table.shape[-2] not in (tokens, tokens - extra)
+            or table.shape[-1] != d // 2
+            or d % 2
+        ):
             raise ValueError(
                 f"rotary_emb must be (cos, sin), each [..., N, d / 2] = [..., {tokens}, {d // 2}] with d "
                 f"even, or of the tokens on the grid alone, got {tuple(table.shape)} at d = {d}"
             )
         if table.requires_grad:
             raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
-    check_key_mask(key_mask, k)
 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:

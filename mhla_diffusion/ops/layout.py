@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -158,11 +159,22 @@ class BlockLayout:
         return math.prod(min(size + 2 * beyond, tokens) for tokens, size, beyond in sides)
 
     def margins(self, margin: Margin) -> tuple[int, ...]:
-        """Return a margin along each axis in tokens, of one that may be in sides of the largest block."""
+        """Return a margin along each axis in tokens, of one that may be in sides of the largest block.
+
+        Raises:
+            ValueError: for a margin below 0, or of another number of axes.
+        """
         each = margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
+        fits = all((isinstance(x, float) or hasattr(x, "__index__")) and x >= 0 for x in each)
+        if len(each) != len(self.grid) or not fits:
+            raise ValueError(
+                f"margin must be 0 or more, for all axes or each of {len(self.grid)}, got {margin!r}"
+            )
         sides = zip(each, self.block_shape, strict=True)
         # To the nearest token, half a token up: a quarter of 2 is 1, and of a single frame none.
-        return tuple(x if isinstance(x, int) else math.floor(x * side + 0.5) for x, side in sides)
+        return tuple(
+            math.floor(x * side + 0.5) if isinstance(x, float) else operator.index(x) for x, side in sides
+        )
 
     def pack(self, x: Tensor) -> Tensor:
         """Grid order to blocks.

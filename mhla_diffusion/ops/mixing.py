@@ -165,10 +165,17 @@ def content_mixing(
     wide = torch.promote_types(q.dtype, torch.float32)
     queries = layout.block_sums(q, wide)
     keys = (key_layout or layout).block_sums(counted(k, key_mask), wide)
-    cosines = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT  # [B, H, M, M_k]
+    # Outside autocast, as products of 16 bits are a hundredth off.
+    with torch.autocast(q.device.type, enabled=False):
+        cosines = _directions(queries) @ _directions(keys).mT  # [B, H, M, M_k]
     weights = mixing.to(wide)
     found = weights * (strength.to(wide)[:, None, None] * math.sqrt(q.shape[-1]) * cosines).exp()
     return _with_sums(found, weights.sum(-1).expand(found.shape[:-1]))
+
+
+def _directions(x: Tensor) -> Tensor:
+    """Vectors of length 1; those of zeros stay, and get no gradient, which would be one over their length."""
+    return F.normalize(torch.where((x == 0).all(-1, keepdim=True), x.detach(), x), dim=-1)
 
 
 def offset_means(mixing: Tensor, blocks: tuple[int, ...], *, extra: bool = False) -> Tensor:

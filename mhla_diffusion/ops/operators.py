@@ -363,7 +363,8 @@ def joined(matrices: Tensor, sums: Tensor) -> Tensor:
 def differentiate(
     function: Callable[..., Any], tensors: tuple[Tensor, ...], grads: Tensor | list[Tensor]
 ) -> tuple[Tensor, ...]:
-    tensors = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in tensors)
+    # Views, as one of these may depend on another, or be the same: a gradient is of its own place alone.
+    tensors = tuple(x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in tensors)
     outputs = function(*tensors)
     found = torch.autograd.grad(outputs, tensors, grads, create_graph=True, materialize_grads=True)
     return tuple(found)

@@ -148,9 +148,8 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        # Itself, for gradients of gradients.
+        return _AllReduce.apply(grads[0], ctx.group), None
 
 
 def _check(

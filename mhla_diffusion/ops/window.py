@@ -88,8 +88,11 @@ def _others(mixing: Tensor) -> Tensor:
     """W without its diagonal: the own block is the window's."""
     apart = 1 - torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
     others = mixing * apart
+    if not mixing.requires_grad:
+        return others
     # A row that is all zero, as two blocks start by locality, would have no gradient, that of 0 / 0: it gets
-    # weights that change no output, and whose squares and inverses are in the range of float32.
+    # weights whose squares and inverses are in the range of float32, and which change no output unless all
+    # scores of the window are below -30.
     little = torch.finfo(mixing.dtype).eps ** 2
     return others + apart * (little * (others.detach() == 0).all(-1, keepdim=True))
 

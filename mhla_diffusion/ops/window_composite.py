@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -11,12 +10,7 @@ from torch import Tensor
 
 from .composite import counted
 from .layout import BlockLayout, Margin
-from .routing import NOTHING, counted_keys, without_mean
-
-# Where the backward of softmax attention on few keys is slower in 16 bits than in float32: 128 blocks of 64
-# queries and 65 keys of 40 channels take 37 ms in bfloat16 and 11 in float32, on a core of an AMD EPYC with
-# AVX512-BF16 and torch 2.14.
-_WIDE_DEVICES = ("cpu",)
+from .routing import NOTHING, counted_keys, in_softmax_dtype, without_mean
 
 
 def softmax_in_blocks(
@@ -31,10 +25,7 @@ def softmax_in_blocks(
     causal: bool = False,
 ) -> Tensor:
     """Return the output of :func:`mhla_diffusion.ops.window_attention` on a grid without extra tokens."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
-    if q.device.type in _WIDE_DEVICES:
-        dtype = torch.promote_types(dtype, torch.float32)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = in_softmax_dtype(q, k, v)
     k, v = counted(k, key_mask), counted(v, key_mask)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     # A mean would see later tokens.

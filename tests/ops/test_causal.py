@@ -146,6 +146,15 @@ def test_the_cost_of_a_token_does_not_grow_inside_a_block() -> None:
         ({"mixing": torch.rand(5, 4)}, r"mixing must be \[M, M\]"),
         ({"k": torch.rand(2, 3, 18, 6)}, r"same B, H, N"),
         ({"feature_map": "exp"}, "feature_map 'exp' is not one of relu"),
+        (
+            {"rotary_emb": (torch.rand(1, 3), torch.rand(1, 3))},
+            r"rotary_emb must be \(cos, sin\), each .*got \(1, 3\)",
+        ),
+        ({"key_mask": torch.ones(2, 18, dtype=torch.int64)}, r"key_mask must be a bool tensor"),
+        (
+            {"key_mask": torch.ones(2, 5, dtype=torch.bool)},
+            r"key_mask must be a bool tensor .*got .*\(2, 5\)",
+        ),
         ({"normalizer": "official"}, "'official' of the causal form is not one of paper, none"),
     ],
 )

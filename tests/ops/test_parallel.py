@@ -53,7 +53,8 @@ def compare(rank: int, ends: list[int], layout: BlockLayout, case: dict[str, Any
     extras = case.get("extra")
     inputs, options, cotangent = make(layout, {key: x for key, x in case.items() if key != "extra"})
     expected = mhla(*inputs, layout, **options)
-    references = torch.autograd.grad(expected, inputs, cotangent)
+    references = torch.autograd.grad(expected, inputs, cotangent, create_graph=True)
+    seconds = torch.autograd.grad(references[1].pow(2).sum(), inputs[:3])
     start, stop = ([0, *ends][rank + i] for i in range(2))
     part = torch.arange(start, stop)
     if extras is not None:
@@ -68,10 +69,14 @@ def compare(rank: int, ends: list[int], layout: BlockLayout, case: dict[str, Any
         options["key_mask"] = options["key_mask"][:, part]
     out = mhla_parallel(*local, mixing, layout, start, **options)
     torch.testing.assert_close(out, expected[:, :, part])
-    gradients = torch.autograd.grad(out, [*local, mixing], cotangent[:, :, part])
+    gradients = torch.autograd.grad(out, [*local, mixing], cotangent[:, :, part], create_graph=True)
+    # Of a penalty on gradients, of which each rank has a part.
+    found = torch.autograd.grad(gradients[1].pow(2).sum(), local)
+    for gradient, reference in zip(found, seconds, strict=True):
+        torch.testing.assert_close(gradient, reference[:, :, part])
     for gradient, reference in zip(gradients[:3], references[:3], strict=True):
         torch.testing.assert_close(gradient, reference[:, :, part])
-    total = gradients[3].clone()
+    total = gradients[3].detach().clone()
     dist.all_reduce(total)
     torch.testing.assert_close(total, references[3])
 

@@ -50,6 +50,33 @@ def test_a_query_chooses_the_block_of_its_key_and_never_its_own() -> None:
     assert (choose_blocks(q, k, layout, 3) != block[:, None]).all()
 
 
+@pytest.mark.parametrize("hidden", [slice(0, 32), slice(32, 64)], ids=str)
+def test_where_few_blocks_hold_a_key_the_own_one_is_not_chosen(
+    assert_close: AssertClose, hidden: slice
+) -> None:
+    layout = BlockLayout((8, 8), (4, 4))
+    q, k, v = torch.randn(3, 2, 2, 64, 8)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[:, hidden] = False
+    chosen = choose_blocks(q, k, layout, 15, key_mask=mask)
+    assert (chosen != layout.block_index()[:, None]).all()
+    out = window_attention(q, k, v, layout, chosen=chosen, key_mask=mask)
+    assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 4.0), (torch.float16, 4.0)], ids=str)
+def test_scores_of_16_bits_are_not_rounded(dtype: torch.dtype, scale: float) -> None:
+    layout = BlockLayout((8, 8), (2, 2))
+    q, k, v = (x.to(dtype) for x in torch.randn(3, 1, 2, 64, 64))
+    q = q * scale
+    chosen = choose_blocks(q, k, layout, 3)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = window_attention(q, k, v, layout, chosen=chosen)
+    assert (found - expected).abs().max() < 1e-5
+    far = q + 40, k + 40, v
+    assert window_attention(*far, layout, chosen=choose_blocks(*far[:2], layout, 3)).isfinite().all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_blocks_are_ranked_by_what_they_would_hold_of_gaussian_scores(

@@ -20,8 +20,8 @@ from mhla_diffusion.ops import (
     mhla_causal,
     mhla_local,
     mhla_local_reference,
+    routing,
     window_attention,
-    window_composite,
 )
 
 AssertClose = Callable[..., None]
@@ -69,7 +69,7 @@ def test_output_and_each_gradient_equal_the_reference(
     mean: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(window_composite, "_WIDE_DEVICES", ())  # 16 bits stay 16, as on a GPU
+    monkeypatch.setattr(routing, "_WIDE_DEVICES", ())  # 16 bits stay 16, as on a GPU
     inputs = make_inputs(layout, dtype, mean)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     mask = torch.rand(2, layout.num_tokens) < 0.7 if masked else None
