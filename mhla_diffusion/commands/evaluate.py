@@ -120,15 +120,16 @@ def steps(
     in_first_process(lambda: _claim(Path(out) / "settings.json", asked))
     reports = [Path(out) / checkpoint.name / "report" for checkpoint in checkpoints]
     for checkpoint, report in zip(checkpoints, reports, strict=True):
-        if (report / "report.json").is_file():
-            logger.info("%s is scored already", checkpoint.name)
-            continue
         samples = report.with_name("samples")
+        # Samples that are there are held against the checkpoint, as another run may have written it anew.
         generate_images(
             open_checkpoint(checkpoint), samples, num_images=num, prompts=texts,
             num_inference_steps=num_inference_steps, guidance_scale=guidance,
             batch_size=generation_batch_size,
         )  # fmt: skip
+        if (report / "report.json").is_file():
+            logger.info("%s is scored already", checkpoint.name)
+            continue
         found = evaluate_images(real, samples, **evaluation)
         in_first_process(partial(found.save, report))
     if len(reports) > 1:

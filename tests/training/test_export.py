@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_every_checkpoint_is_scored_by_one_command_which_goes_on(
     again = run_script(*command, *options)
     assert again.returncode == 0, again.stderr
     assert "step-00000006 is scored already" in again.stderr
+    run = tmp_path / "retrained"
+    shutil.copytree(finished, run)
+    first, last = (run / "checkpoints" / f"step-0000000{step}" for step in (3, 6))
+    shutil.rmtree(last)
+    shutil.copytree(first, last)
+    (tmp_path / "steps" / "settings.json").write_text(
+        (tmp_path / "steps" / "settings.json").read_text().replace(str(finished), str(run))
+    )
+    command[3] = run
+    trained_anew = run_script(*command, *options)
+    assert trained_anew.returncode == 1
+    assert "weights_sha256" in trained_anew.stderr
     other = run_script(*command, *options[2:])
     assert other.returncode == 1
     assert "holds other scores; choose another --out: num: 4 -> 1000" in other.stderr
