@@ -471,9 +471,20 @@ def _sample_flags(samples: SampleSet, dimension: int, real: SetSummary, generate
     return flags
 
 
+def _sizes(sizes: Sequence[str]) -> str:
+    """Name the most frequent size, and how many others there are."""
+    return sizes[0] + (f" (and {len(sizes) - 1:,} other sizes)" if len(sizes) > 1 else "")
+
+
 def _content_flags(samples: SampleSet, real: SetSummary, generated: SetSummary) -> list[str]:
     """Cautions when what was scored is not all, or not as many different samples as it seems."""
     kind, flags = samples.kind, []
+    known = [[size for size in its.sizes if size != "unknown"] for its in (real, generated)]
+    if all(known) and set(known[0]) != set(known[1]):
+        flags.append(
+            f"Real {kind.name}s are {_sizes(known[0])} pixels, generated ones {_sizes(known[1])}: sizes and "
+            "ratios of sides that differ are resized to one, and count as differences."
+        )
     if generated.copies:
         flags.append(f"{generated.copies:,} generated {kind.name}s have the same pixels as real ones.")
     for title, its in (("real", real), ("generated", generated)):

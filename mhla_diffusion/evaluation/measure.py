@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -96,6 +96,7 @@ class _Row:
     error: str | None = None
     key: str = ""
     recalled: bool = False
+    size: tuple[int, int] | None = None
     prepared: dict[str, NDArray[Any]] = field(default_factory=dict)
     features: dict[str, Row] = field(default_factory=dict)
 
@@ -148,6 +149,7 @@ class _Found:
         self.skipped: list[SkippedFile] = []
         self.indices: list[int] = []
         self.digests: list[bytes] = []
+        self.sizes = Counter[str]()
 
     def add(self, rows: list[_Row], max_skipped: float) -> None:
         """Add the next rows of the set."""
@@ -156,6 +158,7 @@ class _Found:
                 self.indices.append(index)
                 self.digests.append(row.digest)
                 self.fingerprint.update(row.digest)
+                self.sizes[" x ".join(map(str, row.size)) if row.size else "unknown"] += 1
             else:
                 self.skipped.append(SkippedFile(row.name, row.error))
                 if self.main:
@@ -194,6 +197,7 @@ class _Found:
             manifest=samples.manifest,
             left_out=samples.left_out,
             frame_rates=samples.frame_rates,
+            sizes=dict(self.sizes.most_common()),
         )
         prompts = [samples.prompts.get(samples.names[index]) for index in self.indices]
         parts = self.collected if self.main else []
@@ -330,7 +334,7 @@ class _Loader:
             return row
         digest = hashlib.sha256(str(pixels.shape).encode())
         digest.update(np.ascontiguousarray(pixels).data)
-        row.digest = digest.digest()
+        row.digest, row.size = digest.digest(), pixels.shape[-3:-1]
         if self.cache is not None:
             row.key = row.key or row.digest.hex()
             if (file is None and self._recall(row)) or self._recall(row, row.digest):
@@ -366,6 +370,7 @@ class _Loader:
             if known is None or of_pixels not in (None, known.digest):
                 return False
             row.digest, row.features[extractor.name] = known.digest, known.features
+            row.size = row.size or known.size
         row.recalled = of_pixels is None  # what is found so is kept anew
         return True
 
@@ -399,7 +404,7 @@ def _remember(
 ) -> None:
     for extractor in extractors:
         new = [
-            (row.key, CachedSample(row.digest, row.features[extractor.name]))
+            (row.key, CachedSample(row.digest, row.features[extractor.name], row.size))
             for row in rows
             if row.error is None and not row.recalled
         ]

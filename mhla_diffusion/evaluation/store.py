@@ -42,10 +42,11 @@ class FeatureFile:
 
 @dataclass(frozen=True)
 class CachedSample:
-    """Record of a sample from an earlier run: the hash of its pixels and its features."""
+    """Record of a sample from an earlier run: the hash of its pixels, its features, its height and width."""
 
     digest: bytes
     features: Row
+    size: tuple[int, int] | None = None
 
 
 class FeatureCache:
@@ -69,8 +70,9 @@ class FeatureCache:
                 "CREATE TABLE IF NOT EXISTS features (protocol TEXT, sample TEXT, output TEXT, digest BLOB, "
                 "data BLOB, PRIMARY KEY (protocol, sample, output)) WITHOUT ROWID"
             )
-            with suppress(sqlite3.OperationalError):  # it is there, but for caches of earlier versions
-                self._connection.execute("ALTER TABLE features ADD COLUMN checksum INTEGER")
+            for column in ("checksum INTEGER", "height INTEGER", "width INTEGER"):
+                with suppress(sqlite3.OperationalError):  # it is there, but for caches of earlier versions
+                    self._connection.execute(f"ALTER TABLE features ADD COLUMN {column}")
         except sqlite3.DatabaseError as error:
             raise self._error(error) from error
 
@@ -83,7 +85,10 @@ class FeatureCache:
         Raises:
             ValueError: when the file is damaged as a whole.
         """
-        query = "SELECT output, digest, data, checksum FROM features WHERE protocol = ? AND sample = ?"
+        query = (
+            "SELECT output, digest, data, checksum, height, width FROM features "
+            "WHERE protocol = ? AND sample = ?"
+        )
         try:
             with self._lock:
                 found = self._connection.execute(query, (protocol, sample)).fetchall()
@@ -93,7 +98,7 @@ class FeatureCache:
             return None
         known = [
             (output, digest, np.frombuffer(data, np.float32))
-            for output, digest, data, checksum in found
+            for output, digest, data, checksum, _, _ in found
             if len(digest) == 32 and len(data) % 4 == 0 and checksum in (None, _checksum(digest, data))
         ]
         features = {output: values for output, _, values in known if np.isfinite(values).all()}
@@ -101,7 +106,8 @@ class FeatureCache:
             if output not in features or dimension not in (None, len(features[output])):
                 logger.warning("%s: what is kept of %s is damaged; it is computed again", self._path, sample)
                 return None
-        return CachedSample(known[0][1], features)
+        height, width = found[0][4:]
+        return CachedSample(known[0][1], features, None if height is None else (height, width))
 
     def store(self, protocol: str, samples: Iterable[tuple[str, CachedSample]]) -> None:
         """Keep samples, all or none.
@@ -114,12 +120,16 @@ class FeatureCache:
         for sample, known in samples:
             for output, values in known.features.items():
                 data = np.asarray(values, np.float32).tobytes()
-                rows.append((protocol, sample, output, known.digest, data, _checksum(known.digest, data)))
+                checksum = _checksum(known.digest, data)
+                rows.append(
+                    (protocol, sample, output, known.digest, data, checksum, *(known.size or (None, None)))
+                )
         try:
             with self._lock, self._connection:
                 self._connection.executemany(
-                    "INSERT OR REPLACE INTO features (protocol, sample, output, digest, data, checksum) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO features "
+                    "(protocol, sample, output, digest, data, checksum, height, width) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     rows,
                 )
         except sqlite3.DatabaseError as error:

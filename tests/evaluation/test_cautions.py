@@ -44,6 +44,24 @@ def test_copies_duplicates_and_what_is_left_out_are_said(
     assert "The manifest says that generated images were not all made." in found
 
 
+def test_other_sizes_are_said_from_a_cache_too(
+    extractor: FeatureExtractor,
+    make_pixels: Callable[..., np.ndarray],
+    write_folder: WriteFolder,
+    tmp_path: Path,
+) -> None:
+    real = write_folder("real", make_pixels(5))
+    generated = write_folder("generated", make_pixels(5, seed=1)[:, :10])
+    Image.fromarray(make_pixels(1, seed=2)[0, :7]).save(generated / "small.png")
+    for _ in range(2):
+        score = {"extractor": extractor, "metrics": "frechet", "bootstrap": 2, "cache": tmp_path / "cache"}
+        report = evaluate_images(real, generated, **score)
+        assert report.real.sizes == {"20 x 24": 5}
+        assert report.generated.sizes == {"10 x 24": 5, "7 x 24": 1}
+        said = "Real images are 20 x 24 pixels, generated ones 10 x 24 (and 1 other sizes): sizes and ratios"
+        assert sum(flag.startswith(said) for flag in report.scores[0].flags) == 1
+
+
 def test_generated_samples_among_the_real_ones_are_refused(
     extractor: FeatureExtractor, make_pixels: Callable[..., np.ndarray], write_folder: WriteFolder
 ) -> None:

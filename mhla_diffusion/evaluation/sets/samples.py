@@ -208,6 +208,8 @@ class SetSummary:
         left_out: files that are no samples of this kind, by their suffix.
         frame_rates: frames per second of its videos, each rate once; empty when not known.
         statistics_sha256: hash of the statistics that stand for it, where they were given.
+        sizes: height x width of the scored samples as they are stored, the most frequent first, and how many
+            have it.
     """
 
     source: str
@@ -221,6 +223,7 @@ class SetSummary:
     left_out: dict[str, int] = field(default_factory=dict)
     frame_rates: list[float] = field(default_factory=list)
     statistics_sha256: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
