@@ -46,15 +46,16 @@ def expert_times(path: str, component: str = "transformer") -> tuple[float, floa
     Returns:
         None where there is one transformer for all times, or nothing to be known.
     """
+    folder = Path(path).resolve()
+    own, outer = (place / DiffusionPipeline.config_name for place in (folder, folder.parent))
+    if outer.is_file() and not own.is_file():
+        path, component = str(folder.parent), folder.name
     try:
         index = DiffusionPipeline.load_config(path)
     except OSError:
-        folder = Path(path).resolve()
-        if not (folder.parent / DiffusionPipeline.config_name).is_file():
-            return None
-        index, component = DiffusionPipeline.load_config(str(folder.parent)), folder.name
+        return None
     boundary = index.get("boundary_ratio")
-    if boundary is None or not index.get("transformer_2", [None])[0]:
+    if boundary is None or not (index.get("transformer_2") or [None])[0]:
         return None
     return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}.get(component)
 

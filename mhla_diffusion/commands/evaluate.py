@@ -18,6 +18,7 @@ from ..evaluation.scores.frechet import require_new_npz
 from ..evaluation.sets.benchmarks import export_benchmark, write_prompts
 from ..evaluation.sets.vbench import export_vbench
 from ..files.locking import only_writer
+from ..files.manifest import read_manifest
 from ..files.writing import write_file
 from ..processes import in_first_process
 from .parsing import join_prompts, parse_and_call, with_list
@@ -104,6 +105,7 @@ def steps(
     """
     # Here, as scores need no models.
     from mhla_diffusion.pipelines.generation import generate_images
+    from mhla_diffusion.pipelines.identity import describe
     from mhla_diffusion.pipelines.prompts import read_prompts
 
     from ..training.checkpoints import list_checkpoints
@@ -121,15 +123,19 @@ def steps(
     reports = [Path(out) / checkpoint.name / "report" for checkpoint in checkpoints]
     for checkpoint, report in zip(checkpoints, reports, strict=True):
         samples = report.with_name("samples")
-        # Samples that are there are held against the checkpoint, as another run may have written it anew.
+        pipeline = open_checkpoint(checkpoint)
+        if (report / "report.json").is_file():
+            # Another run may have written the checkpoint anew.
+            made = read_manifest(samples) or {}
+            if made.get("weights_sha256", its := describe(pipeline)["weights_sha256"]) != its:
+                raise ValueError(f"{report} is of other weights than {checkpoint} has: choose another --out")
+            logger.info("%s is scored already", checkpoint.name)
+            continue
         generate_images(
-            open_checkpoint(checkpoint), samples, num_images=num, prompts=texts,
+            pipeline, samples, num_images=num, prompts=texts,
             num_inference_steps=num_inference_steps, guidance_scale=guidance,
             batch_size=generation_batch_size,
         )  # fmt: skip
-        if (report / "report.json").is_file():
-            logger.info("%s is scored already", checkpoint.name)
-            continue
         found = evaluate_images(real, samples, **evaluation)
         in_first_process(partial(found.save, report))
     if len(reports) > 1:

@@ -27,7 +27,7 @@ from ..training.data.fingerprint import fingerprint_of
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
-from ..training.objectives.objective import ALL_TIMES, NUM_TRAIN_TIMESTEPS, with_beside
+from ..training.objectives.objective import ALL_TIMES, NUM_TRAIN_TIMESTEPS, require_times, with_beside
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS: dict[type[Any], type[Any]] = {
@@ -138,14 +138,15 @@ class DataCalls(Calls):
     def facts(self) -> dict[str, Any]:
         names = ("data", "text", "class_dropout", "caption_dropout", "objective")
         kept = {name: value for name, value in as_dict(self.config).items() if name in names}
-        return {**kept, "seed": self.seed, "fingerprint": self._fingerprint}
+        return {**_with_objective(kept), "seed": self.seed, "fingerprint": self._fingerprint}
 
     @cached_property
     def _fingerprint(self) -> str | None:
         return fingerprint_of(self.source)
 
     def completed(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        filled = {"fingerprint": self._fingerprint, **with_later_fields(facts, self.config)}
+        filled = _with_objective(with_later_fields(facts, self.config))
+        filled = {"fingerprint": self._fingerprint, **filled}
         return {name: value for name, value in filled.items() if name in facts or name in self.facts}
 
     def sample(self, number: int) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
@@ -209,10 +210,11 @@ class SampledCalls(Calls):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {
+        facts = {
             "data": "samples", "objective": as_dict(self.settings), "steps": self.steps,
             "grid": list(self.grid), "seed": self.seed,
         }  # fmt: skip
+        return _with_objective(facts)
 
     @torch.no_grad()
     def inputs(self, number: int) -> dict[str, Any]:
@@ -237,6 +239,14 @@ class SampledCalls(Calls):
         noisy = self.objective.noisy(x.float().cpu(), times, noise)
         inputs = self.model.at_time(inputs, float(self.objective.timestep(times)))
         return {**inputs, "hidden_states": noisy}
+
+
+def _with_objective(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts without the times of a model that is for all, as those of earlier versions are."""
+    objective = dict(facts["objective"])
+    if objective.get("times") == list(ALL_TIMES):
+        del objective["times"]
+    return {**facts, "objective": objective}
 
 
 def open_calls(
@@ -275,6 +285,7 @@ def open_calls(
     run = run_of(model, data)
     if times is not None and run.objective.times == ALL_TIMES:
         run = replace(run, objective=replace(run.objective, times=times))
+    require_times(run.objective.times, times, "the model")
     return DataCalls(model, run, seed=seed)
 
 

@@ -38,7 +38,7 @@ def losses(model: Any, calls: DataCalls, numbers: Sequence[int]) -> list[float]:
 
 
 def by_time(values: Sequence[float], numbers: Sequence[int]) -> list[float]:
-    """Return the mean of each tenth of the way from data to noise."""
+    """Return the mean of each tenth of the model's part of the way from data to noise."""
     sums, counts = np.zeros(TIME_BUCKETS), np.zeros(TIME_BUCKETS)
     for value, number in zip(values, numbers, strict=True):
         sums[number % TIME_BUCKETS] += value

@@ -375,7 +375,7 @@ def _content(
         if entry.choice is not None and entry.stage == "aligned"
     }
     return {
-        "teacher": teacher, "calls": calls.facts, "settings": asdict(config),
+        "teacher": teacher, "calls": calls.facts, "times": list(calls.times), "settings": asdict(config),
         "size": None if size is None else size.size, "models": models, "choices": choices,
     }  # fmt: skip
 

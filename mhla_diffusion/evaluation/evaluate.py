@@ -27,22 +27,19 @@ from .scores.frechet import FeatureStatistics
 from .scores.metrics import METRICS, Comparison, LackingError, Measured, by_published_name, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
+from .sets.cautions import content_flags, require_apart, sample_flags, set_notes
 from .sets.images import open_images
 from .sets.samples import (
     SampleKind,
     SampleSet,
     SetSummary,
-    class_notes,
     common_classes,
     holds_samples,
     holds_statistics,
 )
-from .sets.videos import open_videos, rate_notes
+from .sets.videos import open_videos
 
 logger = logging.getLogger(__name__)
-
-# Below this the bias of a Frechet distance is of the size of the differences people report.
-MIN_SAMPLES = 2048
 
 BOOTSTRAP = 20
 
@@ -286,12 +283,12 @@ def _evaluate(
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)
-    _require_apart(real_set, generated_set)
+    require_apart(real_set, generated_set)
     extractors, known, flags = load(), None, list[str]()
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
     chosen = choose_metrics(settings.metrics, extractors, real_set, generated_set, known)
-    flags += _set_notes(real_set, generated_set)
+    flags += set_notes(real_set, generated_set)
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
         first = None if real_set is None else pass_over(real_set, title="real")
@@ -303,8 +300,8 @@ def _evaluate(
             copies = len(set(second.digests) & set(first.digests))
             summary = replace(second.summary, copies=copies)
             largest = max(extractor.dimension for extractor in extractors)
-            flags.extend(_sample_flags(generated_set, largest, first.summary, summary))
-            flags.extend(_content_flags(generated_set, first.summary, summary))
+            flags.extend(sample_flags(generated_set, largest, first.summary, summary))
+            flags.extend(content_flags(generated_set, first.summary, summary))
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
             pictures, neighbours = show(real_set, generated_set, first, second, found)
@@ -410,7 +407,9 @@ def _known(
 
 def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, found: Pass | None) -> Pass:
     """Put statistics in the place of a set that was passed over, or of its own statistics."""
-    digest = hashlib.sha256(known.mu.tobytes() + known.sigma.tobytes()).hexdigest()
+    digest = None
+    if known.fingerprint is None:  # nothing else tells them from others
+        digest = hashlib.sha256(known.mu.tobytes() + known.sigma.tobytes()).hexdigest()
     if found is None:
         summary = SetSummary(str(path), known.count, known.fingerprint, statistics_sha256=digest)
         return Pass({extractor.name: Measured(known)}, summary)
@@ -419,84 +418,6 @@ def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, fo
         for name, measured in found.measured.items()
     }
     return replace(found, measured=measured, summary=replace(found.summary, statistics_sha256=digest))
-
-
-def _set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
-    """What has to be said of the sets, known before they are read."""
-    titled = (("Real", real), ("Generated", generated))
-    notes = [f"{title} set: {note}" for title, its in titled if its is not None for note in its.notes]
-    rates = rate_notes([] if real is None else real.frame_rates, generated.frame_rates)
-    return notes + class_notes(real, generated) + rates
-
-
-def _require_apart(real: SampleSet | None, generated: SampleSet) -> None:
-    """Refuse a folder of real samples in which the generated ones lie: they would be scored as real."""
-    if real is None or not isinstance(generated.path, Path) or not isinstance(real.path, Path):
-        return
-    outer, inner = real.path.resolve(), generated.path.resolve()
-    if inner == outer or not inner.is_relative_to(outer):
-        return
-    below = f"{inner.relative_to(outer).as_posix()}/"
-    count = sum(name.startswith(below) for name in real.names)
-    if count:
-        raise ValueError(
-            f"{generated.path} lies in {real.path}, so that {count:,} of its samples would be real ones too: "
-            "move it out"
-        )
-
-
-def _sample_flags(samples: SampleSet, dimension: int, real: SetSummary, generated: SetSummary) -> list[str]:
-    """Cautions when a set is too small for its covariance, or its size not known.
-
-    What counts of frames are the videos that they are of, as they are alike.
-    """
-    needed, kind = max(MIN_SAMPLES, dimension + 1), samples.kind
-    of, published = (f"{kind.name}s", kind.published_count // samples.group)
-    if samples.group > 1:
-        of = "videos' frames"
-    flags = []
-    for title, count in (("real", real.count), ("generated", generated.count)):
-        if count is None:
-            flags.append(f"The number of {title} {kind.name}s is not stated in their statistics.")
-        elif (independent := count // samples.group) < needed:
-            flags.append(
-                f"Only {independent:,} {title} {of} for {dimension}-dimensional features: Frechet "
-                f"distances are biased upwards. Use at least {needed:,}; papers use {published:,}."
-            )
-        elif independent // 2 <= dimension:
-            flags.append(
-                f"{independent:,} {title} {of} for {dimension}-dimensional features are too few to tell how "
-                "far Frechet distances are biased upwards: their intervals leave that out."
-            )
-    return flags
-
-
-def _sizes(sizes: Sequence[str]) -> str:
-    """Name the most frequent size, and how many others there are."""
-    return sizes[0] + (f" (and {len(sizes) - 1:,} other sizes)" if len(sizes) > 1 else "")
-
-
-def _content_flags(samples: SampleSet, real: SetSummary, generated: SetSummary) -> list[str]:
-    """Cautions when what was scored is not all, or not as many different samples as it seems."""
-    kind, flags = samples.kind, []
-    known = [[size for size in its.sizes if size != "unknown"] for its in (real, generated)]
-    if all(known) and set(known[0]) != set(known[1]):
-        flags.append(
-            f"Real {kind.name}s are {_sizes(known[0])} pixels, generated ones {_sizes(known[1])}: sizes and "
-            "ratios of sides that differ are resized to one, and count as differences."
-        )
-    if generated.copies:
-        flags.append(f"{generated.copies:,} generated {kind.name}s have the same pixels as real ones.")
-    for title, its in (("real", real), ("generated", generated)):
-        if its.duplicates and samples.group == 1:  # frames of one video may be alike
-            flags.append(f"{its.duplicates:,} {title} {kind.name}s have the same pixels as one before.")
-        if its.unlisted:
-            flags.append(f"{its.unlisted:,} {title} {kind.name}s are not in their manifest and are left out.")
-        if its.skipped:
-            flags.append(f"{len(its.skipped):,} {title} {kind.name}s could not be read and are left out.")
-        if its.manifest.get("complete") is False:
-            flags.append(f"The manifest says that {title} {kind.name}s were not all made.")
-    return flags
 
 
 def _protocol(

@@ -89,7 +89,7 @@ def routed_attention(
         ``[B, H, N]``, float32 or above: the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
     """
     q, k, v = in_softmax_dtype(*as_autocast(q, k, v))
-    q, k, v = q / math.sqrt(q.shape[-1]), counted(k, key_mask), counted(v, key_mask)
+    k, v = counted(k, key_mask), counted(v, key_mask)
     tokens, routes = chosen.shape[2:]
     inside, on_grid = layout.grid_tokens, BlockLayout(layout.grid, layout.blocks)
     place, block_of_group, size = _groups(chosen.flatten(2), on_grid)
@@ -102,14 +102,17 @@ def routed_attention(
         _take(on_grid.pack(x[:, :, inside]).flatten(3), block_of_group).unflatten(3, (-1, x.shape[-1]))
         for x in (k, v)
     )  # [B, H, G, n, d]
-    scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32))
+    # Outside autocast, which would take float32 back.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     if key_mask is not None or not on_grid.is_even:
         seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)
         seen = _take(seen.expand(*block_of_group.shape[:2], -1, -1), block_of_group)
         scores = scores.where(seen[..., None, :], NOTHING)
     log_sums = scores.logsumexp(-1)
     values, centre = without_mean(values)
-    out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values + centre
+    with torch.autocast(q.device.type, enabled=False):
+        out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values + centre
 
     outs = _take(out.flatten(2, 3), place).unflatten(2, (tokens, routes))
     each = log_sums.flatten(2).gather(2, place).unflatten(2, (tokens, routes))

@@ -16,7 +16,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AveragedWeights(EMAModel):
-    """Exponential moving average of weights, which are whole in checkpoints however they are sharded.
+    """Exponential moving average of weights, which are whole in checkpoints where FSDP 2 shards them.
 
     diffusers' own hands on the shards of each process, of which accelerate writes those of the first.
     """

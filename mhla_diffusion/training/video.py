@@ -27,6 +27,7 @@ from .data.clip_conditions import load_image_encoder, read_control
 from .data.stream import SampleSource
 from .data.video_autoencoders import size_in_pixels
 from .objectives import Objective
+from .objectives.objective import require_times
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
 from .stock import VIDEOS, StockTraining, require_fit, require_settings, trained_class
@@ -169,8 +170,9 @@ class VideoTrainingConfig(RunConfig):
     def build(self, objective: Objective, model: Any = None) -> tuple[Any, SampleSource, TrainingTask]:
         if self.sampling.every:
             require_video_writer()
-        if self.model.init_from is not None:
-            _require_its_times(self.model.init_from, self.objective.times)
+        if model is None:
+            for path in filter(None, (self.model.init_from, self.objective.teacher)):
+                require_times(self.objective.times, expert_times(path), path)
         stock = VIDEOS.get(self.model.model_class if model is None else type(model))
         if stock is not None:
             return _build_for(stock, self, objective, model)
@@ -178,16 +180,6 @@ class VideoTrainingConfig(RunConfig):
         if self.text.pipeline:
             raise ValueError(f"text.pipeline {self.text.pipeline} is for another model: remove it")
         return _build_wan(self, objective, model)
-
-
-def _require_its_times(path: str, times: tuple[float, float]) -> None:
-    """Refuse to train one of two experts at times that are the other's."""
-    own = expert_times(path)
-    if own is not None and not own[0] <= times[0] < times[1] <= own[1]:
-        raise ValueError(
-            f"{path} is one of two transformers, for times {own[0]:g} to {own[1]:g}, but objective.times are "
-            f"{times[0]:g} to {times[1]:g}: set them to {list(own)}"
-        )
 
 
 def _build_wan(

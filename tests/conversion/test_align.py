@@ -248,14 +248,21 @@ def test_calls_of_an_expert_are_at_its_times(
     assert expert_times(pipeline) == (0.875, 1)
     assert expert_times(pipeline, "transformer_2") == expert_times(f"{pipeline}/transformer_2") == (0, 0.875)
     assert expert_times(str(tmp_path.parent)) is None
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model_index.json").write_text(json.dumps({**index, "transformer_2": None}))
+    assert expert_times(f"{pipeline}/one") is None
     for data in ("noise", str(write_run())):
         for low, high in ((0.875, 1.0), (0.0, 0.875)):
             calls = open_calls(teacher, data, times=(low, high))
+            assert "times" not in open_calls(teacher, data).facts.get("objective", {}), "as it was before"
             times = [float(calls(number)["timestep"]) / 1000 for number in range(20)]
             assert all(low - 0.001 <= time < high for time in times)
             assert times[9] - times[0] > 0.7 * (high - low)
             assert calls.facts != open_calls(teacher, data).facts
     assert calls.config.objective.times == (0, 0.875), "which its distillation is of too"
+    other = str(write_run(objective={"times": [0.875, 1.0]}))
+    with pytest.raises(ValueError, match=r"for times 0 to 0.875, but objective.times are 0.875 to 1: set"):
+        open_calls(teacher, other, times=(0, 0.875))
     with pytest.raises(ValueError, match=r"of this transformer alone, which is for times 0 to 0.875: give"):
         open_calls(teacher, "samples", times=(0, 0.875))
 

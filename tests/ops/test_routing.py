@@ -71,8 +71,10 @@ def test_scores_of_16_bits_are_not_rounded(dtype: torch.dtype, scale: float) -> 
     q = q * scale
     chosen = choose_blocks(q, k, layout, 3)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    found = window_attention(q, k, v, layout, chosen=chosen)
-    assert (found - expected).abs().max() < 1e-5
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found = window_attention(q, k, v, layout, chosen=chosen)
+        assert (found - expected).abs().max() < 1e-5
     far = q + 40, k + 40, v
     assert window_attention(*far, layout, chosen=choose_blocks(*far[:2], layout, 3)).isfinite().all()
 

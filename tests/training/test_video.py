@@ -174,16 +174,21 @@ def test_one_of_two_experts_is_trained_at_its_own_times(tmp_path: Path) -> None:
     index = {"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
 
-    def build(times: tuple[float, float]) -> None:
+    def build(
+        times: tuple[float, float],
+        model: Any = None,
+        init_from: str = str(tmp_path),
+        teacher: str | None = None,
+    ) -> None:
         config = VideoTrainingConfig(
-            model=VideoModelConfig(init_from=str(tmp_path)),
+            model=VideoModelConfig(init_from=init_from),
             data=VideoDataConfig(source="films"),
             text=TextConfig(encoder="minilm"),
             trainer=TrainerConfig(batch_size=1, max_steps=1),
-            objective=ObjectiveConfig(times=times),
+            objective=ObjectiveConfig(times=times, teacher=teacher),
             output_dir="x",
         )
-        config.build(build_objective(config.objective))
+        config.build(build_objective(ObjectiveConfig(times=times)), model)
 
     with pytest.raises(ValueError, match=r"for times 0.875 to 1, but objective.times are 0 to 1: set"):
         build((0.0, 1.0))
@@ -191,6 +196,10 @@ def test_one_of_two_experts_is_trained_at_its_own_times(tmp_path: Path) -> None:
         build((0.5, 1.0))
     with pytest.raises((ValueError, OSError), match=r"^(?!.*objective.times)"):  # of what comes after it
         build((0.875, 1.0))
+    with pytest.raises((ValueError, OSError, AttributeError), match=r"^(?!.*objective.times)"):
+        build((0.0, 1.0), model=object())  # as alignment asks, which knows its component
+    with pytest.raises(ValueError, match=r"objective.times are 0 to 1: set"):
+        build((0.0, 1.0), model=None, init_from=str(tmp_path / "student"), teacher=str(tmp_path))
 
 
 def test_clips_that_do_not_divide_into_patches_are_refused_with_the_nearest() -> None:

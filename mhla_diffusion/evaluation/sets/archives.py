@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.parse import quote
 
 from ...files.arrays import file_kind
 from ...files.manifest import MANIFEST, parse_manifest
@@ -100,10 +99,9 @@ class Archives(SampleSet):
         if self.kind.sampling is None:
             return self.kind.read(io.BytesIO(content))
         with tempfile.TemporaryDirectory() as folder:  # decoders of videos want a path
-            called = quote(name, safe="") if self.names_repeat else PurePosixPath(member.name).name
-            path = Path(folder) / called
+            path = Path(folder) / PurePosixPath(member.name).name
             path.write_bytes(content)
-            return self.kind.read(path)
+            return self.kind.read(path, **self.called(name))
 
     def _content(self, member: Member) -> bytes:
         if member.size > LARGEST:

@@ -58,7 +58,7 @@ class SampleKind:
         name: of one sample, ``"image"`` or ``"video"``; with an s, the key of their rows in a manifest.
         extensions: of their files.
         read: decodes a file, of images also an open one, as uint8 ``[H, W, 3]`` or ``[F, H, W, 3]``; called
-            in any thread.
+            in any thread, of videos with ``called`` where the name of the file is not enough.
         conversion: how pixels become RGB, in words.
         published_count: samples that published scores are of.
         sampling: which frames of a video are scored, in words; None for images.
@@ -66,7 +66,7 @@ class SampleKind:
 
     name: str
     extensions: tuple[str, ...]
-    read: Callable[[Any], Pixels]
+    read: Callable[..., Pixels]
     conversion: str
     published_count: int
     sampling: str | None = None
@@ -122,14 +122,19 @@ class SampleSet(ABC):
         """Whether samples of several folders are called alike, so that only their paths tell them apart."""
         return len({PurePosixPath(name).name for name in self.names}) < len(self.names)
 
+    def called(self, name: str) -> dict[str, str]:
+        """Return what to tell the reader of a video, whose clip begins by what it is called."""
+        by_path = self.kind.sampling is not None and self.names_repeat
+        return {"called": PurePosixPath(name).as_posix()} if by_path else {}
+
     def label_by_subfolder(self) -> None:
         """Take the subfolders for classes (as torchvision's ImageFolder), unless they are but shards."""
         folders = [name.split("/")[0] if "/" in name else None for name in self.names]
         classes = sorted({folder for folder in folders if folder is not None})
         if None in folders or len(classes) < 2:
             return
-        if len({PurePosixPath(name).name for name in self.names}) == 1:
-            return  # 000/video.mp4, 001/video.mp4: a folder for each sample
+        if self.kind.sampling and len({PurePosixPath(name).name for name in self.names}) == 1:
+            return  # 000/video.mp4, 001/video.mp4: a folder for each video
         if all(_SHARD.fullmatch(name) for name in classes):
             logger.info(
                 "%s: the subfolders %s ... are taken for shards by their names, not for classes",
@@ -207,7 +212,7 @@ class SetSummary:
         manifest: what the manifest says of the whole set.
         left_out: files that are no samples of this kind, by their suffix.
         frame_rates: frames per second of its videos, each rate once; empty when not known.
-        statistics_sha256: hash of the statistics that stand for it, where they were given.
+        statistics_sha256: hash of the statistics that stand for it, where they do not state a fingerprint.
         sizes: height x width of the scored samples as they are stored, the most frequent first, and how many
             have it.
     """
@@ -290,14 +295,14 @@ class Folder(SampleSet):
     def _read(self, name: str) -> Pixels:
         path = self.path / name
         if path.is_dir():
-            return self.kind.read(path)
+            return self.kind.read(path, **self.called(name))
         digest = self.sums.get(name)
         if digest is not None and not matches(require_regular(path), digest):
             raise ValueError(
                 f"not the file that {SUMS} beside it records: restore or make it again; where it was changed "
                 f"on purpose, remove {SUMS}"
             )
-        return self.kind.read(require_regular(path))
+        return self.kind.read(require_regular(path), **self.called(name))
 
     def file(self, name: str) -> Path | None:
         return self.path / name

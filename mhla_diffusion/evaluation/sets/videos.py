@@ -58,11 +58,10 @@ def open_videos(
     background_color(background)
     path = Path(path)
     steps = f"with stride {stride}" if fps is None else f"at {fps:g} a second"
-    read = partial(read_clip, frames=frames, stride=stride, fps=fps, seed=seed, background=background)
     kind = SampleKind(
         name="video",
         extensions=VIDEO_EXTENSIONS,
-        read=read,
+        read=partial(read_clip, frames=frames, stride=stride, fps=fps, seed=seed, background=background),
         conversion=VIDEO_CONVERSION.format(background=background),
         published_count=2_048,
         sampling=f"one clip a video, {frames} frames {steps}, from a random frame (seed {seed})",
@@ -70,13 +69,10 @@ def open_videos(
     videos = open_archives(path, kind) or _open_folder_or_array(
         path, kind, partial(_indices, frames=frames, stride=stride, fps=fps, seed=seed)
     )
-    if fps is not None and isinstance(videos, FrameFolders):
+    if fps is not None and isinstance(videos, (FrameFolders, ArrayVideos)):
         raise ValueError(
-            f"{path} holds folders of frames, which do not say their frames a second: leave fps out, or give "
-            "files"
+            f"{path} holds frames, which do not say their frames a second: leave fps out, or give files"
         )
-    if videos.names_repeat:  # else clips of all that are called alike would begin at the same place
-        videos.kind = replace(kind, read=partial(read, root=path))
     videos.frame_rates = _look_at_rates(videos) if fps is None else [fps]
     return FramesOfVideos(videos, frames) if frame_wise else videos
 
@@ -197,7 +193,7 @@ class FrameFolders(SampleSet):
 
     def readers(self) -> Iterator[Callable[[], Pixels]]:
         for name in self.names:
-            yield partial(self.kind.read, self.path / name)
+            yield partial(self.kind.read, self.path / name, **self.called(name))
 
 
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -275,16 +271,15 @@ def read_clip(
     fps: float | None = None,
     seed: int,
     background: str = WHITE,
-    root: Path | None = None,
+    called: str | None = None,
 ) -> Pixels:
-    """Read one clip of a video, uint8 ``[F, H, W, 3]``; it begins by its name, or by its path below ``root``.
+    """Read one clip of a video, uint8 ``[F, H, W, 3]``; ``called`` or its name says where it begins.
 
     Raises:
         UnreadableVideoError: when it cannot be decoded, is too short, or has fewer frames a second.
     """
     reader = open_video(path, background=background)
-    below = root is not None and path.is_relative_to(root)
-    start = _start(path.relative_to(root).as_posix() if below else path.name, seed)  # type: ignore[arg-type]
+    start = _start(called or path.name, seed)
     return reader.read(choose_clip(reader, length=frames, stride=stride, fps=fps, start=start))
 
 

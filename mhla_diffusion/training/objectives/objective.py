@@ -152,6 +152,23 @@ class ObjectiveConfig:
                 )
 
 
+def require_times(times: tuple[float, float], own: tuple[float, float] | None, path: str) -> None:
+    """Refuse times of a run that are not those of its model, one of two experts.
+
+    Args:
+        times: of the run.
+        own: of the model at ``path``; None where it is for all times.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if own is not None and not own[0] <= times[0] < times[1] <= own[1]:
+        raise ValueError(
+            f"{path} is one of two transformers, for times {own[0]:g} to {own[1]:g}, but objective.times are "
+            f"{times[0]:g} to {times[1]:g}: set them to {list(own)}"
+        )
+
+
 def with_beside(noisy: Tensor, conditioning: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Return noisy samples with what is under :data:`BESIDE` as further channels, and the others."""
     others = dict(conditioning)

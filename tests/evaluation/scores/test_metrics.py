@@ -108,6 +108,26 @@ def test_inception_score_equals_torch_fidelity_on_chunks_of_5000(extractor: Feat
     assert score.interval is not None
     assert score.interval[0] < score.value < score.interval[1]
     assert score.higher_is_better
+    assert not score.flags
+    for count, said in ((10_002, "The last chunk has 2 images"), (4_999, "There are 4,999 images")):
+        few = _measured(_features(count, 0), outputs={"logits": 2 * _features(count, 3, dimension=20)})
+        (flag,) = _score(Comparison(extractor, sets.real, few, replicates=2, seed=0), "inception_score").flags
+        assert flag.startswith(f"{said} in place of 5,000")
+
+
+def test_an_interval_that_leaves_the_bias_out_is_said(extractor: FeatureExtractor) -> None:
+    few, many = (
+        Comparison(extractor, _measured(_features(n, 0)), _measured(_features(n, 1)), replicates=20, seed=0)
+        for n in (60, 20_000)
+    )
+    (flag,) = _score(few, "frechet").flags
+    assert flag.startswith("The interval is of sets of this size")
+    assert few.real.statistics.count == 60
+    score = _score(many, "frechet")
+    assert score.interval is not None
+    assert score.extrapolated is not None
+    inside = score.interval[0] <= score.extrapolated <= score.interval[1]
+    assert bool(score.flags) == (not inside)
 
 
 def test_frechet_and_kid_equal_clean_fid(sets: Comparison) -> None:
