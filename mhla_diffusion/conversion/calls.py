@@ -138,14 +138,14 @@ class DataCalls(Calls):
     def facts(self) -> dict[str, Any]:
         names = ("data", "text", "class_dropout", "caption_dropout", "objective")
         kept = {name: value for name, value in as_dict(self.config).items() if name in names}
-        return {**_with_objective(kept), "seed": self.seed, "fingerprint": self._fingerprint}
+        return {**_without_all_times(kept), "seed": self.seed, "fingerprint": self._fingerprint}
 
     @cached_property
     def _fingerprint(self) -> str | None:
         return fingerprint_of(self.source)
 
     def completed(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        filled = _with_objective(with_later_fields(facts, self.config))
+        filled = _without_all_times(with_later_fields(facts, self.config))
         filled = {"fingerprint": self._fingerprint, **filled}
         return {name: value for name, value in filled.items() if name in facts or name in self.facts}
 
@@ -214,7 +214,7 @@ class SampledCalls(Calls):
             "data": "samples", "objective": as_dict(self.settings), "steps": self.steps,
             "grid": list(self.grid), "seed": self.seed,
         }  # fmt: skip
-        return _with_objective(facts)
+        return _without_all_times(facts)
 
     @torch.no_grad()
     def inputs(self, number: int) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class SampledCalls(Calls):
         return {**inputs, "hidden_states": noisy}
 
 
-def _with_objective(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _without_all_times(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts without the times of a model that is for all, as those of earlier versions are."""
     objective = dict(facts["objective"])
     if objective.get("times") == list(ALL_TIMES):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class AveragedWeights(EMAModel):
     shadow_params: list[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with whole weights; to be called by all processes."""
-        return {**super().state_dict(), "shadow_params": [gathered(weight) for weight in self.shadow_params]}
+        """Return the state, in the first process with whole weights; to be called by all."""
+        return {**super().state_dict(), "shadow_params": [_stored(weight) for weight in self.shadow_params]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, and shard the weights as those that are there.
@@ -46,6 +46,13 @@ class AveragedWeights(EMAModel):
             else weight
             for weight, own in zip(self.shadow_params, before, strict=True)
         ]
+
+
+def _stored(weight: Tensor) -> Tensor:
+    if not isinstance(weight, DTensor):
+        return weight
+    whole = weight.full_tensor()  # one after the other: all of them need not fit a GPU
+    return whole.cpu() if PartialState().is_main_process else weight
 
 
 def gathered(x: Tensor) -> Tensor:
