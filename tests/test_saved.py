@@ -167,6 +167,8 @@ def test_reports_and_their_cache_score_the_same(
     assert stored["protocol"].keys() - {"command"} <= again["protocol"].keys()
     for expected, found in zip(stored["scores"], again["scores"], strict=True):
         assert expected.keys() <= found.keys()
+        # Cautions of small classes came later.
+        found["flags"] = [flag for flag in found["flags"] if not flag.startswith("Classes have 5 samples")]
         if SAME_MACHINE:
             before, now = expected.pop("interval"), found["interval"]
             assert expected == {key: found[key] for key in expected}

@@ -13,7 +13,7 @@ MIN_SAMPLES = 2048
 
 
 def set_notes(real: SampleSet | None, generated: SampleSet) -> list[str]:
-    """What has to be said of the sets, known before they are read."""
+    """Return what has to be said of the sets, known before they are read."""
     titled = (("Real", real), ("Generated", generated))
     notes = [f"{title} set: {note}" for title, its in titled if its is not None for note in its.notes]
     rates = rate_notes([] if real is None else real.frame_rates, generated.frame_rates)
@@ -37,7 +37,7 @@ def require_apart(real: SampleSet | None, generated: SampleSet) -> None:
 
 
 def sample_flags(samples: SampleSet, dimension: int, real: SetSummary, generated: SetSummary) -> list[str]:
-    """Cautions when a set is too small for its covariance, or its size not known.
+    """Return cautions when a set is too small for its covariance, or its size not known.
 
     What counts of frames are the videos that they are of, as they are alike.
     """
@@ -68,7 +68,7 @@ def _sizes(sizes: Sequence[str]) -> str:
 
 
 def content_flags(samples: SampleSet, real: SetSummary, generated: SetSummary) -> list[str]:
-    """Cautions when what was scored is not all, or not as many different samples as it seems."""
+    """Return cautions when what was scored is not all, or not as many different samples as it seems."""
     kind, flags = samples.kind, []
     known = [[size for size in its.sizes if size != "unknown"] for its in (real, generated)]
     if all(known) and set(known[0]) != set(known[1]):

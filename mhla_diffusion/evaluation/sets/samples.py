@@ -119,7 +119,7 @@ class SampleSet(ABC):
 
     @cached_property
     def names_repeat(self) -> bool:
-        """Whether samples of several folders are called alike, so that only their paths tell them apart."""
+        """Return whether samples of several folders are called alike: only their paths tell them apart."""
         return len({PurePosixPath(name).name for name in self.names}) < len(self.names)
 
     def called(self, name: str) -> dict[str, str]:
