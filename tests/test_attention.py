@@ -148,15 +148,6 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
     torch.testing.assert_close(module(q, shifted, v, grid=(4, 6), key_mask=mask), out, atol=1e-4, rtol=1e-4)
 
 
-def test_the_centre_of_many_keys_is_right_in_float16() -> None:
-    config = MHLAConfig.paper(blocks=(4, 4), center_keys=True)
-    module = MHLA(config, heads=1, head_dim=8, grid=(128, 128)).half()
-    q, k = torch.randn(2, 1, 1, 128 * 128, 8).half()
-    q_features, features = module.features(q, k + 8)
-    assert torch.equal(q_features, q)
-    assert features.float().mean(2).abs().max() < 1e-2
-
-
 @pytest.mark.parametrize(
     "settings",
     [

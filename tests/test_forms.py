@@ -167,3 +167,12 @@ def test_the_paper_is_one_argument_away() -> None:
     )
     with pytest.raises(ValueError, match="unknown MHLA setting heads"):
         MHLAConfig.paper(heads=2)
+
+
+def test_the_centre_of_many_keys_is_right_in_float16() -> None:
+    config = MHLAConfig.paper(blocks=(4, 4), center_keys=True)
+    module = MHLA(config, heads=1, head_dim=8, grid=(128, 128)).half()
+    q, k = torch.randn(2, 1, 1, 128 * 128, 8).half()
+    q_features, features = module.features(q, k + 8)
+    assert torch.equal(q_features, q)
+    assert features.float().mean(2).abs().max() < 1e-2

@@ -78,7 +78,7 @@ class Calls(ABC):
         generator = sample_generator(self.seed, number, FOR_LOSS)
         fraction = (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
         low, high = self.times
-        return fraction if self.times == ALL_TIMES else low + (high - low) * fraction
+        return low + (high - low) * fraction
 
 
 class NoiseCalls(Calls):

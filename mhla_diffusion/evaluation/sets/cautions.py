@@ -42,10 +42,8 @@ def sample_flags(samples: SampleSet, dimension: int, real: SetSummary, generated
     What counts of frames are the videos that they are of, as they are alike.
     """
     needed, kind = max(MIN_SAMPLES, dimension + 1), samples.kind
-    of, published = (f"{kind.name}s", kind.published_count // samples.group)
-    if samples.group > 1:
-        of = "videos' frames"
-    flags = []
+    of = f"{kind.name}s" if samples.group == 1 else "videos' frames"
+    published, flags = kind.published_count // samples.group, []
     for title, count in (("real", real.count), ("generated", generated.count)):
         if count is None:
             flags.append(f"The number of {title} {kind.name}s is not stated in their statistics.")

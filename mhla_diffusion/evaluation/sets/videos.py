@@ -67,7 +67,7 @@ def open_videos(
         sampling=f"one clip a video, {frames} frames {steps}, from a random frame (seed {seed})",
     )
     videos = open_archives(path, kind) or _open_folder_or_array(
-        path, kind, partial(_indices, frames=frames, stride=stride, fps=fps, seed=seed)
+        path, kind, partial(_indices, frames=frames, stride=stride, seed=seed)
     )
     if fps is not None and isinstance(videos, (FrameFolders, ArrayVideos)):
         raise ValueError(
@@ -283,12 +283,8 @@ def read_clip(
     return reader.read(choose_clip(reader, length=frames, stride=stride, fps=fps, start=start))
 
 
-def _indices(
-    name: str, num_frames: int, *, frames: int, stride: int, fps: float | None, seed: int
-) -> list[int]:
+def _indices(name: str, num_frames: int, *, frames: int, stride: int, seed: int) -> list[int]:
     """Choose the frames of a clip of an array."""
-    if fps is not None:
-        raise ValueError("arrays of clips do not say their frames a second: leave fps out, or give files")
     return clip_indices(num_frames, length=frames, stride=stride, start=_start(name, seed))
 
 
