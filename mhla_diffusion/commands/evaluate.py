@@ -34,6 +34,7 @@ def image(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real images are written too.
         overwrite: replace a report or statistics that are already there.
     """
+    _require_one_extractor(save_stats, evaluation.get("extractor"))
     with _room(out, save_stats, overwrite):
         _save(evaluate_images(**evaluation), out, save_stats, overwrite)
 
@@ -46,6 +47,7 @@ def video(out: str, save_stats: str | None = None, overwrite: bool = False, **ev
         save_stats: npz to which the statistics of the real videos are written too.
         overwrite: replace a report or statistics that are already there.
     """
+    _require_one_extractor(save_stats, evaluation.get("extractor"))
     with _room(out, save_stats, overwrite):
         _save(evaluate_videos(**evaluation), out, save_stats, overwrite)
 
@@ -210,6 +212,14 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
     elif name == "steps":
         arguments = join_prompts(arguments)
     parse_and_call(commands[name], arguments, prog)
+
+
+def _require_one_extractor(save_stats: str | None, extractor: Any) -> None:
+    if save_stats and isinstance(extractor, (list, tuple)) and len(extractor) > 1:
+        raise ValueError(
+            f"save_stats {save_stats} holds the statistics of one extractor, and {len(extractor)} are asked "
+            f"for ({', '.join(map(str, extractor))}): leave it out, or score with each in a command of its own"
+        )
 
 
 @contextmanager

@@ -292,7 +292,9 @@ def _evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
         first = None if real_set is None else pass_over(real_set, title="real")
-        first = first if known is None else _given(Path(real), known, extractors[0], first)
+        if known is not None:
+            flags += _other_count(known, first)
+            first = _given(Path(real), known, extractors[0], first)
         second = pass_over(generated_set, title="generated")
 
         def judge() -> Report:
@@ -418,6 +420,17 @@ def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, fo
         for name, measured in found.measured.items()
     }
     return replace(found, measured=measured, summary=replace(found.summary, statistics_sha256=digest))
+
+
+def _other_count(known: FeatureStatistics, found: Pass | None) -> list[str]:
+    """Return a caution where statistics are of more or fewer images than lie beside them, as ADM's are."""
+    if found is None or known.count == found.summary.count:
+        return []
+    stated = "an unstated number of images" if known.count is None else f"{known.count:,} images"
+    return [
+        f"The Frechet distance is to statistics of {stated}; other scores, and the count of real images, are "
+        f"of the {found.summary.count:,} that lie beside these."
+    ]
 
 
 def _protocol(

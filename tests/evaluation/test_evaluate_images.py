@@ -195,6 +195,8 @@ def test_a_reference_batch_of_adm_has_statistics_of_more_than_it_holds(
     np.savez(tmp_path / "ref.npz", arr_0=pixels[:12], mu=statistics.mu, sigma=statistics.sigma)
     report = evaluate_images(tmp_path / "ref.npz", generated, extractor=extractor, trust_statistics=True)
     scores = {score.metric: score.value for score in report.scores}
+    assert "statistics of an unstated number of images; other scores" in " ".join(report.scores[0].flags)
+    assert "of the 12 that lie beside these" in " ".join(report.scores[0].flags)
     whole = evaluate_images(tmp_path / "all", generated, extractor=extractor)
     part = evaluate_images(write_folder("part", pixels[:12]), generated, extractor=extractor)
     assert scores["frechet"] == pytest.approx(whole.scores[0].value, rel=1e-9)

@@ -39,7 +39,8 @@ class FeatureExtractor:
         resize: what ``prepare`` does, in words.
         normalization: what the network does to its pixels, in words.
         weights: what the weights are called.
-        weights_sha256: hash of the file of weights.
+        weights_sha256: hash of the file of weights. A cache finds features by it, by ``name``, ``resize`` and
+            ``normalization``: an own extractor that changes needs another of these.
         chosen: why ``auto`` took it; None when it was asked for.
         caution: a sentence that stands beside the score, when it does not compare with published ones.
         packages: packages whose versions belong into the report.

@@ -151,6 +151,10 @@ def test_script_scores_and_saves_statistics(
         (["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         (["--real", "nowhere"], "nowhere is neither a folder of images nor an .npz file"),
         (["--save_stats", "real.txt"], "does not end in .npz"),
+        (
+            ["--save_stats", "real.npz", "--extractor", "[efficientnet_lite0, dinov2]"],
+            "real.npz holds the statistics of one extractor, and 2 are asked for (efficientnet_lite0, dinov2)",
+        ),
     ],
 )
 def test_script_explains_bad_input_in_one_line(extra: list[str], message: str, tmp_path: Path) -> None:
