@@ -202,13 +202,9 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
         )
 
 
-def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
-) -> None:
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, key_layout: BlockLayout) -> None:
+    """Refuse queries, keys and values that do not fit each other or their grids, with a ValueError."""
     # Messages are built on failure alone: torch.compile cannot print the sizes of dynamic shapes.
-    for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"q, k and v must be [B, H, N, d], with the same B, H, N for k and v, got {_shapes(q, k, v)}"
@@ -218,6 +214,15 @@ def _check_tensors(
     for name, x, on in (("q", q, layout), ("k and v", k, key_layout)):
         if x.shape[2] != on.num_tokens:
             raise ValueError(f"{name} hold {x.shape[2]} tokens, but {on.counted_tokens()}")
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, layout: BlockLayout, key_layout: BlockLayout
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("mixing", mixing)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tokens(q, k, v, layout, key_layout)
     size = layout.num_blocks, key_layout.num_blocks
     allowed = (*q.shape[:2], *size)[4 - mixing.ndim :] if 2 <= mixing.ndim <= 4 else ()
     # Size by size: what hashes a shape, or compares a batch with blocks, has a compiler fix the batch size.

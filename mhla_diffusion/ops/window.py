@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import Features, RotaryEmbedding, check_arguments, check_key_mask, rotary_table, turn_all
+from .features import (
+    Features,
+    RotaryEmbedding,
+    check_arguments,
+    check_key_mask,
+    check_tokens,
+    rotary_table,
+    turn_all,
+)
 from .layout import BlockLayout, Margin
 from .mhla import attend, mhla
 from .operators import as_autocast, in_transform
@@ -131,8 +139,9 @@ def window_attention(
         ``[B, H, N, d_v]`` in float32 or above. A query that sees no key gets 0.
 
     Raises:
-        ValueError: for a mask of another dtype or shape.
+        ValueError: for a mask of another dtype or shape, and tensors that do not fit each other or the grid.
     """
+    check_tokens(q, k, v, layout, layout)
     check_key_mask(key_mask, k)
     q, k, v = as_autocast(q, k, v)
     if chosen is not None and chosen.shape[-1]:

@@ -210,6 +210,17 @@ def test_rotated_windows_see_offsets_alone() -> None:
     torch.testing.assert_close(out[:, :, :6], out[:, :, 6:])
 
 
+def test_windows_that_do_not_fit_are_refused() -> None:
+    layout = LAYOUTS[0]
+    q, k, v = make_inputs(layout)[:3]
+    with pytest.raises(ValueError, match="q and k must have the same B, H and d"):
+        window_attention(q[:1], k, v, layout)
+    with pytest.raises(ValueError, match="with the same B, H, N for k and v"):
+        window_attention(q, k[:, :, 1:], v, layout)
+    with pytest.raises(ValueError, match=rf"q hold {q.shape[2] - 1} tokens"):
+        window_attention(q[:, :, 1:], k, v, layout)
+
+
 def test_another_form_is_refused() -> None:
     layout = LAYOUTS[0]
     with pytest.raises(ValueError, match=r"local window must be of shared, gate, got 'sum'"):
