@@ -439,7 +439,8 @@ class MHLA(nn.Module):
         _, _, v, _, layout = tensors
         key_mask, chosen = settings["key_mask"], None
         if self.config.routed_blocks:
-            chosen = choose_blocks(*window, layout, self.config.routed_blocks, key_mask=key_mask)
+            count, exact = self.config.routed_blocks, self.config.exact_routing
+            chosen = choose_blocks(*window, layout, count, exact=exact, key_mask=key_mask)
         wider: dict[str, Any] = {"margin": self.config.margin, "chosen": chosen}
         if self.config.window == WINDOW_ONLY:
             return _attend_in_blocks(*window, v, layout, key_mask, wider)

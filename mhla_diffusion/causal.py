@@ -15,8 +15,8 @@ from .ops.features import RotaryEmbedding
 
 # What looks at all tokens, or at a grid.
 _REFUSED = (
-    "cpe", "qk_conv", "local", "local_margin", "routed_blocks", "center_keys", "extra_block", "key_blocks",
-    "mixing_relative", "mixing_content",
+    "cpe", "qk_conv", "local", "local_margin", "routed_blocks", "exact_routing", "center_keys", "extra_block",
+    "key_blocks", "mixing_relative", "mixing_content",
 )  # fmt: skip
 
 

@@ -26,6 +26,9 @@ AUTO_WINDOW = "auto"
 _AUTO_MARGIN = 0.25
 LOCAL_CHOICES = (None, *LOCAL_FORMS, WINDOW_ONLY, AUTO_WINDOW)
 
+# What a window is made of, as where there is none.
+NO_WINDOW: dict[str, Any] = {"local": None, "local_margin": 0, "routed_blocks": 0, "exact_routing": False}
+
 # Settings that came later than stored configs: written where they are used, so that those stay the same.
 _LATER = {"later": True}
 
@@ -65,6 +68,8 @@ class MHLAConfig:
             token. With 0 the borders of blocks may show in samples; ``"auto"`` has 0.25 in place of 0.
         routed_blocks: further blocks that the softmax of each query sees, which it chooses for itself by
             mean and covariance of their keys, see :func:`mhla_diffusion.ops.choose_blocks`. For ``local``.
+        exact_routing: let them choose by all scores instead: O(N^2 d) in place of O(N M d^2), so less work
+            where blocks have fewer tokens than heads have channels, and more elsewhere.
         center_keys: take the mean over the tokens from the keys, before the feature map. Pretrained keys
             share one, which softmax does not see.
         cpe: start of the depthwise 3x3 convolution on v that is added to the output: ``"zero"`` (for
@@ -95,6 +100,7 @@ class MHLAConfig:
     local: str | None = field(default=AUTO_WINDOW, metadata=_LATER)
     local_margin: Margin = field(default=0, metadata=_LATER)
     routed_blocks: int = field(default=0, metadata=_LATER)
+    exact_routing: bool = field(default=False, metadata=_LATER)
     center_keys: bool = field(default=False, metadata=_LATER)
     cpe: str | None = None
     qk_conv: bool = field(default=False, metadata=_LATER)
@@ -146,6 +152,8 @@ class MHLAConfig:
     def _check_local(self) -> None:
         if not _is_int(self.routed_blocks) or self.routed_blocks < 0:
             raise ValueError(f"routed_blocks must be an integer >= 0, got {self.routed_blocks!r}")
+        if self.exact_routing and not self.routed_blocks:
+            raise ValueError("exact_routing is how routed_blocks are chosen: set these, or leave it out")
         margins = self.local_margin if isinstance(self.local_margin, tuple) else (self.local_margin,)
         if not margins or not all(_is_margin(margin) for margin in margins):
             raise ValueError(
@@ -204,10 +212,14 @@ class MHLAConfig:
         form = {
             "blocks": 16, "feature_map": "relu", "normalizer": "paper", "mixing_init": "locality",
             "constraint": "clamp", "mixing_per_head": False, "mixing_relative": False, "local": None,
-            "mixing_content": False, "local_margin": 0, "routed_blocks": 0, "center_keys": False,
-            "qk_conv": False,
+            "mixing_content": False, "local_margin": 0, "routed_blocks": 0, "exact_routing": False,
+            "center_keys": False, "qk_conv": False,
         }  # fmt: skip
         return cls.from_dict({**form, **settings})
+
+    def without_window(self) -> MHLAConfig:
+        """Return the settings without a softmax window and what it sees beside its block."""
+        return dataclasses.replace(self, **NO_WINDOW)
 
     def linear(self) -> MHLAConfig:
         """Return the settings as plain linear attention, over one block: without window and block of others.
@@ -215,9 +227,7 @@ class MHLAConfig:
         With ``local="only"`` that is softmax attention, see there.
         """
         local = WINDOW_ONLY if self.local == WINDOW_ONLY else None
-        return dataclasses.replace(
-            self, blocks=1, extra_block=False, local=local, local_margin=0, routed_blocks=0
-        )
+        return dataclasses.replace(self.without_window(), blocks=1, extra_block=False, local=local)
 
     def __repr__(self) -> str:
         """Name what is not the default, and the blocks: a line that gives the config again."""
@@ -318,8 +328,7 @@ def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHL
     possible = dataclasses.replace(config, local=AUTO_WINDOW).window is not None
     if not silent or not possible or config.local_margin or config.routed_blocks:
         return config
-    window = {name: getattr(old, name) for name in ("local", "local_margin", "routed_blocks")}
-    return dataclasses.replace(config, **window)
+    return dataclasses.replace(config, **{name: getattr(old, name) for name in NO_WINDOW})
 
 
 def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:

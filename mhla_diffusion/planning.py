@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
-from .config import WIDE_MAPS, WINDOW_ONLY, MHLAConfig
+from .config import NO_WINDOW, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hub import holds_pixels, load_component_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 
@@ -57,7 +57,8 @@ class Plan:
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
         gate, cpe, qk_conv: whether linear layers have an output gate and convolutions on v, and on q and k.
-        local, feature_map, local_margin, routed_blocks: of those, see :class:`mhla_diffusion.MHLAConfig`.
+        local, feature_map, local_margin, routed_blocks, exact_routing: of those, see
+            :class:`mhla_diffusion.MHLAConfig`.
         all_tokens: whether they read the tokens of other ranks beside windows and convolutions.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
@@ -91,6 +92,7 @@ class Plan:
     grids: int = 1
     local_margin: Margin = 0
     routed_blocks: int = 0
+    exact_routing: bool = False
     all_tokens: bool = False
 
     def operator_flops(self, attention: str) -> int:
@@ -98,8 +100,8 @@ class Plan:
 
         Wide features double the linear forms, learned ones add ``4 N d^2 H``. A softmax window of n tokens,
         with its margin, adds ``4 N n d H``, or is all (``local="only"``); each further block adds as many as
-        it has tokens, and choosing them ``2 N M d H``. Not in it: the denominators, a 1 / d of the linear
-        forms.
+        it has tokens, and choosing them ``2 N d (M (d + 1) + d) H``, or ``2 N^2 d H`` if exact. Not in it:
+        the denominators, a 1 / d of the linear forms.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":
@@ -120,7 +122,8 @@ class Plan:
             return 4 * tokens**2 * d
         flops = 4 * ((tokens - extra) * self.layout.reach_size(self.local_margin) + extra**2) * d
         if routes := min(self.routed_blocks, blocks - 1):
-            flops += 4 * tokens * routes * block * d + 2 * tokens * d * (blocks * (d + 1) + d)
+            choosing = blocks * block if self.exact_routing else blocks * (d + 1) + d
+            flops += 4 * tokens * routes * block * d + 2 * tokens * d * choosing
         return flops
 
     @property
@@ -273,7 +276,7 @@ def plan(
     settings |= {name: value for name, value in given.items() if value is not None}
     if local is not None and local != (settings["local"] is not None):
         chosen = _parts_of(MHLAConfig() if local else MHLAConfig.paper())
-        settings |= {name: chosen[name] for name in ("local", "local_margin", "routed_blocks")}
+        settings |= {name: chosen[name] for name in NO_WINDOW}
     if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
         settings["feature_map"] = "hedgehog" if hedgehog else "relu"
     if not 1 <= settings["linear_layers"] <= num_layers:
@@ -281,7 +284,7 @@ def plan(
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
     if layout.num_blocks == 1 and settings["local"] != WINDOW_ONLY:
-        settings |= {"local": None, "local_margin": 0, "routed_blocks": 0}
+        settings |= NO_WINDOW
     if transformer.extra_tokens:
         layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
@@ -372,6 +375,7 @@ def _parts_of(config: MHLAConfig) -> dict[str, Any]:
         "gate": config.gate, "cpe": config.cpe is not None, "qk_conv": config.qk_conv,
         "feature_map": config.feature_map, "all_tokens": all_tokens,
         "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
+        "exact_routing": config.exact_routing,
     }  # fmt: skip
 
 

@@ -425,7 +425,8 @@ def _window(config: MHLAConfig) -> str:
         return "none"
     margin = " x ".join(map(str, config.margin if isinstance(config.margin, tuple) else (config.margin,)))
     unit = "of a block" if isinstance(config.margin, float) else "tokens"
-    routed = f", {config.routed_blocks} routed blocks" if config.routed_blocks else ""
+    exactly = " (exact)" if config.exact_routing else ""
+    routed = f", {config.routed_blocks} routed blocks{exactly}" if config.routed_blocks else ""
     return f"{config.window}, margin {margin} {unit}{routed}"
 
 

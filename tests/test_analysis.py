@@ -248,11 +248,12 @@ def test_the_script_writes_a_report_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("local", ["shared", "gate", "only"])
-@pytest.mark.parametrize(("margin", "routes"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("margin", "routes", "exact"), [(0, 1, False), (0, 1, True), (1, 0, False)])
 def test_the_matrix_of_a_layer_that_sees_further_is_what_acts_on_its_values(
-    local: str, margin: int, routes: int
+    local: str, margin: int, routes: int, exact: bool
 ) -> None:
-    config = MHLAConfig(blocks=(2, 2), local=local, local_margin=margin, routed_blocks=routes)
+    seen = {"local_margin": margin, "routed_blocks": routes, "exact_routing": exact}
+    config = MHLAConfig(blocks=(2, 2), local=local, **seen)
     module = MHLA(config, heads=1, head_dim=6, grid=(6, 6)).double()
     q, k, v = torch.randn(3, 1, 1, 36, 6, dtype=torch.float64)
     layout, _, mixing = module.fit((6, 6))
@@ -260,7 +261,7 @@ def test_the_matrix_of_a_layer_that_sees_further_is_what_acts_on_its_values(
     call = (q, k, mixing.double(), layout, None, options, module.features(q, k))
     near, wide = (
         window_matrices(*call, form=local, weight=module.local, **settings)[0]
-        for settings in ({}, {"margin": margin, "routes": routes})
+        for settings in ({}, {"margin": margin, "routes": routes, "exact": exact})
     )
     assert not torch.allclose(near, wide)
     torch.testing.assert_close(wide @ v[0, 0], module(q, k, v, grid=(6, 6))[0])

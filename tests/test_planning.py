@@ -494,14 +494,15 @@ def test_a_margin_is_counted_as_torch_counts_its_products(margin: int | tuple[in
     assert counter.get_total_flops() == 4 * 256 * (seen + 1) * 64
 
 
-def test_routed_blocks_are_counted_as_torch_counts_their_products() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_routed_blocks_are_counted_as_torch_counts_their_products(exact: bool) -> None:
     tokens, heads, d = 256, 6, 64
     q = torch.randn(1, 1, tokens, d)
     with FlopCounterMode(display=False) as counter:
-        choose_blocks(q, q, BlockLayout((16, 16), (4, 4)), 3)
+        choose_blocks(q, q, BlockLayout((16, 16), (4, 4)), 3, exact=exact)
     near, routed = (
-        plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4), local="shared", routed_blocks=number))
-        for number in (0, 3)
+        plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=(4, 4), local="shared", **routes))
+        for routes in ({}, {"routed_blocks": 3, "exact_routing": exact})
     )
     more = routed.operator_flops("mhla") - near.operator_flops("mhla")
     assert more == (4 * tokens * 3 * 16 * d + counter.get_total_flops()) * heads

@@ -105,17 +105,18 @@ def window_matrices(
     weight: Tensor | None,
     margin: int | tuple[int, ...] = 0,
     routes: int = 0,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the matrix of attention with a softmax window that acts on values, and the positive one.
 
     ``form`` and ``weight``, of the one head, are those of :func:`mhla_diffusion.ops.mhla_local`; without a
-    weight the window is alone. ``margin`` and ``routes`` are ``local_margin`` and ``routed_blocks``
-    of the config.
+    weight the window is alone. ``margin``, ``routes`` and ``exact`` are ``local_margin``, ``routed_blocks``
+    and ``exact_routing`` of the config.
     """
     window, rotary_emb = _turned(q, k, rotary_emb, layout, features)
     unit = torch.eye(q.shape[2], dtype=torch.float64, device=q.device)[None, None]
     mask = options.get("key_mask")
-    chosen = choose_blocks(*window, layout, routes, key_mask=mask) if routes else None
+    chosen = choose_blocks(*window, layout, routes, exact=exact, key_mask=mask) if routes else None
     if weight is None:
         found = window_attention(*window, unit, layout, key_mask=mask, margin=margin, chosen=chosen)[0, 0]
         return found, found

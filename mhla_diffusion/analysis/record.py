@@ -270,6 +270,7 @@ def _window_of(module: nn.Module, head: int) -> dict[str, Any]:
     config = module.config
     return {
         "form": config.window, "weight": weight, "margin": config.margin, "routes": config.routed_blocks,
+        "exact": config.exact_routing,
     }  # fmt: skip
 
 

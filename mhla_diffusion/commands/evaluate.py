@@ -217,8 +217,8 @@ def main(arguments: Sequence[str], prog: str, name: str) -> None:
 def _require_one_extractor(save_stats: str | None, extractor: Any) -> None:
     if save_stats and isinstance(extractor, (list, tuple)) and len(extractor) > 1:
         raise ValueError(
-            f"save_stats {save_stats} holds the statistics of one extractor, and {len(extractor)} are asked "
-            f"for ({', '.join(map(str, extractor))}): leave it out, or score with each in a command of its own"
+            f"save_stats {save_stats} holds the statistics of one extractor, and {len(extractor)} are given "
+            f"({', '.join(map(str, extractor))}): leave it out, or score with each in a command of its own"
         )
 
 

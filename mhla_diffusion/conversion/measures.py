@@ -8,7 +8,6 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def without(model: nn.Module, branch: str) -> Iterator[int]:
             setattr(module, name, None)
         if branch == "window" and module.local is not None:
             undo.append((module, "config", module.config))
-            module.config = replace(module.config, local=None, local_margin=0, routed_blocks=0)
+            module.config = module.config.without_window()
         weights = {"mixing": module.mixing, "linear": module.local}.get(branch)
         if weights is not None:
             changed.append((module, weights, weights.detach().clone()))

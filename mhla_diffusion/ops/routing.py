@@ -29,20 +29,28 @@ _GROUP_SIZES = (16, 128)
 
 @torch.no_grad()
 def choose_blocks(
-    q: Tensor, k: Tensor, layout: BlockLayout, count: int, *, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    count: int,
+    *,
+    exact: bool = False,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Choose for each query the blocks that hold most of its softmax, its own left out.
 
     What a block of n keys holds, ``log sum_j exp(s_j)`` of scores ``s_j = q . k_j / sqrt(d)``, is taken for
     what it would be if they were Gaussian: ``log n + m + v / 2`` with mean ``m = q . mean(k) / sqrt(d)`` and
     variance ``v = q^T cov(k) q / d``. A key that a query is sharp on shows by its square: among random ones,
-    sqrt(d / 2) times as clearly as in a sum of scores. Time O(N M d^2), memory O(N (M + d)); nothing here
-    has a gradient.
+    sqrt(d / 2) times as clearly as in a sum of scores. Time O(N M d^2), memory O(N (M + d)). ``exact`` takes
+    the scores themselves, in time O(N^2 d), which is less where a block has fewer tokens than d, and memory
+    O(N (M + n)). Nothing here has a gradient.
 
     Args:
         q, k: ``[B, H, N, d]`` as the softmax gets them.
         layout: the grid and its blocks. Extra tokens choose as all others do, and are not chosen.
         count: blocks for each query, or all others where there are fewer.
+        exact: whether blocks are ranked by all scores, in place of mean and covariance.
         key_mask: bool ``[B, N]``, true where a key counts.
 
     Returns:
@@ -51,23 +59,43 @@ def choose_blocks(
     on_grid, inside = BlockLayout(layout.grid, layout.blocks), layout.grid_tokens
     seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)[..., None]
     keys = on_grid.pack(counted(k.float(), key_mask)[:, :, inside])  # [B, H, M, n, d]
-    number = seen.sum(-2)  # [B or 1, 1, M, 1]
-    mean = keys.sum(-2) / number.clamp_min(1)
-    apart = (keys - mean[..., None, :]) * seen
     queries = q.float() / math.sqrt(q.shape[-1])
     # Outside autocast: in 16 bits blocks would be mistaken for others.
     with torch.autocast(q.device.type, enabled=False):
-        covariance = apart.mT @ apart / number.clamp_min(1)[..., None]
-        scores = queries @ mean.mT + number.mT.log()
-        parts = covariance.transpose(2, 3).split(_BLOCKS_AT_ONCE, 3)  # [B, H, d, blocks, d] each
-        products = ((queries @ part.flatten(3)).unflatten(-1, part.shape[3:]) for part in parts)
-        variances = [(product * queries[..., None, :]).sum(-1) for product in products]
-        scores = scores + torch.cat(variances, -1) / 2
+        scores = (_exact_sums if exact else _gaussian_sums)(queries, keys, seen)
     blocks = torch.arange(on_grid.num_blocks, device=q.device)
     own = layout.block_index(q.device)[:, None] == blocks
     # Above the own one are those that hold no key, too, as keys of its would count twice.
     scores = scores.clamp_min(torch.finfo(scores.dtype).min)
     return scores.masked_fill(own, -math.inf).topk(min(count, len(blocks) - 1), -1).indices
+
+
+def _gaussian_sums(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+    """What blocks would hold of Gaussian scores, ``log n + m + v / 2``, ``[B, H, N, M]``.
+
+    Args:
+        queries: ``[B, H, N, d]``, scaled.
+        keys: ``[B, H, M, n, d]``, 0 where they do not count.
+        seen: bool ``[B or 1, 1, M, n, 1]``.
+    """
+    number = seen.sum(-2)  # [B or 1, 1, M, 1]
+    mean = keys.sum(-2) / number.clamp_min(1)
+    apart = (keys - mean[..., None, :]) * seen
+    covariance = apart.mT @ apart / number.clamp_min(1)[..., None]
+    scores = queries @ mean.mT + number.mT.log()
+    parts = covariance.transpose(2, 3).split(_BLOCKS_AT_ONCE, 3)  # [B, H, d, blocks, d] each
+    products = ((queries @ part.flatten(3)).unflatten(-1, part.shape[3:]) for part in parts)
+    variances = [(product * queries[..., None, :]).sum(-1) for product in products]
+    return scores + torch.cat(variances, -1) / 2
+
+
+def _exact_sums(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+    """What blocks hold, ``log sum_j exp(s_j)``; arguments and result as of :func:`_gaussian_sums`."""
+    found = []
+    for part, counts in zip(*(x.split(_BLOCKS_AT_ONCE, 2) for x in (keys, seen)), strict=True):
+        scores = (queries @ part.flatten(2, 3).mT).unflatten(-1, part.shape[2:4])
+        found.append(scores.masked_fill(~counts[:, :, None, ..., 0], -math.inf).logsumexp(-1))
+    return torch.cat(found, -1)
 
 
 def routed_attention(

@@ -79,10 +79,11 @@ def test_scores_of_16_bits_are_not_rounded(dtype: torch.dtype, scale: float) -> 
     assert window_attention(*far, layout, chosen=choose_blocks(*far[:2], layout, 3)).isfinite().all()
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["gaussian", "exact"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_blocks_are_ranked_by_what_they_would_hold_of_gaussian_scores(
-    layout: BlockLayout, masked: bool
+def test_blocks_are_ranked_by_what_they_hold_or_would_of_gaussian_scores(
+    layout: BlockLayout, masked: bool, exact: bool
 ) -> None:
     q, k = torch.randn(2, 2, 3, layout.num_tokens, 6) + 1
     mask = torch.rand(2, layout.num_tokens) < 0.6 if masked else None
@@ -92,9 +93,10 @@ def test_blocks_are_ranked_by_what_they_would_hold_of_gaussian_scores(
         inside = block == number if mask is None else (block == number) & mask[sample]
         scores = (q[sample] @ k[sample, :, inside].mT) / math.sqrt(6)
         variance, mean = torch.var_mean(scores, -1, correction=0)
-        held[sample, ..., number] = scores.shape[-1] * (mean + variance / 2).exp()
+        gaussian = scores.shape[-1] * (mean + variance / 2).exp()
+        held[sample, ..., number] = scores.exp().sum(-1) if exact else gaussian
         held[sample][:, block == number, number] = -math.inf
-    found = choose_blocks(q, k, layout, 3, key_mask=mask)
+    found = choose_blocks(q, k, layout, 3, exact=exact, key_mask=mask)
     assert (found == held.topk(3, -1).indices).double().mean() > 0.99  # some are equal but for rounding
 
 
@@ -107,7 +109,9 @@ def test_a_query_finds_one_key_among_random_ones() -> None:
     block = layout.block_index()
     further = block[wanted] != block
     found = (chosen == block[wanted][:, None]).any(-1)[..., further].double().mean()
-    assert found > 0.9
+    assert 0.9 < found < 1
+    exactly = choose_blocks(40 * k[:, :, wanted], k, layout, 1, exact=True)
+    assert (exactly == block[wanted][:, None])[..., further, :].all()
     sums = 40 * k[:, :, wanted] @ layout.block_sums(k, k.dtype).mT
     by_sums = sums.scatter(-1, block[:, None].expand(8, 1, 256, 1), -math.inf).topk(4, -1).indices
     assert (by_sums == block[wanted][:, None]).any(-1)[..., further].double().mean() < 0.8
@@ -124,7 +128,14 @@ def test_scores_far_from_zero_stay_finite() -> None:
 
 @pytest.mark.parametrize("local", ["shared", "gate", "only"])
 @pytest.mark.parametrize(
-    "wider", [{"routed_blocks": 2}, {"local_margin": 1}, {"local_margin": (0, 2)}], ids=str
+    "wider",
+    [
+        {"routed_blocks": 2},
+        {"routed_blocks": 2, "exact_routing": True},
+        {"local_margin": 1},
+        {"local_margin": (0, 2)},
+    ],
+    ids=str,
 )
 def test_the_module_sees_further_trains_and_keeps_its_config(local: str, wider: dict[str, Any]) -> None:
     config = MHLAConfig(blocks=(2, 2), local=local, **wider)
@@ -148,6 +159,7 @@ def test_the_module_sees_further_trains_and_keeps_its_config(local: str, wider: 
         {"routed_blocks": -1, "local": "shared"},
         {"routed_blocks": 1.5, "local": "shared"},
         {"routed_blocks": 2, "local": "only", "blocks": 1},
+        {"exact_routing": True, "local": "shared"},
         {"local_margin": 2, "local": None},
         {"local_margin": (1, -1), "local": "gate"},
         {"local_margin": 1.5, "local": "gate"},

@@ -153,7 +153,7 @@ def test_script_scores_and_saves_statistics(
         (["--save_stats", "real.txt"], "does not end in .npz"),
         (
             ["--save_stats", "real.npz", "--extractor", "[efficientnet_lite0, dinov2]"],
-            "real.npz holds the statistics of one extractor, and 2 are asked for (efficientnet_lite0, dinov2)",
+            "statistics of one extractor, and 2 are given (efficientnet_lite0, dinov2)",
         ),
     ],
 )
