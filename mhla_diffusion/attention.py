@@ -34,6 +34,7 @@ from .ops import (
 )
 from .ops.composite import counted
 from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
+from .ops.operators import in_transform
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
 _MOST_SUMMED_IN_FLOAT16 = 16384
@@ -557,6 +558,9 @@ def _attend_in_blocks(
     """Softmax attention inside blocks; of one, and extra tokens beside it, by the kernel of its own."""
     if math.prod(layout.blocks) > 1:
         return window_attention(q, k, v, layout, key_mask=key_mask, **wider).to(v.dtype)
+    if in_transform():  # that kernel has no derivative in forward mode on a CPU
+        all_tokens = BlockLayout((layout.num_tokens,), (1,))
+        return window_attention(q, k, v, all_tokens, key_mask=key_mask).to(v.dtype)
     mask = None if key_mask is None else key_mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).to(v.dtype)
 

@@ -57,6 +57,24 @@ class AdapterMixin(PeftAdapterMixin):
             for name, weight in full.items():
                 own[name].copy_(weight)
 
+    def unload_lora(self) -> None:
+        """Unload adapters as diffusers does, and with them what was trained beside them (``modules_to_save``).
+
+        Such modules are what they were before, or, where the adapters were fused, what they became.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        parts = dict(self.named_modules())
+        fused = any(isinstance(part, BaseTunerLayer) and part.merged for part in parts.values())
+        for name, part in parts.items():
+            if isinstance(part, ModulesToSaveWrapper):
+                active = part.active_adapters if fused else []
+                kept = part.modules_to_save[active[0]] if active else part.original_module
+                parent, _, child = name.rpartition(".")
+                setattr(parts[parent], child, kept)
+        super().unload_lora()
+
 
 def _fitting(model: Any, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Return the parameters of a model, which has those of ``weights``."""

@@ -58,7 +58,7 @@ class BlockLayout:
                     "grid"
                 )
         if self.extra is not None:
-            object.__setattr__(self, "extra", tuple(int(n) for n in self.extra))
+            object.__setattr__(self, "extra", tuple(operator.index(int(n)) for n in self.extra))
             if len(self.extra) != 2 or min(self.extra) < 0:
                 raise ValueError(
                     "extra must be (before, after), numbers of tokens before and after those of the grid, "
@@ -286,7 +286,8 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
 def _counts(name: str, value: Any) -> tuple[int, ...]:
     """A tuple of integers, of what may be those of NumPy or torch."""
     try:
-        counts = tuple(int(n) for n in value)
+        # What is compiled is so for one grid: a size that torch.compile has as a symbol becomes its number here.
+        counts = tuple(operator.index(int(n)) for n in value)
         whole = not isinstance(value, str) and all(n == count for n, count in zip(value, counts, strict=True))
     except (TypeError, ValueError):
         whole = False

@@ -197,7 +197,7 @@ def offset_means(mixing: Tensor, blocks: tuple[int, ...], *, extra: bool = False
 
 def _offsets(blocks: tuple[int, ...], device: torch.device, extra: bool) -> Tensor:
     """Number of the offset of each pair of blocks, ``[M, M]``."""
-    most = math.prod(2 * count - 1 for count in blocks)
+    most = math.prod([2 * count - 1 for count in blocks])  # torch.compile takes no generator
     axes = [torch.arange(count, device=device) for count in blocks]
     number = torch.zeros((), dtype=torch.int64, device=device)
     for position, count in zip(torch.meshgrid(*axes, indexing="ij"), blocks, strict=True):

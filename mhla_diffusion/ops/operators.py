@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
+from torch._decomp import decomposition_table, register_decomposition
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, tiled
@@ -162,6 +162,9 @@ class _Operator:
     def register_fake(self, function: Callable[..., Any]) -> None:
         """Take a function that makes the outputs without numbers, for torch.compile and the meta device."""
         self.registered.register_fake(function)
+        # Where sizes are symbols, what stands in no such table is made by decompositions, in another order in
+        # memory than the function's.
+        register_decomposition(self._overload, type="meta")(function)
 
     def register_autograd(self, save: Callable[..., None], gradient: Callable[..., Any]) -> None:
         """Take what ``save(ctx, inputs, output)`` keeps for ``gradient(ctx, *grads)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from operator import index
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,7 @@ def is_fused(*tensors: Tensor) -> bool:
     Raises:
         ValueError: where the environment asks for what cannot be, see :func:`.dispatch.has_kernels`.
     """
-    kinds = [(x.dtype, x.shape[-1]) for x in tensors]
+    kinds = [(x.dtype, index(x.shape[-1])) for x in tensors]  # no symbol of torch.compile's
     return has_kernels(tensors[0].device, *kinds) and max(width for _, width in kinds) <= _WIDEST
 
 

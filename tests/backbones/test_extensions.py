@@ -290,6 +290,14 @@ def test_an_adapter_with_the_mixing_is_loaded_by_diffusers(name: str, tmp_path: 
         tmp_path, adapter_name="style", prefix=None, weight_name="pytorch_lora_weights.safetensors"
     )
     torch.testing.assert_close(sample(loaded, inputs), trained)
+    fused = copy.deepcopy(loaded)
+    loaded.unload_lora()
+    assert torch.equal(sample(loaded, inputs), sample(base, inputs))
+    fused.fuse_lora()
+    fused.unload_lora()
+    fused.save_pretrained(tmp_path / "fused")
+    again = case.model.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(sample(again, inputs), trained, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", WITH_LORA)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -217,6 +218,22 @@ def test_operators_are_differentiable_twice_in_narrow_dtypes() -> None:
     finally:
         os.environ["MHLA_KERNELS"] = kernels
     assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+def test_outputs_without_numbers_lie_in_memory_as_those_with(tracing_mode: str) -> None:
+    """A compiler reads the output where its strides said that it would be."""
+    mixing = torch.rand(4, 4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> Tensor:
+        return mhla(q, k, v, mixing, BlockLayout((4, 6), (2, 2)))
+
+    side_by_side = [torch.randn(3, 24, 2, 8).transpose(1, 2) for _ in range(3)]
+    for inputs in (side_by_side, [x.contiguous() for x in side_by_side]):
+        nodes = make_fx(attend, tracing_mode=tracing_mode)(*inputs, mixing).graph.nodes
+        (out, _), *others = (node.meta["val"] for node in nodes if str(node.target) == "mhla.read.default")
+        assert not others
+        assert tuple(map(int, out.stride())) == attend(*inputs, mixing).stride()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing of the kernels is traced")
