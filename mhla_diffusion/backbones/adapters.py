@@ -58,7 +58,7 @@ class AdapterMixin(PeftAdapterMixin):
                 own[name].copy_(weight)
 
     def unload_lora(self) -> None:
-        """Unload adapters as diffusers does, and with them what was trained beside them (``modules_to_save``).
+        """Unload adapters as diffusers does, and what was trained beside them (peft's ``modules_to_save``).
 
         Such modules are what they were before, or, where the adapters were fused, what they became.
         """
