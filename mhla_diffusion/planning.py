@@ -101,7 +101,7 @@ class Plan:
         Wide features double the linear forms, learned ones add ``4 N d^2 H``. A softmax window of n tokens,
         with its margin, adds ``4 N n d H``, or is all (``local="only"``); each further block adds as many as
         it has tokens, and choosing them ``2 N d (M (d + 1) + d) H``, or ``2 N^2 d H`` if exact. Not in it:
-        the denominators, a 1 / d of the linear forms.
+        the denominators, a 1 / d of the linear forms, and what is filled up to whole registers.
         """
         tokens, d = self.layout.num_tokens, self.head_dim
         if attention == "softmax":

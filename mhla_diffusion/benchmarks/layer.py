@@ -55,10 +55,12 @@ def layer(
         A table in Markdown.
 
     Raises:
-        ValueError: for a choice that does not exist, or blocks that do not fit the grid.
+        ValueError: for a choice that does not exist, an odd ``head_dim``, or blocks that do not fit the grid.
     """
     check_choices(passes=(passes, PASSES))
     check_at_least(1, heads=heads, head_dim=head_dim, ffn_dim=ffn_dim, repeats=repeats)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, as positions turn pairs of channels, got {head_dim}")
     device = device or default_device()
     steps = {name: _layer_steps(name, grid, blocks, heads, head_dim, ffn_dim, device) for name in ATTENTIONS}
     records: list[dict[str, Any]] = []

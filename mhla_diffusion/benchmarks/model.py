@@ -104,6 +104,7 @@ def model(
     MHLAConfig.from_dict(settings)  # refuses what it does not know, before any work
     if sizes is None:
         sizes = _SIZES.get(backbone, _VIDEO_SIZES if subject.frames else _IMAGE_SIZES)
+    check_at_least(1, **{"the number of sizes": len(sizes)})
     check_at_least(16, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
     grids = [subject.grid(size) for size in sizes]
     if out is not None:

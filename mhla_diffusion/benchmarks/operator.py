@@ -128,6 +128,8 @@ def operator(
     """
     check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
     check_choices(peers=(peers, PEERS))
+    if "mhla" not in peers:
+        raise ValueError(f"peers must hold mhla, whose time others are compared with, got {list(peers)}")
     check_at_least(1, repeats=repeats)
     if scaling and out is not None:
         require_plots()

@@ -80,9 +80,11 @@ def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
     """Check ``name=(chosen, allowed)``.
 
     Raises:
-        ValueError: when something chosen is not allowed.
+        ValueError: when something chosen is not allowed, or nothing is chosen.
     """
     for name, (chosen, allowed) in choices.items():
+        if not list(chosen):
+            raise ValueError(f"{name} is empty: give one or more of {', '.join(allowed)}")
         for value in chosen:
             if value not in allowed:
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")

@@ -286,7 +286,7 @@ def recommended_layout(grid: tuple[int, ...]) -> BlockLayout:
 def _counts(name: str, value: Any) -> tuple[int, ...]:
     """A tuple of integers, of what may be those of NumPy or torch."""
     try:
-        # What is compiled is so for one grid: where torch.compile has a symbol for a size, index has its number.
+        # Graphs are compiled for one grid: of a size that is a symbol to torch.compile, index is the number.
         counts = tuple(operator.index(int(n)) for n in value)
         whole = not isinstance(value, str) and all(n == count for n, count in zip(value, counts, strict=True))
     except (TypeError, ValueError):

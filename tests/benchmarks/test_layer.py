@@ -30,6 +30,8 @@ def test_a_layer_with_mhla_needs_no_more_memory_than_with_softmax(tmp_path: Path
     assert mhla["peak_bytes"] <= softmax["peak_bytes"]
 
 
-def test_an_unknown_pass_is_refused() -> None:
+def test_an_unknown_pass_and_an_odd_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_dim must be even, .* got 7"):
+        layer(head_dim=7)
     with pytest.raises(ValueError, match=r"passes must be of forward, forward . backward, got 'backward'"):
         layer(passes=["backward"])

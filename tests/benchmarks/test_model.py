@@ -56,6 +56,7 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
         ({"backbone": "Sana-0.7B"}, "did you mean Sana-"),
         ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"sizes": []}, "the number of sizes must be at least 1, got 0"),
         (
             {"mhla": {"local": "near"}},
             "local must be one of None, 'shared', 'gate', 'only', 'auto', got 'near'",

@@ -98,6 +98,8 @@ def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
         ({"shapes": ["2k"]}, "shapes must be of tiny, ragged, got '2k'"),
         ({"dtypes": ["float16"]}, "dtypes must be of float32, bfloat16, got 'float16'"),
         ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
+        ({"peers": ["softmax"]}, r"peers must hold mhla, .* got \['softmax'\]"),
+        ({"passes": []}, "passes is empty: give one or more of forward"),
         ({"peers": ["sdpa"]}, "peers must be of mhla, softmax, linear, convolution, got 'sdpa'"),
     ],
 )
