@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "all at once": {
         "mixing_per_head": True, "mixing_relative": True, "mixing_content": True, "extra_block": True,
         "feature_map": "hedgehog", "local": "gate", "local_margin": 2, "routed_blocks": 2,
+        "exact_routing": True,
     },
 }  # fmt: skip
 # Tokens before and after those of the grid, for forms that have a block of them.
@@ -117,8 +118,8 @@ def _chosen(module: MHLA, tensors: list[Tensor], arguments: dict[str, Any]) -> t
         return None, 1.0
     layout = BlockLayout(arguments["grid"], module.blocks, arguments["extra"])
     q, k = turned(tensors[0], tensors[1], arguments["rotary_emb"], layout)
-    here = choose_blocks(q, k, layout, module.config.routed_blocks)
-    there = choose_blocks(q.cpu(), k.cpu(), layout, module.config.routed_blocks)
+    count, exact = module.config.routed_blocks, module.config.exact_routing
+    here, there = (choose_blocks(x, y, layout, count, exact=exact) for x, y in ((q, k), (q.cpu(), k.cpu())))
     return here, (here.cpu() == there).double().mean().item()
 
 

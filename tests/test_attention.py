@@ -152,6 +152,7 @@ def test_centred_keys_leave_out_what_is_masked() -> None:
     "settings",
     [
         {"local": "shared"}, {"local": "auto"}, {"local": "only"}, {"local": "gate", "routed_blocks": 1},
+        {"local": "shared", "routed_blocks": 1, "exact_routing": True},
         {"local": "only", "blocks": 1}, {"local": None}, {"local": None, "mixing_content": True},
         {"cpe": "identity"}, {"cpe": "identity", "local": None}, {"feature_map": "hedgehog"},
         {"feature_map": "power"},

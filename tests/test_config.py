@@ -67,7 +67,8 @@ def test_what_can_have_no_window_has_none_by_default(settings: dict[str, Any]) -
 
 
 def test_linear_attention_keeps_what_it_can_have() -> None:
-    config = MHLAConfig(cpe="zero", extra_block=True, local="gate", local_margin=1, routed_blocks=2)
+    routed: dict[str, Any] = {"routed_blocks": 2, "exact_routing": True}
+    config = MHLAConfig(cpe="zero", extra_block=True, local="gate", local_margin=1, **routed)
     assert config.linear() == MHLAConfig.paper(blocks=1, cpe="zero")
     assert MHLAConfig(local="only", gate=True).linear() == MHLAConfig(blocks=1, local="only", gate=True)
 
