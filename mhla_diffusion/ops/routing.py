@@ -94,7 +94,10 @@ def _exact_sums(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
     found = []
     for part, counts in zip(*(x.split(_BLOCKS_AT_ONCE, 2) for x in (keys, seen)), strict=True):
         scores = (queries @ part.flatten(2, 3).mT).unflatten(-1, part.shape[2:4])
-        found.append(scores.masked_fill(~counts[:, :, None, ..., 0], -math.inf).logsumexp(-1))
+        scores = scores.masked_fill_(~counts[:, :, None, ..., 0], torch.finfo(scores.dtype).min)
+        # As logsumexp, which takes twice as long on a CPU.
+        largest = scores.amax(-1, keepdim=True)
+        found.append(scores.sub_(largest).exp_().sum(-1).log_() + largest[..., 0])
     return torch.cat(found, -1)
 
 
