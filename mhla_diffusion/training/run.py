@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +14,15 @@ from accelerate.utils import set_seed
 from ..backbones.quantised import require_not_quantised
 from ..files.locking import only_writer
 from ..hub import component_subfolder
-from ..processes import in_first_process, one_fate
+from ..processes import in_first_process, one_fate, process_state
 from .checkpoints import as_it_began, find_checkpoint
 from .config import as_dict
 from .objectives import Distillation, build_objective
 from .settings import RunConfig
+from .task import SampleSheetConfig
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, *, resume: str | None = None, model: Any = None) -> int:
@@ -53,12 +57,24 @@ def train(config: RunConfig, *, resume: str | None = None, model: Any = None) ->
         if isinstance(objective, Distillation):
             objective.check(model)
             objective.unconditional = task.conditioning.unconditional
+            warn_of_guidance(objective, task.sampling)
         trainer = Trainer(
             model=model, objective=objective, source=source, task=task, run_config=config,
             checkpoint=checkpoint,
         )  # fmt: skip
         task.conditioning.to(trainer.accelerator.device)
         return trainer.train()
+
+
+def warn_of_guidance(objective: Distillation, sampling: SampleSheetConfig) -> None:
+    """Warn where a student learns guidance, and its sheets of samples would have it twice."""
+    learned, wanted = objective.config.guidance_scale, sampling.guidance_scale
+    if learned > 1 and sampling.every and wanted != 1 and process_state().is_main_process:
+        logger.warning(
+            "the student learns a guidance of %g, and sheets are sampled with sampling.guidance_scale %g "
+            "on top of it: set that to 1 to see what it has learned",
+            learned, wanted,
+        )  # fmt: skip
 
 
 def require_patches(patch: Sequence[int], sizes: Sequence[tuple[int, ...]]) -> None:

@@ -19,6 +19,8 @@ from mhla_diffusion.training import LoraConfig, ObjectiveConfig, build_objective
 from mhla_diffusion.training.adapters import set_trainable
 from mhla_diffusion.training.objectives import Distillation, DistillationConfig
 from mhla_diffusion.training.objectives.distillation import share_frozen
+from mhla_diffusion.training.run import warn_of_guidance
+from mhla_diffusion.training.task import SampleSheetConfig
 from tests.conversion.conftest import make_teacher
 from tests.training.test_runs import check_same_weights
 
@@ -180,6 +182,16 @@ def distilled(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "teacher": str(tmp_path / "teacher"), "distillation": {"every": 1, "fade_steps": 5}
     }  # fmt: skip
     return settings
+
+
+@pytest.mark.parametrize(("learned", "sampled", "warned"), [(3, 4, True), (3, 1, False), (1, 4, False)])
+def test_sheets_that_would_be_guided_twice_are_warned_of(
+    learned: float, sampled: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DistillationConfig(data=0 if learned > 1 else 1, guidance_scale=learned)
+    objective = Distillation(build_objective(ObjectiveConfig()), make_pair()[0], config)
+    warn_of_guidance(objective, SampleSheetConfig(every=5, guidance_scale=sampled))
+    assert ("learns a guidance of 3, and sheets are sampled with" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("trainable", [[], ["--trainable", "attention"], ["--lora.rank", "2"]], ids=str)
