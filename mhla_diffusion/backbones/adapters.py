@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +22,32 @@ _PLACE = (
 )  # fmt: skip
 
 
+def _followed(name: str) -> Callable[..., None]:
+    """Make a method of diffusers that takes along what stands beside adapters, which it leaves as it is."""
+    stock = getattr(PeftAdapterMixin, name)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        _follow_adapters(self)
+
+    return method
+
+
 class AdapterMixin(PeftAdapterMixin):
-    """Adapters as diffusers has them, also for backbones whose stock class has none."""
+    """Adapters as diffusers has them, also for backbones whose stock class has none.
+
+    Modules that were trained beside an adapter (peft's ``modules_to_save``) are switched with it: the last of
+    those that are active decides, and without one they are what they were before.
+    """
+
+    set_adapter = _followed("set_adapter")
+    set_adapters = _followed("set_adapters")
+    enable_adapters = _followed("enable_adapters")
+    disable_adapters = _followed("disable_adapters")
+    enable_lora = _followed("enable_lora")
+    disable_lora = _followed("disable_lora")
+    delete_adapters = _followed("delete_adapters")
 
     def load_lora_adapter(
         self,
@@ -53,6 +79,7 @@ class AdapterMixin(PeftAdapterMixin):
         # diffusers takes a file whose first weight is no adapter's for one of another format.
         ordered = dict(sorted(adapters.items(), key=lambda item: ".lora_" not in item[0]))
         super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
+        _follow_adapters(self)
         with torch.no_grad():
             for name, weight in full.items():
                 own[name].copy_(weight)
@@ -60,25 +87,63 @@ class AdapterMixin(PeftAdapterMixin):
     def unload_lora(self) -> None:
         """Unload adapters as diffusers does, and what was trained beside them (peft's ``modules_to_save``).
 
-        Such modules are what they were before, or, where the adapters were fused, what they became.
+        Such modules are what they were before, or, where their adapters were fused, what they became.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        parts = dict(self.named_modules())
-        fused = any(isinstance(part, BaseTunerLayer) and part.merged for part in parts.values())
-        for name, part in parts.items():
-            if isinstance(part, ModulesToSaveWrapper):
-                active = part.active_adapters if fused else []
-                kept = part.modules_to_save[active[0]] if active else part.original_module
-                parent, _, child = name.rpartition(".")
-                setattr(parts[parent], child, kept)
+        layers, beside = _adapted(self)
+        fused = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+        for name, part in beside.items():
+            kept = [part.modules_to_save[its] for its in fused if its in part.modules_to_save]
+            _unwrap(self, name, kept[-1] if kept else part.original_module)
         super().unload_lora()
 
 
+def _adapted(model: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Layers with adapters, and by name the modules that peft keeps a copy of for an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    beside = {name: part for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    return layers, beside
+
+
+def _follow_adapters(model: Any) -> None:
+    """Have copies of modules be in use where their adapters are, and away where these are."""
+    layers, beside = _adapted(model)
+    there = {name for layer in layers for name in layer.scaling}
+    active = list(
+        dict.fromkeys(
+            name
+            for layer in layers
+            if not layer.disable_adapters
+            for name in layer.active_adapters
+            if layer.scaling.get(name)
+        )
+    )
+    for place, part in beside.items():
+        for name in set(part.modules_to_save) - there:  # deleted
+            del part.modules_to_save[name]
+        if not part.modules_to_save:
+            _unwrap(model, place, part.original_module)
+            continue
+        chosen = [name for name in active if name in part.modules_to_save]
+        part.enable_adapters(bool(chosen))
+        if chosen:
+            part.set_adapter(chosen[-1])
+
+
+def _unwrap(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 def _fitting(model: Any, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model, which has those of ``weights``."""
-    own = dict(model.named_parameters())
+    """Return the parameters of a model, which has those of ``weights``, under adapters or not."""
+    own = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
+        for name, weight in model.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "no such weight"
