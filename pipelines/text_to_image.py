@@ -176,13 +176,16 @@ class MHLATextToImagePipeline(ImagePipeline):
                     f"{tuple(mask.shape)}"
                 )
             return prompt_embeds.to(device, dtype), mask.to(device)
-        if prompt is None or prompt == []:
+        if prompt is None or prompt in ([], ()):
             raise ValueError("nothing to generate: give a prompt or prompt_embeds")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder: give prompt_embeds, and negative_prompt_embeds"
             )
         texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a prompt must be a text or a list of texts, got {prompt!r}")
+        texts = list(texts)
         warn_of_long_prompts(self.tokenizer, length, texts)
         embeddings, mask = encode_texts(
             self.tokenizer,
@@ -202,10 +205,13 @@ class MHLATextToImagePipeline(ImagePipeline):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         """Return what stands for none in guidance, of the shape that the prompts' embeddings have."""
-        texts: Any = prompt if isinstance(prompt, list) else [prompt or ""] * shape[0]
+        texts: Any = prompt if isinstance(prompt, (list, tuple)) else [prompt or ""]
+        texts = list(texts) * (shape[0] if len(texts) == 1 else 1)
         if prompt_embeds is not None and not prompt:
             texts = None  # the default
         found, mask = self.encode_prompt(texts, prompt_embeds, prompt_attention_mask, shape[1])
+        if len(found) == 1:
+            found, mask = found.expand(shape[0], -1, -1), mask.expand(shape[0], -1)
         if len(found) != shape[0]:
             raise ValueError(
                 f"{len(found)} negative prompts for {shape[0]} prompts: give one, or one for each"

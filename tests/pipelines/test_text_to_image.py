@@ -135,7 +135,10 @@ def test_guidance_moves_away_from_the_negative_prompt(make: Callable[..., Any]) 
     pipeline = make(3, vae=False)
     plain, guided = call(pipeline, guidance_scale=1.0), call(pipeline, guidance_scale=4.0)
     assert not torch.equal(plain, guided)
-    assert not torch.equal(guided, call(pipeline, guidance_scale=4.0, negative_prompt="a cat"))
+    away = call(pipeline, guidance_scale=4.0, negative_prompt="a cat")
+    assert not torch.equal(guided, away)
+    for one in (["a cat"], ("a cat",), ("a cat",) * len(PROMPTS)):
+        assert torch.equal(away, call(pipeline, guidance_scale=4.0, negative_prompt=one))
     assert torch.equal(plain, call(pipeline, guidance_scale=1.0, negative_prompt="a cat"))
 
 
@@ -154,6 +157,9 @@ def test_embeddings_stand_for_prompts(make: Callable[..., Any], text_parts: dict
     [
         ({"prompt": None}, "give a prompt or prompt_embeds"),
         ({"prompt": []}, "nothing to generate"),
+        ({"prompt": ()}, "nothing to generate"),
+        ({"prompt": 3}, "a prompt must be a text or a list of texts, got 3"),
+        ({"negative_prompt": [None]}, r"a prompt must be a text or a list of texts, got \[None\]"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
         ({"height": 7}, r"multiples of 2, got 7 x 8"),
