@@ -57,20 +57,25 @@ def choose(
     from ..files.writing import require_new_folder
     from ..hub import expert_times
     from ..planning import plan
-    from ..processes import process_state
+    from ..processes import in_first_process, one_fate, process_state
 
     logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
-    require_new_folder(out)
+    in_first_process(lambda: require_new_folder(out))
     path = model or read_aligned(aligned)["model"]
     place = {"subfolder": component} if component != "transformer" else {}
     teacher = load_teacher(path, dtype=getattr(torch, dtype), device=process_state().device, **place)
     size = plan(path, height, width, frames, vae_stride=vae_stride)
     calls = open_calls(teacher, data, seed=seed, times=expert_times(path, component))
-    student, facts = run(
-        teacher, calls, aligned, size, budget=budget, keep=keep, cost=cost, check=check, repairs=repairs
-    )
-    save_student(student, facts, path, out, component=component)
-    logging.info("student: %s", out)
+
+    def make() -> None:
+        student, facts = run(
+            teacher, calls, aligned, size, budget=budget, keep=keep, cost=cost, check=check, repairs=repairs
+        )
+        save_student(student, facts, path, out, component=component)
+        logging.info("student: %s", out)
+
+    with one_fate():
+        in_first_process(make)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

@@ -179,7 +179,9 @@ def _refuse_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, N] or left out, got {tuple(mask.shape)}")
         counts = mask.bool()
-        gaps = (~counts).any() if kwargs.get("cache") is not None else (counts[:, 1:] & ~counts[:, :-1]).any()
+        caches = (kwargs.get("cache"), kwargs.get("past_key_values"), *args[3:4])
+        cached = any(cache is not None for cache in caches)
+        gaps = (~counts).any() if cached else (counts[:, 1:] & ~counts[:, :-1]).any()
         if gaps:
             raise ValueError(
                 "with padding before or between tokens the blocks of a sequence would begin elsewhere than "

@@ -83,8 +83,9 @@ def make_models(room: str, base: type[Any]) -> dict[str, type[Any]]:
             auto = getattr(
                 modeling_auto, f"Auto{'Model' * (kind != 'Model')}{kind.removesuffix('WithTeacher')}"
             )
-            known = auto._model_mapping.get(config, ())
-            auto.register(config, (*known, MODELS[stock]), exist_ok=True)
+            # One class stands by itself: of several, new configs would have to name theirs.
+            known, new = auto._model_mapping.get(config, None), MODELS[stock]
+            auto.register(config, new if known is None else (known, new), exist_ok=True)
             # Files have other names of weights than models, by class.
             if names := conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__):
                 conversion_mapping.register_checkpoint_conversion_mapping(f"MHLA{family}{kind}", names, True)

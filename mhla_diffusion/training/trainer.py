@@ -175,11 +175,16 @@ class Trainer:
                 if stop:
                     name = signal.Signals(stop).name
                     logger.info("stopped by %s: --resume latest goes on", name)
-                    self.accelerator.end_training()
+                    self._end_trackers()
                     return stop
         self._save_pipeline(stream)
-        self.accelerator.end_training()
+        self._end_trackers()
         return 0
+
+    def _end_trackers(self) -> None:
+        # accelerate's end_training ends the group of processes too, which goes on to a report in linearize.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.max_steps

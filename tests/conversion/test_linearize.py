@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTPipeline, MHLAPipeline
+from mhla_diffusion.commands import choose
 from mhla_diffusion.commands import report as report_command
 from mhla_diffusion.commands.card import card
 from mhla_diffusion.commands.end import CommandError
@@ -34,6 +35,7 @@ from mhla_diffusion.ops import BlockLayout
 from mhla_diffusion.planning import plan
 from mhla_diffusion.training import DistillationConfig
 from tests.extractors import quarters
+from tests.faults.test_processes import join
 
 from .conftest import FEW, FORMS, make_teacher
 
@@ -45,6 +47,28 @@ LOCAL = {"mhla": MHLAConfig(blocks=4, local="gate", feature_map="hedgehog", **PA
 def run(stored_teacher: Path, data: str, out: Path, config: LinearizeConfig = TOY) -> int:
     size = plan(str(stored_teacher), 64, 64, vae_stride=1)
     return linearize(str(stored_teacher), data, out, size, config=config, candidates=LOCAL)
+
+
+def run_shared(rank: int, stored_teacher: Path, data: str, out: Path) -> None:
+    join(rank)
+    assert run(stored_teacher, data, out, replace(TOY, steps=1)) == 0
+    arguments = ["--aligned", out / "aligned", "--data", data, "--budget", 0.9, "--out", out / "chosen"]
+    size = ["--height", 64, "--width", 64, "--vae_stride", 1]
+    choose.main([str(x) for x in (*arguments, *size)], "mhla choose")
+
+
+def test_two_processes_come_to_one_report_and_one_choice(
+    stored_teacher: Path, write_run: Callable[..., Path], run_processes: Callable[..., None], tmp_path: Path
+) -> None:
+    run_processes(run_shared, 2, stored_teacher, str(write_run()), tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert [model["stage"] for model in content["models"]] == ["teacher", "plain", "aligned", "distilled"]
+    steps = (tmp_path / "out" / "distilled" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(steps[-1])["step"] == 1
+    in_one, apart = (
+        json.loads((tmp_path / "out" / name / "choice.json").read_text()) for name in ("student", "chosen")
+    )
+    assert in_one == apart
 
 
 def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(

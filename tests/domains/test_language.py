@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mhla_diffusion import MHLAConfig, MHLALlamaForCausalLM, convert_to_mhla
+from mhla_diffusion import MHLAConfig, MHLALlamaConfig, MHLALlamaForCausalLM, convert_to_mhla
 from mhla_diffusion.causal import CausalMHLA
 from mhla_diffusion.ops import causal_mixing, mhla_causal_reference
 
@@ -130,6 +130,8 @@ def test_models_are_converted_saved_and_loaded_by_the_auto_classes(kind: type[An
     assert type(loaded) is type(model)
     assert loaded.config.block_size == 4
     assert all(map(torch.equal, loaded(tokens).to_tuple()[:1], model(tokens).to_tuple()[:1]))
+    new = MHLALlamaConfig(**{**model.config.to_dict(), "architectures": None})
+    assert type(auto.from_config(new)) is type(model)
     layers = convert_to_mhla(stock, {"layers": []})
     torch.testing.assert_close(layers(tokens)[0], stock(tokens)[0])
 
@@ -143,6 +145,10 @@ def test_padding_and_packing_that_move_blocks_are_refused() -> None:
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="padding before or between tokens"):
             call(tokens, attention_mask=mask.flip(1))
+    cache = DynamicCache()
+    for places, named in (((mask, None, cache), {}), ((mask,), {"past_key_values": cache})):
+        with pytest.raises(ValueError, match="padding before or between tokens"):
+            model.model(tokens, *places, **named)
     with pytest.raises(ValueError, match="prompts of one length"):
         model.generate(tokens, attention_mask=mask)
     with pytest.raises(ValueError, match="position_ids must count up by 1"):
