@@ -205,8 +205,8 @@ class MHLATextToImagePipeline(ImagePipeline):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         """Return what stands for none in guidance, of the shape that the prompts' embeddings have."""
-        texts: Any = prompt if isinstance(prompt, (list, tuple)) else [prompt or ""]
-        texts = list(texts) * (shape[0] if len(texts) == 1 else 1)
+        texts: Any = list(prompt) if prompt and not isinstance(prompt, str) else [prompt or ""]
+        texts = texts * (shape[0] if len(texts) == 1 else 1)
         if prompt_embeds is not None and not prompt:
             texts = None  # the default
         found, mask = self.encode_prompt(texts, prompt_embeds, prompt_attention_mask, shape[1])

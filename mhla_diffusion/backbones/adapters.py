@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class AdapterMixin(PeftAdapterMixin):
     enable_lora = _followed("enable_lora")
     disable_lora = _followed("disable_lora")
     delete_adapters = _followed("delete_adapters")
+    fuse_lora = _followed("fuse_lora")
+    unfuse_lora = _followed("unfuse_lora")
 
     def load_lora_adapter(
         self,
@@ -90,7 +92,7 @@ class AdapterMixin(PeftAdapterMixin):
         Such modules are what they were before, or, where their adapters were fused, what they became.
         """
         layers, beside = _adapted(self)
-        fused = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+        fused = _in_use(layer for layer in layers if layer.merged)
         for name, part in beside.items():
             kept = [part.modules_to_save[its] for its in fused if its in part.modules_to_save]
             _unwrap(self, name, kept[-1] if kept else part.original_module)
@@ -110,26 +112,31 @@ def _adapted(model: Any) -> tuple[list[Any], dict[str, Any]]:
 def _follow_adapters(model: Any) -> None:
     """Have copies of modules be in use where their adapters are, and away where these are."""
     layers, beside = _adapted(model)
-    there = {name for layer in layers for name in layer.scaling}
-    active = list(
-        dict.fromkeys(
-            name
-            for layer in layers
-            if not layer.disable_adapters
-            for name in layer.active_adapters
-            if layer.scaling.get(name)
-        )
-    )
+    there = {name for layer in layers for name in layer._all_available_adapter_names()}
+    in_use = _in_use(layers)
     for place, part in beside.items():
-        for name in set(part.modules_to_save) - there:  # deleted
+        part.set_adapter([])  # a deleted one could not be left
+        for name in set(part.modules_to_save) - there:
             del part.modules_to_save[name]
         if not part.modules_to_save:
             _unwrap(model, place, part.original_module)
             continue
-        chosen = [name for name in active if name in part.modules_to_save]
+        part.modules_to_save.requires_grad_(False)
+        chosen = [name for name in in_use if name in part.modules_to_save][-1:]
         part.enable_adapters(bool(chosen))
-        if chosen:
-            part.set_adapter(chosen[-1])
+        part.set_adapter(chosen)
+
+
+def _in_use(layers: Iterable[Any]) -> list[str]:
+    """Adapters that act, of strength other than 0: those that are fused, or else active."""
+    names = (
+        name
+        for layer in layers
+        if not layer.disable_adapters
+        for name in (layer.merged_adapters or layer.active_adapters)
+        if getattr(layer, "scaling", {}).get(name, 1)
+    )
+    return list(dict.fromkeys(names))
 
 
 def _unwrap(model: Any, name: str, module: nn.Module) -> None:

@@ -83,9 +83,10 @@ def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
         ValueError: when something chosen is not allowed, or nothing is chosen.
     """
     for name, (chosen, allowed) in choices.items():
-        if not list(chosen):
+        values = list(chosen)
+        if not values:
             raise ValueError(f"{name} is empty: give one or more of {', '.join(allowed)}")
-        for value in chosen:
+        for value in values:
             if value not in allowed:
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")
 

@@ -293,7 +293,7 @@ def _evaluate(
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))
         first = None if real_set is None else pass_over(real_set, title="real")
         if known is not None:
-            flags += _other_count(known, first)
+            flags += _other_count(known, first, chosen)
             first = _given(Path(real), known, extractors[0], first)
         second = pass_over(generated_set, title="generated")
 
@@ -302,7 +302,8 @@ def _evaluate(
             copies = len(set(second.digests) & set(first.digests))
             summary = replace(second.summary, copies=copies)
             largest = max(extractor.dimension for extractor in extractors)
-            flags.extend(sample_flags(generated_set, largest, first.summary, summary))
+            behind = first.summary if known is None else replace(first.summary, count=known.count)
+            flags.extend(sample_flags(generated_set, largest, behind, summary))
             flags.extend(content_flags(generated_set, first.summary, summary))
             classes = common_classes(real_set, generated_set)
             scores, found = _scores(first, second, classes, chosen, settings, flags)
@@ -422,9 +423,12 @@ def _given(path: Path, known: FeatureStatistics, extractor: FeatureExtractor, fo
     return replace(found, measured=measured, summary=replace(found.summary, statistics_sha256=digest))
 
 
-def _other_count(known: FeatureStatistics, found: Pass | None) -> list[str]:
+def _other_count(
+    known: FeatureStatistics, found: Pass | None, chosen: Sequence[tuple[str, FeatureExtractor]]
+) -> list[str]:
     """Return a caution where statistics are of more or fewer images than lie beside them, as ADM's are."""
-    if found is None or known.count == found.summary.count:
+    asked = any(name == "frechet" for name, _ in chosen)
+    if found is None or known.count == found.summary.count or not asked:
         return []
     stated = "an unstated number of images" if known.count is None else f"{known.count:,} images"
     return [

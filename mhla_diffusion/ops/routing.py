@@ -44,7 +44,7 @@ def choose_blocks(
     variance ``v = q^T cov(k) q / d``. A key that a query is sharp on shows by its square: among random ones,
     sqrt(d / 2) times as clearly as in a sum of scores. Time O(N M d^2), memory O(N (M + d)). ``exact`` takes
     the scores themselves, in time O(N^2 d), which is less where a block has fewer tokens than d, and memory
-    O(N (M + n)). Nothing here has a gradient.
+    O(N (M + d + n)). Nothing here has a gradient.
 
     Args:
         q, k: ``[B, H, N, d]`` as the softmax gets them.
@@ -91,8 +91,9 @@ def _gaussian_sums(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
 
 def _exact_sums(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
     """What blocks hold, ``log sum_j exp(s_j)``; arguments and result as of :func:`_gaussian_sums`."""
-    found = []
-    for part, counts in zip(*(x.split(_BLOCKS_AT_ONCE, 2) for x in (keys, seen)), strict=True):
+    found, (tokens, d) = [], keys.shape[-2:]
+    at_once = min(_BLOCKS_AT_ONCE, max(1, _BLOCKS_AT_ONCE * d // tokens))  # few where blocks are large
+    for part, counts in zip(*(x.split(at_once, 2) for x in (keys, seen)), strict=True):
         scores = (queries @ part.flatten(2, 3).mT).unflatten(-1, part.shape[2:4])
         scores = scores.masked_fill_(~counts[:, :, None, ..., 0], torch.finfo(scores.dtype).min)
         # As logsumexp, which takes twice as long on a CPU.

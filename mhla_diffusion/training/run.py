@@ -69,7 +69,7 @@ def train(config: RunConfig, *, resume: str | None = None, model: Any = None) ->
 def warn_of_guidance(objective: Distillation, sampling: SampleSheetConfig) -> None:
     """Warn where a student learns guidance, and its sheets of samples would have it twice."""
     learned, wanted = objective.config.guidance_scale, sampling.guidance_scale
-    if learned > 1 and sampling.every and wanted != 1 and process_state().is_main_process:
+    if learned > 1 and sampling.every and wanted > 1 and process_state().is_main_process:
         logger.warning(
             "the student learns a guidance of %g, and sheets are sampled with sampling.guidance_scale %g "
             "on top of it: set that to 1 to see what it has learned",

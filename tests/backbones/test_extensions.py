@@ -311,6 +311,23 @@ def test_an_adapter_with_the_mixing_is_loaded_by_diffusers(name: str, tmp_path: 
     part.delete_adapters("style")
     part.set_adapters("other")
     torch.testing.assert_close(sample(part, inputs), plain)
+    two = copy.deepcopy(adapted)
+    two.add_adapter(config, adapter_name="second")
+    trained_beside = {
+        name for name, p in two.named_parameters() if p.requires_grad and "modules_to_save" in name
+    }
+    assert trained_beside
+    assert all(".modules_to_save.second." in name for name in trained_beside)
+    second = train_adapters(two, inputs)
+    both = copy.deepcopy(two)
+    two.delete_adapters("second")
+    two.set_adapters("style")
+    torch.testing.assert_close(sample(two, inputs), trained)
+    both.set_adapters(["style", "second"], [0.0, 1.0])
+    torch.testing.assert_close(sample(both, inputs), second)
+    both.fuse_lora()
+    both.unload_lora()
+    torch.testing.assert_close(sample(both, inputs), second, rtol=1e-4, atol=1e-4)
     loaded.unload_lora()
     assert torch.equal(sample(loaded, inputs), plain)
     fused.fuse_lora()

@@ -184,7 +184,9 @@ def distilled(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.parametrize(("learned", "sampled", "warned"), [(3, 4, True), (3, 1, False), (1, 4, False)])
+@pytest.mark.parametrize(
+    ("learned", "sampled", "warned"), [(3, 4, True), (3, 1, False), (3, 0, False), (1, 4, False)]
+)
 def test_sheets_that_would_be_guided_twice_are_warned_of(
     learned: float, sampled: float, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
