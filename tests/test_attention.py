@@ -590,15 +590,6 @@ def test_transforms_of_torch_func_are_taken(local: str | None) -> None:
     torch.testing.assert_close(bend, (near[0] - near[1]) / 2e-4, atol=1e-6, rtol=1e-4)
 
 
-def test_softmax_over_all_tokens_has_derivatives_along_a_direction() -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=1, local="only"))
-    q, k, v, along = (x.double() for x in (q, k, v, torch.randn_like(q)))
-    out, slope = torch.func.jvp(lambda q: module(q, k, v, grid=(4, 6)), (q,), (along,))
-    torch.testing.assert_close(out, module(q, k, v, grid=(4, 6)))
-    near = [module(q + step * along, k, v, grid=(4, 6)) for step in (1e-5, -1e-5)]
-    torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-5, atol=1e-7, rtol=1e-6)
-
-
 def test_second_gradients_through_a_window_are_there_where_torch_has_them() -> None:
     module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, feature_map="softmax"))
     module, (q, k, v) = module.double(), (x.double().requires_grad_() for x in (q, k, v))

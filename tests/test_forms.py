@@ -176,3 +176,12 @@ def test_the_centre_of_many_keys_is_right_in_float16() -> None:
     q_features, features = module.features(q, k + 8)
     assert torch.equal(q_features, q)
     assert features.float().mean(2).abs().max() < 1e-2
+
+
+def test_softmax_over_all_tokens_has_derivatives_along_a_direction() -> None:
+    module = MHLA(MHLAConfig(blocks=1, local="only"), heads=2, head_dim=6, grid=(4, 6))
+    q, k, v, along = torch.randn(4, 2, 2, 24, 6, dtype=torch.float64)
+    out, slope = torch.func.jvp(lambda q: module(q, k, v, grid=(4, 6)), (q,), (along,))
+    torch.testing.assert_close(out, module(q, k, v, grid=(4, 6)))
+    near = [module(q + step * along, k, v, grid=(4, 6)) for step in (1e-5, -1e-5)]
+    torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-5, atol=1e-7, rtol=1e-6)

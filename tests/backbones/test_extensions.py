@@ -25,6 +25,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 from mhla_diffusion import convert_to_mhla
+from mhla_diffusion.backbones.adapters import _fitting
 
 from .cases import CASES, EVERY_PART, Case, sample
 
@@ -335,6 +336,19 @@ def test_an_adapter_with_the_mixing_is_loaded_by_diffusers(name: str, tmp_path: 
     fused.save_pretrained(tmp_path / "fused")
     again = case.model.from_pretrained(tmp_path / "fused")
     torch.testing.assert_close(sample(again, inputs), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_a_run_trained_in_full_are_found_under_other_adapters() -> None:
+    from peft import LoraConfig
+
+    case = CASES["DiT"]
+    model = case.make(attention=["mhla", case.stock_kind], mhla=EVERY_PART)
+    weights = dict(model.named_parameters())
+    targets = [f"{case.model.attention_name}.{case.projections[0]}"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, **PARTS["modules_to_save"]))
+    assert weights.keys() != {name for name, _ in model.named_parameters()}
+    found = _fitting(model, weights)
+    assert all(found[name] is weight for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("name", WITH_LORA)

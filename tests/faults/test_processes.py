@@ -167,6 +167,6 @@ def test_a_training_process_that_dies_ends_the_others(
 
 
 def test_the_pulse_of_a_process_ends_with_its_group_without_a_word() -> None:
-    """Accelerate ends the group at the end of a training, and the process some time later."""
+    """Whoever ends the group, as accelerate's end_training does, may end the process some time later."""
     assert not dist.is_initialized()
     processes._Pulse(0).run()

@@ -142,6 +142,16 @@ def test_guidance_moves_away_from_the_negative_prompt(make: Callable[..., Any]) 
     assert torch.equal(plain, call(pipeline, guidance_scale=1.0, negative_prompt="a cat"))
 
 
+def test_one_row_of_negative_embeddings_stands_for_all(
+    make: Callable[..., Any], text_parts: dict[str, Any]
+) -> None:
+    pipeline = make(3, vae=False)
+    embeddings, mask = encode_texts(**text_parts, texts=["a cat"], max_length=12)
+    given = {"negative_prompt_embeds": embeddings, "negative_prompt_attention_mask": mask}
+    away = call(pipeline, guidance_scale=4.0, negative_prompt="a cat")
+    assert torch.equal(away, call(pipeline, guidance_scale=4.0, **given))
+
+
 def test_embeddings_stand_for_prompts(make: Callable[..., Any], text_parts: dict[str, Any]) -> None:
     pipeline = make(3, vae=False)
     embeddings, mask = encode_texts(**text_parts, texts=PROMPTS, max_length=12)
