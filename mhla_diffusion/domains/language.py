@@ -181,17 +181,25 @@ def _refuse_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         counts = mask.bool()
         caches = (kwargs.get("cache"), kwargs.get("past_key_values"), *args[3:4])
         cached = any(cache is not None for cache in caches)
-        gaps = (~counts).any() if cached else (counts[:, 1:] & ~counts[:, :-1]).any()
-        if gaps:
-            raise ValueError(
-                "with padding before or between tokens the blocks of a sequence would begin elsewhere than "
-                "without it: pad on the right in training, and generate from prompts of one length at a time"
-            )
-    places = args[2] if len(args) > 2 else kwargs.get("position_ids")
-    if places is not None and (places.diff(dim=-1) != 1).any():
-        raise ValueError(
-            "position_ids must count up by 1: several sequences packed into one are not told apart"
+        _require(
+            counts.all() if cached else (counts[:, :-1] | ~counts[:, 1:]).all(),
+            "with padding before or between tokens the blocks of a sequence would begin elsewhere than "
+            "without it: pad on the right in training, and generate from prompts of one length at a time",
         )
+    places = args[2] if len(args) > 2 else kwargs.get("position_ids")
+    if places is not None:
+        _require(
+            (places.diff(dim=-1) == 1).all(),
+            "position_ids must count up by 1: several sequences packed into one are not told apart",
+        )
+
+
+def _require(holds: Tensor, message: str) -> None:
+    """Check a bool of a tensor; inside a graph when it runs, where it raises a RuntimeError."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
 
 
 globals().update(make_models("language", LanguageMHLA))

@@ -115,7 +115,6 @@ class MHLAState:
         self._running: Tensor | None = None
         self._visible: Tensor | None = None
 
-    @torch.no_grad()
     def prefill(
         self,
         q: Tensor,
@@ -146,7 +145,8 @@ class MHLAState:
         check_rotary(rotary_emb, q)
         check_key_mask(key_mask, k)
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
-        with torch.autocast(q.device.type, enabled=False):
+        # Inside the function: dynamo has no source for a decorated method of a state that it sees made.
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
             keys, values = features_of(k, settings), counted(v, key_mask).to(queries[0].dtype)
             outputs, start = [], 0
@@ -251,7 +251,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
 
 def _check_relative(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int) -> None:
     _check_tokens(q, k, v, block_size)
-    if mixing.shape not in {mixing.shape[-1:], (q.shape[1], mixing.shape[-1])}:
+    if mixing.shape not in (mixing.shape[-1:], (q.shape[1], mixing.shape[-1])):
         raise ValueError(
             f"relative mixing must be [m] or [H, m] with H = {q.shape[1]}, got {tuple(mixing.shape)}"
         )
@@ -260,7 +260,7 @@ def _check_relative(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size:
 def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, tokens: int) -> None:
     _check_tokens(q, k, v, block_size)
     size, blocks = mixing.shape[-1], -(-tokens // block_size)
-    if mixing.shape not in {(size, size), (q.shape[1], size, size)}:
+    if mixing.shape not in ((size, size), (q.shape[1], size, size)):
         raise ValueError(
             f"mixing must be [M, M] or [H, M, M] with H = {q.shape[1]}, got {tuple(mixing.shape)}"
         )

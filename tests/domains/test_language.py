@@ -157,6 +157,42 @@ def test_padding_and_packing_that_move_blocks_are_refused() -> None:
         model(tokens, attention_mask=torch.ones(2, 1, 6, 6))
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"attention_mask": torch.ones(2, 9)}, {"position_ids": torch.arange(9)[None], "use_cache": False}],
+    ids=lambda inputs: ", ".join(inputs) or "tokens alone",
+)
+def test_whole_calls_are_one_graph(inputs: dict[str, Any]) -> None:
+    model, tokens, further = make(CONFIGS[0]), torch.randint(50, (2, 9)), torch.randint(50, (2, 1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        wanted, found = model(tokens, **inputs), compiled(tokens, **inputs)
+        torch.testing.assert_close(found.logits, wanted.logits)
+        if "use_cache" not in inputs:
+            wanted, found = (
+                f(further, past_key_values=past.past_key_values)
+                for f, past in ((model, wanted), (compiled, found))
+            )
+            torch.testing.assert_close(found.logits, wanted.logits)
+
+
+def test_graphs_of_any_length_refuse_padding_when_they_run() -> None:
+    model, tokens = make(CONFIGS[0]), torch.randint(50, (2, 10))
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    lengths = {1: torch.export.Dim.AUTO}
+    shapes = {"input_ids": lengths, "attention_mask": lengths, "use_cache": None}
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for length in (6, 15):
+        cut = {
+            **given,
+            "input_ids": torch.randint(50, (2, length)),
+            "attention_mask": torch.ones(2, length).long(),
+        }
+        torch.testing.assert_close(exported(**cut).logits, model(**cut).logits)
+    with pytest.raises(RuntimeError, match="padding before"):
+        exported(**{**given, "attention_mask": (torch.arange(10) > 1).long().expand(2, -1)})
+
+
 def test_gradients_flow_with_the_cache_that_training_makes_unasked() -> None:
     model, tokens = make({"blocks": 3}), torch.randint(50, (2, 9))
     gradients = []
