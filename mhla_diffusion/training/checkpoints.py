@@ -67,7 +67,8 @@ def keep_latest(output_dir: Path, count: int) -> None:
 
 def remove_what_was_left(output_dir: Path) -> None:
     """Remove what a run that was killed had begun to write; this process is the only writer now."""
-    remove_unfinished(output_dir, "pipeline")
+    for name in ("pipeline", "lora"):
+        remove_unfinished(output_dir, name)
     remove_unfinished(output_dir / _FOLDER, "step-*")
     for name in ("samples", "not-finite"):
         remove_partial(output_dir / name)

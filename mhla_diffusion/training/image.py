@@ -151,9 +151,10 @@ def _build_of_texts(
     for encoder in encoders if vae is None else ():
         encoder.warn_of_long(texts_of(source.captions or ()))
     if stock is not None:
+        assert isinstance(source, CachedLatents)  # as the stock pipeline asks of data
         conditioning = stock.conditioning(encoders, config.caption_dropout)
         pipeline: Any = partial(stock.finish, encoders, vae, objective)
-        call = stock.call(vae, source.sizes, config.text)
+        call = stock.call(vae, source.sizes_as_listed(vae), config.text)
     else:
         conditioning = _captions(config, model, encoders, vae)
         pipeline = _Finished(config, objective.scheduler(), encoders[0], vae)

@@ -24,10 +24,17 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Count of the steps, and the loss since the last log line; part of every checkpoint."""
+    """Count of the steps, what could not be read, and the loss since the last log line; part of checkpoints.
+
+    Attributes:
+        step: optimizer steps taken or skipped.
+        unreadable: a line for each sample that could not be read, of this process since the last checkpoint
+            and of all before it.
+    """
 
     def __init__(self) -> None:
         self.step = 0
+        self.unreadable: set[str] = set()
         self.start_interval()
 
     def start_interval(self) -> None:
@@ -63,10 +70,14 @@ class Progress:
         return float(self._loss_sum) / self._loss_steps if self._loss_steps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "loss_sum": self._loss_sum.cpu(), "loss_steps": self._loss_steps}
+        return {
+            "step": self.step, "loss_sum": self._loss_sum.cpu(), "loss_steps": self._loss_steps,
+            "unreadable": sorted(self.unreadable),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self._loss_sum, self._loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
+        self.unreadable |= set(state.get("unreadable", ()))  # which checkpoints of before do not hold
 
 
 class Throughput:

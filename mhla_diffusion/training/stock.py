@@ -183,7 +183,7 @@ class StockTraining:
                 f"{self.pipeline} decodes by an {' or '.join(self.autoencoders)}, got an "
                 f"{type(vae).__name__}: give that of the model as vae, or another text.pipeline"
             )
-        self._require_multiples(sizes)
+        require_pipeline_sizes(self.pipeline, sizes, multiple=self.multiple)
         if self.frames not in (None, frames):
             raise ValueError(
                 f"{self.pipeline} makes {self.frames} frame alone: set data.frames to {self.frames}, got "
@@ -201,14 +201,6 @@ class StockTraining:
         if given != self.given:
             raise self._unfit()
 
-    def _require_multiples(self, sizes: Sequence[Sequence[int]]) -> None:
-        for *_, height, width in sizes:
-            if height % self.multiple or width % self.multiple:
-                raise ValueError(
-                    f"{self.pipeline} makes heights and widths of multiples of {self.multiple}, but the data "
-                    f"are of {height} x {width} pixels: cache them with other data.sizes"
-                )
-
     def call(
         self, vae: Any, latents: Sequence[Sequence[int]], text: TextConfig, fps: float | None = None
     ) -> dict[str, Any]:
@@ -218,7 +210,7 @@ class StockTraining:
             ValueError: when the pipeline does not make one of these sizes.
         """
         sizes = [size_in_pixels(vae, size) for size in latents]
-        self._require_multiples(sizes)
+        require_pipeline_sizes(self.pipeline, sizes, multiple=self.multiple)
         *frames, height, width = sizes[0]
         # A size that is rounded to a known one would not be that of the data, nor a text that is cleaned the
         # caption.
@@ -228,6 +220,20 @@ class StockTraining:
         given |= dict.fromkeys(FRAMES, frames[0]) if frames else {}
         taken = {name: value for name, value in given.items() if name in self._takes}
         return {"height": height, "width": width, **taken, **self._rate(fps)}
+
+
+def require_pipeline_sizes(pipeline: str, sizes: Sequence[Sequence[int]], *, multiple: int) -> None:
+    """Check that a pipeline makes heights and widths in pixels, so that sheets can be made.
+
+    Raises:
+        ValueError: for one that is no multiple.
+    """
+    for *_, height, width in sizes:
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{pipeline} makes heights and widths of multiples of {multiple}, but the data are of "
+                f"{height} x {width} pixels: cache them with other data.sizes"
+            )
 
 
 _OPTIONS = {

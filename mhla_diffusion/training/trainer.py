@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -156,10 +156,10 @@ class Trainer:
             FloatingPointError: when the loss or its gradient is no longer finite; the last checkpoint is from
                 before, and the batch that did it is kept.
         """
-        stream, left = self._stream(), self.config.max_steps - self.progress.step
+        left = self.config.max_steps - self.progress.step
         idle = IdleRun(self.accelerator.unwrap_model(self.model), steps=max(1, min(3, left)))
         with StopRequest() as request, logging_redirect_tqdm(), self._progress_bar() as bar:
-            batches, throughput = iter(stream), Throughput()
+            batches, throughput = iter(self._stream()), Throughput()
             while self.progress.step < self.config.max_steps:
                 with throughput.step():
                     grad_norm = self._next_step(batches, throughput)
@@ -177,7 +177,7 @@ class Trainer:
                     logger.info("stopped by %s: --resume latest goes on", name)
                     self._end_trackers()
                     return stop
-        self._save_pipeline(stream)
+        self._save_pipeline()
         self._end_trackers()
         return 0
 
@@ -197,6 +197,7 @@ class Trainer:
             seed=self.config.seed,
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            unreadable=self.progress.unreadable,
         )
 
     def _progress_bar(self) -> tqdm:
@@ -312,6 +313,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._require_finite()  # never over good checkpoints with weights that are not finite
+        # Each process reads samples of its own, and the first one writes what it knows.
+        self.progress.unreadable.update(gather_object(sorted(self.progress.unreadable)))
         folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
         temporary = in_first_process(lambda: start_writing(folder))
         try:
@@ -361,10 +364,11 @@ class Trainer:
             before, now, optim.schedule, now, rate, self.lr_scheduler.get_last_lr()[0],
         )  # fmt: skip
 
-    def _save_pipeline(self, stream: SampleStream) -> None:
+    def _save_pipeline(self) -> None:
         """Write pipeline/ with the averaged weights."""
-        if stream.unreadable:
-            logger.warning("%d samples could not be read and were skipped", len(stream.unreadable))
+        unreadable = len(self.progress.unreadable)  # of all processes, as the last step has a checkpoint
+        if unreadable and self.accelerator.is_main_process:
+            logger.warning("%d samples could not be read and were skipped", unreadable)
         with self._averaged_weights() as model:
             weights = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
@@ -378,7 +382,7 @@ class Trainer:
         picture = sheets[-1] if sheets else None
         facts = run_facts(
             self.run_config, len(self.source), self.progress.step, self.objective.facts(),
-            data=self.fingerprint, num_unreadable=len(stream.unreadable),
+            data=self.fingerprint, num_unreadable=unreadable,
         )  # fmt: skip
         in_first_process(
             lambda: write_folder(folder, lambda path: self.task.save_pipeline(whole, path, facts, picture))

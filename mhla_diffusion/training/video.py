@@ -30,7 +30,7 @@ from .objectives import Objective
 from .objectives.objective import require_times
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
-from .stock import VIDEOS, StockTraining, require_fit, require_settings, trained_class
+from .stock import VIDEOS, StockTraining, require_fit, require_pipeline_sizes, require_settings, trained_class
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
@@ -191,7 +191,11 @@ def _build_wan(
     encoder = video_caption_encoder(parts)
     if latents is not None:
         latents.require_text(config.text, [encoder])
-    sizes = [(config.data.frames, *size) for size in config.data.sizes] if latents is None else latents.sizes
+    if latents is None:
+        sizes: list[tuple[int, ...]] = [(config.data.frames, *size) for size in config.data.sizes]
+    else:
+        sizes = latents.sizes_as_listed(parts.vae)
+        require_pipeline_sizes("WanPipeline", [parts.size_in_pixels(size) for size in sizes], multiple=16)
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
         model = build_model(config.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
@@ -263,7 +267,7 @@ def _build_for(
         partial(stock.finish, encoders, vae, objective, **_image_parts(latents)),
         config.data.title,
         config.data.chosen().facts(),
-        call=stock.call(vae, latents.sizes, config.text, latents.fps),
+        call=stock.call(vae, latents.sizes_as_listed(vae), config.text, latents.fps),
         fps=latents.fps,
         prepare=_controls(latents, vae, config.sampling) if latents.tasks else None,
     )
@@ -278,7 +282,7 @@ def _controls(
     Raises:
         ValueError: when a video cannot be read.
     """
-    size = size_in_pixels(vae, latents.sizes[0])
+    size = size_in_pixels(vae, latents.sizes_as_listed(vae)[0])
 
     def prepare(number: int, row: dict[str, Any]) -> dict[str, Any]:
         task = latents.tasks[number % len(latents.tasks)]

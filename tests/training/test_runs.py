@@ -168,15 +168,27 @@ def test_what_cannot_go_on_is_refused_before_any_work(whole: Path, run: Run, tmp
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-def test_a_truncated_image_is_named_skipped_and_counted(run: Run, image_folder: Path, tmp_path: Path) -> None:
-    broken = image_folder / "dog" / "4.png"
-    broken.write_bytes(broken.read_bytes()[:40])
-    output_dir = tmp_path / "run"
-    result = run("--output_dir", str(output_dir))
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_truncated_images_are_named_skipped_and_counted_over_processes_and_resumes(
+    num_processes: int, run: Run, image_folder: Path, tmp_path: Path
+) -> None:
+    broken = [image_folder / "dog" / f"{number}.png" for number in range(4)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:40])
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    result = run("--output_dir", str(whole), num_processes=num_processes)
     assert result.returncode == 0, result.stdout
-    assert str(broken) in result.stdout
-    assert "1 samples could not be read and were skipped" in result.stdout
-    assert MHLAPipeline.from_pretrained(output_dir / "pipeline").config.training["unreadable samples"] == 1
+    assert all(str(path) in result.stdout for path in broken)
+    checkpoint = str(whole / "checkpoints" / "step-00000003")
+    # Its one step meets no more than 8 of the 20.
+    changed = ("--resume", checkpoint, "--trainer.max_steps", "4")
+    again = run("--output_dir", str(resumed), *changed, num_processes=num_processes)
+    assert again.returncode == 0, again.stdout
+    assert "skipped, number 4: " not in again.stdout
+    for folder, output in ((whole, result.stdout), (resumed, again.stdout)):
+        assert output.count("4 samples could not be read and were skipped") == 1
+        config = MHLAPipeline.from_pretrained(folder / "pipeline").config
+        assert config.training["unreadable samples"] == 4
 
 
 def test_ddpm_in_bf16_with_samples_and_tensorboard(

@@ -31,7 +31,7 @@ from .captions import draw_index
 from .clip_conditions import ControlTask
 from .image_sources import ImageSource
 from .shards import Shards, read_record
-from .video_autoencoders import VIDEO_AUTOENCODERS
+from .video_autoencoders import VIDEO_AUTOENCODERS, size_in_pixels
 from .videos import VideoSource
 
 PLAIN_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
@@ -68,7 +68,7 @@ class CachedLatents:
     """Samples of a cache: the latents, and the class or the embedded caption.
 
     Attributes:
-        sizes: of the latents, height and width, of clips frames too; each once.
+        sizes: of the latents, height and width, of clips frames too; each once, sorted.
         buckets: for each row the number of its size; None when there is one.
         channels: of the latents.
         class_names: empty when there are captions.
@@ -139,6 +139,17 @@ class CachedLatents:
         if self.condition is not None:
             return "edit" if self.known == "edit" else "condition"
         return "" if self.control is None else "control"
+
+    def sizes_as_listed(self, vae: Any) -> list[tuple[int, ...]]:
+        """Return the sizes of the latents in the order of ``data.sizes``, whose first is that of sheets.
+
+        Args:
+            vae: that they were made with.
+        """
+        listed = [tuple(size) for size in self._record["config"]["data"].get("sizes") or ()]
+        if len(listed) < 2:
+            return self.sizes
+        return sorted(self.sizes, key=lambda size: listed.index(size_in_pixels(vae, size)[-2:]))
 
     def load_vae(self, classes: Iterable[str] = IMAGE_AUTOENCODERS + VIDEO_AUTOENCODERS) -> Any:
         """Load the autoencoder that the cache was made with.

@@ -201,9 +201,7 @@ class SampleStream:
         seed: of the run.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: see :class:`torch.utils.data.DataLoader`.
-
-    Attributes:
-        unreadable: what could not be read so far, one line each.
+        unreadable: what could not be read so far, one line each; it grows.
     """
 
     def __init__(
@@ -215,8 +213,9 @@ class SampleStream:
         seed: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        unreadable: set[str] | None = None,
     ) -> None:
-        self.unreadable: set[str] = set()
+        self.unreadable = set() if unreadable is None else unreadable
         self._loader = DataLoader(
             _NumberedSamples(source, seed),
             batch_sampler=StreamSampler(source, share, steps, seed=seed),
