@@ -118,6 +118,9 @@ class MHLA(nn.Module):
         if self.config.constraint == "clamp" and self.mixing is not None:
             _clamped_modules.add(self)
 
+    def extra_repr(self) -> str:
+        return f"blocks={self.config.blocks}, heads={self.heads}, head_dim={self.head_dim}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Bring every parameter to the start that the config names."""

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
 from .config import NO_WINDOW, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
-from .hub import holds_pixels, load_component_config
+from .hub import holds_pixels, load_component_config, load_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
+from .training.data.video_autoencoders import strides
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 
@@ -246,9 +248,9 @@ def plan(
             with a margin of a quarter of a block, where there are several.
         hedgehog: whether its features are learned; by default as in the model's config, else no.
         linear_layers: number of layers with linear attention; by default as in the model's config, else all.
-        vae_stride: pixels for one latent along height and width; by default 1 for a pipeline without an
-            autoencoder, else that of the one that the stock model comes with: 8 for DiT and Wan2.1, 32 for
-            Sana. Wan2.2-TI2V-5B has 16, a transformer of pixels alone, without its pipeline, 1.
+        vae_stride: pixels for one latent along height and width; by default that of the pipeline's own
+            autoencoder, 1 where it has none; of a transformer alone that of the one that the stock model
+            comes with: 8 for DiT and Wan2.1, 32 for Sana. Wan2.2-TI2V-5B has 16, one of pixels 1.
         extra_tokens: tokens of the text, for models whose self-attention it takes part in; 128 by default.
         dtype: of q, k, v and the output.
 
@@ -259,7 +261,7 @@ def plan(
     stored = load_model_config(model)
     transformer = _stock_model(stored)
     attn, num_layers = transformer.self_attention[0], len(transformer.layer_attention)
-    strides = transformer.vae_stride if model in PRESETS or not holds_pixels(model) else (1,)
+    strides = transformer.vae_stride if model in PRESETS else _stored_strides(model, transformer)
     grid = token_grid(
         transformer.latents_per_token, height, width, frames, frame_stride=strides[0],
         vae_stride=strides[-1] if vae_stride is None else vae_stride,
@@ -341,6 +343,21 @@ def load_model_config(model: str) -> dict[str, Any]:
 def count_parameters(model: str) -> int:
     """Count the parameters of a model with its stock attention; see :func:`load_model_config`."""
     return sum(weight.numel() for weight in _stock_model(load_model_config(model)).parameters())
+
+
+def _stored_strides(path: str, model: Any) -> tuple[int, ...]:
+    """Frames, of videos, and pixels of a latent: of a pipeline's own autoencoder, or of the stock one."""
+    if holds_pixels(path):
+        return (1,)
+    try:
+        config = load_config(path, subfolder="vae")
+    except OSError:
+        return model.vae_stride
+    name = config.get("_class_name", "")
+    if not name.startswith("Autoencoder"):  # of the file of a config there is but that
+        return model.vae_stride
+    with torch.device("meta"):
+        return strides(getattr(diffusers, name).from_config(config))
 
 
 def _stock_model(config: dict[str, Any]) -> Any:

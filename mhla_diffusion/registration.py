@@ -10,14 +10,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-PIPELINES = ("MHLADiTPipeline", "MHLAWanPipeline")
-
-
 _AUTO = "transformers.models.auto.configuration_auto"
 
 
 def offer_classes() -> None:
-    """Have diffusers know our pipelines, and the Auto classes of transformers our models.
+    """Have diffusers know our pipelines and models, and the Auto classes of transformers our models.
 
     At once, or when they are imported; they are not imported for it.
     """
@@ -59,12 +56,12 @@ def _register_configs(module: ModuleType) -> None:
 
 
 def _extend(module: ModuleType) -> None:
-    """Give a module one more place to look for names: importing our pipelines takes seconds."""
+    """Give diffusers one more place to look for names: importing our classes takes seconds."""
     before = type(module)
 
     def look_up(self: ModuleType, name: str) -> Any:
-        if name in PIPELINES:
-            return getattr(importlib.import_module(__package__), name)
-        return before.__getattr__(self, name)
+        ours = importlib.import_module(__package__) if name.startswith("MHLA") else None
+        found = getattr(ours, name, None)
+        return before.__getattr__(self, name) if found is None else found
 
     module.__class__ = type(before.__name__, (before,), {"__getattr__": look_up})

@@ -188,3 +188,9 @@ def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'MHLAPipelines'"):
         mhla_diffusion.MHLAPipelines  # noqa: B018
     assert set(PUBLIC_NAMES) <= set(dir(mhla_diffusion))
+
+
+def test_a_star_import_gives_what_the_package_offers() -> None:
+    found: dict[str, object] = {}
+    exec("from mhla_diffusion import *", found)
+    assert {"MHLA", "MHLAConfig", "MHLAPipeline", "convert_to_mhla", "MHLALlamaModel"} <= set(found)

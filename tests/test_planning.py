@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -424,6 +424,23 @@ def test_a_mistyped_folder_may_be_of_the_hub(tmp_path: Path, monkeypatch: pytest
         load_transformer("teacher/nopipe")
 
 
+def write_autoencoder(folder: Path, stages: int) -> None:
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * stages, "up_block_types": ["UpDecoderBlock2D"] * stages
+    }  # fmt: skip
+    AutoencoderKL(block_out_channels=[4] * stages, norm_num_groups=2, **blocks).save_config(folder)
+
+
+def test_a_pipeline_is_planned_with_its_own_autoencoder(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(PRESETS["DiT-S/2"]))
+    write_autoencoder(tmp_path / "vae", stages=2)
+    index = {"transformer": ["diffusers", "x"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert plan(str(tmp_path), 32, 32).layout.num_tokens == 64
+    assert plan(str(tmp_path / "transformer"), 32, 32).layout.num_tokens == 4, "the stock model's"
+
+
 @pytest.mark.parametrize(
     ("vae", "tokens"), [({}, 64), ({"vae": [None, None]}, 64), ({"vae": ["diffusers", "AutoencoderKL"]}, 1)]
 )
@@ -433,6 +450,7 @@ def test_a_pipeline_without_an_autoencoder_is_planned_on_pixels(
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(PRESETS["DiT-S/2"]))
     (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "x"], **vae}))
+    write_autoencoder(tmp_path / "vae", stages=4)
     assert plan(str(tmp_path), 16, 16).layout.num_tokens == tokens
     if tokens == 64:
         assert plan(str(tmp_path), 16, 16, vae_stride=8).layout.num_tokens == 1

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import ParallelConfig
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -118,6 +119,12 @@ class MHLAAttnProcessor(MHLA):
                 "MHLA needs the grid of its tokens: call the attention layer with grid=(H, W), or use a "
                 "model that passes it, such as MHLADiTTransformer2DModel"
             )
+        if _skips_scores():
+            raise ValueError(
+                "skip_attention_scores (of perturbed-attention guidance) takes the weights of softmax out, "
+                "which MHLA has none of, and would change nothing: skip whole layers (skip_attention), or "
+                "leave the layers that are perturbed softmax (mhla_config.layers)"
+            )
         if mask is not None:
             raise ValueError(
                 "linear attention takes no additive mask; pass key_mask=[B, N_k] (bool) to leave tokens out"
@@ -128,6 +135,14 @@ class MHLAAttnProcessor(MHLA):
                 f"self-attention neither; got key_blocks {self.key_blocks} and "
                 f"{'no ' if encoder_hidden_states is None else ''}encoder_hidden_states"
             )
+
+
+def _skips_scores() -> bool:
+    """Whether diffusers puts values in the place of softmax attention, by a mode of torch's functions."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
 def _holds_many_tokens(grid: tuple[int, ...], hidden_states: Tensor, group: dist.ProcessGroup | None) -> bool:

@@ -39,7 +39,7 @@ def choose(
         data: of the check, as for mhla align.
         out: a folder that does not exist yet: a pipeline, with choice.json beside its parts.
         frames: of the output, for video models.
-        vae_stride: pixels for one latent; by default that of the stock model's autoencoder. Models of pixels
+        vae_stride: pixels for one latent; by default that of the pipeline's own autoencoder. Models of pixels
             have 1.
         keep: layers that stay as they are; a negative number counts from the last.
         cost: FLOPs, or latency measured here.

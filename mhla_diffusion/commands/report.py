@@ -34,7 +34,7 @@ def conversion(
         height: of the output in pixels that speed and memory are for; none are measured by default.
         width: of the output in pixels.
         frames: of the output, for video models.
-        vae_stride: pixels for one latent; by default that of the stock model's autoencoder. Models of pixels
+        vae_stride: pixels for one latent; by default that of the pipeline's own autoencoder. Models of pixels
             have 1.
         settings: of the report.
         component: of the pipeline.

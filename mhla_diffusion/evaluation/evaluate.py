@@ -280,6 +280,12 @@ def _evaluate(
 ) -> Report:
     """Score one set against another, whatever they are of; extractors are loaded once both sets are there."""
     require("jinja2")  # of the report: missed now, and not after the work
+    for name, given in (("real", real), ("generated", generated)):
+        if not isinstance(given, (str, Path)):
+            raise ValueError(
+                f"{name} must be the path of a set, a str or a Path, got {type(given).__name__}: save "
+                "samples to a folder first (uint8 arrays as arr_0 of an npz)"
+            )
     process_state()  # before a device is chosen
     real_set = open_set(real) if holds_samples(real) else None
     generated_set = open_set(generated)

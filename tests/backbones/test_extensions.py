@@ -124,6 +124,19 @@ def test_layers_are_skipped_as_in_the_stock_model(case: Case, mode: str) -> None
     assert found.isfinite().all()
 
 
+@torch.no_grad()
+def test_scores_that_mhla_does_not_compute_are_not_skipped_without_a_word(case: Case) -> None:
+    """As perturbed-attention guidance asks for it, whose third pass would be that of the condition."""
+    model = case.make(attention=["mhla", case.stock_kind])
+    inputs = case.inputs(model)
+    perturbed = {"skip_attention": False, "skip_ff": False, "skip_attention_scores": True}
+    # Layers of some models have no is_cross_attention, which diffusers asks for then.
+    said = r"skip_attention_scores .* would change nothing: skip whole layers|'is_cross_attention'"
+    with pytest.raises((ValueError, AttributeError), match=said):  # noqa: PT012 (in one of the two)
+        apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=case.layers, **perturbed))
+        sample(model, inputs)
+
+
 @pytest.mark.parametrize("name", FUSED)
 @torch.no_grad()
 def test_fused_projections_change_no_output(name: str) -> None:

@@ -60,6 +60,13 @@ def test_batch_size_and_threads_do_not_change_the_score(
     assert one.generated.fingerprint == many.generated.fingerprint
 
 
+def test_what_is_no_path_is_named(extractor: FeatureExtractor, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"generated must be the path of a set, .* got list: save samples to"
+    ):
+        evaluate_images(tmp_path, [tmp_path / "0.png"], extractor=extractor)  # type: ignore[arg-type]
+
+
 def test_unreadable_files_are_named_skipped_and_counted(
     extractor: FeatureExtractor,
     make_pixels: MakePixels,

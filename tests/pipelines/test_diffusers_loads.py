@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoModel,
     AutoPipelineForText2Image,
     DiffusionPipeline,
     DiTPipeline,
@@ -20,6 +21,9 @@ from diffusers import (
 )
 
 from mhla_diffusion import MHLADiTPipeline, MHLAPipeline, MHLAWanPipeline, convert_to_mhla
+from mhla_diffusion.backbones import BACKBONES
+from mhla_diffusion.pipelines.auto import _OWN
+from mhla_diffusion.pipelines.identity import weights_sha256
 
 OPEN = """
 import sys
@@ -82,6 +86,23 @@ def test_a_name_that_nobody_has_is_diffusers_own_error() -> None:
 
     with pytest.raises(AttributeError, match="module diffusers has no attribute NoSuchPipeline"):
         diffusers.NoSuchPipeline  # noqa: B018
+
+
+def test_every_pipeline_of_ours_and_every_model_is_found_by_diffusers() -> None:
+    import diffusers
+
+    for ours in (*_OWN.values(), *BACKBONES.values()):
+        assert getattr(diffusers, ours.__name__) is ours
+
+
+def test_auto_model_opens_a_transformer_alone(
+    make_pipeline: Callable[..., MHLADiTPipeline], tmp_path: Path
+) -> None:
+    model = make_pipeline().transformer
+    model.save_pretrained(tmp_path)
+    opened = AutoModel.from_pretrained(str(tmp_path))
+    assert type(opened) is type(model)
+    assert weights_sha256(opened) == weights_sha256(model)
 
 
 def test_what_diffusion_pipeline_opens_generates_as_ours_does(

@@ -15,7 +15,9 @@ def protocol_sentence(
     """State what was measured, on what, and how the samples were made, as far as manifests say it."""
     made, known = ("unknown numbers of" if n is None else f"{n:,}" for n in (generated.count, real.count))
     found = _listed([str(score) for score in scores])
-    said = [f"{found}, of {made} generated against {known} real {kind}s."]
+    said = [
+        f"{found}, of {made} generated against {known} real {kind}s.", f"Pixels: {protocol['conversion']}."
+    ]  # fmt: skip
     for name, its in protocol["extractors"].items():
         said.append(
             f"Features are those of {name} ({its['weights']}, sha256 {str(its['weights_sha256'])[:12]}, "

@@ -232,7 +232,8 @@ def test_a_choice_of_auto_stands_above_the_scores(
 def test_the_protocol_is_a_sentence_to_paste(report: Report) -> None:
     sentence = report.sentence()
     for part in (
-        str(report.scores[0]), "of 7 generated against 12 real images", "mean_colours", "sha256 000000000000",
+        str(report.scores[0]), "of 7 generated against 12 real images",
+        "Pixels: " + report.protocol["conversion"], "mean_colours", "sha256 000000000000",
         "resized", "bootstrap replicates", "made by a pipeline with 20 steps", "Scored with mhla-diffusion",
     ):  # fmt: skip
         assert part in sentence, (part, sentence)

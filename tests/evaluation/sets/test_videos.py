@@ -146,6 +146,7 @@ def test_other_frame_rates_are_flagged(write_videos: WriteVideos, tmp_path: Path
     assert "Real videos have 8 frames a second and generated ones 24" in note
     assert rate_notes(slow, slow) == rate_notes([], fast) == rate_notes([29.97], [30.0]) == []
     assert len(rate_notes([25.0], [25.0, 50.0])) == 1
+    assert len(rate_notes([8.0, 30.0], [8.0, 30.0])) == 1, "as many of each are not said to be"
 
 
 def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
