@@ -195,7 +195,7 @@ def _refuse_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _require(holds: Tensor, message: str) -> None:
-    """Check a bool of a tensor; inside a graph when it runs, where it raises a RuntimeError."""
+    """Check a bool of a tensor; inside a graph when it runs: a RuntimeError, on a GPU one of the device."""
     if torch.compiler.is_compiling():
         torch._assert_async(holds, message)
     elif not holds:

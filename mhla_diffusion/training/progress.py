@@ -28,13 +28,13 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken or skipped.
-        unreadable: a line for each sample that could not be read, of this process since the last checkpoint
-            and of all before it.
+        unreadable: what could not be read, by number in the source: of this process since the last
+            checkpoint, and of all before it.
     """
 
     def __init__(self) -> None:
         self.step = 0
-        self.unreadable: set[str] = set()
+        self.unreadable: dict[int, str] = {}
         self.start_interval()
 
     def start_interval(self) -> None:
@@ -72,12 +72,12 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step, "loss_sum": self._loss_sum.cpu(), "loss_steps": self._loss_steps,
-            "unreadable": sorted(self.unreadable),
+            "unreadable": self.unreadable,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self._loss_sum, self._loss_steps = state["step"], state["loss_sum"], state["loss_steps"]
-        self.unreadable |= set(state.get("unreadable", ()))  # which checkpoints of before do not hold
+        self.unreadable.update(state.get("unreadable", {}))  # which checkpoints of before do not hold
 
 
 class Throughput:

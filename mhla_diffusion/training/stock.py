@@ -222,8 +222,12 @@ class StockTraining:
         return {"height": height, "width": width, **taken, **self._rate(fps)}
 
 
+WAN_MULTIPLE = 16
+"""Of heights and widths in pixels, that diffusers' pipelines of Wan take."""
+
+
 def require_pipeline_sizes(pipeline: str, sizes: Sequence[Sequence[int]], *, multiple: int) -> None:
-    """Check that a pipeline makes heights and widths in pixels, so that sheets can be made.
+    """Check that a pipeline makes heights and widths in pixels, each that it will be trained on.
 
     Raises:
         ValueError: for one that is no multiple.
@@ -324,6 +328,8 @@ def require_cache(
             raise ValueError(
                 f"{what} is for {other.pipeline} alone: set text.pipeline to that, got {pipeline!r}"
             )
+    if videos:
+        require_pipeline_sizes("Wan's pipeline", sizes, multiple=WAN_MULTIPLE)
 
 
 UNTRAINED: dict[type[Any], str] = {

@@ -314,7 +314,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         self._require_finite()  # never over good checkpoints with weights that are not finite
         # Each process reads samples of its own, and the first one writes what it knows.
-        self.progress.unreadable.update(gather_object(sorted(self.progress.unreadable)))
+        self.progress.unreadable.update(gather_object([*self.progress.unreadable.items()]))
         folder = checkpoints.checkpoint_folder(self.output_dir, self.progress.step)
         temporary = in_first_process(lambda: start_writing(folder))
         try:

@@ -30,7 +30,15 @@ from .objectives import Objective
 from .objectives.objective import require_times
 from .run import new_or_loaded, require_patches, train
 from .settings import RunConfig
-from .stock import VIDEOS, StockTraining, require_fit, require_pipeline_sizes, require_settings, trained_class
+from .stock import (
+    VIDEOS,
+    WAN_MULTIPLE,
+    StockTraining,
+    require_fit,
+    require_pipeline_sizes,
+    require_settings,
+    trained_class,
+)
 from .task import SampleSheetConfig, TrainingTask
 from .text import (
     TextConfig,
@@ -189,16 +197,18 @@ def _build_wan(
     latents = source if isinstance(source, CachedLatents) else None
     parts = build_parts(config, objective, latents)
     encoder = video_caption_encoder(parts)
-    if latents is not None:
-        latents.require_text(config.text, [encoder])
     if latents is None:
         sizes: list[tuple[int, ...]] = [(config.data.frames, *size) for size in config.data.sizes]
     else:
+        latents.require_text(config.text, [encoder])
         sizes = latents.sizes_as_listed(parts.vae)
-        require_pipeline_sizes("WanPipeline", [parts.size_in_pixels(size) for size in sizes], multiple=16)
+        in_pixels = [parts.size_in_pixels(size) for size in sizes]
+        require_pipeline_sizes("Wan's pipeline", in_pixels, multiple=WAN_MULTIPLE)
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
-        model = build_model(config.model, text_dim=text_dim, sizes=sizes, images=_image_arguments(latents))
+        # The grid of a new model is of the smallest latents, as that of runs that are resumed.
+        of_grid = sizes if latents is None else latents.sizes
+        model = build_model(config.model, text_dim=text_dim, sizes=of_grid, images=_image_arguments(latents))
     if latents is None:
         source = VideoSamples(source, config.data, channels=model.config.in_channels)
         encoder.warn_of_long(texts_of(source.captions))

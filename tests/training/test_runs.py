@@ -7,15 +7,17 @@ import math
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.pipelines.identity import training_of
+from mhla_diffusion.training.data.stream import BatchShare, StreamSampler
 from mhla_diffusion.training.launcher import warn_of_idle_cores
 from tests.processes import Script
 from tests.weights import weights
@@ -168,27 +170,50 @@ def test_what_cannot_go_on_is_refused_before_any_work(whole: Path, run: Run, tmp
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_truncated_images_are_named_skipped_and_counted_over_processes_and_resumes(
-    num_processes: int, run: Run, image_folder: Path, tmp_path: Path
-) -> None:
-    broken = [image_folder / "dog" / f"{number}.png" for number in range(4)]
+def break_images(folder: Path, indices: Iterable[int]) -> list[Path]:
+    """Cut files of the folder short, by their number in the data."""
+    files = sorted(folder.rglob("*.png"))
+    broken = [files[index] for index in indices]
     for path in broken:
         path.write_bytes(path.read_bytes()[:40])
+    return broken
+
+
+def test_truncated_images_are_named_skipped_and_counted_also_of_before_a_resume(
+    run: Run, image_folder: Path, tmp_path: Path
+) -> None:
+    broken = break_images(image_folder, range(10, 14))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    result = run("--output_dir", str(whole), num_processes=num_processes)
+    result = run("--output_dir", str(whole))
     assert result.returncode == 0, result.stdout
     assert all(str(path) in result.stdout for path in broken)
+    # In another place, where messages are others; its one step meets no more than 8 of the 20.
+    moved = image_folder.rename(tmp_path / "moved")
     checkpoint = str(whole / "checkpoints" / "step-00000003")
-    # Its one step meets no more than 8 of the 20.
-    changed = ("--resume", checkpoint, "--trainer.max_steps", "4")
-    again = run("--output_dir", str(resumed), *changed, num_processes=num_processes)
+    changed = ("--resume", checkpoint, "--trainer.max_steps", "4", "--data.path", str(moved))
+    again = run("--output_dir", str(resumed), *changed)
     assert again.returncode == 0, again.stdout
-    assert "skipped, number 4: " not in again.stdout
     for folder, output in ((whole, result.stdout), (resumed, again.stdout)):
         assert output.count("4 samples could not be read and were skipped") == 1
         config = MHLAPipeline.from_pretrained(folder / "pipeline").config
         assert config.training["unreadable samples"] == 4
+
+
+def test_what_another_process_could_not_read_is_counted(run: Run, image_folder: Path, tmp_path: Path) -> None:
+    source = mock.Mock(buckets=None, __len__=lambda _: 20)
+    first, second = (
+        [index for _, index in next(iter(StreamSampler(source, BatchShare(8, 2, i), range(1), seed=0)))]
+        for i in range(2)
+    )
+    # None that process 0 would take in the place of its own.
+    others = [index for index in second if index - 1 not in first][:2]
+    assert others
+    broken = break_images(image_folder, others)
+    result = run("--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "1", num_processes=2)
+    assert result.returncode == 0, result.stdout
+    assert all(str(path) in result.stdout for path in broken)
+    config = MHLAPipeline.from_pretrained(tmp_path / "run" / "pipeline").config
+    assert config.training["unreadable samples"] == len(broken)
 
 
 def test_ddpm_in_bf16_with_samples_and_tensorboard(

@@ -141,7 +141,9 @@ class CachedLatents:
         return "" if self.control is None else "control"
 
     def sizes_as_listed(self, vae: Any) -> list[tuple[int, ...]]:
-        """Return the sizes of the latents in the order of ``data.sizes``, whose first is that of sheets.
+        """Return the sizes of the latents in the order of ``data.sizes``; without these as they are.
+
+        The first is that of sheets, and of what the pipeline makes by default.
 
         Args:
             vae: that they were made with.

@@ -171,18 +171,18 @@ class _NumberedSamples(Dataset[Any]):
         self.source = source
         self.seed = seed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Mapping[str, Any], list[str]]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Mapping[str, Any], list[tuple[int, str]]]:
         number, index = item
-        unreadable: list[str] = []
+        unreadable: list[tuple[int, str]] = []
         for candidate in self._candidates(index):
             generator = sample_generator(self.seed, number, FOR_DATA)
             try:
                 sample = self.source.load(candidate, generator)
             except UnreadableSampleError as error:
-                unreadable.append(str(error))
+                unreadable.append((candidate, str(error)))
             else:
                 return number, sample, unreadable
-        raise ValueError(f"none of the {len(unreadable)} samples can be read, first {unreadable[0]}")
+        raise ValueError(f"none of the {len(unreadable)} samples can be read, first {unreadable[0][1]}")
 
     def _candidates(self, index: int) -> Iterator[int]:
         buckets, count = self.source.buckets, len(self.source)
@@ -201,7 +201,7 @@ class SampleStream:
         seed: of the run.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: see :class:`torch.utils.data.DataLoader`.
-        unreadable: what could not be read so far, one line each; it grows.
+        unreadable: what could not be read so far, by number in the source; it grows.
     """
 
     def __init__(
@@ -213,9 +213,9 @@ class SampleStream:
         seed: int,
         num_workers: int = 0,
         pin_memory: bool = False,
-        unreadable: set[str] | None = None,
+        unreadable: dict[int, str] | None = None,
     ) -> None:
-        self.unreadable = set() if unreadable is None else unreadable
+        self.unreadable = {} if unreadable is None else unreadable
         self._loader = DataLoader(
             _NumberedSamples(source, seed),
             batch_sampler=StreamSampler(source, share, steps, seed=seed),
@@ -230,14 +230,16 @@ class SampleStream:
     def __iter__(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """``(sample numbers, batch)``, a batch being a dict of tensors with one row per sample."""
         for numbers, batch, unreadable in self._loader:
-            for message in unreadable:
-                if message not in self.unreadable:
-                    self.unreadable.add(message)
+            for index, message in unreadable:
+                if index not in self.unreadable:
+                    self.unreadable[index] = message
                     logger.warning("skipped, number %d: %s", len(self.unreadable), message)
             yield numbers, batch
 
 
-def _collate(items: list[tuple[int, Mapping[str, Any], list[str]]]) -> tuple[list[int], Any, list[str]]:
+def _collate(
+    items: list[tuple[int, Mapping[str, Any], list[tuple[int, str]]]],
+) -> tuple[list[int], Any, list[tuple[int, str]]]:
     numbers, samples, unreadable = zip(*items, strict=True)
     return list(numbers), default_collate(list(samples)), [line for lines in unreadable for line in lines]
 

@@ -102,7 +102,7 @@ def test_an_unreadable_sample_is_named_once_and_replaced(caplog: pytest.LogCaptu
     indices = [int(index) for _, batch in stream for index in batch["index"]]
     assert len(indices) == 15
     assert set(indices) == {0, 1, 4}
-    assert stream.unreadable == {"sample 2: broken", "sample 3: broken"}
+    assert stream.unreadable == {2: "sample 2: broken", 3: "sample 3: broken"}
     assert sum("sample 2: broken" in record.message for record in caplog.records) == 1
 
 

@@ -80,7 +80,7 @@ def test_clips_go_to_the_nearest_size_and_batches_have_one(folder: Path) -> None
         tall = [caption == "a tall video" for caption in batch["caption"]]
         assert all(tall) or not any(tall)
     assert set(shapes) == {(32, 16), (16, 32)}
-    (message,) = stream.unreadable
+    (message,) = stream.unreadable.values()
     assert "short.mp4: the clip is shorter than asked: 8 frames" in message
     assert "need 8, and there are 3" in message
 
@@ -142,4 +142,4 @@ def test_a_missing_video_is_named_when_its_turn_comes(folder: Path) -> None:
         file.write("\nnowhere.mp4,nothing\n")
     stream = SampleStream(samples(folder, 1), BatchShare(5), range(2), seed=0)
     assert len(list(stream)) == 2
-    assert any("nowhere.mp4: no such file" in message for message in stream.unreadable)
+    assert any("nowhere.mp4: no such file" in message for message in stream.unreadable.values())
