@@ -23,12 +23,13 @@ from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mhla_diffusion.pipelines.denoising import vae_strides
+
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
 from .config import NO_WINDOW, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hub import holds_pixels, load_component_config, load_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
-from .training.data.video_autoencoders import strides
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 
@@ -357,7 +358,7 @@ def _stored_strides(path: str, model: Any) -> tuple[int, ...]:
     if not name.startswith("Autoencoder"):  # of the file of a config there is but that
         return model.vae_stride
     with torch.device("meta"):
-        return strides(getattr(diffusers, name).from_config(config))
+        return vae_strides(getattr(diffusers, name).from_config(config))
 
 
 def _stock_model(config: dict[str, Any]) -> Any:

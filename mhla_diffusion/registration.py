@@ -60,8 +60,9 @@ def _extend(module: ModuleType) -> None:
     before = type(module)
 
     def look_up(self: ModuleType, name: str) -> Any:
-        ours = importlib.import_module(__package__) if name.startswith("MHLA") else None
-        found = getattr(ours, name, None)
-        return before.__getattr__(self, name) if found is None else found
+        ours = importlib.import_module(__package__)
+        if name.startswith("MHLA") and hasattr(ours, name):
+            return getattr(ours, name)
+        return before.__getattr__(self, name)
 
     module.__class__ = type(before.__name__, (before,), {"__getattr__": look_up})

@@ -34,6 +34,16 @@ def vae_scale_factor(vae: Any) -> int:
     return 2 ** (len(stages) - 1)
 
 
+def vae_strides(vae: Any) -> tuple[int, int]:
+    """Return the frames and the pixels along a side of a latent."""
+    config = vae.config
+    if "scale_factor_temporal" in config:
+        return config.scale_factor_temporal, config.scale_factor_spatial
+    if hasattr(vae, "temporal_compression_ratio"):
+        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    return int(config.get("temporal_compression_ratio", 1)), vae_scale_factor(vae)
+
+
 def size_arguments(
     transformer: Any, rows: int, height: int, width: int, *, device: torch.device | None = None
 ) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def test_a_name_that_nobody_has_is_diffusers_own_error() -> None:
 
     with pytest.raises(AttributeError, match="module diffusers has no attribute NoSuchPipeline"):
         diffusers.NoSuchPipeline  # noqa: B018
+    assert not hasattr(diffusers, "MHLANoSuchPipeline")
+    assert not hasattr(diffusers, "__bool__"), "None has it"
 
 
 def test_every_pipeline_of_ours_and_every_model_is_found_by_diffusers() -> None:

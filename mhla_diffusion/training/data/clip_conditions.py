@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
+from mhla_diffusion.pipelines.denoising import vae_strides
+
 from ...hub import component_subfolder
 from .captions import draw_index
-from .video_autoencoders import encode_clip, require_clips, strides
+from .video_autoencoders import encode_clip, require_clips
 from .videos import VideoFile, VideoFiles, prepare_clip
 
 ControlTask = Literal["first", "first_and_last", "inpainting", "outpainting", "gray"]
@@ -103,7 +105,7 @@ def require_edits(vae: Any, frames: int, sizes: Sequence[tuple[int, int]]) -> No
             f"image_condition edit takes the first and the last frame of a clip: data.frames must be 2 or "
             f"more, got {frames}"
         )
-    require_clips(vae, 1 + strides(vae)[0], sizes)
+    require_clips(vae, 1 + vae_strides(vae)[0], sizes)
 
 
 def edit_of(vae: Any, clip: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def edit_of(vae: Any, clip: Tensor) -> Tensor:
 
     So ChronoEdit sees a picture and its edit: its pipeline makes two frames of latents, the last of an edit.
     """
-    return torch.cat([clip[:, :1], clip[:, -1:].expand(-1, strides(vae)[0], -1, -1)], dim=1)
+    return torch.cat([clip[:, :1], clip[:, -1:].expand(-1, vae_strides(vae)[0], -1, -1)], dim=1)
 
 
 class Controls:
@@ -136,7 +138,7 @@ class Controls:
         task = self.tasks[draw_index([1.0] * len(self.tasks), generator)]
         video, mask = draw_control(clip, task, generator)
         kept, made = (encode_clip(self.vae, video * part) for part in (1 - mask, mask))
-        channels = F.pixel_unshuffle(mask[:, None], strides(self.vae)[1]).transpose(0, 1)
+        channels = F.pixel_unshuffle(mask[:, None], vae_strides(self.vae)[1]).transpose(0, 1)
         # The masks of a few frames, one for each of the latents, the first of which is not the first frame's.
         packed = F.interpolate(channels[None], size=kept.shape[1:], mode="nearest-exact")[0]
         return {"control": torch.cat([kept, made, packed.half()])}

@@ -8,20 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_diffusion.pipelines.denoising import vae_scale_factor
+from mhla_diffusion.pipelines.denoising import vae_scale_factor, vae_strides
 
 _BY_FIRST_FRAME = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo")
 VIDEO_AUTOENCODERS = (*_BY_FIRST_FRAME, "AutoencoderKLAllegro", "AutoencoderKL")
-
-
-def strides(vae: Any) -> tuple[int, int]:
-    """Return the frames and the pixels along a side of a latent."""
-    config = vae.config
-    if "scale_factor_temporal" in config:
-        return config.scale_factor_temporal, config.scale_factor_spatial
-    if hasattr(vae, "temporal_compression_ratio"):
-        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    return int(config.get("temporal_compression_ratio", 1)), vae_scale_factor(vae)
 
 
 def size_in_pixels(vae: Any, latents: Sequence[int]) -> tuple[int, ...]:
@@ -30,7 +20,7 @@ def size_in_pixels(vae: Any, latents: Sequence[int]) -> tuple[int, ...]:
     if not frames:
         factor = vae_scale_factor(vae)
         return height * factor, width * factor
-    time, space = strides(vae)
+    time, space = vae_strides(vae)
     return frames[0] * time - (time - 1 if _has_first_frame(vae) else 0), height * space, width * space
 
 
@@ -45,7 +35,7 @@ def require_clips(vae: Any, frames: int, sizes: Sequence[tuple[int, int]]) -> No
     Raises:
         ValueError: otherwise, with what it takes.
     """
-    time, space = strides(vae)
+    time, space = vae_strides(vae)
     if _has_first_frame(vae) and (extra := (frames - 1) % time):
         raise ValueError(
             f"data.frames must be one more than a multiple of {time} for this autoencoder, got {frames}; the "
