@@ -12,6 +12,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+# What jsonargparse says of a value: a line for each type that it may have, nested, between lines of no use.
+_ABOUT = re.compile(r"(- )?(Does not validate|Subtypes: |Errors:|Problem with given|Given value type: )")
+_KEY = re.compile(r'(?:- )?Parser key "([^"]+)": ?')
+_EXPECTED = re.compile(r"(?:- )?Expected an? (.*?)(?:\. Got value: (.*))?$")
+_TYPE_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false"}
+_LISTS = {"tuple", "list", "Sequence"}
+
 
 class HelpParser(ArgumentParser):
     """Parser whose help has plain names for cross-references, and in whose values ``~`` is the home.
@@ -42,10 +49,39 @@ class HelpParser(ArgumentParser):
         return values
 
 
-def list_hint(message: str) -> str:
-    """Return how a list is written, to stand behind a message that one was expected; else nothing."""
-    expected = re.search(r"Expected a <class '[\w.]*(tuple|list|Sequence)'>", message)
-    return "; a list is written [A, B], in quotes" if expected else ""
+def plain_message(message: str) -> str:
+    """Return what jsonargparse says of a value as ``key: expected TYPES, got VALUE``.
+
+    Messages of other forms, as those of our own checks, are returned as they are.
+    """
+    keys, types, value = list[str](), list[str](), ""
+    for line in map(str.strip, message.splitlines()):
+        if key := _KEY.match(line):
+            keys += [key[1]] * (key[1] not in keys)
+            line = line[key.end() :]
+        if expected := _EXPECTED.match(line):
+            types.append(_type_name(expected[1]))
+            value = expected[2] or ""
+        elif line.startswith("Given value: "):
+            value = line.removeprefix("Given value: ")
+        elif line and not _ABOUT.match(line):
+            return ": ".join([*([".".join(keys)] if keys else []), line.removeprefix("- ")])
+        if value:
+            break
+    if not (types and value):
+        return message
+    hint = "; a list is written [A, B], in quotes" if _LISTS.intersection(types) else ""
+    return f"{'.'.join(keys)}: expected {' or '.join(types)}, got {value}{hint}"
+
+
+def _type_name(expected: str) -> str:
+    """Return ``Literal['a', 'b']`` or ``<class 'int'>`` as a reader of YAML names it."""
+    if choices := re.match(r"typing\.Literal\[(.*)\]$", expected):
+        return f"one of {choices[1]}"
+    if expected.startswith("dot import path"):  # of settings that have keys
+        return "keys and values"
+    name = re.sub(r"^<class '(?:[\w.]*\.)?(\w+)'>$", r"\1", expected)
+    return _TYPE_NAMES.get(name, name)
 
 
 def with_home(word: str) -> str:

@@ -51,7 +51,10 @@ def convert_to_mhla(
         return (converted, info) if output_loading_info else converted
     target = backbone_of(model)
     if target is None:
-        raise ValueError(f"no MHLA form of {type(model).__name__}; those that have one: {stock_names()}")
+        inside = " (of a pipeline: give pipe.transformer)" if hasattr(model, "transformer") else ""
+        raise ValueError(
+            f"no MHLA form of {type(model).__name__}{inside}; those that have one: {stock_names()}"
+        )
     config = with_window_of(model.config, config)
     converted, info = rebuild(model, target, attention=attention, mhla_config=config)
     return (converted, info) if output_loading_info else converted

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 
-from ..help import HelpParser, list_hint
+from ..help import HelpParser, plain_message
 from .end import CommandError
 
 # Options that a message names.
@@ -81,5 +81,4 @@ class _Parser(HelpParser):
             known = f" Known there: {', '.join(options)};" if len(options) <= _FEW else ""
         close = difflib.get_close_matches(unknown[unknown.lastindex or 0], options, n=1) if unknown else []
         hint = f", did you mean {close[0]}?" if close else "." if known else ";"
-        message += list_hint(message)
-        raise CommandError(f"{message}{hint}{known} {end}", code=2) from ex
+        raise CommandError(f"{plain_message(message)}{hint}{known} {end}", code=2) from ex

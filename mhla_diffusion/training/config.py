@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError
 
 from ..files.text import shortened
 from ..files.writing import write_file
-from ..help import HelpParser, list_hint, with_home
+from ..help import HelpParser, plain_message, with_home
 
 _CHANGEABLE = "changeable"
 
@@ -72,7 +72,7 @@ def parse_config(
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
         return config_class(**{name: values[name] for name in names}), values.get("resume")
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(f"{error}{list_hint(str(error))}") from error
+        raise ValueError(plain_message(str(error))) from error
 
 
 def run_script(
@@ -225,10 +225,11 @@ def _refuse_unknown_keys(config_class: type, arguments: Sequence[str] | None, *,
         if key in allowed or any(name.startswith(f"{key}.") for name in allowed) or key.startswith(free):
             continue
         section = key.rpartition(".")[0]
-        known = [name for name in allowed if name.rpartition(".")[0] == section] or allowed
+        known = [name for name in allowed if name.rpartition(".")[0] == section]
         close = difflib.get_close_matches(key, allowed, n=1)
         hint = f", did you mean {close[0]}?" if close else "."
-        raise ValueError(f"unknown key {key}{hint} Known there: {', '.join(known)}")
+        there = f"Known there: {', '.join(known)}" if known else "--help lists all of them"
+        raise ValueError(f"unknown key {key}{hint} {there}")
 
 
 def _given_keys(arguments: Sequence[str] | None) -> list[str]:

@@ -169,7 +169,8 @@ class Trainer:
                 if self._due(self.config.log_every):
                     self._log(grad_norm, throughput)
                 if not stop and self.task.sampling.every and self._due(self.task.sampling.every):
-                    stop = self._save_samples(request)
+                    with self._checkpoint_if_failing():
+                        stop = self._save_samples(request)
                 if stop or self._due(self.config.checkpoint_every):
                     self._save_checkpoint()
                 if stop:
@@ -296,6 +297,16 @@ class Trainer:
             reshard(self.model)
             self.ema.restore(parameters)
             self.model.train()
+
+    @contextmanager
+    def _checkpoint_if_failing(self) -> Iterator[None]:
+        """Save a checkpoint before an error goes on, so that what is no step of training costs none."""
+        try:
+            yield
+        except Exception:
+            if self.accelerator.num_processes == 1:  # the others may wait for something else
+                self._save_checkpoint()
+            raise
 
     def _save_samples(self, request: StopRequest) -> int:
         """Write a sheet of samples, unless a signal comes meanwhile, which is returned."""

@@ -110,7 +110,7 @@ def test_values_that_are_not_allowed(write_settings: Callable[[], Path], overrid
 def test_a_word_in_place_of_a_list_is_answered_with_how_lists_are_written(
     write_settings: Callable[[], Path],
 ) -> None:
-    with pytest.raises(ValueError, match=r"Got value: a cat; a list is written \[A, B\], in quotes$"):
+    with pytest.raises(ValueError, match=r"tuple, got a cat; a list is written \[A, B\], in quotes$"):
         parse("--config", str(write_settings()), "--sampling.prompts", "a cat")
 
 

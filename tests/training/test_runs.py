@@ -239,6 +239,25 @@ def test_ddpm_in_bf16_with_samples_and_tensorboard(
     assert list((output_dir / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_a_sheet_that_fails_costs_no_step(
+    run: Run, settings: dict[str, Any], losses: Losses, tmp_path: Path
+) -> None:
+    settings["sampling"]["every"] = 2
+    output_dir, others = tmp_path / "run", tmp_path / "others"
+    in_the_way = output_dir / "samples" / "step-00000004.png"
+    assert run("--output_dir", str(output_dir), "--trainer.max_steps", "2").returncode == 0
+    in_the_way.mkdir()
+    resumed = ("--output_dir", str(output_dir), "--resume", "latest")
+    result = run(*resumed, "--trainer.checkpoint_every", "100")
+    assert result.returncode != 0
+    assert "step-00000004" in result.stdout.splitlines()[-1]
+    assert (output_dir / "checkpoints" / "step-00000004").is_dir()
+    in_the_way.rmdir()
+    assert run(*resumed).returncode == 0
+    assert run("--output_dir", str(others)).returncode == 0
+    assert losses(output_dir) == losses(others)
+
+
 def test_a_run_on_fewer_threads_than_cores_says_how_to_use_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
