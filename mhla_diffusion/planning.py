@@ -223,6 +223,7 @@ def plan(
     height: int,
     width: int,
     frames: int | None = None,
+    *,
     blocks: int | tuple[int, ...] | None = None,
     gate: bool | None = None,
     cpe: bool | None = None,

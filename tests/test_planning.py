@@ -374,7 +374,6 @@ def test_every_backbone_has_a_published_size() -> None:
         (("Wan2.1-1.3B", 480, 832, 80), r"frames 80 .* nearest .* is 77 or 81"),
         (("Wan2.1-1.3B", 480, 832, -3), r"frames -3 .* nearest .* is 1$"),
         (("DiT-S/2", 0, 256), r"height 0 .* nearest .* is 16$"),
-        (("DiT-S/2", 256, 256, None, (32, 1)), r"16 tokens and cannot hold 32 blocks"),
         (("DiT-M/2", 256, 256), r"unknown preset 'DiT-M/2', did you mean DiT-\w+/2"),
         (("dit-xl/2", 256, 256), r"unknown preset 'dit-xl/2', did you mean DiT-XL/2\?"),
         (("Diffusion", 256, 256), r"'Diffusion' is no folder or hub id .* none of .*DiT-S/2"),
@@ -386,7 +385,9 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
         plan(*arguments)
 
 
-def test_layers_that_are_not_there_are_refused() -> None:
+def test_layers_and_blocks_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="16 tokens and cannot hold 32 blocks"):
+        plan("DiT-S/2", 256, 256, blocks=(32, 1))
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 13"):
         plan("DiT-S/2", 256, 256, linear_layers=13)
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 0"):

@@ -63,10 +63,6 @@ class MHLAAllegroTransformer3DModel(MHLAModelMixin, AllegroTransformer3DModel):
         sizes = (config.sample_frames, config.sample_height, config.sample_width)
         return tuple(size // p for size, p in zip(sizes, patch, strict=True))
 
-    @property
-    def latents_per_token(self) -> Grid:
-        return (self.config.patch_size_t, self.config.patch_size, self.config.patch_size)
-
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:

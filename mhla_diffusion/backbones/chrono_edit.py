@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers import ChronoEditTransformer3DModel
 
 from .families import RotaryVideoMixin
-from .grid import Grid
 from .layer_plan import AttentionChoice, ConfigChoice
 from .stock import after
-from .wan import wan_conditions
+from .wan import MHLAWanTransformer3DModel
 
 
 class MHLAChronoEditTransformer3DModel(RotaryVideoMixin, ChronoEditTransformer3DModel):
@@ -45,11 +43,4 @@ class MHLAChronoEditTransformer3DModel(RotaryVideoMixin, ChronoEditTransformer3D
     ) -> None:
         self.build_video(stock, attention, mhla_config, sample_grid)
 
-    def example_inputs(
-        self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
-    ) -> dict[str, Any]:
-        return {
-            "hidden_states": self.example_latents(grid, batch_size, generator),
-            "timestep": 1000 * torch.rand(batch_size, generator=generator),
-            **wan_conditions(self.config, batch_size, generator),
-        }
+    example_inputs = MHLAWanTransformer3DModel.example_inputs

@@ -67,10 +67,6 @@ class RotaryVideoMixin(MHLAModelMixin):
             self.rope, functools.partial(grid_of_latents, patch_size=tuple(self.config.patch_size))
         )
 
-    @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
-
     def example_latents(
         self, grid: Grid, batch_size: int, generator: torch.Generator | None, channels: int | None = None
     ) -> Tensor:

@@ -122,10 +122,6 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
         )
 
     @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
-
-    @property
     def sample_channels(self) -> int:
         return self.config.in_visual_dim
 

@@ -58,14 +58,6 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
         send_with_rope(self.rope, _grid_of_tokens)
         self.register_to_config(sample_grid=list(sample_grid))
 
-    @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
-
-    @property
-    def latents_per_token(self) -> Grid:
-        return (self.config.patch_size_t, self.config.patch_size, self.config.patch_size)
-
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
@@ -121,7 +113,13 @@ def _grid_of_coordinates(coordinates: Tensor) -> Grid:
     Those ahead of them, of images and videos at other times, do not.
     """
     origins = (coordinates == 0).all(0).nonzero()
-    first = int(origins[-1]) if len(origins) else 0
+    if len(origins) > 1 or (coordinates[0] < 0).any():
+        raise ValueError(
+            "video_coords begin at 0 more than once, or before it: frames behind those of the video, as "
+            "LTXI2VLongMultiPromptPipeline has them, have no place on the grid that MHLA needs; take "
+            "LTXPipeline, LTXImageToVideoPipeline or LTXConditionPipeline, or attention='softmax'"
+        )
+    first = int(origins[0]) if len(origins) else 0
     grid = tuple(len(axis.unique()) for axis in coordinates[:, first:])
     if math.prod(grid) != coordinates.shape[1] - first:
         raise ValueError(

@@ -91,12 +91,14 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
     @property
     def default_grid(self) -> Grid:
         """Tokens along each axis that the model is made for."""
-        raise NotImplementedError
+        return tuple(self.config.sample_grid)
 
     @property
     def latents_per_token(self) -> Grid:
         """Latents, or pixels, along each axis of a token."""
-        patch = self.config.patch_size
+        patch, time = self.config.patch_size, self.config.get("patch_size_t")
+        if isinstance(time, int):
+            return (time, patch, patch)
         return (patch,) * len(self.default_grid) if isinstance(patch, int) else tuple(patch)
 
     @property

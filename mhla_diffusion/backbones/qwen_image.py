@@ -68,10 +68,6 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
         self.register_to_config(sample_grid=list(sample_grid))
 
     @property
-    def default_grid(self) -> Grid:
-        return tuple(self.config.sample_grid)
-
-    @property
     def sample_channels(self) -> int:
         return self.config.in_channels // math.prod(self.latents_per_token)
 

@@ -9,7 +9,7 @@ from diffusers import SkyReelsV2Transformer3DModel
 
 from .families import RotaryVideoMixin
 from .grid import Grid
-from .layer_plan import AttentionChoice, ConfigChoice
+from .layer_plan import AttentionChoice, ConfigChoice, LayerPlan
 from .stock import after
 from .wan import wan_conditions
 
@@ -45,13 +45,26 @@ class MHLASkyReelsV2Transformer3DModel(RotaryVideoMixin, SkyReelsV2Transformer3D
         mhla_config: ConfigChoice = None,
         sample_grid: tuple[int, int, int] = (21, 30, 52),
     ) -> None:
-        plan = self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid)
+        self.build_video(stock, attention, mhla_config, sample_grid)
+
+    def build(self, stock: dict[str, Any], plan: LayerPlan) -> None:
         if stock["num_frame_per_block"] > 1 and set(plan.kinds) != {"softmax"}:
             raise ValueError(
                 f"num_frame_per_block is {stock['num_frame_per_block']}: linear attention has no mask that "
-                "lets frames see earlier ones alone; use a model without it, or attention='softmax'"
+                "lets frames see earlier ones alone; use a model without it (where a pipeline has set it, "
+                "call _set_ar_attention(1) of the model first), or attention='softmax'"
             )
-        self.build_video(stock, attention, mhla_config, sample_grid)
+        super().build(stock, plan)
+
+    def _set_ar_attention(self, causal_block_size: int) -> None:
+        """Refuse, before the config is changed, what the pipeline of diffusion forcing asks for."""
+        kinds = set(self.layer_attention)
+        if causal_block_size > 1 and kinds != {"softmax"}:
+            raise ValueError(
+                f"causal_block_size is {causal_block_size}: linear attention has no mask that lets frames "
+                "see earlier ones alone; take causal_block_size=1, or a model of attention='softmax'"
+            )
+        super()._set_ar_attention(causal_block_size)
 
     def example_inputs(
         self, grid: Grid, *, batch_size: int = 1, generator: torch.Generator | None = None

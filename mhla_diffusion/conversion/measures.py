@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 
@@ -131,11 +132,7 @@ def pictures(model: Any, task: TrainingTask, *, playing: bool) -> list[str]:
 
 
 def _strip(images: Sequence[Image.Image]) -> str:
-    width, height = images[0].size
-    strip = Image.new("RGB", (width * len(images), height))
-    for number, image in enumerate(images):
-        strip.paste(image.convert("RGB"), (number * width, 0))
-    return _uri(strip, "png")
+    return _uri(make_image_grid(list(images), rows=1, cols=len(images)), "png")
 
 
 def _clip(frames: Sequence[Image.Image]) -> str:

@@ -28,6 +28,7 @@ from ..files.pages import render
 from ..files.writing import write_file
 from ..hub import expert_times
 from ..planning import Plan
+from ..processes import process_state
 from ..training.export import is_run
 from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
 from .choose import RECORD as CHOICE
@@ -156,8 +157,7 @@ def _report(
     """See :func:`report`; students by what the page calls them."""
     place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
     model = load_teacher(teacher, dtype=dtype, **place)
-    device = _device()
-    model.to(device)
+    model.to(process_state().device)
     times = expert_times(teacher, component)
     calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
     made_with = _sampling_facts(calls, config)
@@ -178,12 +178,6 @@ def _report(
     write_file(out / FILE_NAMES[1], _page(content, sheets))
     logger.info("Report: %s", out / FILE_NAMES[1])
     return content
-
-
-def _device() -> Any:
-    from ..processes import process_state
-
-    return process_state().device
 
 
 def _names(students: Sequence[Path]) -> list[str]:

@@ -19,7 +19,7 @@ VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv", ".f4v"),
     *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts", ".mxf", ".ogv", ".gif", ".apng"),
 )
-_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FRAME_EXTENSIONS = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class FrameFolder:
@@ -47,7 +47,7 @@ class FrameFolder:
     def __init__(self, path: str, background: str = WHITE) -> None:
         names = sorted(filter(_is_picture, os.listdir(path)), key=_by_number)
         if not names:
-            raise UnreadableVideoError(f"{path}: a folder without pictures ({', '.join(_SUFFIXES)})")
+            raise UnreadableVideoError(f"{path}: a folder without pictures ({', '.join(FRAME_EXTENSIONS)})")
         self._paths = [os.path.join(path, name) for name in names]
         self._path, self._background, self.num_frames = path, background, len(names)
 
@@ -67,17 +67,9 @@ class FrameFolder:
         return np.stack([frames[index] for index in indices])
 
 
-def is_frame_folder(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder is a video of pictures: there are some in it, and no videos beside them."""
-    if not os.path.isdir(path):
-        return False
-    names = os.listdir(path)
-    return any(map(_is_picture, names)) and not any(name.lower().endswith(VIDEO_EXTENSIONS) for name in names)
-
-
 def _is_picture(name: str) -> bool:
     # Hidden ones are left by writers that were killed, and by macOS.
-    return name.lower().endswith(_SUFFIXES) and not is_hidden(name)
+    return name.lower().endswith(FRAME_EXTENSIONS) and not is_hidden(name)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..optional import how_to_install
-from .frame_folder import VIDEO_EXTENSIONS, FrameFolder, is_frame_folder
+from .frame_folder import FRAME_EXTENSIONS, VIDEO_EXTENSIONS, FrameFolder
 from .pictures import WHITE
 from .video_decord import DecordReader
 from .video_packets import UnreadableVideoError
@@ -22,12 +22,12 @@ from .video_reader import Frames, IndexedReader
 from .writing import disk_of, write_file
 
 __all__ = [
+    "FRAME_EXTENSIONS",
     "VIDEO_EXTENSIONS",
     "Decoder",
     "Frames",
     "UnreadableVideoError",
     "VideoReader",
-    "is_frame_folder",
     "open_video",
     "require_video_writer",
     "write_video",

@@ -117,13 +117,10 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
             when the config differs from the saved one where it must not, with the keys that do; or when it
             ends before the checkpoint.
     """
-    if resume != "latest" and resume is not None:
-        checkpoint = _named(output_dir, resume)
-    elif list_checkpoints(output_dir) and resume is not None:
-        checkpoint = latest_whole(output_dir)
-    else:
+    if resume is None or (resume == "latest" and not list_checkpoints(output_dir)):
         _require_room(output_dir, resume)
         return None
+    checkpoint = latest_whole(output_dir) if resume == "latest" else _named(output_dir, resume)
     saved = _read_record(checkpoint)
     if changes := forbidden_changes(saved["config"], as_it_began(config, checkpoint)):
         raise ValueError(

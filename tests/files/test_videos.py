@@ -23,7 +23,6 @@ from mhla_diffusion.files.videos import (
     Decoder,
     UnreadableVideoError,
     VideoReader,
-    is_frame_folder,
     open_video,
     write_video,
 )
@@ -256,15 +255,6 @@ def test_a_folder_of_pictures_is_a_video(tmp_path: Path) -> None:
     frames = reader.read([3, 0, 2, 0])
     assert (frames.shape, frames.dtype) == ((4, 6, 8, 3), np.uint8)
     assert frames[:, 0, 0].tolist() == [[30, 0, 5], [0, 0, 5], [20, 0, 5], [0, 0, 5]]
-
-
-def test_a_folder_of_pictures_is_told_from_one_of_videos(tmp_path: Path) -> None:
-    folder = _picture_folder(tmp_path / "clip", ["1.PNG", "2.jpg"])
-    assert is_frame_folder(folder)
-    assert not is_frame_folder(folder / "1.PNG")
-    assert not is_frame_folder(tmp_path)
-    (folder / "film.MP4").touch()  # with the picture on its cover
-    assert not is_frame_folder(folder)
 
 
 def test_a_folder_that_is_no_video_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ...files.arrays import describe_kind, file_kind, read_npy_header, require_r
 from ...files.clips import RATE_TOLERANCE, choose_clip, clip_indices
 from ...files.manifest import MANIFEST
 from ...files.pictures import VIDEO_CONVERSION, WHITE, background_color
-from ...files.videos import VIDEO_EXTENSIONS, open_video
+from ...files.videos import FRAME_EXTENSIONS, VIDEO_EXTENSIONS, open_video
 from .archives import open_archives
 from .images import image_kind
 from .samples import Folder, Pixels, SampleKind, SampleSet, find_files
@@ -181,8 +181,8 @@ class FrameFolders(SampleSet):
 
     def __post_init__(self) -> None:
         found = find_files(self.path)
-        folders = {name.rpartition("/")[0] for name in found if name.lower().endswith(FRAMES)}
-        self.note_left_out(name for name in found if not name.lower().endswith(FRAMES))
+        folders = {name.rpartition("/")[0] for name in found if name.lower().endswith(FRAME_EXTENSIONS)}
+        self.note_left_out(name for name in found if not name.lower().endswith(FRAME_EXTENSIONS))
         self.names = sorted(folders)
         if any("/" in name for name in self.names):
             self.label_by_subfolder()
@@ -192,13 +192,10 @@ class FrameFolders(SampleSet):
             yield partial(self.kind.read, self.path / name, **self.called(name))
 
 
-FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
 def _holds_frame_folders(folder: Path) -> bool:
     """Check that below a folder there are pictures in subfolders and no videos."""
     found = find_files(folder)
-    pictures = [name for name in found if name.lower().endswith(FRAMES)]
+    pictures = [name for name in found if name.lower().endswith(FRAME_EXTENSIONS)]
     return (
         bool(pictures)
         and all("/" in name for name in pictures)

@@ -97,7 +97,7 @@ def launch(
     if centre is not None and not centre.shape[-1]:
         centre = None
     plan = _plan(
-        name, layout, features.feature_map, features.eps, features.normalized, centre is not None,
+        name, features.feature_map, features.eps, features.normalized, centre is not None,
         given.get("den_grad") is not None, given.get("own_grad") is not None, saturate,
         dtype or summaries.dtype, summaries.shape, sums.shape[-1], parts or parts_of(name, x, layout),
         None if rotary is None else rotary.stride(),
@@ -145,7 +145,6 @@ class Meta(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(
     name: str,
-    layout: BlockLayout,
     feature_map: str,
     eps: float,
     normalized: bool,
