@@ -27,7 +27,7 @@ from mhla_diffusion.pipelines.denoising import vae_strides
 
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
-from .config import NO_WINDOW, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
+from .config import NO_WINDOW, POWER_MAP, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .hub import holds_pixels, load_component_config, load_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 
@@ -62,6 +62,7 @@ class Plan:
         gate, cpe, qk_conv: whether linear layers have an output gate and convolutions on v, and on q and k.
         local, feature_map, local_margin, routed_blocks, exact_routing: of those, see
             :class:`mhla_diffusion.MHLAConfig`.
+        normalizer: of those; without one no sums of keys are exchanged.
         all_tokens: whether they read the tokens of other ranks beside windows and convolutions.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
@@ -97,6 +98,7 @@ class Plan:
     routed_blocks: int = 0
     exact_routing: bool = False
     all_tokens: bool = False
+    normalizer: str = "paper"
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
@@ -191,8 +193,9 @@ class Plan:
 
     @property
     def mixing_share(self) -> float:
-        """Share of mixing in MHLA's operator, ``2 M^2 / (4 N + 2 M^2)``."""
-        return self._mixing / (4 * self.layout.num_tokens + self._mixing)
+        """Share of mixing in MHLA's operator; ``2 M^2 / (4 N + 2 M^2)`` in the paper's form."""
+        mixing = self._mixing * self.head_dim**2 * self._width * self.heads * self.grids
+        return mixing / self.operator_flops("mhla")
 
     @property
     def operator_bytes(self) -> int:
@@ -211,8 +214,10 @@ class Plan:
         if attention == "softmax" or self.all_tokens or (self.local and attention == "mhla"):
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
-        layout = self.layout if attention == "mhla" else whole
-        return exchanged_bytes(layout, self.grids, self.heads, self.head_dim * self._width, self.head_dim)
+        layout, features = self.layout if attention == "mhla" else whole, self.head_dim * self._width
+        return exchanged_bytes(
+            layout, self.grids, self.heads, features, self.head_dim, normalizer=self.normalizer
+        )
 
     def __str__(self) -> str:
         return "\n".join([*_heading(self), *_table(self)])
@@ -288,10 +293,21 @@ def plan(
     blocks = settings.pop("blocks")
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
     if layout.num_blocks == 1 and settings["local"] != WINDOW_ONLY:
+        if local:
+            raise ValueError(
+                "local is a softmax window in one of several blocks, got blocks 1: take more, or leave it out"
+            )
         settings |= NO_WINDOW
     if transformer.extra_tokens:
         layout = replace(layout, extra=(transformer.extra_tokens, 0))
     operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
+    try:
+        flops = _count_flops(transformer, grid)
+    except RuntimeError as error:  # tables of the model, or counts of torch, end there
+        text = f" and {extra_tokens} of text" if extra_tokens else ""
+        raise ValueError(
+            f"{model} does not run on {_times(grid)} tokens{text}: take fewer ({error})"
+        ) from error
     return Plan(
         model=model,
         size=f"{height} x {width} pixels" + (f", {frames} frames" if frames is not None else ""),
@@ -302,7 +318,7 @@ def plan(
         stock_attention=transformer.stock_attention,
         operators=operators,
         linear_operators=linear_operators,
-        **_count_flops(transformer, grid),
+        **flops,
         dtype=getattr(torch, dtype),
         grids=transformer.grids_of_sample,
         **settings,
@@ -394,7 +410,7 @@ def _parts_of(config: MHLAConfig) -> dict[str, Any]:
         "gate": config.gate, "cpe": config.cpe is not None, "qk_conv": config.qk_conv,
         "feature_map": config.feature_map, "all_tokens": all_tokens,
         "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
-        "exact_routing": config.exact_routing,
+        "exact_routing": config.exact_routing, "normalizer": config.normalizer,
     }  # fmt: skip
 
 
@@ -486,6 +502,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{_times(layout.block_shape)} tokens{' and one of text' if extra else ''}; mixing is "
         f"{100 * plan.mixing_share:.0f} % of the operator"
     )
+    yield f"MHLA {_form(plan)}"
     yield (
         "these blocks are the recommended ones"
         if layout.blocks == recommended.blocks
@@ -496,6 +513,21 @@ def _heading(plan: Plan) -> Iterator[str]:
     if len(layout.grid) == 2 and recommended.num_blocks < usual <= math.isqrt(layout.num_tokens):
         yield f"  (mixing is at most 20 % of the operator then; the paper and the configs take {usual} for"
         yield "  images, which M^2 <= N allows here: more to mix, for more of the time)"
+
+
+def _form(plan: Plan) -> str:
+    """Name what costs FLOPs beside the paper's operator."""
+    margin = f", margin {plan.local_margin}" if plan.local_margin else ""
+    parts = {
+        f"a softmax window ({plan.local}{margin})": plan.local,
+        f"{plan.routed_blocks} {'exactly ' * plan.exact_routing}routed blocks": plan.routed_blocks,
+        f"features {plan.feature_map}": plan.feature_map in (*WIDE_MAPS, POWER_MAP),
+        "a gate": plan.gate,
+        "a convolution on v": plan.cpe,
+        "convolutions on q and k": plan.qk_conv,
+    }
+    chosen = [name for name, has in parts.items() if has]
+    return f"with {', '.join(chosen)}" if chosen else "without window, gate and convolution"
 
 
 def _table(plan: Plan) -> Iterator[str]:

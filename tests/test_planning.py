@@ -214,12 +214,51 @@ def test_learned_features_and_windows_are_counted() -> None:
     assert new.operator_flops("mhla") == base + 4 * tokens * 12**2 * d * heads
     assert plan("DiT-XL/2", 512, 512, blocks=1).operator_flops("mhla") == 4 * tokens * d**2 * heads
     assert windowed.operator_flops("linear") == plain.operator_flops("linear")
-    assert windowed.mixing_share == plain.mixing_share
+    mixing = 2 * 16**2 * d**2 * heads
+    assert plain.mixing_share == mixing / base
+    assert windowed.mixing_share == mixing / windowed.operator_flops("mhla")
+    assert learned.mixing_share == 2 * mixing / learned.operator_flops("mhla")
     wide = plain.with_config(MHLAConfig.paper(feature_map="crelu"))
     assert wide.operator_flops("mhla") == 2 * base
     assert wide.operator_flops("linear") == 8 * tokens * d**2 * heads
     # Summaries, and sums of the features, have as many rows as there are features.
     assert wide.exchange_bytes("mhla") == 2 * plain.exchange_bytes("mhla") == learned.exchange_bytes("mhla")
+    # Without a denominator there are no such sums; the official one needs the features of all tokens.
+    bare = plain.with_config(MHLAConfig.paper(normalizer="none"))
+    assert bare.exchange_bytes("mhla") == 4 * heads * 16 * d * d
+    official = plain.with_config(MHLAConfig.paper(normalizer="official"))
+    assert official.exchange_bytes("mhla") == official.operator_bytes
+
+
+def test_the_heading_names_the_form_that_is_counted() -> None:
+    form = {"gate": True, "local": "shared", "local_margin": 2, "routed_blocks": 3, "feature_map": "hedgehog"}
+    counted = str(plan("DiT-S/2", 256, 256).with_config(MHLAConfig(blocks=4, **form)))
+    expected = "with a softmax window (shared, margin 2), 3 routed blocks, features hedgehog, a gate"
+    assert f"\nMHLA {expected}\n" in counted
+    plain = str(plan("DiT-S/2", 256, 256, local=False))
+    assert "\nMHLA without window, gate and convolution\n" in plain
+
+
+def test_all_blocks_but_the_own_are_all_that_can_be_chosen() -> None:
+    def flops(routed_blocks: int) -> int:
+        config = MHLAConfig(blocks=(4, 4), local="shared", routed_blocks=routed_blocks)
+        return plan("DiT-S/2", 256, 256).with_config(config).operator_flops("mhla")
+
+    assert flops(14) < flops(15) == flops(16)
+
+
+def test_tokens_of_text_are_a_window_of_their_own() -> None:
+    planned = plan("Qwen-Image", 256, 256, extra_tokens=9)
+    alone = planned.with_config(MHLAConfig(blocks=(2, 2), local="only"))
+    assert alone.operator_flops("mhla") == 4 * (256 * 64 + 9**2) * alone.head_dim * alone.heads
+
+
+def test_attention_over_each_frame_is_counted_for_each_frame() -> None:
+    planned = plan("Latte-1", 256, 256)
+    one = dataclasses.replace(planned, grids=1)
+    assert planned.grids > 1
+    assert planned.operator_flops("mhla") == planned.grids * one.operator_flops("mhla")
+    assert planned.operator_bytes == planned.grids * one.operator_bytes
 
 
 @pytest.mark.parametrize(("blocks", "seen"), [(4, 16), (1, 64)])
@@ -388,6 +427,10 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
 def test_layers_and_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="16 tokens and cannot hold 32 blocks"):
         plan("DiT-S/2", 256, 256, blocks=(32, 1))
+    with pytest.raises(ValueError, match="several blocks, got blocks 1: take more, or leave it out"):
+        plan("DiT-S/2", 256, 256, blocks=1, local=True)
+    with pytest.raises(ValueError, match="does not run on 16 x 16 tokens and 9999 of text: take fewer"):
+        plan("Qwen-Image", 256, 256, extra_tokens=9999)
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 13"):
         plan("DiT-S/2", 256, 256, linear_layers=13)
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 0"):

@@ -110,3 +110,10 @@ def test_unknown_choices_are_refused(arguments: dict[str, Any], message: str) ->
 
 def test_slope_is_the_exponent() -> None:
     assert slope([(x, 3 * x**1.5) for x in (10, 100, 1000)]) == pytest.approx(1.5)
+
+
+def test_rates_are_of_both_factors_of_a_product_and_of_reading_and_writing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(operator, "best", lambda *_, **__: (1.0, 1.0))
+    assert operator.measure_rates(torch.float32, "cpu") == (2 * 2048**3, 2 * 2**28)

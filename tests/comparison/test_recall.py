@@ -74,6 +74,21 @@ def test_training_gives_the_same_numbers_again_and_others_for_another_seed() -> 
     assert first["seconds_per_step"] > 0
 
 
+def test_accuracy_is_of_cells_that_were_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def noted(task: Recall, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        seeds.append(generator.initial_seed())
+        return recall_batch(task, generator)
+
+    monkeypatch.setattr("mhla_diffusion.comparison.recall.recall_batch", noted)
+    train_recall(TASK, Variant("linear", "linear"), 0)
+    trained, asked = set(seeds[: TASK.steps]), set(seeds[TASK.steps :])
+    assert trained == {0}
+    assert asked
+    assert min(asked) > 10_000, "no seed that anyone trains with"
+
+
 @pytest.mark.parametrize("steps", [1, 9, 10, 11])
 def test_few_steps_are_trained(steps: int) -> None:
     found = train_recall(dataclasses.replace(TASK, steps=steps), Variant("linear", "linear"), 0)

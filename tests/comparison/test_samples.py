@@ -274,7 +274,12 @@ def test_screening_leaves_out_what_is_clearly_beaten(task: Images, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [({"share": 0}, "above 0 and at most 1"), ({"margin": 0}, "above 0"), ({"keep": ("x",)}, "got x")],
+    [
+        ({"share": 0}, "above 0 and at most 1"),
+        ({"share": 1.5}, "above 0 and at most 1"),
+        ({"margin": 0}, "above 0"),
+        ({"keep": ("x",)}, "got x"),
+    ],
 )
 def test_screening_that_cannot_be_is_refused(task: Images, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):

@@ -63,6 +63,16 @@ def test_all_variants_of_a_seed_start_alike(task: Classification | Language) -> 
     assert not all(torch.equal(task.model(SOFTMAX, 4).state_dict()[key], first[key]) for key in first)
 
 
+def test_no_held_out_digit_is_trained_on() -> None:
+    trained, held_out = (
+        {picture["pixel_values"].numpy().tobytes() for picture in DIGITS.pictures(split)}
+        for split in ("train", "test")
+    )
+    assert len(held_out) > 900
+    assert len(trained) > 3_900
+    assert not trained & held_out
+
+
 def test_no_held_out_window_is_trained_on_and_speed_is_taken_with_every_attention() -> None:
     held_out, trained = BYTES.windows(held_out=True), BYTES.windows(held_out=False)
     assert len(held_out) == 200

@@ -100,7 +100,7 @@ def test_numbers_below_0_are_refused(
         choose(teacher, calls, aligned, size, budget=0.9, **{name: -3})
 
 
-def test_a_repair_finds_what_summed_errors_hide() -> None:
+def known_trial() -> tuple[Trial, list[Any], Limits]:
     """Layers whose errors, alone, say the opposite of what they do together."""
     alone = [{STOCK: 0.0, "a": error} for error in (0.1, 0.2, 0.3, 0.4)]
     costs = [{STOCK: 0.25, "a": 0.05} for _ in range(4)]
@@ -114,13 +114,35 @@ def test_a_repair_finds_what_summed_errors_hide() -> None:
             return limits.choice(choice.forms).__class__(choice.forms, choice.cost, choice.error, total)
 
     trial = KnownTrial(None, None, range(0), lambda *_: None)  # type: ignore[arg-type]
-    choices = frontier(alone, costs)
+    return trial, frontier(alone, costs), limits
+
+
+def test_a_repair_finds_what_summed_errors_hide() -> None:
+    trial, choices, limits = known_trial()
     chosen, notes = trial.check(choices, within(choices, 0.6), limits, repairs=0)
     assert chosen.forms == ("a", "a", STOCK, STOCK)
     repaired = trial.repair(chosen, limits, 40)
     assert repaired.forms == (STOCK, STOCK, "a", "a")
     assert repaired.cost <= 0.6 + 1e-9
     assert notes["before_repair"] == pytest.approx(1.4)
+
+
+def test_a_repair_leaves_kept_layers_alone() -> None:
+    limits = Limits([{STOCK: 0.0, "a": 0.1}] * 3, [{STOCK: 0.3, "a": 0.1}] * 3, budget=1.0, keep=[0])
+    found = list(limits.neighbours(limits.choice([STOCK, "a", STOCK])))
+    assert found
+    assert all(its.forms[0] == STOCK for its in found)
+
+
+@pytest.mark.parametrize(
+    ("trust", "forms"), [(0.0, (STOCK, STOCK, "a", "a")), (1.0, ("a", "a", STOCK, STOCK))]
+)
+def test_only_what_sums_do_not_predict_is_repaired(
+    trust: float, forms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, choices, limits = known_trial()
+    monkeypatch.setattr("mhla_diffusion.conversion.trial.rank_correlation", lambda *_: trust)
+    assert trial.check(choices, within(choices, 0.6), limits, repairs=40)[0].forms == forms
 
 
 def test_rank_correlation_by_hand() -> None:

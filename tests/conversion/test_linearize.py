@@ -28,7 +28,7 @@ from mhla_diffusion.conversion.choose import save_student
 from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
 from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
-from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, ratio, without
+from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, by_time, ratio, without
 from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.ops import BlockLayout
@@ -573,3 +573,7 @@ def test_half_of_the_layers_are_wished_within_the_teachers_score() -> None:
     assert lines[6].endswith("| - |"), "not scored"
     assert f"| all local |{' 1.045 |' * 10}" in lines
     assert lines[-1].endswith("| most 10.7 | 10.0500 | 9.4147 to 10.6853 | 10.0000, 10.1000 | yes |")
+
+
+def test_a_mean_for_each_tenth_of_the_way_is_of_the_calls_that_lie_there() -> None:
+    assert by_time([1.0, 2.0, 3.0], [0, 10, 3]) == [1.5, 0, 0, 3.0, *[0] * 6]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mhla_diffusion.pipelines.prompts import Prompt, read_prompts
+from mhla_diffusion.pipelines.rows import prompt_rows
 
 
 def texts(*values: str) -> list[str]:
@@ -137,3 +138,11 @@ def test_names_of_files_stay_inside_the_folder(file: str) -> None:
 )
 def test_names_get_their_extension_and_number(file: str, repetition: int | None, expected: str) -> None:
     assert Prompt("a", file=file).file_name(".mp4", repetition) == expected
+
+
+def test_prompts_in_turn_count_their_repetitions() -> None:
+    given = [Prompt("a", file="x", seed=5), "b"]
+    rows, _ = prompt_rows(given, 4, None, seed=0, negative_prompt=None, kind="images")
+    assert [(row["file"], row["seed"]) for row in rows] == [
+        ("x-0.png", 5), ("000001.png", 1), ("x-1.png", 6), ("000003.png", 3),
+    ]  # fmt: skip

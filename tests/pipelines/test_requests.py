@@ -119,3 +119,8 @@ def test_guidance_that_is_no_number_is_refused(
         ):
             with pytest.raises(ValueError, match=f"guidance_scale must be a finite number, got {number}"):
                 call(number)
+
+
+def test_the_class_of_no_class_is_out_of_range() -> None:
+    with pytest.raises(ValueError, match="class id 2 is out of range: the model knows 0 to 1"):
+        ClassNames({0: "a", 1: "b"}).find(2, 2)

@@ -116,6 +116,16 @@ def test_frechet_distance_is_symmetric() -> None:
 def test_frechet_distance_refuses_what_is_no_covariance(sigma: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frechet_distance(np.zeros(2), sigma, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), sigma)
+
+
+def test_a_spatial_covariance_is_checked_too(tmp_path: Path) -> None:
+    wrong = _not_semidefinite(8)
+    spatial = {"mu_s": np.zeros(8), "sigma_s": (wrong + wrong.T) / 2}
+    np.savez(tmp_path / "s.npz", mu=np.zeros(8), sigma=np.eye(8), **spatial)
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        FeatureStatistics.load(tmp_path / "s.npz")
 
 
 def test_frechet_distance_refuses_different_dimensions() -> None:

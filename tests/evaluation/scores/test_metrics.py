@@ -15,7 +15,13 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from mhla_diffusion.evaluation import FeatureExtractor, FeatureStatistics, evaluate_images, frechet_distance
-from mhla_diffusion.evaluation.scores.metrics import METRICS, Comparison, Measured, by_published_name
+from mhla_diffusion.evaluation.scores.metrics import (
+    METRICS,
+    Comparison,
+    Measured,
+    _has_pairs,
+    by_published_name,
+)
 from mhla_diffusion.evaluation.scores.neighbours import find_neighbourhoods
 from mhla_diffusion.evaluation.scores.resampling import (
     draw_replicates,
@@ -23,6 +29,7 @@ from mhla_diffusion.evaluation.scores.resampling import (
     frechet_of_features,
     frechet_replicates,
     gaussian,
+    interval,
     kernel_replicates,
 )
 from mhla_diffusion.evaluation.scores.score import Score
@@ -162,9 +169,11 @@ def test_a_replicate_is_the_distance_of_the_drawn_samples() -> None:
             assert found[i] == pytest.approx(frechet_of_features(x, y, ddof=1), rel=1e-8)
 
 
-def test_replicates_of_kid_leave_out_pairs_of_one_sample() -> None:
+@pytest.mark.parametrize("rows", [8, 1024], ids="{} rows at once".format)
+def test_replicates_of_kid_leave_out_pairs_of_one_sample(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_fidelity.metric_kid import kernel_poly
 
+    monkeypatch.setattr("mhla_diffusion.evaluation.scores.resampling.ROWS", rows)
     real, generated = _features(25, 0), _features(20, 1, 0.3)
     drawn = draw_replicates(25, 20, count=2, seed=1)
     found = kernel_replicates(real, generated, drawn, kernel_poly, seed=0)
@@ -370,3 +379,20 @@ def test_fid_and_fvd_are_the_frechet_distance_on_the_networks_they_are_defined_w
     )
     assert by_published_name("fvd", "i3d=weights.pt", "video") == (["frechet"], "i3d=weights.pt")
     assert by_published_name("auto", "auto", "image") == ("auto", "auto")
+
+
+def test_a_sample_on_the_edge_of_a_ball_counts_as_its_authors_have_it() -> None:
+    """Within a ball is on its edge for recall (Kynkaanniemi et al.), and not for density (Naeem et al.)."""
+    real = np.arange(12, dtype=np.float32)[:, None]
+    found = find_neighbourhoods(real, real + 13)
+    assert found.recall.sum() == 2
+    assert found.density.sum() == pytest.approx(4 / 5)
+
+
+def test_classes_of_one_sample_have_no_pairs() -> None:
+    assert not _has_pairs((["x", "y"], ["x", "y"]))
+    assert _has_pairs((["x", "x"], ["x", "y", "x"]))
+
+
+def test_an_interval_is_196_standard_deviations_of_a_sample_each_way() -> None:
+    assert interval(0.0, np.array([-1.0, 1.0])) == pytest.approx((-2.772, 2.772), abs=1e-3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhla_diffusion.training.data.captions import draw_caption, read_captions, texts_of
+from mhla_diffusion.training.data.captions import draw_caption, read_captions, texts_of, weighted_texts
 
 
 def test_missing_files_are_named_and_stay_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,3 +153,9 @@ def test_folders_of_pictures_are_videos_too(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "captions.csv").write_text(f"path,caption\n{tmp_path / 'frames'},a\n")
     assert read_captions(tmp_path) == [(tmp_path / "frames", "a")]
     assert not caplog.text
+
+
+def test_equal_texts_have_the_sum_of_their_weights_and_no_weight_is_0() -> None:
+    assert weighted_texts(["a", "a ", "b"], [1, 3, 1]) == {"a": 4, "b": 1}
+    with pytest.raises(ValueError, match="must be above 0"):
+        weighted_texts(["a", "b"], [1, 0])

@@ -43,7 +43,7 @@ def make_batch() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
-@pytest.mark.parametrize("step", [0, 25, 100])
+@pytest.mark.parametrize("step", [0, 25, 100, 150])
 def test_the_loss_by_hand(name: str, step: int) -> None:
     teacher, student = make_pair(name)
     objective = build_objective(ObjectiveConfig(name=name))  # type: ignore[arg-type]
@@ -130,6 +130,17 @@ def test_frozen_weights_are_there_once(lora: int) -> None:
     its = student.transformer_blocks[0].ff.net[2]
     assert first.data_ptr() == (its.base_layer if lora else its).weight.data_ptr()
     torch.testing.assert_close(teacher(**example(teacher)).sample, expected)
+
+
+def test_frozen_weights_that_differ_stay_the_teachers() -> None:
+    teacher, student = make_pair()
+    set_trainable(student, "attention", LoraConfig(rank=0))
+    own = teacher.transformer_blocks[0].ff.net[2].weight
+    before = own.clone()
+    with torch.no_grad():
+        student.transformer_blocks[0].ff.net[2].weight.add_(1)
+    share_frozen(teacher, student)
+    assert torch.equal(teacher.transformer_blocks[0].ff.net[2].weight, before)
 
 
 def example(model: Any) -> dict[str, Any]:

@@ -259,3 +259,12 @@ def test_settings_that_do_not_belong_together() -> None:
         ObjectiveConfig(beta_end=0.03)
     with pytest.raises(ValueError, match=r"above 0, below 1 and in this order, got 0.03 and 0.02"):
         ObjectiveConfig(name="ddpm", beta_start=0.03)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_noise_is_read_back_from_what_a_perfect_model_returns(kind: Any) -> None:
+    samples, noise = samples_and_noise()
+    objective = DDPM(ObjectiveConfig(name="ddpm", prediction_type=kind))
+    times = torch.tensor([3, 50, 200, 900])
+    target, noisy = objective._target(samples, times, noise), objective.noisy(samples, times, noise)
+    torch.testing.assert_close(objective._eps(target, noisy, times), noise, atol=1e-3, rtol=0)
