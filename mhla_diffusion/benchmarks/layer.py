@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..backbones import MHLAWanTransformer3DModel
 from ..config import MHLAConfig
 from ..files.text import markdown_table
-from ..files.writing import write_file
+from ..files.writing import require_room, write_file
 from ..timing import interleaved, peak_bytes, spread
-from .shared import PASSES, check_at_least, check_choices, default_device, machine
+from .shared import PASSES, check_at_least, check_choices, check_seconds, default_device, machine
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.
@@ -55,10 +55,14 @@ def layer(
         A table in Markdown.
 
     Raises:
-        ValueError: for a choice that does not exist, an odd ``head_dim``, or blocks that do not fit the grid.
+        ValueError: for a choice that does not exist, an odd ``head_dim``, blocks that do not fit the grid, or
+            where results lie in ``out`` already.
     """
     check_choices(passes=(passes, PASSES))
     check_at_least(1, heads=heads, head_dim=head_dim, ffn_dim=ffn_dim, repeats=repeats)
+    check_seconds(seconds)
+    if out is not None:
+        require_room(out, ["layer.json", "layer.md"])
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, as positions turn pairs of channels, got {head_dim}")
     device = device or default_device()

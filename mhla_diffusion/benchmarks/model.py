@@ -20,11 +20,21 @@ from ..backbones import backbone_of_config
 from ..backbones.layer_plan import attentions_of
 from ..config import MHLAConfig
 from ..files.text import markdown_table
-from ..files.writing import write_file
+from ..files.writing import require_room, write_file
 from ..ops import recommended_layout
 from ..planning import load_model_config, token_grid
 from ..timing import interleaved, spread
-from .shared import check_at_least, check_choices, clock_of, default_device, machine, plot, require_plots
+from .shared import (
+    check_at_least,
+    check_choices,
+    check_different,
+    check_seconds,
+    clock_of,
+    default_device,
+    machine,
+    plot,
+    require_plots,
+)
 
 # Sides of square images or frames in pixels, where those of others say nothing of a model.
 _SIZES = {
@@ -72,7 +82,7 @@ def model(
         dtype: float32, or bfloat16 for autocast.
         repeats: interleaved runs, of which the median counts.
         seconds: one attention at one size takes no more runs than fit into this, and one at least.
-        out: folder for model.json, model.md and model.png.
+        out: folder for model.json, model.md and model.png, written after each size.
         device: cpu or cuda; a GPU where there is one.
         training: whether a training step is timed beside the denoising step.
         processor_time: count the seconds of all threads on the processor and not those of the clock, which
@@ -85,7 +95,7 @@ def model(
 
     Raises:
         ValueError: for a choice that does not exist, a number that is too small, a size that does not divide
-            into tokens, or settings that MHLAConfig refuses.
+            into tokens, settings that MHLAConfig refuses, or where results lie in ``out`` already.
         ModuleNotFoundError: for a drawing without matplotlib.
     """
     widths = {"num_attention_heads": heads, "attention_head_dim": head_dim}
@@ -106,12 +116,17 @@ def model(
         sizes = _SIZES.get(backbone, _VIDEO_SIZES if subject.frames else _IMAGE_SIZES)
     check_at_least(1, **{"the number of sizes": len(sizes)})
     check_at_least(16, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+    check_different(sizes=sizes)
+    check_seconds(seconds)
     grids = [subject.grid(size) for size in sizes]
     if out is not None:
         require_plots()
+        require_room(out, [f"model.{kind}" for kind in ("json", "md", "png")])
     device = device or default_device()
     clock = clock_of(device, processor_time=processor_time)
     kinds = _STEPS if training else _STEPS[:1]
+    counted = ", processor time" if processor_time else ""
+    title = subject.title + (f", mhla with {settings}" if settings else "")
     records = []
     for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):
         steps: list[Callable[[], Any]] = []
@@ -125,11 +140,9 @@ def model(
             _record(size, grid, attention, dict(zip(kinds, measured, strict=True)))
             for attention, measured in zip(attentions, each, strict=True)
         ]
-    counted = ", processor time" if processor_time else ""
-    title = subject.title + (f", mhla with {settings}" if settings else "")
-    text = f"{title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
-    if out is not None:
-        _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=title)
+        text = f"{title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
+        if out is not None:
+            _write(out, text, records, attentions, machine=machine(device), dtype=dtype, model=title)
     return text
 
 

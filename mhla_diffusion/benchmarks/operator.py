@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.text import markdown_table
-from ..files.writing import write_file
+from ..files.writing import require_room, write_file
 from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
 from ..timing import best, interleaved, peak_bytes, spread
 from .shared import (
     PASSES,
     check_at_least,
     check_choices,
+    check_seconds,
     clock_of,
     default_device,
     machine,
@@ -122,7 +123,7 @@ def operator(
         A table in Markdown. Its spread is the distance between the quartiles of a peer's runs, of the median.
 
     Raises:
-        ValueError: for a choice that does not exist.
+        ValueError: for a choice that does not exist or stands twice, or where results lie in ``out`` already.
         ModuleNotFoundError: for a drawing without matplotlib.
         RuntimeError: when MHLA does not equal its reference.
     """
@@ -131,8 +132,11 @@ def operator(
     if "mhla" not in peers:
         raise ValueError(f"peers must hold mhla, whose time others are compared with, got {list(peers)}")
     check_at_least(1, repeats=repeats)
+    check_seconds(seconds)
     if scaling and out is not None:
         require_plots()
+    if out is not None:
+        require_room(out, ["operator.json", "operator.md", *["scaling.png"] * scaling])
     device = device or default_device()
     clock = clock_of(device, processor_time=processor_time)
     for name in shapes:

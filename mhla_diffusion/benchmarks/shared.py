@@ -7,7 +7,7 @@ import io
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
     """Check ``name=(chosen, allowed)``.
 
     Raises:
-        ValueError: when something chosen is not allowed, or nothing is chosen.
+        ValueError: when something chosen is not allowed or chosen twice, or nothing is chosen.
     """
     for name, (chosen, allowed) in choices.items():
         values = list(chosen)
@@ -89,6 +89,28 @@ def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:
         for value in values:
             if value not in allowed:
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {value!r}")
+        check_different(**{name: values})
+
+
+def check_different(**values: Sequence[object]) -> None:
+    """Check that in ``name=[...]`` nothing stands twice, as one would be measured for nothing.
+
+    Raises:
+        ValueError: when something does.
+    """
+    for name, chosen in values.items():
+        if twice := [value for value in dict.fromkeys(chosen) if chosen.count(value) > 1]:
+            raise ValueError(f"{name} must differ, got {twice[0]!r} more than once")
+
+
+def check_seconds(seconds: float) -> None:
+    """Check the time that runs may take.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
 
 
 def check_at_least(least: int, **values: int) -> None:

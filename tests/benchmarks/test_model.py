@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from mhla_diffusion.benchmarks.layer import layer
 from mhla_diffusion.benchmarks.model import model
+from mhla_diffusion.benchmarks.operator import operator
 from tests.backbones.cases import CASES, Case
 
 
@@ -61,6 +63,9 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
             {"mhla": {"local": "near"}},
             "local must be one of None, 'shared', 'gate', 'only', 'auto', got 'near'",
         ),
+        ({"sizes": [64, 128, 64]}, "sizes must differ, got 64 more than once"),
+        ({"attentions": ["mhla", "mhla"]}, "attentions must differ, got 'mhla' more than once"),
+        ({"seconds": 0}, "seconds must be above 0, got 0"),
         ({"mhla": {"blocks": 4}}, "blocks are those recommended for each size, got blocks=4"),
     ],
     ids=str,
@@ -68,3 +73,19 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
 def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+def test_results_of_before_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    (tmp_path / "operator.json").write_text("{}")
+    (tmp_path / "layer.md").write_text("")
+    for name, call in (
+        ("model.json", lambda: model([64], out=tmp_path)),
+        ("operator.json", lambda: operator(out=tmp_path)),
+        ("layer.md", lambda: layer(out=tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+    with pytest.raises(ValueError, match="is a file; a folder is needed"):
+        model([64], out=tmp_path / "layer.md")
+    assert (tmp_path / "model.json").read_text() == "{}"
