@@ -55,7 +55,8 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
         sample_grid: tuple[int, int, int] = (16, 16, 22),
     ) -> None:
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid))
-        send_with_rope(self.rope, _grid_of_tokens)
+        if set(self.layer_attention) != {"softmax"}:  # which takes tokens on no grid too
+            send_with_rope(self.rope, _grid_of_tokens)
         self.register_to_config(sample_grid=list(sample_grid))
 
     def example_inputs(

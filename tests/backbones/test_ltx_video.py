@@ -85,3 +85,15 @@ def test_coordinates_of_no_grid_are_refused(change: Callable[[Tensor], Tensor], 
     inputs["hidden_states"] = torch.randn(2, places.shape[-1], 3)
     with pytest.raises(ValueError, match=message):
         model(**with_coordinates(inputs, places))
+
+
+@pytest.mark.parametrize("time", [0, -2], ids=["from 0 again", "before 0"])
+def test_frames_behind_the_video_are_refused(time: int) -> None:
+    """As ``LTXI2VLongMultiPromptPipeline`` has them; the video would be taken for tokens ahead of a grid."""
+    inputs = CASE.inputs(model := CASE.make(mhla={"extra_block": True}), GRID)
+    places = torch.cat((coordinates(GRID), coordinates((1, 3, 4), time=time)), 2)
+    arguments = with_coordinates(inputs, places)
+    arguments["hidden_states"] = torch.cat((inputs["hidden_states"], torch.randn(2, 12, 3)), 1)
+    with pytest.raises(ValueError, match="LTXI2VLongMultiPromptPipeline has them, have no place on the grid"):
+        model(**arguments)
+    assert sample(CASE.make(attention="softmax"), arguments).isfinite().all()

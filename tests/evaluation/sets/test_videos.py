@@ -149,14 +149,15 @@ def test_other_frame_rates_are_flagged(write_videos: WriteVideos, tmp_path: Path
     assert len(rate_notes([8.0, 30.0], [8.0, 30.0])) == 1, "as many of each are not said to be"
 
 
-def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_folders_of_frames_are_videos(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("mhla_diffusion.files.frame_folder")
     clips = moving_squares(4, 0)
     for index, clip in enumerate(clips):
         place = tmp_path / "set" / "ab"[index % 2] / f"video{index}"
         place.mkdir(parents=True)
         for number, frame in enumerate(clip):
-            Image.fromarray(frame).save(place / f"{number:06d}.png")
+            Image.fromarray(frame).save(place / f"{number:06d}.{suffix}")
     videos = open_videos(tmp_path / "set", frames=12)
     assert videos.names == ["a/video0", "a/video2", "b/video1", "b/video3"]
     assert videos.labels == [0, 0, 1, 1]
