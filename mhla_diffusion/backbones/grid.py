@@ -26,14 +26,15 @@ Grid = tuple[int, ...]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def send_with_rope(rope: nn.Module, grid_of: Callable[..., Grid]) -> None:
+def send_with_rope(rope: nn.Module, grid_of: Callable[..., Grid | None]) -> None:
     """Append the grid to the rotary tables that a model's ``rope`` returns.
 
     It is the shape of one more tensor, ``[*grid, 0]``: hooks that spread or move tensors leave it whole.
 
     Args:
         rope: of the model; it returns a tuple of tables, or a dict of them.
-        grid_of: called with the arguments of the rope, such as :func:`grid_of_latents` of some patch.
+        grid_of: called with the arguments of the rope, such as :func:`grid_of_latents` of some patch; with
+            None for a grid nothing is appended.
     """
     rope.register_forward_hook(functools.partial(_append_grid, grid_of=grid_of), with_kwargs=True)
 
@@ -131,9 +132,11 @@ def _append_grid(
     kwargs: dict[str, Any],
     tables: Any,
     *,
-    grid_of: Callable[..., Grid],
+    grid_of: Callable[..., Grid | None],
 ) -> Any:
     grid = grid_of(*args, **kwargs)
+    if grid is None:
+        return tables
     if isinstance(tables, dict):
         return {**tables, "grid": next(iter(tables.values())).new_empty(*grid, 0)}
     return *tables, tables[0].new_empty(*grid, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -55,8 +56,8 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
         sample_grid: tuple[int, int, int] = (16, 16, 22),
     ) -> None:
         self.build(stock, self.plan_layers(attention, mhla_config, stock["num_layers"], sample_grid))
-        if set(self.layer_attention) != {"softmax"}:  # which takes tokens on no grid too
-            send_with_rope(self.rope, _grid_of_tokens)
+        needed = set(self.layer_attention) != {"softmax"}
+        send_with_rope(self.rope, functools.partial(_grid_of_tokens, needed=needed))
         self.register_to_config(sample_grid=list(sample_grid))
 
     def example_inputs(
@@ -99,10 +100,17 @@ def _grid_of_tokens(
     width: int | None = None,
     rope_interpolation_scale: Any = None,
     video_coords: Tensor | None = None,
-) -> Grid:
-    """Return the grid of what the rope is told."""
+    *,
+    needed: bool,
+) -> Grid | None:
+    """Return the grid of what the rope is told; None for tokens on no grid, where it is not needed."""
     if video_coords is not None:
-        return _grid_of_coordinates(video_coords[0])
+        try:
+            return _grid_of_coordinates(video_coords[0])
+        except ValueError:
+            if needed:
+                raise
+            return None
     if num_frames is None or height is None or width is None:
         raise ValueError("MHLA needs the grid of its tokens: give num_frames, height and width to the model")
     return operator.index(num_frames), operator.index(height), operator.index(width)
