@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files.sums import short_hash
 from .screen import Screen
 from .task import Task, task_of
 from .variant import Variant
@@ -92,8 +92,7 @@ class Run(NamedTuple):
     @property
     def path(self) -> Path:
         """Path of its result: under the variant, by what it was run with."""
-        text = json.dumps(self.record, sort_keys=True)
-        return Path(self.variant.name) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return Path(self.variant.name) / f"{short_hash(self.record)}.json"
 
 
 def key_of(record: dict[str, Any]) -> tuple[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import tempfile
 from abc import abstractmethod
@@ -21,6 +19,7 @@ from ..config import MHLAConfig
 from ..conversion.real import open_source, require_real, write_statistics_of
 from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
+from ..files.sums import short_hash
 from ..training.config import flat_dict, parse_config
 from .task import Metric, Task
 from .variant import Variant
@@ -200,8 +199,7 @@ class Samples(Task):
     def real_name(self) -> str:
         """Name of the file of statistics of what is held out."""
         data = {key: value for key, value in self.values.items() if key.startswith(("data.", "model."))}
-        text = json.dumps([self.kind, self.extractor, self.num_real, data, self.held_out], sort_keys=True)
-        return f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+        return f"real-{short_hash([self.kind, self.extractor, self.num_real, data, self.held_out])}.npz"
 
 
 def _parsed(config_class: Any, values: dict[str, Any]) -> Any:

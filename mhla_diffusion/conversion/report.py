@@ -5,7 +5,6 @@ Models are measured one after the other, and what is measured is kept, so that t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from ..backbones.teacher import as_teacher, fingerprint, load_teacher
 from ..config import MHLAConfig
 from ..files.locking import only_writer
 from ..files.pages import render
+from ..files.sums import short_hash
 from ..files.writing import write_file
 from ..hub import expert_times
 from ..planning import Plan
@@ -295,7 +295,7 @@ def _key(entry: Entry, teacher: Any, settings: list[Any], size: Plan | None) -> 
         _MEASURES, entry.stage, entry.source, weights, fingerprint(teacher), *settings,
         None if size is None else list(size.layout.grid), *(["guided"] if entry.guided else []),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return short_hash(facts)
 
 
 def _measure(

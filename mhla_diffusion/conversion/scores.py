@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from ..evaluation.networks.videos import load_video_extractor
 from ..evaluation.sets.images import open_images
 from ..evaluation.sets.samples import SampleSet, holds_statistics
 from ..evaluation.sets.videos import open_videos
-from ..files.sums import file_sha256
+from ..files.sums import file_sha256, short_hash
 from ..files.writing import write_file
 from ..processes import in_first_process
 from ..training import VideoTrainingConfig
@@ -98,7 +97,7 @@ class Scorer:
             self.data = {key: value for key, value in values.items() if key.startswith(("data.", "model."))}
             source = _held_out(teacher, run, config)
             self.prompts = texts_of(source.captions or ())[: config.num_samples]
-        self.real = out / f"real-{_hash(self._real_facts())}.npz"
+        self.real = out / f"real-{short_hash(self._real_facts())}.npz"
         if config.real is not None and holds_statistics(config.real):
             self.real = Path(config.real)
         elif not self.real.is_file():
@@ -129,7 +128,7 @@ class Scorer:
 
     def __call__(self, pipeline: str, folder: Path) -> list[dict[str, Any]]:
         """Return the scores of a pipeline, kept in a folder of its own with its samples."""
-        name = _hash([self._real_facts(), self.facts, self.prompts])
+        name = short_hash([self._real_facts(), self.facts, self.prompts])
         kept = folder / f"scores-{name}.json"
         if not kept.is_file():
             found = scores(
@@ -149,10 +148,6 @@ def _held_out(teacher: str, run: Any, config: ScoreConfig) -> Any:
     source = open_source(parse_config(type(run), ["--config", teacher, *keys])[0])
     require_real(config.num_real, source)
     return source
-
-
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _load_extractor(name: str, run: Any) -> FeatureExtractor:

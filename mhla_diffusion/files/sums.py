@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .writing import disk_errors
 
@@ -23,6 +25,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def short_hash(facts: Any) -> str:
+    """Name what was made from facts: the first 16 digits of the SHA-256 of their JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def record_sums(folder: Path, names: Iterable[str]) -> None:

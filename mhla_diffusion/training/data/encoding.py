@@ -1,4 +1,4 @@
-"""Encoding a data set once, so that training need not: what scripts/cache_latents.py does.
+"""Encoding a data set once, so that training need not: what ``mhla cache-latents`` does.
 
 :mod:`.latents` says what the rows are, and reads them.
 """

@@ -1,4 +1,4 @@
-"""Latents that scripts/cache_latents.py wrote, as samples for training; see :mod:`.encoding`.
+"""Latents that ``mhla cache-latents`` wrote, as samples for training; see :mod:`.encoding`.
 
 A row holds the latents ``[C, ...]``: either ``latents`` float16, scaled as the pipeline scales them, or
 ``mean`` and ``std`` float16 of what they are drawn from. And what is known of the sample: ``label`` int64,
@@ -256,7 +256,7 @@ def _draw_texts(row: dict[str, Tensor], config: TextConfig, generator: torch.Gen
 
 @dataclass(frozen=True)
 class ImageLatents(ImageSource):
-    """Folder that scripts/cache_latents.py image wrote."""
+    """Folder that ``mhla cache-latents image`` wrote."""
 
     path: str
 
@@ -277,7 +277,7 @@ class ImageLatents(ImageSource):
 
 @dataclass(frozen=True)
 class VideoLatents(VideoSource):
-    """Folder that scripts/cache_latents.py video wrote."""
+    """Folder that ``mhla cache-latents video`` wrote."""
 
     path: str
 

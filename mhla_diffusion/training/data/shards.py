@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...files.locking import only_writer
+from ...files.sums import short_hash
 from ...files.text import shortened
 from ...files.writing import write_file
 from ...processes import in_first_process, one_fate, process_state, wait_for_all
@@ -307,7 +308,7 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         return cache
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {_kind(config)}; choose another --output_dir")
-    cache = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    cache = short_hash(record)
     write_file(path, json.dumps({**record, "id": cache}, indent=2))
     return cache
 
