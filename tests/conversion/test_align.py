@@ -57,6 +57,18 @@ def test_every_layer_comes_nearer_in_every_form_and_weights_are_what_errors_say(
     assert found["jobs"][form][name]["error"] == pytest.approx(sum(errors) / len(errors), rel=0.02)
 
 
+def test_a_layer_that_gets_worse_ends_early_with_its_best_weights(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    wild = dataclasses.replace(FEW, evaluate_every=2, patience=1, learning_rate=1e6, old_learning_rate=1e6)
+    candidates = {"mhla": FORMS["mhla"]}
+    jobs = align(teacher, calls, tmp_path, candidates=candidates, config=wild, layers=[0])["jobs"]["mhla"]
+    ((name, job),) = jobs.items()
+    assert (job["steps"], job["error"]) == (2, job["before"])
+    stored = load_file(job_files(tmp_path, name, "mhla")[0])
+    assert max(float(value.abs().max()) for value in stored.values()) < 1e3
+
+
 def test_what_is_done_is_not_done_again_and_candidates_may_be_added(
     teacher: Any, calls: NoiseCalls, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

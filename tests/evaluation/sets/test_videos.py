@@ -170,3 +170,8 @@ def test_names_that_are_not_text_are_read(write_videos: WriteVideos) -> None:
     os.rename(os.fsencode(folder / "0000.mp4"), os.fsencode(folder) + b"/caf\xe9.mp4")
     (read,) = open_videos(folder, frames=4).readers()
     assert read().shape == (4, 32, 48, 3)
+
+
+def test_a_rate_takes_the_place_of_a_stride(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="takes the place of stride, got 8 and 2"):
+        open_videos(tmp_path, fps=8, stride=2)

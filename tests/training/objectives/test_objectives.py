@@ -268,3 +268,8 @@ def test_the_noise_is_read_back_from_what_a_perfect_model_returns(kind: Any) -> 
     times = torch.tensor([3, 50, 200, 900])
     target, noisy = objective._target(samples, times, noise), objective.noisy(samples, times, noise)
     torch.testing.assert_close(objective._eps(target, noisy, times), noise, atol=1e-3, rtol=0)
+
+
+def test_times_that_are_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.times must be two of 0 to 1, in this order"):
+        ObjectiveConfig(times=(0.5, 0.5))
