@@ -17,7 +17,7 @@ from ..config import MHLAConfig
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..timing import interleaved, peak_bytes, spread
-from .shared import PASSES, check_at_least, check_choices, check_seconds, default_device, machine
+from .shared import PASSES, check_at_least, check_choices, check_seconds, default_device, machine, percent
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.
@@ -52,7 +52,8 @@ def layer(
         device: cpu or cuda; a GPU where there is one.
 
     Returns:
-        A table in Markdown.
+        A table in Markdown. Its spread is the distance between the quartiles of the runs, of the median; with
+        fewer than three there is none.
 
     Raises:
         ValueError: for a choice that does not exist, an odd ``head_dim``, blocks that do not fit the grid, or
@@ -82,7 +83,11 @@ def layer(
         if out is not None:
             record = {"machine": machine(device), "grid": grid, "blocks": blocks, "measurements": records}
             write_file(out / "layer.json", json.dumps(record, indent=2))
-    text = f"{machine(device)}\n\n{_layer_table(records)}"
+    title = (
+        f"a layer of Wan on {_times(grid)} tokens, MHLA in {_times(blocks)} blocks, {heads} heads of "
+        f"{head_dim}, feed-forward {ffn_dim}, float32, medians of up to {repeats} runs"
+    )
+    text = f"{title}; {machine(device)}\n\n{_layer_table(records)}"
     if out is not None:
         write_file(out / "layer.md", text)
     return text
@@ -120,12 +125,18 @@ def _layer_steps(
     return [torch.no_grad()(forward), lambda: torch.autograd.grad(forward(), wanted, gradient)]
 
 
+def _times(numbers: Sequence[int]) -> str:
+    return " x ".join(map(str, numbers))
+
+
 def _layer_table(records: Sequence[dict[str, Any]]) -> str:
-    lines = [["pass", "MHLA s", "softmax s", "softmax / MHLA", "MB beyond in- and outputs, MHLA / softmax"]]
+    head = ["pass", "MHLA s", "spread", "softmax s", "spread", "softmax / MHLA"]
+    lines = [[*head, "MB beyond in- and outputs, MHLA / softmax"]]
     for ours, softmax in zip(records[::2], records[1::2], strict=True):
         lines.append(
             [
-                ours["pass"], f"{ours['seconds']:.2f}", f"{softmax['seconds']:.2f}",
+                ours["pass"], f"{ours['seconds']:.3g}", percent(ours["spread"]),
+                f"{softmax['seconds']:.3g}", percent(softmax["spread"]),
                 f"{softmax['seconds'] / ours['seconds']:.2f} x",
                 f"{ours['peak_bytes'] / 1e6:,.0f} / {softmax['peak_bytes'] / 1e6:,.0f}",
             ]

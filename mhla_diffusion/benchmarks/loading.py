@@ -10,7 +10,7 @@ from ..files.clips import choose_clip
 from ..files.text import markdown_table
 from ..files.videos import open_video
 from ..timing import interleaved, spread
-from .shared import check_at_least
+from .shared import check_at_least, percent
 
 
 def loading(
@@ -65,7 +65,7 @@ def loading(
     ]
     lines = [
         ["reader", "clips per second", "spread"],
-        [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", f"{spread(rates[0]) or 0:.0%}"],
-        ["plain loop", f"{statistics.median(rates[1]):.1f}", f"{spread(rates[1]) or 0:.0%}"],
+        [f"trainer, {workers} workers", f"{statistics.median(rates[0]):.1f}", percent(spread(rates[0]))],
+        ["plain loop", f"{statistics.median(rates[1]):.1f}", percent(spread(rates[1]))],
     ]  # fmt: skip
     return markdown_table(lines)

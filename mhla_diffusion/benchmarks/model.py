@@ -125,7 +125,7 @@ def model(
     device = device or default_device()
     clock = clock_of(device, processor_time=processor_time)
     kinds = _STEPS if training else _STEPS[:1]
-    counted = ", processor time" if processor_time else ""
+    counted = f"{', processor time' * processor_time}, medians of up to {repeats} runs"
     title = subject.title + (f", mhla with {settings}" if settings else "")
     records = []
     for size, grid in tqdm(list(zip(sizes, grids, strict=True)), desc="sizes", disable=None):

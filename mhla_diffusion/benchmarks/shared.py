@@ -124,6 +124,11 @@ def check_at_least(least: int, **values: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def percent(share: float | None) -> str:
+    """Return a share as a table has it, a dash where there is none."""
+    return "-" if share is None else f"{share:.0%}"
+
+
 def race(calls: dict[str, Callable[[], float]], count: int, unit: str, repeats: int) -> str:
     """Return a table of calls that return a distance, each of ours before its alternative."""
     scores: dict[str, float] = {}
@@ -138,7 +143,7 @@ def race(calls: dict[str, Callable[[], float]], count: int, unit: str, repeats: 
         ratio = f"{medians[i + 1] / medians[i]:.2f} x" if i % 2 == 0 else ""
         lines.append(
             [
-                name, f"{medians[i]:.1f}", f"{count / medians[i]:.1f}", f"{spread(times[i]) or 0:.0%}",
+                name, f"{medians[i]:.1f}", f"{count / medians[i]:.1f}", percent(spread(times[i])),
                 f"{scores[name]:.6g}", ratio,
             ]
         )  # fmt: skip
