@@ -54,6 +54,8 @@ def plain_message(message: str) -> str:
 
     Messages of other forms, as those of our own checks, are returned as they are.
     """
+    if not (_KEY.match(message) or _ABOUT.match(message)):
+        return message
     keys, types, value = list[str](), list[str](), ""
     for line in map(str.strip, message.splitlines()):
         if key := _KEY.match(line):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mhla_diffusion.help import with_home
+from mhla_diffusion.help import plain_message, with_home
 from mhla_diffusion.training import ImageTrainingConfig, VideoTrainingConfig, parse_config
 from mhla_diffusion.training.config import as_dict, forbidden_changes, write_config
 
@@ -105,6 +106,34 @@ def test_values_that_are_not_allowed(write_settings: Callable[[], Path], overrid
             pytest.skip("wandb is installed")
     with pytest.raises(ValueError, match=message):
         parse("--config", str(write_settings()), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--model.mhla.blocks=4x4",
+            "model.mhla.blocks: expected int or tuple, got 4x4; a list is written [A, B], in quotes",
+        ),
+        ("--model.mhla.blocks=0", "blocks must be an integer >= 1 or one per axis, got 0"),
+        ("--model.mhla.gate=perhaps", "model.mhla.gate: expected true or false, got perhaps"),
+        ("--model.mhla=5", "model.mhla: expected keys and values or null, got 5"),
+        ("--objective.name=foo", "objective.name: expected one of 'flow', 'ddpm', got foo"),
+        (
+            "--mhla.blocks=4",
+            "unknown key mhla.blocks, did you mean model.mhla.blocks? --help lists all of them",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_answered_in_one_line(
+    write_settings: Callable[[], Path], override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse("--config", str(write_settings()), override)
+
+
+def test_messages_of_our_own_stay_whole() -> None:
+    assert plain_message("two lines:\n  - of ours\n") == "two lines:\n  - of ours\n"
 
 
 def test_a_word_in_place_of_a_list_is_answered_with_how_lists_are_written(
