@@ -126,7 +126,8 @@ def test_a_script_is_its_command(
     assert of_script.startswith(f"usage: {' '.join([f'{name}.py', *words])} ")
     assert call(monkeypatch, *command.split(), "--help") == 0
     of_command = capsys.readouterr().out
-    named = of_command.replace(f"mhla {command}", " ".join([f"{name}.py", *words]))
+    usage = " ".join(["usage:", f"{name}.py", *words])
+    named = of_command.replace(f"usage: mhla {command}", usage)
     assert of_script.split() == named.split()
 
 
