@@ -28,6 +28,7 @@ from mhla_diffusion.pipelines.denoising import vae_strides
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
 from .config import NO_WINDOW, POWER_MAP, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
+from .files.text import sizes_text
 from .hub import holds_pixels, load_component_config, load_config
 from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
 
@@ -306,7 +307,7 @@ def plan(
     except RuntimeError as error:  # tables of the model, or counts of torch, end there
         text = f" and {extra_tokens} of text" if extra_tokens else ""
         raise ValueError(
-            f"{model} does not run on {_times(grid)} tokens{text}: take fewer ({error})"
+            f"{model} does not run on {sizes_text(grid)} tokens{text}: take fewer ({error})"
         ) from error
     return Plan(
         model=model,
@@ -495,18 +496,18 @@ def _heading(plan: Plan) -> Iterator[str]:
     layers = "all" if plan.linear_layers == plan.num_layers else f"{plan.linear_layers} of"
     even = "" if BlockLayout(layout.grid, layout.blocks).is_even else "at most "
     extra = "" if layout.extra is None else f" and {sum(layout.extra):,} of text"
-    yield f"{plan.model}, {plan.size}: {_times(layout.grid)} = {math.prod(layout.grid):,} tokens{extra}"
+    yield f"{plan.model}, {plan.size}: {sizes_text(layout.grid)} = {math.prod(layout.grid):,} tokens{extra}"
     yield f"linear attention in {layers} {plan.num_layers} layers, {plan.heads} heads of {plan.head_dim}"
     yield (
-        f"blocks {_times(layout.blocks)} = {math.prod(layout.blocks)}, each of {even}"
-        f"{_times(layout.block_shape)} tokens{' and one of text' if extra else ''}; mixing is "
+        f"blocks {sizes_text(layout.blocks)} = {math.prod(layout.blocks)}, each of {even}"
+        f"{sizes_text(layout.block_shape)} tokens{' and one of text' if extra else ''}; mixing is "
         f"{100 * plan.mixing_share:.0f} % of the operator"
     )
     yield f"MHLA {_form(plan)}"
     yield (
         "these blocks are the recommended ones"
         if layout.blocks == recommended.blocks
-        else f"recommended: blocks {_times(recommended.blocks)} = {recommended.num_blocks}"
+        else f"recommended: blocks {sizes_text(recommended.blocks)} = {recommended.num_blocks}"
     )
     usual = MHLAConfig().blocks
     assert isinstance(usual, int)
@@ -563,10 +564,6 @@ def _table(plan: Plan) -> Iterator[str]:
         lambda value: _digits(value / 1e6),
     )
     yield from section("FLOPs a byte", intensity, _digits)
-
-
-def _times(numbers: tuple[int, ...]) -> str:
-    return " x ".join(map(str, numbers))
 
 
 def _digits(value: float) -> str:

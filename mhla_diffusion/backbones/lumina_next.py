@@ -26,8 +26,8 @@ class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
     rebuilds it. Rotary positions turn the numerators alone; Lumina's norm of queries and keys, over all heads
     together, stays; heads of keys that queries share are repeated. Cross-attention to text stays softmax.
     The pipeline's ``base_sequence_length``, which sharpens softmax on sequences longer than those of the
-    training, says nothing to linear layers; nor to their softmax windows (``local``), whose length does not
-    grow so, which makes ``local="only"`` over one block another function than stock layers there.
+    training, says nothing to linear layers, nor to their softmax windows (``local``): there ``local="only"``
+    over one block is another function than stock layers.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

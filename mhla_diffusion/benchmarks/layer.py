@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backbones import MHLAWanTransformer3DModel
 from ..config import MHLAConfig
-from ..files.text import markdown_table
+from ..files.text import markdown_table, sizes_text
 from ..files.writing import require_room, write_file
 from ..timing import interleaved, peak_bytes, spread
 from .shared import PASSES, check_at_least, check_choices, check_seconds, default_device, machine, percent
@@ -84,7 +84,7 @@ def layer(
             record = {"machine": machine(device), "grid": grid, "blocks": blocks, "measurements": records}
             write_file(out / "layer.json", json.dumps(record, indent=2))
     title = (
-        f"a layer of Wan on {_times(grid)} tokens, MHLA in {_times(blocks)} blocks, {heads} heads of "
+        f"a layer of Wan on {sizes_text(grid)} tokens, MHLA in {sizes_text(blocks)} blocks, {heads} heads of "
         f"{head_dim}, feed-forward {ffn_dim}, float32, medians of up to {repeats} runs"
     )
     text = f"{title}; {machine(device)}\n\n{_layer_table(records)}"
@@ -123,10 +123,6 @@ def _layer_steps(
         return block(hidden_states, text, modulation, rotary_emb)
 
     return [torch.no_grad()(forward), lambda: torch.autograd.grad(forward(), wanted, gradient)]
-
-
-def _times(numbers: Sequence[int]) -> str:
-    return " x ".join(map(str, numbers))
 
 
 def _layer_table(records: Sequence[dict[str, Any]]) -> str:

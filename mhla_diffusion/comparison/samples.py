@@ -20,6 +20,7 @@ from ..conversion.real import open_source, require_real, write_statistics_of
 from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
 from ..files.sums import short_hash
+from ..files.text import sizes_text
 from ..training.config import flat_dict, parse_config
 from .task import Metric, Task
 from .variant import Variant
@@ -119,7 +120,7 @@ class Samples(Task):
     @property
     def about(self) -> str:
         values = self.values
-        tokens = " x ".join(map(str, self.grid))
+        tokens = sizes_text(self.grid)
         return (
             f"{values.get('data.source')} data, {tokens} tokens, {self.steps:,} steps of batch size "
             f"{values['trainer.batch_size']}; {self.num_samples:,} samples from the same seeds against "

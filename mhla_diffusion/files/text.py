@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +35,8 @@ def shortened(value: Any) -> str:
     """Return a value as messages say it: of a hash its first 12 digits."""
     text = str(value)
     return text[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{16,}", value) else text
+
+
+def sizes_text(sizes: Iterable[int]) -> str:
+    """Return sizes along axes as ``2 x 3 x 4``."""
+    return " x ".join(map(str, sizes))
