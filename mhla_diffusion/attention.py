@@ -6,6 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .ops import (
     resize_mixing,
     window_attention,
 )
+from .ops.autocast import is_autocast, without_autocast
 from .ops.composite import counted
 from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
 from .ops.operators import in_transform
@@ -543,9 +545,9 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Te
     images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
     # Weights in float32 are not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Others
     # may be stored in another dtype than that of the computation (layerwise casting): v or autocast has it.
-    autocast, in_float32 = torch.is_autocast_enabled(v.device.type), conv.weight.dtype == torch.float32
-    dtype = torch.float32 if autocast and in_float32 else v.dtype
-    with torch.autocast(v.device.type, enabled=autocast and not in_float32):
+    in_float32 = conv.weight.dtype == torch.float32
+    dtype = torch.float32 if is_autocast(v) and in_float32 else v.dtype
+    with without_autocast(v) if in_float32 else nullcontext():
         out = conv(images.to(dtype)).flatten(2).unflatten(1, (v.shape[1], -1)).mT.to(v.dtype)
     return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 

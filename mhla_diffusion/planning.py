@@ -270,7 +270,7 @@ def plan(
     transformer = _stock_model(stored)
     attn, num_layers = transformer.self_attention[0], len(transformer.layer_attention)
     strides = transformer.vae_stride if model in PRESETS else _stored_strides(model, transformer)
-    grid = token_grid(
+    grid = grid_of_pixels(
         transformer.latents_per_token, height, width, frames, frame_stride=strides[0],
         vae_stride=strides[-1] if vae_stride is None else vae_stride,
     )  # fmt: skip
@@ -444,7 +444,7 @@ def _count_flops(model: Any, grid: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def token_grid(
+def grid_of_pixels(
     patch_size: tuple[int, ...],
     height: int,
     width: int,

@@ -40,7 +40,7 @@ _TENSORS = ("latents", "_embeds", "_embeddings", "_attention_mask")
 _OF_JSON: set[Any] = {bool, int, float, str, list, dict, NoneType}
 
 
-class NotFiniteError(ValueError):
+class NotFiniteSampleError(ValueError):
     """Samples that hold NaN or infinity; the message says since when, and what may have made them."""
 
 
@@ -225,7 +225,7 @@ def sample(
         Images ``[B, H, W, C]`` or videos ``[B, F, H, W, C]``.
 
     Raises:
-        NotFiniteError: when NaN or infinity came out; as early as after the first step that made it.
+        NotFiniteSampleError: when NaN or infinity came out; as early as after the first step that made it.
     """
     files = " to ".join(dict.fromkeys((rows[0]["file"], rows[-1]["file"])))
     watch, known = {}, getattr(pipeline, "_callback_tensor_inputs", ())
@@ -304,14 +304,14 @@ def _check_step(
     return tensors
 
 
-def _not_finite(files: str, pipeline: Any, when: str) -> NotFiniteError:
+def _not_finite(files: str, pipeline: Any, when: str) -> NotFiniteSampleError:
     weights = _not_finite_weights(pipeline)
     why = (
         f"{weights} has weights that are not finite: store the model again, or take an earlier checkpoint"
         if weights
         else "all weights are finite, so that a number grew too large: try dtype float32 or bfloat16"
     )
-    return NotFiniteError(f"{files}: NaN or infinity {when}. {why}. No file of this batch was written")
+    return NotFiniteSampleError(f"{files}: NaN or infinity {when}. {why}. No file of this batch was written")
 
 
 def _not_finite_weights(pipeline: Any) -> str | None:

@@ -28,7 +28,7 @@ from mhla_diffusion.backbones import (
     load_transformer,
 )
 from mhla_diffusion.ops import BlockLayout, choose_blocks, locality_mixing, mhla, window_attention
-from mhla_diffusion.planning import PRESETS, load_model_config, plan, token_grid
+from mhla_diffusion.planning import PRESETS, grid_of_pixels, load_model_config, plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -516,14 +516,14 @@ def test_a_folder_and_its_config_are_the_same_model(tmp_path: Path) -> None:
 
 
 def test_the_grid_is_that_of_the_autoencoder_and_the_patches() -> None:
-    assert token_grid((2, 2), 512, 256) == (32, 16)
-    assert token_grid((1, 2, 2), 480, 832, 81) == (21, 30, 52)
-    assert token_grid((1, 2, 2), 704, 1280, 121, vae_stride=16) == (31, 22, 40)
-    assert token_grid((2, 2, 2), 64, 64, 5) == (1, 4, 4)
+    assert grid_of_pixels((2, 2), 512, 256) == (32, 16)
+    assert grid_of_pixels((1, 2, 2), 480, 832, 81) == (21, 30, 52)
+    assert grid_of_pixels((1, 2, 2), 704, 1280, 121, vae_stride=16) == (31, 22, 40)
+    assert grid_of_pixels((2, 2, 2), 64, 64, 5) == (1, 4, 4)
     with pytest.raises(ValueError, match="vae_stride must be at least 1 pixel for a latent, got 0"):
-        token_grid((2, 2), 512, 256, vae_stride=0)
+        grid_of_pixels((2, 2), 512, 256, vae_stride=0)
     with pytest.raises(ValueError, match=r"frames 9 does not divide into tokens of 8 .* is 5 or 13"):
-        token_grid((2, 2, 2), 64, 64, 9)
+        grid_of_pixels((2, 2, 2), 64, 64, 9)
 
 
 def test_ranks_exchange_what_they_send_and_bytes_follow_the_dtype() -> None:

@@ -22,7 +22,7 @@ from ..config import MHLAConfig
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..ops import recommended_layout
-from ..planning import load_model_config, token_grid
+from ..planning import grid_of_pixels, load_model_config
 from ..timing import interleaved, spread
 from .shared import (
     check_at_least,
@@ -165,7 +165,7 @@ class _Subject:
     def grid(self, size: int) -> tuple[int, ...]:
         """Return the tokens of a square image or video of this side in pixels."""
         patch, strides = self.stock.latents_per_token, self.stock.vae_stride
-        return token_grid(patch, size, size, self.frames, vae_stride=strides[-1], frame_stride=strides[0])
+        return grid_of_pixels(patch, size, size, self.frames, vae_stride=strides[-1], frame_stride=strides[0])
 
     def make(self, grid: tuple[int, ...], attention: str, settings: Mapping[str, Any]) -> Any:
         """Make the model for a grid, with settings of MHLAConfig beside its blocks."""

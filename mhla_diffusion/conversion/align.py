@@ -35,7 +35,7 @@ from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
 from ..training.config import changes
 from ..training.data.shards import Shards
-from .cache import Activations, CacheConfig, require_room, sample_bytes, write_activations
+from .cache import Activations, CacheConfig, require_disk_space, sample_bytes, write_activations
 from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls
 from .job import AlignConfig, train_layer
 
@@ -279,7 +279,7 @@ class _Run:
         state, config = process_state(), self.config
         layers = list(dict.fromkeys(layer for layer, _ in jobs))
         needed = sum(_layer_bytes(self.first[layer], config) for layer in layers)
-        in_first_process(lambda: require_room(self.out, needed))
+        in_first_process(lambda: require_disk_space(self.out, needed))
         folder = self.out / f"activations-{self.record['layers'][layers[0]]:03d}"
         cache = CacheConfig(
             str(folder), self.record["teacher"], self.record["calls"], tuple(layers), config.all_samples,

@@ -50,7 +50,7 @@ def sample_bytes(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -
     return 2 * tokens * width * dtype.itemsize
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_disk_space(folder: Path, needed: int) -> None:
     """Check that a disk has room.
 
     Raises:

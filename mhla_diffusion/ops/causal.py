@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .composite import counted, features_of, inner, mix, outer, ratio
 from .features import (
     Features,
@@ -63,7 +64,7 @@ def mhla_causal(
     check_rotary(rotary_emb, q)
     check_key_mask(key_mask, k)
     blocks = -(-tokens // block_size)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q_rows, k_rows = features_of(q, dataclasses.replace(features, mask=None)), features_of(k, features)
         weights = mixing[..., :blocks, :blocks].to(q_rows[0].dtype)
 
@@ -146,7 +147,7 @@ class MHLAState:
         check_key_mask(key_mask, k)
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
         # Inside the function: dynamo has no source for a decorated method of a state that it sees made.
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(q):
             queries = features_of(q, dataclasses.replace(settings, mask=None))
             keys, values = features_of(k, settings), counted(v, key_mask).to(queries[0].dtype)
             outputs, start = [], 0

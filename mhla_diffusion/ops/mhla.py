@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .autocast import as_autocast, without_autocast
 from .composite import features_of
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
 from .layout import BlockLayout
-from .operators import as_autocast, read, summarize
+from .operators import read, summarize
 
 
 def mhla(
@@ -106,7 +107,7 @@ def _official_denominator(
 ) -> Tensor:
     """See :func:`mhla_diffusion.ops.reference._official_denominator`; ``[B, H, N, 1]``."""
     features = dataclasses.replace(features, rotary=None)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, _ = features_of(q, features)
         k, _ = features_of(k, dataclasses.replace(features, mask=key_mask))
         sums = layout.block_sums(k, k.dtype)  # [B, H, M, d]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .composite import counted
 from .layout import BlockLayout
 
@@ -166,7 +167,7 @@ def content_mixing(
     queries = layout.block_sums(q, wide)
     keys = (key_layout or layout).block_sums(counted(k, key_mask), wide)
     # Outside autocast, as products of 16 bits are a hundredth off.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         cosines = _directions(queries) @ _directions(keys).mT  # [B, H, M, M_k]
     weights = mixing.to(wide)
     found = weights * (strength.to(wide)[:, None, None] * math.sqrt(q.shape[-1]) * cosines).exp()

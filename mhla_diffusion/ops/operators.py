@@ -23,6 +23,7 @@ from torch._decomp import decomposition_table, register_decomposition
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, tiled
+from .autocast import is_autocast, without_autocast
 from .composite import weights_of
 from .dispatch import implementation_for
 from .features import Features
@@ -82,18 +83,6 @@ def read(
     return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype, features.scaled)
 
 
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in the dtype of autocast where it is on, as ``F.scaled_dot_product_attention`` takes them.
-
-    Norms give float32 there: queries and keys would be wider than values, and products slow on a GPU.
-    """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
     """As arguments of an operator, which takes no objects."""
     return (
@@ -139,7 +128,7 @@ class _Operator:
 
     def __call__(self, *args: Any) -> Any:
         if in_transform() and self._overload in decomposition_table:
-            with torch.autocast(args[0].device.type, enabled=False):
+            with without_autocast(args[0]):
                 return decomposition_table[self._overload](*args)
         if _is_watched(args):
             return self.registered(*args)
@@ -150,8 +139,8 @@ class _Operator:
     def run(self, *args: Any) -> Any:
         """Compute without a gradient."""
         device = args[0].device
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
+        if is_autocast(args[0]):
+            with without_autocast(args[0]):
                 return self.run(*args)
         # Triton launches on the current device, not that of its tensors.
         if device.type == "cuda" and device.index != torch.cuda.current_device():

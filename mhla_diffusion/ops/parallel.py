@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled
+from .autocast import as_autocast
 from .dispatch import implementation_for
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
 from .layout import BlockLayout
-from .operators import Summaries, as_autocast, read, summarize
+from .operators import Summaries, read, summarize
 
 
 def mhla_parallel(

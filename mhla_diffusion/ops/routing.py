@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from .autocast import as_autocast, without_autocast
 from .composite import counted
 from .layout import BlockLayout
-from .operators import as_autocast
 
 # A score of keys that are not counted: exp of it is 0 beside any other, and float16 still has it.
 NOTHING = -1e4
@@ -61,7 +61,7 @@ def choose_blocks(
     keys = on_grid.pack(counted(k.float(), key_mask)[:, :, inside])  # [B, H, M, n, d]
     queries = q.float() / math.sqrt(q.shape[-1])
     # Outside autocast: in 16 bits blocks would be mistaken for others.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = (_exact_sums if exact else _gaussian_sums)(queries, keys, seen)
     blocks = torch.arange(on_grid.num_blocks, device=q.device)
     own = layout.block_index(q.device)[:, None] == blocks
@@ -135,7 +135,7 @@ def routed_attention(
         for x in (k, v)
     )  # [B, H, G, n, d]
     # Outside autocast, which would take float32 back.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = (queries @ keys.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     if key_mask is not None or not on_grid.is_even:
         seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)
@@ -143,7 +143,7 @@ def routed_attention(
         scores = scores.where(seen[..., None, :], NOTHING)
     log_sums = scores.logsumexp(-1)
     values, centre = without_mean(values)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         out = (scores - log_sums[..., None]).exp().to(v.dtype) @ values + centre
 
     outs = _take(out.flatten(2, 3), place).unflatten(2, (tokens, routes))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import as_autocast
 from .features import (
     Features,
     RotaryEmbedding,
@@ -18,7 +19,7 @@ from .features import (
 )
 from .layout import BlockLayout, Margin
 from .mhla import attend, mhla
-from .operators import as_autocast, in_transform
+from .operators import in_transform
 from .routing import NOTHING, joined, routed_attention
 from .window_composite import softmax_in_blocks, softmax_of_scores
 from .window_operators import fused_window, is_fused

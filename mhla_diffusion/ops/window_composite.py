@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .composite import counted
 from .layout import BlockLayout, Margin
 from .routing import NOTHING, counted_keys, in_softmax_dtype, without_mean
@@ -90,7 +91,7 @@ def _with_one_more(
     if seen is not None:
         seen = seen.expand(*q.shape[:3], *seen.shape[3:]).flatten(0, 1)
     # Outside autocast, which would take float32 back.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
     return out.unflatten(0, q.shape[:2]).split((dim, 1, width - dim - 1), -1)[:2]
 

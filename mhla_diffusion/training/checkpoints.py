@@ -118,7 +118,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
             ends before the checkpoint.
     """
     if resume is None or (resume == "latest" and not list_checkpoints(output_dir)):
-        _require_room(output_dir, resume)
+        _require_new_run(output_dir, resume)
         return None
     checkpoint = latest_whole(output_dir) if resume == "latest" else _named(output_dir, resume)
     saved = _read_record(checkpoint)
@@ -210,7 +210,7 @@ def require_loadable(checkpoint: Path, process_index: int) -> None:
         ValueError: when such a file would run code, or cannot be read.
     """
     for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
-        with load_errors(path):
+        with read_errors(path):
             load(path, map_location="meta")
     for path in sorted([*checkpoint.glob("*/**/*.pt"), *checkpoint.glob("*/**/.metadata")]):
         require_known_names(path)
@@ -227,7 +227,7 @@ def require_loadable(checkpoint: Path, process_index: int) -> None:
 
 
 @contextmanager
-def load_errors(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turn whatever the readers of a checkpoint raise into one sentence.
 
     Raises:
@@ -256,7 +256,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _require_room(output_dir: Path, resume: str | None) -> None:
+def _require_new_run(output_dir: Path, resume: str | None) -> None:
     names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
     visible = {name for name in names if not name.startswith(".")}
     begun = "config.yaml" in names and visible <= _BEGINNING and not list_checkpoints(output_dir)

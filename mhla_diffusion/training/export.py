@@ -153,7 +153,7 @@ def _load_weights(model: Any, checkpoint: Path, weights: Weights) -> None:
             f"{checkpoint} has no {file.name}: it is of a sharded run (FSDP, DeepSpeed); resume it for no "
             "more steps, which leaves a pipeline"
         )
-    with checkpoints.load_errors(checkpoint):
+    with checkpoints.read_errors(checkpoint):
         model.load_state_dict(load_file(file))
         if weights == "averaged":
             averages: Sequence[torch.Tensor] = load(checkpoint / _AVERAGE)["shadow_params"]

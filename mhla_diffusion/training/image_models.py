@@ -18,7 +18,7 @@ from .run import new_or_loaded, require_patches
 from .stock import IMAGES, require_fit, trained_class
 from .text import CaptionEncoder
 
-BACKBONES: dict[str, Any] = {
+NEW_IMAGES: dict[str, Any] = {
     "dit": MHLADiTTransformer2DModel,
     "pixart": MHLAPixArtTransformer2DModel,
     "sana": MHLASanaTransformer2DModel,
@@ -80,8 +80,8 @@ class ModelConfig:
             ValueError: when ``init_from`` holds another model.
         """
         if self.init_from is None:
-            return BACKBONES[self.backbone or "dit"]
-        return trained_class(self.init_from, [*BACKBONES.values(), *IMAGES], "images")
+            return NEW_IMAGES[self.backbone or "dit"]
+        return trained_class(self.init_from, [*NEW_IMAGES.values(), *IMAGES], "images")
 
 
 def takes_texts(model_class: Any) -> bool:

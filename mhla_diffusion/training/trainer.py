@@ -349,7 +349,7 @@ class Trainer:
         before, now = checkpoints.saved_num_processes(checkpoint), self.accelerator.num_processes
         checkpoints.require_same_data(checkpoint, as_dict(self.run_config), self.fingerprint)
         checkpoints.require_loadable(checkpoint, self.accelerator.process_index)
-        with checkpoints.load_errors(checkpoint):
+        with checkpoints.read_errors(checkpoint):
             self.accelerator.load_state(str(checkpoint))
         # Counts forward passes, of which a step may have others now; a checkpoint ends a step.
         self.accelerator.step = 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -273,6 +274,14 @@ def test_half_precision_stays_close_and_keeps_its_dtype(model: Any, case: Case, 
     # Two layers of rounding, with random weights ten times the usual size.
     error = (output.float() - expected).norm() / expected.norm()
     assert error < {torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
+
+
+def test_the_meta_device_gives_shapes_alone(model: Any, case: Case) -> None:
+    inputs = case.inputs(model)
+    expected = sample(model, inputs)
+    found = sample(copy.deepcopy(model).to("meta"), send_to_device(inputs, "meta"))
+    assert found.is_meta
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 def test_autocast_keeps_sums_in_float32(case: Case) -> None:

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     LTXConditionPipeline,
+    LTXI2VLongMultiPromptPipeline,
     LTXVideoTransformer3DModel,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
@@ -139,6 +140,28 @@ def condition_pipeline(text_parts: dict[str, Any]) -> LTXConditionPipeline:
         nn.init.normal_(parameter, std=0.2)
     scheduler = FlowMatchEulerDiscreteScheduler()
     return LTXConditionPipeline(scheduler, vae.eval(), **text_parts, transformer=transformer.eval())
+
+
+def test_frames_behind_a_video_are_refused_on_loading_and_in_a_call(
+    condition_pipeline: LTXConditionPipeline, tmp_path: Path
+) -> None:
+    stock = LTXI2VLongMultiPromptPipeline(**condition_pipeline.components)
+    stock.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="frames behind those of the video, which then lie on no grid: take"):
+        MHLAPipeline.from_pretrained(tmp_path, mhla_config={"blocks": (1, 2, 2), "extra_block": True})
+    pipeline = MHLAPipeline.from_pretrained(tmp_path)
+    settings = {
+        "num_frames": 17, "height": 32, "width": 64, "max_sequence_length": 16, "num_inference_steps": 2,
+        "temporal_tile_size": 8, "temporal_overlap": 4,
+    }  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a cat", **settings).frames.isfinite().all()
+    config = {"blocks": (1, 2, 2), "extra_block": True}
+    pipeline.register_modules(transformer=convert_to_mhla(stock.transformer, config, attention="softmax"))
+    assert pipeline("a cat", **settings).frames.isfinite().all()
+    pipeline.register_modules(transformer=convert_to_mhla(stock.transformer, config))
+    with pytest.raises(ValueError, match="have no place on the grid that MHLA needs; take LTXPipeline"):
+        pipeline("a cat", **settings)
 
 
 def test_pictures_ahead_of_a_video_need_a_block_of_their_own(

@@ -45,7 +45,7 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import MovingDigitsConfig
 from mhla_diffusion.training.data.toys import ScenesConfig
-from mhla_diffusion.training.image_models import BACKBONES as NEW_IMAGES
+from mhla_diffusion.training.image_models import NEW_IMAGES
 from mhla_diffusion.training.stock import IMAGES, UNTRAINED, VIDEOS
 from mhla_diffusion.training.text import STOCK_PIPELINES, load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES
