@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..backbones import MHLAWanTransformer3DModel
 from ..config import MHLAConfig
+from ..devices import resolve_device
 from ..files.text import markdown_table, sizes_text
 from ..files.writing import require_room, write_file
 from ..timing import interleaved, peak_bytes, spread
-from .shared import PASSES, check_at_least, check_choices, check_seconds, default_device, machine, percent
+from .shared import PASSES, check_at_least, check_choices, check_seconds, machine, percent
 
 ATTENTIONS = ("mhla", "softmax")
 # What the released Wan-MHLA checkpoint has.
@@ -66,7 +67,7 @@ def layer(
         require_room(out, ["layer.json", "layer.md"])
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, as positions turn pairs of channels, got {head_dim}")
-    device = device or default_device()
+    device = resolve_device(device)
     steps = {name: _layer_steps(name, grid, blocks, heads, head_dim, ffn_dim, device) for name in ATTENTIONS}
     records: list[dict[str, Any]] = []
     for name in passes:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..backbones import backbone_of_config
 from ..backbones.layer_plan import attentions_of
 from ..config import MHLAConfig
+from ..devices import resolve_device
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..ops import recommended_layout
@@ -30,7 +31,6 @@ from .shared import (
     check_different,
     check_seconds,
     clock_of,
-    default_device,
     machine,
     plot,
     require_plots,
@@ -122,7 +122,7 @@ def model(
     if out is not None:
         require_plots()
         require_room(out, [f"model.{kind}" for kind in ("json", "md", "png")])
-    device = device or default_device()
+    device = resolve_device(device)
     clock = clock_of(device, processor_time=processor_time)
     kinds = _STEPS if training else _STEPS[:1]
     counted = f"{', processor time' * processor_time}, medians of up to {repeats} runs"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..devices import resolve_device
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
@@ -27,7 +28,6 @@ from .shared import (
     check_choices,
     check_seconds,
     clock_of,
-    default_device,
     machine,
     plot,
     require_plots,
@@ -137,7 +137,7 @@ def operator(
         require_plots()
     if out is not None:
         require_room(out, ["operator.json", "operator.md", *["scaling.png"] * scaling])
-    device = device or default_device()
+    device = resolve_device(device)
     clock = clock_of(device, processor_time=processor_time)
     for name in shapes:
         check(SHAPES[name], device)

@@ -18,11 +18,6 @@ from ..timing import interleaved, spread
 PASSES = ("forward", "forward + backward")
 
 
-def default_device() -> str:
-    """Return cuda where there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def clock_of(device: str, *, processor_time: bool) -> Callable[[], float]:
     """Return the clock that calls are timed by, in seconds: of the wall, or of all threads on processors.
 

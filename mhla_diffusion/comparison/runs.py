@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import tqdm
 
+from ..devices import resolve_device
 from ..files.locking import only_writer
 from ..files.writing import write_file
 from .config import Comparison, Run, key_of, runs_of, screening_runs
@@ -47,11 +48,13 @@ def compare_attention(
         :meth:`.Task.train`.
 
     Raises:
-        ValueError: for fewer than one process, when another process writes to ``out``, data or networks are
-            missing, and, once all others are done, when runs failed, as where a loss is not finite.
+        ValueError: for fewer than one process, when there is no such device, another process writes to
+            ``out``, data or networks are missing, and, once all others are done, when runs failed, as where a
+            loss is not finite.
     """
     if processes < 1:
         raise ValueError(f"processes must be 1 or more, got {processes}")
+    device = resolve_device(device)
     with only_writer(out):
         beaten = set[tuple[str, str]]()
         if screen:

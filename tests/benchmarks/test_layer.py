@@ -35,3 +35,5 @@ def test_an_unknown_pass_and_an_odd_width_are_refused() -> None:
         layer(head_dim=7)
     with pytest.raises(ValueError, match=r"passes must be of forward, forward . backward, got 'backward'"):
         layer(passes=["backward"])
+    with pytest.raises(ValueError, match="device 'meta' cannot be used: choose one of cpu"):
+        layer(device="meta")

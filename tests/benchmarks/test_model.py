@@ -56,7 +56,7 @@ def test_any_backbone_is_timed_with_every_attention_that_it_can_have(case: Case,
         ({"backbone": "HunyuanDiT-v1.2", "layers": 3}, "1 layer or an even number"),
         ({"backbone": "Sana-0.6B", "sizes": [1000]}, "does not divide into tokens of 32"),
         ({"backbone": "Sana-0.7B"}, "did you mean Sana-"),
-        ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: choose one of cpu"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"sizes": []}, "the number of sizes must be at least 1, got 0"),
         (

@@ -13,6 +13,7 @@ import torch
 
 from mhla_diffusion.benchmarks import operator
 from mhla_diffusion.benchmarks.operator import Shape, convolution_mhla, linear_attention, slope
+from mhla_diffusion.benchmarks.shared import clock_of
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_reference
 
 TINY = {"tiny": Shape(8, 2, (6, 4), (3, 2)), "ragged": Shape(8, 1, (5, 3), (2, 2))}
@@ -97,7 +98,7 @@ def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"shapes": ["2k"]}, "shapes must be of tiny, ragged, got '2k'"),
         ({"dtypes": ["float16"]}, "dtypes must be of float32, bfloat16, got 'float16'"),
-        ({"processor_time": True, "device": "cuda"}, "processor_time is for the device cpu, got cuda"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: choose one of cpu"),
         ({"peers": ["softmax"]}, r"peers must hold mhla, .* got \['softmax'\]"),
         ({"passes": []}, "passes is empty: give one or more of forward"),
         ({"peers": ["sdpa"]}, "peers must be of mhla, softmax, linear, convolution, got 'sdpa'"),
@@ -106,6 +107,13 @@ def test_the_check_covers_every_shape(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_choices_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         operator.operator(**{"shapes": ["tiny"], **arguments})
+
+
+def test_time_of_processors_is_that_of_the_cpu_alone() -> None:
+    assert clock_of("cpu", processor_time=True) is time.process_time
+    assert clock_of("cuda", processor_time=False) is time.perf_counter
+    with pytest.raises(ValueError, match="processor_time is for the device cpu, got cuda: leave it out"):
+        clock_of("cuda", processor_time=True)
 
 
 def test_slope_is_the_exponent() -> None:

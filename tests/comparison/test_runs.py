@@ -51,6 +51,12 @@ def test_runs_are_done_once_and_side_by_side_as_alone(tmp_path: Path) -> None:
     assert changed == [i == 3 for i in range(8)]
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used: choose one of cpu"):
+        compare_attention(COMPARISON, tmp_path / "runs", device="gpu")
+    assert not list(tmp_path.iterdir())
+
+
 @dataclasses.dataclass(frozen=True)
 class Stopped(Recall):
     """Task that is stopped in its first run, as by Ctrl-C."""

@@ -146,25 +146,6 @@ def resolve_name(
     return name, weights, reason
 
 
-def resolve_device(device: str | None) -> str:
-    """Return the device that was asked for; without one a GPU when there is one, else the CPU.
-
-    Raises:
-        ValueError: when there is no such device.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        raise ValueError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}): choose one of "
-            f"{', '.join(['cpu', *gpus])}"
-        ) from error
-    return device
-
-
 @dataclass(frozen=True)
 class PublishedWeights:
     """File of weights as its authors publish it.

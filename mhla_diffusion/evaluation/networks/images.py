@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...devices import resolve_device
 from ...files.sums import file_sha256
 from ...optional import require
 from ..sets.samples import Pixels
@@ -25,7 +26,6 @@ from .extractor import (
     fuse_norm,
     load_pretrained,
     load_tensors,
-    resolve_device,
     resolve_name,
 )
 

@@ -144,6 +144,6 @@ def test_a_torchscript_of_another_hash_is_a_program_that_must_be_trusted(weights
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cudaa", ""])
 def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be used .*choose one of cpu") as caught:
+    with pytest.raises(ValueError, match="cannot be used: choose one of cpu") as caught:
         load_extractor("efficientnet_lite0", device=device)
     assert "\n" not in str(caught.value)
