@@ -111,6 +111,8 @@ def model(
             f"blocks are those recommended for each size, got blocks={settings['blocks']} in mhla: leave "
             "them out"
         )
+    if settings and "mhla" not in attentions:
+        raise ValueError(f"settings of mhla are given, which is not among the attentions {list(attentions)}")
     MHLAConfig.from_dict(settings)  # refuses what it does not know, before any work
     if sizes is None:
         sizes = _SIZES.get(backbone, _VIDEO_SIZES if subject.frames else _IMAGE_SIZES)
