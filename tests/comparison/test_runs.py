@@ -51,6 +51,15 @@ def test_runs_are_done_once_and_side_by_side_as_alone(tmp_path: Path) -> None:
     assert changed == [i == 3 for i in range(8)]
 
 
+def test_runs_go_seed_by_seed_and_short_tasks_first() -> None:
+    """So that what was made before a stop compares all variants, and early."""
+    both = dataclasses.replace(COMPARISON, settings={"side": [8, 4]})
+    order = [(run.task.tokens, run.seed, run.variant.name) for run in runs_of(both)]
+    assert order == [
+        (tokens, seed, name) for tokens in (16, 64) for seed in (0, 1) for name in ("softmax", "linear")
+    ]
+
+
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device 'gpu' cannot be used: choose one of cpu"):
         compare_attention(COMPARISON, tmp_path / "runs", device="gpu")

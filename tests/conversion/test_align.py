@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhla_diffusion import MHLAConfig, convert_to_mhla
 from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, layer_calls
@@ -69,6 +70,18 @@ def test_a_layer_that_gets_worse_ends_early_with_its_best_weights(
     assert max(float(value.abs().max()) for value in stored.values()) < 1e3
 
 
+def test_rates_fall_in_a_line_to_nothing(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    taken: list[list[float]] = []
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: taken.append([group["lr"] for group in optimizer.param_groups])
+    )
+    try:
+        align(teacher, calls, tmp_path, candidates={"mhla": FORMS["mhla"]}, config=FEW, layers=[0])
+    finally:
+        handle.remove()
+    assert taken == [[2e-2 * (1 - step / 20), 1e-2 * (1 - step / 20)] for step in range(20)]
+
+
 def test_what_is_done_is_not_done_again_and_candidates_may_be_added(
     teacher: Any, calls: NoiseCalls, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,6 +131,8 @@ def test_layers_are_done_in_groups_that_the_disk_may_hold(
     for form in FORMS:
         for layer, job in at_once["jobs"][form].items():
             assert one_by_one["jobs"][form][layer]["error"] == job["error"]
+    again = align(teacher, calls, tmp_path / "small", candidates=FORMS, config=FEW)
+    assert again["jobs"] == one_by_one["jobs"], "room on a disk is no other setting"
     with pytest.raises(ValueError, match=r"holds the activations of no layer: 10 samples take .* raise disk"):
         align(teacher, calls, tmp_path / "none", config=dataclasses.replace(FEW, disk=1e-9))
 

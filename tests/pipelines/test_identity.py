@@ -12,7 +12,13 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from mhla_diffusion.pipelines.identity import component_sha256, describe, weights_sha256
+from mhla_diffusion.pipelines.identity import (
+    component_sha256,
+    describe,
+    mark_converted,
+    training_of,
+    weights_sha256,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
@@ -59,6 +65,13 @@ def test_a_tokenizer_is_the_same_after_use_and_another_with_another_vocabulary(
     assert component_sha256(tokenizer) == before
     other.add_tokens(["cat"])
     assert component_sha256(other) != before
+
+
+def test_what_was_converted_does_not_say_that_it_was_trained(make_pipeline: Callable[..., Any]) -> None:
+    facts = {"data": "30 photographs", "trained": "all weights", "base model": "someone/base"}
+    pipeline = make_pipeline(training=facts)
+    mark_converted(pipeline, "someone/stock")
+    assert training_of(pipeline) == {"data": "30 photographs", "converted from": "someone/stock"}
 
 
 def test_every_component_is_described_once(make_stock_video_pipeline: Callable[[str], Any]) -> None:

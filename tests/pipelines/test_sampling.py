@@ -84,6 +84,7 @@ def test_every_pipeline_that_is_converted_can_be_generated_from(
         ).frames[0]  # fmt: skip
         exact = (expected.permute(0, 2, 3, 1) * 255).round().numpy()
         assert np.abs(exact - made).max() <= 1
+        assert (exact != made).mean() < 0.1, "rounded, and not cut off"
 
 
 def test_images_of_texts_are_generated_too(sana_pipeline: SanaPipeline, tmp_path: Path) -> None:
@@ -246,6 +247,7 @@ def test_another_picture_is_another_run(
         ("wan", {"per_prompt": 0}, "per_prompt must be at least 1, got 0"),
         ("wan", {"prompts": [Prompt("a", file="x"), Prompt("b", file="X.mp4")]}, "file 'X.mp4' is that of"),
         ("wan", {"prompts": [Prompt("a", file="x"), Prompt("b", file="x.mp4/y")]}, "is a folder of others"),
+        ("wan", {"prompts": [Prompt("a", file="X"), Prompt("b", file="x.mp4/y")]}, "is a folder of others"),
         ("wan", {"prompts": [Prompt("a", file="x.png")]}, "must end in .mp4 or have no such ending"),
     ],
 )

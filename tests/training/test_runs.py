@@ -69,6 +69,12 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     assert [line["step"] for line in lines] == [4, 5, 6]
     assert [line["loss"] for line in lines] == losses(whole)[3:]
     check_same_weights(whole, branch)
+    # Into a folder that holds something else it does not branch.
+    checkpoint, before = whole / "checkpoints" / "step-00000003", sorted(branch.rglob("*"))
+    result = run("--output_dir", str(branch), "--resume", str(checkpoint))
+    assert result.returncode != 0
+    assert f"{branch} holds another run than {checkpoint}: choose an empty --output_dir" in result.stdout
+    assert sorted(branch.rglob("*")) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -138,6 +138,7 @@ def model() -> MHLAWanTransformer3DModel:
 def test_a_new_model_has_the_grid_of_the_data(model: MHLAWanTransformer3DModel) -> None:
     assert tuple(model.config.sample_grid) == (2, 4, 4)
     assert (model.config.in_channels, model.config.out_channels) == (1, 1)
+    assert not model.proj_out.weight.any(), "its first prediction is that of its bias alone"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_a_model_of_the_sample_has_the_loss_of_its_velocity() -> None:
 def test_the_scheduler_of_a_model_of_the_sample_recovers_it(shift: float) -> None:
     samples, noise = samples_and_noise()
     scheduler = FlowMatching(ObjectiveConfig(prediction_type="sample", shift=shift)).scheduler()
+    assert scheduler.config.flow_shift == shift
     scheduler.set_timesteps(5)
     x = noise
     for t in scheduler.timesteps:
