@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.data.shards import write_shards
 from mhla_diffusion.training.progress import Progress
+from mhla_diffusion.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -46,40 +48,94 @@ def poisoned(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["trainer"] |= {"log_every": 100, "checkpoint_every": 1, "keep_checkpoints": 10, "seed": 1}
 
 
-@pytest.mark.usefixtures("poisoned")
-def test_a_batch_that_is_not_finite_is_named_kept_and_can_be_skipped(
-    write_settings: Callable[[], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def train(write_settings: Callable[[], Path]) -> Callable[..., int]:
     def train(*arguments: str, resume: str | None = None) -> int:
         parsed = ["--config", str(write_settings()), *arguments]
         return train_image(parse_config(ImageTrainingConfig, parsed)[0], resume=resume)
 
-    with pytest.raises(FloatingPointError, match=r"latents-00000.safetensors, row 13") as first:
+    return train
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_batch_that_is_not_finite_is_named_kept_and_can_be_skipped(
+    train: Callable[..., int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    skipped = []
+    for micro_batches in (1, 2):
+        run = tmp_path / f"run-{micro_batches}"
+        arguments = (
+            "--output_dir", str(run), "--trainer.gradient_accumulation_steps", str(micro_batches),
+        )  # fmt: skip
+        with pytest.raises(FloatingPointError, match=r"latents-00000.safetensors, row 13") as first:
+            train(*arguments)
+        (kept,) = (run / "not-finite").iterdir()
+        assert str(kept) in str(first.value)
+        with safe_open(kept, framework="pt") as file:
+            facts = file.metadata()
+            step, names = int(facts["step"]), json.loads(facts["samples"])
+            samples = torch.cat([file.get_tensor(f"{part}.samples") for part in range(micro_batches)])
+            numbers = [json.loads(facts[f"{part}.numbers"]) for part in range(micro_batches)]
+        assert [len(its) for its in numbers] == [8 // micro_batches] * micro_batches
+        assert len(names) == 8
+        (bad,) = torch.nonzero(~samples.isfinite().flatten(1).all(1)).flatten().tolist()
+        assert names[bad].endswith("row 13")
+        checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert checkpoints == [f"step-{number:08d}" for number in range(1, step)]
+        assert step > 1
+        message = rf'not finite at step {step}, .*--trainer.skip_steps "\[{step}\]"'
+        with pytest.raises(ValueError, match=message):
+            train(*arguments, resume="latest")
+        # Row 13 comes once in each epoch of 20 samples, which is 2.5 steps.
+        again = [step]
+        while True:
+            try:
+                assert train(*arguments, "--trainer.skip_steps", str(again), resume="latest") == 0
+                break
+            except FloatingPointError as error:
+                again.append(int(str(error).partition("at step ")[2].partition(",")[0]))
+                assert len(again) < 4
+        assert f"skipped step {step}, as trainer.skip_steps asks" in caplog.text
+        assert (run / "pipeline").is_dir()
+        skipped.append(again)
+    assert skipped[0] == skipped[1]
+
+
+def test_a_skipped_step_passes_over_its_batch_and_its_rate(
+    train: Callable[..., int], settings: dict[str, Any], losses: Callable[[Path], list[float]], tmp_path: Path
+) -> None:
+    settings["trainer"]["optimizer"]["learning_rate"] = 1e-12  # so that losses are those of the batches
+    lines = []
+    for name, skip in (("whole", "[]"), ("skipping", "[3]")):
+        train("--output_dir", str(tmp_path / name), "--trainer.skip_steps", skip)
+        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()])
+    whole, skipping = lines
+    assert [line["lr"] for line in skipping] == [line["lr"] for line in whole]
+    assert len({line["lr"] for line in whole}) > 3
+    kept = [i for i in range(6) if i != 2]
+    assert [skipping[i]["loss"] for i in kept] == pytest.approx([whole[i]["loss"] for i in kept], rel=1e-5)
+    assert math.isnan(skipping[2]["loss"])
+
+
+def test_a_gradient_that_is_not_finite_is_found_at_its_own_step(
+    train: Callable[..., int],
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    settings["trainer"]["checkpoint_every"] = 1
+    whole = Trainer._loss
+
+    def spoiled(self: Trainer, numbers: list[int], batch: dict[str, Any]) -> torch.Tensor:
+        loss = whole(self, numbers, batch)
+        if self.progress.step == 1:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "_loss", spoiled)
+    with pytest.raises(FloatingPointError, match="not finite at step 2, whose samples are"):
         train()
-    (kept,) = (tmp_path / "run" / "not-finite").iterdir()
-    assert str(kept) in str(first.value)
-    with safe_open(kept, framework="pt") as file:
-        step, names = int(file.metadata()["step"]), json.loads(file.metadata()["samples"])
-        samples = file.get_tensor("0.samples")
-        assert len(json.loads(file.metadata()["0.numbers"])) == len(names) == 8
-    (bad,) = torch.nonzero(~samples.isfinite().flatten(1).all(1)).flatten().tolist()
-    assert names[bad].endswith("row 13")
-    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert checkpoints == [f"step-{number:08d}" for number in range(1, step)]
-    assert step > 1
-    with pytest.raises(ValueError, match=rf'not finite at step {step}, .*--trainer.skip_steps "\[{step}\]"'):
-        train(resume="latest")
-    # Row 13 comes once in each epoch of 20 samples, which is 2.5 steps.
-    again = [step]
-    while True:
-        try:
-            assert train("--trainer.skip_steps", str(again), resume="latest") == 0
-            break
-        except FloatingPointError as error:
-            again.append(int(str(error).partition("at step ")[2].partition(",")[0]))
-            assert len(again) < 4
-    assert f"skipped step {step}, as trainer.skip_steps asks" in caplog.text
-    assert (tmp_path / "run" / "pipeline").is_dir()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_the_first_step_that_is_not_finite_is_remembered() -> None:
@@ -94,3 +150,11 @@ def test_the_first_step_that_is_not_finite_is_remembered() -> None:
     progress.start_interval()
     progress.add(nan)
     assert progress.first_not_finite() == 6
+
+
+def test_the_mean_of_the_loss_goes_on_where_a_run_does() -> None:
+    before, after = Progress(), Progress()
+    before.add(torch.tensor(1.0))
+    after.load_state_dict(before.state_dict())
+    after.add(torch.tensor(3.0))
+    assert (after.step, after.mean_loss()) == (2, 2.0)

@@ -32,6 +32,12 @@ def test_frames_by_count(
     assert clip_indices(num_frames, length=length, stride=stride, start=start) == expected
 
 
+def test_each_place_is_as_likely_as_another() -> None:
+    starts = np.random.default_rng(0).random(4000)
+    places = [clip_indices(4, length=1, start=start)[0] for start in starts]
+    assert np.bincount(places) == pytest.approx(1000, abs=120)
+
+
 def test_a_video_shorter_than_the_clip_is_refused() -> None:
     with pytest.raises(UnreadableVideoError, match=r"16 frames, each 2 after .* need 31, and there are 20"):
         clip_indices(20, length=16, stride=2)

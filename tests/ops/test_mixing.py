@@ -11,6 +11,7 @@ from mhla_diffusion.ops import (
     MIXING_STARTS,
     BlockLayout,
     block_distances,
+    content_mixing,
     extend_mixing,
     initial_mixing,
     locality_mixing,
@@ -180,3 +181,20 @@ def test_extra_tokens_lie_at_no_offset_and_have_weights_of_their_own() -> None:
     assert torch.equal(matrix[:, 6, :6], row[:, None].expand(3, 6))
     assert torch.equal(matrix[:, 6, 6], own)
     torch.testing.assert_close(offset_means(matrix, (2, 3), extra=True), weights)
+
+
+def test_mixing_by_content_leaves_out_what_is_masked() -> None:
+    q, k = torch.randn(2, 1, 2, 96, 8)
+    mask = torch.rand(1, 96) < 0.7
+    mixing, strength = torch.rand(4, 4), torch.ones(2)
+    layout = BlockLayout((8, 12), (2, 2))
+    found = [
+        content_mixing(
+            mixing, q, torch.where(mask[:, None, :, None], k, held), strength, layout, key_mask=mask
+        )
+        for held in (torch.tensor(0.0), torch.tensor(100.0), torch.tensor(math.nan))
+    ]
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(content_mixing(mixing, q, k, strength, layout), found[0])

@@ -21,6 +21,7 @@ from mhla_diffusion.training import ImageTrainingConfig, train_image
 from mhla_diffusion.training.config import parse_config
 from mhla_diffusion.training.launcher import require_agreement
 from mhla_diffusion.training.settings import TrainerConfig
+from mhla_diffusion.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,3 +158,19 @@ def test_attention_of_a_trained_model_is_trained(
     settings["model"] = {"init_from": str(Path(settings["output_dir"]) / "pipeline")}
     settings["output_dir"] = str(tmp_path / "attention")
     assert train("--trainable", "attention") == 0
+
+
+def test_every_setting_of_the_optimizer_reaches_adamw(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[dict[str, Any]] = []
+    monkeypatch.setattr(Trainer, "train", lambda self: groups.extend(self.optimizer.param_groups) or 0)
+    settings["trainer"]["optimizer"] = {
+        "learning_rate": 0.01, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "mixing_rate": 3,
+    }  # fmt: skip
+    assert train() == 0
+    assert len(groups) == 2, "mixing has a rate of its own"
+    for group, rate in zip(groups, (0.01, 0.03), strict=True):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1)
+        assert group["lr"] == pytest.approx(rate)
+        assert group["params"]

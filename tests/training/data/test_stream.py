@@ -72,6 +72,14 @@ def test_a_batch_is_of_one_bucket_and_an_epoch_has_every_sample(processes: int, 
     assert batches[:4] != batches[4:]
 
 
+def test_batches_of_several_buckets_are_mixed_in_an_epoch() -> None:
+    buckets = [0] * 20 + [1] * 20
+    order = [index for index, _ in read(Numbers(40, buckets=buckets), BatchShare(4), range(40)).values()]
+    of_batches = [buckets[index] for index in order[::4]]
+    epochs = [of_batches[start : start + 10] for start in range(0, 40, 10)]
+    assert all(epoch not in (sorted(epoch), sorted(epoch)[::-1]) for epoch in epochs)
+
+
 def test_an_unreadable_sample_is_replaced_from_its_bucket() -> None:
     buckets = [0, 1, 0, 1]
     order = read(Numbers(4, broken=(1,), buckets=buckets), BatchShare(2), range(8))

@@ -14,7 +14,7 @@ from mhla_diffusion.files.videos import write_video
 from mhla_diffusion.training import MovingDigitsConfig, VideoDataConfig
 from mhla_diffusion.training.data import open_videos
 from mhla_diffusion.training.data.stream import BatchShare, SampleStream
-from mhla_diffusion.training.data.videos import VideoSamples, prepare_clip
+from mhla_diffusion.training.data.videos import VideoFile, VideoFiles, VideoSamples, prepare_clip
 
 
 @pytest.fixture
@@ -68,6 +68,10 @@ def test_clips_of_a_varying_rate_are_even_in_time(tmp_path: Path) -> None:
     assert (clip.mean(axis=(1, 2, 3)) / 10).round().tolist() == [0, 4, 8, 10, 11, 12, 13, 14]
     every = videos.read(0, length=8, fps=None, start=0.0)
     assert (every.mean(axis=(1, 2, 3)) / 10).round().tolist() == list(range(8))
+    part = VideoFiles([VideoFile(tmp_path / "a.gif", "a part", first=2, last=9)])
+    for start, first in ((0.0, 2), (1.0, 6)):
+        clip = part.read(0, length=4, fps=None, start=start)
+        assert (clip.mean(axis=(1, 2, 3)) / 10).round().tolist() == list(range(first, first + 4))
 
 
 def test_clips_go_to_the_nearest_size_and_batches_have_one(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 from mhla_diffusion import MHLADiTPipeline, MHLAPipeline, convert_to_mhla
 from mhla_diffusion.backbones.teacher import recording
-from mhla_diffusion.training import LoraConfig, ObjectiveConfig, build_objective
+from mhla_diffusion.training import (
+    ImageTrainingConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    build_objective,
+    parse_config,
+    train_image,
+)
 from mhla_diffusion.training.adapters import set_trainable
 from mhla_diffusion.training.objectives import Distillation, DistillationConfig
 from mhla_diffusion.training.objectives.distillation import share_frozen
@@ -67,6 +75,38 @@ def test_the_loss_by_hand(name: str, step: int) -> None:
         relative = ((a - b) ** 2).flatten(1).mean(1) / (b**2).flatten(1).mean(1)  # type: ignore[operator]
         expected = expected + 0.3 * max(0, 1 - step / 100) * relative / 2
     torch.testing.assert_close(found, expected)
+
+
+def test_guided_layers_are_held_against_those_with_the_condition() -> None:
+    teacher, student = make_pair()
+    objective = build_objective(ObjectiveConfig())
+    config = DistillationConfig(data=0, prediction=0, attention=0.3, every=1, guidance_scale=3)
+    distillation = Distillation(objective, teacher, config)
+    distillation.unconditional = lambda given: {"class_labels": torch.full_like(given["class_labels"], 2)}
+    batch = make_batch()
+    samples, conditioning = batch["samples"], batch["conditioning"]
+    times, noise = objective.draw(samples, batch["generators"])
+    found = distillation.loss_at(student, samples, conditioning, times=times, noise=noise)
+    distillation.config = dataclasses.replace(config, guidance_scale=1)
+    expected = distillation.loss_at(student, samples, conditioning, times=times, noise=noise)
+    torch.testing.assert_close(found, expected)
+    assert (found > 1e-3).all()
+
+
+def test_every_second_layer_from_the_first_is_compared() -> None:
+    teacher = make_teacher(num_layers=3)
+    compared = []
+    for every in (1, 2, 3):
+        config = DistillationConfig(every=every)
+        compared.append(Distillation(build_objective(ObjectiveConfig()), teacher, config)._layers(teacher))
+    assert compared == [[f"transformer_blocks.{i}.attn1" for i in range(0, 3, every)] for every in (1, 2, 3)]
+
+
+def test_an_expert_is_distilled_at_its_own_times() -> None:
+    objective = build_objective(ObjectiveConfig(times=(0.7, 1.0)))
+    distillation = Distillation(objective, make_pair()[0], DistillationConfig())
+    times = torch.cat([distillation.draw_time(torch.Generator().manual_seed(n)) for n in range(200)])
+    assert times.min() >= 0.7
 
 
 def test_gradients_reach_the_student_alone_also_through_checkpointing() -> None:
@@ -205,6 +245,21 @@ def test_sheets_that_would_be_guided_twice_are_warned_of(
     objective = Distillation(build_objective(ObjectiveConfig()), make_pair()[0], config)
     warn_of_guidance(objective, SampleSheetConfig(every=5, guidance_scale=sampled))
     assert ("learns a guidance of 3, and sheets are sampled with" in caplog.text) is warned
+
+
+def test_layers_count_less_from_step_to_step_of_a_run(
+    distilled: dict[str, Any], write_settings: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del distilled["sampling"]
+    steps, loss_at = list[int](), Distillation.loss_at
+
+    def noted(self: Distillation, *args: Any, **kwargs: Any) -> Tensor:
+        steps.append(self.step)
+        return loss_at(self, *args, **kwargs)
+
+    monkeypatch.setattr(Distillation, "loss_at", noted)
+    train_image(parse_config(ImageTrainingConfig, ["--config", str(write_settings())])[0])
+    assert steps == list(range(6))
 
 
 @pytest.mark.parametrize("trainable", [[], ["--trainable", "attention"], ["--lora.rank", "2"]], ids=str)

@@ -55,6 +55,7 @@ def test_a_perfect_flow_model_has_no_loss_and_its_scheduler_recovers_the_sample(
         loss = objective.loss_at(perfect, samples, {}, times=torch.full((4,), 0.3), noise=noise)
         assert loss.abs().max() == 0
         scheduler = objective.scheduler()
+        assert scheduler.config.shift == shift
         scheduler.set_timesteps(5)
         x = noise
         for t in scheduler.timesteps:
@@ -104,6 +105,11 @@ def test_logit_normal_times_and_their_shift() -> None:
     shifted = draw(ObjectiveConfig(logit_mean=0.5, logit_std=0.8, shift=3.0))
     torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))
     assert draw(ObjectiveConfig(weighting_scheme="none")).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_time_is_nearer_to_the_data_than_the_scheduler_goes() -> None:
+    objective = FlowMatching(ObjectiveConfig(logit_mean=-20))
+    assert float(objective.draw_time(sample_generator(0, 0, FOR_LOSS))) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
@@ -244,6 +250,17 @@ def test_kl_and_nll_in_nats() -> None:
     for mean, log_std in ((0.0, -1.0), (0.95, -3.0), (-1.2, 0.5)):
         mass = (-discretized_gaussian_nll(bins, torch.tensor(mean), torch.tensor(log_std))).exp()
         assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_scheduler_of_ddpm_lets_latents_be_as_large_as_they_are() -> None:
+    samples, noise = samples_and_noise()
+    scheduler = DDPM().scheduler()
+    scheduler.set_timesteps(10)
+    x = scheduler.add_noise(3 * samples, noise, scheduler.timesteps[:1])
+    for t in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[t]
+        x = scheduler.step((x - alpha.sqrt() * 3 * samples) / (1 - alpha).sqrt(), t, x).prev_sample
+    torch.testing.assert_close(x, 3 * samples, atol=1e-3, rtol=0)
 
 
 def test_which_channels_each_objective_needs() -> None:
