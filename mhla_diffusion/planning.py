@@ -269,26 +269,17 @@ def plan(
     stored = load_model_config(model)
     transformer = _stock_model(stored)
     attn, num_layers = transformer.self_attention[0], len(transformer.layer_attention)
+    if extra_tokens is not None:
+        _set_extra_tokens(transformer, extra_tokens, model)
     strides = transformer.vae_stride if model in PRESETS else _stored_strides(model, transformer)
     grid = grid_of_pixels(
         transformer.latents_per_token, height, width, frames, frame_stride=strides[0],
         vae_stride=strides[-1] if vae_stride is None else vae_stride,
     )  # fmt: skip
-    if extra_tokens is not None:
-        if not transformer.extra_tokens or extra_tokens < 1:
-            raise ValueError(
-                f"extra_tokens must be 1 or more, and the text a part of self-attention, which it is "
-                f"{'' if transformer.extra_tokens else 'not '}in {model}; got {extra_tokens}"
-            )
-        transformer.extra_tokens = extra_tokens
     given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
     settings = _mhla_settings(stored, transformer)
     settings |= {name: value for name, value in given.items() if value is not None}
-    if local is not None and local != (settings["local"] is not None):
-        chosen = _parts_of(MHLAConfig() if local else MHLAConfig.paper())
-        settings |= {name: chosen[name] for name in NO_WINDOW}
-    if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
-        settings["feature_map"] = "hedgehog" if hedgehog else "relu"
+    settings |= _changed_form(settings, local=local, hedgehog=hedgehog)
     if not 1 <= settings["linear_layers"] <= num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = settings.pop("blocks")
@@ -324,6 +315,26 @@ def plan(
         grids=transformer.grids_of_sample,
         **settings,
     )
+
+
+def _set_extra_tokens(transformer: Any, extra_tokens: int, name: str) -> None:
+    if not transformer.extra_tokens or extra_tokens < 1:
+        raise ValueError(
+            f"extra_tokens must be 1 or more, and the text a part of self-attention, which it is "
+            f"{'' if transformer.extra_tokens else 'not '}in {name}; got {extra_tokens}"
+        )
+    transformer.extra_tokens = extra_tokens
+
+
+def _changed_form(settings: dict[str, Any], *, local: bool | None, hedgehog: bool | None) -> dict[str, Any]:
+    """Settings for a window and learned features where these are not as the model's config has them."""
+    changes: dict[str, Any] = {}
+    if local is not None and local != (settings["local"] is not None):
+        chosen = _parts_of(MHLAConfig() if local else MHLAConfig.paper())
+        changes |= {name: chosen[name] for name in NO_WINDOW}
+    if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
+        changes["feature_map"] = "hedgehog" if hedgehog else "relu"
+    return changes
 
 
 def load_model_config(model: str) -> dict[str, Any]:

@@ -136,11 +136,9 @@ def model(
             made = subject.make(grid, attention, settings if attention == "mhla" else {})
             inputs = send_to_device(made.example_inputs(grid, batch_size=batch_size), device)
             steps += _model_steps(made.to(device), inputs, getattr(torch, dtype), device)[: len(kinds)]
-        times = interleaved(steps, device, repeats, seconds, clock=clock)
-        each = zip(*(times[number :: len(kinds)] for number in range(len(kinds))), strict=True)
+        times = iter(interleaved(steps, device, repeats, seconds, clock=clock))
         records += [
-            _record(size, grid, attention, dict(zip(kinds, measured, strict=True)))
-            for attention, measured in zip(attentions, each, strict=True)
+            _record(size, grid, attention, {kind: next(times) for kind in kinds}) for attention in attentions
         ]
         text = f"{title}; {machine(device)}, {dtype}{counted}\n\n{_model_table(records, attentions)}"
         if out is not None:
