@@ -35,11 +35,12 @@ class Pair:
     Args:
         name: of the pair.
         paths: folder or hub id of the pipeline and, if there is one, of its teacher.
+        opened: pipelines by their path.
     """
 
     name: str
     paths: tuple[str, ...]
-    _opened: dict[str, Any] = field(default_factory=dict)
+    opened: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Pair:
@@ -55,11 +56,28 @@ class Pair:
 
     def open(self, path: str) -> Any:
         """Open a pipeline once, on the device of this process."""
-        if path not in self._opened:
+        if path not in self.opened:
             pipeline = MHLAPipeline.from_pretrained(path).to(process_state().device)
             pipeline.set_progress_bar_config(disable=True)
-            self._opened[path] = pipeline
-        return self._opened[path]
+            self.opened[path] = pipeline
+        return self.opened[path]
+
+    def show(self, texts: Sequence[str], *, steps: int, guidance: float, seed: int) -> list[Any]:
+        """Return samples and a caption of the pipeline, and of its teacher or in place of one.
+
+        Raises:
+            ValueError, OSError: as :func:`make_samples`, and when a pipeline cannot be opened.
+        """
+        found: list[Any] = []
+        for path in self.paths:
+            first = path not in self.opened
+            made = make_samples(
+                self.open(path), texts, steps=steps, guidance=guidance, seed=seed,
+                folder=Path(tempfile.mkdtemp(prefix="mhla-demo-")),
+            )  # fmt: skip
+            # Kernels are compiled and memory is taken in the first call.
+            found += [made.samples, made.caption() + ", the first time, which takes longer" * first]
+        return found + [[], "no teacher given"] * (2 - len(self.paths))
 
 
 @dataclass(frozen=True)
@@ -135,17 +153,10 @@ def build_page(pairs: Sequence[Pair]) -> Any:
 
     def show(name: str, lines: str, steps: int, guidance: float, seed: int) -> list[Any]:
         texts = [line.strip() for line in lines.splitlines() if line.strip()]
-        found: list[Any] = []
-        for path in by_name[name].paths:
-            try:
-                made = make_samples(
-                    by_name[name].open(path), texts, steps=int(steps), guidance=guidance, seed=int(seed),
-                    folder=Path(tempfile.mkdtemp(prefix="mhla-demo-")),
-                )  # fmt: skip
-            except (ValueError, OSError) as error:
-                raise gradio.Error(str(error)) from error
-            found += [made.samples, made.caption()]
-        return found + [[], "no teacher given"] * (2 - len(by_name[name].paths))
+        try:
+            return by_name[name].show(texts, steps=int(steps), guidance=guidance, seed=int(seed))
+        except (ValueError, OSError) as error:
+            raise gradio.Error(str(error)) from error
 
     with gradio.Blocks(title="MHLA beside its teacher") as page:
         gradio.Markdown("# MHLA beside its teacher\nThe same noise, the same settings, and the time of each.")
@@ -161,6 +172,6 @@ def build_page(pairs: Sequence[Pair]) -> Any:
         with gradio.Row():
             for title in ("MHLA", "Teacher"):
                 with gradio.Column():
-                    outputs += [gradio.Gallery(label=title), gradio.Markdown()]
+                    outputs += [gradio.Gallery(label=title, format="png"), gradio.Markdown()]
         button.click(show, [name, lines, steps, guidance, seed], outputs, api_name="show")
     return page

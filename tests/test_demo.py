@@ -22,6 +22,7 @@ from mhla_diffusion.commands.demo import demo
 from mhla_diffusion.demo import Pair, build_page, make_samples
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.training import ObjectiveConfig, build_objective
+from tests.backbones.cases import randomize
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -31,6 +32,7 @@ def image_pipeline(attention: str) -> MHLADiTPipeline:
         num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1,
         sample_size=8, patch_size=2, num_embeds_ada_norm=2, attention=attention, mhla_config={"blocks": 4},
     )  # fmt: skip
+    randomize(model)
     pipeline = MHLADiTPipeline(model, DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -74,6 +76,17 @@ def test_a_pair_is_a_pipeline_and_perhaps_its_teacher() -> None:
     assert Pair.parse("a = b").paths == ("a", "b")
     with pytest.raises(ValueError, match="must be a pipeline, or a pipeline and its teacher"):
         Pair.parse("a=")
+
+
+def test_a_pair_is_shown_side_by_side_and_says_which_times_are_first_ones(pair: Pair) -> None:
+    shown = [pair.show(["cat", "1"], **SETTINGS) for _ in range(2)]
+    for images, caption, others, other in shown:
+        assert (len(images), len(others)) == (2, 2)
+        assert [("first time" in text) for text in (caption, other)] == [shown[0][1] == caption] * 2
+        assert images[0].tobytes() != others[0].tobytes()
+    alone, _, nothing, why = Pair.parse(pair.paths[0]).show(["cat"], **SETTINGS)
+    assert [image.tobytes() for image in alone] == [shown[0][0][0].tobytes()]
+    assert (nothing, why) == ([], "no teacher given")
 
 
 def test_what_cannot_be_shown_is_refused_before_a_page_starts(
