@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .by_heads import attend_by_heads
 from .config import POWER_MAP, WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
+from .constraint import clamp, constrain
 from .hedgehog import Hedgehog
 from .ops import (
     FEATURE_MAPS,
@@ -111,14 +110,16 @@ class MHLA(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
         self.gate = nn.Linear(query_dim or inner_dim, inner_dim) if config.gate else None
         self.reset_parameters()
-        if config.constraint == "clamp" and self.mixing is not None:
-            _clamped_modules.add(self)
+        self._keep_constraint()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies and unpickled modules skip __init__, but hold the constraint too.
         super().__setstate__(state)
+        self._keep_constraint()
+
+    def _keep_constraint(self) -> None:
         if self.config.constraint == "clamp" and self.mixing is not None:
-            _clamped_modules.add(self)
+            constrain(self)
 
     def extra_repr(self) -> str:
         return f"blocks={self.config.blocks}, heads={self.heads}, head_dim={self.head_dim}"
@@ -494,25 +495,10 @@ class MHLA(nn.Module):
             mixing = F.pad(mixing, (0, 1, 0, 1), value=1.0)  # plain linear attention: all tokens are alike
         return layout, key_layout, mixing
 
-    @torch.no_grad()
     def clamp_mixing(self) -> None:
         """Bring the mixing matrix back into [0, 1]; called after every optimizer step."""
         assert self.mixing is not None
-        # On .data: where nothing leaves [0, 1] a graph that saved this tensor stays valid.
-        self.mixing.data.clamp_(0, 1)
-
-
-_clamped_modules: weakref.WeakSet[MHLA] = weakref.WeakSet()
-
-
-def _clamp_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # All live modules, not this optimizer's parameters: FSDP, DeepSpeed and from_pretrained replace those.
-    for module in list(_clamped_modules):
-        module.clamp_mixing()
-
-
-# The constraint is the module's own, so that no training loop can forget it.
-register_optimizer_step_post_hook(_clamp_all)
+        clamp(self.mixing)
 
 
 def _depthwise_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:

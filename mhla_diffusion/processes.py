@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.environment import get_cpu_distributed_information
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,9 @@ def process_state() -> PartialState:
 
 def make_accelerator(**settings: Any) -> Accelerator:
     """Return an Accelerator for :func:`process_state`; ``settings`` are its arguments."""
-    return Accelerator(cpu=process_state().device.type == "cpu", **settings)
+    # With cpu it would leave DeepSpeed out, which runs there too.
+    partitioned = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    return Accelerator(cpu=process_state().device.type == "cpu" and not partitioned, **settings)
 
 
 def in_first_process(work: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 
 from ..processes import launch_option, make_accelerator
@@ -34,7 +34,7 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
         settings: further arguments of Accelerator.
 
     Raises:
-        ValueError: when the launcher says something else, or asks for DeepSpeed where it cannot run.
+        ValueError: when the launcher says something else, or asks for DeepSpeed in a way that cannot be.
     """
     # Launchers write "auto" and "no" where nobody chose; accelerate takes a number alone.
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":
@@ -46,7 +46,8 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     if said["mixed_precision"] == "no":
         said["mixed_precision"] = "auto"
     require_agreement(said, config)
-    _require_device_for_deepspeed()
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        _require_usable_deepspeed(config)
     return make_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -55,13 +56,16 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     )
 
 
-def _require_device_for_deepspeed() -> None:
-    """Refuse DeepSpeed on a CPU: there accelerate trains without it, silently, or fails in the middle."""
-    asked, on_cpu = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "CPU"))
-    if asked and (on_cpu or not torch.accelerator.is_available()):
+def _require_usable_deepspeed(config: TrainerConfig) -> None:
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise ValueError(
-            "the launcher asks for DeepSpeed, which accelerate runs on a GPU alone: without one "
-            "leave it out, and start several processes with torchrun"
+            "the launcher asks for DeepSpeed and for a CPU, with which accelerate trains without it: leave "
+            "DeepSpeed out, and start several processes with torchrun"
+        )
+    if config.mixed_precision == "fp16":
+        raise ValueError(
+            "trainer.mixed_precision fp16 has no loss scaling under DeepSpeed here: take bf16, or leave "
+            "DeepSpeed out"
         )
 
 
@@ -95,14 +99,21 @@ def _same(said: Any, ours: Any) -> bool:
 
 
 def tell_deepspeed(accelerator: Accelerator, config: TrainerConfig, share: BatchShare) -> None:
-    """Give DeepSpeed, if it is used, the batch, the accumulation and the clipping of the run.
+    """Give DeepSpeed the batch, the accumulation and the clipping of the run.
+
+    Its own bf16 would round the weights of the model, and take no other input: it trains in float32, and the
+    model computes by :func:`.sharding.autocast_forward`, as without it.
 
     Raises:
-        ValueError: when its own configuration says something else.
+        ValueError: when its own configuration says something else, or shards the weights.
     """
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    if settings["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "ZeRO stage 3 of DeepSpeed shards weights, but not the averages of weights that are kept here: "
+            "take stage 1 or 2, or FSDP (configs/accelerate/fsdp.yaml), which shards both"
+        )
+    settings["bf16"] = {"enabled": False}
     require_agreement({name: settings[name] for name in _KEYS if name in settings}, config)
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["gradient_clipping"] = config.max_grad_norm or 0.0

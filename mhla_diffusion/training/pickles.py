@@ -11,12 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any
 
-# Tensors and what torch.distributed.checkpoint and DeepSpeed keep beside them: their own classes.
+# Tensors and what torch.distributed.checkpoint and DeepSpeed (ZeRO 1 and 2) keep beside them.
 _KNOWN = re.compile(
     r"collections\.OrderedDict|pathlib\.(\w*)Path|torch\.(Size|device|\w+Storage|b?float\w+|u?int\w+|bool)"
     r"|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
     r"|torch\.storage\.\w+|torch\.distributed\.checkpoint\.(metadata|filesystem|planner)\.\w+"
-    r"|deepspeed\.[\w.]+\.[A-Z]\w*|deepspeed\.utils\.tensor_fragment\.fragment_address"
+    r"|deepspeed\.(runtime\.fp16\.loss_scaler\.\w*LossScaler|runtime\.zero\.config\.ZeroStageEnum)"
+    r"|deepspeed\.utils\.tensor_fragment\.fragment_address"
 )
 
 

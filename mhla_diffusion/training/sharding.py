@@ -77,11 +77,11 @@ def gather_as_stored(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def autocast_forward(model: Any, accelerator: Accelerator) -> None:
-    """Have a sharded model compute as others do: accelerate leaves autocast out."""
-    dtype = _DTYPES.get(accelerator.mixed_precision)
+def autocast_forward(model: Any, device: torch.device, mixed_precision: str) -> None:
+    """Have a model of FSDP 2 or DeepSpeed compute as others do: accelerate leaves autocast out."""
+    dtype = _DTYPES.get(mixed_precision)
     if dtype is not None:
-        autocast = torch.autocast(accelerator.device.type, dtype)
+        autocast = torch.autocast(device.type, dtype)
         model.forward = convert_outputs_to_fp32(autocast(model.forward))
 
 

@@ -109,13 +109,15 @@ class Trainer:
             lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
             fused=True,
         )  # fmt: skip
-        tell_deepspeed(self.accelerator, config, self.share)
+        partitioned = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if partitioned:
+            tell_deepspeed(self.accelerator, config, self.share)
         compile_as_launched(model)
         if sharded := self.accelerator.is_fsdp2:
             gather_in_dtype(self.accelerator)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if sharded:
-            autocast_forward(self.model, self.accelerator)
+        if sharded or partitioned:
+            autocast_forward(self.model, self.accelerator.device, config.mixed_precision)
         self.objective.prepare(self.model, self.accelerator)
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(

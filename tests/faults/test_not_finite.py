@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def test_a_batch_that_is_not_finite_is_named_kept_and_can_be_skipped(
             samples = torch.cat([file.get_tensor(f"{part}.samples") for part in range(micro_batches)])
             numbers = [json.loads(facts[f"{part}.numbers"]) for part in range(micro_batches)]
         assert [len(its) for its in numbers] == [8 // micro_batches] * micro_batches
+        assert sorted(itertools.chain(*numbers)) == list(range(8 * (step - 1), 8 * step))
         assert len(names) == 8
         (bad,) = torch.nonzero(~samples.isfinite().flatten(1).all(1)).flatten().tolist()
         assert names[bad].endswith("row 13")

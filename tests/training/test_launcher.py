@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.training import ImageTrainingConfig, train_image
@@ -90,13 +92,25 @@ def test_what_deepspeed_is_configured_for_is_held_against_the_run() -> None:
         require_agreement({"gradient_accumulation_steps": 1, "train_batch_size": 32}, config)
 
 
-def test_deepspeed_without_a_gpu_is_refused_before_any_step(
-    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("on_cpu", "precision", "message"),
+    [
+        ("true", "no", "asks for DeepSpeed and for a CPU, with which accelerate trains without it"),
+        ("false", "fp16", "fp16 has no loss scaling under DeepSpeed here: take bf16"),
+    ],
+)
+def test_deepspeed_that_would_not_train_as_asked_is_refused_before_any_step(
+    on_cpu: str,
+    precision: str,
+    message: str,
+    train: Callable[..., int],
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match="asks for DeepSpeed, which accelerate runs on a GPU alone"):
-        train()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
+    with pytest.raises(ValueError, match=message):
+        train("--trainer.mixed_precision", precision)
     assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
 
 
@@ -139,16 +153,17 @@ def test_a_compiled_run_is_the_plain_one_and_leaves_a_pipeline(
     assert train(*branch, str(compiled / "checkpoints" / "step-00000006")) == 0
 
 
+@pytest.mark.parametrize("max_steps", [1, 1000])
 def test_a_run_that_trains_nothing_says_why_and_stops(
-    train: Callable[..., int], settings: dict[str, Any]
+    max_steps: int, train: Callable[..., int], settings: dict[str, Any]
 ) -> None:
-    settings["trainer"]["max_steps"] = 1000
+    settings["trainer"]["max_steps"] = max_steps
     with pytest.raises(
         ValueError, match=r"trains nothing.*proj_out_2\.weight.*start at 0.*Set trainable to all"
     ):
         train("--trainable", "attention")
-    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) < 4
+    metrics = Path(settings["output_dir"]) / "metrics.jsonl"
+    assert not metrics.exists() or len(metrics.read_text().splitlines()) < 4
 
 
 def test_attention_of_a_trained_model_is_trained(
@@ -174,3 +189,43 @@ def test_every_setting_of_the_optimizer_reaches_adamw(
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1)
         assert group["lr"] == pytest.approx(rate)
         assert group["params"]
+
+
+def test_gradients_are_clipped_and_logged_as_they_were(
+    train: Callable[..., int], settings: dict[str, Any]
+) -> None:
+    settings["trainer"]["max_grad_norm"] = 1e-3
+    norms: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(g for g in gradients if g is not None)))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        assert train() == 0
+    finally:
+        handle.remove()
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["grad_norm"] > 1e-2 for line in lines)
+
+
+def test_a_sheet_leaves_the_model_in_training_and_none_is_made_on_the_way_out(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["sampling"]["every"] = 1
+    loss_of, seen = Trainer._loss, list[tuple[bool, int]]()
+
+    def noted(self: Trainer, *arguments: Any) -> torch.Tensor:
+        seen.append((self.model.training, torch.initial_seed()))
+        return loss_of(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_loss", noted)
+    monkeypatch.setattr(
+        Trainer, "_agree_to_stop", lambda self, _: signal.SIGTERM if self.progress.step == 3 else 0
+    )
+    assert train("--trainer.seed", "11") == signal.SIGTERM
+    assert seen == [(True, 11)] * 3
+    sheets = sorted(path.name for path in Path(settings["output_dir"]).glob("samples/*.png"))
+    assert sheets == ["step-00000001.png", "step-00000002.png"]
