@@ -130,12 +130,26 @@ def test_convolutions_of_queries_and_keys_by_hand(
     assert not torch.allclose(found, plain(q, k, v, **arguments), atol=1e-2)
 
 
-def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred() -> None:
-    config = MHLAConfig(blocks=4, feature_map="hedgehog", local="shared", mixing_init="uniform")
+@pytest.mark.parametrize("feature_map", ["hedgehog", "softmax"])
+def test_a_window_starts_as_a_mean_over_all_tokens_where_nothing_is_preferred(feature_map: Any) -> None:
+    config = MHLAConfig(blocks=4, feature_map=feature_map, local="shared", mixing_init="uniform")
     module, (q, k, v), _ = make_module(config)
     out = module(0 * q, 0 * k, v, grid=(4, 6))
     mean = v.mean(2, keepdim=True).expand_as(v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(out, mean, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "crelu", "elu", "power"])
+def test_a_window_starts_with_the_weight_that_a_key_of_chance_has_beside_it(feature_map: Any) -> None:
+    """One of the softmax weighs about 1, one of MHLA the product of two features over M."""
+    settings: dict[str, Any] = {"blocks": 4, "feature_map": feature_map, "mixing_init": "uniform"}
+    configs = MHLAConfig(local="shared", **settings), MHLAConfig.paper(normalizer="none", **settings)
+    beside, alone = (MHLA(config, heads=1, head_dim=64, grid=(4, 6)) for config in configs)
+    assert beside.local is not None
+    q, k = torch.randn(2, 20, 1, 24, 64)
+    with torch.no_grad():
+        products = alone(q, k, torch.ones_like(q), grid=(4, 6)).mean() / 24  # over M already
+    assert float(-beside.local) == pytest.approx(float(products.log()), abs=0.1)
 
 
 def test_centred_keys_leave_out_what_is_masked() -> None:

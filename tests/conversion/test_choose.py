@@ -11,7 +11,7 @@ import torch
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.conversion import NoiseCalls, align, choose, frontier, save_student
-from mhla_diffusion.conversion.choose import assemble
+from mhla_diffusion.conversion.choose import assemble, layer_errors
 from mhla_diffusion.conversion.knapsack import STOCK, Limits, within
 from mhla_diffusion.conversion.trial import Trial, prediction_error, rank_correlation
 from mhla_diffusion.planning import Plan, plan
@@ -36,6 +36,13 @@ def test_the_frontier_is_that_of_all_choices(seed: int) -> None:
         ValueError, match=rf"no choice costs 0.1 or less .* the nearest costs {found[0].cost:.4g}"
     ):
         within(found, 0.1)
+
+
+def test_errors_of_a_layer_are_summed_over_its_branches() -> None:
+    jobs = {name: {"error": error} for name, error in (("a", 0.1), ("b", 0.2), ("c", 0.4))}
+    found = layer_errors({"layers": {"a": 0, "b": 0, "c": 1}, "jobs": {"mhla": jobs}}, 3)
+    assert found[0] == {STOCK: 0.0, "mhla": pytest.approx(0.3)}
+    assert found[1:] == [{STOCK: 0.0, "mhla": 0.4}, {STOCK: 0.0}]
 
 
 @pytest.fixture

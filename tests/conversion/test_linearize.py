@@ -99,6 +99,9 @@ def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(
         assert name in page
     assert page.count("data:image/png;base64,") == 4 * 2
     assert "http" not in page.replace("http-equiv", "")
+    distilled = yaml.safe_load((out / "distilled" / "config.yaml").read_text())
+    assert distilled["trainer"]["ema_decay"] == 0.5, "no average that is longer than three steps"
+    assert distilled["objective"]["distillation"]["fade_steps"] == 1
     pipeline = MHLAPipeline.from_pretrained(out / "distilled" / "pipeline")
     assert "mhla" in pipeline.transformer.layer_attention
 

@@ -52,6 +52,8 @@ def test_a_video_shorter_than_the_clip_is_refused() -> None:
 def test_broadcast_rates_are_the_round_ones(rate: float, asked: int, digits: int) -> None:
     times, step = np.round(np.arange(1000) / rate, digits), round(rate / asked)
     assert clip_at_rate(times, length=200, fps=asked) == list(range(0, 200 * step, step))
+    if step == 1:
+        assert clip_at_rate(times, length=1000, fps=asked) == list(range(1000)), "every frame, however long"
     last = clip_at_rate(times, length=200, fps=asked, start=1.0)
     assert last == list(range(1000 - 199 * step - 1, 1000, step))
 
