@@ -108,13 +108,17 @@ def tell_deepspeed(accelerator: Accelerator, config: TrainerConfig, share: Batch
         ValueError: when its own configuration says something else, or shards the weights.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    if settings["zero_optimization"]["stage"] == 3:
+    if settings.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError(
             "ZeRO stage 3 of DeepSpeed shards weights, but not the averages of weights that are kept here: "
             "take stage 1 or 2, or FSDP (configs/accelerate/fsdp.yaml), which shards both"
         )
-    settings["bf16"] = {"enabled": False}
-    require_agreement({name: settings[name] for name in _KEYS if name in settings}, config)
+    said = {name: settings[name] for name in _KEYS if name in settings}
+    for precision in ("bf16", "fp16"):
+        if settings.get(precision, {}).get("enabled") is True:
+            said["mixed_precision"] = precision
+        settings[precision] = {"enabled": False}
+    require_agreement(said, config)
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["gradient_clipping"] = config.max_grad_norm or 0.0
     # Read off a prepared loader otherwise, and this one is not.

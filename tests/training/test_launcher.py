@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.training import ImageTrainingConfig, train_image
 from mhla_diffusion.training.config import parse_config
-from mhla_diffusion.training.launcher import require_agreement
+from mhla_diffusion.training.data.stream import BatchShare
+from mhla_diffusion.training.launcher import require_agreement, tell_deepspeed
 from mhla_diffusion.training.settings import TrainerConfig
 from mhla_diffusion.training.trainer import Trainer
 
@@ -90,6 +92,28 @@ def test_what_deepspeed_is_configured_for_is_held_against_the_run() -> None:
         ValueError, match=r"steps 1 beside trainer\.gradient_accumulation_steps 8; for train_batch"
     ):
         require_agreement({"gradient_accumulation_steps": 1, "train_batch_size": 32}, config)
+
+
+def test_deepspeed_is_told_what_the_run_is_and_leaves_precision_to_it() -> None:
+    config = TrainerConfig(
+        batch_size=64, max_steps=10, gradient_accumulation_steps=8, max_grad_norm=0.5, mixed_precision="bf16"
+    )
+
+    def told(settings: dict[str, Any]) -> dict[str, Any]:
+        plugin = SimpleNamespace(deepspeed_config=settings)
+        accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        tell_deepspeed(accelerator, config, BatchShare(64, 2, 0, 8))
+        return settings
+
+    off = {"enabled": False}
+    assert told({"bf16": {"enabled": True}, "gradient_clipping": "auto"}) == {
+        "bf16": off, "fp16": off, "gradient_clipping": 0.5, "gradient_accumulation_steps": 8,
+        "train_micro_batch_size_per_gpu": 4,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"mixed_precision fp16 beside trainer\.mixed_precision bf16"):
+        told({"fp16": {"enabled": True}})
+    with pytest.raises(ValueError, match="ZeRO stage 3 of DeepSpeed shards weights, but not the averages"):
+        told({"zero_optimization": {"stage": 3}})
 
 
 @pytest.mark.parametrize(
