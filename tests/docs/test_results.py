@@ -102,22 +102,25 @@ def test_differences_of_the_pages_are_those_of_some_records() -> None:
 
 
 def differences() -> Iterator[list[float]]:
-    """Yield how far two variants are apart in each seed: by metrics of comparisons, losses of conversions."""
-    for content in RESULTS.values():
+    """Yield how far two variants are apart in each seed: by metrics of comparisons, losses of conversions.
+
+    Runs of one task are compared on whatever page they stand.
+    """
+    tasks: dict[str, dict[tuple[str, str], list[Any]]] = {}
+    for page, content in RESULTS.items():
         if "runs" not in content:
             ratios: dict[str, list[float]] = {}
             for its in content["results"]:
                 ratios.setdefault(its["variant"], []).append(its["ratio"]["value"])
             yield from less([its for its in ratios.values() if len(its) > 1])
             continue
-        tasks: dict[str, dict[str, list[Any]]] = {}
         for run in sorted(content["runs"], key=lambda run: run["seed"]):
             variants = tasks.setdefault(key_of(run)[0], {})
-            variants.setdefault(run["variant"]["name"], []).append(run)
-        for variants in tasks.values():
-            for key in ("frechet", "loss", "frame_change", "accuracy", "perplexity"):
-                groups = [[run[key] for run in runs] for runs in variants.values() if key in runs[0]]
-                yield from less(groups)
+            variants.setdefault((page, run["variant"]["name"]), []).append(run)
+    for variants in tasks.values():
+        for key in ("frechet", "loss", "frame_change", "accuracy", "perplexity"):
+            groups = [[run[key] for run in runs] for runs in variants.values() if key in runs[0]]
+            yield from less(groups)
 
 
 def less(groups: list[list[float]]) -> Iterator[list[float]]:
