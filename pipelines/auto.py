@@ -87,8 +87,8 @@ class MHLAPipeline:
             )
         if pipeline_class.__name__ in _WITHOUT_GRID and mhla_config is not None:
             raise ValueError(
-                f"a {pipeline_class.__name__} puts tokens of frames behind those of the video, which then lie "
-                "on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
+                f"a {pipeline_class.__name__} puts tokens of frames behind those of the video, which then "
+                "lie on no grid: take LTXPipeline or LTXImageToVideoPipeline, or leave mhla_config out"
             )
         needs_block = pipeline_class.__name__ in _WITH_EXTRA_TOKENS and mhla_config is not None
         if needs_block and not as_config(mhla_config).extra_block:
