@@ -14,7 +14,7 @@ import mhla_diffusion
 PACKAGE = Path(mhla_diffusion.__file__).parent
 ROOM = "mhla_diffusion.evaluation"
 ORDER = ["sets", "networks", "scores", "store", "measure", "pages", "evaluate"]
-GROUND_FLOOR = {"mhla_diffusion.optional", "mhla_diffusion.files", "mhla_diffusion.processes"}
+GROUND_FLOOR = {f"mhla_diffusion.{room}" for room in ("devices", "files", "optional", "processes")}
 
 
 def _imports() -> dict[str, set[str]]:
