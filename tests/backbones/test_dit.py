@@ -243,6 +243,14 @@ def test_processor_attends_to_other_tokens() -> None:
         attn(x, grid=(4, 4))
 
 
+def test_processor_adds_and_scales_as_the_layer_says() -> None:
+    attn, x = Attention(16, heads=2, dim_head=8), torch.randn(2, 16, 16)
+    attn.set_processor(MHLAAttnProcessor(MHLAConfig(blocks=(2, 2)), heads=2, head_dim=8, grid=(4, 4)))
+    plain = attn(x, grid=(4, 4))
+    attn.residual_connection, attn.rescale_output_factor = True, 2.0
+    torch.testing.assert_close(attn(x, grid=(4, 4)), (plain + x) / 2)
+
+
 def test_processor_refuses_what_linear_attention_has_no_form_of(make_model: MakeModel) -> None:
     attn, x = make_model().transformer_blocks[0].attn1, torch.randn(1, 16, 16)
     for arguments, message in [

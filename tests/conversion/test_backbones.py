@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -245,3 +246,11 @@ def test_text_to_image_runs_give_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first["encoder_hidden_states"], again["encoder_hidden_states"])
     assert predict(calls.model, first).shape[2:] == first["hidden_states"].shape[2:]
     assert calls.loss(calls.model, 4) == pytest.approx(calls.loss(calls.model, 4))
+
+    ten = mock.MagicMock(wraps=calls.source, __len__=mock.Mock(return_value=10))
+    monkeypatch.setattr(calls, "source", ten)
+    for number in range(20):
+        calls.sample(number)
+    drawn = [call.args[0] for call in ten.load.call_args_list]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mhla_diffusion.files.sums import SUMS, damaged_files, read_sums, record_sums
 from mhla_diffusion.files.writing import remove_unfinished, require_new_folder, write_file, write_folder
 
 
@@ -116,3 +117,20 @@ def test_what_is_written_can_be_read_as_the_umask_says(tmp_path: Path) -> None:
         os.umask(before)
     for name in ("model/a.safetensors", "b.safetensors", "c.txt"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
+
+
+def test_a_record_that_was_cut_short_goes_on_in_a_line_of_its_own(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    record_sums(tmp_path, "ab")
+    whole = read_sums(tmp_path)
+    assert whole is not None
+    assert set(whole) == {"a", "b"}
+    record = tmp_path / SUMS
+    record.write_text(record.read_text()[:-10])  # by a full disk, in the sum of b
+    record_sums(tmp_path, "c")
+    after = read_sums(tmp_path)
+    assert after is not None
+    assert set(after) == {"a", "c"}
+    assert after["a"] == whole["a"]
+    assert damaged_files(tmp_path) == ["b"]

@@ -107,9 +107,15 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
 
 def test_two_processes_give_the_losses_of_one(whole: Path, run: Run, losses: Losses, tmp_path: Path) -> None:
     pair = tmp_path / "pair"
-    result = run("--output_dir", str(pair), num_processes=2)
+    result = run("--output_dir", str(pair), "--trainer.checkpoint_every", "6", num_processes=2)
     assert result.returncode == 0, result.stdout
     assert losses(pair) == pytest.approx(losses(whole), rel=1e-4)
+    states = [
+        torch.load(path, weights_only=False)["torch_manual_seed"]
+        for path in sorted(pair.glob("checkpoints/*/random_states_*.pkl"))
+    ]
+    assert len(states) == 2
+    assert not torch.equal(*states)  # or both would drop the same units
 
 
 def test_accumulated_micro_batches_give_the_losses_of_one_batch(
