@@ -120,7 +120,7 @@ def convert(model: Any, config: Any, *, attention: Any = "mhla") -> tuple[Any, d
         converted.get_parameter(name).requires_grad_(parameter.requires_grad)
     if model.can_generate():
         converted.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         converted.gradient_checkpointing_enable()
     return converted, {"new": outcome.missing_keys, "dropped": outcome.unexpected_keys}
 

@@ -258,3 +258,26 @@ def test_the_trainer_of_transformers_trains_it(tmp_path: Path) -> None:
     assert loaded.generate(torch.arange(3)[None], max_new_tokens=4, do_sample=False).tolist() == [
         list(range(7))
     ]
+
+
+def test_adapters_of_peft_train_and_generate(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tokens = torch.arange(8)[None]
+    lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["mhla", "lm_head"], r=4)
+    model = peft.get_peft_model(make({"blocks": 3}), lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(40):
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make({"blocks": 3}), tmp_path).eval()
+    assert losses[-1] < 0.5 * losses[0]
+    start, *trained = (
+        some.generate(input_ids=tokens[:, :3], max_new_tokens=4, do_sample=False)
+        for some in (make({"blocks": 3}), model, loaded, loaded.merge_and_unload())
+    )
+    assert not torch.equal(start, trained[0])
+    assert all(torch.equal(found, trained[0]) for found in trained)

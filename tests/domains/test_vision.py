@@ -149,19 +149,58 @@ def test_what_cannot_be_is_refused(config: Any, attention: str, message: str) ->
         convert_to_mhla(transformers.BertModel(transformers.BertConfig(num_hidden_layers=0)))
 
 
-def test_the_trainer_of_transformers_trains_it_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    model = convert_to_mhla(make_stock("ViTForImageClassification"), {"blocks": 4})
+def mhla_layers(model: Any) -> list[MHLA]:
+    return [module for module in model.modules() if isinstance(module, MHLA)]
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2"])
+def test_the_trainer_of_transformers_trains_it_and_goes_on_from_its_checkpoint(
+    family: str, tmp_path: Path
+) -> None:
+    model = convert_to_mhla(make_stock(f"{family}ForImageClassification"), {"blocks": 4})
     data = [{"pixel_values": torch.randn(1, 32, 32), "labels": i % 3, "unused": 1} for i in range(8)]
     arguments = TrainingArguments(
         str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
         disable_tqdm=True, learning_rate=0.5, save_only_model=False,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=data).train()
-    mixing = model.vit.layers[0].attention.mhla.mixing
-    assert mixing.grad is None or mixing.requires_grad
+    mixing = mhla_layers(model)[0].mixing
     assert mixing.min() == 0, "clamped after every step"
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-4")
-    assert torch.equal(again.vit.layers[0].attention.mhla.mixing, mixing)
+    assert type(again) is getattr(mhla_diffusion, f"MHLA{family}ForImageClassification")
+    assert torch.equal(mhla_layers(again)[0].mixing, mixing)
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2"])
+def test_adapters_of_peft_train_with_the_layers_that_are_new(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make() -> Any:
+        return convert_to_mhla(make_stock(f"{family}ForImageClassification"), {"blocks": 4, "gate": True})
+
+    pixels, labels = torch.randn(2, 1, 32, 32), torch.tensor([0, 1])
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["mhla"], r=2)
+    model = peft.get_peft_model(make(), lora)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+    for _ in range(3):
+        model(pixel_values=pixels, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.rpartition(".layer")[2].partition(".")[2].partition(".")[2] for name in trained} == {
+        *(f"attention.{layer}.lora_{ab}.default.weight" for layer in ("q_proj", "v_proj") for ab in "AB"),
+        *(f"attention.mhla.modules_to_save.default.{name}" for name in ("mixing", "gate.weight", "gate.bias"))
+    }  # fmt: skip
+    mixing = [value for name, value in model.named_parameters() if name.endswith("default.mixing")]
+    assert min(value.min() for value in mixing) == 0, "clamped after every step"
+    expected = model.eval()(pixel_values=pixels).logits
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert torch.equal(loaded(pixel_values=pixels).logits, expected)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is getattr(mhla_diffusion, f"MHLA{family}ForImageClassification")
+    torch.testing.assert_close(merged(pixel_values=pixels).logits, expected)
 
 
 @pytest.mark.parametrize(
