@@ -95,8 +95,8 @@ class MHLA(nn.Module):
         if config.mixing_relative:
             size = (math.prod(2 * count - 1 for count in layout.blocks) + 3 * config.extra_block,)
         alone = config.window == WINDOW_ONLY
-        self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if size[-1] > 1 and not alone else None
-        by_content = config.mixing_content and self.mixing is not None
+        self.mixing = nn.Parameter(torch.empty(*per_head, *size)) if config.has_mixing else None
+        by_content = config.mixing_content and config.has_mixing
         self.strength = nn.Parameter(torch.empty(heads)) if by_content else None
         learned = config.feature_map == "hedgehog"
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
@@ -260,8 +260,8 @@ class MHLA(nn.Module):
             rotary_emb, key_mask: see :func:`mhla_diffusion.ops.mhla`. To convolutions masked tokens are 0.
             group: ranks that hold one sequence, each the share of the grid that ``torch.tensor_split`` gives
                 it and ``extra`` tokens of its own, of which all other tensors are then. They exchange
-                summaries, see :func:`mhla_diffusion.ops.mhla_parallel`; or, see :attr:`needs_all_tokens`,
-                tokens for heads, whose number they then have to divide.
+                summaries, see :func:`mhla_diffusion.ops.mhla_parallel`; or, where the config
+                ``needs_all_tokens``, tokens for heads, whose number they then have to divide.
 
         Returns:
             ``[B, N, H d]``.
@@ -285,7 +285,7 @@ class MHLA(nn.Module):
             "grid": grid, "extra": extra, "key_grid": key_grid, "rotary_emb": rotary_emb,
             "key_mask": key_mask,
         }  # fmt: skip
-        if group is not None and self.needs_all_tokens:
+        if group is not None and self.config.needs_all_tokens:
             out, beside = attend_by_heads(self, q, k, v, group=group, **settings)
         else:
             out, beside = self.attend(q, k, v, group=group, **settings)
@@ -373,14 +373,6 @@ class MHLA(nn.Module):
             return out
         assert hidden_states is not None
         return out * F.silu(self.gate(hidden_states))
-
-    @property
-    def needs_all_tokens(self) -> bool:
-        """Return True where more than summaries is read of the tokens of other ranks."""
-        content = self.strength is not None or self.config.center_keys
-        paired = self.config.normalizer == "official"
-        convolved = self.cpe is not None or self.conv_q is not None
-        return convolved or self.config.window is not None or content or paired
 
     @property
     def operator_map(self) -> str:

@@ -117,9 +117,9 @@ class MHLAConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("blocks", "key_blocks"):
             value = getattr(self, name)
-            counts = value if isinstance(value, tuple) else (value,)
             if value is None and name == "key_blocks":
                 continue
+            counts = _axes(value)
             if not counts or not all(_is_int(count) and count >= 1 for count in counts):
                 raise ValueError(f"{name} must be an integer >= 1 or one per axis, got {value!r}")
         allowed: dict[str, tuple[Any, ...]] = {
@@ -192,8 +192,21 @@ class MHLAConfig:
         return "shared" if possible else None
 
     @property
+    def has_mixing(self) -> bool:
+        """Return True where there are several summaries to mix, and more than a window reads them."""
+        several = not self._is_one_block if self.key_blocks is None else math.prod(_axes(self.key_blocks)) > 1
+        return (several or self.extra_block) and self.window != WINDOW_ONLY
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Return True where more than summaries is read of the tokens of other ranks."""
+        content = self.center_keys or (self.mixing_content and self.has_mixing)
+        convolved = self.cpe is not None or self.qk_conv
+        return convolved or content or self.window is not None or self.normalizer == "official"
+
+    @property
     def _is_one_block(self) -> bool:
-        return math.prod(self.blocks if isinstance(self.blocks, tuple) else (self.blocks,)) == 1
+        return math.prod(_axes(self.blocks)) == 1
 
     @property
     def margin(self) -> Margin:
@@ -329,6 +342,10 @@ def with_window(config: MHLAConfig, old: MHLAConfig, said: object = None) -> MHL
     if not silent or not possible or config.local_margin or config.routed_blocks:
         return config
     return dataclasses.replace(config, **{name: getattr(old, name) for name in NO_WINDOW})
+
+
+def _axes(blocks: int | tuple[int, ...]) -> tuple[int, ...]:
+    return blocks if isinstance(blocks, tuple) else (blocks,)
 
 
 def _layout(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> BlockLayout:

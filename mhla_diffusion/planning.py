@@ -23,14 +23,13 @@ from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_diffusion.pipelines.denoising import vae_strides
-
+from .autoencoders import vae_strides
 from .backbones import BACKBONES, backbone_of_config, stock_names
 from .backbones.layer_plan import layer_settings
-from .config import NO_WINDOW, POWER_MAP, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
+from .config import AUTO_WINDOW, POWER_MAP, WIDE_MAPS, WINDOW_ONLY, MHLAConfig
 from .files.text import sizes_text
 from .hub import holds_pixels, load_component_config, load_config
-from .ops import BlockLayout, Margin, exchanged_bytes, recommended_layout
+from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 
@@ -60,11 +59,7 @@ class Plan:
         layout: the grid of tokens and its blocks, and the text, if it takes part in self-attention.
         heads, head_dim: H and d.
         num_layers, linear_layers: layers, and those whose attention is or becomes linear.
-        gate, cpe, qk_conv: whether linear layers have an output gate and convolutions on v, and on q and k.
-        local, feature_map, local_margin, routed_blocks, exact_routing: of those, see
-            :class:`mhla_diffusion.MHLAConfig`.
-        normalizer: of those; without one no sums of keys are exchanged.
-        all_tokens: whether they read the tokens of other ranks beside windows and convolutions.
+        mhla: settings of those.
         layer: FLOPs of a layer by part, named as in the model, without its self-attention.
         projections: FLOPs of the self-attention's projections in a layer.
         rest: FLOPs of the whole model without the operators of self-attention.
@@ -82,11 +77,7 @@ class Plan:
     head_dim: int
     num_layers: int
     linear_layers: int
-    gate: bool
-    cpe: bool
-    qk_conv: bool
-    local: str | None
-    feature_map: str
+    mhla: MHLAConfig
     layer: dict[str, int]
     projections: int
     rest: int
@@ -95,11 +86,6 @@ class Plan:
     stock_attention: str = "softmax"
     dtype: torch.dtype = torch.bfloat16
     grids: int = 1
-    local_margin: Margin = 0
-    routed_blocks: int = 0
-    exact_routing: bool = False
-    all_tokens: bool = False
-    normalizer: str = "paper"
 
     def operator_flops(self, attention: str) -> int:
         """Softmax ``4 N^2 d H``, linear ``4 N d^2 H``, MHLA ``H d^2 (4 N + 2 M^2)`` (section 4.2).
@@ -113,10 +99,10 @@ class Plan:
         if attention == "softmax":
             return 4 * tokens**2 * d * self.heads * self.grids
         flops = (4 * tokens + self._mixing * (attention == "mhla")) * d**2 * self._width
-        if self.feature_map == "hedgehog":
+        if self.mhla.feature_map == "hedgehog":
             flops += 4 * tokens * d**2
-        if self.local and attention == "mhla":
-            flops = self._window_flops + (0 if self.local == WINDOW_ONLY else flops)
+        if self.mhla.window and attention == "mhla":
+            flops = self._window_flops + (0 if self.mhla.window == WINDOW_ONLY else flops)
         return flops * self.heads * self.grids
 
     @property
@@ -126,30 +112,31 @@ class Plan:
         blocks, block = math.prod(self.layout.blocks), math.prod(self.layout.block_shape)
         if blocks == 1:
             return 4 * tokens**2 * d
-        flops = 4 * ((tokens - extra) * self.layout.reach_size(self.local_margin) + extra**2) * d
-        if routes := min(self.routed_blocks, blocks - 1):
-            choosing = blocks * block if self.exact_routing else blocks * (d + 1) + d
+        flops = 4 * ((tokens - extra) * self.layout.reach_size(self.mhla.margin) + extra**2) * d
+        if routes := min(self.mhla.routed_blocks, blocks - 1):
+            choosing = blocks * block if self.mhla.exact_routing else blocks * (d + 1) + d
             flops += 4 * tokens * routes * block * d + 2 * tokens * d * choosing
         return flops
 
     @property
     def _mixing(self) -> int:
         """FLOPs of mixing in a head, over d^2."""
-        mixed = self.layout.num_blocks > 1 and self.local != WINDOW_ONLY
+        mixed = self.layout.num_blocks > 1 and self.mhla.window != WINDOW_ONLY
         return 2 * self.layout.num_blocks**2 * mixed
 
     @property
     def _width(self) -> int:
         """Features for each channel."""
-        return 2 if self.feature_map in WIDE_MAPS else 1
+        return 2 if self.mhla.feature_map in WIDE_MAPS else 1
 
     def layer_flops(self, attention: str) -> dict[str, int]:
         """FLOPs of each part of a layer."""
         width, extras = self.heads * self.head_dim, 0
         if attention != "softmax":
             convolution = 2 * 3 ** len(self.layout.grid) * width
-            extras = self.layout.num_tokens * self.gate * 2 * width**2
-            extras += math.prod(self.layout.grid) * (self.cpe + 2 * self.qk_conv) * convolution
+            convolutions = (self.mhla.cpe is not None) + 2 * self.mhla.qk_conv
+            extras = self.layout.num_tokens * self.mhla.gate * 2 * width**2
+            extras += math.prod(self.layout.grid) * convolutions * convolution
         return {
             "attention operator": self.operator_flops(attention),
             "projections q, k, v, out": self.projections,
@@ -167,12 +154,12 @@ class Plan:
     def with_config(self, config: MHLAConfig) -> Plan:
         """Return the plan of the same model and size with these settings in its linear layers."""
         layout = replace(config.layout(self.layout.grid), extra=self.layout.extra)
-        return replace(self, layout=layout, **_parts_of(config))
+        return replace(self, layout=layout, mhla=replace(config, blocks=layout.blocks))
 
     @property
     def _fixed_flops(self) -> int:
         others = self.operators - self.linear_operators
-        stock = replace(self, feature_map="relu")  # which linear attention of stock models has
+        stock = replace(self, mhla=MHLAConfig.paper())  # relu, which linear attention of stock models has
         return self.rest + others * stock.operator_flops(self.stock_attention)
 
     def speedups(self, attention: str) -> dict[str, float]:
@@ -210,14 +197,15 @@ class Plan:
         Those of softmax and of what needs the tokens of other ranks, with what a convolution on v adds to the
         output.
         """
-        if attention != "softmax" and self.cpe:
+        config = self.mhla if attention == "mhla" else replace(self.mhla.without_window(), blocks=1)
+        if attention != "softmax" and config.cpe:
             return self.operator_bytes * 5 // 4
-        if attention == "softmax" or self.all_tokens or (self.local and attention == "mhla"):
+        if attention == "softmax" or config.needs_all_tokens:
             return self.operator_bytes
         whole = BlockLayout(self.layout.grid, (1,) * len(self.layout.grid), self.layout.extra)
         layout, features = self.layout if attention == "mhla" else whole, self.head_dim * self._width
         return exchanged_bytes(
-            layout, self.grids, self.heads, features, self.head_dim, normalizer=self.normalizer
+            layout, self.grids, self.heads, features, self.head_dim, normalizer=config.normalizer
         )
 
     def __str__(self) -> str:
@@ -276,23 +264,17 @@ def plan(
         transformer.latents_per_token, height, width, frames, frame_stride=strides[0],
         vae_stride=strides[-1] if vae_stride is None else vae_stride,
     )  # fmt: skip
-    given = {"blocks": blocks, "gate": gate, "cpe": cpe, "linear_layers": linear_layers}
-    settings = _mhla_settings(stored, transformer)
-    settings |= {name: value for name, value in given.items() if value is not None}
-    settings |= _changed_form(settings, local=local, hedgehog=hedgehog)
-    if not 1 <= settings["linear_layers"] <= num_layers:
+    config, stored_layers, stored_blocks = _stored_form(stored, transformer)
+    if linear_layers is None:
+        linear_layers = stored_layers
+    if not 1 <= linear_layers <= num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
-    blocks = settings.pop("blocks")
+    blocks = blocks if blocks is not None else stored_blocks
     layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
-    if layout.num_blocks == 1 and settings["local"] != WINDOW_ONLY:
-        if local:
-            raise ValueError(
-                "local is a softmax window in one of several blocks, got blocks 1: take more, or leave it out"
-            )
-        settings |= NO_WINDOW
+    config = _changed_form(config, layout.blocks, gate=gate, cpe=cpe, local=local, hedgehog=hedgehog)
     if transformer.extra_tokens:
         layout = replace(layout, extra=(transformer.extra_tokens, 0))
-    operators, linear_operators = _count_operators(transformer, settings["linear_layers"])
+    operators, linear_operators = _count_operators(transformer, linear_layers)
     try:
         flops = _count_flops(transformer, grid)
     except RuntimeError as error:  # tables of the model, or counts of torch, end there
@@ -307,13 +289,14 @@ def plan(
         heads=attn.heads,
         head_dim=attn.inner_dim // attn.heads,
         num_layers=num_layers,
+        linear_layers=linear_layers,
+        mhla=config,
         stock_attention=transformer.stock_attention,
         operators=operators,
         linear_operators=linear_operators,
         **flops,
         dtype=getattr(torch, dtype),
         grids=transformer.grids_of_sample,
-        **settings,
     )
 
 
@@ -326,15 +309,32 @@ def _set_extra_tokens(transformer: Any, extra_tokens: int, name: str) -> None:
     transformer.extra_tokens = extra_tokens
 
 
-def _changed_form(settings: dict[str, Any], *, local: bool | None, hedgehog: bool | None) -> dict[str, Any]:
-    """Settings for a window and learned features where these are not as the model's config has them."""
-    changes: dict[str, Any] = {}
-    if local is not None and local != (settings["local"] is not None):
-        chosen = _parts_of(MHLAConfig() if local else MHLAConfig.paper())
-        changes |= {name: chosen[name] for name in NO_WINDOW}
-    if hedgehog is not None and hedgehog != (settings["feature_map"] == "hedgehog"):
-        changes["feature_map"] = "hedgehog" if hedgehog else "relu"
-    return changes
+def _changed_form(
+    config: MHLAConfig,
+    blocks: tuple[int, ...],
+    *,
+    gate: bool | None,
+    cpe: bool | None,
+    local: bool | None,
+    hedgehog: bool | None,
+) -> MHLAConfig:
+    """The settings with these blocks, and parts that are asked for where the settings lack or have them."""
+    one = math.prod(blocks) == 1
+    if local is False or (one and config.window != WINDOW_ONLY):
+        config = config.without_window()
+    config = replace(config, blocks=blocks)
+    if local and config.window is None:
+        config = replace(config, local=AUTO_WINDOW)
+        if config.window is None:
+            raise ValueError(
+                "local is a softmax window in one of several blocks, with the normalizer 'paper'; got blocks "
+                f"{sizes_text(blocks)} and normalizer {config.normalizer!r}: take others, or leave it out"
+            )
+    if hedgehog is not None and hedgehog != (config.feature_map == "hedgehog"):
+        config = replace(config, feature_map="hedgehog" if hedgehog else "relu")
+    if cpe is not None and cpe != (config.cpe is not None):
+        config = replace(config, cpe="zero" if cpe else None)
+    return config if gate is None else replace(config, gate=gate)
 
 
 def load_model_config(model: str) -> dict[str, Any]:
@@ -400,30 +400,22 @@ def _stock_model(config: dict[str, Any]) -> Any:
         return ours(**{key: value for key, value in arguments.items() if key in known})
 
 
-def _mhla_settings(stored: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Read what the stored config says of MHLA in its first linear layer; a stock model becomes linear."""
+def _stored_form(stored: dict[str, Any], model: Any) -> tuple[MHLAConfig, int, tuple[int, ...] | None]:
+    """What the stored config says: settings of its first linear layer, how many there are, their blocks.
+
+    A stock model becomes linear, and has no blocks of its own.
+    """
     num_layers, stock = len(model.layer_attention), model.stock_attention
     kinds, configs = layer_settings(
         stored.get("attention", stock), stored.get("mhla_config"), num_layers, stock=stock
     )
     linear = [number for number, kind in enumerate(kinds) if kind != stock]
     if not linear:
-        return {"linear_layers": num_layers, "blocks": None, **_parts_of(MHLAConfig())}
-    mhla = configs[linear[0]] if "mhla" in kinds else configs[linear[0]].linear()
-    blocks = mhla.layout(model.default_grid).blocks if "mhla" in kinds else None
-    return {"linear_layers": len(linear), "blocks": blocks, **_parts_of(mhla)}
-
-
-def _parts_of(config: MHLAConfig) -> dict[str, Any]:
-    """Return what costs FLOPs in a linear layer beside its blocks, as fields of a :class:`Plan`."""
-    all_tokens = config.center_keys or config.mixing_content or config.qk_conv
-    all_tokens |= config.normalizer == "official"
-    return {
-        "gate": config.gate, "cpe": config.cpe is not None, "qk_conv": config.qk_conv,
-        "feature_map": config.feature_map, "all_tokens": all_tokens,
-        "local": config.window, "local_margin": config.margin, "routed_blocks": config.routed_blocks,
-        "exact_routing": config.exact_routing, "normalizer": config.normalizer,
-    }  # fmt: skip
+        return MHLAConfig(), num_layers, None
+    config = configs[linear[0]]
+    if "mhla" not in kinds:
+        return config.linear(), len(linear), None
+    return config, len(linear), config.layout(model.default_grid).blocks
 
 
 def _count_operators(model: Any, linear_layers: int) -> tuple[int, int]:
@@ -529,14 +521,15 @@ def _heading(plan: Plan) -> Iterator[str]:
 
 def _form(plan: Plan) -> str:
     """Name what costs FLOPs beside the paper's operator."""
-    margin = f", margin {plan.local_margin}" if plan.local_margin else ""
+    config = plan.mhla
+    margin = f", margin {config.margin}" if config.margin else ""
     parts = {
-        f"a softmax window ({plan.local}{margin})": plan.local,
-        f"{plan.routed_blocks} {'exactly ' * plan.exact_routing}routed blocks": plan.routed_blocks,
-        f"features {plan.feature_map}": plan.feature_map in (*WIDE_MAPS, POWER_MAP),
-        "a gate": plan.gate,
-        "a convolution on v": plan.cpe,
-        "convolutions on q and k": plan.qk_conv,
+        f"a softmax window ({config.window}{margin})": config.window,
+        f"{config.routed_blocks} {'exactly ' * config.exact_routing}routed blocks": config.routed_blocks,
+        f"features {config.feature_map}": config.feature_map in (*WIDE_MAPS, POWER_MAP),
+        "a gate": config.gate,
+        "a convolution on v": config.cpe,
+        "convolutions on q and k": config.qk_conv,
     }
     chosen = [name for name, has in parts.items() if has]
     return f"with {', '.join(chosen)}" if chosen else "without window, gate and convolution"

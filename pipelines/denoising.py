@@ -15,6 +15,8 @@ from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mhla_diffusion.autoencoders import vae_scale_factor
+
 from .model_card import CardedPipeline
 from .requests import require_finite, require_generators, require_positive
 from .schedulers import LEARNED_VARIANCES, reads_variance
@@ -22,26 +24,6 @@ from .schedulers import LEARNED_VARIANCES, reads_variance
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 StepCallback: TypeAlias = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
-
-
-def vae_scale_factor(vae: Any) -> int:
-    """Return the pixels along a side of a latent, 1 without an autoencoder."""
-    if vae is None:
-        return 1
-    if hasattr(vae, "spatial_compression_ratio"):
-        return vae.spatial_compression_ratio
-    stages = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
-    return 2 ** (len(stages) - 1)
-
-
-def vae_strides(vae: Any) -> tuple[int, int]:
-    """Return the frames and the pixels along a side of a latent."""
-    config = vae.config
-    if "scale_factor_temporal" in config:
-        return config.scale_factor_temporal, config.scale_factor_spatial
-    if hasattr(vae, "temporal_compression_ratio"):
-        return vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    return int(config.get("temporal_compression_ratio", 1)), vae_scale_factor(vae)
 
 
 def size_arguments(

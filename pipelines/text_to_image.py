@@ -17,9 +17,10 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from mhla_diffusion.autoencoders import vae_scale_factor
 from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTransformer2DModel
 
-from .denoising import ImagePipeline, StepCallback, vae_scale_factor
+from .denoising import ImagePipeline, StepCallback
 from .model_card import Purpose
 from .requests import require_finite, require_positive
 from .schedulers import prediction_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from mhla_diffusion.autoencoders import size_in_pixels, vae_strides
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
@@ -89,32 +90,17 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
     @property
     def pixels_per_token(self) -> tuple[int, int, int]:
         """Frames, height and width."""
-        patch = self._model.config.patch_size
-        return tuple(p * stride for p, stride in zip(patch, self._pixels_per_latent, strict=True))
+        patch, (time, space) = self._model.config.patch_size, vae_strides(self.vae)
+        return tuple(p * stride for p, stride in zip(patch, (time, space, space), strict=True))
 
     @property
-    def _pixels_per_latent(self) -> tuple[int, int, int]:
-        if self.vae is None:
-            return 1, 1, 1
-        factor = self.vae_scale_factor_spatial
-        return self.vae_scale_factor_temporal, factor, factor
-
-    def size_in_pixels(self, latents: Sequence[int]) -> tuple[int, int, int]:
-        """Frames, height and width of what the autoencoder, if any, makes of latents of this size."""
-        strides = self._pixels_per_latent
-        frames, height, width = (n * stride for n, stride in zip(latents, strides, strict=True))
-        # An autoencoder of videos makes one latent frame of the first, then one of every four.
-        return frames - strides[0] + 1, height, width
-
-    @property
-    def default_size(self) -> tuple[int, int, int]:
+    def default_size(self) -> tuple[int, ...]:
         """Frames, height and width of the clips that it was trained on, else that the model was made for."""
         if self.config.sample_size is not None:
             return tuple(self.config.sample_size)
         config = self._model.config
-        return self.size_in_pixels(
-            [n * p for n, p in zip(config.sample_grid, config.patch_size, strict=True)]
-        )
+        latents = [n * p for n, p in zip(config.sample_grid, config.patch_size, strict=True)]
+        return size_in_pixels(self.vae, latents)
 
     @torch.no_grad()
     def __call__(

@@ -228,6 +228,10 @@ def test_learned_features_and_windows_are_counted() -> None:
     assert bare.exchange_bytes("mhla") == 4 * heads * 16 * d * d
     official = plain.with_config(MHLAConfig.paper(normalizer="official"))
     assert official.exchange_bytes("mhla") == official.operator_bytes
+    # One summary has nothing to weigh by content.
+    for blocks, exchanged in ((16, official.operator_bytes), (1, plain.exchange_bytes("linear"))):
+        content = plain.with_config(MHLAConfig.paper(blocks=blocks, mixing_content=True))
+        assert content.exchange_bytes("mhla") == exchanged
 
 
 def test_the_heading_names_the_form_that_is_counted() -> None:
@@ -344,7 +348,7 @@ def test_text_in_joint_attention_is_planned(text: int | None, tmp_path: Path) ->
     assert planned.operator_bytes == 4 * tokens * width * 2
     # The convolution needs the tokens of other ranks, and adds to the output; else they exchange summaries.
     assert planned.exchange_bytes("mhla") == 5 * planned.operator_bytes / 4
-    assert dataclasses.replace(planned, cpe=False).exchange_bytes("mhla") == 5 * 2 * 12 * 13 * 4
+    assert dataclasses.replace(planned, mhla=MHLAConfig.paper()).exchange_bytes("mhla") == 5 * 2 * 12 * 13 * 4
 
 
 def test_joint_attention_with_mhla_does_what_is_planned(tmp_path: Path) -> None:
@@ -427,7 +431,7 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
 def test_layers_and_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="16 tokens and cannot hold 32 blocks"):
         plan("DiT-S/2", 256, 256, blocks=(32, 1))
-    with pytest.raises(ValueError, match="several blocks, got blocks 1: take more, or leave it out"):
+    with pytest.raises(ValueError, match="several blocks, .*; got blocks 1 x 1 and normalizer 'paper': take others"):
         plan("DiT-S/2", 256, 256, blocks=1, local=True)
     with pytest.raises(ValueError, match="does not run on 16 x 16 tokens and 9999 of text: take fewer"):
         plan("Qwen-Image", 256, 256, extra_tokens=9999)

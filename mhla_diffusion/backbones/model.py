@@ -270,7 +270,7 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
                 f"{', '.join(self.layer_attention)}"
             )
         modules = [module for module in self.modules() if isinstance(module, MHLA)]
-        heads = [mhla.heads for mhla in modules if mhla.needs_all_tokens and mhla.heads % ranks]
+        heads = [mhla.heads for mhla in modules if mhla.config.needs_all_tokens and mhla.heads % ranks]
         if heads:
             raise ValueError(
                 f"{ranks} ranks do not divide {heads[0]} heads, as they have to where windows, "

@@ -11,9 +11,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from mhla_diffusion.pipelines import MHLADiTPipeline, MHLATextToImagePipeline
-from mhla_diffusion.pipelines.denoising import size_arguments, vae_scale_factor
+from mhla_diffusion.pipelines.denoising import size_arguments
 from mhla_diffusion.pipelines.text_to_image import stock_pipeline
 
+from ..autoencoders import vae_scale_factor
 from ..hub import component_subfolder
 from .adapters import require_trained
 from .conditioning import Captions, ClassLabels, require_probability

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from mhla_diffusion.pipelines.sampling import FRAMES
 
+from ..autoencoders import size_in_pixels
 from ..backbones import (
     MHLAAllegroTransformer3DModel,
     MHLAAnyFlowTransformer3DModel,
@@ -34,7 +35,7 @@ from ..hub import component_subfolder, load_component_config
 from .conditioning import Captions
 from .data import CachedLatents
 from .data.latents import PLAIN_AUTOENCODERS
-from .data.video_autoencoders import needs_tiles, size_in_pixels
+from .data.video_autoencoders import needs_tiles
 from .objectives import DDPM, Objective, ObjectiveConfig
 from .text import CaptionEncoder, TextConfig, is_guarded, make_stock_pipeline
 

@@ -14,6 +14,7 @@ from diffusers.utils import load_image
 
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
+from ..autoencoders import size_in_pixels
 from ..backbones import MHLAWanTransformer3DModel
 from ..config import MHLAConfig
 from ..files.videos import require_video_writer
@@ -25,7 +26,6 @@ from .data import CachedLatents, VideoDataConfig, VideoSamples
 from .data.captions import texts_of
 from .data.clip_conditions import load_image_encoder, read_control
 from .data.stream import SampleSource
-from .data.video_autoencoders import size_in_pixels
 from .objectives import Objective
 from .objectives.objective import require_times
 from .run import new_or_loaded, require_patches, train
@@ -202,7 +202,7 @@ def _build_wan(
     else:
         latents.require_text(config.text, [encoder])
         sizes = latents.sizes_as_listed(parts.vae)
-        in_pixels = [parts.size_in_pixels(size) for size in sizes]
+        in_pixels = [size_in_pixels(parts.vae, size) for size in sizes]
         require_pipeline_sizes("Wan's pipeline", in_pixels, multiple=WAN_MULTIPLE)
     if model is None:
         text_dim = parts.text_encoder.config.hidden_size
@@ -217,7 +217,7 @@ def _build_wan(
     task = TrainingTask(
         Captions([encoder], config.caption_dropout, embedded=latents is not None),
         config.sampling,
-        with_transformer(parts, parts.size_in_pixels(sizes[0])),
+        with_transformer(parts, size_in_pixels(parts.vae, sizes[0])),
         config.data.title,
         config.data.chosen().facts(),
         fps=parts.config.fps,
@@ -225,7 +225,7 @@ def _build_wan(
     _require_given(config.sampling, latents)
     if latents is not None and latents.known != "none":
         task.pipeline = with_first_frames(parts, latents)
-        frames, height, width = parts.size_in_pixels(sizes[0])
+        frames, height, width = size_in_pixels(parts.vae, sizes[0])
         task.call = {
             "num_frames": frames, "height": height, "width": width,
             "max_sequence_length": config.text.max_length,

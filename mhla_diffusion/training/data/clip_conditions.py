@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
-from mhla_diffusion.pipelines.denoising import vae_strides
-
+from ...autoencoders import vae_strides
 from ...hub import component_subfolder
 from .captions import draw_index
 from .video_autoencoders import encode_clip, require_clips

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mhla_diffusion.pipelines.denoising import vae_scale_factor
 from mhla_diffusion.pipelines.identity import component_sha256
 
+from ...autoencoders import VIDEO_AUTOENCODERS, vae_scale_factor
 from ...files.writing import require_writable
 from ...processes import in_first_process, process_state
 from ..stock import require_cache
@@ -39,7 +39,7 @@ from .images import ImageSamples
 from .latents import load_vae
 from .shards import write_shards
 from .stream import SampleSource, UnreadableSampleError, is_of_disk
-from .video_autoencoders import VIDEO_AUTOENCODERS, encode_clip, require_clips, require_multiples
+from .video_autoencoders import encode_clip, require_clips, require_multiples
 from .videos import VideoSamples
 
 logger = logging.getLogger(__name__)

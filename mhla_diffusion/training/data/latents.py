@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from mhla_diffusion.pipelines.identity import component_sha256
 
+from ...autoencoders import VIDEO_AUTOENCODERS, size_in_pixels
 from ...hub import component_subfolder, holds_pixels, load_component_config
 from ..config import as_dict
 from ..text import CaptionEncoder, TextConfig, number_suffix
@@ -31,7 +32,6 @@ from .captions import draw_index
 from .clip_conditions import ControlTask
 from .image_sources import ImageSource
 from .shards import Shards, read_record
-from .video_autoencoders import VIDEO_AUTOENCODERS, size_in_pixels
 from .videos import VideoSource
 
 PLAIN_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")

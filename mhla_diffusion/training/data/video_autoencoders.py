@@ -8,20 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_diffusion.pipelines.denoising import vae_scale_factor, vae_strides
-
-_BY_FIRST_FRAME = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo")
-VIDEO_AUTOENCODERS = (*_BY_FIRST_FRAME, "AutoencoderKLAllegro", "AutoencoderKL")
-
-
-def size_in_pixels(vae: Any, latents: Sequence[int]) -> tuple[int, ...]:
-    """Return what an autoencoder makes of latents of this size: height and width in pixels, frames first."""
-    *frames, height, width = latents
-    if not frames:
-        factor = vae_scale_factor(vae)
-        return height * factor, width * factor
-    time, space = vae_strides(vae)
-    return frames[0] * time - (time - 1 if _has_first_frame(vae) else 0), height * space, width * space
+from ...autoencoders import has_first_frame, vae_strides
 
 
 def needs_tiles(vae: Any) -> bool:
@@ -36,7 +23,7 @@ def require_clips(vae: Any, frames: int, sizes: Sequence[tuple[int, int]]) -> No
         ValueError: otherwise, with what it takes.
     """
     time, space = vae_strides(vae)
-    if _has_first_frame(vae) and (extra := (frames - 1) % time):
+    if has_first_frame(vae) and (extra := (frames - 1) % time):
         raise ValueError(
             f"data.frames must be one more than a multiple of {time} for this autoencoder, got {frames}; the "
             f"nearest are {frames - extra} and {frames - extra + time}"
@@ -101,8 +88,3 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
         return (latents - (config.get("shift_factor") or 0.0)) * scale
     mean, std = (torch.as_tensor(values, device=vae.device).view(-1, 1, 1, 1) for values in (mean, std))
     return (latents - mean) * scale / std
-
-
-def _has_first_frame(vae: Any) -> bool:
-    """Tell if it makes one latent frame of the first, then one of each few."""
-    return type(vae).__name__ in _BY_FIRST_FRAME

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from mhla_diffusion import MHLAPipeline
+from mhla_diffusion.autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.pipelines.generation import generate_videos
 from mhla_diffusion.training import (
@@ -31,7 +32,6 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.data import CachedLatents, VideoSamples, open_videos
 from mhla_diffusion.training.data.clip_conditions import Controls, ControlTask, draw_control, read_control
 from mhla_diffusion.training.data.latents import load_vae
-from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from tests.backbones.cases import CASES
 from tests.weights import weights
 

@@ -14,6 +14,7 @@ from diffusers.utils import load_image
 from PIL import Image
 from torch.utils.data import default_collate
 
+from mhla_diffusion.autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.files.videos import UnreadableVideoError, open_video
 from mhla_diffusion.training import (
     LoraConfig,
@@ -31,7 +32,6 @@ from mhla_diffusion.training import (
 from mhla_diffusion.training.data import CachedLatents, VideoSamples, open_videos
 from mhla_diffusion.training.data.latents import load_vae
 from mhla_diffusion.training.data.pairs import PicturePairs
-from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from tests.backbones.cases import CASES
 from tests.weights import weights
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from mhla_diffusion import MHLAConfig, MHLAPipeline
+from mhla_diffusion.autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.backbones.teacher import predict
 from mhla_diffusion.conversion import DataCalls
 from mhla_diffusion.files.videos import open_video
@@ -35,7 +36,6 @@ from mhla_diffusion.training.data.clip_conditions import ImageConditions
 from mhla_diffusion.training.data.encoding import readable
 from mhla_diffusion.training.data.latents import CachedLatents, load_vae
 from mhla_diffusion.training.data.stream import is_of_disk
-from mhla_diffusion.training.data.video_autoencoders import VIDEO_AUTOENCODERS
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
 
