@@ -34,7 +34,7 @@ from .ops import (
 )
 from .ops.autocast import is_autocast, without_autocast
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
+from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, check_rotary, turned
 from .ops.operators import in_transform
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
@@ -62,7 +62,8 @@ class MHLA(nn.Module):
         query_dim: width of the hidden states that the gate reads; H d by default.
 
     Raises:
-        ValueError: when a grid cannot hold its blocks, and for no number of heads or channels.
+        ValueError: when a grid cannot hold its blocks, or convolutions do not go over it, and for no number
+            of heads or channels.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class MHLA(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = as_config(config)
-        if not (isinstance(heads, int) and isinstance(head_dim, int) and min(heads, head_dim) > 0):
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in (heads, head_dim)):
             raise ValueError(f"heads and head_dim must be integers >= 1, got {heads!r} and {head_dim!r}")
         layout, key_layout = config.layout(grid), config.key_layout(key_grid)
         if key_layout is not None and (config.cpe is not None or config.qk_conv):
@@ -85,6 +86,12 @@ class MHLA(nn.Module):
                 "convolutions are for self-attention: leave them out in cross-attention, got cpe "
                 f"{config.cpe!r} and qk_conv {config.qk_conv}"
             )
+        if (config.cpe is not None or config.qk_conv) and len(grid) not in (2, 3):
+            raise ValueError(
+                f"convolutions (cpe, qk_conv) are for grids of 2 or 3 axes, got {grid}: leave them out"
+            )
+        if query_dim is not None and not (isinstance(query_dim, int) and query_dim > 0):
+            raise ValueError(f"query_dim must be an integer >= 1, or None for H d, got {query_dim!r}")
         self.blocks = layout.blocks
         self.key_blocks = None if key_layout is None else key_layout.blocks
         self.heads, self.head_dim, inner_dim = heads, head_dim, heads * head_dim
@@ -108,7 +115,9 @@ class MHLA(nn.Module):
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
         self.cpe = _depthwise_conv(inner_dim, len(grid)) if config.cpe else None
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
-        self.gate = nn.Linear(query_dim or inner_dim, inner_dim) if config.gate else None
+        self.gate = (
+            nn.Linear(inner_dim if query_dim is None else query_dim, inner_dim) if config.gate else None
+        )
         self.reset_parameters()
         self._keep_constraint()
 
@@ -305,11 +314,11 @@ class MHLA(nn.Module):
             return
         if hidden_states is None:
             raise ValueError("this MHLA has a gate, which reads the hidden states: pass hidden_states=x")
-        width = self.gate.in_features
-        if hidden_states.ndim != 3 or hidden_states.shape[1] != q.shape[2] or hidden_states.shape[2] != width:
+        expected = (q.shape[0], q.shape[2], self.gate.in_features)
+        if hidden_states.shape != expected:
             raise ValueError(
-                f"hidden_states, which the gate reads, must be [B, N, query_dim] with N = {q.shape[2]} and "
-                f"query_dim = {width}, got {tuple(hidden_states.shape)}"
+                f"hidden_states, which the gate reads, must be [B, N, query_dim] = {list(expected)}, got "
+                f"{tuple(hidden_states.shape)}"
             )
 
     def attend(
@@ -331,6 +340,7 @@ class MHLA(nn.Module):
             ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
+        check_rotary(rotary_emb, q, extra=sum(layout.extra or ()))
         # Convolutions and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
@@ -344,7 +354,7 @@ class MHLA(nn.Module):
         rotary_emb = self._turns(rotary_emb)
         attend: Callable[..., Tensor]
         if group is not None:
-            attend = self._attend_in_parts(layout, group)
+            attend = self._attend_in_parts(layout, group, k.shape[2])
         elif self.config.window is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
@@ -450,10 +460,16 @@ class MHLA(nn.Module):
         )
 
     @staticmethod
-    def _attend_in_parts(layout: BlockLayout, group: dist.ProcessGroup) -> Callable[..., Tensor]:
-        """The operator over the ranks of a group."""
+    def _attend_in_parts(layout: BlockLayout, group: dist.ProcessGroup, tokens: int) -> Callable[..., Tensor]:
+        """The operator over the ranks of a group, of which this one holds so many tokens."""
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         share, longer = divmod(math.prod(layout.grid), ranks)
+        expected, held = share + (rank < longer), tokens - sum(layout.extra or ())
+        if held != expected:  # other ranks would take its tokens for those of other places
+            raise ValueError(
+                f"rank {rank} of {ranks} must hold {expected} tokens of the grid {layout.grid}, as "
+                f"torch.tensor_split gives it, got {held}"
+            )
         return functools.partial(mhla_parallel, start=rank * share + min(rank, longer), group=group)
 
     def fit(
@@ -552,7 +568,7 @@ def _largest_layout(
     grid: tuple[int, ...], blocks: tuple[int, ...], extra: tuple[int, int] | None = None
 ) -> BlockLayout:
     """The blocks on a grid, or as many along each axis as it has tokens."""
-    if len(grid) != len(blocks):
+    if not isinstance(grid, (tuple, list)) or len(grid) != len(blocks):
         return BlockLayout(grid, blocks)  # says so
     return BlockLayout(grid, tuple(min(b, max(n, 1)) for b, n in zip(blocks, grid, strict=True)), extra)
 

@@ -32,6 +32,7 @@ from .hub import holds_pixels, load_component_config, load_config
 from .ops import BlockLayout, exchanged_bytes, recommended_layout
 
 ATTENTIONS = ("softmax", "linear", "mhla")
+_DTYPES = ("bfloat16", "float16", "float32")
 
 PRESETS = {
     name: {"_class_name": stock.__name__, **arguments}
@@ -254,6 +255,8 @@ def plan(
         ValueError: for a model that is not of these kinds, and sizes or blocks that do not fit; the message
             names those that do.
     """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     stored = load_model_config(model)
     transformer = _stock_model(stored)
     attn, num_layers = transformer.self_attention[0], len(transformer.layer_attention)

@@ -70,12 +70,17 @@ def spread(times: Sequence[float]) -> float | None:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Return the most that is allocated during a call, beyond what it returns."""
+    """Return the most that is allocated during a call, beyond what it returns.
+
+    Args:
+        call: returns a tensor or several that it made; on a CPU it allocates in this thread.
+        device: ``cpu``, or a GPU that torch knows by this name.
+    """
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = call()
-        return torch.cuda.max_memory_allocated() - before - _size(result)
+        return torch.cuda.max_memory_allocated(device) - before - _size(result)
     # Else it tells its steps, and what it says of GPUs that are not there looks like a failure.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -91,4 +96,5 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 def _size(result: Tensor | Iterable[Tensor]) -> int:
     tensors = [result] if isinstance(result, Tensor) else result
-    return sum(x.untyped_storage().nbytes() for x in tensors)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())

@@ -17,6 +17,7 @@ from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
 from mhla_diffusion.analysis.matrices import window_matrices
 from mhla_diffusion.analysis.record import _recording, analyze_stored
+from mhla_diffusion.causal import CausalMHLA
 from mhla_diffusion.ops import BlockLayout, initial_mixing
 from tests.backbones.cases import CASES
 from tests.processes import run_script
@@ -150,6 +151,33 @@ def test_a_model_without_attention_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Linear went through no self-attention"):
         analyze(model, lambda: model(torch.zeros(1, 2)))
+    causal = CausalMHLA(MHLAConfig.paper(blocks=2), heads=1, head_dim=4, block_size=2)
+    q, k, v = torch.randn(3, 1, 1, 6, 4)
+    with pytest.raises(ValueError, match=r"CausalMHLA went through no .*, but for causal ones"):
+        analyze(causal, lambda: causal(q, k, v))
+
+
+def test_what_has_no_matrices_is_refused() -> None:
+    model = OneLayer(MHLAConfig(blocks=4), (4, 4))
+    q, k = torch.randn(2, 1, 2, 16, 4)
+    with pytest.raises(ValueError, match="max_matrices must be at least 1, got 0"):
+        analyze(model, lambda: model(q, k), max_matrices=0)
+    q[0, 0, 3] = math.nan
+    with pytest.raises(ValueError, match="queries or keys of layer are not finite"):
+        analyze(model, lambda: model(q, k))
+
+
+def test_layers_may_be_called_by_names_alone() -> None:
+    model = OneLayer(MHLAConfig(blocks=4), (4, 4))
+    q, k = torch.randn(2, 1, 2, 16, 4)
+    by_place, by_name = (
+        analyze(model.layer, run).layers[0].matrices
+        for run in (
+            lambda: model.layer(q, k, k, grid=(4, 4)),
+            lambda: model.layer(q=q, k=k, v=k, grid=(4, 4)),
+        )
+    )
+    assert by_place == by_name
 
 
 def test_audit_counts_what_a_checkpoint_may_hold() -> None:

@@ -479,36 +479,6 @@ def test_a_compiled_model_takes_its_grid_off_the_shape_of_its_input(fullgraph: b
         compiled(x).sum().backward()
 
 
-def test_a_gate_without_hidden_states_says_what_is_missing() -> None:
-    module = MHLA(MHLAConfig(blocks=4, gate=True), heads=2, head_dim=8, grid=(4, 4))
-    q, k, v = torch.randn(3, 1, 2, 16, 8)
-    with pytest.raises(ValueError, match="pass hidden_states=x"):
-        module(q, k, v, grid=(4, 4))
-
-
-@pytest.mark.parametrize("local", [None, "auto", "only"])
-def test_what_does_not_fit_is_refused_in_the_same_words_with_a_window(local: str | None) -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, local=local))
-    narrow, short = torch.rand(2, 24, 2), torch.rand(2, 20, 3)
-    for wrong, message in (
-        ({"rotary_emb": tuple(narrow)}, r"rotary_emb must be .*\(24, 2\)"),
-        ({"rotary_emb": tuple(short)}, r"rotary_emb must be .*\(20, 3\)"),
-        ({"k": k[:, :, :20], "v": v[:, :, :20]}, r"k and v hold 20 tokens"),
-        ({"k": k[..., :4]}, r"k must be .* H = 2 and d = 6 of this MHLA, got \(2, 2, 24, 4\)"),
-        ({"q": q[:, :1], "k": k[:, :1], "v": v[:, :1]}, r"q must be .* got \(2, 1, 24, 6\)"),
-        ({"v": v[0]}, r"v must be .* got \(2, 24, 6\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            module(**{"q": q, "k": k, "v": v, "grid": (4, 6), **wrong})
-
-
-@pytest.mark.parametrize("shape", [(2, 24, 8), (2, 20, 12), (24, 12)], ids=str)
-def test_hidden_states_that_the_gate_cannot_read_are_refused(shape: tuple[int, ...]) -> None:
-    module, (q, k, v), _ = make_module(MHLAConfig(blocks=4, gate=True))
-    with pytest.raises(ValueError, match=r"\[B, N, query_dim\] with N = 24 and query_dim = 12, got"):
-        module(q, k, v, grid=(4, 6), hidden_states=torch.randn(shape))
-
-
 @pytest.mark.parametrize("local", [None, "auto", "only", "gate"])
 def test_an_empty_batch_and_mixed_dtypes_are_taken_with_a_window_too(
     local: str | None, monkeypatch: pytest.MonkeyPatch

@@ -431,8 +431,10 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
 def test_layers_and_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="16 tokens and cannot hold 32 blocks"):
         plan("DiT-S/2", 256, 256, blocks=(32, 1))
-    with pytest.raises(ValueError, match="several blocks, .*; got blocks 1 x 1 and normalizer 'paper': take others"):
+    with pytest.raises(ValueError, match=r"several blocks, .*; got blocks 1 x 1 and normalizer 'paper'"):
         plan("DiT-S/2", 256, 256, blocks=1, local=True)
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32, got 'int8'"):
+        plan("DiT-S/2", 256, 256, dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not run on 16 x 16 tokens and 9999 of text: take fewer"):
         plan("Qwen-Image", 256, 256, extra_tokens=9999)
     with pytest.raises(ValueError, match="linear_layers must lie between 1 and 12, got 13"):

@@ -13,3 +13,11 @@ def test_memory_beyond_what_is_returned() -> None:
         return large[:10].clone()
 
     assert 4000 <= peak_bytes(call, "cpu") <= 4200
+
+
+def test_views_of_one_storage_are_returned_once() -> None:
+    def call() -> tuple[torch.Tensor, ...]:
+        whole = torch.zeros(1000)
+        return whole[:10], whole[10:]
+
+    assert 0 <= peak_bytes(call, "cpu") <= 200

@@ -120,7 +120,7 @@ def analyze(
 ) -> Analysis:
     """Analyse every self-attention layer that a call of a model goes through.
 
-    Layers are MHLA modules, and attention layers of diffusers with any other processor.
+    Layers are MHLA modules but for causal ones, and attention layers of diffusers with any other processor.
 
     Args:
         model: any model with such layers.
@@ -130,15 +130,17 @@ def analyze(
         settings: what the report should say of the call.
 
     Raises:
-        ValueError: for a model without such layers, or too many tokens.
+        ValueError: for a model without such layers, too many tokens, or queries and keys that are not finite.
     """
+    if max_matrices < 1:
+        raise ValueError(f"max_matrices must be at least 1, got {max_matrices}")
     calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = {}
     with _recording(model, calls, max_tokens):
         run()
     if not calls:
         raise ValueError(
-            f"{type(model).__name__} went through no self-attention that can be analysed: MHLA modules, and "
-            "attention layers of diffusers"
+            f"{type(model).__name__} went through no self-attention that can be analysed: MHLA modules, but "
+            "for causal ones, and attention layers of diffusers"
         )
     layers = [
         _analyze_layer(name, *call, max_matrices=max_matrices)
@@ -160,12 +162,17 @@ def _recording(
                 "latents (height, width, frames), or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) "
                 "time)"
             )
+        if not (q.isfinite().all() and k.isfinite().all()):
+            raise ValueError(
+                f"queries or keys of {name} are not finite: the model's inputs or weights are not"
+            )
         calls.setdefault(name, (module, q.detach(), k.detach(), kwargs))
 
     def before_mhla(name: str, module: MHLA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("key_grid") is None:
+        if kwargs.get("key_grid") is None and "grid" in kwargs:  # causal layers have none
+            q, k, v = (*args, *(kwargs[name] for name in "qkv"[len(args) :]))
             layout, _, _ = module.fit(tuple(kwargs["grid"]), extra=kwargs.get("extra"))
-            q, k = module.normed(args[0], args[1], layout, kwargs.get("key_mask"), dtype=args[2].dtype)
+            q, k = module.normed(q, k, layout, kwargs.get("key_mask"), dtype=v.dtype)
             note(name, module, q, k, kwargs)
 
     def before_attention(name: str, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

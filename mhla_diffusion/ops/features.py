@@ -177,17 +177,25 @@ def check_arguments(
 
 def check_rotary(rotary_emb: RotaryEmbedding | None, q: Tensor, *, extra: int = 0) -> None:
     """Refuse tables that are not of all tokens, or of all but the extra ones, with a ValueError."""
+    if rotary_emb is None:
+        return
+    if (
+        not isinstance(rotary_emb, (tuple, list))
+        or len(rotary_emb) != 2
+        or any(not isinstance(table, Tensor) or not table.is_floating_point() for table in rotary_emb)
+    ):
+        raise ValueError(
+            "rotary_emb must be a pair of real tensors (cos, sin); of complex factors x pass (x.real, x.imag)"
+        )
     tokens, d = q.shape[-2:]
-    for table in rotary_emb or ():
-        if (
-            table.ndim < 2
-            or table.shape[-2] not in (tokens, tokens - extra)
-            or table.shape[-1] != d // 2
-            or d % 2
-        ):
+    for table in rotary_emb:
+        *outer, rows, columns = table.shape if table.ndim > 1 else (0, 0)
+        spread = all(n in (1, whole) for n, whole in zip(outer[::-1], q.shape[-3::-1], strict=False))
+        if rows not in (tokens, tokens - extra) or columns != d // 2 or d % 2 or not spread or len(outer) > 2:
             raise ValueError(
-                f"rotary_emb must be (cos, sin), each [..., N, d / 2] = [..., {tokens}, {d // 2}] with d "
-                f"even, or of the tokens on the grid alone, got {tuple(table.shape)} at d = {d}"
+                f"rotary_emb must be (cos, sin), each [N, d / 2], [H, N, d / 2] or [B, H, N, d / 2] with "
+                f"B or H of 1 or all, of q {tuple(q.shape)} with d even or of its tokens on the grid alone, "
+                f"got {tuple(table.shape)}"
             )
         if table.requires_grad:
             raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
@@ -195,6 +203,8 @@ def check_rotary(rotary_emb: RotaryEmbedding | None, q: Tensor, *, extra: int = 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
     """Refuse a mask that is not bool ``[B, N]`` for keys ``[B, H, N, d]``, with a ValueError."""
+    if key_mask is not None and not isinstance(key_mask, Tensor):
+        raise ValueError(f"key_mask must be a bool tensor [B, N], got a {type(key_mask).__name__}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (len(k), k.shape[2])):
         raise ValueError(
             f"key_mask must be a bool tensor [B, N] = [{len(k)}, {k.shape[2]}], true where a key counts, got "

@@ -58,12 +58,13 @@ class BlockLayout:
                     "grid"
                 )
         if self.extra is not None:
-            object.__setattr__(self, "extra", tuple(operator.index(int(n)) for n in self.extra))
-            if len(self.extra) != 2 or min(self.extra) < 0:
+            pair = isinstance(self.extra, (tuple, list)) and len(self.extra) == 2
+            if not pair or any(isinstance(n, str) or n < 0 for n in self.extra):
                 raise ValueError(
                     "extra must be (before, after), numbers of tokens before and after those of the grid, "
-                    f"each 0 or more, got {self.extra}"
+                    f"each 0 or more, got {self.extra!r}"
                 )
+            object.__setattr__(self, "extra", tuple(operator.index(int(n)) for n in self.extra))
 
     @classmethod
     def with_num_blocks(cls, grid: tuple[int, ...], num_blocks: int) -> BlockLayout:
@@ -165,10 +166,11 @@ class BlockLayout:
             ValueError: for a margin below 0, or of another number of axes.
         """
         each = margin if isinstance(margin, tuple) else (margin,) * len(self.grid)
-        fits = all((isinstance(x, float) or hasattr(x, "__index__")) and x >= 0 for x in each)
+        fits = all(0 <= x < 1 if isinstance(x, float) else hasattr(x, "__index__") and x >= 0 for x in each)
         if len(each) != len(self.grid) or not fits:
             raise ValueError(
-                f"margin must be 0 or more, for all axes or each of {len(self.grid)}, got {margin!r}"
+                "margin must be an integer >= 0 (tokens) or a number below 1 (of the side of a block), for "
+                f"all axes or each of {len(self.grid)}, got {margin!r}"
             )
         sides = zip(each, self.block_shape, strict=True)
         # To the nearest token, half a token up: a quarter of 2 is 1, and of a single frame none.

@@ -171,6 +171,8 @@ def test_a_margin_is_in_tokens_or_in_sides_of_a_block() -> None:
     assert video.margins((1, 0.5, 0)) == (1, 3, 0)
     assert video.reach_size(0.25) == 1 * 10 * 5 == video.reach((0, 2, 1))[0].shape[1]
     assert video.margins(np.int64(2)) == (2, 2, 2), "tokens, and no share"
-    for margin in ((1, 1), -1, (1, -0.5, 0), [1, 1, 1]):
-        with pytest.raises(ValueError, match=r"margin must be 0 or more, for all axes or each of 3, got"):
+    for margin in ((1, 1), -1, (1, -0.5, 0), [1, 1, 1], 1.5):
+        with pytest.raises(
+            ValueError, match=r"margin must be an integer >= 0 .*for all axes or each of 3, got"
+        ):
             video.margins(margin)  # type: ignore[arg-type]

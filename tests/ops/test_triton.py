@@ -226,6 +226,22 @@ def test_kernels_compile_as_launched_within_their_budgets(capfd: pytest.CaptureF
     """What scripts/check_kernels.py checks, for some of its targets: memory, spills, loads, instructions."""
     module = check_kernels()
     assert module.check(module.FEW) == 0, capfd.readouterr().out
+    budgeted = {name for name, _ in module.BUDGET}
+    assert budgeted <= {case.name for case, target, _ in module.FEW if target == 90}
+
+
+def test_budgets_that_nothing_was_held_to_are_faults(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = check_kernels()
+    small = module.DIT._replace(name="small", d=16, heads=1)
+    monkeypatch.setitem(module.BUDGET, ("small", "outer of sums"), 10)
+    monkeypatch.setitem(module.BUDGET, ("small", "centre"), 1000)
+    monkeypatch.setattr(module, "longest_loop", lambda assembly: 0)
+    assert module.check([(small, 90, ("centre", "outer of sums"))]) == 2
+    told = capfd.readouterr().out
+    assert "| small | 90 | outer of sums | | | | | budgeted, not launched |" in told
+    assert "0 instructions a token, budget 1000" in told
 
 
 def test_no_more_bytes_are_moved_than_is_allowed(capfd: pytest.CaptureFixture[str]) -> None:
