@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from mhla_diffusion import MHLA, MHLAConfig
+from mhla_diffusion.config import with_window
 
 FULL = MHLAConfig(
     blocks=(2, 3), feature_map="hedgehog", mixing_init="uniform", constraint="softmax", mixing_per_head=True,
@@ -148,3 +149,10 @@ def test_a_module_takes_what_a_model_takes() -> None:
     for grid in (None, 64, (8.5, 8), (None, 8), "88"):
         with pytest.raises(ValueError, match="grid must be one integer for each axis"):
             MHLA({"blocks": 4}, **{**sizes, "grid": grid})
+
+
+def test_what_was_asked_of_the_window_is_not_overwritten() -> None:
+    old = MHLAConfig(blocks=4, local="gate", local_margin=1)
+    for asked in (MHLAConfig(blocks=4, local_margin=2), MHLAConfig(blocks=4, routed_blocks=1)):
+        assert with_window(asked, old) == asked
+    assert with_window(MHLAConfig(blocks=4), old) == old

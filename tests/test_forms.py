@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mhla_diffusion import MHLA, MHLAConfig
-from mhla_diffusion.ops import BlockLayout, mhla_reference
+from mhla_diffusion.ops import BlockLayout, mhla_local_reference, mhla_reference
 
 from .test_attention import make_module
 
@@ -185,3 +186,48 @@ def test_softmax_over_all_tokens_has_derivatives_along_a_direction() -> None:
     torch.testing.assert_close(out, module(q, k, v, grid=(4, 6)))
     near = [module(q + step * along, k, v, grid=(4, 6)) for step in (1e-5, -1e-5)]
     torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-5, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("local", [None, "gate", "shared"])
+def test_eps_is_that_of_the_config(local: Any) -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=(2, 2), local=local, eps=0.3))
+    arguments = (q, k, v, module.mixing_matrix(), BlockLayout((4, 6), (2, 2)))
+    if local is None:
+        expected = mhla_reference(*arguments, eps=0.3)
+    else:
+        window: dict[str, Any] = {"window": (q, k), "weight": module.local, "form": local}
+        expected = mhla_local_reference(*arguments, eps=0.3, **window)
+    found = module(q, k, v, grid=(4, 6))
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_keys_are_hidden_along_a_direction_too() -> None:
+    module, (q, k, v), _ = make_module(MHLAConfig(blocks=1, local="only"))
+    mask = torch.rand(2, 24) > 0.4
+
+    def attend(q: Tensor) -> Tensor:
+        return module(q, k, v, grid=(4, 6), key_mask=mask)
+
+    torch.testing.assert_close(torch.func.jvp(attend, (q,), (q,))[0], attend(q))
+
+
+def test_sums_before_a_norm_may_be_larger_than_float16_holds() -> None:
+    config = MHLAConfig.paper(blocks=(2, 2), normalizer="none", output_norm=True)
+    module = MHLA(config, heads=2, head_dim=8, grid=(16, 16))
+    q, k, v = 40 * torch.rand(3, 1, 2, 256, 8)
+    expected = module(q, k, v, grid=(16, 16))
+    found = module.half()(q.half(), k.half(), v.half(), grid=(16, 16))
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_weights_of_softmax_rows_start_where_they_can_learn() -> None:
+    module, _, _ = make_module(MHLAConfig(blocks=(2, 2), constraint="softmax"))
+    assert isinstance(module.mixing, Tensor)
+    assert module.mixing.isfinite().all()
+
+
+def test_hidden_keys_are_not_of_the_centre() -> None:
+    module, (q, k, _), _ = make_module(MHLAConfig(blocks=4, center_keys=True))
+    mask = torch.rand(24) > 0.4
+    _, found = module.features(q, k, mask.expand(2, 24))
+    torch.testing.assert_close(found, k - k[:, :, mask].mean(2, keepdim=True))

@@ -21,6 +21,7 @@ from transformers import (
 
 from mhla_diffusion import MHLAConfig, MHLALlamaConfig, MHLALlamaForCausalLM, convert_to_mhla
 from mhla_diffusion.causal import CausalMHLA
+from mhla_diffusion.domains.language import MHLACacheLayer
 from mhla_diffusion.ops import causal_mixing, mhla_causal_reference
 
 CONFIGS: list[dict[str, Any]] = [
@@ -281,3 +282,30 @@ def test_adapters_of_peft_train_and_generate(tmp_path: Path) -> None:
     )
     assert not torch.equal(start, trained[0])
     assert all(torch.equal(found, trained[0]) for found in trained)
+
+
+def test_outside_of_training_the_past_counts_with_gradients_too() -> None:
+    model, tokens = make({"blocks": 3}), torch.randint(50, (2, 9))
+    cache = DynamicCache(config=model.config)
+    found = [model(piece, cache=cache, use_cache=True).logits for piece in tokens.split([6, 3], 1)]
+    assert found[0].requires_grad
+    torch.testing.assert_close(torch.cat(found, 1), model(tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_samples_of_a_cache_are_picked_and_repeated_in_order() -> None:
+    mhla = CausalMHLA(MHLAConfig(blocks=3), heads=2, head_dim=4, block_size=4)
+    q, k, v = torch.randn(3, 3, 2, 7, 4)
+    layer, picked = MHLACacheLayer(), torch.tensor([2, 0])
+    layer.attend(mhla, *(x[:, :, :6] for x in (q, k, v)))
+    layer.batch_select_indices(picked)
+    layer.batch_repeat_interleave(2)
+    order = picked.repeat_interleave(2)
+    last = layer.attend(mhla, *(x[order, :, 6:] for x in (q, k, v)))
+    torch.testing.assert_close(last, mhla(q, k, v)[order, 6:])
+
+
+def test_conversion_keeps_how_the_model_generates() -> None:
+    stock = make()
+    stock.generation_config.max_new_tokens = 7
+    assert convert_to_mhla(stock, {"blocks": 3}).generation_config.max_new_tokens == 7

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mhla_diffusion import MHLAConfig
+from mhla_diffusion.causal import CausalMHLA
 from mhla_diffusion.ops import (
     BlockLayout,
     MHLAState,
@@ -217,3 +219,21 @@ def test_weights_by_distance_of_another_number_of_heads_are_refused() -> None:
         ValueError, match=r"relative mixing must be \[m\] or \[H, m\] with H = 3, got \(2, 5\)"
     ):
         MHLAState(torch.rand(2, 5), 4, relative=True).prefill(q, k, v)
+
+
+def test_masked_values_are_never_read() -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    mask, mixing = torch.arange(9)[None] != 3, torch.rand(3, 3)
+    expected = MHLAState(mixing, 4).prefill(q, k, v, key_mask=mask)
+    v[:, :, 3] = torch.nan
+    torch.testing.assert_close(MHLAState(mixing, 4).prefill(q, k, v, key_mask=mask), expected)
+
+
+def test_the_module_has_the_eps_of_its_config_in_both_forms_and_weighs_its_own_block_1() -> None:
+    module = CausalMHLA(MHLAConfig(blocks=3, eps=0.3), heads=2, head_dim=4, block_size=4)
+    assert module.weights()[0] == 1
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    expected = mhla_causal(q, k, v, causal_mixing(module.weights(), 3), 4, eps=0.3)
+    expected = expected.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module(q, k, v), expected)
+    torch.testing.assert_close(module(q, k, v, state=module.state()), expected)

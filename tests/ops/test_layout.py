@@ -176,3 +176,19 @@ def test_a_margin_is_in_tokens_or_in_sides_of_a_block() -> None:
             ValueError, match=r"margin must be an integer >= 0 .*for all axes or each of 3, got"
         ):
             video.margins(margin)  # type: ignore[arg-type]
+
+
+def test_sums_of_blocks_are_in_the_dtype_that_is_asked_for() -> None:
+    layout = BlockLayout((64, 64), (1, 2))
+    x = torch.rand(1, 1, 4096, 8).bfloat16()
+    expected = layout.pack(x.float()).sum(-2)
+    torch.testing.assert_close(layout.block_sums(x, torch.float32), expected)
+
+
+def test_half_of_the_blocks_suffice_where_more_would_be_uneven() -> None:
+    assert recommended_layout((1, 9)).blocks == (1, 2)
+
+
+def test_margins_reach_no_further_than_the_grid() -> None:
+    layout = BlockLayout((4,), (2,))
+    assert layout.reach(3)[0].shape[1] == layout.reach_size(3) == 4

@@ -198,3 +198,30 @@ def test_mixing_by_content_leaves_out_what_is_masked() -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert not torch.allclose(content_mixing(mixing, q, k, strength, layout), found[0])
+
+
+def test_content_is_weighed_in_float32_under_autocast() -> None:
+    q, k = torch.randn(2, 1, 2, 16, 8)
+    arguments = (torch.rand(4, 4), q, k, torch.ones(2), BlockLayout((4, 4), (2, 2)))
+    expected = content_mixing(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = content_mixing(*arguments)
+    torch.testing.assert_close(found, expected)
+
+
+def test_queries_that_are_zero_get_no_gradient_of_their_direction() -> None:
+    q, k = torch.zeros(1, 2, 16, 8, requires_grad=True), torch.randn(1, 2, 16, 8)
+    mixing = content_mixing(torch.rand(4, 4), q, k, torch.ones(2), BlockLayout((4, 4), (2, 2)))
+    (gradient,) = torch.autograd.grad(mixing[..., 0].sum(), q)
+    assert not gradient.any()
+
+
+def test_weights_of_offsets_are_stored_from_the_key_behind_to_the_key_in_front() -> None:
+    by_offset = torch.tensor([1.0, 2.0, 3.0])
+    expected = torch.tensor([[2.0, 1.0], [3.0, 2.0]])
+    assert torch.equal(relative_mixing(by_offset, (2,)), expected), "query - key of -1, 0, 1"
+
+
+def test_extra_tokens_weigh_as_the_most_weighed_block() -> None:
+    wider = extend_mixing(torch.tensor([[0.2, 0.6], [0.5, 0.5]]))
+    torch.testing.assert_close(wider[0, 2], wider[0, 1])

@@ -191,3 +191,21 @@ def test_time_is_linear_in_tokens_by_products() -> None:
             routed_attention(q, k, v, chosen, layout)
         flops.append(counter.get_total_flops())
     assert math.isclose(flops[1], 4 * flops[0], rel_tol=0.01)
+
+
+def test_blocks_of_more_tokens_than_are_looked_at_together_are_chosen_by_all_scores() -> None:
+    layout = BlockLayout((8, 16), (2, 2))  # blocks of 32 tokens, d 2
+    q, k = torch.randn(2, 1, 2, 128, 2)
+    own, scores = layout.block_index(), q @ k.mT / 2**0.5
+    held = torch.stack([scores[..., own == block].logsumexp(-1) for block in range(4)], -1)
+    held = held.masked_fill(own[:, None] == torch.arange(4), -torch.inf)
+    assert torch.equal(choose_blocks(q, k, layout, 1, exact=True)[..., 0], held.argmax(-1))
+
+
+def test_the_same_blocks_are_chosen_under_autocast() -> None:
+    layout = BlockLayout((8, 8), (4, 4))
+    q, k = torch.randn(2, 4, 2, 64, 16)
+    for exact in (False, True):
+        expected = choose_blocks(q, k, layout, 3, exact=exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(choose_blocks(q, k, layout, 3, exact=exact), expected)
