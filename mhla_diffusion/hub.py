@@ -34,6 +34,21 @@ def component_subfolder(path: str, component: str, **place: Any) -> str | None:
     return component
 
 
+def has_component(path: str, component: str) -> bool:
+    """Tell if a folder or hub id holds a pipeline with such a component, which may stand there as None.
+
+    Raises:
+        ValueError: see :func:`require_stored`.
+    """
+    return component_subfolder(path, component) is not None and _holds(
+        DiffusionPipeline.load_config(path), component
+    )
+
+
+def _holds(index: dict[str, Any], component: str) -> bool:
+    return bool((index.get(component) or [None])[0])
+
+
 def expert_times(path: str, component: str = "transformer") -> tuple[float, float] | None:
     """Return the part of the way from data, 0, to noise, 1, that one of a pipeline's two experts is for.
 
@@ -55,7 +70,7 @@ def expert_times(path: str, component: str = "transformer") -> tuple[float, floa
     except OSError:
         return None
     boundary = index.get("boundary_ratio")
-    if boundary is None or not (index.get("transformer_2") or [None])[0]:
+    if boundary is None or not _holds(index, "transformer_2"):
         return None
     return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}.get(component)
 
@@ -86,7 +101,7 @@ def holds_pixels(path: str, **place: Any) -> bool:
     except OSError:
         return False
     parts = {name: part for name, part in index.items() if isinstance(part, (list, tuple))}
-    return bool(parts) and not any(parts.get(name, [None])[0] for name in ("vae", "vqvae"))
+    return bool(parts) and not any(_holds(parts, name) for name in ("vae", "vqvae"))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhla_diffusion.files.sums import json_sha256
+
 # Of a config: what changes from machine to machine and changes no output.
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype")
 
@@ -73,7 +75,7 @@ def describe(pipeline: Any) -> dict[str, Any]:
         settings.pop(key, None)
     return {
         "model": str(pipeline.config.get("_name_or_path") or ""),
-        "config_sha256": _json_sha256(_config(transformer)),
+        "config_sha256": json_sha256(_config(transformer)),
         "weights_sha256": weights_sha256(transformer),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "components": {
@@ -91,11 +93,11 @@ def describe(pipeline: Any) -> dict[str, Any]:
 def component_sha256(component: Any) -> str:
     """Hash of a model (its config and weights), a tokenizer (its vocabulary and rules) or a processor."""
     if hasattr(component, "get_vocab"):
-        return _json_sha256(_tokenizer(component))
+        return json_sha256(_tokenizer(component))
     values = {"class": type(component).__name__, "config": _config(component)}
     if isinstance(component, nn.Module):
         values["weights"] = weights_sha256(component)
-    return _json_sha256(values)
+    return json_sha256(values)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -153,7 +155,3 @@ def _config(component: Any) -> dict[str, Any]:
         for key, value in values.items()
         if not key.startswith("_") and key not in _INCIDENTAL
     }
-
-
-def _json_sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

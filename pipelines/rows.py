@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mhla_diffusion.files.pictures import DECODING_ERRORS, open_picture
+from mhla_diffusion.files.sums import file_sha256
 
 from .prompts import Prompt, with_images
 from .sampling import Kind
@@ -105,6 +105,6 @@ def _add_pictures(rows: list[dict[str, Any]], prompts: list[Prompt]) -> list[Pat
                     image.verify()
             except DECODING_ERRORS as error:
                 raise prompt.error(f"the image {path} cannot be read ({error})") from error
-            digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[path] = file_sha256(path)
         row |= {"image": path.name, "image_sha256": digests[path]}
     return list(paths)

@@ -77,7 +77,7 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     def denoising_arguments(
         self, samples: Tensor, timestep: Tensor, conditions: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return arguments of the forward; ``frame_rate`` of the conditions is that of the clips, ``[B]``."""
+        """Return arguments of the forward; ``frame_rate`` of the conditions is that of all clips, ``[B]``."""
         frames, height, width = samples.shape[2:]
         given = super().denoising_arguments(samples, timestep, conditions)
         rate = given.pop("frame_rate", [_FRAME_RATE])[0]

@@ -33,18 +33,21 @@ def backbone_of_config(config: Mapping[str, Any]) -> type[Any] | None:
     return backbone_named(name)
 
 
-def load_transformer(path: str, *, subfolder: str | None = None, **place: Any) -> Any:
+def load_transformer(
+    path: str, *, component: str = "transformer", subfolder: str | None = None, **place: Any
+) -> Any:
     """Load a stored transformer that has an MHLA form, stock or ours, in the class that it is stored as.
 
     Args:
-        path: folder or hub id of the transformer, or of a pipeline with a component ``transformer``.
-        subfolder: where it lies in ``path``; found by default.
+        path: folder or hub id of the transformer, or of a pipeline.
+        component: of the pipeline: Wan2.2 has ``transformer`` and ``transformer_2``.
+        subfolder: where it lies in ``path``; that of the component by default.
         place: revision, ... as for ``from_pretrained``.
 
     Raises:
         ValueError: when it holds another model.
     """
-    subfolder = subfolder or component_subfolder(path, "transformer", **place)
+    subfolder = subfolder or component_subfolder(path, component, **place)
     stored = load_config(path, subfolder=subfolder, **place)
     ours = backbone_of_config(stored)
     if ours is None:

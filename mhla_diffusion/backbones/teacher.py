@@ -87,7 +87,7 @@ def load_teacher(
         model: folder or hub id of a transformer that has an MHLA form, stock or ours, or of its pipeline.
         dtype: of its weights.
         device: where it goes.
-        place: revision, ... as for ``from_pretrained``.
+        place: component, revision, ... as for :func:`load_transformer`.
 
     Raises:
         ValueError: when some of its layers have MHLA already.

@@ -23,6 +23,7 @@ from ..devices import resolve_device
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..ops import recommended_layout
+from ..optional import require
 from ..planning import grid_of_pixels, load_model_config
 from ..timing import interleaved, spread
 from .shared import (
@@ -33,7 +34,6 @@ from .shared import (
     clock_of,
     machine,
     plot,
-    require_plots,
 )
 
 # Sides of square images or frames in pixels, where those of others say nothing of a model.
@@ -96,7 +96,7 @@ def model(
     Raises:
         ValueError: for a choice that does not exist, a number that is too small, a size that does not divide
             into tokens, settings that MHLAConfig refuses, or where results lie in ``out`` already.
-        ModuleNotFoundError: for a drawing without matplotlib.
+        ImportError: for a drawing without matplotlib.
     """
     widths = {"num_attention_heads": heads, "attention_head_dim": head_dim}
     given = {name: number for name, number in widths.items() if number is not None}
@@ -122,7 +122,7 @@ def model(
     check_seconds(seconds)
     grids = [subject.grid(size) for size in sizes]
     if out is not None:
-        require_plots()
+        require("matplotlib")
         require_room(out, [f"model.{kind}" for kind in ("json", "md", "png")])
     device = resolve_device(device)
     clock = clock_of(device, processor_time=processor_time)

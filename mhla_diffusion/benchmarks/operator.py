@@ -21,6 +21,7 @@ from ..devices import resolve_device
 from ..files.text import markdown_table
 from ..files.writing import require_room, write_file
 from ..ops import BlockLayout, locality_mixing, mhla, mhla_reference
+from ..optional import require
 from ..timing import best, interleaved, peak_bytes, spread
 from .shared import (
     PASSES,
@@ -30,7 +31,6 @@ from .shared import (
     clock_of,
     machine,
     plot,
-    require_plots,
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def operator(
 
     Raises:
         ValueError: for a choice that does not exist or stands twice, or where results lie in ``out`` already.
-        ModuleNotFoundError: for a drawing without matplotlib.
+        ImportError: for a drawing without matplotlib.
         RuntimeError: when MHLA does not equal its reference.
     """
     check_choices(shapes=(shapes, SHAPES), dtypes=(dtypes, ("float32", "bfloat16")), passes=(passes, PASSES))
@@ -134,7 +134,7 @@ def operator(
     check_at_least(1, repeats=repeats)
     check_seconds(seconds)
     if scaling and out is not None:
-        require_plots()
+        require("matplotlib")
     if out is not None:
         require_room(out, ["operator.json", "operator.md", *["scaling.png"] * scaling])
     device = resolve_device(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import platform
 import statistics
@@ -44,15 +43,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def require_plots() -> None:
-    """Check that :func:`plot` can draw, before anything is measured.
-
-    Raises:
-        ModuleNotFoundError: without matplotlib.
-    """
-    importlib.import_module("matplotlib")
 
 
 def plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:

@@ -49,8 +49,9 @@ def align(
 
     logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
     forms = None if candidates is None else load_candidates(candidates)
-    place = {"subfolder": component} if component != "transformer" else {}
-    teacher = load_teacher(model, dtype=getattr(torch, dtype), device=process_state().device, **place)
+    teacher = load_teacher(
+        model, component=component, dtype=getattr(torch, dtype), device=process_state().device
+    )
     calls = open_calls(
         teacher, data, seed=seed, grid=None if grid is None else tuple(grid),
         times=expert_times(model, component),

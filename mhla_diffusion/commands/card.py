@@ -125,7 +125,7 @@ def _require_its_samples(run: Run, pipeline: Any, model: str) -> None:
     name, transformer = next(iter(transformers_of(pipeline).items()))
     dtype = getattr(torch, run.dtype or "", None)
     if dtype not in (None, transformer.dtype):
-        transformer = load_transformer(model, subfolder=name, dtype=dtype)
+        transformer = load_transformer(model, component=name, dtype=dtype)
     found = weights_sha256(transformer)
     if found != run.weights:
         raise ValueError(

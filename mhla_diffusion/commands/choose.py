@@ -62,8 +62,9 @@ def choose(
     logging.getLogger("mhla_diffusion.backbones.rebuild").setLevel(logging.WARNING)
     in_first_process(lambda: require_new_folder(out))
     path = model or read_aligned(aligned)["model"]
-    place = {"subfolder": component} if component != "transformer" else {}
-    teacher = load_teacher(path, dtype=getattr(torch, dtype), device=process_state().device, **place)
+    teacher = load_teacher(
+        path, component=component, dtype=getattr(torch, dtype), device=process_state().device
+    )
     size = plan(path, height, width, frames, vae_stride=vae_stride)
     calls = open_calls(teacher, data, seed=seed, times=expert_times(path, component))
 

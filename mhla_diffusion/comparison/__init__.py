@@ -7,7 +7,7 @@ from .media import Images, Videos
 from .page import write_page
 from .recall import Recall, RecallModel, recall_batch, train_recall
 from .runs import compare_attention
-from .task import Metric, Task
+from .task import Measure, Task
 from .variant import Variant
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Comparison",
     "Images",
     "Language",
-    "Metric",
+    "Measure",
     "Recall",
     "RecallModel",
     "Task",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import recommended_layout
 from ..training.data.image_sources import IdxImages
 from ..training.data.toys import load_mnist
-from .task import Metric
+from .task import Measure
 from .trained import TrainedByTransformers
 from .variant import Variant
 
@@ -31,7 +31,7 @@ class Classification(TrainedByTransformers, kind="classification"):
     """
 
     metrics: ClassVar = (
-        Metric("accuracy", "Share of held-out pictures that are right", lower_is_better=False),
+        Measure("accuracy", "Share of held-out pictures that are right", lower_is_better=False),
     )
 
     path: str = "/usr/share/datasets/fashion-mnist"

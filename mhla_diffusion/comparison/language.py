@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .task import Metric
+from .task import Measure
 from .trained import TrainedByTransformers
 from .variant import Variant
 
@@ -22,8 +22,8 @@ _EVERY, _TEST_WINDOWS = 10, 200
 _DECODED, _PIECE = 32, 1024
 
 
-def _speed(key: str, title: str) -> Metric:
-    return Metric(key, title, lower_is_better=False, digits=0, paired=False)
+def _speed(key: str, title: str) -> Measure:
+    return Measure(key, title, lower_is_better=False, digits=0, paired=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Language(TrainedByTransformers, kind="language"):
     """
 
     metrics: ClassVar = (
-        Metric("perplexity", "Perplexity of a held-out byte", lower_is_better=True),
+        Measure("perplexity", "Perplexity of a held-out byte", lower_is_better=True),
         _speed("tokens_per_second_short", "Tokens a second behind few others"),
         _speed("tokens_per_second_long", "Tokens a second behind many others"),
     )

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -35,7 +36,9 @@ from ..training import train
 from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator
 from ..training.objectives import build_objective
-from .samples import Samples
+
+if TYPE_CHECKING:
+    from .samples import GenerationTask
 
 # Samples on a sheet, from the first seed on, and frames of each clip.
 _ON_SHEET, _FRAMES = 10, 4
@@ -72,7 +75,7 @@ class MeasuredRun:
         device: of torch.
     """
 
-    def __init__(self, task: Samples, config: Any, folder: Path, device: str) -> None:
+    def __init__(self, task: GenerationTask, config: Any, folder: Path, device: str) -> None:
         self.task, self.config, self.folder, self.device = task, config, folder, device
 
     def results(self) -> dict[str, Any]:
@@ -172,7 +175,7 @@ class MeasuredRun:
         generators = [sample_generator(0, number, FOR_LOSS) for number in range(trainer.batch_size)]
         batch = default_collate([calls.source.load(0, generator) for generator in generators])
         conditions = calls.task.conditioning.arguments(batch, generators)
-        samples, conditions = batch["samples"].to(self.device), _to(conditions, self.device)
+        samples, conditions = send_to_device((batch["samples"], conditions), self.device)
 
         def step() -> torch.Tensor:
             with self._autocast():
@@ -208,10 +211,7 @@ class MeasuredRun:
         assert manifest is not None
         rows = manifest["images" if "images" in manifest else "videos"]
         pictures = [_picture(folder / row["file"]) for row in rows[:_ON_SHEET]]
-        width, height = pictures[0].size
-        sheet = Image.new(pictures[0].mode, (width * len(pictures), height))
-        for number, picture in enumerate(pictures):
-            sheet.paste(picture, (number * width, 0))
+        sheet = make_image_grid(pictures, rows=1, cols=len(pictures))
         write_file(self.folder / "sheet.png", sheet.save)
 
 
@@ -222,10 +222,6 @@ def _picture(path: Path) -> Image.Image:
     reader = open_video(path)
     frames = reader.read([number * (reader.num_frames - 1) // (_FRAMES - 1) for number in range(_FRAMES)])
     return Image.fromarray(np.concatenate(list(frames)))
-
-
-def _to(values: dict[str, Any], device: str) -> dict[str, Any]:
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in values.items()}
 
 
 @contextlib.contextmanager

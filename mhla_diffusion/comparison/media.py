@@ -20,33 +20,16 @@ from ..evaluation.sets.images import open_images
 from ..evaluation.sets.samples import SampleSet
 from ..evaluation.sets.videos import open_videos
 from ..training import ImageTrainingConfig, VideoTrainingConfig
-from ..training.data.captions import texts_of
 from .measured import MeasuredRun
-from .samples import Samples
-from .variant import Variant
+from .samples import GenerationTask
 
 # Pictures that are generated at a time.
 _BATCH = 64
 
 
-class Measured(Samples):
-    """Task whose runs are :class:`.measured.MeasuredRun`."""
-
-    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
-        return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
-
-    def trained(self, variant: Variant, folder: Path) -> Any:
-        run = MeasuredRun(self, self.config(variant, 0, folder / "training"), folder, "cpu")
-        return run.model if run.pipeline_folder.is_dir() else None
-
-    def captions(self, run: MeasuredRun) -> list[str]:
-        """Captions of the first of the held-out samples; none where these have classes."""
-        return texts_of(run.calls.source.captions or ())[: self.num_samples]
-
-
 @dataclass(frozen=True)
-class Images(Measured, kind="images"):
-    """Images, of classes or texts; see :class:`.samples.Samples`.
+class Images(GenerationTask, kind="images"):
+    """Images, of classes or texts; see :class:`.samples.GenerationTask`.
 
     Generated are all classes in turn, or the captions of the first of the held-out images.
     """
@@ -81,8 +64,8 @@ class Images(Measured, kind="images"):
 
 
 @dataclass(frozen=True)
-class Videos(Measured, kind="videos"):
-    """Clips, of texts; see :class:`.samples.Samples`.
+class Videos(GenerationTask, kind="videos"):
+    """Clips, of texts; see :class:`.samples.GenerationTask`.
 
     Generated are those of the captions of the first of the held-out clips. The change from frame to frame of
     both stands on the page, as a distance of features may not see it.

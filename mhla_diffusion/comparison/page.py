@@ -17,7 +17,7 @@ from ..files.writing import write_file
 from ..intervals import Interval
 from .config import Comparison, Run, key_of
 from .figures import draw_curves, draw_mixing, draw_samples
-from .task import Metric, Task
+from .task import Measure, Task
 from .variant import Variant
 
 _TIMED = (
@@ -177,7 +177,7 @@ def _attention(comparison: Comparison, task: Task, records: Records) -> list[str
     return ["### Attention", markdown_table([head, *rows])]
 
 
-def _column(comparison: Comparison, records: Records, task: Task, metric: Metric) -> dict[str, str]:
+def _column(comparison: Comparison, records: Records, task: Task, metric: Measure) -> dict[str, str]:
     """Cells of a column by variant."""
     found = {v.name: _values(records, task, v.name, metric.key) for v in comparison.variants}
     intervals = {name: Interval.of(values) for name, values in found.items() if values}
@@ -195,7 +195,7 @@ def _column(comparison: Comparison, records: Records, task: Task, metric: Metric
 
 
 def _differences(
-    comparison: Comparison, records: Records, task: Task, metric: Metric, title: str
+    comparison: Comparison, records: Records, task: Task, metric: Measure, title: str
 ) -> list[str]:
     """Table of a metric less a reference's of the same seed; nothing where fewer than two seeds have both."""
     if not metric.paired:
@@ -212,7 +212,7 @@ def _differences(
     return [markdown_table(rows)] if any(any(row[1:]) for row in rows[1:]) else []
 
 
-def _difference(comparison: Comparison, values: list[float], metric: Metric) -> str:
+def _difference(comparison: Comparison, values: list[float], metric: Measure) -> str:
     if len(values) < 2:
         return ""
     interval = Interval.of(values)

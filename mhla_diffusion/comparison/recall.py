@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attention import MHLA
 from ..config import MHLAConfig
 from ..ops import BlockLayout
-from .task import Metric, Task
+from .task import Measure, Task
 from .variant import Variant
 
 DISTANCES = ("near", "far", "anywhere")
@@ -43,7 +43,7 @@ class Recall(Task, kind="recall"):
         steps, batch_size, learning_rate: of training, AdamW with a cosine schedule.
     """
 
-    metrics: ClassVar = (Metric("accuracy", "Share of answers that are right", lower_is_better=False),)
+    metrics: ClassVar = (Measure("accuracy", "Share of answers that are right", lower_is_better=False),)
 
     side: int = 16
     distance: str = "anywhere"

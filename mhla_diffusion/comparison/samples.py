@@ -1,4 +1,4 @@
-"""Settings of tasks of generation: a run of the trainer, and what its samples are scored against."""
+"""Tasks of generation, whatever the medium: a run of the trainer, and what its samples are scored against."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from ..evaluation.sets.samples import SampleSet
 from ..files.sums import short_hash
 from ..files.text import sizes_text
 from ..training.config import flat_dict, parse_config
-from .task import Metric, Task
+from ..training.data.captions import texts_of
+from .measured import MeasuredRun
+from .task import Measure, Task
 from .variant import Variant
 
 # Where things lie, and how often something is told or kept: results do not depend on it.
@@ -34,8 +36,8 @@ _NOT_RECORDED = (
 
 
 @dataclass(frozen=True)
-class Samples(Task):
-    """Training run of which the variants differ in attention.
+class GenerationTask(Task):
+    """Task of training runs, :class:`.measured.MeasuredRun`, that differ in attention.
 
     Args:
         base: YAML of a training run, in float32 where it says bf16 and the machine has none. Its
@@ -53,8 +55,8 @@ class Samples(Task):
     """
 
     metrics: ClassVar = (
-        Metric("frechet", "Frechet distance", lower_is_better=True, digits=1),
-        Metric("loss", "Validation loss", lower_is_better=True, digits=4),
+        Measure("frechet", "Frechet distance", lower_is_better=True, digits=1),
+        Measure("loss", "Validation loss", lower_is_better=True, digits=4),
     )
     config_class: ClassVar[type[Any]]
 
@@ -128,13 +130,13 @@ class Samples(Task):
             "samples in each tenth of the time."
         )
 
-    def replaced(self, settings: dict[str, Any]) -> Samples:
+    def replaced(self, settings: dict[str, Any]) -> GenerationTask:
         keys = {key: value for key, value in settings.items() if "." in key}
         own = {key: value for key, value in settings.items() if "." not in key}
         task: Any = super().replaced(own)
         return dataclasses.replace(task, training={**task.training, **keys})
 
-    def shortened(self, share: float) -> Samples:
+    def shortened(self, share: float) -> GenerationTask:
         return self.replaced({"trainer.max_steps": max(1, round(share * self.steps))})
 
     def check(self, variant: Variant, config: MHLAConfig | None) -> None:
@@ -157,6 +159,17 @@ class Samples(Task):
             run, output_dir=str(folder), trainer=dataclasses.replace(run.trainer, seed=seed),
             model=dataclasses.replace(run.model, attention=attention, mhla=config),
         )  # fmt: skip
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        return MeasuredRun(self, self.config(variant, seed, folder / "training"), folder, device).results()
+
+    def trained(self, variant: Variant, folder: Path) -> Any:
+        run = MeasuredRun(self, self.config(variant, 0, folder / "training"), folder, "cpu")
+        return run.model if run.pipeline_folder.is_dir() else None
+
+    def captions(self, run: MeasuredRun) -> list[str]:
+        """Return the captions of the first of the held-out samples; none where these have classes."""
+        return texts_of(run.calls.source.captions or ())[: self.num_samples]
 
     def real_config(self, folder: Path) -> Any:
         """Return the config of a run on what is held out, which is never trained."""
@@ -185,15 +198,15 @@ class Samples(Task):
         """Open the samples in a folder for the extractor."""
 
     @abstractmethod
-    def generate(self, run: Any, folder: Path) -> None:
-        """Generate the samples of a :class:`.measured.MeasuredRun` into a folder."""
+    def generate(self, run: MeasuredRun, folder: Path) -> None:
+        """Generate the samples of a run into a folder."""
 
     @abstractmethod
     def score(self, real: Path, folder: Path, device: str) -> float:
         """Return the Frechet distance of samples to held-out statistics."""
 
-    def describe(self, run: Any, folder: Path) -> dict[str, Any]:
-        """Return what else is known of the samples of a :class:`.measured.MeasuredRun` in a folder."""
+    def describe(self, run: MeasuredRun, folder: Path) -> dict[str, Any]:
+        """Return what else is known of the samples of a run in a folder."""
         return {}
 
     @property

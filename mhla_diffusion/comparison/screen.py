@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .task import Metric
+from .task import Measure
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Screen:
         if not self.margin > 0:
             raise ValueError(f"screen.margin must be above 0, got {self.margin}")
 
-    def beaten(self, values: Mapping[str, float], metric: Metric) -> list[str]:
+    def beaten(self, values: Mapping[str, float], metric: Measure) -> list[str]:
         """Return the names of those that are left out, by the values of all."""
         better = min if metric.lower_is_better else max
         best = better(values.values(), default=0.0)
@@ -47,7 +47,7 @@ class Screen:
             if name not in self.keep and (value > limit if metric.lower_is_better else value < limit)
         ]
 
-    def rule(self, metric: Metric) -> str:
+    def rule(self, metric: Measure) -> str:
         """Return the rule in words."""
         kept = f" ({', '.join(self.keep)} always went on)" if self.keep else ""
         return (

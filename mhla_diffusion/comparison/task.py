@@ -17,7 +17,7 @@ TASKS: dict[str, type[Task]] = {}
 _TYPES: dict[type, str] = {int: "an integer", float: "a number", str: "a text"}
 
 
-class Metric(NamedTuple):
+class Measure(NamedTuple):
     """Number of a run's results that tables are made of.
 
     Args:
@@ -45,7 +45,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
-    metrics: ClassVar[Sequence[Metric]]
+    metrics: ClassVar[Sequence[Measure]]
     steps: int
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:

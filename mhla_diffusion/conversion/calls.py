@@ -15,9 +15,6 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..backbones import (
-    MHLADiTTransformer2DModel,
-    MHLAPixArtTransformer2DModel,
-    MHLASanaTransformer2DModel,
     MHLAWanTransformer3DModel,
 )
 from ..backbones.teacher import place, predict
@@ -26,20 +23,22 @@ from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.fingerprint import fingerprint_of
 from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
 from ..training.export import read_run_config
+from ..training.image_models import NEW_IMAGES
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
 from ..training.objectives.objective import ALL_TIMES, NUM_TRAIN_TIMESTEPS, require_times, with_beside
 
 # Kinds of training run, whose data, conditions and objective a teacher of the class is asked with.
 RUNS: dict[type[Any], type[Any]] = {
-    MHLADiTTransformer2DModel: ImageTrainingConfig,
-    MHLAPixArtTransformer2DModel: ImageTrainingConfig,
-    MHLASanaTransformer2DModel: ImageTrainingConfig,
-    MHLAWanTransformer3DModel: VideoTrainingConfig,
-    **dict.fromkeys(stock.IMAGES, ImageTrainingConfig),
-    **dict.fromkeys(stock.VIDEOS, VideoTrainingConfig),
+    **dict.fromkeys([*NEW_IMAGES.values(), *stock.IMAGES], ImageTrainingConfig),
+    **dict.fromkeys([MHLAWanTransformer3DModel, *stock.VIDEOS], VideoTrainingConfig),
 }
 
 TIME_BUCKETS = 10
+
+
+def fresh_numbers(count: int) -> range:
+    """Return the numbers of ``count`` calls for each bucket of times, far behind those that layers see."""
+    return range(1_000_000, 1_000_000 + TIME_BUCKETS * count)
 
 
 class Calls(ABC):

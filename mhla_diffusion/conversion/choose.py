@@ -79,14 +79,11 @@ def choose(
     choices = frontier(errors, costs, keep=kept)
     chosen, notes = within(choices, budget), dict[str, Any]()
     if check:
-        first = record["settings"]["samples"]  # the first call that no layer was trained on
-        trial = Trial(
-            teacher, calls, range(first, first + check), partial(assemble, record=record, aligned=aligned)
-        )
-        limits = Limits(errors, costs, budget, kept)
-        chosen, notes = trial.check(choices, chosen, limits, repairs=repairs)
-    limits = Limits(errors, costs, budget, keep)
-    facts = {**describe(record, plan, chosen, choices, limits), "cost_by": cost, "check": notes}
+        made = partial(assemble, record=record, aligned=aligned)
+        trial = Trial.of_aligned(teacher, calls, record, check, made)
+        chosen, notes = trial.check(choices, chosen, Limits(errors, costs, budget, kept), repairs=repairs)
+    asked = Limits(errors, costs, budget, keep)  # layers from the end are kept by negative numbers
+    facts = {**describe(record, plan, chosen, choices, asked), "cost_by": cost, "check": notes}
     logger.info(
         "%d of %d layers converted, cost %.3f, error %.4f",
         count - chosen.forms.count(STOCK), count, chosen.cost, chosen.error,
@@ -141,14 +138,18 @@ def layer_errors(record: Mapping[str, Any], count: int) -> list[dict[str, float]
     return errors
 
 
+def kinds_of(teacher: Any, forms: Sequence[str]) -> list[str]:
+    """Return the attention of layers of these forms, as :func:`convert_to_mhla` takes it."""
+    return [teacher.stock_attention if form == STOCK else "mhla" for form in forms]
+
+
 def assemble(teacher: Any, forms: Sequence[str], record: Mapping[str, Any], aligned: str | Path) -> Any:
     """Return the model of aligned layers; the teacher's weights elsewhere are shared with it."""
-    kinds = [teacher.stock_attention if form == STOCK else "mhla" for form in forms]
     any_form = next(iter(record["candidates"]))
     configs = [
         MHLAConfig.from_dict(record["candidates"][any_form if form == STOCK else form]) for form in forms
     ]
-    student = convert_to_mhla(teacher, configs, attention=kinds)
+    student = convert_to_mhla(teacher, configs, attention=kinds_of(teacher, forms))
     for name, layer in attention_layers(student).items():
         form = forms[layer.layer_number]
         if form != STOCK:

@@ -27,7 +27,7 @@ from ..training.checkpoints import list_checkpoints
 from ..training.config import as_dict, forbidden_changes
 from ..training.export import read_run_config
 from .align import align, load_candidates
-from .calls import TIME_BUCKETS, DataCalls
+from .calls import TIME_BUCKETS, DataCalls, fresh_numbers
 from .choose import assemble, describe, layer_errors, save_student
 from .costs import layer_costs
 from .findings import findings, table
@@ -47,8 +47,6 @@ _KEPT = (
     "height", "width", "frames", "vae_stride", "steps", "batch_size", "learning_rate", "distillation",
     "check", "calls",
 )  # fmt: skip
-# Behind the calls that layers were aligned on.
-_FIRST_CALL = 1_000_000
 # Candidates, and the words of variants that need them.
 FORMS = {"linear": "linear", "mhla": "", "mhla-local": "local", "mhla-wide": "wide"}
 VARIANTS = (
@@ -116,7 +114,7 @@ class ExperimentConfig(ScoreConfig):
 
 
 @dataclass(frozen=True)
-class Variant:
+class Student:
     """Student of the experiment: a form for each layer, and whether its layers are aligned first."""
 
     forms: tuple[str, ...]
@@ -226,7 +224,7 @@ class _Seed:
         self.folder = Path(config.out) / f"seed-{seed}"
         self.teacher = load_teacher(path, device=process_state().device)
         self.calls = DataCalls(self.teacher, self.run, seed=seed)
-        self.numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
+        self.numbers = fresh_numbers(config.calls)
 
     def results(self) -> list[dict[str, Any]]:
         """Align, and return what each variant comes to."""
@@ -245,7 +243,7 @@ class _Seed:
             for name, variant in variants.items()
         ]
 
-    def _variants(self) -> dict[str, Variant]:
+    def _variants(self) -> dict[str, Student]:
         count = len(self.teacher.layer_attention)
         errors = layer_errors(self.record, count)
         costs = layer_costs(self.teacher, self.record, self.size, errors, by="flops")
@@ -255,22 +253,22 @@ class _Seed:
         from_first = (*every_second[1:], every_second[0]) if count % 2 == 0 else every_second
         chosen = self._chosen(self.limits.choice(every_second).cost).forms
         return {
-            "half, chosen": Variant(chosen),
-            "half, every second": Variant(every_second),
-            "half, every second from the first": Variant(from_first),
-            "half, chosen, not aligned": Variant(chosen, aligned=False),
-            "all local": Variant(("mhla-local",) * count),
-            "all MHLA": Variant(("mhla",) * count),
-            "all MHLA, not aligned": Variant(("mhla",) * count, aligned=False),
-            "all linear": Variant(("linear",) * count),
-            "all wide": Variant(("mhla-wide",) * count),
+            "half, chosen": Student(chosen),
+            "half, every second": Student(every_second),
+            "half, every second from the first": Student(from_first),
+            "half, chosen, not aligned": Student(chosen, aligned=False),
+            "all local": Student(("mhla-local",) * count),
+            "all MHLA": Student(("mhla",) * count),
+            "all MHLA, not aligned": Student(("mhla",) * count, aligned=False),
+            "all linear": Student(("linear",) * count),
+            "all wide": Student(("mhla-wide",) * count),
             **{
-                f"half, chosen, {word}": Variant(
+                f"half, chosen, {word}": Student(
                     tuple(f"mhla-{word}" if form == "mhla" else form for form in chosen)
                 )
                 for word in ("local", "wide")
             },
-            "all softmax": Variant((STOCK,) * count),
+            "all softmax": Student((STOCK,) * count),
         }
 
     def _chosen(self, budget: float) -> Choice:
@@ -292,12 +290,11 @@ class _Seed:
         chosen = within(choices, budget)
         if not self.config.check:
             return chosen, {}
-        first = self.record["settings"]["samples"]  # the first call that no layer was trained on
         made = partial(assemble, record=self.record, aligned=self.folder / "aligned")
-        trial = Trial(self.teacher, self.calls, range(first, first + self.config.check), made)
+        trial = Trial.of_aligned(self.teacher, self.calls, self.record, self.config.check, made)
         return trial.check(choices, chosen, limits, repairs=20)
 
-    def _result(self, name: str, variant: Variant) -> dict[str, Any]:
+    def _result(self, name: str, variant: Student) -> dict[str, Any]:
         """Distil a variant, unless its result is there."""
         folder = variant_folder(Path(self.config.out), self.seed, name)
         if (folder / "result.json").is_file():

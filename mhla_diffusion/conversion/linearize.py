@@ -101,8 +101,7 @@ def linearize(
     config, out = config or LinearizeConfig(), Path(out)
     if config.steps and component != "transformer":
         raise ValueError(f"training is of the component transformer alone: steps must be 0 for {component}")
-    place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
-    teacher = load_teacher(model, dtype=dtype, device=process_state().device, **place)
+    teacher = load_teacher(model, component=component, dtype=dtype, device=process_state().device)
     grid = None if grid is None else tuple(grid)
     calls = open_calls(teacher, data, grid=grid, times=expert_times(model, component))
     require_scores(calls, config.report)

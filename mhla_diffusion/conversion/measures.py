@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
@@ -151,8 +152,7 @@ def training_hours(run: Path) -> float:
     path, hours, step = run / "metrics.jsonl", 0.0, 0
     if not path.is_file():
         return 0.0
-    config = (run / "config.yaml").read_text()
-    batch = int(next(line.split(":")[1] for line in config.splitlines() if "batch_size:" in line))
+    batch = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["batch_size"]
     for line in map(json.loads, path.read_text().splitlines()):
         hours += (line["step"] - step) * batch / line["samples_per_second"] / 3600
         step = line["step"]

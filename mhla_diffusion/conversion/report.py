@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from ..hub import expert_times
 from ..planning import Plan
 from ..processes import process_state
 from ..training.export import is_run
-from .calls import TIME_BUCKETS, Calls, DataCalls, open_calls
+from .calls import TIME_BUCKETS, Calls, DataCalls, fresh_numbers, open_calls
 from .choose import RECORD as CHOICE
+from .choose import kinds_of
 from .knapsack import STOCK
 from .measures import branch_errors, by_time, losses, pictures, ratio, speed, training_hours
 from .scores import fingerprint_of_real, scores
@@ -44,8 +46,6 @@ FILE_NAMES = ("report.json", "report.html")
 _NOT_DRAWN = ("every", "max_share")
 # Raised when something else is measured: what was kept is then measured anew.
 _MEASURES = 2
-# Far behind the calls that layers were aligned and chosen on.
-_FIRST_CALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -137,45 +137,31 @@ def report(
     """
     config, out = config or ReportConfig(), Path(out)
     paths = [_located(Path(student)) for student in students]
-    names = _names(paths)
+    named = dict(zip(_names(paths), paths, strict=True))
     with only_writer(out):
-        named = dict(zip(names, paths, strict=True))
-        return _report(teacher, named, data, out, size, config, grid, component, dtype)
-
-
-def _report(
-    teacher: str,
-    students: Mapping[str, Path],
-    data: str,
-    out: Path,
-    size: Plan | None,
-    config: ReportConfig,
-    grid: tuple[int, ...] | None,
-    component: str,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """See :func:`report`; students by what the page calls them."""
-    place: dict[str, Any] = {} if component == "transformer" else {"subfolder": component}
-    model = load_teacher(teacher, dtype=dtype, **place)
-    model.to(process_state().device)
-    times = expert_times(teacher, component)
-    calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
-    made_with = _sampling_facts(calls, config)
-    entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
-    for name, path in students.items():
-        entries += _entries(path, name, model, place)
-    found: dict[str, dict[str, Any]] = {}
-    for entry in tqdm(entries, desc="models", disable=None):
-        key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
-        kept = out / "measures" / f"{key}.json"
-        if not kept.is_file():
-            measured = _measure(entry, model, calls, teacher, out / "generated" / key, size, config)
-            write_file(kept, json.dumps(measured))
-        found[entry.name] = json.loads(kept.read_text())
-    content = _content(teacher, entries, found, calls, size, config)
-    write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
-    sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
-    write_file(out / FILE_NAMES[1], _page(content, sheets))
+        model = load_teacher(teacher, component=component, dtype=dtype, device=process_state().device)
+        times = expert_times(teacher, component)
+        calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
+        made_with = _sampling_facts(calls, config)
+        entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
+        for name, path in named.items():
+            entries += _entries(path, name, model, component)
+        pipeline = partial(MHLAPipeline.from_pretrained, teacher)
+        found: dict[str, dict[str, Any]] = {}
+        for entry in tqdm(entries, desc="models", disable=None):
+            key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
+            kept = out / "measures" / f"{key}.json"
+            if not kept.is_file():
+                generated = out / "generated" / key
+                measured = _measure(
+                    entry, model, calls, pipeline=pipeline, generated=generated, size=size, config=config
+                )
+                write_file(kept, json.dumps(measured))
+            found[entry.name] = json.loads(kept.read_text())
+        content = _content(teacher, entries, found, calls, size, config)
+        write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
+        sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
+        write_file(out / FILE_NAMES[1], _page(content, sheets))
     logger.info("Report: %s", out / FILE_NAMES[1])
     return content
 
@@ -228,7 +214,7 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     return [{key: value for key, value in sampling.items() if key not in _NOT_DRAWN}, against]
 
 
-def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> list[Entry]:
+def _entries(path: Path, name: str, teacher: Any, component: str) -> list[Entry]:
     """The models that a folder stands for: a student and its plain conversion, or one that was trained."""
     run = is_run(path)
     folder, source, stage, guided = path, path, "trained", False
@@ -244,7 +230,7 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
         if taught_by is not None:
             stage = "distilled"
             guided = settings["objective"].get("distillation", {}).get("guidance_scale", 1.0) > 1
-            _require_teacher(path, taught_by, teacher, place)
+            _require_teacher(path, taught_by, teacher, component)
     choice = json.loads((source / CHOICE).read_text()) if (source / CHOICE).is_file() else None
     if choice is not None and choice["teacher"] != fingerprint(teacher):
         raise ValueError(
@@ -253,7 +239,8 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
         )
 
     def load() -> Any:
-        return load_transformer(str(folder), dtype=teacher.dtype, **place).eval().requires_grad_(False)
+        stored = load_transformer(str(folder), component=component, dtype=teacher.dtype)
+        return stored.eval().requires_grad_(False)
 
     if run:
         return [Entry(name, stage, load, choice, training_hours(path), str(path), guided)]
@@ -266,10 +253,10 @@ def _entries(path: Path, name: str, teacher: Any, place: Mapping[str, Any]) -> l
     ]
 
 
-def _require_teacher(run: Path, taught_by: str, teacher: Any, place: Mapping[str, Any]) -> None:
+def _require_teacher(run: Path, taught_by: str, teacher: Any, component: str) -> None:
     """Check whom a run was distilled from, if that can still be opened from here."""
     try:
-        its = load_teacher(taught_by, dtype=teacher.dtype, **place)
+        its = load_teacher(taught_by, component=component, dtype=teacher.dtype)
     except (OSError, ValueError) as error:
         logger.warning("%s: its teacher %s cannot be compared with this one: %s", run, taught_by, error)
         return
@@ -280,10 +267,8 @@ def _require_teacher(run: Path, taught_by: str, teacher: Any, place: Mapping[str
 def plain(teacher: Any, choice: Mapping[str, Any]) -> Any:
     """Return the conversion with a choice's forms whose layers were not aligned."""
     forms = choice["chosen"]["forms"]
-    kinds = [teacher.stock_attention if form == STOCK else "mhla" for form in forms]
-    settings = [choice["candidates"].get(form, {}) for form in forms]
-    converted = convert_to_mhla(teacher, [MHLAConfig.from_dict(dict(s)) for s in settings], attention=kinds)
-    return converted.eval()
+    configs = [MHLAConfig.from_dict(choice["candidates"].get(form, {})) for form in forms]
+    return convert_to_mhla(teacher, configs, attention=kinds_of(teacher, forms)).eval()
 
 
 def _key(entry: Entry, teacher: Any, settings: list[Any], size: Plan | None) -> str:
@@ -302,37 +287,39 @@ def _measure(
     entry: Entry,
     teacher: Any,
     calls: Calls,
-    path: str,
+    *,
+    pipeline: Callable[[], Any],
     generated: Path,
     size: Plan | None,
     config: ReportConfig,
 ) -> dict[str, Any]:
-    """Everything that is measured of one model."""
+    """Everything that is measured of one model, in the teacher's pipeline where that is asked for."""
     model = entry.load().to(teacher.device)
     if entry.stage == "teacher":
         model = as_teacher(model)
-    numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
+    numbers = fresh_numbers(config.calls)
     few = numbers[: TIME_BUCKETS * min(config.calls, 2)]
     found: dict[str, Any] = {
         "attention": model.layer_attention,
         "prediction_error": prediction_error(teacher, model, calls, few),
         "branches": branch_errors(model, teacher, calls, few),
     }
-    if isinstance(calls, DataCalls):
-        found["losses"] = losses(model, calls, numbers)
-        sampling = calls.config.sampling
-        sampling = replace(sampling, guidance_scale=1.0) if entry.guided else sampling
-        if config.samples and sampling.rows():
-            task = replace(calls.task, sampling=sampling)
-            found["pictures"] = pictures(model, task, playing=len(model.default_grid) == 3)
     if size is not None:
         found["speed"] = speed(model, teacher, size.layout.grid)
+    if not isinstance(calls, DataCalls):
+        return found
+    found["losses"] = losses(model, calls, numbers)
+    sampling = calls.config.sampling
+    if entry.guided:
+        sampling = replace(sampling, guidance_scale=1.0)
+    if config.samples and sampling.rows():
+        task = replace(calls.task, sampling=sampling)
+        found["pictures"] = pictures(model, task, playing=len(model.default_grid) == 3)
     if config.real is not None:
-        assert isinstance(calls, DataCalls)
+        made_by = pipeline()
+        made_by.register_modules(transformer=model)
         run = replace(calls.config, sampling=sampling)
-        pipeline = MHLAPipeline.from_pretrained(path)
-        pipeline.register_modules(transformer=model)
-        found["scores"] = scores(pipeline, config.real, generated, run, config.num_samples)
+        found["scores"] = scores(made_by, config.real, generated, run, config.num_samples)
     return found
 
 
@@ -345,7 +332,7 @@ def _content(
     config: ReportConfig,
 ) -> dict[str, Any]:
     """The content of report.json."""
-    numbers = range(_FIRST_CALL, _FIRST_CALL + TIME_BUCKETS * config.calls)
+    numbers = fresh_numbers(config.calls)
     models = []
     for entry in entries:
         measured = {key: value for key, value in found[entry.name].items() if key != "pictures"}
@@ -385,8 +372,8 @@ def _curve(choice: Mapping[str, Any]) -> dict[str, Any]:
     points = choice["curve"]
     most = max(point["error"] for point in points) or 1
 
-    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+    def on_page(point: Mapping[str, Any]) -> tuple[float, float]:
         return round(10 + 400 * min(1.0, point["cost"]), 1), round(190 - 180 * point["error"] / most, 1)
 
-    line = " ".join(f"{x},{y}" for x, y in map(place, points))
-    return {"line": line, "chosen": place(choice["chosen"]), "most": most}
+    line = " ".join(f"{x},{y}" for x, y in map(on_page, points))
+    return {"line": line, "chosen": on_page(choice["chosen"]), "most": most}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,15 @@ class Trial:
     ) -> None:
         self.teacher, self.calls, self.numbers, self.assemble = teacher, calls, numbers, assemble
         self._known: dict[tuple[str, ...], float] = {}
+
+    @classmethod
+    def of_aligned(
+        cls, teacher: Any, calls: Calls, record: Mapping[str, Any], count: int,
+        assemble: Callable[[Any, Sequence[str]], Any],
+    ) -> Trial:  # fmt: skip
+        """Make one of the first calls that no layer of an alignment was trained on."""
+        first = record["settings"]["samples"]
+        return cls(teacher, calls, range(first, first + count), assemble)
 
     def measure(self, choice: Choice) -> Choice:
         """Return a choice with its measured error, ``sum |p' - p| / sum |p|`` of predictions p."""
@@ -89,11 +98,14 @@ def prediction_error(teacher: Any, student: Any, calls: Calls, numbers: Sequence
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; 1 where there is nothing to compare."""
+    """Return Spearman's rank correlation; 1 of fewer than three pairs, 0 where all of one side are equal."""
     if len(first) < 3:
         return 1.0
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    pairs = [np.subtract.outer(values, values) for values in (first, second)]
+    ranks = [(pair > 0).sum(1) + (pair == 0).sum(1) / 2 for pair in pairs]  # equal values share their mean
+    if min(map(np.ptp, ranks)) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _measured(choice: Choice) -> float:

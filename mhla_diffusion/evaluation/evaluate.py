@@ -24,7 +24,7 @@ from .networks.videos import load_video_extractor
 from .pages.pictures import show
 from .pages.report import Report
 from .scores.frechet import FeatureStatistics
-from .scores.metrics import METRICS, Comparison, LackingError, Measured, by_published_name, choose_metrics
+from .scores.metrics import METRICS, LackingError, Measured, SetPair, by_published_name, choose_metrics
 from .scores.neighbours import Neighbourhoods
 from .scores.score import Score, cautions
 from .sets.cautions import content_flags, require_apart, sample_flags, set_notes
@@ -339,7 +339,7 @@ def _scores(
     """Compute all scores, and neighbourhoods when scores need them; log the scores, then their cautions."""
     scores, lacking, neighbourhoods = list[Score](), list[str](), None
     for extractor in {extractor.name: extractor for _, extractor in chosen}.values():
-        sets = Comparison(
+        sets = SetPair(
             extractor=extractor,
             real=_labelled(real, extractor, classes and classes[0]),
             generated=_labelled(generated, extractor, classes and classes[1]),

@@ -27,9 +27,14 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def json_sha256(facts: Any) -> str:
+    """Return the SHA-256 of facts as JSON, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def short_hash(facts: Any) -> str:
-    """Name what was made from facts: the first 16 digits of the SHA-256 of their JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Name what was made from facts: the first 16 digits of :func:`json_sha256`."""
+    return json_sha256(facts)[:16]
 
 
 def record_sums(folder: Path, names: Iterable[str]) -> None:

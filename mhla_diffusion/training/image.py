@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from mhla_diffusion.pipelines import MHLADiTPipeline, MHLATextToImagePipeline
 from mhla_diffusion.pipelines.denoising import size_arguments
 from mhla_diffusion.pipelines.text_to_image import stock_pipeline
 
 from ..autoencoders import vae_scale_factor
-from ..hub import component_subfolder
+from ..hub import has_component
 from .adapters import require_trained
 from .conditioning import Captions, ClassLabels, require_probability
 from .config import changeable
@@ -233,9 +231,7 @@ def build_source(config: ImageTrainingConfig, model: Any) -> ImageSamples | Cach
 def _check_autoencoder(config: ImageTrainingConfig, latents: CachedLatents) -> None:
     """Refuse latents of another autoencoder than that of the pipeline that is trained on."""
     path = config.model.init_from
-    if path is None or component_subfolder(path, "transformer") is None:
-        return
-    if not DiffusionPipeline.load_config(path).get("vae", [None])[0]:
+    if path is None or not has_component(path, "vae"):
         return
     if latents.made_with("vae", load_vae(path)) is False:
         raise ValueError(

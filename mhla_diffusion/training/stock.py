@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 
 from mhla_diffusion.pipelines.sampling import FRAMES
 
@@ -31,7 +31,7 @@ from ..backbones import (
     MHLAWanVACETransformer3DModel,
     backbone_of_config,
 )
-from ..hub import component_subfolder, load_component_config
+from ..hub import has_component, load_component_config
 from .conditioning import Captions
 from .data import CachedLatents
 from .data.latents import PLAIN_AUTOENCODERS
@@ -366,8 +366,7 @@ def trained_class(init_from: str, classes: Sequence[type[Any]], what: str) -> ty
 
 def _require_schedule(objective: ObjectiveConfig, init_from: str) -> None:
     """Check that noise is added as for the pipeline that a run goes on from, where there is one."""
-    alone = component_subfolder(init_from, "scheduler") is None
-    if alone or not DiffusionPipeline.load_config(init_from).get("scheduler", [None])[0]:
+    if not has_component(init_from, "scheduler"):
         return
     stored = DDIMScheduler.load_config(init_from, subfolder="scheduler")
     for name, value in DDPM(objective).schedule.items():

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ from mhla_diffusion.pipelines.text import (
 )
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
-from ..hub import component_subfolder
+from ..hub import component_subfolder, has_component
 
 logger = logging.getLogger(__name__)
 
@@ -213,13 +213,12 @@ def _folders(config: TextConfig, number: int, path: str) -> tuple[str, str]:
         ValueError: when there is no such further encoder.
     """
     tokenizer, encoder = (component_name(name, number) for name in ("tokenizer", "text_encoder"))
-    held = {} if component_subfolder(path, encoder) is None else DiffusionPipeline.load_config(path)
-    if number and not held.get(encoder, [None])[0]:
+    if number and not has_component(path, encoder):
         raise ValueError(
             f"{config.pipeline} reads texts by {len(config.encoders)} encoders, but {path} has no {encoder}: "
             "set text.encoder to the folder or hub id of a pipeline that has them all"
         )
-    return (tokenizer, encoder) if held else ("", "")
+    return (tokenizer, encoder) if component_subfolder(path, encoder) else ("", "")
 
 
 def component_name(name: str, number: int) -> str:

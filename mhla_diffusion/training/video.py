@@ -222,7 +222,7 @@ def _build_wan(
         config.data.chosen().facts(),
         fps=parts.config.fps,
     )
-    _require_given(config.sampling, latents)
+    _require_sheet_inputs(config.sampling, latents)
     if latents is not None and latents.known != "none":
         task.pipeline = with_first_frames(parts, latents)
         frames, height, width = size_in_pixels(parts.vae, sizes[0])
@@ -233,7 +233,7 @@ def _build_wan(
     return model, source, task
 
 
-def _require_given(sampling: VideoSamplingConfig, latents: CachedLatents | None) -> None:
+def _require_sheet_inputs(sampling: VideoSamplingConfig, latents: CachedLatents | None) -> None:
     """Check that a sheet has what the model is given of a clip, and nothing else."""
     needed: tuple[str, ...] = ()
     if latents is not None:
@@ -256,7 +256,7 @@ def _build_for(
     """Build a run of a model that is trained for its own pipeline of diffusers."""
     stock.require(config.text, config.objective, config.model.init_from)
     latents = stock.require_latents(config.data.open())
-    _require_given(config.sampling, latents)
+    _require_sheet_inputs(config.sampling, latents)
     encoders, vae = load_caption_encoders(config.text), latents.load_vae(stock.autoencoders)
     latents.require_text(config.text, encoders)
     if model is None:

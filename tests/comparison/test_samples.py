@@ -16,7 +16,7 @@ from PIL import Image
 from mhla_diffusion.comparison import (
     Comparison,
     Images,
-    Metric,
+    Measure,
     Variant,
     Videos,
     compare_attention,
@@ -268,7 +268,7 @@ def test_screening_leaves_out_what_is_clearly_beaten(task: Images, tmp_path: Pat
     assert "0 of 6 runs are done" in text
     assert "| 16 | beaten | 15.1 |" in text
     assert "worse than the best by more than 50%" in text
-    higher = Metric("accuracy", "Accuracy", lower_is_better=False)
+    higher = Measure("accuracy", "Accuracy", lower_is_better=False)
     assert screen.beaten({"a": 0.9, "b": 0.61, "c": 0.59, "kept": 0.1}, higher) == ["c"]
 
 

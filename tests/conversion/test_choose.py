@@ -155,4 +155,6 @@ def test_only_what_sums_do_not_predict_is_repaired(
 def test_rank_correlation_by_hand() -> None:
     assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(3**0.5 / 2)  # ranks 1.5, 1.5, 3
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
     assert rank_correlation([1, 2], [2, 1]) == 1

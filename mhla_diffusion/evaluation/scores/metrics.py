@@ -66,7 +66,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SetPair:
     """Pair of sets that one extractor has seen, and how to find the spread of their scores.
 
     Args:
@@ -120,7 +120,7 @@ class Comparison:
         )
 
 
-def _frechet(sets: Comparison, metric: str, output: str) -> Score:
+def _frechet(sets: SetPair, metric: str, output: str) -> Score:
     a, b = sets.real.statistics, sets.generated.statistics
     if output != "features":
         assert a.spatial is not None
@@ -157,7 +157,7 @@ _BIAS_OUTSIDE = (
 )
 
 
-def _per_class(sets: Comparison, metric: str) -> Score:
+def _per_class(sets: SetPair, metric: str) -> Score:
     """Mean of the distances of the classes that both sets have; what other classes there are is flagged."""
     real, generated = (np.asarray(measured.labels) for measured in (sets.real, sets.generated))
     x, y = sets.real.features["features"], sets.generated.features["features"]
@@ -196,7 +196,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _kernel_distance(sets: Comparison, metric: str) -> Score:
+def _kernel_distance(sets: SetPair, metric: str) -> Score:
     """Mean over torch-fidelity's 100 subsets; the interval is that of the estimate on all samples."""
     real, generated = sets.real.features["features"], sets.generated.features["features"]
     fidelity = require("torch_fidelity.metric_kid")
@@ -208,7 +208,7 @@ def _kernel_distance(sets: Comparison, metric: str) -> Score:
     return sets.score(metric, float(found[fidelity.KEY_METRIC_KID_MEAN]), spread)
 
 
-def _inception_score(sets: Comparison, metric: str) -> Score:
+def _inception_score(sets: SetPair, metric: str) -> Score:
     """Mean over consecutive chunks of 5,000 (ADM), a shorter last one included."""
     fidelity = require("torch_fidelity.metric_isc")
     logits = sets.generated.features["logits"]
@@ -233,7 +233,7 @@ def _inception_score(sets: Comparison, metric: str) -> Score:
     return sets.score(metric, float(np.mean(scores)), np.mean(spread, axis=0), flags=flags)
 
 
-def _neighbourhood(sets: Comparison, metric: str) -> Score:
+def _neighbourhood(sets: SetPair, metric: str) -> Score:
     """Mean over generated samples, or over real ones; the balls stay as they are in its replicates."""
     smallest = min(len(measured.features["features"]) for measured in (sets.real, sets.generated))
     if smallest < MIN_SAMPLES:
@@ -245,7 +245,7 @@ def _neighbourhood(sets: Comparison, metric: str) -> Score:
     return sets.score(metric, float(values.mean()), means(values, counts), share_of)
 
 
-def _clip_score(sets: Comparison, metric: str) -> Score:
+def _clip_score(sets: SetPair, metric: str) -> Score:
     """Mean of ``100 max(cos, 0)`` of an image and its text (Hessel et al. 2021, as torchmetrics)."""
     assert sets.extractor.embed_texts is not None
     images = sets.generated.features["features"]
@@ -281,7 +281,7 @@ class Metric:
         bounds: least and largest value; intervals end there.
     """
 
-    compute: Callable[[Comparison, str], Score]
+    compute: Callable[[SetPair, str], Score]
     definition: str
     output: str = "features"
     needs_real: bool = True

@@ -17,8 +17,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from mhla_diffusion.evaluation import FeatureExtractor, FeatureStatistics, evaluate_images, frechet_distance
 from mhla_diffusion.evaluation.scores.metrics import (
     METRICS,
-    Comparison,
     Measured,
+    SetPair,
     _has_pairs,
     by_published_name,
 )
@@ -50,8 +50,8 @@ def _measured(features: np.ndarray, **more: object) -> Measured:
 
 
 @pytest.fixture
-def sets(extractor: FeatureExtractor) -> Comparison:
-    return Comparison(
+def sets(extractor: FeatureExtractor) -> SetPair:
+    return SetPair(
         extractor,
         _measured(_features(300, 0)),
         _measured(_features(250, 1, shift=0.5)),
@@ -60,11 +60,11 @@ def sets(extractor: FeatureExtractor) -> Comparison:
     )
 
 
-def _score(sets: Comparison, metric: str) -> Score:
+def _score(sets: SetPair, metric: str) -> Score:
     return METRICS[metric].compute(sets, metric)
 
 
-def test_precision_and_recall_equal_torch_fidelity(sets: Comparison) -> None:
+def test_precision_and_recall_equal_torch_fidelity(sets: SetPair) -> None:
     real, generated = (torch.from_numpy(s.features["features"]) for s in (sets.real, sets.generated))
     expected = prc_features_to_metric(generated, real, verbose=False)
     assert _score(sets, "precision").value == pytest.approx(expected["precision"], rel=1e-6)
@@ -72,7 +72,7 @@ def test_precision_and_recall_equal_torch_fidelity(sets: Comparison) -> None:
     assert 0 < expected["precision"] != expected["recall"] < 1
 
 
-def test_density_and_coverage_are_those_of_their_definition(sets: Comparison) -> None:
+def test_density_and_coverage_are_those_of_their_definition(sets: SetPair) -> None:
     real, generated = sets.real.features["features"], sets.generated.features["features"]
     within = np.linalg.norm(real[:, None] - real[None], axis=-1)
     radii = np.sort(within, axis=1)[:, 5]
@@ -96,7 +96,7 @@ def test_nearest_neighbours_and_realism() -> None:
     np.testing.assert_allclose(np.delete(found.realism, 7), np.delete(expected, 7), rtol=1e-3)
 
 
-def test_kid_equals_torch_fidelity(sets: Comparison) -> None:
+def test_kid_equals_torch_fidelity(sets: SetPair) -> None:
     real, generated = (torch.from_numpy(s.features["features"]) for s in (sets.real, sets.generated))
     expected = kid_features_to_metric(generated, real, kid_subset_size=250, verbose=False)
     score = _score(sets, "kid")
@@ -108,7 +108,7 @@ def test_kid_equals_torch_fidelity(sets: Comparison) -> None:
 def test_inception_score_equals_torch_fidelity_on_chunks_of_5000(extractor: FeatureExtractor) -> None:
     logits = 2 * _features(10_000, 3, dimension=20)
     generated = _measured(_features(10_000, 0), outputs={"logits": logits})
-    sets = Comparison(extractor, _measured(_features(20, 1)), generated, replicates=30, seed=0)
+    sets = SetPair(extractor, _measured(_features(20, 1)), generated, replicates=30, seed=0)
     score = _score(sets, "inception_score")
     expected = isc_features_to_metric(torch.from_numpy(logits), splits=2, shuffle=False)
     assert score.value == pytest.approx(expected["inception_score_mean"], rel=1e-9)
@@ -118,13 +118,13 @@ def test_inception_score_equals_torch_fidelity_on_chunks_of_5000(extractor: Feat
     assert not score.flags
     for count, said in ((10_002, "The last chunk has 2 images"), (4_999, "There are 4,999 images")):
         few = _measured(_features(count, 0), outputs={"logits": 2 * _features(count, 3, dimension=20)})
-        (flag,) = _score(Comparison(extractor, sets.real, few, replicates=2, seed=0), "inception_score").flags
+        (flag,) = _score(SetPair(extractor, sets.real, few, replicates=2, seed=0), "inception_score").flags
         assert flag.startswith(f"{said} in place of 5,000")
 
 
 def test_an_interval_that_leaves_the_bias_out_is_said(extractor: FeatureExtractor) -> None:
     few, many = (
-        Comparison(extractor, _measured(_features(n, 0)), _measured(_features(n, 1)), replicates=20, seed=0)
+        SetPair(extractor, _measured(_features(n, 0)), _measured(_features(n, 1)), replicates=20, seed=0)
         for n in (60, 20_000)
     )
     (flag,) = _score(few, "frechet").flags
@@ -137,7 +137,7 @@ def test_an_interval_that_leaves_the_bias_out_is_said(extractor: FeatureExtracto
     assert bool(score.flags) == (not inside)
 
 
-def test_frechet_and_kid_equal_clean_fid(sets: Comparison) -> None:
+def test_frechet_and_kid_equal_clean_fid(sets: SetPair) -> None:
     real, generated = (s.features["features"].astype(np.float64) for s in (sets.real, sets.generated))
     assert _score(sets, "frechet").value == pytest.approx(cleanfid.fid_from_feats(real, generated), rel=1e-6)
     # Its subsets are drawn from numpy's global generator: the same estimate, other subsets.
@@ -199,7 +199,7 @@ def test_intervals_are_as_wide_as_scores_scatter(metric: str, extractor: Feature
 
     def score(seed: int, replicates: int) -> Score:
         real, generated = _features(200, 2 * seed), _features(200, 2 * seed + 1, shift=0.7)
-        sets = Comparison(extractor, _measured(real), _measured(generated), replicates, seed=0)
+        sets = SetPair(extractor, _measured(real), _measured(generated), replicates, seed=0)
         return _score(sets, metric)
 
     scatter = np.std([score(seed, 0).value for seed in range(15 if metric == "kid" else 60)])
@@ -217,7 +217,7 @@ def test_extrapolation_removes_the_bias_of_few_samples(extractor: FeatureExtract
     values, limits = [], []
     for seed in range(8):
         real, generated = _features(300, 2 * seed), _features(300, 2 * seed + 1, shift=0.3)
-        sets = Comparison(extractor, _measured(real), _measured(generated), replicates=2, seed=seed)
+        sets = SetPair(extractor, _measured(real), _measured(generated), replicates=2, seed=seed)
         score = _score(sets, "frechet")
         assert score.extrapolated is not None
         assert [count for count, _ in score.curve] == sorted({count for count, _ in score.curve})
@@ -230,14 +230,14 @@ def test_extrapolation_removes_the_bias_of_few_samples(extractor: FeatureExtract
 
 
 def test_too_few_samples_for_the_dimension_are_not_extrapolated(extractor: FeatureExtractor) -> None:
-    sets = Comparison(extractor, _measured(_features(20, 0)), _measured(_features(20, 1)), 2, 0)
+    sets = SetPair(extractor, _measured(_features(20, 0)), _measured(_features(20, 1)), 2, 0)
     assert _score(sets, "frechet").extrapolated is None
 
 
 def test_per_class(extractor: FeatureExtractor) -> None:
     real, generated = _features(90, 0), _features(60, 1)
     a, b = ["x", "y", "z"] * 30, ["y", "x", "w"] * 20
-    sets = Comparison(extractor, _measured(real, labels=a), _measured(generated, labels=b), 30, 0)
+    sets = SetPair(extractor, _measured(real, labels=a), _measured(generated, labels=b), 30, 0)
     score = _score(sets, "frechet_per_class")
     assert score.interval is not None
     assert score.interval[0] < score.value < score.interval[1]
@@ -253,7 +253,7 @@ def test_clip_score(extractor: FeatureExtractor) -> None:
     images, texts = _features(10, 0), _features(10, 1)
     clip = dataclasses.replace(extractor, embed_texts=lambda prompts: (texts[[int(p) for p in prompts]], 0))
     generated = _measured(images, prompts=[str(i) for i in range(10)])
-    sets = Comparison(clip, _measured(_features(20, 2)), generated, 20, 0)
+    sets = SetPair(clip, _measured(_features(20, 2)), generated, 20, 0)
     cosine = (images * texts).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(texts, axis=1)
     assert _score(sets, "clip_score").value == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-6)
     without = dataclasses.replace(sets, generated=_measured(images, prompts=[None] * 10))
@@ -324,7 +324,7 @@ def test_neighbours_do_not_depend_on_a_common_offset() -> None:
 @pytest.mark.parametrize("metric", ["frechet", "precision", "recall", "density", "coverage"])
 def test_intervals_stay_in_the_range_of_their_metric(metric: str, extractor: FeatureExtractor) -> None:
     for seed, shift in ((0, 0.0), (1, 0.0), (2, 3.0)):
-        sets = Comparison(
+        sets = SetPair(
             extractor, _measured(_features(12, seed)), _measured(_features(12, seed + 9, shift)), 20, 0
         )
         score = _score(sets, metric)
@@ -337,7 +337,7 @@ def test_intervals_stay_in_the_range_of_their_metric(metric: str, extractor: Fea
 def test_shares_of_none_and_all_have_an_interval(shift: float, extractor: FeatureExtractor) -> None:
     """Of 12 samples without a property, the share of all others may well be a fifth."""
     real = _features(12, 0)
-    sets = Comparison(extractor, _measured(real), _measured(real + np.float32(shift)), 20, 0)
+    sets = SetPair(extractor, _measured(real), _measured(real + np.float32(shift)), 20, 0)
     for metric in ("precision", "recall", "coverage"):
         score = _score(sets, metric)
         assert score.value == (0.0 if shift else 1.0)
@@ -347,7 +347,7 @@ def test_shares_of_none_and_all_have_an_interval(shift: float, extractor: Featur
 def test_classes_that_were_never_generated_are_flagged(extractor: FeatureExtractor) -> None:
     real, generated = _features(90, 0), _features(60, 1)
     a, b = ["x", "y", "z"] * 30, ["y", "x", "w"] * 20
-    sets = Comparison(extractor, _measured(real, labels=a), _measured(generated, labels=b), 3, 0)
+    sets = SetPair(extractor, _measured(real, labels=a), _measured(generated, labels=b), 3, 0)
     (flag,) = _score(sets, "frechet_per_class").flags
     assert flag.startswith("2 of 4 classes have fewer than two samples in one of the sets")
     assert "z (30 real, 0 generated), w (0 real, 20 generated)" in flag
