@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.pictures import DECODING_ERRORS, read_picture
 from mhla_diffusion.files.sums import matches, read_sums, record_sums
-from mhla_diffusion.files.text import shortened
+from mhla_diffusion.files.text import changes, flat_dict, shortened
 from mhla_diffusion.files.videos import open_video, require_video_writer, write_video
 from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
@@ -319,25 +320,12 @@ def _check_folder(folder: Path, manifest: dict[str, Any], kind: Kind) -> None:
     compared = expected.keys() | stored.keys()
     compared -= _NOT_COMPARED | (_LATER - stored.keys())
     old, new = ({key: values.get(key) for key in compared} for values in (stored, expected))
-    if changes := _differences(old, new):
+    # What diffusers notes of itself in a config.
+    noted = {key for key in flat_dict(old) if re.search(r"(^|\.)_", key)}
+    if others := changes(old, new, free=noted | (_LATER - flat_dict(old).keys()), show=_shorten):
         raise ValueError(
-            f"{folder} holds another run ({'; '.join(changes)}); choose another folder, or the same settings"
+            f"{folder} holds another run ({'; '.join(others)}); choose another folder, or the same settings"
         )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after or key.startswith("_"):  # what diffusers notes of itself in a config
-            continue
-        if key not in old and f"{prefix}{key}" in _LATER:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            changes += _differences(before, after, f"{prefix}{key}.")
-        else:
-            changes.append(f"{prefix}{key}: {_shorten(before)} -> {_shorten(after)}")
-    return changes
 
 
 def _shorten(value: Any) -> str:

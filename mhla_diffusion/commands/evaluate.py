@@ -148,7 +148,7 @@ def steps(
 
 def _claim(record: Path, asked: dict[str, Any]) -> None:
     """Write what scores are of, or check that those that are there are of the same."""
-    from ..training.config import changes
+    from ..files.text import changes
 
     asked = json.loads(json.dumps(asked, default=str))
     if record.is_file():

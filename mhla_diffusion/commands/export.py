@@ -23,7 +23,7 @@ from ..files.videos import require_video_writer, write_video
 from ..files.writing import write_folder
 from ..training.data import DataConfig, VideoDataConfig, VideoSamples, open_images, open_videos
 from ..training.data.encoding import readable
-from ..training.data.stream import is_of_disk
+from ..training.data.stream import is_of_disk, to_pixels
 from .parsing import parse_and_call
 
 
@@ -123,7 +123,7 @@ def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> N
     listed = []
     for i, sample, _ in readable(source, tqdm(range(num), desc="exporting", unit="video")):
         # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
-        pixels = ((sample["samples"] + 1) * 127.5).round().clamp(0, 255).byte()
+        pixels = to_pixels(sample["samples"])
         frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
         write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
         listed.append((f"{i:06d}.mp4", sample["caption"]))

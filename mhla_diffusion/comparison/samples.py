@@ -20,8 +20,8 @@ from ..conversion.real import open_source, require_real, write_statistics_of
 from ..evaluation import FeatureExtractor
 from ..evaluation.sets.samples import SampleSet
 from ..files.sums import short_hash
-from ..files.text import sizes_text
-from ..training.config import flat_dict, parse_config
+from ..files.text import flat_dict, sizes_text
+from ..training.config import parse_config
 from ..training.data.captions import texts_of
 from .measured import MeasuredRun
 from .task import Measure, Task

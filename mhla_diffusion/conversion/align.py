@@ -30,10 +30,10 @@ from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
 from ..config import MHLAConfig
 from ..files.locking import only_writer
+from ..files.text import changes
 from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
-from ..training.config import changes
 from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_disk_space, sample_bytes, write_activations
 from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls

@@ -62,10 +62,8 @@ def form_flops(plan: Plan, forms: Mapping[str, MHLAConfig]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def form_seconds(
-    teacher: Any, plan: Plan, forms: Mapping[str, MHLAConfig], repeats: int = 5
-) -> dict[str, float]:
-    """Return the seconds of a self-attention layer on the plan's grid, by form, measured here."""
+def form_seconds(teacher: Any, plan: Plan, forms: Mapping[str, MHLAConfig]) -> dict[str, float]:
+    """Return the seconds of a self-attention layer on the plan's grid, by form: medians of 5 calls here."""
     name = next(iter(attention_layers(teacher)))
     inputs = place(teacher, teacher.example_inputs(plan.layout.grid))
     call = layer_calls(teacher, inputs, [name])[name]
@@ -75,5 +73,5 @@ def form_seconds(
     runs: list[Callable[[], Any]] = [
         partial(layer, call.hidden_states, *call.args, **call.kwargs) for layer in layers.values()
     ]
-    times = interleaved(runs, str(teacher.device), repeats)
+    times = interleaved(runs, str(teacher.device), 5)
     return {form: statistics.median(its) for form, its in zip(layers, times, strict=True)}

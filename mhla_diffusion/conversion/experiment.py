@@ -19,6 +19,7 @@ import yaml
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
 from ..config import MHLAConfig
+from ..files.text import changes
 from ..files.writing import write_file
 from ..planning import Plan, plan
 from ..processes import in_first_process, process_state
@@ -166,17 +167,17 @@ def _claim(out: Path, config: ExperimentConfig, run: Any) -> None:
     """Write experiment.json, or make sure that the experiment in ``out`` and its teacher are the same."""
     record = {name: value for name, value in as_dict(config).items() if name in _KEPT}
     old = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else record
-    changes = [f"{key}: {old.get(key)} -> {value}" for key, value in record.items() if old.get(key) != value]
+    others = changes({key: old.get(key) for key in record}, record)
     trained = out / "teacher" / "config.yaml"
     if trained.is_file():
         saved = yaml.safe_load(trained.read_text(encoding="utf-8"))
-        changes += [f"teacher: {change}" for change in forbidden_changes(saved, run)]
+        others += [f"teacher: {change}" for change in forbidden_changes(saved, run)]
         if (steps := saved["trainer"]["max_steps"]) != run.trainer.max_steps:
-            changes.append(f"teacher: trainer.max_steps: {steps} -> {run.trainer.max_steps}")
-    if changes:
+            others.append(f"teacher: trainer.max_steps: {steps} -> {run.trainer.max_steps}")
+    if others:
         raise ValueError(
             f"{out} holds an experiment with other settings: choose another folder as out, or set these as "
-            "they were:\n  " + "\n  ".join(changes)
+            "they were:\n  " + "\n  ".join(others)
         )
     write_file(out / RECORD, json.dumps(record, indent=2))
 

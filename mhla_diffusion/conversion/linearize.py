@@ -13,12 +13,13 @@ import torch
 
 from ..backbones.teacher import load_teacher
 from ..config import MHLAConfig
+from ..files.text import changes
 from ..hub import expert_times
 from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train
 from ..training.checkpoints import list_checkpoints
-from ..training.config import changes, decisive_settings
+from ..training.config import decisive_settings
 from ..training.export import read_run_config
 from .align import align, default_candidates, grid_of
 from .calls import DataCalls, open_calls

@@ -47,10 +47,10 @@ def by_time(values: Sequence[float], numbers: Sequence[int]) -> list[float]:
     return (sums / counts.clip(1)).tolist()
 
 
-def ratio(values: Sequence[float], others: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     """Return sum over sum with its 95 % interval, by bootstrap over pairs: the noise of calls is shared."""
     pairs = np.array([values, others])
-    picks = np.random.default_rng(seed).integers(pairs.shape[1], size=(1000, pairs.shape[1]))
+    picks = np.random.default_rng(0).integers(pairs.shape[1], size=(1000, pairs.shape[1]))
     sums = pairs[:, picks].sum(-1)
     low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
     return {"value": float(pairs[0].sum() / pairs[1].sum()), "interval": [float(low), float(high)]}
@@ -106,18 +106,16 @@ def branch_errors(model: Any, teacher: Any, calls: Calls, numbers: Sequence[int]
 
 
 @torch.no_grad()
-def speed(model: Any, teacher: Any, grid: Sequence[int], repeats: int = 7) -> dict[str, float]:
+def speed(model: Any, teacher: Any, grid: Sequence[int]) -> dict[str, float]:
     """Return the time and the peak bytes of a forward on a grid of tokens.
 
     Returns:
-        ``seconds``, the median of calls that take turns with the teacher's; ``over_teacher``, that median
+        ``seconds``, the median of 7 calls that take turns with the teacher's; ``over_teacher``, that median
         over the teacher's; ``spread``, the distance between its quartiles over it; ``bytes``.
     """
     inputs = place(model, model.example_inputs(tuple(grid)))
     device = str(model.device)
-    own, others = interleaved(
-        [partial(predict, which, inputs) for which in (model, teacher)], device, repeats
-    )
+    own, others = interleaved([partial(predict, which, inputs) for which in (model, teacher)], device, 7)
     return {
         "seconds": statistics.median(own),
         "over_teacher": statistics.median(own) / statistics.median(others),

@@ -16,6 +16,7 @@ from ..evaluation.measure import PassSettings, measure
 from ..evaluation.sets.samples import SampleSet
 from ..files.videos import write_video
 from ..processes import in_first_process
+from ..training.data.stream import to_pixels
 from ..training.objectives import build_objective
 
 FPS = 8.0
@@ -75,7 +76,7 @@ def pixels_of(source: Any, number: int) -> Iterator[np.ndarray]:
     for i in range(number):
         generator = torch.Generator().manual_seed(i)
         pixels = source.load(i * len(source) // number, generator)["samples"]
-        yield ((pixels + 1) * 127.5).round().clamp(0, 255).byte().movedim(0, -1).numpy()
+        yield to_pixels(pixels).movedim(0, -1).numpy()
 
 
 def _write(pixels: np.ndarray, path: Path) -> None:

@@ -22,10 +22,11 @@ from ..evaluation.sets.images import open_images
 from ..evaluation.sets.samples import SampleSet, holds_statistics
 from ..evaluation.sets.videos import open_videos
 from ..files.sums import file_sha256, short_hash
+from ..files.text import flat_dict
 from ..files.writing import write_file
 from ..processes import in_first_process
 from ..training import VideoTrainingConfig
-from ..training.config import flat_dict, parse_config
+from ..training.config import parse_config
 from ..training.data.captions import texts_of
 from ..training.data.fingerprint import file_content, fingerprint
 from .real import open_source, require_real, write_statistics, write_statistics_of

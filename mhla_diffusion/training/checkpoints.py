@@ -20,8 +20,9 @@ from accelerate.utils.other import load
 
 from ..config import AUTO_WINDOW, MHLAConfig
 from ..files.sums import SUMS, damaged_files, record_all
+from ..files.text import changes, flat_dict
 from ..files.writing import remove_partial, remove_unfinished
-from .config import flat_dict, forbidden_changes
+from .config import forbidden_changes
 from .pickles import require_known_names
 
 logger = logging.getLogger(__name__)
@@ -122,10 +123,10 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
         return None
     checkpoint = latest_whole(output_dir) if resume == "latest" else _named(output_dir, resume)
     saved = _read_record(checkpoint)
-    if changes := forbidden_changes(saved["config"], as_it_began(config, checkpoint)):
+    if others := forbidden_changes(saved["config"], as_it_began(config, checkpoint)):
         raise ValueError(
             f"{checkpoint} was written with another config, and these keys cannot change on the way:\n  "
-            + "\n  ".join(changes)
+            + "\n  ".join(others)
             + "\nLeave them as they were, or begin another run from these weights: another --output_dir, and "
             "--model.init_from with the pipeline of this one, in place of the shape of a model (mhla "
             "export-checkpoint writes that of a checkpoint)"
@@ -181,7 +182,7 @@ def require_same_data(checkpoint: Path, config: Mapping[str, Any], data: str | N
         {key: value for key, value in flat_dict(its).items() if key in ("data.path", "data.captions")}
         for its in (saved["config"], config)
     )
-    moved = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+    moved = "; ".join(changes(old, new))
     if saved["data"] == data:
         return
     if moved:

@@ -13,14 +13,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError
 
-from ..files.text import shortened
+from ..files.text import changes, flat_dict
 from ..files.writing import write_file
 from ..help import HelpParser, plain_message, with_home
 
@@ -138,17 +138,6 @@ def require_shape_or_init_from(config: Any, optional: Sequence[str]) -> None:
         raise ValueError(f"a new model needs model.{', model.'.join(missing)}; or give model.init_from")
 
 
-def flat_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to one, its keys dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_dict(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
     """List where a config differs from a saved one in a field that is not :func:`changeable`.
 
@@ -160,21 +149,6 @@ def forbidden_changes(saved: Mapping[str, Any], config: Any) -> list[str]:
         One line per key, ``key: old -> new``.
     """
     return changes(with_later_fields(saved, config), as_dict(config), free=_changeable_keys(config))
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """List where settings differ, as ``key: old -> new`` with dotted keys.
-
-    Args:
-        before, after: nested mappings.
-        free: dotted keys that may differ.
-    """
-    old, new = flat_dict(before), flat_dict(after)
-    return [
-        f"{key}: {shortened(old.get(key, '(absent)'))} -> {shortened(new.get(key, '(absent)'))}"
-        for key in [*new, *(key for key in old if key not in new)]
-        if key not in free and old.get(key) != new.get(key)
-    ]
 
 
 def decisive_settings(config: Any) -> dict[str, Any]:

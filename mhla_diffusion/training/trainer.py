@@ -24,11 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..files.text import flat_dict
 from ..files.writing import commit, disk_errors, start_writing, write_folder
 from ..processes import in_first_process
 from . import checkpoints
 from .adapters import merge_adapters, save_adapters, set_trainable
-from .config import as_dict, flat_dict, write_config
+from .config import as_dict, write_config
 from .data.fingerprint import fingerprint_of
 from .data.stream import FOR_LOSS, BatchShare, SampleSource, SampleStream, sample_generator
 from .idle import IdleRun

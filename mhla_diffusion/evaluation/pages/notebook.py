@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 
 
-def in_frame(page: str, *, height: int = 720) -> str:
+def in_frame(page: str) -> str:
     """Return a page as an element of another, which keeps its styles to itself."""
-    style = f"width: 100%; height: {height}px; border: 0"
-    return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
+    return f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: 720px; border: 0"></iframe>'

@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 from ...autoencoders import vae_strides
 from ...hub import component_subfolder
 from .captions import draw_index
+from .stream import from_pixels, to_pixels
 from .video_autoencoders import encode_clip, require_clips
 from .videos import VideoFile, VideoFiles, prepare_clip
 
@@ -87,7 +88,7 @@ class ImageConditions:
         )  # fmt: skip
         encoded = {"condition": condition[0].half().cpu()}
         if self.encoder is not None:
-            pixels = [((frame + 1) * 127.5).round().clamp(0, 255).byte() for frame in frames]
+            pixels = [to_pixels(frame) for frame in frames]
             pictures = [Image.fromarray(frame.movedim(0, -1).cpu().numpy()) for frame in pixels]
             encoded["image_embeds"] = self._pipeline.encode_image(pictures, self.vae.device).cpu()
         return encoded
@@ -201,7 +202,7 @@ def read_control(
     """
     frames, height, width = size
     read = VideoFiles([VideoFile(Path(path), "")]).read(0, length=frames, fps=fps, start=0.0)
-    clip = prepare_clip(read, size=(height, width), channels=3).transpose(0, 1) / 127.5 - 1
+    clip = from_pixels(prepare_clip(read, size=(height, width), channels=3)).transpose(0, 1)
     video, mask = draw_control(clip, task, generator)
     shown = (video.transpose(0, 1)[None] + 1) / 2
     return {"video": shown, "mask": mask[None, :, None].expand_as(shown)}

@@ -23,7 +23,7 @@ from .buckets import Size, nearest_size
 from .captions import Caption, draw_caption, warn_of_sides
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .shapes import Shape, measured, read_shapes
-from .stream import UnreadableSampleError
+from .stream import UnreadableSampleError, from_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ class ImageSamples:
         pixels = tvf.pil_to_tensor(cover(image, size))
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
-        return {"samples": pixels.float() / 127.5 - 1, **self._told(index, generator)}
+        return {"samples": from_pixels(pixels), **self._told(index, generator)}
 
     def _told(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         if self.images.labels is not None:

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 
 from ...files.locking import only_writer
 from ...files.sums import short_hash
-from ...files.text import shortened
+from ...files.text import changes
 from ...files.writing import write_file
 from ...processes import in_first_process, one_fate, process_state, wait_for_all
-from ..config import as_dict, flat_dict, with_later_fields
+from ..config import as_dict, with_later_fields
 from .fingerprint import file_content, fingerprint
 from .stream import UnreadableSampleError
 
@@ -300,10 +300,10 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
         later = with_later_fields(old["config"], config)
         old["config"] = {name: later.get(name) for name in {**old["config"], **record["config"]}}
         # What earlier versions did not write.
-        if changes := _changes({name: record.get(name) for name in ("num_samples", "data")} | old, record):
+        if others := _changes({name: record.get(name) for name in ("num_samples", "data")} | old, record):
             raise ValueError(
                 f"{folder} holds another {_kind(config)}; choose another folder, or what it was made of:\n  "
-                + "\n  ".join(changes)
+                + "\n  ".join(others)
             )
         return cache
     if folder.exists() and any(folder.iterdir()):
@@ -315,6 +315,7 @@ def _claim(folder: Path, record: dict[str, Any], config: Any) -> str | None:
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List where the records of two caches differ, a line each, without hashes."""
+    told = ("components", "config", "data")
     parts = old.get("components", {})
     parts_now = new.get("components", {}) if parts else {}  # as hashes came later
     others = [
@@ -324,13 +325,11 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
     if old.get("data") != new.get("data"):
         others.append("data: other samples, captions or contents than those that it was made of")
-    flat_old, flat_new = ({**flat_dict(record["config"]), **record} for record in (old, new))
-    keys = sorted((flat_old.keys() | flat_new.keys()) - {"components", "config", "data"})
-    return others + [
-        f"{key}: {shortened(flat_old.get(key))} -> {shortened(flat_new.get(key))}"
-        for key in keys
-        if flat_old.get(key) != flat_new.get(key)
-    ]
+    before, after = (
+        {key: value for key, value in {**record["config"], **record}.items() if key not in told}
+        for record in (old, new)
+    )
+    return others + changes(before, after)
 
 
 def _kind(config: Any) -> str:

@@ -26,6 +26,16 @@ logger = logging.getLogger(__name__)
 FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
 
 
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Return values 0 to 255 as those of samples, -1 to 1."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(samples: Tensor) -> Tensor:
+    """Return values of samples as uint8, the nearest of -1 to 1."""
+    return ((samples + 1) * 127.5).round().clamp(0, 255).byte()
+
+
 class UnreadableSampleError(Exception):
     """Sample that cannot be decoded; the message names it and says why."""
 

@@ -23,7 +23,7 @@ from .captions import Caption, draw_caption, read_captions
 from .fingerprint import file_content, fingerprint, fingerprint_of, relative_names
 from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
-from .stream import UnreadableSampleError
+from .stream import UnreadableSampleError, from_pixels
 
 
 @runtime_checkable
@@ -239,7 +239,7 @@ class VideoSamples:
         size = config.sizes[self.buckets[index] if self.buckets else 0]
         clip = prepare_clip(frames, size=size, channels=self.channels)
         caption = draw_caption(self.captions[index], generator)
-        return {"samples": clip.transpose(0, 1) / 127.5 - 1, "caption": caption}
+        return {"samples": from_pixels(clip).transpose(0, 1), "caption": caption}
 
 
 def prepare_clip(frames: Frames, *, size: tuple[int, int], channels: int) -> Tensor:
