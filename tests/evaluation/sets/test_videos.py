@@ -151,7 +151,6 @@ def test_other_frame_rates_are_flagged(write_videos: WriteVideos, tmp_path: Path
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_folders_of_frames_are_videos(suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip("mhla_diffusion.files.frame_folder")
     clips = moving_squares(4, 0)
     for index, clip in enumerate(clips):
         place = tmp_path / "set" / "ab"[index % 2] / f"video{index}"
@@ -165,7 +164,6 @@ def test_folders_of_frames_are_videos(suffix: str, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_text_are_read(write_videos: WriteVideos) -> None:
-    pytest.importorskip("mhla_diffusion.files.frame_folder")  # decord takes no such names
     folder = write_videos("videos", moving_squares(1, 0))
     os.rename(os.fsencode(folder / "0000.mp4"), os.fsencode(folder) + b"/caf\xe9.mp4")
     (read,) = open_videos(folder, frames=4).readers()
