@@ -186,7 +186,7 @@ def _help(command: Command, prog: str) -> str:
     if command is MHLA:
         lines += [
             "On several processes: accelerate launch -m mhla_diffusion COMMAND ...",
-            "What a command needs beside the package is in the extras train, eval, video, benchmark and app: in a",
-            'copy of the repository pip install ".[train]", and so on.',
+            "What a command needs beside the package is in the extras train, eval, video, benchmark and app:",
+            'in a copy of the repository pip install ".[train]", and so on.',
         ]
     return "\n".join(lines)

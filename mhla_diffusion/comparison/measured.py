@@ -133,15 +133,6 @@ class MeasuredRun:
         """Held-out samples with their noise, the same in all runs."""
         return DataCalls(self.model, self.task.held_out_config(self.config), seed=0)
 
-    @property
-    def sampling_settings(self) -> dict[str, Any]:
-        """Settings of generation, those of the training run's sheets."""
-        sampling = self.config.sampling
-        return {
-            "num_inference_steps": sampling.num_inference_steps,
-            "guidance_scale": sampling.guidance_scale,
-        }
-
     def _autocast(self) -> torch.autocast:
         """Compute in the precision of the training."""
         precision = self.config.trainer.mixed_precision
@@ -152,7 +143,7 @@ class MeasuredRun:
         with self._autocast():
             self.task.generate(self, self.folder / "samples")
         real = self.folder.parents[1] / self.task.real_name
-        return self.task.score(real, self.folder / "samples", self.device)
+        return self.task.score(self, real, self.folder / "samples")
 
     def _losses(self) -> dict[str, Any]:
         numbers = range(TIME_BUCKETS * self.task.calls)

@@ -10,21 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mhla_diffusion.pipelines.generation import generate_images, generate_videos
-
-from ..conversion.real import FPS, pixels_of
-from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
-from ..evaluation.networks.images import load_extractor
-from ..evaluation.networks.videos import load_video_extractor
-from ..evaluation.sets.images import open_images
-from ..evaluation.sets.samples import SampleSet
-from ..evaluation.sets.videos import open_videos
+from ..scoring import open_set_of, pixels_of
 from ..training import ImageTrainingConfig, VideoTrainingConfig
 from .measured import MeasuredRun
 from .samples import GenerationTask
-
-# Pictures that are generated at a time.
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +24,7 @@ class Images(GenerationTask, kind="images"):
     """
 
     config_class: ClassVar = ImageTrainingConfig
+    batch_size: ClassVar = 64
 
     extractor: str = "efficientnet_lite0"
     held_out: dict[str, Any] = field(default_factory=lambda: {"data.split": "test"})
@@ -42,25 +32,6 @@ class Images(GenerationTask, kind="images"):
     @property
     def grid(self) -> tuple[int, ...]:
         return (self.values["model.sample_size"] // self.values["model.patch_size"],) * 2
-
-    def load_extractor(self, device: str) -> FeatureExtractor:
-        return load_extractor(self.extractor, device=device)
-
-    def open_set(self, folder: str | Path) -> SampleSet:
-        return open_images(folder)
-
-    def generate(self, run: MeasuredRun, folder: Path) -> None:
-        generate_images(
-            run.pipeline, folder, prompts=self.captions(run) or None, num_images=self.num_samples,
-            batch_size=_BATCH, **run.sampling_settings,
-        )  # fmt: skip
-
-    def score(self, real: Path, folder: Path, device: str) -> float:
-        report = evaluate_images(
-            real, folder, metrics="frechet", extractor=self.extractor, bootstrap=0, num_workers=1,
-            device=device,
-        )  # fmt: skip
-        return report.scores[0].value
 
 
 @dataclass(frozen=True)
@@ -72,6 +43,7 @@ class Videos(GenerationTask, kind="videos"):
     """
 
     config_class: ClassVar = VideoTrainingConfig
+    batch_size: ClassVar = 16
 
     extractor: str = "transnetv2"
     held_out: dict[str, Any] = field(default_factory=lambda: {"data.moving_digits.first_clip": 1_000_000})
@@ -86,31 +58,10 @@ class Videos(GenerationTask, kind="videos"):
         """Frames of a clip."""
         return self.values["data.frames"]
 
-    def load_extractor(self, device: str) -> FeatureExtractor:
-        return load_video_extractor(self.extractor, frames=self.frames, device=device)
-
-    def open_set(self, folder: str | Path) -> SampleSet:
-        return open_videos(folder, frames=self.frames)
-
-    def generate(self, run: MeasuredRun, folder: Path) -> None:
-        height, width = self.values["data.sizes"][0]
-        generate_videos(
-            run.pipeline, folder, prompts=self.captions(run), num_videos=self.num_samples,
-            batch_size=_BATCH // 4, height=height, width=width, num_frames=self.frames, fps=FPS,
-            **run.sampling_settings,
-        )  # fmt: skip
-
-    def score(self, real: Path, folder: Path, device: str) -> float:
-        report = evaluate_videos(
-            real, folder, frames=self.frames, metrics="frechet", extractor=self.extractor, bootstrap=0,
-            num_workers=1, device=device,
-        )  # fmt: skip
-        return report.scores[0].value
-
     def describe(self, run: MeasuredRun, folder: Path) -> dict[str, Any]:
         if self.frames < 2:
             return {}
-        generated = (read() for read in self.open_set(folder).readers())
+        generated = (read() for read in open_set_of(run.config, folder).readers())
         real = pixels_of(run.calls.source, self.num_samples)
         return {"frame_change": frame_change(generated), "real_frame_change": frame_change(real)}
 

@@ -16,11 +16,18 @@ import yaml
 
 from ..backbones.layer_plan import check_blocks
 from ..config import MHLAConfig
-from ..conversion.real import open_source, require_real, write_statistics_of
-from ..evaluation import FeatureExtractor
-from ..evaluation.sets.samples import SampleSet
 from ..files.sums import short_hash
 from ..files.text import flat_dict, sizes_text
+from ..scoring import (
+    FPS,
+    generate_samples,
+    load_extractor_of,
+    open_set_of,
+    open_source,
+    require_real,
+    score_samples,
+    write_statistics_of,
+)
 from ..training.config import parse_config
 from ..training.data.captions import texts_of
 from .measured import MeasuredRun
@@ -59,6 +66,8 @@ class GenerationTask(Task):
         Measure("loss", "Validation loss", lower_is_better=True, digits=4),
     )
     config_class: ClassVar[type[Any]]
+    batch_size: ClassVar[int]
+    """Samples that are generated at a time."""
 
     base: str
     held_out: dict[str, Any]
@@ -182,28 +191,29 @@ class GenerationTask(Task):
 
     def prepare(self, out: Path) -> None:
         """Open the data and the extractor, and make the statistics of what is held out, which are kept."""
-        extractor = self.load_extractor("cpu")
+        held_out = self.real_config(Path())
+        extractor = load_extractor_of(held_out, self.extractor, device="cpu")
         open_source(self.config(Variant("linear", "linear"), 0, Path()))
-        source = open_source(self.real_config(Path()))
+        source = open_source(held_out)
         require_real(self.num_real, source)
         if not (out / self.real_name).is_file():
-            write_statistics_of(source, self.num_real, self.open_set, extractor, out / self.real_name)
+            open_set = functools.partial(open_set_of, held_out)
+            write_statistics_of(source, self.num_real, open_set, extractor, out / self.real_name)
 
-    @abstractmethod
-    def load_extractor(self, device: str) -> FeatureExtractor:
-        """Load the network whose features are compared."""
-
-    @abstractmethod
-    def open_set(self, folder: str | Path) -> SampleSet:
-        """Open the samples in a folder for the extractor."""
-
-    @abstractmethod
     def generate(self, run: MeasuredRun, folder: Path) -> None:
-        """Generate the samples of a run into a folder."""
+        """Generate the samples of a run into a folder: of all classes in turn, or of held-out captions."""
+        generate_samples(
+            run.config, run.pipeline, folder, self.num_samples, prompts=self.captions(run),
+            batch_size=self.batch_size, fps=FPS,
+        )  # fmt: skip
 
-    @abstractmethod
-    def score(self, real: Path, folder: Path, device: str) -> float:
+    def score(self, run: MeasuredRun, real: Path, folder: Path) -> float:
         """Return the Frechet distance of samples to held-out statistics."""
+        report = score_samples(
+            run.config, real, folder, metrics="frechet", extractor=self.extractor, bootstrap=0, num_workers=1,
+            device=run.device,
+        )  # fmt: skip
+        return report.scores[0].value
 
     def describe(self, run: MeasuredRun, folder: Path) -> dict[str, Any]:
         """Return what else is known of the samples of a run in a folder."""

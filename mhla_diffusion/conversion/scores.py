@@ -13,23 +13,25 @@ from typing import Any
 import yaml
 
 from mhla_diffusion.pipelines import MHLAPipeline
-from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
-from ..evaluation import FeatureExtractor, evaluate_images, evaluate_videos
-from ..evaluation.networks.images import load_extractor
-from ..evaluation.networks.videos import load_video_extractor
-from ..evaluation.sets.images import open_images
-from ..evaluation.sets.samples import SampleSet, holds_statistics
-from ..evaluation.sets.videos import open_videos
+from ..evaluation.sets.samples import holds_statistics
 from ..files.sums import file_sha256, short_hash
 from ..files.text import flat_dict
 from ..files.writing import write_file
 from ..processes import in_first_process
-from ..training import VideoTrainingConfig
+from ..scoring import (
+    generate_samples,
+    load_extractor_of,
+    open_set_of,
+    open_source,
+    require_real,
+    score_samples,
+    write_statistics,
+    write_statistics_of,
+)
 from ..training.config import parse_config
 from ..training.data.captions import texts_of
 from ..training.data.fingerprint import file_content, fingerprint
-from .real import open_source, require_real, write_statistics, write_statistics_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig, teacher: str, run: Any, out: Path) -> None:
         self.config, self.run, self.prompts = config, run, list[str]()
-        self.extractor = _load_extractor(config.extractor, run)
+        self.extractor = load_extractor_of(run, config.extractor)
         self.against = None if config.real is None else fingerprint_of_real(config.real, run)
         self.data: dict[str, Any] = {}
         source: Any = None
@@ -121,7 +123,7 @@ class Scorer:
         return [*kept, self.data, self.extractor.name, self.extractor.weights_sha256]
 
     def _keep_statistics(self, source: Any) -> None:
-        open_set = partial(_open_set, run=self.run)
+        open_set = partial(open_set_of, self.run)
         if self.config.real is not None:
             write_statistics(open_set(self.config.real), self.extractor, self.real)
         else:
@@ -151,18 +153,6 @@ def _held_out(teacher: str, run: Any, config: ScoreConfig) -> Any:
     return source
 
 
-def _load_extractor(name: str, run: Any) -> FeatureExtractor:
-    if isinstance(run, VideoTrainingConfig):
-        return load_video_extractor(name, frames=run.data.frames)
-    return load_extractor(name)
-
-
-def _open_set(folder: str | Path, run: Any) -> SampleSet:
-    if isinstance(run, VideoTrainingConfig):
-        return open_videos(folder, frames=run.data.frames)
-    return open_images(folder)
-
-
 def fingerprint_of_real(path: str, run: Any) -> str:
     """Return the fingerprint of what samples are scored against.
 
@@ -175,7 +165,7 @@ def fingerprint_of_real(path: str, run: Any) -> str:
     """
     if holds_statistics(path):
         return file_sha256(path)
-    found = _open_set(path, run)
+    found = open_set_of(run, path)
     return fingerprint(found.names, lambda i: file_content(found.file(found.names[i]) or path))
 
 
@@ -201,20 +191,8 @@ def scores(
         settings: of :func:`.evaluate_images` or :func:`.evaluate_videos`.
     """
     prompts = list(prompts) or list(run.sampling.prompts)
-    sampling: dict[str, Any] = {
-        "num_inference_steps": run.sampling.num_inference_steps,
-        "guidance_scale": run.sampling.guidance_scale, "batch_size": _BATCH,
-    }  # fmt: skip
-    if isinstance(run, VideoTrainingConfig):
-        height, width = run.data.sizes[0] if run.data.sizes else (None, None)
-        generate_videos(
-            pipeline, out, prompts=prompts, num_videos=num_samples, height=height, width=width,
-            num_frames=run.data.frames, **sampling,
-        )  # fmt: skip
-        report = evaluate_videos(real, out, frames=run.data.frames, **settings)
-    else:
-        generate_images(pipeline, out, prompts=prompts or None, num_images=num_samples, **sampling)
-        report = evaluate_images(real, out, **settings)
+    generate_samples(run, pipeline, out, num_samples, prompts=prompts, batch_size=_BATCH)
+    report = score_samples(run, real, out, **settings)
     return [
         {"name": score.name, "value": score.value, "interval": score.interval, "text": score.text()}
         for score in report.scores

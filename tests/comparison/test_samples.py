@@ -27,8 +27,8 @@ from mhla_diffusion.comparison.measured import MeasuredRun, common_start
 from mhla_diffusion.comparison.media import frame_change
 from mhla_diffusion.comparison.runs import left_out
 from mhla_diffusion.comparison.screen import Screen
-from mhla_diffusion.conversion.real import open_source
 from mhla_diffusion.evaluation.networks import images as networks
+from mhla_diffusion.scoring import open_source
 from mhla_diffusion.training.data import toys
 from tests.extractors import quarters
 
