@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from ..training import train
 from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator
 from ..training.objectives import build_objective
-
-if TYPE_CHECKING:
-    from .samples import GenerationTask
 
 # Samples on a sheet, from the first seed on, and frames of each clip.
 _ON_SHEET, _FRAMES = 10, 4
@@ -75,7 +72,7 @@ class MeasuredRun:
         device: of torch.
     """
 
-    def __init__(self, task: GenerationTask, config: Any, folder: Path, device: str) -> None:
+    def __init__(self, task: Any, config: Any, folder: Path, device: str) -> None:
         self.task, self.config, self.folder, self.device = task, config, folder, device
 
     def results(self) -> dict[str, Any]:
