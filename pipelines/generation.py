@@ -319,7 +319,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any], kind: Kind) -> None:
         stored[kind] = expected[kind]
     compared = expected.keys() | stored.keys()
     compared -= _NOT_COMPARED | (_LATER - stored.keys())
-    old, new = ({key: values.get(key) for key in compared} for values in (stored, expected))
+    old, new = ({key: values.get(key) for key in sorted(compared)} for values in (stored, expected))
     # What diffusers notes of itself in a config.
     noted = {key for key in flat_dict(old) if re.search(r"(^|\.)_", key)}
     if others := changes(old, new, free=noted | (_LATER - flat_dict(old).keys()), show=_shorten):

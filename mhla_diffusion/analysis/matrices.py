@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files.pages import written
 from ..ops import (
     BlockLayout,
     choose_blocks,
@@ -211,9 +211,7 @@ def mixing_map(mixing: Tensor, layout: BlockLayout, *, gap: int = 1, side: int =
             canvas.paste(_coloured(tile), (j * (frames * width + gap), i * (height + gap)))
     scale = max(1, side // max(canvas.size))
     canvas = canvas.resize((scale * columns, scale * rows), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    canvas.save(buffer, "png")
-    return buffer.getvalue()
+    return written(canvas.save, "png")
 
 
 def _coloured(tile: Image.Image) -> Image.Image:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.pages import render
+from ..files.pages import data_uri, render
 from ..files.writing import write_together
 from .matrices import MatrixStatistics, MixingAudit, mean_statistics
 
@@ -54,7 +53,7 @@ class LayerAnalysis:
         """Mixing map as a data URI, for a page."""
         if self.mixing_map is None:
             return None
-        return "data:image/png;base64," + base64.b64encode(self.mixing_map).decode()
+        return data_uri(self.mixing_map)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import platform
 import statistics
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..files.pages import written
 from ..files.text import markdown_table
 from ..timing import interleaved, spread
 
@@ -56,9 +56,7 @@ def plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str) -> bytes:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return written(figure.savefig, format="png", dpi=120)
 
 
 def check_choices(**choices: tuple[Iterable[str], Iterable[str]]) -> None:

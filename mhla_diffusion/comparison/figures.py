@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..files.pages import written
 from ..optional import require
 
 # Width of the names beside samples, and how much larger than a pixel these are drawn.
@@ -35,9 +35,7 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> 
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return written(figure.savefig, format="png", dpi=120)
 
 
 def draw_mixing(matrices: Mapping[str, Mapping[str, Tensor]]) -> bytes:
@@ -64,9 +62,7 @@ def draw_mixing(matrices: Mapping[str, Mapping[str, Tensor]]) -> bytes:
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(textwrap.fill(name, 20), fontsize="small")
     figure.colorbar(image, ax=grid, label="weight")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return written(figure.savefig, format="png", dpi=100)
 
 
 def draw_samples(sheets: Mapping[str, Path]) -> bytes:
@@ -81,6 +77,4 @@ def draw_samples(sheets: Mapping[str, Path]) -> bytes:
         canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (_NAMES, y))
         draw.text((6, y + size[1] // 2 - 6), name, fill="black")
         y += size[1] + 4
-    buffer = io.BytesIO()
-    canvas.save(buffer, "png")
-    return buffer.getvalue()
+    return written(canvas.save, "png")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from torch import nn
 
 from ..attention import MHLA
 from ..backbones.teacher import place, predict
+from ..files.pages import data_uri, written
 from ..timing import interleaved, peak_bytes, spread
 from ..training.task import TrainingTask
 from .calls import TIME_BUCKETS, Calls, DataCalls
@@ -140,9 +139,7 @@ def _clip(frames: Sequence[Image.Image]) -> str:
 
 
 def _uri(image: Image.Image, kind: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(written(image.save, kind, **options), kind)
 
 
 def training_hours(run: Path) -> float:

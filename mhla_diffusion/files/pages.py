@@ -1,7 +1,10 @@
-"""Pages of HTML that need no other file and no network, in one style."""
+"""Pages of HTML that need no other file and no network, in one style, and the pictures in them."""
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Callable
 from typing import Any
 
 from ..optional import require
@@ -27,3 +30,15 @@ def render(package: str, template: str, *, folder: str = ".", **values: Any) -> 
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.ChoiceLoader(places)
     )
     return environment.get_template(template).render(**values)
+
+
+def written(save: Callable[..., Any], *args: Any, **options: Any) -> bytes:
+    """Return what ``save(file, *args, **options)`` writes, as ``Image.save`` and ``Figure.savefig`` do."""
+    buffer = io.BytesIO()
+    save(buffer, *args, **options)
+    return buffer.getvalue()
+
+
+def data_uri(image: bytes, kind: str = "png") -> str:
+    """Return a picture as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from ...files.pages import data_uri, written
 from ..measure import Pass
 from ..scores.neighbours import Neighbourhoods
 from ..sets.samples import Pixels, SampleSet, common_classes
@@ -165,16 +164,15 @@ def make_picture(pixels: Pixels, name: str, prompt: str | None = None) -> Pictur
     exact = max(frames[0].size) <= THUMBNAIL_SIZE
     for frame in frames:
         frame.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if pixels.ndim == 3:
-        kind = "png"
-        frames[0].save(buffer, kind, optimize=True)
-    else:
+    kind, options = "png", dict[str, Any](optimize=True)
+    if pixels.ndim == 4:
         kind = "webp"
-        animation = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MILLISECONDS, "loop": 0}
-        frames[0].save(buffer, kind, lossless=exact, quality=80, **animation)
-    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(name, f"data:image/{kind};base64,{encoded}", *frames[0].size, prompt)
+        options = {
+            "lossless": exact, "quality": 80, "save_all": True, "append_images": frames[1:],
+            "duration": FRAME_MILLISECONDS, "loop": 0,
+        }  # fmt: skip
+    uri = data_uri(written(frames[0].save, kind, **options), kind)
+    return Picture(name, uri, *frames[0].size, prompt)
 
 
 def _members(classes: list[str], samples: SampleSet) -> dict[str, list[int]]:
