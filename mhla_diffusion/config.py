@@ -273,7 +273,7 @@ class MHLAConfig:
                 f"the defaults, got {values!r}"
             )
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise ValueError(
                 f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
             )

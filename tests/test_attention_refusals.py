@@ -90,6 +90,14 @@ def test_what_is_no_pair_of_rotary_tables_is_refused(tables: Any) -> None:
         ({"extra": 6}, r"extra must be \(before, after\), .* got 6"),
         ({"extra": "60"}, r"extra must be \(before, after\), .* got '60'"),
         ({"key_mask": [[True] * 24] * 2}, r"key_mask must be a bool tensor \[B, N\], got a list"),
+        (
+            {"key_mask": torch.ones(2, 24, dtype=torch.bool, device="meta")},
+            "key_mask is on meta and k on cpu: move it",
+        ),
+        (
+            {"rotary_emb": (torch.ones(24, 3, device="meta"),) * 2},
+            "rotary_emb is on meta and q on cpu: move it",
+        ),
     ],
 )
 def test_grids_and_masks_of_another_type_are_refused(wrong: dict[str, Any], message: str) -> None:

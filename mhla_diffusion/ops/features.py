@@ -78,6 +78,12 @@ def phi(x: Tensor, feature_map: str, *, eps: float) -> Tensor:
     return feature_map_of(feature_map).forward(x, eps)
 
 
+def check_eps(eps: float) -> None:
+    """Refuse what would make features negative or not finite, with a ValueError."""
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be a number from 0 to less than 1, got {eps!r}")
+
+
 @dataclass(frozen=True)
 class Features:
     """Map from rows of q or k to features.
@@ -100,6 +106,9 @@ class Features:
     mask: Tensor | None = None
     shared: bool = False
     scaled: bool = True
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
 
 
 def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
@@ -197,6 +206,8 @@ def check_rotary(rotary_emb: RotaryEmbedding | None, q: Tensor, *, extra: int = 
                 f"B or H of 1 or all, of q {tuple(q.shape)} with d even or of its tokens on the grid alone, "
                 f"got {tuple(table.shape)}"
             )
+        if table.device != q.device:
+            raise ValueError(f"rotary_emb is on {table.device} and q on {q.device}: move it there")
         if table.requires_grad:
             raise ValueError("rotary_emb gets no gradient; pass tables that do not require one")
 
@@ -210,6 +221,8 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
             f"key_mask must be a bool tensor [B, N] = [{len(k)}, {k.shape[2]}], true where a key counts, got "
             f"{key_mask.dtype} {tuple(key_mask.shape)}"
         )
+    if key_mask is not None and key_mask.device != k.device:
+        raise ValueError(f"key_mask is on {key_mask.device} and k on {k.device}: move it there")
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, key_layout: BlockLayout) -> None:

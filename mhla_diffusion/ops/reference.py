@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .composite import counted
-from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, phi, turn_all
+from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, check_eps, phi, turn_all
 from .layout import BlockLayout, Margin
 
 
@@ -39,6 +39,7 @@ def mhla_reference(
         q, k, v, mixing, layout, key_layout,
         feature_map=feature_map, normalizer=normalizer, rotary_emb=rotary_emb, key_mask=key_mask,
     )  # fmt: skip
+    check_eps(eps)
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
     v, k = counted(v, key_mask), counted(k, key_mask)
     q, k = phi(q, feature_map, eps=eps), counted(phi(k, feature_map, eps=eps), key_mask)

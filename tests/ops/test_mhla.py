@@ -417,7 +417,11 @@ BAD_INPUT = {
         {"layout": BlockLayout((4, 3), (2, 2), (1, 3))},
         r"M = 5 \(blocks \(2, 2\) and that of extra tokens\).*got \(4, 4\)",
     ),
-    "rotary": ({"rotary_emb": (torch.ones(16, 4), torch.ones(16, 4))}, r"\[..., 16, 2\].*got \(16, 4\)"),
+    "rotary": (
+        {"rotary_emb": (torch.ones(16, 4), torch.ones(16, 4))},
+        r"q \(1, 1, 16, 4\) .*got \(16, 4\)",
+    ),
+    "eps": ({"eps": -1.0}, r"eps must be a number from 0 to less than 1, got -1\.0"),
     "mask shape": ({"key_mask": torch.ones(1, 15, dtype=torch.bool)}, r"\[1, 16\].*\(1, 15\)"),
     "mask dtype": ({"key_mask": torch.ones(1, 16)}, r"bool tensor.*float32"),
 }
