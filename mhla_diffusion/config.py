@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -278,15 +277,6 @@ class MHLAConfig:
                 f"unknown MHLA setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
             )
         return cls(**{"local": None, **values})
-
-    def to_json(self) -> str:
-        """Write the values of :meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> MHLAConfig:
-        """Read a config from JSON; see :meth:`from_dict`."""
-        return cls.from_dict(json.loads(text))
 
     def layout(self, grid: tuple[int, ...]) -> BlockLayout:
         """Return the blocks on a grid.

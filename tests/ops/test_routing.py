@@ -139,7 +139,7 @@ def test_scores_far_from_zero_stay_finite() -> None:
 )
 def test_the_module_sees_further_trains_and_keeps_its_config(local: str, wider: dict[str, Any]) -> None:
     config = MHLAConfig(blocks=(2, 2), local=local, **wider)
-    assert MHLAConfig.from_json(config.to_json()) == config
+    assert MHLAConfig.from_dict(config.to_dict()) == config
     assert MHLAConfig(local=local).to_dict().keys().isdisjoint(wider)
     module = MHLA(config, heads=2, head_dim=8, grid=(8, 8))
     near = MHLA(MHLAConfig(blocks=(2, 2), local=local), heads=2, head_dim=8, grid=(8, 8))
