@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mhla_diffusion import MHLAAttnProcessor, convert_to_mhla
 from mhla_diffusion.backbones.grid import our_arguments
 from mhla_diffusion.backbones.processors import is_joint, rotary_heads, rotary_pairs, split_heads
+from mhla_diffusion.backbones.teacher import as_teacher, fingerprint
 from mhla_diffusion.ops import apply_rotary_emb, mhla_reference
 
 from .cases import CASES, EVERY_PART, Case, sample
@@ -363,3 +364,35 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_made(case: Case
     ):
         with pytest.raises(ValueError, match=message):
             case.make(**{**large, **settings})
+
+
+@pytest.mark.parametrize("name", ["HunyuanDiT", "Allegro"])
+def test_softmax_layers_run_without_positions_as_the_stock_ones(name: str) -> None:
+    case = CASES[name]
+    stock, model = case.stock(), case.make(attention="softmax")
+    model.load_state_dict(stock.state_dict())
+    inputs = {**case.inputs(model), "image_rotary_emb": None}
+    assert torch.equal(sample(model, inputs), sample(stock, inputs))
+
+
+def test_latte_leaves_out_padding_of_texts_as_the_stock_model() -> None:
+    case = CASES["Latte"]
+    stock, model = case.stock(), case.make(attention="softmax")
+    model.load_state_dict(stock.state_dict())
+    inputs = case.inputs(model)
+    text = inputs["encoder_hidden_states"]
+    # The stock class repeats texts over frames, and not masks.
+    mask = (torch.arange(text.shape[1]) < 5).expand(len(text) * model.config.video_length, -1)
+    masked = {**inputs, "encoder_attention_mask": mask}
+    found = sample(model, masked)
+    assert torch.equal(found, sample(stock, masked))
+    assert not torch.equal(found, sample(model, inputs))
+
+
+def test_a_teacher_is_frozen_and_known_by_all_of_its_weights() -> None:
+    teacher = as_teacher(CASES["DiT"].stock().train())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = fingerprint(teacher)
+    teacher.proj_out_2.weight.data[-1, -1] += 1
+    assert fingerprint(teacher) != before

@@ -15,6 +15,8 @@ from torch import Tensor
 from mhla_diffusion import MHLAConfig, MHLADiTTransformer2DModel, convert_to_mhla
 from mhla_diffusion.ops import BlockLayout, resize_mixing
 
+from .cases import CASES
+
 MakeModel = Callable[..., MHLADiTTransformer2DModel]
 MakeStock = Callable[..., DiTTransformer2DModel]
 MakeInputs = Callable[..., dict[str, Tensor]]
@@ -217,3 +219,28 @@ def test_a_config_that_does_not_fit_the_model_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         convert_to_mhla(make_stock(), config)
+
+
+def test_the_weight_of_a_window_follows_other_blocks() -> None:
+    model = CASES["DiT"].make(num_layers=1, mhla={"local": "shared"})
+    config = {**model.config.mhla_config, "blocks": [2, 1]}
+    old = model.transformer_blocks[0].attn1.processor
+    new = convert_to_mhla(copy.deepcopy(model), config).transformer_blocks[0].attn1.processor
+    expected = copy.deepcopy(new)
+    expected.take_mixing(old)
+    assert not torch.allclose(new.local, old.local)
+    torch.testing.assert_close(new.local, expected.local)
+
+
+def test_one_config_after_one_for_each_layer_and_the_reverse_keep_what_is_not_named() -> None:
+    model = CASES["DiT"].make(mhla={"local": "gate"})
+    again = convert_to_mhla(model, [{"blocks": 4}, {"blocks": 2}])
+    assert [block.attn1.processor.config.local for block in again.transformer_blocks] == ["gate"] * 2
+    each = [MHLAConfig(blocks=4, local="gate"), MHLAConfig(blocks=4, local=None)]
+    model = convert_to_mhla(CASES["DiT"].stock(), each)
+    again = convert_to_mhla(model, MHLAConfig(blocks=4, layers=(0,)))
+    assert again.layer_attention == ["mhla", "softmax"]
+
+
+def test_blocks_of_a_model_are_those_of_its_first_layer_that_mixes() -> None:
+    assert CASES["DiT"].make(attention=["linear", "mhla"]).mixing_blocks == (2, 2)

@@ -271,6 +271,7 @@ def test_a_new_model_starts_as_dit_does(make_inputs: MakeInputs) -> None:
     assert not model(**make_inputs()).sample.any(), "zero output layer"
     block = model.transformer_blocks[0]
     assert not block.norm1.linear.weight.any(), "blocks start as the identity"
+    assert not model.proj_out_1.weight.any()
     torch.testing.assert_close(block.attn1.processor.mixing.sum(-1), torch.ones(4))
     assert block.norm1.emb.class_embedder.embedding_table.weight.std() > 0.5, "classes are heard at once"
 

@@ -165,3 +165,5 @@ def test_stock_layers_are_refused(case: Case) -> None:
 def test_heads_that_ranks_do_not_divide_are_refused_where_tokens_are_exchanged(case: Case) -> None:
     with pytest.raises(ValueError, match=r"3 ranks do not divide 2 heads, as they have to where windows"):
         case.make(mhla={"cpe": "zero"}).enable_parallelism(config=ContextParallelConfig(ulysses_degree=3))
+    with pytest.raises(ValueError, match=r"3 ranks do not divide 2 heads"):
+        case.make(mhla={"cpe": "zero"}).enable_parallelism(config=ContextParallelConfig(ring_degree=3))

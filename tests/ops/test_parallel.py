@@ -163,3 +163,11 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
     arguments = {"q": x, "k": x, "v": x, "mixing": torch.ones(4, 4), "start": 4}
     with pytest.raises(ValueError, match=message):
         mhla_parallel(layout=BlockLayout((4, 4), (2, 2)), **{**arguments, **change})
+
+
+def test_centres_of_keys_without_features_are_finite() -> None:
+    features = Features("relu", 0.0, normalized=True, shared=True)
+    keys, values = -torch.ones(1, 2, 35, 6), torch.randn(1, 2, 35, 6)
+    summaries = _centred(summarize(keys, values, RAGGED, features))
+    assert summaries.centre.isfinite().all()
+    assert summaries.matrices.isfinite().all()

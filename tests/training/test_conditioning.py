@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mhla_diffusion.pipelines.video import MHLAWanPipeline
 from mhla_diffusion.training import TextConfig
 from mhla_diffusion.training.conditioning import Captions, ClassLabels
 from mhla_diffusion.training.text import CaptionEncoder, image_caption_encoder, video_caption_encoder
+from tests.text_encoders import make_text_parts
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -85,3 +87,38 @@ def test_without_its_condition_a_caption_is_the_empty_one(encoder: CaptionEncode
     assert found["other"] == 3
     assert all(torch.equal(found[name], empty[name]) for name in empty)
     assert not torch.equal(arguments["encoder_attention_mask"], found["encoder_attention_mask"])
+
+
+@pytest.fixture
+def t5() -> CaptionEncoder:
+    return image_caption_encoder(*make_text_parts("t5").values(), config=TextConfig("x", max_length=8))
+
+
+def test_each_sample_is_given_its_own_images(t5: CaptionEncoder) -> None:
+    images = torch.rand(2, 2, 3, 4)  # two samples of two images
+    batch = {"text": torch.ones(2, 8, 16), "tokens": torch.tensor([8, 8]), "image_embeds": images}
+    found = Captions([t5], 0.0, embedded=True).arguments(batch, generators(2))
+    assert torch.equal(found["encoder_hidden_states_image"].unflatten(0, (2, 2)), images)
+
+
+def test_a_caption_is_dropped_for_all_encoders_or_for_none(t5: CaptionEncoder) -> None:
+    second = copy.copy(t5)
+    second.number = 1
+    batch = {}
+    for suffix in ("", "_2"):
+        batch |= {f"text{suffix}": torch.ones(40, 8, 16), f"tokens{suffix}": torch.full((40,), 8)}
+    found = Captions([t5, second], 0.5, embedded=True).arguments(batch, generators(40))
+    kept = [(found[f"encoder_hidden_states{suffix}"] == 1).all((1, 2)) for suffix in ("", "_2")]
+    assert torch.equal(*kept)
+    assert 0 < kept[0].sum() < 40
+
+
+def test_captions_are_encoded_again_on_another_device(t5: CaptionEncoder) -> None:
+    calls: list[int] = []
+    t5.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    t5("abc")
+    t5("abc")
+    assert len(calls) == 1
+    t5.to(torch.device("cpu"))
+    t5("abc")
+    assert len(calls) == 2

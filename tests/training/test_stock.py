@@ -401,3 +401,12 @@ def test_every_such_backbone_is_among_these_or_has_a_module_of_its_own() -> None
     elsewhere = {CASES[name].model for name in ("HunyuanDiT", "Kandinsky5", "WanVACE", "ChronoEdit")}
     assert here | elsewhere == {*IMAGES, *VIDEOS}
     assert not here & elsewhere
+
+
+def test_lumina_is_told_the_size_that_its_softmax_is_scaled_by() -> None:
+    model = CASES["LuminaNextDiT"].make(attention="softmax")
+    text = {"encoder_hidden_states": torch.zeros(1, 4, 16), "encoder_attention_mask": torch.ones(1, 4)}
+    given = model.denoising_arguments(torch.zeros(1, 3, 8, 16), torch.ones(1), text)
+    # As its pipeline has it: a token is 16 pixels wide, a latent 8.
+    side = model.config.sample_size * 8 // 16
+    assert given["cross_attention_kwargs"]["base_sequence_length"] == side**2

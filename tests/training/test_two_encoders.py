@@ -34,6 +34,8 @@ from mhla_diffusion.training import (
 )
 from mhla_diffusion.training.adapters import set_trainable
 from mhla_diffusion.training.data import CachedLatents
+from mhla_diffusion.training.objectives import DDPM
+from mhla_diffusion.training.stock import _require_schedule
 from mhla_diffusion.training.text import load_caption_encoders, make_stock_pipeline
 from tests.backbones.cases import CASES, randomize
 from tests.text_encoders import make_hunyuan_parts
@@ -323,3 +325,18 @@ def test_noise_of_another_schedule_than_the_pipelines_is_refused(
     run = run_of(base, tmp_path / "run", objective=objective)
     with pytest.raises(ValueError, match=rf"was trained with the {name} {stored}.*: set objective.{name} to"):
         run.build(build_objective(objective))
+
+
+def test_a_stored_schedule_that_leaves_keys_to_defaults_is_gone_on_with(tmp_path: Path) -> None:
+    objective = ObjectiveConfig(name="ddpm")
+    schedule = {"_class_name": "DDIMScheduler", "beta_schedule": DDPM(objective).schedule["beta_schedule"]}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    index = {"_class_name": "LattePipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    _require_schedule(objective, str(tmp_path))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**schedule, "beta_schedule": "scaled_linear"})
+    )
+    with pytest.raises(ValueError, match="scaled_linear"):
+        _require_schedule(objective, str(tmp_path))

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhla_diffusion.training.data.captions import draw_caption, read_captions, texts_of, weighted_texts
+from mhla_diffusion.training.data.captions import (
+    draw_caption,
+    draw_index,
+    read_captions,
+    texts_of,
+    weighted_texts,
+)
 
 
 def test_missing_files_are_named_and_stay_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,3 +165,32 @@ def test_equal_texts_have_the_sum_of_their_weights_and_no_weight_is_0() -> None:
     assert weighted_texts(["a", "a ", "b"], [1, 3, 1]) == {"a": 4, "b": 1}
     with pytest.raises(ValueError, match="must be above 0"):
         weighted_texts(["a", "b"], [1, 0])
+
+
+def test_separators_of_unicode_are_of_the_caption(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    line = json.dumps({"path": "a.png", "caption": "a\u2028b\u0085c"}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    assert read_captions(tmp_path) == [(tmp_path / "a.png", "a\u2028b\u0085c")]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_csv_may_have_the_line_ends_of_any_system(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "captions.csv").write_bytes(end.join(["path,caption", 'a.png,"b', 'c"', ""]).encode())
+    ((path, caption),) = read_captions(tmp_path)
+    assert (path.name, caption.split()) == ("a.png", ["b", "c"])
+
+
+def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.png", "a.txt", "._a.png", "._a.txt", ".cache/b.png", ".cache/b.txt"):
+        (tmp_path / name).write_text("x")
+    assert read_captions(tmp_path, extensions=(".png",)) == [(tmp_path / "a.png", "x")]
+
+
+def test_a_sample_of_one_caption_takes_no_random_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    assert draw_index([2.0], generator) == 0
+    assert torch.equal(generator.get_state(), state), "or runs of before would draw others"

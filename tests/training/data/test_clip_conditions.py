@@ -241,3 +241,11 @@ def test_caches_of_a_control_that_no_model_takes_are_refused(
     with pytest.raises(ValueError, match="decodes by an AutoencoderKLWan, got an AutoencoderKL: give"):
         cache_video_latents(dataclasses.replace(cache, vae=str(tmp_path / "kl")))
     assert not Path(cache.output_dir).exists()
+
+
+def test_boxes_of_inpainting_lie_in_the_frame() -> None:
+    clip = torch.zeros(3, 2, 16, 32)
+    for seed in range(50):
+        _, mask = draw_control(clip, "inpainting", torch.Generator().manual_seed(seed))
+        assert 4 <= mask[0].amax(1).sum() <= 12
+        assert 8 <= mask[0].amax(0).sum() <= 24

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mhla_diffusion.training import DataConfig
 from mhla_diffusion.training.data import ImageSamples, open_images
-from mhla_diffusion.training.data.image_sources import sizes_of
+from mhla_diffusion.training.data.image_sources import find_column, read_column, sizes_of
 from mhla_diffusion.training.data.stream import UnreadableSampleError
 
 GENERATOR = torch.Generator
@@ -411,3 +411,13 @@ def test_folders_that_systems_make_are_no_classes(image_folder: Path) -> None:
     after = open_images(DataConfig(source="folder", path=str(image_folder)))
     assert after.class_names == before.class_names
     assert len(after) == len(before)
+
+
+def test_columns_are_those_of_the_usual_name_and_parts_may_be_missing() -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["a", "b"])
+    features = {"fine": label, "label": label, "more": {"alt": datasets.Value("string")}}
+    values = {"fine": [0, 1], "label": [1, 0], "more": [{"alt": "x"}, None]}
+    rows = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+    assert find_column("rows", rows, "label_column", None, datasets.ClassLabel) == "label"
+    assert read_column("rows", rows, "text_column", "more.alt") == ["x", None]

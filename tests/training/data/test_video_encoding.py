@@ -34,10 +34,11 @@ from mhla_diffusion.training.conditioning import Captions
 from mhla_diffusion.training.data import VideoSamples, open_videos
 from mhla_diffusion.training.data.clip_conditions import ImageConditions
 from mhla_diffusion.training.data.encoding import readable
-from mhla_diffusion.training.data.latents import CachedLatents, load_vae
+from mhla_diffusion.training.data.latents import CachedLatents, _draw_texts, load_vae
 from mhla_diffusion.training.data.stream import is_of_disk
 from mhla_diffusion.training.text import video_caption_encoder
 from mhla_diffusion.training.video import build_parts
+from tests.training.stock_runs import WAN
 
 
 def training_config(cache: VideoLatentCacheConfig, **model: Any) -> VideoTrainingConfig:
@@ -304,3 +305,25 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(config: VideoLatentCacheCo
 def test_settings_that_latents_bring_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))} is for data.source folder or films"):
         VideoDataConfig("latents", path="x", **setting)
+
+
+def test_of_two_known_frames_the_first_comes_first() -> None:
+    conditions = ImageConditions(AutoencoderKLWan(**WAN).eval(), last=True)
+    clip = torch.rand(3, 5, 16, 32) * 2 - 1
+    found = conditions(clip)["condition"]
+    clip[:, -1] = 0
+    other = conditions(clip)["condition"]
+    assert torch.equal(other[:, 0], found[:, 0])
+    assert not torch.equal(other[:, -1], found[:, -1])
+
+
+def test_a_drawn_caption_has_its_own_number_of_tokens() -> None:
+    row = {"text": torch.ones(5, 4), "tokens": torch.tensor([2, 3]), "weights": torch.ones(2)}
+    seen = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = _draw_texts(row, TextConfig("x", max_length=8), generator)
+        assert drawn["text"].shape == (8, 4)
+        assert drawn["tokens"] == drawn["text"].any(1).sum()
+        seen.add(int(drawn["tokens"]))
+    assert seen == {2, 3}
