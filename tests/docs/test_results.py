@@ -112,20 +112,24 @@ def differences() -> Iterator[list[float]]:
             ratios: dict[str, list[float]] = {}
             for its in content["results"]:
                 ratios.setdefault(its["variant"], []).append(its["ratio"]["value"])
-            yield from less([its for its in ratios.values() if len(its) > 1])
+            yield from less([dict(enumerate(its)) for its in ratios.values()])
             continue
-        for run in sorted(content["runs"], key=lambda run: run["seed"]):
+        for run in content["runs"]:
             variants = tasks.setdefault(key_of(run)[0], {})
             variants.setdefault((page, run["variant"]["name"]), []).append(run)
     for variants in tasks.values():
         for key in ("frechet", "loss", "frame_change", "accuracy", "perplexity"):
-            groups = [[run[key] for run in runs] for runs in variants.values() if key in runs[0]]
-            yield from less(groups)
+            yield from less(
+                [{run["seed"]: run[key] for run in runs if key in run} for runs in variants.values()]
+            )
 
 
-def less(groups: list[list[float]]) -> Iterator[list[float]]:
+def less(groups: list[dict[int, float]]) -> Iterator[list[float]]:
+    """Yield the differences of each two variants in the seeds that both have, where these are several."""
     for one, other in itertools.permutations(groups, 2):
-        yield [a - b for a, b in zip(one, other, strict=True)]
+        seeds = sorted(one.keys() & other.keys())
+        if len(seeds) > 1:
+            yield [one[seed] - other[seed] for seed in seeds]
 
 
 def text(interval: Interval, digits: int) -> tuple[float, float]:
