@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mhla_diffusion import MHLAAttnProcessor, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.backbones import processors
-from mhla_diffusion.ops import BlockLayout, mhla_reference
+from mhla_diffusion.backbones.layer_plan import check_blocks
+from mhla_diffusion.ops import BlockLayout, mhla_reference, recommended_layout
 
 AssertClose = Callable[..., None]
 MakeModel = Callable[..., MHLADiTTransformer2DModel]
@@ -216,6 +217,18 @@ def test_blocks_that_cost_more_than_attention_are_warned_of(make_model: MakeMode
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model(mhla_config={"blocks": 4})
+
+
+def test_windows_that_grow_with_the_picture_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"softmax windows of 2304 tokens, whose cost is no longer linear"):
+        check_blocks(MHLAConfig(blocks=(2, 2)), (64, 64))
+    large = (1024, 1024)  # where the recommended blocks have as many keys, and these twice as many
+    assert recommended_layout(large).blocks == (16, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_blocks(MHLAConfig(blocks=(16, 32)), large)
+        check_blocks(MHLAConfig(blocks=(16, 16)), large)
+        check_blocks(MHLAConfig(blocks=(2, 2), local=None), (64, 64))
 
 
 def test_a_size_with_fewer_tokens_than_blocks_runs(make_model: MakeModel, make_inputs: MakeInputs) -> None:

@@ -12,7 +12,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 from mhla_diffusion.training import TextConfig
 from mhla_diffusion.training.conditioning import Captions, ClassLabels
-from mhla_diffusion.training.text import CaptionEncoder, image_caption_encoder, video_caption_encoder
+from mhla_diffusion.training.text import (
+    CaptionEncoder,
+    EmbeddedText,
+    image_caption_encoder,
+    video_caption_encoder,
+)
 from tests.text_encoders import make_text_parts
 
 
@@ -122,3 +127,10 @@ def test_captions_are_encoded_again_on_another_device(t5: CaptionEncoder) -> Non
     t5.to(torch.device("cpu"))
     t5("abc")
     assert len(calls) == 2
+
+
+def test_the_empty_text_keeps_what_fills_it_up_where_it_is_no_longer(t5: CaptionEncoder) -> None:
+    filled = EmbeddedText(torch.ones(4, 16), 2)  # two tokens, and two rows beyond them
+    t5._empty = lambda: filled
+    found = [t5.empty_for(EmbeddedText(torch.zeros(4, 16), tokens)) for tokens in (1, 2, 3)]
+    assert [(len(its.values), its.tokens) for its in found] == [(1, 1), (4, 2), (4, 2)]
