@@ -34,7 +34,7 @@ from .ops import (
 )
 from .ops.autocast import is_autocast, without_autocast
 from .ops.composite import counted
-from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, check_rotary, turned
+from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
 from .ops.operators import in_transform
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
@@ -340,7 +340,6 @@ class MHLA(nn.Module):
             ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
-        check_rotary(rotary_emb, q, extra=sum(layout.extra or ()))
         # Convolutions and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else _convolve(self.cpe, v, layout)

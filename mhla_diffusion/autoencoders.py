@@ -33,7 +33,8 @@ def vae_strides(vae: Any) -> tuple[int, int]:
 
 def has_first_frame(vae: Any) -> bool:
     """Tell if it makes one latent frame of the first, then one of each few."""
-    return type(vae).__name__ in _BY_FIRST_FRAME
+    own = getattr(vae, "_orig_mod", vae)  # inside of torch.compile
+    return any(kind.__name__ in _BY_FIRST_FRAME for kind in type(own).__mro__)
 
 
 def size_in_pixels(vae: Any, latents: Sequence[int]) -> tuple[int, ...]:

@@ -40,9 +40,11 @@ def has_component(path: str, component: str) -> bool:
     Raises:
         ValueError: see :func:`require_stored`.
     """
-    return component_subfolder(path, component) is not None and _holds(
-        DiffusionPipeline.load_config(path), component
-    )
+    require_stored(path)
+    try:
+        return _holds(DiffusionPipeline.load_config(path), component)
+    except OSError:
+        return False
 
 
 def _holds(index: dict[str, Any], component: str) -> bool:

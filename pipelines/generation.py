@@ -321,7 +321,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any], kind: Kind) -> None:
     compared -= _NOT_COMPARED | (_LATER - stored.keys())
     old, new = ({key: values.get(key) for key in sorted(compared)} for values in (stored, expected))
     # What diffusers notes of itself in a config.
-    noted = {key for key in flat_dict(old) if re.search(r"(^|\.)_", key)}
+    noted = {key for key in flat_dict(old) | flat_dict(new) if re.search(r"(^|\.)_", key)}
     if others := changes(old, new, free=noted | (_LATER - flat_dict(old).keys()), show=_shorten):
         raise ValueError(
             f"{folder} holds another run ({'; '.join(others)}); choose another folder, or the same settings"

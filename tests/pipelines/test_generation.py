@@ -90,6 +90,19 @@ def test_a_batch_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path) == expected
 
 
+@pytest.mark.parametrize("noted", [{}, {"_noted": 1}], ids=["by this version", "by another"])
+def test_what_diffusers_notes_of_itself_makes_no_other_run(tmp_path: Path, noted: dict[str, int]) -> None:
+    pipeline = make_pipeline()
+    manifest = generate_images(pipeline, tmp_path, **SETTINGS)
+    expected, content = contents(tmp_path), json.loads(manifest.read_text())
+    assert any(key.startswith("_") for key in content["scheduler"])
+    own = {key: value for key, value in content["scheduler"].items() if not key.startswith("_")}
+    manifest.write_text(json.dumps({**content, "scheduler": own | noted}))
+    (tmp_path / "000004.png").unlink()
+    generate_images(pipeline, tmp_path, **SETTINGS)
+    assert contents(tmp_path) == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

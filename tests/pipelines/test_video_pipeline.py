@@ -261,6 +261,9 @@ def test_with_an_autoencoder_it_is_the_stock_pipeline(make_pipeline: MakePipelin
     names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
     ours = MHLAWanPipeline(**{name: getattr(stock, name) for name in names})
     assert ours.default_size == (9, 32, 48)
+    compiled = MHLAWanPipeline(**{name: getattr(stock, name) for name in names})
+    compiled.vae = torch.compile(stock.vae)
+    assert compiled.default_size == (9, 32, 48)
     expected = generate(stock)
     torch.testing.assert_close(generate(ours, height=None, width=None, num_frames=None), expected)
 
