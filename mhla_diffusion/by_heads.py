@@ -34,7 +34,7 @@ def attend_by_heads(
     Raises:
         ValueError: when the ranks do not divide the heads, and for hooks on parts that are sliced.
     """
-    exchange = Exchange.of(group, k.shape[2], k.device)
+    exchange = Exchange.of(group, k.shape[2], k.device, masked=key_mask is not None)
     heads = exchange.heads(q.shape[1])
     order, number = exchange.grid_first(extra, k.device)
     tensors = exchange.to_heads(torch.cat((q, k, v), -1)).index_select(2, order)
@@ -43,8 +43,9 @@ def attend_by_heads(
         cos, sin = (x.index_select(-2, order) for x in tables)
         each = (..., heads, slice(None), slice(None)) if cos.ndim > 2 and cos.shape[-3] > 1 else ...
         rotary_emb = cos[each], sin[each]
-    if key_mask is not None:  # as bytes: not every backend sends booleans
-        key_mask = exchange.all_tokens(key_mask.byte(), 1).bool().index_select(1, order)
+    if exchange.masked:  # as bytes: not every backend sends booleans
+        own = key_mask.byte() if key_mask is not None else k.new_ones(len(k), k.shape[2], dtype=torch.uint8)
+        key_mask = exchange.all_tokens(own, 1).bool().index_select(1, order)
     parts = tensors.split([x.shape[-1] for x in (q, k, v)], -1)
     found = _of_heads(module, heads).attend(
         *(part.to(x.dtype) for part, x in zip(parts, (q, k, v), strict=True)),

@@ -22,23 +22,28 @@ class Exchange:
     Args:
         group: the ranks, R of them.
         counts: tokens of each.
+        masked: whether any has a mask of its tokens.
     """
 
     group: dist.ProcessGroup
     counts: tuple[int, ...]
+    masked: bool = False
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, tokens: int, device: torch.device) -> Exchange:
-        """Ask all ranks how many tokens they hold.
+    def of(cls, group: dist.ProcessGroup, tokens: int, device: torch.device, *, masked: bool) -> Exchange:
+        """Ask all ranks how many tokens they hold, and whether they have a mask.
 
         Args:
             group: the ranks.
             tokens: of this one.
             device: that the group sends from.
+            masked: whether this one has a mask.
         """
-        found = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(found, torch.tensor([tokens], device=device), group=group)
-        return cls(group, tuple(found.tolist()))
+        own = torch.tensor([tokens, masked], device=device)
+        found = own.new_zeros(2 * dist.get_world_size(group))
+        dist.all_gather_into_tensor(found, own, group=group)
+        counts, masks = found.view(-1, 2).unbind(1)
+        return cls(group, tuple(counts.tolist()), masked=bool(masks.any()))
 
     def heads(self, count: int) -> slice:
         """Heads of this rank, of ``count``.
