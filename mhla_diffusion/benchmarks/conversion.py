@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from ..backbones import MHLAWanTransformer3DModel, convert_to_mhla
 from ..config import MHLAConfig
 from ..files.text import markdown_table
-from .shared import machine
+from .shared import check_at_least, machine
 
 CONFIG = MHLAConfig(blocks=(3, 5, 10), normalizer="none", output_norm=True, gate=True)
 _PRESET = "Wan2.1-1.3B"
@@ -40,7 +40,11 @@ def conversion(layers: int | None = None, repeats: int = 3) -> str:
 
     Returns:
         A table in Markdown.
+
+    Raises:
+        ValueError: for layers or repeats below 1.
     """
+    check_at_least(1, layers=1 if layers is None else layers, repeats=repeats)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in _WAYS}
     with tempfile.TemporaryDirectory() as folder:
         weights = _write_pipeline(Path(folder), layers)
@@ -99,7 +103,7 @@ def _write_pipeline(folder: Path, layers: int | None) -> int:
     """Write a pipeline with a transformer of that size and other parts that are tiny; count its weights."""
     preset = MHLAWanTransformer3DModel.presets[_PRESET]
     with torch.device("meta"):
-        transformer = WanTransformer3DModel(**preset | ({"num_layers": layers} if layers else {}))
+        transformer = WanTransformer3DModel(**preset | ({} if layers is None else {"num_layers": layers}))
     transformer = transformer.to(torch.bfloat16).to_empty(device="cpu")
     torch.manual_seed(0)
     for parameter in transformer.parameters():

@@ -30,12 +30,18 @@ CONVERSIONS = [name for name, content in RESULTS.items() if "results" in content
 
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?|\.\d+)"
 _INTERVAL = re.compile(rf"{_NUMBER}\s±\s{_NUMBER}")
+_CELL = re.compile(rf"\| (\**){_INTERVAL.pattern}")
 _DIFFERENCE = re.compile(rf"{_NUMBER}\s\[{_NUMBER},\s{_NUMBER}\]")
+
+
+def rows_with_marks(text: str) -> list[str]:
+    """Lines of the tables."""
+    return [line for line in text.splitlines() if line.startswith("| ")]
 
 
 def rows(text: str) -> list[str]:
     """Lines of the tables, without bold."""
-    return [line.replace("**", "") for line in text.splitlines() if line.startswith("| ")]
+    return [line.replace("**", "") for line in rows_with_marks(text)]
 
 
 def comparison(name: str) -> Comparison:
@@ -76,7 +82,7 @@ def test_intervals_of_the_pages_are_those_of_some_records() -> None:
     wrong = []
     for page, mean, half in stated:
         digits = len(mean.partition(".")[2])
-        if (digits, (float(mean.replace(",", "")), float(half.replace(",", "")))) not in known:
+        if (digits, (number(mean), number(half))) not in known:
             wrong.append(f"{page}: {mean} ± {half}")
     assert not wrong
 
@@ -99,6 +105,22 @@ def test_differences_of_the_pages_are_those_of_some_records() -> None:
         if tuple(written) not in known and tuple(written[::-1]) not in known:
             wrong.append(f"{mean} [{low}, {high}]")
     assert not wrong
+
+
+def test_marks_of_the_summary_are_of_intervals_that_lie_apart() -> None:
+    """Bold is better than the first of its row, in the table of forms than the first row; italic is worse."""
+    title, marked = "", 0
+    for line in rows_with_marks(read("docs/results/README.md")):
+        found = [(mark, Interval(number(mean), number(half), 3)) for mark, mean, half in _CELL.findall(line)]
+        if not found:
+            title, firsts = line, []
+        elif re.match(r"\| (Frechet distance|loss|form) \|", title):
+            if not (firsts and title.startswith("| form |")):
+                firsts = [its for _, its in found] if title.startswith("| form |") else [found[0][1]] * 4
+            for (mark, its), first in zip(found, firsts, strict=False):
+                assert mark == "**" * first.is_above(its) + "*" * its.is_above(first), line
+                marked += mark != ""
+    assert marked > 20
 
 
 def differences() -> Iterator[list[float]]:
@@ -130,6 +152,10 @@ def less(groups: list[dict[int, float]]) -> Iterator[list[float]]:
         seeds = sorted(one.keys() & other.keys())
         if len(seeds) > 1:
             yield [one[seed] - other[seed] for seed in seeds]
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def text(interval: Interval, digits: int) -> tuple[float, float]:
