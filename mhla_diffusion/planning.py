@@ -273,11 +273,6 @@ def plan(
     if not 1 <= linear_layers <= num_layers:
         raise ValueError(f"linear_layers must lie between 1 and {num_layers}, got {linear_layers}")
     blocks = blocks if blocks is not None else stored_blocks
-    layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
-    config = _changed_form(config, layout.blocks, gate=gate, cpe=cpe, local=local, hedgehog=hedgehog)
-    if transformer.extra_tokens:
-        layout = replace(layout, extra=(transformer.extra_tokens, 0))
-    operators, linear_operators = _count_operators(transformer, linear_layers)
     try:
         flops = _count_flops(transformer, grid)
     except RuntimeError as error:  # tables of the model, or counts of torch, end there
@@ -285,6 +280,11 @@ def plan(
         raise ValueError(
             f"{model} does not run on {sizes_text(grid)} tokens{text}: take fewer ({error})"
         ) from error
+    layout = recommended_layout(grid) if blocks is None else MHLAConfig(blocks=blocks).layout(grid)
+    config = _changed_form(config, layout.blocks, gate=gate, cpe=cpe, local=local, hedgehog=hedgehog)
+    if transformer.extra_tokens:
+        layout = replace(layout, extra=(transformer.extra_tokens, 0))
+    operators, linear_operators = _count_operators(transformer, linear_layers)
     return Plan(
         model=model,
         size=f"{height} x {width} pixels" + (f", {frames} frames" if frames is not None else ""),

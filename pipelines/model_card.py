@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import EvalResult, ModelCardData, create_repo
+from huggingface_hub import EvalResult, ModelCardData, create_repo, metadata_load
 
 from mhla_diffusion.config import MHLAConfig
 from mhla_diffusion.files.writing import write_file
@@ -280,6 +280,19 @@ def write_model_card(
     before, after = text.split("{mark}\n", 1)
     mark = _MARK.format(hash=f" (sha256 {_sha256(before + after)})")
     write_file(path, f"{before}{mark}\n{after}")
+
+
+def stored_fields(card: Path) -> CardFields:
+    """Read the fields of a card of ours, but for scores; none where there is no card."""
+    if not card.is_file():
+        return CardFields()
+    header = metadata_load(card) or {}
+    return CardFields(
+        base_model=header.get("base_model"),
+        license=header.get("license"),
+        datasets=tuple(header.get("datasets") or ()),
+        converted=_CONVERTED.split(" Weights", 1)[0] in card.read_text("utf-8"),
+    )
 
 
 def is_edited(card: Path) -> bool:

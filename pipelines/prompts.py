@@ -55,6 +55,8 @@ class Prompt:
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "prompt" or value is not None):
                 raise self.error(f"{name} must be a text, got {value!r}")
+            if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise self.error(f"{name} {value[:40]!r} is no Unicode text: it holds half of a character")
         if not self.prompt.strip():
             raise self.error("the prompt is empty")
         if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= MAX_SEED):
@@ -122,7 +124,13 @@ def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None
     """
     prompts: list[Prompt] = []
     for value in values:
-        if Path(value).suffix.lower() in _READERS:
+        suffix = Path(value).suffix.lower()
+        if suffix not in _READERS and (suffix or os.sep in value) and os.path.exists(value):
+            raise ValueError(
+                f"{value!r} is a file or a folder here, and no file of prompts ({', '.join(_READERS)}); if "
+                f"it is a text, put it in brackets: [{value!r}]"
+            )
+        if suffix in _READERS:
             prompts += _read_file(Path(value), None if images is None else Path(images))
         elif value.strip().startswith("[") and value.strip().endswith("]"):
             prompts += [Prompt(text) for text in _texts_in_brackets(value.strip())]

@@ -117,8 +117,8 @@ def call_arguments(
         options: more arguments of the pipeline's call.
 
     Raises:
-        ValueError: for an argument that the pipeline does not take, of another type, NaN or infinite, and
-            when it needs one that is not given.
+        ValueError: for an argument that the pipeline does not take, of another type, NaN or infinite, or
+            given twice, and when it needs one that is not given.
     """
     parameters, options, name = call_parameters(pipeline), dict(options or {}), type(pipeline).__name__
     allowed = {key for key in parameters if key not in _OURS and not key.endswith(_TENSORS)}
@@ -132,7 +132,9 @@ def call_arguments(
         "num_frames": next((frames for frames in FRAMES if frames in parameters), "num_frames"),
         "guidance_scale": guidance_name(pipeline),
     }
-    named = {names.get(key, key): value for key, value in given.items()}
+    named = {names.get(key, key): value for key, value in given.items() if value is not None}
+    if twice := sorted(options.keys() & named.keys()):
+        raise ValueError(f"{twice[0]} is given twice, by itself and among the options: leave one of them out")
     call: dict[str, Any] = {
         key: parameters[key].default
         for key in ("num_inference_steps", "guidance_scale", "frame_rate")
@@ -140,7 +142,7 @@ def call_arguments(
     }
     trained = training_of(pipeline).get("call", {})
     call |= {key: value for key, value in trained.items() if key in parameters}
-    call |= options | {key: value for key, value in named.items() if value is not None}
+    call |= options | named
     require_finite(**call)
     asked = {*call, *(key for row in rows for key in (*conditions([row]), *own_size(row)))}
     if "image" in rows[0]:

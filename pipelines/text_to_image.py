@@ -124,7 +124,7 @@ class MHLATextToImagePipeline(ImagePipeline):
         Raises:
             ValueError: for a prompt, size, scheduler or argument that does not fit.
         """
-        require_positive(num_images_per_prompt=num_images_per_prompt)
+        require_positive(num_images_per_prompt=num_images_per_prompt, max_sequence_length=max_sequence_length)
         require_finite(guidance_scale=guidance_scale)
         told = self.encode_prompt(
             prompt, prompt_embeds, prompt_attention_mask, max_sequence_length, self.config.instruction

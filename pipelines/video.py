@@ -162,8 +162,9 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         frames, default_height, default_width = self.default_size
         size = (num_frames or frames, height or default_height, width or default_width)
         require_positive(
-            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps
-        )
+            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps,
+            max_sequence_length=max_sequence_length,
+        )  # fmt: skip
         require_finite(guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2)
         count = count_samples(prompt, negative_prompt, prompt_embeds, num_videos_per_prompt)
         require_generators(generator, count)

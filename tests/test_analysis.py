@@ -145,6 +145,8 @@ def test_sizes_that_are_none_are_refused(size: dict[str, int], tmp_path: Path) -
     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(ValueError, match="height, width and frames must be 1 or more"):
         analyze_stored(str(tmp_path), **size)
+    with pytest.raises(ValueError, match=r"has 1000000000000 tokens, more than max_tokens = 4096"):
+        analyze_stored(str(tmp_path), height=2_000_000)
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -80,10 +80,9 @@ def analyze_stored(
             "the model was made for"
         )
     latents = [given or size for given, size in zip(asked[-len(own) :], own, strict=True)]
-    generator = torch.Generator().manual_seed(seed)
-    inputs = transformer.example_inputs(
-        token_grid(latents, patch), batch_size=batch_size, generator=generator
-    )
+    grid, generator = token_grid(latents, patch), torch.Generator().manual_seed(seed)
+    _require_few(model, math.prod(grid), max_tokens)
+    inputs = transformer.example_inputs(grid, batch_size=batch_size, generator=generator)
     inputs = transformer.at_time(inputs, timestep)
     return analyze(
         transformer,
@@ -149,6 +148,14 @@ def analyze(
     return Analysis(layers, settings or {})
 
 
+def _require_few(name: str, tokens: int, max_tokens: int) -> None:
+    if tokens > max_tokens:
+        raise ValueError(
+            f"{name} has {tokens} tokens, more than max_tokens = {max_tokens}: take smaller latents (height, "
+            "width, frames), or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) time)"
+        )
+
+
 @contextmanager
 def _recording(
     model: nn.Module, calls: dict[str, tuple[nn.Module, Tensor, Tensor, dict[str, Any]]], max_tokens: int
@@ -156,12 +163,7 @@ def _recording(
     """Note queries and keys ``[B, H, N, d]`` of each layer's first call."""
 
     def note(name: str, module: nn.Module, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
-        if q.shape[2] > max_tokens:
-            raise ValueError(
-                f"{name} has {q.shape[2]} tokens, more than max_tokens = {max_tokens}: take smaller "
-                "latents (height, width, frames), or raise it (a matrix takes 8 N^2 bytes, its rank O(N^3) "
-                "time)"
-            )
+        _require_few(name, q.shape[2], max_tokens)
         if not (q.isfinite().all() and k.isfinite().all()):
             raise ValueError(
                 f"queries or keys of {name} are not finite: the model's inputs or weights are not"

@@ -44,8 +44,8 @@ class _Attention(Kandinsky5Attention):
         sparse = sparse_params if sparse_params and "sta_mask" in sparse_params else None
         if not isinstance(self.processor, MHLA):
             return super().forward(hidden_states, encoder_hidden_states, sparse, rotary_emb, **kwargs)
-        if sparse is not None:
-            raise ValueError("linear attention has no sparse form: leave sparse_params out")
+        if sparse is not None or (sparse_params or {}).get("to_fractal"):
+            raise ValueError("linear attention has no sparse form, nor its order: leave sparse_params out")
         return self.processor(self, hidden_states, rotary_emb=rotary_emb, **kwargs)
 
 

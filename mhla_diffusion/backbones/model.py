@@ -255,12 +255,18 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         (Ulysses). Token numbers that the ranks do not divide need ``ulysses_anything=True``.
 
         Raises:
-            ValueError: for layers with stock attention, and ranks that do not divide the heads where tokens
-                are exchanged.
+            ValueError: for layers with stock attention, ranks that do not divide the heads where tokens are
+                exchanged, and a model that diffusers has no plan for, nor is given one.
         """
         spread = getattr(config, "context_parallel_config", config)
         if spread and not isinstance(config, TensorParallelConfig):
             self._check_context_parallel((spread.ulysses_degree or 1) * (spread.ring_degree or 1))
+            if cp_plan is None and self._cp_plan is None:
+                planned = [model.__name__ for model in BACKBONES.values() if model._cp_plan is not None]
+                raise ValueError(
+                    f"diffusers has no plan of how the tokens of {self.stock.__name__} are spread: give one "
+                    f"as cp_plan=; those with a plan are {', '.join(planned)}"
+                )
         super().enable_parallelism(config=config, cp_plan=cp_plan)
 
     def _check_context_parallel(self, ranks: int) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..evaluation.pages.runs import Run
 
 
+_HUB_ID = r"(\w[\w.-]*/)?\w[\w.-]*"
+
+
 def card(
     model: str,
     report: str | None = None,
@@ -29,10 +32,12 @@ def card(
     license: str | None = None,
     base_model: str | None = None,
     datasets: tuple[str, ...] = (),
-    converted: bool = False,
+    converted: bool | None = None,
     name: str | None = None,
 ) -> None:
     """Write README.md of a saved pipeline again, fit to publish; one that somebody edited is refused.
+
+    Licence, base model, data and whether it was converted, where not given, are what that README.md says.
 
     Args:
         model: folder of the pipeline.
@@ -47,7 +52,13 @@ def card(
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
     from mhla_diffusion.pipelines.identity import training_of
-    from mhla_diffusion.pipelines.model_card import PICTURE, CardFields, is_edited, write_model_card
+    from mhla_diffusion.pipelines.model_card import (
+        PICTURE,
+        CardFields,
+        is_edited,
+        stored_fields,
+        write_model_card,
+    )
 
     from .. import MHLAPipeline
     from ..hub import require_stored
@@ -61,11 +72,12 @@ def card(
         raise ValueError(f"{readme} was edited, and is not written again: move it away first")
     if report is None and readme.is_file() and "\n## Scores\n" in readme.read_text("utf-8"):
         logging.warning("%s had scores, which are left out: give their --report again", readme)
-    _require_hub_ids(license, base_model, datasets)
+    _require_hub_ids(license, base_model, datasets, name)
     if picture is not None:
         _require_png(Path(picture))
     pipeline = MHLAPipeline.from_pretrained(model)
-    if converted and "trained" in training_of(pipeline, folder):
+    known, trained = stored_fields(readme), "trained" in training_of(pipeline, folder)
+    if converted and trained:
         raise ValueError(
             f"{model} was trained since it was converted, by what it says: leave --converted out"
         )
@@ -73,14 +85,17 @@ def card(
     if picture is not None:
         write_file(folder / PICTURE, partial(shutil.copyfile, picture))
     fields = CardFields(
-        scores=scores, results=results, base_model=base_model, license=license, datasets=datasets,
-        converted=converted,
+        scores=scores, results=results, base_model=base_model or known.base_model,
+        license=license or known.license, datasets=datasets or known.datasets,
+        converted=known.converted and not trained if converted is None else converted,
     )  # fmt: skip
     write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
     logging.info("Card: %s", readme)
 
 
-def _require_hub_ids(license: str | None, base_model: str | None, datasets: Sequence[str]) -> None:
+def _require_hub_ids(
+    license: str | None, base_model: str | None, datasets: Sequence[str], name: str | None
+) -> None:
     """Check what the hub would refuse, or a card leave out without a word."""
     from mhla_diffusion.pipelines.model_card import is_hub_id
 
@@ -90,9 +105,11 @@ def _require_hub_ids(license: str | None, base_model: str | None, datasets: Sequ
         raise ValueError(
             f"base_model must be a hub id, such as someone/model, and no folder here, got {base_model!r}"
         )
-    for name in datasets:
-        if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
-            raise ValueError(f"datasets must be hub ids, such as someone/photos, got {name!r}")
+    if name is not None and not re.fullmatch(_HUB_ID, name):
+        raise ValueError(f"name must be a hub id, such as someone/digits, got {name!r}")
+    for data in datasets:
+        if not re.fullmatch(_HUB_ID, data):
+            raise ValueError(f"datasets must be hub ids, such as someone/photos, got {data!r}")
 
 
 def _require_png(path: Path) -> None:

@@ -47,6 +47,10 @@ def exit_code(call: Callable[[], int | None]) -> int:
         return _tell(error, 1)
     except _broken_file_errors() as error:
         return _tell(f"a file is broken: {error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        return _tell(f"out of memory; take a smaller size or fewer at a time: {error}", 1)
 
 
 def _broken_file_errors() -> tuple[type[Exception], ...]:
@@ -54,6 +58,12 @@ def _broken_file_errors() -> tuple[type[Exception], ...]:
     safetensors = sys.modules.get("safetensors")
     of_safetensors = (safetensors.SafetensorError,) if safetensors else ()
     return (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, *of_safetensors)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Tell whether memory did not do: torch says it of a GPU by a class, of a CPU by a message."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def _tell(error: object, code: int) -> int:

@@ -69,7 +69,7 @@ def image(
         dtype: of the weights.
         grid: also draw the first images, a column for each class or prompt, into this PNG file.
     """
-    _require_picture(grid)
+    _require_picture("grid", grid, out)
     texts = None if prompts is None else read_prompts(prompts)
     manifest = generate_images(
         load(model, dtype, "images"), out, num_images=num, class_labels=classes, prompts=texts,
@@ -127,7 +127,7 @@ def video(
         dtype: of the weights.
         strip: also draw all frames of the first eight videos, a row for each, into this PNG file.
     """
-    _require_picture(strip)
+    _require_picture("strip", strip, out)
     texts = read_prompts(prompts, images=images)
     manifest = generate_videos(
         load(model, dtype, "videos"), out, prompts=texts, num_videos=num, per_prompt=per_prompt,
@@ -138,12 +138,15 @@ def video(
         in_first_process(lambda: save_strips(manifest.parent, strip))
 
 
-def _require_picture(path: str | None) -> None:
+def _require_picture(option: str, path: str | None, out: str) -> None:
     """Check, before anything is made, that a picture can be written there."""
-    if path is not None:
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a PNG file, such as {path}/samples.png")
-        require_writable(Path(path).parent)
+    if path is None:
+        return
+    if Path(path).is_dir() or Path(path).resolve() == Path(out).resolve():
+        raise ValueError(f"{path} is a folder: give the name of a PNG file, such as {path}/samples.png")
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{option} is a PNG file: its name must end in .png, got {path}")
+    require_writable(Path(path).parent)
 
 
 def load(model: str, dtype: DType, kind: str) -> Any:

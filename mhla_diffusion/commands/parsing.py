@@ -74,6 +74,7 @@ class _Parser(HelpParser):
         end, options, known = f"see {self.prog} --help", list[str](), ""
         if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             options = [option for action in self._actions for option in action.option_strings]
+            options = [option for option in options if option != "--help"]  # close to all that is short
         elif unknown := re.search(r"(?:Group '(.+)' does not accept o|O)ption '(.+)'", message):  # of a file
             group = f"{unknown[1]}." if unknown[1] else ""
             below = [a.dest.removeprefix(group) for a in self._actions if a.dest.startswith(group)]

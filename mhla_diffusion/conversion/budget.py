@@ -79,7 +79,12 @@ def conversion_budget(
         steps, batch_size: of distillation, all weights trained, with gradient checkpointing.
         gpus: that share the work.
         tflops: sustained by each, 1e12 FLOPs a second; an H100 does about 300 to 400 in bfloat16 of its 990.
+
+    Raises:
+        ValueError: for no GPU, or one that does nothing.
     """
+    if gpus < 1 or not 0 < tflops < math.inf:
+        raise ValueError(f"gpus must be at least 1 and tflops above 0, got {gpus} and {tflops:g}")
     tokens, width = plan.layout.num_tokens, plan.heads * plan.head_dim
     layer_bytes = align.all_samples * sample_bytes(tokens, width, getattr(torch, align.dtype))
     layers = min(plan.operators, max(1, int(align.disk * 1e9 // layer_bytes)))

@@ -24,3 +24,5 @@ def test_a_call_with_a_sparse_mask_is_refused() -> None:
     assert torch.equal(sample(model, dense), sample(model, inputs))
     with pytest.raises(ValueError, match="leave sparse_params out"):
         model(**inputs, sparse_params={"to_fractal": False, "sta_mask": torch.ones(1), "P": 0.9})
+    with pytest.raises(ValueError, match="leave sparse_params out"):
+        model(**CASE.inputs(model, (1, 8, 8)), sparse_params={"to_fractal": True})

@@ -172,6 +172,11 @@ def test_stock_layers_are_refused(case: Case) -> None:
         )
 
 
+def test_models_without_a_plan_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no plan .* SanaTransformer2DModel .* with a plan are MHLA.*MHLADiT"):
+        CASES["Sana"].make().enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+
+
 def test_heads_that_ranks_do_not_divide_are_refused_where_tokens_are_exchanged(case: Case) -> None:
     with pytest.raises(ValueError, match=r"3 ranks do not divide 2 heads, as they have to where windows"):
         case.make(mhla={"cpe": "zero"}).enable_parallelism(config=ContextParallelConfig(ulysses_degree=3))

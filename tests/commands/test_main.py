@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from mhla_diffusion import MHLAConfig
 from mhla_diffusion.commands.end import CommandError, exit_code
@@ -252,9 +253,13 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         (f"plan {DIT} 9", "unrecognized arguments: 9; see mhla plan --help", 2),
         ("generate video --model nowhere --out OUT --prompts [a]", "nowhere", 1),
         ("generate image --model nowhere --out OUT --num 1 --clases 0", "did you mean --classes?", 2),
+        ("generate image --model nowhere --out OUT --grid OUT", "is a folder: give the name of a PNG", 1),
+        ("generate image --model nowhere --out OUT --grid a.jpg", "its name must end in .png, got a.jpg", 1),
+        ("evaluate stats --real nowhere --out OUT", "unrecognized arguments: --real nowhere; see mhla", 2),
         ("plan --model DiT-S/2", "the following arguments are required: height, width; see", 2),
         ("plan --model DiT-S/2 --height tall --width 9", "height: expected int, got tall; see", 2),
         (f"plan {DIT} --dtype int8", "int8", 2),
+        ("plan --model DiT-S/2 --height 100000000 --width 100000000", "does not run on 6250000 x 6250000", 1),
         (f"plan {DIT} --config BROKEN", "mhla plan --help", 2),
         (f"plan {DIT} --config nowhere.yaml", "nowhere.yaml", 2),
         (f"plan {DIT} --frames 9", "an image model has no frames, got frames=9; leave it out", 1),
@@ -367,6 +372,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(ValueError("several changes:\n  a: 1 -> 2\n  b: 3 -> 4")) == 1
     assert raising(OSError()) == 1
     assert raising(zipfile.BadZipFile("no zip")) == 1
+    assert raising(MemoryError("no room")) == 1
+    assert raising(torch.OutOfMemoryError("CUDA out of memory")) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: no",
         "error: interrupted",
@@ -374,7 +381,11 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         "error: several changes: a: 1 -> 2; b: 3 -> 4",
         "error: OSError",
         "error: a file is broken: no zip",
+        "error: out of memory; take a smaller size or fewer at a time: no room",
+        "error: out of memory; take a smaller size or fewer at a time: CUDA out of memory",
     ]
+    assert exit_code(lambda: len(torch.empty(2**50))) == 1
+    assert "error: out of memory; take a smaller size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

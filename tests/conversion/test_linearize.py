@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -417,6 +418,9 @@ def test_the_budget_by_hand() -> None:
     wider = replace(align, dtype="float32")
     again = conversion_budget(size, forms, wider, steps=10, batch_size=8, gpus=2, tflops=1e-12 / 3600)
     assert again.layer_bytes == 2 * layer
+    for wrong in ({"gpus": 0}, {"gpus": -1}, {"tflops": 0.0}, {"tflops": math.inf}):
+        with pytest.raises(ValueError, match="gpus must be at least 1 and tflops above 0, got"):
+            conversion_budget(size, forms, align, steps=10, batch_size=8, **wrong)
 
 
 def test_the_experiment_compares_every_variant_and_goes_on(

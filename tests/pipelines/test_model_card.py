@@ -216,6 +216,9 @@ def test_a_card_takes_the_scores_the_picture_and_the_licence_that_its_author_giv
     assert first.metric_args["interval of 95 %"] == scores[0]["interval"]
     assert (folder / "samples.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     assert run_script("card", "--model", tmp_path).returncode == 1
+    write_card(str(folder), license="mit")
+    header = ModelCard(card(folder)).data
+    assert (header.license, header.datasets, header.base_model) == ("mit", ["someone/photos"], "a/b")
 
 
 def reported(pipeline: Path, folder: Path, dtype: torch.dtype) -> str:
@@ -259,6 +262,7 @@ def test_a_card_takes_nothing_that_is_not_so(make_pipeline: MakePipeline, tmp_pa
         ({"license": "Not A Licence"}, "license must be a name of the hub"),
         ({"base_model": "no id!"}, "base_model must be a hub id"),
         ({"datasets": ("a b",)}, "datasets must be hub ids"),
+        ({"name": "../pets"}, "name must be a hub id"),
         ({"converted": True}, "was trained since it was converted"),
     ]
     for arguments, message in wrong:
@@ -282,6 +286,11 @@ def test_a_converted_pipeline_of_diffusers_has_a_card_that_says_so(
     assert str(tmp_path) not in text
     assert facts(text)["blocks"].count("x") == 2
     assert facts(text)["softmax window"] == "shared, margin 0.25 of a block"
+    write_card(str(tmp_path / "mhla"), license="mit")
+    assert "**Converted, not fine-tuned yet.**" in card(tmp_path / "mhla")
+    write_card(str(tmp_path / "mhla"), converted=False)
+    assert "**Converted" not in card(tmp_path / "mhla")
+    assert ModelCard(card(tmp_path / "mhla")).data.license == "mit"
 
 
 def test_what_is_not_known_is_said_to_be_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:

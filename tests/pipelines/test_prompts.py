@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_tables_have_columns_for_what_goes_with_a_prompt(tmp_path: Path) -> None
         ("a.jsonl", '{"prompt": "a", "seed": true}\n', "line 1: seed must be a whole number .* got True"),
         ("a.jsonl", '{"prompt": "a", "image": 3}\n', "line 1: image must be a path, got 3"),
         ("a.jsonl", '{"prompt": " "}\n', "line 1: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "a \\ud800"}\n', "line 1: prompt .* is no Unicode text"),
         ("a.txt", b"a\nb\n\xff\n", "line 3 is not UTF-8"),
         ("a.txt", "\n", "there is no prompt in"),
     ],
@@ -112,6 +114,20 @@ def test_a_faulty_file_is_refused_by_its_line(
 def test_a_file_that_is_not_there_is_not_taken_for_a_prompt(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file of prompts"):
         read_prompts([str(tmp_path / "my prompts.txt")])
+
+
+def test_another_file_or_a_folder_is_not_taken_for_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cats").mkdir()
+    Path("cats/p.json").write_text("[]")
+    for value in ("cats/p.json", "cats/", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"is a file or a folder here, .* in brackets") as caught:
+            read_prompts([value])
+        (bracketed,) = re.findall(r"brackets: (\[.+\])$", str(caught.value))
+        assert [prompt.prompt for prompt in read_prompts([bracketed])] == [value]
+    assert [prompt.prompt for prompt in read_prompts(["cats", "a/b"])] == ["cats", "a/b"]
 
 
 @pytest.mark.parametrize(

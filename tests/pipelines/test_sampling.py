@@ -224,6 +224,11 @@ def test_another_picture_is_another_run(
             "options frames cannot be given to WanPipeline; .*attention_kwargs",
         ),
         ("wan", {"options": {"prompt": "x"}}, "options prompt cannot be given"),
+        (
+            "wan",
+            {"num_inference_steps": 1, "options": {"num_inference_steps": 3}},
+            "num_inference_steps is given twice, by itself and among the options",
+        ),
         ("wan-image", {}, "WanImageToVideoPipeline needs image: give a folder of images"),
         ("wan", {"prompts": [Prompt("a", image="pictures/a.png")]}, "WanPipeline takes no image"),
         ("wan-image", {"prompts": ["a", "b", "c"], "images": "pictures"}, "holds 2 images, and there are 3"),

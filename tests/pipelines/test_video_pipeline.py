@@ -214,9 +214,10 @@ def test_callbacks_see_every_step(pixel_pipeline: MHLAWanPipeline) -> None:
     [
         ({"num_frames": 3}, r"must be multiples of \(2, 4, 4\), got \(3, 8, 12\)"),
         ({"height": 10}, r"got \(4, 10, 12\)"),
+        ({"max_sequence_length": -1}, "max_sequence_length must be at least 1, got -1"),
         ({"latents": torch.zeros(1, 1, 4, 8, 8)}, r"latents must be \(1, 1, 4, 8, 12\)"),
     ],
-    ids=["frames", "height", "latents"],
+    ids=["frames", "height", "text", "latents"],
 )
 def test_sizes_that_do_not_fit_are_refused(
     pixel_pipeline: MHLAWanPipeline, arguments: dict[str, Any], message: str
