@@ -173,7 +173,9 @@ def test_stock_layers_are_refused(case: Case) -> None:
 
 
 def test_models_without_a_plan_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no plan .* SanaTransformer2DModel .* with a plan are MHLA.*MHLADiT"):
+    with pytest.raises(
+        ValueError, match=r"no plan .* SanaTransformer2DModel .* with a plan are MHLA.*MHLADiT"
+    ):
         CASES["Sana"].make().enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 
 
