@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,18 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TINY: dict[str, Any] = {"blocks": (1, 2, 2), "sample_grid": (2, 4, 4), "head_dim": 12}
 
 
-def make_model(*, image: bool = False, gate: bool = True) -> MHLAWanTransformer3DModel:
+def make_model(
+    *, image: bool = False, mhla: dict[str, Any] | None = None, **settings: Any
+) -> MHLAWanTransformer3DModel:
     model = MHLAWanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=4, num_layers=3,
         text_dim=10, freq_dim=16, ffn_dim=40, sample_grid=(2, 4, 4),
         image_dim=6 if image else None, added_kv_proj_dim=24 if image else None,
         mhla_config={
             "blocks": [1, 2, 2], "normalizer": "none", "constraint": "none", "layers": [1, 2],
-            "gate": gate, "output_norm": True,
+            "gate": True, "output_norm": True, **(mhla or {}),
         },
+        **settings,
     )  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # mixing with negative weights too
@@ -74,7 +79,7 @@ def test_names_are_those_of_the_original() -> None:
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("form", ["safetensors", "pth", "shards"])
 def test_a_checkpoint_gives_back_the_model(tmp_path: Path, image: bool, gate: bool, form: str) -> None:
-    model = make_model(image=image, gate=gate)
+    model = make_model(image=image, mhla={"gate": gate})
     weights = their_weights(model)
     path = tmp_path / "checkpoint"
     if form == "pth":
@@ -91,10 +96,72 @@ def test_a_checkpoint_gives_back_the_model(tmp_path: Path, image: bool, gate: bo
     loaded = load_official_wan(path, **TINY)
     assert loaded.layer_attention == ["softmax", "mhla", "mhla"]
     assert loaded.config.mhla_config["gate"] == gate
-    assert loaded.config.mhla_config["constraint"] == "none"
+    assert loaded.config.mhla_config["constraint"] == loaded.config.mhla_config["normalizer"] == "none"
     ours = loaded.state_dict()
     assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
     assert any((m < 0).any() for name, m in ours.items() if name.endswith("mixing"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "config"),
+    [
+        ({"mhla": {"cpe": "zero"}}, {"cpe": "zero", "output_norm": True}),
+        ({"mhla": {"output_norm": False}}, {"cpe": None, "output_norm": False}),
+        ({"cross_attn_norm": False}, {}),
+        ({"image": True, "pos_embed_seq_len": 5}, {}),
+    ],
+    ids=["convolution", "no norm", "no norm of text", "positions of images"],
+)
+def test_parts_are_those_that_have_weights(
+    tmp_path: Path, settings: dict[str, Any], config: dict[str, Any]
+) -> None:
+    model = make_model(**settings)
+    save_file(their_weights(model), tmp_path / "wan.safetensors")
+    loaded = load_official_wan(tmp_path / "wan.safetensors", **TINY)
+    assert loaded.config.mhla_config.items() >= config.items()
+    ours = loaded.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_normalizer_is_the_one_asked_for(tmp_path: Path) -> None:
+    save_file(their_weights(make_model()), tmp_path / "wan.safetensors")
+    loaded = load_official_wan(tmp_path / "wan.safetensors", normalizer="official", **TINY)
+    assert loaded.config.mhla_config["normalizer"] == "official"
+
+
+@pytest.mark.parametrize("table", ["state_dict", "model", "ema", None])
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
+def test_weights_are_found_in_what_a_trainer_saved(tmp_path: Path, table: str | None, prefix: str) -> None:
+    model = make_model()
+    weights = {f"{prefix}{key}": value for key, value in their_weights(model).items()}
+    torch.save({table: weights, "step": 3} if table else weights, tmp_path / "wan.pth")
+    ours = load_official_wan(tmp_path / "wan.pth", **TINY).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+def test_shards_of_a_folder_may_be_of_torch(tmp_path: Path, suffix: str) -> None:
+    model = make_model()
+    weights = their_weights(model)
+    for i in range(2):
+        torch.save({key: weights[key] for key in sorted(weights)[i::2]}, tmp_path / f"model-{i}.{suffix}")
+    ours = load_official_wan(tmp_path, **TINY).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
+
+
+class _MakesAFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
+    torch.save({"model": _MakesAFolder(tmp_path / "made")}, tmp_path / "wan.pth")
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        load_official_wan(tmp_path / "wan.pth")
+    assert not (tmp_path / "made").exists()
 
 
 def test_everything_wrong_is_listed(tmp_path: Path) -> None:
@@ -120,6 +187,9 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"no Wan checkpoint .* lacks patch_embedding\.weight"):
         load_official_wan(tmp_path / "x.safetensors")
+    torch.save({"step": 3}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt holds no table of weights"):
+        load_official_wan(tmp_path / "x.pt")
     weights = their_weights(make_model())
     partly = {key: value for key, value in weights.items() if not key.startswith("blocks.2.self_attn.g.")}
     save_file(partly, tmp_path / "partly.safetensors")
@@ -178,3 +248,4 @@ def test_the_script_reads_a_checkpoint(tmp_path: Path) -> None:
     loaded = MHLAWanTransformer3DModel.from_pretrained(out)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     assert loaded.mixing_blocks == (3, 5, 10)
+    assert tuple(loaded.config.sample_grid) == (21, 30, 50)

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel, WanTransformer3DModel
 from torch import Tensor
 
-from mhla_diffusion import MHLAConfig, MHLADiTPipeline, MHLADiTTransformer2DModel, MHLAPipeline
+from mhla_diffusion import (
+    MHLAConfig,
+    MHLADiTPipeline,
+    MHLADiTTransformer2DModel,
+    MHLAPipeline,
+    convert_to_mhla,
+)
 from mhla_diffusion.backbones import load_transformer
 from mhla_diffusion.commands.card import card
 from mhla_diffusion.planning import plan
@@ -186,6 +192,28 @@ def test_hub_arguments_choose_what_is_loaded(
         "someone/pets", cache_dir=cache, local_files_only=local_files_only, **arguments
     )
     assert same_weights(loaded.transformer, pipelines[name].transformer)
+
+
+def test_a_transformer_is_found_in_a_pipeline_on_the_hub(
+    hub_cache: tuple[Path, dict[str, MHLADiTPipeline]],
+) -> None:
+    cache, pipelines = hub_cache
+    loaded = load_transformer("someone/pets", cache_dir=cache, local_files_only=True, revision="v2")
+    assert same_weights(loaded, pipelines["v2"].transformer)
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_each_of_two_experts_is_loaded_as_it_is_stored(
+    make_stock_video_pipeline: Callable[[str], Any], tmp_path: Path, component: str
+) -> None:
+    pipeline = make_stock_video_pipeline("wan2.2")
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_transformer(str(tmp_path), component=component)
+    assert type(loaded) is WanTransformer3DModel
+    assert same_weights(loaded, getattr(pipeline, component))
+    ours = convert_to_mhla(loaded, MHLAConfig(layers=()))
+    ours.save_pretrained(tmp_path / component)
+    assert type(load_transformer(str(tmp_path), component=component)) is type(ours)
 
 
 def test_what_is_not_in_the_cache_is_named(hub_cache: tuple[Path, Any]) -> None:
