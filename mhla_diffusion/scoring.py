@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from mhla_diffusion.pipelines.generation import generate_images, generate_videos
 
+from .autoencoders import size_in_pixels
 from .evaluation import FeatureExtractor, Report, evaluate_images, evaluate_videos
 from .evaluation.measure import PassSettings, measure
 from .evaluation.networks.images import load_extractor
@@ -23,6 +25,7 @@ from .evaluation.sets.videos import open_videos
 from .files.videos import write_video
 from .processes import in_first_process
 from .training import VideoTrainingConfig
+from .training.data.latents import CachedLatents
 from .training.data.stream import to_pixels
 from .training.objectives import build_objective
 
@@ -40,17 +43,31 @@ def open_source(config: Any) -> Any:
     return source
 
 
+def clip_size(run: Any) -> tuple[int, ...]:
+    """Return frames, height and width in pixels of the clips that the models of a run make."""
+    if run.data.source == "latents":  # whose config has no sizes
+        return _decoded_size(run.data.path)
+    return run.data.frames, *run.data.sizes[0]
+
+
+@functools.lru_cache
+def _decoded_size(path: str) -> tuple[int, ...]:
+    latents = CachedLatents(path)
+    vae = latents.load_vae()
+    return size_in_pixels(vae, latents.sizes_as_listed(vae)[0])
+
+
 def load_extractor_of(run: Any, name: str, *, device: str | None = None) -> FeatureExtractor:
     """Load an extractor, see ``mhla evaluate``, for what the models of a run make."""
     if isinstance(run, VideoTrainingConfig):
-        return load_video_extractor(name, frames=run.data.frames, device=device)
+        return load_video_extractor(name, frames=clip_size(run)[0], device=device)
     return load_extractor(name, device=device)
 
 
 def open_set_of(run: Any, folder: str | Path) -> SampleSet:
     """Open images or, as long as the clips of the run, videos."""
     if isinstance(run, VideoTrainingConfig):
-        return open_videos(folder, frames=run.data.frames)
+        return open_videos(folder, frames=clip_size(run)[0])
     return open_images(folder)
 
 
@@ -80,10 +97,10 @@ def generate_samples(
         "guidance_scale": run.sampling.guidance_scale, "batch_size": batch_size,
     }  # fmt: skip
     if isinstance(run, VideoTrainingConfig):
-        height, width = run.data.sizes[0] if run.data.sizes else (None, None)
+        frames, height, width = clip_size(run)
         generate_videos(
             pipeline, out, prompts=list(prompts), num_videos=num_samples, height=height, width=width,
-            num_frames=run.data.frames, fps=fps, **sampling,
+            num_frames=frames, fps=fps, **sampling,
         )  # fmt: skip
     else:
         generate_images(pipeline, out, prompts=list(prompts) or None, num_images=num_samples, **sampling)
@@ -92,7 +109,7 @@ def generate_samples(
 def score_samples(run: Any, real: str | Path, out: Path, **settings: Any) -> Report:
     """Score the samples in a folder, see :func:`.evaluate_images` and :func:`.evaluate_videos`."""
     if isinstance(run, VideoTrainingConfig):
-        return evaluate_videos(real, out, frames=run.data.frames, **settings)
+        return evaluate_videos(real, out, frames=clip_size(run)[0], **settings)
     return evaluate_images(real, out, **settings)
 
 

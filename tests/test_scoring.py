@@ -16,9 +16,10 @@ from torch import Tensor
 from mhla_diffusion import scoring
 from mhla_diffusion.evaluation.scores.frechet import FeatureStatistics
 from mhla_diffusion.evaluation.sets.images import open_images
-from mhla_diffusion.training import VideoDataConfig
+from mhla_diffusion.training import TextConfig, VideoDataConfig
 from mhla_diffusion.training.export import read_run_config
 from tests.extractors import quarters
+from tests.training.stock_runs import TRAINED, write_latents
 
 SAVED = Path(__file__).parent / "saved"
 
@@ -92,6 +93,19 @@ def test_videos_are_generated_in_the_first_size_of_the_run(called: dict[str, Any
         "num_inference_steps": 7, "guidance_scale": 2.5, "batch_size": 3,
     }  # fmt: skip
     assert called == {"generate_videos": (("pipeline", tmp_path), expected)}
+
+
+def test_clips_of_a_run_on_latents_have_the_size_that_these_are_decoded_to(
+    called: dict[str, Any], tmp_path: Path
+) -> None:
+    (ltx,) = (trained for trained in TRAINED if trained.case == "LTXVideo")
+    cache = write_latents(ltx, TextConfig("encoder"), tmp_path)
+    run = run_of("video", data=VideoDataConfig("latents", cache))
+    scoring.generate_samples(run, "pipeline", tmp_path, 5, prompts=("cat",), batch_size=3)
+    size = {name: called["generate_videos"][1][name] for name in ("num_frames", "height", "width")}
+    assert size == ltx.call
+    scoring.load_extractor_of(run, "i3d")
+    assert called["load_video_extractor"][1]["frames"] == 17
 
 
 def test_an_extractor_is_one_of_what_the_run_makes(called: dict[str, Any]) -> None:
