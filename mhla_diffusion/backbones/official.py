@@ -82,7 +82,7 @@ def load_official_wan(
 
     Raises:
         ValueError: for a file that is no such checkpoint; all missing and unexpected weights are listed.
-        pickle.UnpicklingError: for one of torch that holds more than weights, such as code, none of which runs.
+        pickle.UnpicklingError: for one of torch that holds more than weights, such as code, which is not run.
     """
     theirs = _read(Path(path))
     state = {_rename(key): value for key, value in theirs.items()}
