@@ -148,3 +148,35 @@ def test_adapters_are_loaded_into_an_offloaded_model_or_refused(
     assert type(getattr(model, "_hf_hook", None)) is hook, "it is offloaded as before"
     assert any(weight.is_meta for weight in model.parameters()) == by_accelerate
     torch.testing.assert_close(sample(model, inputs), expected)
+
+
+class Attack:
+    """What leaves a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_adapters_are_read_from_a_dict_without_prefix_and_from_no_pickle(tmp_path: Path) -> None:
+    case = CASES["Wan"]
+    model = case.make(mhla={"gate": True})
+    trained, _, _ = train_adapters(model, case, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    file.unlink()
+    pickled = tmp_path / "pytorch_lora_weights.bin"
+    for content in (
+        {f"transformer.{key}": value for key, value in weights.items()},
+        Attack(tmp_path / "run"),
+    ):
+        torch.save(content, pickled)
+        with pytest.raises(OSError, match=r"no file named pytorch_lora_weights\.safetensors"):
+            model.load_lora_adapter(tmp_path)
+    assert not (tmp_path / "run").exists()
+    model.load_lora_adapter(weights, prefix=None)
+    own, expected = ({n: p for n, p in m.named_parameters() if ".attn1." in n} for m in (model, trained))
+    assert own
+    assert all(torch.equal(own[name], weight) for name, weight in expected.items())
