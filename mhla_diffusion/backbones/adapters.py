@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
@@ -63,8 +64,16 @@ class AdapterMixin(PeftAdapterMixin):
         and stays when adapters are unloaded.
 
         Raises:
-            ValueError: for weights that do not fit this model.
+            ValueError: for weights that do not fit this model, and for one that is offloaded so that its own
+                weights cannot be written.
         """
+        group = _get_top_level_group_offload_hook(self)
+        if group is not None and group.config.offload_to_disk_path is not None:
+            raise ValueError(
+                f"weights of this model are offloaded into {group.config.offload_to_disk_path}, whose files "
+                "are not written again: load adapters before enable_group_offload, or offload without "
+                "offload_to_disk_path"
+            )
         weights = pretrained_model_name_or_path_or_dict
         if not isinstance(weights, dict):
             place = {name: kwargs.pop(name, None) for name in _PLACE}
@@ -77,14 +86,28 @@ class AdapterMixin(PeftAdapterMixin):
         start = f"{prefix}.{FULL_WEIGHTS}." if prefix else f"{FULL_WEIGHTS}."
         full = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
         adapters = {key: value for key, value in weights.items() if not key.startswith(start)}
-        own = _fitting(self, full)
         # diffusers takes a file whose first weight is no adapter's for one of another format.
         ordered = dict(sorted(adapters.items(), key=lambda item: ".lora_" not in item[0]))
-        super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
-        _follow_adapters(self)
-        with torch.no_grad():
-            for name, weight in full.items():
-                own[name].copy_(weight)
+        # As diffusers does, and around all of this: offloading that is put back makes new parameters.
+        pipeline: Any = kwargs.get("_pipeline")
+        by_model, sequential, _ = self._optionally_disable_offloading(pipeline)
+        try:
+            if any(weight.is_meta for weight in self.parameters()):
+                raise ValueError(
+                    f"weights of this {type(self).__name__} are offloaded, and adapters would be lost: load "
+                    "them before it is offloaded, or with load_lora_weights of a pipeline that offloads it"
+                )
+            own = _fitting(self, full)
+            super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
+            _follow_adapters(self)
+            with torch.no_grad():
+                for name, weight in full.items():
+                    own[name].copy_(weight)
+        finally:
+            if by_model:
+                pipeline.enable_model_cpu_offload()
+            elif sequential:
+                pipeline.enable_sequential_cpu_offload()
 
     def unload_lora(self) -> None:
         """Unload adapters as diffusers does, and what was trained beside them (peft's ``modules_to_save``).

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mhla_diffusion import MHLADiTPipeline, MHLATextToImagePipeline, MHLAWanTransformer3DModel
 from mhla_diffusion.training import LoraConfig
@@ -18,6 +20,7 @@ from mhla_diffusion.training.adapters import merge_adapters, save_adapters, set_
 from mhla_diffusion.training.stock import IMAGES, VIDEOS
 from mhla_diffusion.training.text import make_stock_pipeline
 from tests.backbones.cases import CASES, Case, sample
+from tests.backbones.test_offloading import CPU, OFFLOADS, sequential
 from tests.text_encoders import make_text_parts
 
 
@@ -70,23 +73,28 @@ def pipeline_of(case: Case, transformer: Any) -> Any:
     return pipeline if hasattr(pipeline, "load_lora_weights") else None
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_adapters_and_attention_of_any_backbone_are_read_back_beside_the_model_they_were_trained_from(
-    name: str, tmp_path: Path
-) -> None:
-    case, lora = CASES[name], LoraConfig(rank=2, alpha=4)
-    base = case.make(mhla={"gate": True})
-    trained = copy.deepcopy(base)
+def train_adapters(base: Any, case: Case, folder: Path) -> tuple[Any, dict[str, Any], Tensor]:
+    """Train adapters and self-attention, save them, and return the model, its inputs and its output."""
+    lora, trained = LoraConfig(rank=2, alpha=4), copy.deepcopy(base)
     set_trainable(trained, "all", lora)
-    adapters = [name for name, _ in trained.named_parameters() if ".lora_" in name]
-    assert adapters
-    assert not any(case.model.attention_name in name.split(".") for name in adapters)
     inputs = case.inputs(trained, case.grids[3])
     optimizer = torch.optim.Adam((p for p in trained.parameters() if p.requires_grad), lr=0.1)
     sample(trained, inputs).square().mean().backward()
     optimizer.step()
-    expected = sample(trained, inputs)
-    save_adapters(trained, lora, tmp_path)
+    save_adapters(trained, lora, folder)
+    return trained, inputs, sample(trained, inputs).detach()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_and_attention_of_any_backbone_are_read_back_beside_the_model_they_were_trained_from(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base = case.make(mhla={"gate": True})
+    trained, inputs, expected = train_adapters(base, case, tmp_path)
+    adapters = [name for name, _ in trained.named_parameters() if ".lora_" in name]
+    assert adapters
+    assert not any(case.model.attention_name in name.split(".") for name in adapters)
 
     ways: list[Callable[[Any], None]] = [lambda model: model.load_lora_adapter(tmp_path)]
     if pipeline_of(case, base) is not None:
@@ -99,3 +107,76 @@ def test_adapters_and_attention_of_any_backbone_are_read_back_beside_the_model_t
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
     merge_adapters(trained)
     torch.testing.assert_close(sample(trained, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def whole(model: Any, folder: Path) -> None:
+    accelerate.cpu_offload_with_hook(model, execution_device=CPU)
+
+
+@pytest.mark.parametrize("way", ["pipeline", "model"])
+@pytest.mark.parametrize("offload", [*OFFLOADS, "whole"])
+@torch.no_grad()
+def test_adapters_are_loaded_into_an_offloaded_model_or_refused(
+    offload: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["Wan"]
+    model = case.make(mhla={"gate": True})
+    with torch.enable_grad():
+        _, inputs, expected = train_adapters(model, case, tmp_path / "lora")
+    pipeline, plain = pipeline_of(case, model), sample(model, inputs)
+    OFFLOADS.get(offload, whole)(model, tmp_path / "weights")
+    hook = type(getattr(model, "_hf_hook", None))
+    # Which diffusers does on an accelerator alone.
+    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", lambda: sequential(model, tmp_path))
+    monkeypatch.setattr(pipeline, "enable_model_cpu_offload", lambda: whole(model, tmp_path))
+    load = pipeline.load_lora_weights if way == "pipeline" else model.load_lora_adapter
+    by_accelerate = offload in ("sequential", "disk")
+    refused = way == "model" if by_accelerate else "disk" in offload
+    if refused:
+        with pytest.raises(ValueError, match=r"are offloaded.*: load (adapters|them) before"):
+            load(tmp_path / "lora")
+        assert not getattr(model, "peft_config", {})
+        assert torch.equal(sample(model, inputs), plain)
+        return
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    name = next(name for name in weights if name.endswith("processor.mixing"))
+    with pytest.raises(ValueError, match=r"mixing \(1, 1\), and this model has \("):
+        load({**weights, name: torch.ones(1, 1)})
+    assert torch.equal(sample(model, inputs), plain)
+    assert not getattr(model, "peft_config", {})
+    load(tmp_path / "lora")
+    assert type(getattr(model, "_hf_hook", None)) is hook, "it is offloaded as before"
+    assert any(weight.is_meta for weight in model.parameters()) == by_accelerate
+    torch.testing.assert_close(sample(model, inputs), expected)
+
+
+class Attack:
+    """What leaves a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_adapters_are_read_from_a_dict_without_prefix_and_from_no_pickle(tmp_path: Path) -> None:
+    case = CASES["Wan"]
+    model = case.make(mhla={"gate": True})
+    trained, _, _ = train_adapters(model, case, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    file.unlink()
+    pickled = tmp_path / "pytorch_lora_weights.bin"
+    for content in (
+        {f"transformer.{key}": value for key, value in weights.items()},
+        Attack(tmp_path / "run"),
+    ):
+        torch.save(content, pickled)
+        with pytest.raises(OSError, match=r"no file named pytorch_lora_weights\.safetensors"):
+            model.load_lora_adapter(tmp_path)
+    assert not (tmp_path / "run").exists()
+    model.load_lora_adapter(weights, prefix=None)
+    own, expected = ({n: p for n, p in m.named_parameters() if ".attn1." in n} for m in (model, trained))
+    assert own
+    assert all(torch.equal(own[name], weight) for name, weight in expected.items())
