@@ -50,6 +50,12 @@ def clip_size(run: Any) -> tuple[int, ...]:
     return run.data.frames, *run.data.sizes[0]
 
 
+def size_beside_config(run: Any) -> list[tuple[int, ...]]:
+    """List the size of clips where the config of a run does not say it: scores depend on that too."""
+    of_latents = isinstance(run, VideoTrainingConfig) and run.data.source == "latents"
+    return [clip_size(run)] if of_latents else []
+
+
 @functools.lru_cache
 def _decoded_size(path: str) -> tuple[int, ...]:
     latents = CachedLatents(path)

@@ -106,6 +106,9 @@ def test_clips_of_a_run_on_latents_have_the_size_that_these_are_decoded_to(
     assert size == ltx.call
     scoring.load_extractor_of(run, "i3d")
     assert called["load_video_extractor"][1]["frames"] == 17
+    assert scoring.size_beside_config(run) == [tuple(size.values())]
+    for declared in (run_of("image"), run_of("video", data=VideoDataConfig("folder", "clips"))):
+        assert scoring.size_beside_config(declared) == []
 
 
 def test_an_extractor_is_one_of_what_the_run_makes(called: dict[str, Any]) -> None:

@@ -51,14 +51,8 @@ def card(
         name: that it is published under, such as someone/digits.
     """
     # Here, as diffusers takes seconds that ``--help`` has no need of.
+    from mhla_diffusion.pipelines import model_card
     from mhla_diffusion.pipelines.identity import training_of
-    from mhla_diffusion.pipelines.model_card import (
-        PICTURE,
-        CardFields,
-        is_edited,
-        stored_fields,
-        write_model_card,
-    )
 
     from .. import MHLAPipeline
     from ..hub import require_stored
@@ -68,7 +62,7 @@ def card(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{model} is no folder of a pipeline (it has no model_index.json)")
     readme = folder / "README.md"
-    if is_edited(readme):
+    if model_card.is_edited(readme):
         raise ValueError(f"{readme} was edited, and is not written again: move it away first")
     if report is None and readme.is_file() and "\n## Scores\n" in readme.read_text("utf-8"):
         logging.warning("%s had scores, which are left out: give their --report again", readme)
@@ -76,20 +70,20 @@ def card(
     if picture is not None:
         _require_png(Path(picture))
     pipeline = MHLAPipeline.from_pretrained(model)
-    known, trained = stored_fields(readme), "trained" in training_of(pipeline, folder)
+    known, trained = model_card.stored_fields(readme), "trained" in training_of(pipeline, folder)
     if converted and trained:
         raise ValueError(
             f"{model} was trained since it was converted, by what it says: leave --converted out"
         )
     scores, results = (None, ()) if report is None else _read_scores(Path(report), pipeline, model)
     if picture is not None:
-        write_file(folder / PICTURE, partial(shutil.copyfile, picture))
-    fields = CardFields(
+        write_file(folder / model_card.PICTURE, partial(shutil.copyfile, picture))
+    fields = model_card.CardFields(
         scores=scores, results=results, base_model=base_model or known.base_model,
         license=license or known.license, datasets=datasets or known.datasets,
         converted=known.converted and not trained if converted is None else converted,
     )  # fmt: skip
-    write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
+    model_card.write_model_card(pipeline, folder, repo_id=name or folder.resolve().name, fields=fields)
     logging.info("Card: %s", readme)
 
 

@@ -30,6 +30,7 @@ from ..files.writing import write_file
 from ..hub import expert_times
 from ..planning import Plan
 from ..processes import process_state
+from ..scoring import size_beside_config
 from ..training.export import is_run
 from .calls import TIME_BUCKETS, Calls, DataCalls, fresh_numbers, open_calls
 from .choose import RECORD as CHOICE
@@ -211,7 +212,8 @@ def _sampling_facts(calls: Calls, config: ReportConfig) -> list[Any]:
     if not isinstance(calls, DataCalls) or not (config.samples or against):
         return []
     sampling = asdict(calls.config.sampling)
-    return [{key: value for key, value in sampling.items() if key not in _NOT_DRAWN}, against]
+    drawn = {key: value for key, value in sampling.items() if key not in _NOT_DRAWN}
+    return [drawn, against, *size_beside_config(calls.config)]
 
 
 def _entries(path: Path, name: str, teacher: Any, component: str) -> list[Entry]:

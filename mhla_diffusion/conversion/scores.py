@@ -26,6 +26,7 @@ from ..scoring import (
     open_source,
     require_real,
     score_samples,
+    size_beside_config,
     write_statistics,
     write_statistics_of,
 )
@@ -119,7 +120,7 @@ class Scorer:
         }  # fmt: skip
 
     def _real_facts(self) -> list[Any]:
-        kept = self.against, self.config.held_out, self.config.num_real
+        kept = self.against, self.config.held_out, self.config.num_real, *size_beside_config(self.run)
         return [*kept, self.data, self.extractor.name, self.extractor.weights_sha256]
 
     def _keep_statistics(self, source: Any) -> None:
