@@ -18,6 +18,7 @@ _KEY = re.compile(r'(?:- )?Parser key "([^"]+)": ?')
 _EXPECTED = re.compile(r"(?:- )?Expected an? (.*?)(?:\. Got value: (.*))?$")
 _TYPE_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false"}
 _LISTS = {"tuple", "list", "Sequence"}
+_MAY_BE_EMPTY = ("prompt", "prompts", "text.instruction", "text.pipeline")
 
 
 class HelpParser(ArgumentParser):
@@ -37,13 +38,16 @@ class HelpParser(ArgumentParser):
         """Parse arguments; in them and in files of configuration ``~/`` begins a path in the home.
 
         Raises:
-            ValueError: for a number that is none (NaN), which every bound lets pass.
+            ValueError: for a number that is none (NaN), which every bound lets pass, and for a text that is
+                empty, which as a path would be the working folder. What goes into prompts may be.
         """
         words = [with_home(word) for word in (sys.argv[1:] if args is None else args)]
         values = super().parse_args(words, *more, **settings)
         for key, value in list(values.items()):
             if _holds_nan(value):
                 raise ValueError(f"{key} must be a number, got {value}")
+            if value == "" and not key.endswith(_MAY_BE_EMPTY):
+                raise ValueError(f"{key} is empty: leave it out, or say what it is (is a variable not set?)")
             if (expanded := _expanded(value)) != value:
                 values[key] = expanded
         return values

@@ -23,13 +23,13 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds of each call's runs by a clock, the calls taking turns; slow ones get fewer, at least one."""
     times: list[list[float]] = [[] for _ in calls]
-    spent = [0.0] * len(calls)
+    spent, runs = [0.0] * len(calls), [0] * len(calls)
     for turn in range(repeats + 1):
         for i, call in enumerate(calls):
-            if times[i] and spent[i] * (turn + 1) / turn > seconds:
+            if times[i] and spent[i] * (runs[i] + 1) / runs[i] > seconds:
                 continue
             elapsed = _time(call, device, clock)
-            spent[i] += elapsed
+            spent[i], runs[i] = spent[i] + elapsed, runs[i] + 1
             if turn or 2 * elapsed > seconds:  # the first turn warms up, which what is slow has no need of
                 times[i].append(elapsed)
     return times

@@ -43,7 +43,7 @@ def convert_to_mhla(
 
     Raises:
         ValueError: for a model that there is no MHLA form of or whose weights are not there to be taken
-            (offloaded, fused, with adapters), or a config that does not fit it.
+            (offloaded, fused, with adapters, cast layer by layer), or a config that does not fit it.
     """
     if isinstance(model, PreTrainedModel):
         require_plain_weights(model)

@@ -100,7 +100,13 @@ def require_plain_weights(model: ModelMixin, *, fused: bool = False) -> None:
 
 
 def _require_plain_layers(model: ModelMixin) -> None:
-    """Refuse quantisation that has put other layers in place of linear ones."""
+    """Refuse quantisation that has put other layers in place of linear ones, and hooks that cast weights."""
+    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    if any(hook is not None and hook.get_hook("layerwise_casting") is not None for hook in hooks):
+        raise ValueError(
+            "weights of the model are stored in another dtype than they are computed in "
+            "(enable_layerwise_casting): convert it as it was before, and enable that then"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     method = "torchao" if quantizer is None else quantizer.quantization_config.quant_method
     method = getattr(method, "value", method)

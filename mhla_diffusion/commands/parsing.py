@@ -60,11 +60,12 @@ def join_prompts(arguments: Sequence[str]) -> list[str]:
     prompts: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--prompts" or not (equals or (value := next(remaining, ""))):
-            rest.append(argument)
+        if argument.startswith("--prompts="):
+            prompts.append(argument.removeprefix("--prompts="))
+        elif argument == "--prompts" and (text := next(remaining, None)) is not None:
+            prompts.append(text)
         else:
-            prompts.append(value)
+            rest.append(argument)
     return [*rest, f"--prompts={json.dumps(prompts, ensure_ascii=False)}"] if prompts else rest
 
 

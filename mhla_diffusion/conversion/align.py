@@ -25,7 +25,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbones import convert_to_mhla
-from ..backbones.grid import token_grid
 from ..backbones.quantised import require_not_quantised
 from ..backbones.teacher import LayerCall, attention_layers, fingerprint, layer_calls
 from ..config import MHLAConfig
@@ -36,7 +35,7 @@ from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
 from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_disk_space, sample_bytes, write_activations
-from .calls import TIME_BUCKETS, Calls, NoiseCalls, SampledCalls
+from .calls import TIME_BUCKETS, Calls
 from .job import AlignConfig, train_layer
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def align(
         raise ValueError(f"layers names layer {outside[0]}, but the layers are {sorted({*numbers.values()})}")
     wanted = [name for name, number in numbers.items() if layers is None or number in layers]
     first = layer_calls(teacher, calls(0), list(numbers))
-    candidates = dict(candidates or default_candidates(grid_of(teacher, calls)))
+    candidates = dict(candidates or default_candidates(calls.grid))
     record = _record_of(teacher, calls, candidates, config, name=name, tokens=_tokens(first))
     record |= {"layers": numbers, "asked": wanted}
     with ExitStack() as stack:
@@ -130,14 +129,6 @@ def align(
         for group in _groups(jobs, first, config):
             run.do(group)
     return read_aligned(out)
-
-
-def grid_of(teacher: Any, calls: Calls) -> tuple[int, ...]:
-    """Return the grid of tokens of a call."""
-    if isinstance(calls, NoiseCalls | SampledCalls):
-        return calls.grid
-    latents = calls.inputs(0)["hidden_states"]
-    return token_grid(latents.shape[2:], teacher.latents_per_token)
 
 
 def _tokens(first: Mapping[str, LayerCall]) -> int:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from ..backbones import (
     MHLAWanTransformer3DModel,
 )
+from ..backbones.grid import token_grid
 from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config, with_later_fields
@@ -50,7 +51,12 @@ class Calls(ABC):
         model: the teacher.
         seed: of every draw.
         times: the model's part.
+
+    Attributes:
+        grid: of tokens.
     """
+
+    grid: tuple[int, ...]
 
     def __init__(self, model: Any, *, seed: int = 0, times: tuple[float, float] = ALL_TIMES) -> None:
         self.model, self.seed, self.times = model, seed, times
@@ -147,6 +153,12 @@ class DataCalls(Calls):
         filled = _without_all_times(with_later_fields(facts, self.config))
         filled = {"fingerprint": self._fingerprint, **filled}
         return {name: value for name, value in filled.items() if name in facts or name in self.facts}
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:  # type: ignore[override]
+        # Of the samples: what the model is given of them may be packed, or have its channels last.
+        patch = self.model.latents_per_token
+        return token_grid(self.sample(0)[0].shape[-len(patch) :], patch)
 
     def sample(self, number: int) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
         """Return a clean sample ``[1, C, ...]``, its conditions, its time ``[1]`` and its noise."""

@@ -21,7 +21,7 @@ from ..training import DistillationConfig, OptimizerConfig, train
 from ..training.checkpoints import list_checkpoints
 from ..training.config import decisive_settings
 from ..training.export import read_run_config
-from .align import align, default_candidates, grid_of
+from .align import align, default_candidates
 from .calls import DataCalls, open_calls
 from .choose import RECORD as CHOICE
 from .choose import choose, require_reachable, save_student
@@ -106,7 +106,7 @@ def linearize(
     grid = None if grid is None else tuple(grid)
     calls = open_calls(teacher, data, grid=grid, times=expert_times(model, component))
     require_scores(calls, config.report)
-    forms = dict(candidates or default_candidates(grid_of(teacher, calls)))
+    forms = dict(candidates or default_candidates(calls.grid))
     require_reachable(teacher, forms, size, config.budget, config.keep)
     student, students = out / "student", [str(out / "student")]
     _require_same_choice(student / CHOICE, config, size, forms)

@@ -10,6 +10,8 @@ import accelerate
 import pytest
 import torch
 
+from mhla_diffusion import MHLAConfig, convert_to_mhla
+
 from .cases import EVERY_PART, Case, sample
 
 CPU = torch.device("cpu")
@@ -73,6 +75,8 @@ def test_layerwise_casting_stores_linear_layers_in_less(
     assert output.dtype == torch.float32
     error = (output - expected).norm() / expected.norm()
     assert 0 < error < 5e-2
+    with pytest.raises(ValueError, match=r"\(enable_layerwise_casting\): convert it as it was before"):
+        convert_to_mhla(model, MHLAConfig(blocks=case.blocks))
 
 
 @pytest.mark.parametrize("way", ["alone", "autocast", "training"])

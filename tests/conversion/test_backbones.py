@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from mhla_diffusion.conversion import (
     ReportConfig,
     SampledCalls,
     align,
+    default_candidates,
     linearize,
     open_calls,
 )
@@ -43,6 +45,8 @@ from mhla_diffusion.training.data.shards import Shards
 from mhla_diffusion.training.objectives import Distillation
 from tests.backbones.cases import CASES, Case, randomize
 from tests.faults.test_processes import join
+from tests.training.conftest import encoder  # noqa: F401 (a fixture)
+from tests.training.stock_runs import LATTE, TRAINED, Trained, prepare, run_of, write_latents
 from tests.training.test_video import MODEL
 from tests.training.test_video import settings as video_settings  # noqa: F401 (a fixture)
 
@@ -214,6 +218,26 @@ def test_a_video_model_goes_through_all_stages(
     content = json.loads((out / "report" / "report.json").read_text())
     assert [model["stage"] for model in content["models"]] == ["teacher", "plain", "aligned", "distilled"]
     assert (out / "report" / "report.html").read_text().count("data:image/webp;base64,") == 4, "clips play"
+
+
+@pytest.mark.parametrize("trained", [*TRAINED, LATTE], ids=lambda trained: trained.case)
+def test_forms_are_made_for_the_grid_of_the_data(
+    trained: Trained,
+    encoder: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Whatever the model is given of its samples: packed, frames first, or a picture each."""
+    text = prepare(trained, encoder, tmp_path)
+    write_latents(trained, text, tmp_path)
+    teacher = as_teacher(CASES[trained.case].stock(**trained.settings))
+    calls = DataCalls(teacher, run_of(trained, text, tmp_path))
+    layers = list(attention_layers(teacher))
+    tokens = {call.hidden_states.shape[1] for call in layer_calls(teacher, calls(0), layers).values()}
+    assert tokens == {math.prod(calls.grid)}
+    patch = teacher.latents_per_token
+    assert [n * size for n, size in zip(calls.grid, patch, strict=True)] == [*trained.latents[-len(patch) :]]
+    record = align(teacher, calls, tmp_path / "aligned", config=ONE_STEP)
+    assert record["candidates"].keys() == default_candidates(calls.grid).keys()
 
 
 def align_shared(rank: int, out: str) -> None:

@@ -14,6 +14,8 @@ from torch.utils.data import default_collate
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.backbones.denoising import denoise
+from mhla_diffusion.backbones.teacher import as_teacher
+from mhla_diffusion.conversion import DataCalls
 from mhla_diffusion.files.videos import open_video
 from mhla_diffusion.pipelines.generation import generate_videos
 from mhla_diffusion.training import (
@@ -92,6 +94,14 @@ def run_of(folder: Path, output_dir: Path, **changes: Any) -> VideoTrainingConfi
         "sampling": VideoSamplingConfig(every=2, prompts=("it",), num_inference_steps=1),
     }  # fmt: skip
     return VideoTrainingConfig(**{**settings, **changes})
+
+
+def test_forms_are_made_for_the_grid_of_its_clips(base: Path, tmp_path: Path) -> None:
+    """Channels of what it is given are last, and there are more of them than of its clips."""
+    calls = DataCalls(as_teacher(CASES["Kandinsky5"].stock(**SHAPE)), run_of(base, tmp_path / "run"))
+    samples, *_ = calls.sample(0)
+    assert samples.shape == (1, 3, 2, 4, 6)
+    assert calls.grid == (2, 2, 3)
 
 
 @pytest.mark.parametrize(
