@@ -110,7 +110,8 @@ def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None
 
     - a file: ``.txt`` with one prompt a line, ``.csv`` with a header, or ``.jsonl`` with an object a line.
       The columns are prompt and, if need be, seed, negative_prompt, file, height, width and image, a path
-      inside ``images`` or else inside the folder of the file. Empty lines are skipped;
+      inside ``images`` or else inside the folder of the file. Captions of a data set, with the columns path
+      and caption, are prompts whose samples are named as their files. Empty lines are skipped;
     - a list in brackets, of one text, ``[a red car]``, or of several in quotes, ``["a car", "wind, rain"]``;
     - any other text is a prompt, its commas included.
 
@@ -192,6 +193,8 @@ def _read_file(path: Path, images: Path | None) -> list[Prompt]:
     prompts = []
     for line, row in _READERS[path.suffix.lower()](read_text(path), path):
         origin = f"{path} line {line}"
+        if isinstance(sample := row.pop("path", None), str):  # which may be of another kind than what is made
+            row["file"] = sample.removesuffix(PurePosixPath(sample).suffix)
         if unknown := sorted(row.keys() - set(_COLUMNS)):
             raise ValueError(
                 f"{origin}: unknown {', '.join(map(repr, unknown))}; the columns are {', '.join(_COLUMNS)}"
@@ -276,8 +279,9 @@ def _read_jsonl(text: str, path: Path) -> Rows:
 
 
 def _column(name: str) -> str:
-    """A column's name, however its words are joined."""
-    return name.strip().lower().replace(" ", "_").replace("file_name", "file").replace("filename", "file")
+    """A column's name, however its words are joined, and as prompts have it."""
+    name = name.strip().lower().replace(" ", "_")
+    return {"file_name": "file", "filename": "file", "caption": "prompt"}.get(name, name)
 
 
 _READERS: dict[str, Callable[[str, Path], Rows]] = {

@@ -73,9 +73,24 @@ def test_tables_have_columns_for_what_goes_with_a_prompt(tmp_path: Path) -> None
         assert second == Prompt("c", origin=f"{path} line {last}")
 
 
+def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files(tmp_path: Path) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text('path,caption\ncats/1.webm,a cat\n2.mp4,"a dog, asleep"\n')
+    lines = tmp_path / "captions.jsonl"
+    rows = ({"path": "cats/1.jpg", "caption": "a cat"}, {"path": "2", "caption": "a dog, asleep"})
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    for path in (table, lines):
+        prompts = read_prompts([str(path)])
+        assert [prompt.prompt for prompt in prompts] == ["a cat", "a dog, asleep"]
+        assert [prompt.file_name(".mp4") for prompt in prompts] == ["cats/1.mp4", "2.mp4"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", "path,caption\n../a.mp4,a\n", "line 2: file '../a' must be a path below the folder"),
+        ("a.jsonl", '{"path": "", "caption": "a"}\n', "line 1: file '' must be a path below the folder"),
+        ("a.csv", "prompt,caption\na,b\n", "each column once; got prompt, prompt"),
         ("a.csv", "text\na\n", "line 1 must be a header with a column prompt, .* got text"),
         ("a.csv", "prompt,prompt\na,b\n", "each column once"),
         ("a.csv", "", "got nothing"),
