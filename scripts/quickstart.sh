@@ -25,13 +25,7 @@ task=${kind/text/image} # of the commands
 
 train() {
     [ -d $out/training/pipeline ] && return
-    local resume=""
-    if ls -d $out/training/checkpoints/step-* > /dev/null 2>&1; then
-        resume="--resume latest"
-    else
-        rm -rf $out/training # what a run leaves that was killed before its first checkpoint
-    fi
-    $launch scripts/train_$task.py --config $config --output_dir $out/training $resume
+    $launch scripts/train_$task.py --config $config --output_dir $out/training --resume auto
 }
 
 score() {

@@ -33,7 +33,6 @@ from ..files.videos import open_video
 from ..files.writing import write_file
 from ..timing import peak_bytes
 from ..training import train
-from ..training.checkpoints import list_checkpoints
 from ..training.data.stream import FOR_LOSS, sample_generator
 from ..training.objectives import build_objective
 
@@ -98,12 +97,7 @@ class MeasuredRun:
     def _train(self) -> None:
         if self.pipeline_folder.is_dir():
             return
-        folder = Path(self.config.output_dir)
-        stopped = train(
-            self.config,
-            resume="latest" if list_checkpoints(folder) else None,
-            model=common_start(self.config),
-        )
+        stopped = train(self.config, resume="auto", model=common_start(self.config))
         # Runs follow each other in a process, and accelerate keeps its state for the life of one.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

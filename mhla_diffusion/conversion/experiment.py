@@ -24,7 +24,6 @@ from ..files.writing import write_file
 from ..planning import Plan, plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, train
-from ..training.checkpoints import list_checkpoints
 from ..training.config import as_dict, forbidden_changes
 from ..training.export import read_run_config
 from .align import align, load_candidates
@@ -142,7 +141,7 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     teacher_folder = out / "teacher"
     if not (teacher_folder / "pipeline").is_dir():
         whole = replace(run, output_dir=str(teacher_folder))
-        if stopped := train(whole, resume="latest" if list_checkpoints(teacher_folder) else None):
+        if stopped := train(whole, resume="auto"):
             raise KeyboardInterrupt(stopped)
     path = str(teacher_folder / "pipeline")
     size = plan(path, config.height, config.width, config.frames, vae_stride=config.vae_stride)

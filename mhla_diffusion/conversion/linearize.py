@@ -18,7 +18,6 @@ from ..hub import expert_times
 from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train
-from ..training.checkpoints import list_checkpoints
 from ..training.config import decisive_settings
 from ..training.export import read_run_config
 from .align import align, default_candidates
@@ -194,4 +193,4 @@ def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
         _refuse(folder, changes(before, after))
     if (folder / "pipeline").is_dir():
         return 0
-    return train(whole, resume="latest" if list_checkpoints(folder) else None)
+    return train(whole, resume="auto")

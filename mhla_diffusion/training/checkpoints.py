@@ -108,8 +108,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
 
     Args:
         output_dir: of the run that is about to start.
-        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, the name of one there, the
-            folder of one, or None.
+        resume: ``"latest"`` for the last whole checkpoint in ``output_dir``, ``"auto"`` for that where there
+            is any, the name of one there, the folder of one, or None.
         config: dataclass of the run.
 
     Raises:
@@ -118,6 +118,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, config: Any) -> Path |
             when the config differs from the saved one where it must not, with the keys that do; or when it
             ends before the checkpoint.
     """
+    if resume == "auto":
+        resume = "latest" if list_checkpoints(output_dir) else None
     if resume is None or (resume == "latest" and not list_checkpoints(output_dir)):
         _require_new_run(output_dir, resume)
         return None
@@ -264,7 +266,7 @@ def _require_new_run(output_dir: Path, resume: str | None) -> None:
     if begun:
         logger.warning("the run in %s was stopped before its first checkpoint: it begins anew", output_dir)
     elif resume is not None:
-        raise ValueError(f"{output_dir} has no checkpoint to resume from; start without --resume")
+        raise ValueError(f"{output_dir} has no checkpoint to resume from; start with --resume auto")
     elif visible or output_dir.is_file():
         raise ValueError(
             f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
@@ -276,7 +278,8 @@ def _named(output_dir: Path, resume: str) -> Path:
     if not is_checkpoint(checkpoint):
         names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         raise ValueError(
-            f"{resume} is no checkpoint: give 'latest', one of {output_dir} ({names}), or the folder of one"
+            f"{resume} is no checkpoint: give 'latest', 'auto', one of {output_dir} ({names}), or the folder "
+            "of one"
         )
     own = checkpoint.resolve().parent == (output_dir / _FOLDER).resolve()
     if not own and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):

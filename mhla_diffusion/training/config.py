@@ -42,7 +42,7 @@ def parse_config(
     prog: str | None = None,
     resumable: bool = True,
 ) -> tuple[ConfigT, str | None]:
-    """Read ``--config FILE [--key.of.it value ...] [--resume latest|PATH]``.
+    """Read ``--config FILE [--key.of.it value ...] [--resume latest|auto|PATH]``.
 
     Args:
         config_class: a dataclass; its fields may be dataclasses.
@@ -62,7 +62,9 @@ def parse_config(
     parser.add_argument("--config", action="config", help="YAML file of the run")
     if resumable:
         parser.add_argument(
-            "--resume", type=str, help="'latest', or the folder of a checkpoint to go on from"
+            "--resume",
+            type=str,
+            help="checkpoint to go on from: 'latest', 'auto' (that, or a new run), or its name or folder",
         )
     parser.add_class_arguments(config_class)
     arguments = [with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]

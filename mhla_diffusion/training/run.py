@@ -30,7 +30,8 @@ def train(config: RunConfig, *, resume: str | None = None, model: Any = None) ->
 
     Args:
         config: of the run.
-        resume: ``"latest"`` or the folder of a checkpoint.
+        resume: ``"latest"``, ``"auto"`` for the latest checkpoint or a new run where there is none, or the
+            name or folder of one.
         model: in place of the one that the config builds, as which it has the same weights but their values.
 
     Returns:

@@ -44,6 +44,15 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(output_dir / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
+def test_auto_is_the_latest_or_a_new_run(whole: Path, config: ImageTrainingConfig, tmp_path: Path) -> None:
+    assert find_checkpoint(whole, "auto", config) == list_checkpoints(whole)[-1]
+    assert find_checkpoint(tmp_path / "new", "auto", config) is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.pdf").touch()
+    with pytest.raises(ValueError, match=r"mine is not empty: go on with --resume latest, or choose another"):
+        find_checkpoint(tmp_path / "mine", "auto", config)
+
+
 def test_a_bit_flipped_anywhere_is_found_and_the_file_named(
     whole: Path, config: ImageTrainingConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
