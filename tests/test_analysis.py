@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mhla_diffusion import MHLA, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.analysis import Analysis, analyze, audit_mixing, mixing_map
-from mhla_diffusion.analysis.matrices import window_matrices
+from mhla_diffusion.analysis.matrices import matrix_statistics, tables_of, window_matrices
 from mhla_diffusion.analysis.record import _recording, analyze_stored
 from mhla_diffusion.causal import CausalMHLA
-from mhla_diffusion.ops import BlockLayout, initial_mixing
+from mhla_diffusion.ops import BlockLayout, initial_mixing, locality_mixing
 from tests.backbones.cases import CASES
 from tests.processes import run_script
 
@@ -320,3 +320,76 @@ def test_a_routed_layer_on_a_grid_of_one_block_has_nothing_to_choose() -> None:
     call = (q, k, mixing.double(), layout, None, options, module.features(q, k))
     matrix = window_matrices(*call, form="shared", weight=module.local, routes=1)[0]
     torch.testing.assert_close(matrix @ v[0, 0], module(q, k, v, grid=(1, 1))[0])
+
+
+def test_a_rank_does_not_count_what_float32_does_not_tell_from_nothing() -> None:
+    acting = torch.diag(torch.tensor([1.0] * 35 + [1e-6], dtype=torch.float64))
+    assert matrix_statistics(acting, acting).rank == 35
+
+
+def test_the_change_of_heads_is_over_the_start_of_all() -> None:
+    start = locality_mixing(BlockLayout((4, 4), (2, 2)))
+    assert audit_mixing(torch.zeros(2, 4, 4), start).change == pytest.approx(1)
+
+
+def test_a_map_of_heads_is_that_of_their_mean() -> None:
+    layout, heads = BlockLayout((4, 4), (2, 2)), torch.rand(2, 4, 4)
+    assert mixing_map(heads, layout) == mixing_map(heads.mean(0), layout)
+
+
+def test_tables_are_those_of_the_sample_and_the_head() -> None:
+    cos, sin = torch.rand(2, 2, 3, 5, 4)
+    found = tables_of((cos, sin), 1, 2)
+    assert torch.equal(found[0], cos[1, 2].double())
+    assert torch.equal(found[1], sin[1, 2].double())
+    alone = tables_of((cos[0, 0], sin[0, 0]), 1, 2)
+    assert torch.equal(alone[0], cos[0, 0].double())
+
+
+def test_matrices_that_are_looked_at_are_spread_over_samples() -> None:
+    qk = 3 * torch.randn(2, 2, 2, 36, 4)
+    qk[:, 1] = 1
+    model = OneLayer(MHLAConfig(blocks=(2, 2)), (6, 6))
+    one, two = (
+        analyze(model, lambda: model(*qk), max_matrices=most).layers[0].matrices["softmax"].entropy
+        for most in (1, 2)
+    )
+    assert one < 0.9 * math.log(36)
+    assert two == pytest.approx((one + math.log(36)) / 2)
+
+
+@pytest.mark.parametrize("local", [None, "shared"])
+def test_each_head_has_its_own_mixing_and_weight(local: str | None) -> None:
+    model = OneLayer(MHLAConfig(blocks=(2, 2), mixing_per_head=True, local=local), (6, 6))
+    q, k = torch.randn(2, 1, 1, 36, 4).expand(2, 1, 2, 36, 4)
+
+    @torch.no_grad()
+    def entropy(first: int) -> float:
+        if local:
+            model.layer.local[first], model.layer.local[1 - first] = -4.0, 4.0
+        else:
+            model.layer.mixing[first], model.layer.mixing[1 - first] = torch.eye(4), torch.ones(4, 4)
+        matrices = analyze(model, lambda: model(q, k)).layers[0].matrices
+        return matrices["local" if local else "mhla"].entropy
+
+    assert entropy(0) == pytest.approx(entropy(1))
+
+
+def test_features_have_the_eps_of_their_config() -> None:
+    qk = torch.randn(2, 1, 2, 36, 4)
+    small, large = (
+        analyze_one(MHLAConfig(blocks=(2, 2), eps=eps), qk=qk).matrices["linear"].entropy
+        for eps in (1e-6, 0.9)
+    )
+    assert large > small + 0.01
+
+
+def test_a_stored_model_is_analysed_at_its_time_on_noise_of_its_seed(tmp_path: Path) -> None:
+    make_dit().save_pretrained(tmp_path)
+    early, again, late, other = (
+        analyze_stored(str(tmp_path), timestep=timestep, seed=seed, batch_size=1).layers
+        for timestep, seed in ((10, 0), (10, 0), (900, 0), (10, 1))
+    )
+    assert early == again
+    assert early != late
+    assert early != other

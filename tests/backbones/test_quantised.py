@@ -138,9 +138,12 @@ def test_a_part_of_mhla_whose_scale_is_lost_is_named(case: Case) -> None:
     require_finite_parts(model)
     gate = next(module for module in model.modules() if isinstance(module, MHLA)).gate
     nothing = torch.zeros_like(gate.weight)
-    gate.weight = torch.nn.Parameter(Codes(nothing, nothing / nothing), requires_grad=False)
-    with pytest.raises(ValueError, match=r'gate\.weight is NaN.*modules_to_not_convert=\["gate"\]'):
-        require_finite_parts(model)
+    one_row = torch.ones_like(gate.weight)
+    one_row[0] = torch.nan
+    for scale in (nothing / nothing, one_row):
+        gate.weight = torch.nn.Parameter(Codes(nothing, scale), requires_grad=False)
+        with pytest.raises(ValueError, match=r'gate\.weight is NaN.*modules_to_not_convert=\["gate"\]'):
+            require_finite_parts(model)
 
 
 def test_what_needs_floating_point_says_so_of_a_quantised_model(case: Case) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mhla_diffusion.benchmarks import layer as benchmark
 from mhla_diffusion.benchmarks.layer import layer
+
+from .tables import cells
 
 
 def test_a_layer_is_timed_with_both_attentions(tmp_path: Path) -> None:
@@ -37,3 +40,12 @@ def test_an_unknown_pass_and_an_odd_width_are_refused() -> None:
         layer(passes=["backward"])
     with pytest.raises(ValueError, match="device 'meta' cannot be used: choose one of cpu"):
         layer(device="meta")
+
+
+def test_a_table_has_both_attentions_and_how_many_times_slower_softmax_is() -> None:
+    sizes = ((2.0, 0.1, 30_000_000), (6.0, None, 50_000_000))
+    rows = [
+        {"pass": "forward", "seconds": seconds, "spread": spread, "peak_bytes": bytes_}
+        for seconds, spread, bytes_ in sizes
+    ]
+    assert cells(benchmark._layer_table(rows)) == [["forward", "2", "10%", "6", "-", "3.00 x", "30 / 50"]]

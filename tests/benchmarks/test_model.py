@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from mhla_diffusion.benchmarks import model as benchmark
 from mhla_diffusion.benchmarks.layer import layer
 from mhla_diffusion.benchmarks.model import model
 from mhla_diffusion.benchmarks.operator import operator
 from tests.backbones.cases import CASES, Case
+
+from .tables import cells
 
 
 def test_model_writes_times_of_every_attention(tmp_path: Path) -> None:
@@ -93,3 +99,45 @@ def test_results_of_before_are_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file; a folder is needed"):
         model([64], out=tmp_path / "layer.md")
     assert (tmp_path / "model.json").read_text() == "{}"
+
+
+def test_a_table_has_milliseconds_of_each_step() -> None:
+    row = {"size": 64, "tokens": 16, "attention": "mhla", "blocks": 2, "denoising": 0.012, "training": 1.5}
+    assert cells(benchmark._model_table([row], ["mhla"])) == [
+        ["64", "16", "2", "denoising", "12"],
+        ["64", "16", "2", "training", "1,500"],
+    ]
+
+
+def test_a_model_has_the_batch_and_the_settings_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, Any, torch.dtype]] = []
+
+    def steps(model: Any, inputs: Any, dtype: torch.dtype, device: str) -> list[Any]:
+        made.append((model, inputs, dtype))
+        return [lambda: None, lambda: None]
+
+    monkeypatch.setattr(benchmark, "_model_steps", steps)
+    model(
+        [64], ["mhla", "linear"], layers=1, heads=2, head_dim=8, repeats=1, batch_size=3, dtype="bfloat16",
+        device="cpu", mhla={"local": "shared"},
+    )  # fmt: skip
+    assert [inputs["hidden_states"].shape[0] for _, inputs, _ in made] == [3, 3]
+    assert [dtype for *_, dtype in made] == [torch.bfloat16] * 2
+    assert [its.config.mhla_config.get("local") for its, *_ in made] == ["shared", None]
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(sample=self.linear(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_step_is_computed_in_the_dtype_that_was_asked_for(dtype: torch.dtype) -> None:
+    denoising, _ = benchmark._model_steps(One(), {"x": torch.ones(1, 2)}, dtype, "cpu")
+    assert denoising().dtype == dtype

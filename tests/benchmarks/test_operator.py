@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from mhla_diffusion.benchmarks import operator
-from mhla_diffusion.benchmarks.operator import Shape, convolution_mhla, linear_attention, slope
+from mhla_diffusion.benchmarks.operator import Measurement, Shape, convolution_mhla, linear_attention, slope
 from mhla_diffusion.benchmarks.shared import clock_of
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_reference
+
+from .tables import cells
 
 TINY = {"tiny": Shape(8, 2, (6, 4), (3, 2)), "ragged": Shape(8, 1, (5, 3), (2, 2))}
 
@@ -125,3 +127,41 @@ def test_rates_are_of_both_factors_of_a_product_and_of_reading_and_writing(
 ) -> None:
     monkeypatch.setattr(operator, "best", lambda *_, **__: (1.0, 1.0))
     assert operator.measure_rates(torch.float32, "cpu") == (2 * 2048**3, 2 * 2**28)
+
+
+def test_a_table_has_times_of_mhla_and_how_many_times_slower_others_are() -> None:
+    rows = [
+        Measurement("tiny", "float32", "forward", "mhla", 2.0, 0.1, 1.0, 30_000_000),
+        Measurement("tiny", "float32", "forward", "softmax", 6.0, None, 1.0, 50_000_000),
+    ]
+    (found,) = cells(operator._operator_table(rows))
+    assert found[:3] == ["d 8, H 2, N 24, M 6", "float32", "forward"]
+    assert found[3:7] == ["2,000.0", "1,000.0", "2.00 x", "3.00 x"]
+    assert found[7:] == ["mhla 30 / softmax 50", "mhla 10%"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "floor"),
+    [((1e3, 1e12), 2 * 8**2 * (4 * 24 + 2 * 6**2) / 1e3), ((1e12, 1e3), 4 * 2 * 24 * 8 * 4 / 1e3)],
+    ids=["product", "copy"],
+)
+def test_a_floor_is_of_the_slower_of_product_and_copy_and_a_time_is_the_median(
+    monkeypatch: pytest.MonkeyPatch, rates: tuple[float, float], floor: float
+) -> None:
+    monkeypatch.setattr(operator, "interleaved", lambda calls, *_, **__: [[1.0, 2.0, 9.0] for _ in calls])
+    monkeypatch.setattr(operator, "measure_rates", lambda *_: rates)
+    found = operator._measure_shape(
+        "tiny", "float32", operator.PASSES, ["mhla"], 3, 60, "cpu", time.perf_counter
+    )
+    assert [row.floor for row in found] == pytest.approx([floor, 3 * floor])
+    assert [row.seconds for row in found] == [2.0, 2.0]
+
+
+def test_scaling_is_over_blocks_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(operator, "_calls", lambda peer, shape, *_: shapes.append(shape))
+    monkeypatch.setattr(operator, "best", lambda *_, **__: [1.0, 2.0])
+    times = operator.measure_scaling("cpu", 4**6)
+    assert {shape.layout.num_tokens // shape.layout.num_blocks for shape in shapes} == {1024}
+    forward, both = operator.PASSES
+    assert times == {forward: [(1024, 1.0), (4096, 1.0)], both: [(1024, 2.0), (4096, 2.0)]}

@@ -278,3 +278,22 @@ def test_configs_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert comparison.name == path.stem
     assert len(comparison.seeds) >= 3
     assert "compare-attention" in MHLA.commands
+
+
+def test_a_page_has_the_time_and_the_most_memory_of_a_step_and_the_range_of_parameters(
+    tmp_path: Path,
+) -> None:
+    found = [
+        of("softmax", seed, 0.9) | {"seconds_per_step": s, "peak_bytes": mib * 2**20, "parameters": count}
+        for seed, s, mib, count in ((0, 0.01, 100, 1000), (1, 0.02, 70, 2000))
+    ]
+    found.append(
+        of("softmax", 0, 0.9, "far") | {"seconds_per_step": 0.06, "peak_bytes": 0, "parameters": 3000}
+    )
+    text = write_page(COMPARISON, found, tmp_path, "x").read_text()
+    assert "| softmax | 20.0 | 100 | 1,000 to 3,000 |" in text
+
+
+def test_a_page_says_that_one_run_is_missing(tmp_path: Path) -> None:
+    found = [of(run.variant.name, run.seed, 0.9, run.task.record["distance"]) for run in runs_of(COMPARISON)]
+    assert "**Incomplete: 7 of 8 runs" in write_page(COMPARISON, found[1:], tmp_path, "x").read_text()

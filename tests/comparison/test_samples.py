@@ -20,6 +20,7 @@ from mhla_diffusion.comparison import (
     Variant,
     Videos,
     compare_attention,
+    measured,
     write_page,
 )
 from mhla_diffusion.comparison.config import Run, runs_of, screening_runs
@@ -284,3 +285,40 @@ def test_screening_leaves_out_what_is_clearly_beaten(task: Images, tmp_path: Pat
 def test_screening_that_cannot_be_is_refused(task: Images, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Comparison("c", [SOFTMAX], task, screen=Screen(**settings))
+
+
+def test_without_settings_what_is_worse_by_three_tenths_is_left_out_after_a_quarter_of_the_steps() -> None:
+    lower = Measure("loss", "Loss", lower_is_better=True)
+    assert Screen().beaten({"a": 10, "b": 12.9, "c": 13.1}, lower) == ["c"]
+    assert Screen().share == 0.25
+
+
+def test_a_step_takes_its_batch_over_the_samples_of_a_second(task: Images, tmp_path: Path) -> None:
+    run = MeasuredRun(task, task.config(LINEAR, 0, tmp_path), tmp_path, "cpu")
+    lines = [{"step": i, "loss": 0.5, "samples_per_second": rate} for i, rate in enumerate((10, 8, 40))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run._progress()
+    assert found["seconds_per_step"] == pytest.approx(0.4)
+    assert found["curve"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
+
+
+def test_losses_are_of_the_calls_of_each_tenth_of_the_time(
+    task: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = dataclasses.replace(task, calls=3)
+    run = MeasuredRun(task, task.config(LINEAR, 0, tmp_path), tmp_path, "cpu")
+    run.model = run.calls = None
+    monkeypatch.setattr(measured, "losses", lambda model, calls, numbers: [float(n) for n in numbers])
+    found = run._losses()
+    assert found["loss"] == 29 / 2
+    assert found["loss_by_time"] == [n + 10.0 for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_real": 19}, {"extractor": "inception"}, {"held_out": {"data.path": "other.npz"}}], ids=str
+)
+def test_statistics_of_other_samples_or_features_have_a_name_of_their_own(
+    task: Images, other: dict[str, Any]
+) -> None:
+    assert dataclasses.replace(task, num_samples=7).real_name == task.real_name
+    assert dataclasses.replace(task, **other).real_name != task.real_name

@@ -95,6 +95,7 @@ def test_adapters_and_attention_of_any_backbone_are_read_back_beside_the_model_t
     adapters = [name for name, _ in trained.named_parameters() if ".lora_" in name]
     assert adapters
     assert not any(case.model.attention_name in name.split(".") for name in adapters)
+    assert not any(set(case.model.uncalled) & set(name.split(".")) for name in adapters)
 
     ways: list[Callable[[Any], None]] = [lambda model: model.load_lora_adapter(tmp_path)]
     if pipeline_of(case, base) is not None:
@@ -180,3 +181,18 @@ def test_adapters_are_read_from_a_dict_without_prefix_and_from_no_pickle(tmp_pat
     own, expected = ({n: p for n, p in m.named_parameters() if ".attn1." in n} for m in (model, trained))
     assert own
     assert all(torch.equal(own[name], weight) for name, weight in expected.items())
+
+
+def test_a_dict_of_tensors_is_read_from_a_file_of_torch_where_that_is_asked_for(tmp_path: Path) -> None:
+    case = CASES["Wan"]
+    base = case.make(mhla={"gate": True})
+    _, inputs, _ = train_adapters(base, case, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = load_file(file)
+    torch.save(weights, file.with_suffix(".bin"))
+    file.unlink()
+    given, read = copy.deepcopy(base), copy.deepcopy(base)
+    given.load_lora_adapter(weights)
+    read.load_lora_adapter(tmp_path, use_safetensors=False)
+    assert torch.equal(sample(read, inputs), sample(given, inputs))
+    assert not torch.allclose(sample(read, inputs), sample(base, inputs), rtol=1e-2, atol=1e-2)
