@@ -193,8 +193,9 @@ def _read_file(path: Path, images: Path | None) -> list[Prompt]:
     prompts = []
     for line, row in _READERS[path.suffix.lower()](read_text(path), path):
         origin = f"{path} line {line}"
-        if isinstance(sample := row.pop("path", None), str):  # which may be of another kind than what is made
-            row["file"] = sample.removesuffix(PurePosixPath(sample).suffix)
+        if isinstance(sample := row.pop("path", None), str):
+            row.pop("weight", None)
+            row["file"] = sample.removesuffix(PurePosixPath(sample).suffix)  # what is made may end otherwise
         if unknown := sorted(row.keys() - set(_COLUMNS)):
             raise ValueError(
                 f"{origin}: unknown {', '.join(map(repr, unknown))}; the columns are {', '.join(_COLUMNS)}"

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ..files.locking import new_folder
@@ -22,7 +23,10 @@ from ..files.pictures import DECODING_ERRORS
 from ..files.videos import require_video_writer, write_video
 from ..files.writing import write_folder
 from ..training.data import DataConfig, VideoDataConfig, VideoSamples, open_images, open_videos
+from ..training.data.buckets import nearest_size
 from ..training.data.encoding import readable
+from ..training.data.image_sources import sizes_of
+from ..training.data.images import Images, cover
 from ..training.data.stream import is_of_disk, to_pixels
 from .parsing import parse_and_call
 
@@ -37,7 +41,8 @@ def images(data: DataConfig, out: str, num: int | None = None, captions: bool = 
     """Write the images of a training source as PNG files, in class folders or with captions.csv.
 
     Args:
-        data: where the images come from.
+        data: where the images come from. With sizes or aspect_ratios they are resized and cropped as training
+            has them, else as they are; none is mirrored.
         out: a folder that does not exist yet.
         num: how many of the images, evenly spaced; all by default.
         captions: with captions in place of classes, as models of texts are trained on them.
@@ -55,7 +60,7 @@ def images(data: DataConfig, out: str, num: int | None = None, captions: bool = 
             for n in tqdm(range(num), desc="exporting", unit="image"):
                 i = n * len(source) // num
                 try:
-                    picture = source.read(i)
+                    picture = _read(source, i, data)
                 except DECODING_ERRORS as error:
                     if is_of_disk(error):
                         raise
@@ -88,6 +93,15 @@ def videos(data: VideoDataConfig, out: str, num: int | None = None, gray: bool =
         source = VideoSamples(open_videos(data), data, channels=1 if gray else 3)
         num = _require_num(num, len(source), "videos")
         write_folder(target, partial(_write_videos, source, num, data.fps or 16))
+
+
+def _read(source: Images, index: int, data: DataConfig) -> Image.Image:
+    """A picture, at the size that its config brings it to, if any."""
+    picture = source.read(index)
+    if not (sizes := sizes_of(data)):
+        return picture
+    size = sizes[nearest_size((picture.height, picture.width), sizes)]
+    return cover(picture, size, enlarge=data.enlarge)
 
 
 def _require_num(num: int | None, there: int, kind: str) -> int:

@@ -75,7 +75,7 @@ def test_tables_have_columns_for_what_goes_with_a_prompt(tmp_path: Path) -> None
 
 def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
-    table.write_text('path,caption\ncats/1.webm,a cat\n2.mp4,"a dog, asleep"\n')
+    table.write_text('path,caption,weight\ncats/1.webm,a cat,1\n2.mp4,"a dog, asleep",0.5\n')
     lines = tmp_path / "captions.jsonl"
     rows = ({"path": "cats/1.jpg", "caption": "a cat"}, {"path": "2", "caption": "a dog, asleep"})
     lines.write_text("\n".join(map(json.dumps, rows)))

@@ -72,11 +72,11 @@ class PictureSource(ImageSource):
                 raise ValueError("data.aspect_ratios brings its own sizes: remove data.sizes, or it")
 
 
-def sizes_of(data: Any, default: Size) -> tuple[Size, ...]:
-    """Return the sizes that the config of a :class:`PictureSource` asks for."""
+def sizes_of(data: Any, *default: Size) -> tuple[Size, ...]:
+    """Return the sizes that the config of a :class:`PictureSource` asks for, or the default."""
     if data.aspect_ratios is not None:
         return pipeline_sizes(data.aspect_ratios)
-    return tuple((height, width) for height, width in data.sizes) or (default,)
+    return tuple((height, width) for height, width in data.sizes) or default
 
 
 def refuse_captions(path: str, captioned: bool) -> None:

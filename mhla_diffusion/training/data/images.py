@@ -281,17 +281,13 @@ class ImageSamples:
         return fingerprint_of(self.images)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        size = self.sizes[self.buckets[index] if self.buckets else 0]
         try:
             image = self.images.read(index).convert(_MODES[self.channels])
+            image = cover(image, size, enlarge=self.enlarge)
         except DECODING_ERRORS as error:
             raise UnreadableSampleError(f"{self.images.name(index)}: {error}") from error
-        size = self.sizes[self.buckets[index] if self.buckets else 0]
-        if not self.enlarge and _is_smaller((image.height, image.width), size):
-            raise UnreadableSampleError(
-                f"{self.images.name(index)}: {image.height} x {image.width} pixels are fewer than the "
-                f"{size[0]} x {size[1]} it goes to; data.enlarge true takes it"
-            )
-        pixels = tvf.pil_to_tensor(cover(image, size))
+        pixels = tvf.pil_to_tensor(image)
         if self.flip and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
         return {"samples": from_pixels(pixels), **self._told(index, generator)}
@@ -323,9 +319,18 @@ class ImageSamples:
         return buckets
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
-    """Resize an image to cover a size, and crop it there at both ends."""
+def cover(image: Image.Image, size: Size, *, enlarge: bool = True) -> Image.Image:
+    """Resize an image to cover a size, and crop it there at both ends.
+
+    Raises:
+        ValueError: for one that is smaller, and not to be enlarged.
+    """
     (height, width), (old_height, old_width) = size, (image.height, image.width)
+    if not enlarge and _is_smaller((old_height, old_width), size):
+        raise ValueError(
+            f"{old_height} x {old_width} pixels are fewer than the {height} x {width} it goes to; "
+            "data.enlarge true takes it"
+        )
     if height * old_width >= width * old_height:
         whole = [height, max(width, int(height * old_width / old_height))]
     else:
