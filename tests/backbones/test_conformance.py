@@ -138,6 +138,16 @@ def test_any_grid_runs_and_is_heard(model: Any, case: Case) -> None:
         assert output.isfinite().all()
 
 
+def test_example_inputs_are_those_of_the_generator(case: Case) -> None:
+    model = case.make()
+    first, again, other = (
+        model.example_inputs(case.grids[1], generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(again[key], x) for key, x in first.items() if isinstance(x, Tensor))
+    assert not torch.equal(other["hidden_states"], first["hidden_states"])
+
+
 def test_a_size_that_the_patch_does_not_divide_is_refused(case: Case) -> None:
     model = case.make()
     inputs = case.inputs(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhla_diffusion import MHLAAttnProcessor, MHLAConfig, MHLADiTTransformer2DModel
 from mhla_diffusion.backbones import processors
+from mhla_diffusion.backbones.families import square_grid
 from mhla_diffusion.backbones.layer_plan import check_blocks
 from mhla_diffusion.ops import BlockLayout, mhla_reference, recommended_layout
 
@@ -217,6 +218,11 @@ def test_blocks_that_cost_more_than_attention_are_warned_of(make_model: MakeMode
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model(mhla_config={"blocks": 4})
+
+
+@pytest.mark.parametrize(("patch_size", "side"), [(1, 32), (2, 16), (4, 8)])
+def test_a_square_grid_is_of_the_patches_of_the_config(patch_size: int, side: int) -> None:
+    assert square_grid({"sample_size": 32, "patch_size": patch_size}) == (side, side)
 
 
 def test_windows_that_grow_with_the_picture_are_warned_of() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from mhla_diffusion import MHLAWanTransformer3DModel, convert_to_mhla
@@ -116,3 +117,16 @@ def test_conversion_keeps_every_stock_weight(image: bool) -> None:
     assert info["dropped"] == []
     assert len(info["new"]) == 2 * 4, "mixing, per-head norm, weight and bias of the gate"
     assert model(**make_inputs(image=image)).sample.isfinite().all()
+
+
+def test_patches_are_those_of_the_config() -> None:
+    model = make_model(patch_size=(1, 1, 2))
+    inputs = model.example_inputs((3, 4, 5))
+    assert inputs["hidden_states"].shape[2:] == (3, 4, 10)
+    assert model(**inputs).sample.shape[2:] == (3, 4, 10)
+
+
+def test_strides_are_those_of_the_autoencoder_of_the_stock_model() -> None:
+    made = inspect.signature(AutoencoderKLWan).parameters
+    time, space = (made[f"scale_factor_{axis}"].default for axis in ("temporal", "spatial"))
+    assert MHLAWanTransformer3DModel.vae_stride == (time, space, space)

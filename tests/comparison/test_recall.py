@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mhla_diffusion.comparison import Recall, RecallModel, Variant, recall_batch, train_recall
+from mhla_diffusion.comparison import (
+    Comparison,
+    Recall,
+    RecallModel,
+    Variant,
+    recall,
+    recall_batch,
+    train_recall,
+)
 from mhla_diffusion.ops import BlockLayout
 
 TASK = Recall(side=8, blocks=2, queries=8, batch_size=4, head_dim=16, steps=3)
@@ -74,7 +85,8 @@ def test_training_gives_the_same_numbers_again_and_others_for_another_seed() -> 
     assert first["seconds_per_step"] > 0
 
 
-def test_accuracy_is_of_cells_that_were_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", [0, 3])
+def test_accuracy_is_of_cells_that_were_not_trained_on(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
     def noted(task: Recall, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -82,11 +94,24 @@ def test_accuracy_is_of_cells_that_were_not_trained_on(monkeypatch: pytest.Monke
         return recall_batch(task, generator)
 
     monkeypatch.setattr("mhla_diffusion.comparison.recall.recall_batch", noted)
-    train_recall(TASK, Variant("linear", "linear"), 0)
+    train_recall(TASK, Variant("linear", "linear"), seed)
     trained, asked = set(seeds[: TASK.steps]), set(seeds[TASK.steps :])
-    assert trained == {0}
+    assert trained == {seed}
     assert asked
     assert min(asked) > 10_000, "no seed that anyone trains with"
+
+
+def test_the_loss_is_that_of_the_last_tenth_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    cross_entropy = recall.F.cross_entropy
+
+    def noted(*args: Tensor) -> Tensor:
+        losses.append((loss := cross_entropy(*args)).item())
+        return loss
+
+    monkeypatch.setattr(recall.F, "cross_entropy", noted)
+    found = train_recall(dataclasses.replace(TASK, steps=20), Variant("linear", "linear"), 0)
+    assert found["loss"] == pytest.approx(statistics.mean(losses[-2:]))
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 11])
@@ -116,6 +141,21 @@ def test_a_window_finds_what_is_near() -> None:
 def test_a_task_that_cannot_be_is_refused(setting: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         dataclasses.replace(TASK, **setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"training": {"trainer.max_steps": 3}},
+            "x: training is of tasks with a training run, not of recall",
+        ),
+        ({"mhla": {"blocks": [9, 1]}}, "8 tokens and cannot hold 9 blocks"),
+    ],
+)
+def test_variants_that_cannot_be_trained_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Comparison("x", [Variant("x", **settings)], TASK)
 
 
 def test_a_loss_that_is_not_finite_is_no_result() -> None:

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 from mhla_diffusion.commands.main import MHLA
 from mhla_diffusion.commands.parsing import parse_and_call
 from mhla_diffusion.comparison import Comparison, Recall, Variant, compare_attention, runs, write_page
-from mhla_diffusion.comparison.config import Run, runs_of
+from mhla_diffusion.comparison.config import Run, runs_of, screening_runs
 from mhla_diffusion.comparison.runs import records
+from mhla_diffusion.comparison.screen import Screen
 from mhla_diffusion.comparison.task import task_of
+from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.intervals import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +203,7 @@ def test_an_interval_is_students() -> None:
     [
         ({"variants": [Variant("a"), Variant("a")]}, "names of their own"),
         ({"seeds": []}, "seeds must be one or more"),
+        ({"seeds": [0, 1, 0]}, r"all different, got \[0, 1, 0\]"),
         ({"settings": {"sides": [4]}}, "unknown settings sides"),
         ({"settings": {"side": 4}}, "a list of one value or more"),
         ({"settings": {"side": [2]}}, "queries may be half"),
@@ -297,3 +301,81 @@ def test_a_page_has_the_time_and_the_most_memory_of_a_step_and_the_range_of_para
 def test_a_page_says_that_one_run_is_missing(tmp_path: Path) -> None:
     found = [of(run.variant.name, run.seed, 0.9, run.task.record["distance"]) for run in runs_of(COMPARISON)]
     assert "**Incomplete: 7 of 8 runs" in write_page(COMPARISON, found[1:], tmp_path, "x").read_text()
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_fewer_than_one_process_is_refused_before_anything_is_written(processes: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"processes must be 1 or more, got {processes}"):
+        compare_attention(COMPARISON, tmp_path / "runs", processes=processes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+        compare_attention(COMPARISON, tmp_path)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many processes each pool is asked for. Runs are made in this one."""
+    found: list[int] = []
+
+    def workers(processes: int, device: str) -> ThreadPoolExecutor:
+        found.append(processes)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(runs, "_workers", workers)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Known(Recall):
+    """Task whose results are known: linear attention is far worse, and fails with the seed 7."""
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        if variant.name == "linear" and seed == 7:
+            raise FloatingPointError("the loss became nan")
+        return {"accuracy": 0.9 if variant.name == "softmax" else 0.1}
+
+
+def known(**settings: Any) -> Comparison:
+    task = Known(**{**dataclasses.asdict(TASK), "steps": 8})
+    return dataclasses.replace(COMPARISON, task=task, settings={}, **settings)
+
+
+@pytest.mark.usefixtures("started")
+def test_what_short_runs_show_to_be_beaten_is_not_run_over_all_seeds(tmp_path: Path) -> None:
+    comparison = known(screen=Screen(share=0.25))
+    found = compare_attention(comparison, tmp_path, screen=True)
+    assert [(record["variant"]["name"], record["seed"]) for record in found] == [
+        ("softmax", 0),
+        ("softmax", 1),
+    ]
+    short = [json.loads((tmp_path / run.path).read_text()) for run in screening_runs(comparison)]
+    assert [record["task"]["steps"] for record in short] == [2, 2]
+
+
+@pytest.mark.usefixtures("started")
+def test_a_run_that_fails_stops_no_other_and_is_told_of_in_the_end(tmp_path: Path) -> None:
+    comparison = known(seeds=[7, 8])
+    with pytest.raises(ValueError, match=r"1 of 4 runs failed, .* linear, seed 7: the loss became nan"):
+        compare_attention(comparison, tmp_path)
+    assert len(records(comparison, tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 1), (2, 2), (9, 4)])
+def test_there_are_as_many_processes_as_are_asked_for_and_have_work(
+    processes: int, expected: int, started: list[int], tmp_path: Path
+) -> None:
+    compare_attention(known(), tmp_path, processes=processes)
+    assert started == [expected]
+
+
+def test_all_are_compared_with_the_controls_or_the_first_where_there_is_none() -> None:
+    assert COMPARISON.references == ["softmax", "linear"]
+    assert Comparison("x", [Variant("a"), Variant("b")], TASK).references == ["a"]
+
+
+def test_what_never_differs_has_an_interval_that_holds_no_difference_and_no_zero_has_a_sign() -> None:
+    assert Interval.of([0.0, 0.0, 0.0]).holds(0)
+    assert Interval.of([-1e-6, -1e-6]).difference_text() == "+0.000 [+0.000, +0.000]"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from transformers import Trainer
 
-from mhla_diffusion.comparison import Classification, Comparison, Language, Variant, write_page
+from mhla_diffusion.comparison import Classification, Comparison, Language, Variant, language, write_page
 from mhla_diffusion.comparison.config import runs_of
 from mhla_diffusion.comparison.language import tokens_per_second
 from mhla_diffusion.comparison.runs import records
@@ -56,6 +61,80 @@ def test_bytes_are_learned_beyond_chance(tmp_path: Path) -> None:
     assert min(found["tokens_per_second_short"], found["seconds_per_step"]) > 0
 
 
+def test_perplexity_is_of_the_loss_and_speed_of_each_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = SimpleNamespace(model=None, evaluate=lambda windows: {"eval_loss": math.log(7)})
+    monkeypatch.setattr(Language, "fit", lambda *_: (trainer, {}))
+    monkeypatch.setattr(Language, "windows", lambda *_, **__: [])
+    monkeypatch.setattr(language, "tokens_per_second", lambda model, length: float(length))
+    found = BYTES.train(MHLA, 0, tmp_path, "cpu")
+    assert found == {
+        "perplexity": pytest.approx(7), "tokens_per_second_short": 16, "tokens_per_second_long": 32,
+    }  # fmt: skip
+
+
+def test_speed_is_of_the_median_time_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = (time for token in range(32) for time in (token, token + (0.25 if token else 0.75)))
+    monkeypatch.setattr(language, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert tokens_per_second(BYTES.model(LINEAR, 0), 8) == 4
+
+
+def test_speed_is_not_compared_seed_by_seed(tmp_path: Path) -> None:
+    comparison = Comparison("bytes", [SOFTMAX, MHLA], BYTES, seeds=[0, 1])
+    values = dict.fromkeys((metric.key for metric in BYTES.metrics), 2.0)
+    found = [
+        {**run.record, "device": "cpu", "seconds_per_step": 0.1, "parameters": 9, **values}
+        for run in runs_of(comparison)
+    ]
+    text = write_page(comparison, json.loads(json.dumps(found)), tmp_path, "x").read_text()
+    assert "Perplexity of a held-out byte, less" in text
+    assert "Tokens a second behind few others, less" not in text
+
+
+class Noted(list[dict[str, Tensor]]):
+    """Pictures, and the numbers of those that were asked for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            {"pixel_values": torch.randn(1, 28, 28), "labels": torch.tensor(0)} for _ in range(size)
+        )
+        self.order: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.order.append(index)
+        return super().__getitem__(index)
+
+
+def test_the_seed_shuffles_the_data_the_same_way_for_all_variants(tmp_path: Path) -> None:
+    task, orders = dataclasses.replace(DIGITS, steps=1, batch_size=8), []
+    for name, (variant, seed) in {"a": (SOFTMAX, 1), "b": (MHLA, 1), "c": (SOFTMAX, 2)}.items():
+        data = Noted(16)
+        task.fit(variant, seed, tmp_path / name, "cpu", data)
+        orders.append(data.order[:8])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, data = dataclasses.replace(DIGITS, steps=4, batch_size=4, checkpoint_every=2), Noted(16)
+    dataclasses.replace(task, steps=2).fit(LINEAR, 0, tmp_path, "cpu", data)
+    train, resumed = Trainer.train, []
+
+    def noted(self: Trainer, resume_from_checkpoint: Any = None) -> Any:
+        resumed.append(resume_from_checkpoint)
+        result = train(self, resume_from_checkpoint=resume_from_checkpoint)
+        result.metrics["train_runtime"] = 10.0
+        return result
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    trainer, found = task.fit(LINEAR, 0, tmp_path, "cpu", data)
+    assert resumed == [str(tmp_path / "checkpoint-2")]
+    assert trainer.state.global_step == 4
+    assert found["seconds_per_step"] == 5, "of the two steps that were left"
+
+
 @pytest.mark.parametrize("task", [DIGITS, BYTES], ids=["classification", "language"])
 def test_all_variants_of_a_seed_start_alike(task: Classification | Language) -> None:
     first, *others = (task.model(variant, 3).state_dict() for variant in (SOFTMAX, LINEAR, MHLA))
@@ -73,7 +152,31 @@ def test_no_held_out_digit_is_trained_on() -> None:
     assert not trained & held_out
 
 
-def test_no_held_out_window_is_trained_on_and_speed_is_taken_with_every_attention() -> None:
+def test_pictures_of_idx_files_are_those_of_the_split(tmp_path: Path) -> None:
+    for prefix, label in (("train", 3), ("t10k", 8)):
+        for name, shape in (("images-idx3", (2, 28, 28)), ("labels-idx1", (2,))):
+            head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+            (tmp_path / f"{prefix}-{name}-ubyte").write_bytes(head + bytes([label] * math.prod(shape)))
+    task = dataclasses.replace(DIGITS, path=str(tmp_path))
+    labels = {split: [int(x["labels"]) for x in task.pictures(split)] for split in ("train", "test")}
+    assert labels == {"train": [3, 3], "test": [8, 8]}
+
+
+def test_no_held_out_window_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = range(1, 31)
+    for number in files:
+        (tmp_path / f"{number:02}.py").write_bytes(bytes([number]) * 200)
+    monkeypatch.setattr(language.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    held_out, trained = (
+        {byte for window in BYTES.windows(held_out=which) for byte in window["input_ids"].tolist()}
+        for which in (True, False)
+    )
+    between = {0}
+    assert held_out - between == {1, 11, 21}
+    assert trained - between == {*files} - held_out
+
+
+def test_windows_are_many_and_speed_is_taken_with_every_attention() -> None:
     held_out, trained = BYTES.windows(held_out=True), BYTES.windows(held_out=False)
     assert len(held_out) == 200
     assert len(trained) > 10_000

@@ -30,6 +30,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"blocks": 4, "mixing_per_head": True, "constraint": "softmax", "qk_norm": True, "gate": True,
      "output_norm": True, "feature_map": "hedgehog"},
     {"blocks": 3, "layers": [1], "feature_map": "elu"},
+    {"blocks": 3, "layers": [0]},
 ]  # fmt: skip
 
 

@@ -29,10 +29,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_stock(name: str) -> Any:
+def make_stock(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, name)
-    return model(model.config_class(**SIZES)).eval()
+    return model(model.config_class(**{**SIZES, **changes})).eval()
 
 
 def output(model: Any, pixels: Tensor, **inputs: Any) -> Tensor:
@@ -102,6 +102,38 @@ def test_a_layer_is_the_reference_with_the_tokens_before_the_patches_as_a_block(
     layout = BlockLayout((6, 10), (2, 3), (extra, 0))
     expected = mhla_reference(q, k, v, layer.mhla.mixing, layout).transpose(1, 2).flatten(2)
     torch.testing.assert_close(seen["out"], layer.o_proj(expected))
+
+
+def test_patches_need_not_be_square() -> None:
+    model = convert_to_mhla(
+        make_stock("ViTModel", image_size=(32, 24), patch_size=(8, 4)), {"blocks": [2, 3]}
+    )
+    grids: list[Any] = []
+    model.layers[0].attention.register_forward_pre_hook(
+        lambda _, args, kwargs: grids.append(kwargs["grid"]), with_kwargs=True
+    )
+    assert output(model, torch.randn(1, 1, 32, 24)).shape == (1, 25, 32)
+    assert grids == [(4, 6)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_conversion_keeps_mode_dtype_checkpointing_and_what_is_frozen(training: bool) -> None:
+    stock = make_stock("ViTModel").to(torch.bfloat16).train(training)
+    stock.embeddings.requires_grad_(False)
+    stock.gradient_checkpointing_enable()
+    model = convert_to_mhla(stock, {"blocks": 4, "gate": True})
+    assert {module.training for module in model.modules()} == {training}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.is_gradient_checkpointing
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"embeddings.{name}" for name, _ in stock.embeddings.named_parameters()}
+
+
+def test_files_with_a_part_of_a_layer_are_refused(tmp_path: Path) -> None:
+    model = convert_to_mhla(make_stock("ViTModel"), {"blocks": 4})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the files lack .*gate\.weight but hold .*mixing: load with"):
+        type(model).from_pretrained(tmp_path, mhla_config={"blocks": 4, "gate": True})
 
 
 def test_linear_attention_needs_no_matrix() -> None:

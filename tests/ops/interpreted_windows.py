@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one token a block": {"grid": (3, 2), "blocks": (3, 2), "margin": 1},
     "sequence, several tiles": {"grid": (300,), "blocks": (2,), "margin": 3},
     "video": {"grid": (3, 5, 4), "blocks": (2, 2, 1), "margin": 0.25, "mask": 0.3, "heads": 2},
+    "heads side by side": {"grid": (4, 6), "blocks": (2, 2), "heads_inside": True, "heads": 2},
     "channels apart": {"grid": (4, 6), "blocks": (2, 2), "channels_apart": True, "margin": 1, "heads": 2},
     "wide heads": {"grid": (4, 2), "blocks": (2, 1), "d": 128, "d_v": 20, "margin": 1},
     "too wide for kernels": {"grid": (4, 2), "blocks": (2, 1), "d": 160, "margin": 1},
@@ -108,6 +109,7 @@ def make(
     tensors = [amid(d, 0, dtype), amid(d, key_mean, dtype), amid(d_v, mean, dtype)]
     if far:
         log_sums = torch.randn(batch, heads, layout.num_tokens) + math.log(layout.block_size)
+        log_sums = log_sums.mT.contiguous().mT if heads_inside else log_sums
         tensors += [amid(d_v, mean, "float32"), log_sums.requires_grad_()]
     return tensors
 

@@ -388,6 +388,14 @@ BAD_INPUT = {
         {"key_layout": GOOD, "rotary_emb": (torch.ones(16, 2), torch.ones(16, 2))},
         r"leave rotary_emb out",
     ),
+    "official of two grids": (
+        {"key_layout": GOOD, "normalizer": "official"},
+        r"keys of another grid .*take normalizer 'paper' or 'none'",
+    ),
+    "rotary axes": (
+        {"rotary_emb": (torch.ones(1, 1, 1, 16, 2), torch.ones(1, 1, 1, 16, 2))},
+        r"\[B, H, N, d / 2\] .*got \(1, 1, 1, 16, 2\)",
+    ),
     "rotary with gradient": (
         {"rotary_emb": (torch.ones(16, 2, requires_grad=True), torch.ones(16, 2))},
         r"gets no gradient",

@@ -26,6 +26,12 @@ CASES: dict[str, dict[str, Any]] = {
     "video, positions, mask": {
         "grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "mask": True, "batch": 2,
     },
+    "positions of each head": {
+        "grid": (4, 6), "blocks": (2, 2), "rotary": True, "rotary_each": (3,), "batch": 2, "heads": 3,
+    },
+    "positions of each sample and head": {
+        "grid": (4, 6), "blocks": (2, 2), "rotary": True, "rotary_each": (2, 3), "batch": 2, "heads": 3,
+    },
     "no denominator": {
         "grid": (3, 5, 4), "blocks": (2, 2, 1), "rotary": True, "normalizer": "none", "feature_map": "elu",
     },
@@ -100,6 +106,7 @@ def compare(
     per_head: bool = False,
     per_sample: bool = False,
     rotary: bool = False,
+    rotary_each: tuple[int, ...] = (),
     mask: bool = False,
     heads_inside: bool = False,
     channels_apart: bool = False,
@@ -132,7 +139,7 @@ def compare(
     each = [batch, heads] if per_sample else [heads] if per_head else []
     mixing = torch.rand(*each, *size)
     if rotary:
-        angles = torch.rand(tokens, d // 2) * 6
+        angles = torch.rand(*rotary_each, tokens, d // 2) * 6
         options["rotary_emb"] = (angles.cos(), angles.sin())
     if mask or nothing:
         options["key_mask"] = torch.rand(batch, key_tokens) > (1 if nothing else 0.3)
@@ -272,6 +279,24 @@ def test_launches_are_within_the_limits_of_a_grid_and_fill_a_gpu(batch: int) -> 
             small = batch * heads * math.prod(grid) < 264 * 64
             loops = module.name_of(launch) in module.LOOPS[1:]
             assert small or launch.grid[0] >= 264 or not loops, (name, launch.grid)
+
+
+def test_vectors_are_no_longer_than_what_all_rows_start_at_multiples_of() -> None:
+    launching = check_kernels().launching
+    heads_apart = launching.Meta(torch.Size((2, 2, 4, 8)), (36, 18, 8, 1), torch.float32)
+    assert launching.vector_of(heads_apart) == 2
+
+
+def test_places_in_windows_that_are_beyond_31_bits_take_64() -> None:
+    """Windows with a margin hold more tokens in all than there are."""
+    module, layout = check_kernels(), BlockLayout((2**14,), (4,))
+    row, cpu = 2**16 + 16, torch.device("cpu")
+    assert layout.num_tokens * row < 2**31 < layout.num_blocks * layout.reach_size((2**13,)) * row
+    x = module.launching.Meta(torch.Size((1, 1, 2**14, 16)), (2**31, 2**31, row, 1), torch.float32)
+    rows = tuple((name, x) for name in ("q", "k", "v", "grad", "dk", "dv"))
+    target = module.launching.Target(9, False)
+    plan = module.window._plan("window_keys", layout, (2**13,), None, target, cpu, rows)
+    assert plan.launcher._arguments["PLACE"] == module.triton.language.int64
 
 
 @pytest.mark.parametrize(
