@@ -46,7 +46,7 @@ class HelpParser(ArgumentParser):
         for key, value in list(values.items()):
             if _holds_nan(value):
                 raise ValueError(f"{key} must be a number, got {value}")
-            if value == "" and not key.endswith(_MAY_BE_EMPTY):
+            if _holds_blank(value) and not key.endswith(_MAY_BE_EMPTY):
                 raise ValueError(f"{key} is empty: leave it out, or say what it is (is a variable not set?)")
             if (expanded := _expanded(value)) != value:
                 values[key] = expanded
@@ -105,6 +105,12 @@ def _expanded(value: Any) -> Any:
     if type(value) in (list, tuple):  # no named tuple, such as jsonargparse has of nested keys
         return type(value)(map(_expanded, value))
     return value
+
+
+def _holds_blank(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_blank, value))
+    return isinstance(value, str) and not value.strip()
 
 
 def _holds_nan(value: Any) -> bool:

@@ -110,8 +110,8 @@ def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None
 
     - a file: ``.txt`` with one prompt a line, ``.csv`` with a header, or ``.jsonl`` with an object a line.
       The columns are prompt and, if need be, seed, negative_prompt, file, height, width and image, a path
-      inside ``images`` or else inside the folder of the file. Captions of a data set, with the columns path
-      and caption, are prompts whose samples are named as their files. Empty lines are skipped;
+      inside ``images`` or else inside the folder of the file. Captions of a data set are prompts too, whose
+      samples are named as its files: path (or file_name) and caption (or text). Empty lines are skipped;
     - a list in brackets, of one text, ``[a red car]``, or of several in quotes, ``["a car", "wind, rain"]``;
     - any other text is a prompt, its commas included.
 
@@ -193,9 +193,7 @@ def _read_file(path: Path, images: Path | None) -> list[Prompt]:
     prompts = []
     for line, row in _READERS[path.suffix.lower()](read_text(path), path):
         origin = f"{path} line {line}"
-        if isinstance(sample := row.pop("path", None), str):
-            row.pop("weight", None)
-            row["file"] = sample.removesuffix(PurePosixPath(sample).suffix)  # what is made may end otherwise
+        row = _without_caption(row, origin)
         if unknown := sorted(row.keys() - set(_COLUMNS)):
             raise ValueError(
                 f"{origin}: unknown {', '.join(map(repr, unknown))}; the columns are {', '.join(_COLUMNS)}"
@@ -207,6 +205,26 @@ def _read_file(path: Path, images: Path | None) -> list[Prompt]:
             values["image"] = _image_inside(images or path.parent, values["image"], origin)
         prompts.append(Prompt(**values, origin=origin))
     return prompts
+
+
+def _without_caption(row: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A line of a file of prompts, made of one that has a caption of a data set in place of a prompt."""
+    texts = [name for name in _TEXTS if name in row]
+    paths = [name for name in ("file", "path") if row.get(name) is not None]
+    for names in (texts, paths):
+        if len(names) > 1:
+            raise ValueError(f"{origin} has {' and '.join(names)}: leave all but one out")
+    if texts in ([], ["prompt"]):
+        return row
+    left_out = {*texts, "file", "path", "weight"}
+    prompt: dict[str, Any] = {key: value for key, value in row.items() if key not in left_out}
+    if paths:
+        path = row[paths[0]]
+        if not isinstance(path, str):
+            raise ValueError(f"{origin}: {paths[0]} must be a text, got {path!r}")
+        stem = path.removeprefix("./")
+        prompt["file"] = stem.removesuffix(PurePosixPath(stem).suffix)  # what is made may have another ending
+    return {**prompt, "prompt": row[texts[0]]}
 
 
 def _image_inside(folder: Path, name: Any, origin: str) -> Path:
@@ -236,10 +254,10 @@ def _read_csv(text: str, path: Path) -> Rows:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         header = [_column(name) for name in reader.fieldnames or ()]
-        if "prompt" not in header or len(set(header)) < len(header):
+        if not {*header}.intersection(_TEXTS) or len(set(header)) < len(header):
             raise ValueError(
-                f"{path} line 1 must be a header with a column prompt, and each column once; got "
-                f"{', '.join(header) or 'nothing'}"
+                f"{path} line 1 must be a header with a column prompt, caption or text, and each column "
+                f"once; got {', '.join(reader.fieldnames or ()) or 'nothing'}"
             )
         reader.fieldnames = header
         for row in reader:
@@ -276,13 +294,15 @@ def _read_jsonl(text: str, path: Path) -> Rows:
             raise ValueError(f"{path} line {number} is not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{path} line {number} must be an object, {{"prompt": "..."}}, got {line[:40]}')
+        if len({_column(key) for key in row}) < len(row):
+            raise ValueError(f"{path} line {number} has one column twice: {', '.join(row)}")
         yield number, {_column(key): value for key, value in row.items()}
 
 
 def _column(name: str) -> str:
-    """A column's name, however its words are joined, and as prompts have it."""
+    """A column's name, however its words are joined."""
     name = name.strip().lower().replace(" ", "_")
-    return {"file_name": "file", "filename": "file", "caption": "prompt"}.get(name, name)
+    return "file" if name in ("file_name", "filename") else name
 
 
 _READERS: dict[str, Callable[[str, Path], Rows]] = {
@@ -291,4 +311,5 @@ _READERS: dict[str, Callable[[str, Path], Rows]] = {
     ".jsonl": _read_jsonl,
 }
 _NUMBERS = ("seed", "height", "width")
+_TEXTS = ("prompt", "caption", "text")
 _COLUMNS = ("prompt", "seed", "negative_prompt", "file", "height", "width", "image")

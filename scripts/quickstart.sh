@@ -75,9 +75,8 @@ end
     $launch scripts/generate.py image --model $out/training/pipeline --out $out/shown --prompts $out/prompts.txt \
         --batch_size 16 --steps 20 --guidance 2.5 --seed 1 --grid $out/grid.png
     echo "== generating an image for each real one, and scoring them"
-    tail -n +2 $out/real/captions.csv | cut -d , -f 2 | tr -d '\r' > $out/real_prompts.txt
     $launch scripts/generate.py image --model $out/training/pipeline --out $out/generated \
-        --prompts $out/real_prompts.txt --batch_size 48 --steps 20 --guidance 2.5
+        --prompts $out/real/captions.csv --batch_size 48 --steps 20 --guidance 2.5
     score
     look="images: $out/grid.png (the two lower rows are of combinations that training did not see)"
 else

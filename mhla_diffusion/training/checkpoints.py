@@ -262,15 +262,21 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 def _require_new_run(output_dir: Path, resume: str | None) -> None:
     names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
     visible = {name for name in names if not name.startswith(".")}
-    begun = "config.yaml" in names and visible <= _BEGINNING and not list_checkpoints(output_dir)
-    if begun:
+    there = bool(list_checkpoints(output_dir))
+    if "config.yaml" in names and visible <= _BEGINNING and not there:
         logger.warning("the run in %s was stopped before its first checkpoint: it begins anew", output_dir)
-    elif resume is not None:
-        raise ValueError(f"{output_dir} has no checkpoint to resume from; start with --resume auto")
-    elif visible or output_dir.is_file():
+    elif there:
         raise ValueError(
             f"{output_dir} is not empty: go on with --resume latest, or choose another --output_dir"
         )
+    elif visible or output_dir.is_file():
+        found = ", ".join(sorted(visible)[:3]) or "a file"
+        raise ValueError(
+            f"{output_dir} is not empty, and holds no checkpoint of a run ({found}): choose another "
+            "--output_dir"
+        )
+    elif resume is not None:
+        raise ValueError(f"{output_dir} has no checkpoint to resume from; start with --resume auto")
 
 
 def _named(output_dir: Path, resume: str) -> Path:

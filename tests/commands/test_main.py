@@ -286,6 +286,7 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         ("export images --data.source mnist --num 0 --out OUT", "num must be 1 to 5000", 1),
         ("export images --data.source mnist --out=", "out is empty: leave it out, or say what it is", 1),
         ("train-image --config MNIST --output_dir=", "output_dir is empty", 1),
+        ('evaluate compare --reports ["",OUT] --out OUT', "reports is empty: leave it out", 1),
         ("generate image --model nowhere --out OUT --prompts=", "prompt '': the prompt is empty", 1),
         ("export videos --data.source folder --data.path nowhere --out OUT", "nowhere", 1),
         ("cache-latents image --vae nowhere --output_dir OUT --siz 8", "unknown key siz", 1),

@@ -49,8 +49,9 @@ def test_auto_is_the_latest_or_a_new_run(whole: Path, config: ImageTrainingConfi
     assert find_checkpoint(tmp_path / "new", "auto", config) is None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.pdf").touch()
-    with pytest.raises(ValueError, match=r"mine is not empty: go on with --resume latest, or choose another"):
-        find_checkpoint(tmp_path / "mine", "auto", config)
+    for resume in ("auto", "latest", None):
+        with pytest.raises(ValueError, match=r"holds no checkpoint of a run \(thesis\.pdf\): choose another"):
+            find_checkpoint(tmp_path / "mine", resume, config)
 
 
 def test_a_bit_flipped_anywhere_is_found_and_the_file_named(

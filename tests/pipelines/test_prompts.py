@@ -77,9 +77,11 @@ def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files
     table = tmp_path / "captions.csv"
     table.write_text('path,caption,weight\ncats/1.webm,a cat,1\n2.mp4,"a dog, asleep",0.5\n')
     lines = tmp_path / "captions.jsonl"
-    rows = ({"path": "cats/1.jpg", "caption": "a cat"}, {"path": "2", "caption": "a dog, asleep"})
+    rows = ({"path": "./cats/1.jpg", "caption": "a cat"}, {"path": "2", "caption": "a dog, asleep"})
     lines.write_text("\n".join(map(json.dumps, rows)))
-    for path in (table, lines):
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text('file_name,text\ncats/1.png,a cat\n2.png,"a dog, asleep"\n')
+    for path in (table, lines, metadata):
         prompts = read_prompts([str(path)])
         assert [prompt.prompt for prompt in prompts] == ["a cat", "a dog, asleep"]
         assert [prompt.file_name(".mp4") for prompt in prompts] == ["cats/1.mp4", "2.mp4"]
@@ -90,8 +92,13 @@ def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files
     [
         ("a.csv", "path,caption\n../a.mp4,a\n", "line 2: file '../a' must be a path below the folder"),
         ("a.jsonl", '{"path": "", "caption": "a"}\n', "line 1: file '' must be a path below the folder"),
-        ("a.csv", "prompt,caption\na,b\n", "each column once; got prompt, prompt"),
-        ("a.csv", "text\na\n", "line 1 must be a header with a column prompt, .* got text"),
+        ("a.csv", "prompt,caption\na,b\n", "line 2 has prompt and caption: leave all but one out"),
+        ("a.jsonl", '{"prompt": "a", "caption": "b"}\n', "line 1 has prompt and caption"),
+        ("a.jsonl", '{"prompt": "a", "file": "b", "file_name": "c"}\n', "line 1 has one column twice"),
+        ("a.csv", "path,file,caption\na,b,c\n", "line 2 has file and path: leave all but one out"),
+        ("a.jsonl", '{"path": 5, "caption": "b"}\n', "line 1: path must be a text, got 5"),
+        ("a.csv", "path,prompt\na.png,b\n", "line 2: unknown 'path'"),
+        ("a.csv", "Words\na\n", "line 1 must be a header with a column prompt, .* got Words"),
         ("a.csv", "prompt,prompt\na,b\n", "each column once"),
         ("a.csv", "", "got nothing"),
         ("a.csv", "prompt,seed\na,1\nb, c, 2\n", "line 3 has more fields than the header"),
