@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.fingerprint import fingerprint_of
-from ..training.data.stream import FOR_DATA, FOR_LOSS, sample_generator
+from ..training.data.stream import FOR_DATA, FOR_LOSS, load_readable, sample_generator
 from ..training.export import read_run_config
 from ..training.image_models import NEW_IMAGES
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
@@ -35,6 +36,8 @@ RUNS: dict[type[Any], type[Any]] = {
 }
 
 TIME_BUCKETS = 10
+
+logger = logging.getLogger(__name__)
 
 
 def fresh_numbers(count: int) -> range:
@@ -119,6 +122,8 @@ class NoiseCalls(Calls):
 class DataCalls(Calls):
     """Noisy samples of a training run's data, with its conditions, some of them dropped as it drops them.
 
+    The next sample that can be read stands in for one that cannot, as in training.
+
     Args:
         model, seed: see :class:`Calls`.
         config: of the run.
@@ -129,7 +134,7 @@ class DataCalls(Calls):
 
     def __init__(self, model: Any, config: Any, *, seed: int = 0) -> None:
         super().__init__(model, seed=seed, times=config.objective.times)
-        self.config = config
+        self.config, self._skipped = config, set[int]()
         alone = replace(config.objective, teacher=None, distillation=DistillationConfig())
         self.objective: Objective = build_objective(alone)
         _, self.source, self.task = config.build(self.objective, model)
@@ -164,11 +169,17 @@ class DataCalls(Calls):
         """Return a clean sample ``[1, C, ...]``, its conditions, its time ``[1]`` and its noise."""
         order = sample_generator(self.seed, number // len(self.source), FOR_DATA)
         index = int(torch.randperm(len(self.source), generator=order)[number % len(self.source)])
-        generators = [sample_generator(self.seed, number, FOR_LOSS)]
-        batch = default_collate([self.source.load(index, generators[0])])
+        sample, generator, unreadable = load_readable(
+            self.source, index, lambda: sample_generator(self.seed, number, FOR_LOSS)
+        )
+        for skipped, reason in unreadable:
+            if skipped not in self._skipped:
+                logger.warning("skipped: %s", reason)
+                self._skipped.add(skipped)
+        batch = default_collate([sample])
         samples = batch["samples"]
-        conditions = self.task.conditioning.arguments(batch, generators)
-        noise = torch.randn(samples.shape, generator=generators[0])
+        conditions = self.task.conditioning.arguments(batch, [generator])
+        noise = torch.randn(samples.shape, generator=generator)
         return samples, conditions, self.objective.time_at(self.fraction(number)), noise
 
     def inputs(self, number: int) -> dict[str, Any]:

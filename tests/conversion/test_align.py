@@ -18,6 +18,7 @@ from mhla_diffusion import MHLAConfig, convert_to_mhla
 from mhla_diffusion.backbones.teacher import as_teacher, attention_layers, layer_calls
 from mhla_diffusion.conversion import (
     AlignConfig,
+    DataCalls,
     NoiseCalls,
     SampledCalls,
     align,
@@ -171,6 +172,26 @@ def test_an_alignment_goes_on_that_is_older_than_a_setting_of_the_run(
     (out / "align.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r":\n  calls\.objective\.shift: 1\.0 -> 2\.0$"):
         align(teacher, open_calls(teacher, shifted), out, candidates=FORMS, config=few, layers=[0])
+
+
+def test_a_damaged_picture_is_named_once_and_the_next_stands_in_for_it(
+    teacher: Any, write_run: Callable[..., Path], image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(write_run())
+    before = open_calls(teacher, path)
+    assert isinstance(before, DataCalls)
+    wanted = [before.sample(number)[0] for number in range(20)]
+    broken = sorted(image_folder.rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:40])
+    calls = open_calls(teacher, path)
+    assert isinstance(calls, DataCalls)
+    with caplog.at_level(logging.WARNING):
+        found = [calls.sample(number)[0] for number in range(40)]
+    assert caplog.text.count(f"skipped: {broken}: ") == 1
+    differing = [n for n, x in enumerate(wanted) if not torch.equal(x, found[n])]
+    assert len(differing) == 1
+    assert sum(torch.equal(found[differing[0]], x) for x in wanted) == 1
+    assert calls.grid == before.grid
 
 
 def test_layers_are_not_aligned_on_other_pictures_than_those_before(

@@ -11,7 +11,7 @@ import errno
 import itertools
 import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -175,7 +175,7 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _NumberedSamples(Dataset[Any]):
-    """A source read by (sample number, index). The next readable sample of the bucket stands in for one."""
+    """A source read by (sample number, index)."""
 
     def __init__(self, source: SampleSource, seed: int) -> None:
         self.source = source
@@ -183,22 +183,43 @@ class _NumberedSamples(Dataset[Any]):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, Mapping[str, Any], list[tuple[int, str]]]:
         number, index = item
-        unreadable: list[tuple[int, str]] = []
-        for candidate in self._candidates(index):
-            generator = sample_generator(self.seed, number, FOR_DATA)
-            try:
-                sample = self.source.load(candidate, generator)
-            except UnreadableSampleError as error:
-                unreadable.append((candidate, str(error)))
-            else:
-                return number, sample, unreadable
-        raise ValueError(f"none of the {len(unreadable)} samples can be read, first {unreadable[0][1]}")
+        sample, _, unreadable = load_readable(
+            self.source, index, lambda: sample_generator(self.seed, number, FOR_DATA)
+        )
+        return number, sample, unreadable
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        buckets, count = self.source.buckets, len(self.source)
-        for candidate in itertools.chain(range(index, count), range(index)):
-            if buckets is None or buckets[candidate] == buckets[index]:
-                yield candidate
+
+def load_readable(
+    source: SampleSource, index: int, draw: Callable[[], torch.Generator]
+) -> tuple[Mapping[str, Any], torch.Generator, list[tuple[int, str]]]:
+    """Load a sample, or in its place the next of its bucket that can be read.
+
+    Args:
+        source: of the samples.
+        index: of the sample.
+        draw: makes the generator that a sample is loaded with.
+
+    Returns:
+        The sample, the generator behind it, and the number and reason of each that cannot be read.
+
+    Raises:
+        ValueError: when none can.
+    """
+    unreadable: list[tuple[int, str]] = []
+    for candidate in _candidates(source, index):
+        generator = draw()
+        try:
+            return source.load(candidate, generator), generator, unreadable
+        except UnreadableSampleError as error:
+            unreadable.append((candidate, str(error)))
+    raise ValueError(f"none of the {len(unreadable)} samples can be read, first {unreadable[0][1]}")
+
+
+def _candidates(source: SampleSource, index: int) -> Iterator[int]:
+    buckets, count = source.buckets, len(source)
+    for candidate in itertools.chain(range(index, count), range(index)):
+        if buckets is None or buckets[candidate] == buckets[index]:
+            yield candidate
 
 
 class SampleStream:
