@@ -42,6 +42,8 @@ class Videos(GenerationTask, kind="videos"):
     both stands on the page, as a distance of features may not see it.
     """
 
+    # Distances of clips are near 1.
+    metrics: ClassVar = (GenerationTask.metrics[0]._replace(digits=2), *GenerationTask.metrics[1:])
     config_class: ClassVar = VideoTrainingConfig
     batch_size: ClassVar = 16
 
