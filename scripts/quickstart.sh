@@ -35,7 +35,8 @@ score() {
 
 if [ $kind = image ]; then
     echo "== real images to score against: 1,000 of the 5,000 digits of MNIST"
-    [ -d $out/real ] || $python scripts/export_images.py --data.source mnist --num 1000 --out $out/real
+    [ -d $out/real ] || $python scripts/export_images.py --data.source mnist --data.sizes "[[24, 24]]" \
+        --num 1000 --out $out/real
     echo "== training a small DiT with MHLA"
     train
     echo "== generating images"
