@@ -1,4 +1,4 @@
-"""Exported pictures are those that training sees."""
+"""Exported pictures are those that training sees, and their captions prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from mhla_diffusion.commands.export import images
+from mhla_diffusion.pipelines.prompts import read_prompts
 from mhla_diffusion.training.data import DataConfig, ImageSamples, open_images
 from mhla_diffusion.training.data.stream import to_pixels
+from mhla_diffusion.training.data.toys import ScenesConfig
 
 
 def test_pictures_have_the_sizes_that_training_brings_them_to(
@@ -36,3 +38,12 @@ def test_pictures_have_the_sizes_that_training_brings_them_to(
     images(DataConfig("folder", str(tmp_path / "in")), str(tmp_path / "whole"))
     whole = sorted((tmp_path / "whole" / "a").iterdir())
     assert [Image.open(path).size for path in whole] == [(9, 16), (20, 9), (10, 10)]
+
+
+def test_captions_are_prompts_whose_samples_are_named_as_the_pictures(tmp_path: Path) -> None:
+    data = DataConfig("scene", scenes=ScenesConfig(num_images=6))
+    images(data, str(tmp_path / "out"), captions=True)
+    prompts = read_prompts([str(tmp_path / "out" / "captions.csv")])
+    assert [prompt.prompt for prompt in prompts] == list(open_images(data, captioned=True).captions or ())
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert [prompt.file_name(".png") for prompt in prompts] == pictures
