@@ -23,6 +23,7 @@ from mhla_diffusion.ops import (
     routing,
     window_attention,
 )
+from mhla_diffusion.ops.window_composite import softmax_in_blocks
 
 AssertClose = Callable[..., None]
 
@@ -112,6 +113,18 @@ def test_positions_and_a_mask_equal_the_reference(assert_close: AssertClose, for
     assert (out[1] == 0).all(), "no key is seen"
     near = window_attention(*inputs[4:6], inputs[2], layout, key_mask=mask, chosen=options.get("chosen"))
     assert (near[1] == 0).all(), "nor by the window"
+
+
+def test_the_score_of_the_rest_is_held_finer_than_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_WIDE_DEVICES", ())  # as on a GPU
+    layout = BlockLayout((8, 8), (2, 4))
+    q = torch.ones(1, 1, 64, 16, dtype=torch.bfloat16)
+    score = torch.linspace(10, 14, 64)[None, None]  # of the rest; each of the 8 keys has one of 10
+    rest = torch.ones(1, 1, 64, 16), score
+    out = softmax_in_blocks(q, 2.5 * q, torch.zeros_like(q), layout, None, (0, 0), rest)
+    expected = torch.sigmoid(score - 10 - math.log(8))[..., None].expand_as(out)
+    # A bfloat16 near 12 is up to .03 off, and so a weight up to .008.
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=3e-3)
 
 
 def test_one_block_is_softmax_attention(assert_close: AssertClose) -> None:
