@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class Recall(Task, kind="recall"):
         blocks: along each axis, of the task and of MHLA.
         heads, layers, key_dim, values, queries: of model and task.
         steps, batch_size, learning_rate: of training, AdamW with a cosine schedule.
+        start_side: side of the grid that training begins on, ``side`` if None. It doubles up to that, for
+            equal shares of the steps, with as many cells in a batch and the same part of them that asks: what
+            has not learnt to look for a key among hundreds does not find one among thousands.
     """
 
     metrics: ClassVar = (Measure("accuracy", "Share of answers that are right", lower_is_better=False),)
@@ -57,9 +61,10 @@ class Recall(Task, kind="recall"):
     steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 2e-3
+    start_side: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in self.record.items():
             if name != "distance" and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
         if self.distance not in DISTANCES:
@@ -72,11 +77,46 @@ class Recall(Task, kind="recall"):
             raise ValueError(
                 f"queries may be half of the {self.side**2} cells, as the others answer, got {self.queries}"
             )
+        if self.start_side is None:
+            return
+        halves = self._halves
+        if self.start_side not in halves:
+            raise ValueError(
+                f"start_side must be one of {', '.join(map(str, halves))}: {self.side} halved, with "
+                f"{self.blocks} blocks and a query, got {self.start_side}"
+            )
+        sides = halves.index(self.start_side) + 1
+        if self.steps < sides:
+            raise ValueError(f"steps must be {sides} or more, one for each side, got {self.steps}")
 
     @property
     def record(self) -> dict[str, Any]:
-        # Without its kind, as results of before there were others have it.
-        return dataclasses.asdict(self)
+        # Without its kind and what is not set, as results of before there were others have it.
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @property
+    def stages(self) -> list[Recall]:
+        """Tasks of training one after another, each on a grid of its own side."""
+        if self.start_side is None:
+            return [self]
+        sides = [side for side in reversed(self._halves) if side >= self.start_side]
+        ends = [self.steps * at // len(sides) for at in range(len(sides) + 1)]
+        return [
+            dataclasses.replace(
+                self, side=side, start_side=None, steps=end - begin,
+                batch_size=self.batch_size * self.side**2 // side**2,
+                queries=self.queries * side**2 // self.side**2,
+            )
+            for side, (begin, end) in zip(sides, itertools.pairwise(ends), strict=True)
+        ]  # fmt: skip
+
+    @property
+    def _halves(self) -> list[int]:
+        """Sides that double up to this one, with blocks and a query, the largest first."""
+        halves = [self.side]
+        while halves[-1] % (2 * self.blocks) == 0 and self.queries * (halves[-1] // 2) ** 2 >= self.side**2:
+            halves.append(halves[-1] // 2)
+        return halves
 
     @property
     def default_blocks(self) -> list[int]:
@@ -156,14 +196,14 @@ class _Layer(nn.Module):
     def __init__(self, task: Recall, attention: MHLAConfig | None) -> None:
         super().__init__()
         width = task.heads * task.head_dim
-        self.heads, self.grid = task.heads, (task.side, task.side)
+        self.heads = task.heads
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
         self.to_qkv, self.to_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.mhla = (
             None
             if attention is None
-            else MHLA(attention, heads=task.heads, head_dim=task.head_dim, grid=self.grid)
+            else MHLA(attention, heads=task.heads, head_dim=task.head_dim, grid=(task.side, task.side))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +214,8 @@ class _Layer(nn.Module):
         if self.mhla is None:
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         else:
-            out = self.mhla(q, k, v, grid=self.grid, hidden_states=normed)
+            side = math.isqrt(x.shape[1])
+            out = self.mhla(q, k, v, grid=(side, side), hidden_states=normed)
         x = x + self.to_out(out)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -186,7 +227,7 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
 
     Returns:
         ``accuracy``, from 0 to 1, on cells that were not trained on; ``loss`` of the last tenth of the steps
-        in nats; ``seconds_per_step``; ``parameters``.
+        in nats; ``seconds_per_step`` on the grid of the task; ``parameters``.
 
     Raises:
         ValueError: when the loss is not finite.
@@ -200,18 +241,20 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
         optimizer, task.learning_rate, task.steps, pct_start=warmup
     )
     generator = torch.Generator(device).manual_seed(seed)
-    losses, start = [], time.perf_counter()
-    for _ in range(task.steps):
-        inputs, queries, answers = recall_batch(task, generator)
-        loss = F.cross_entropy(model(inputs, queries).flatten(0, 1), answers.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+    losses = []
+    for stage in task.stages:
+        start = time.perf_counter()
+        for _ in range(stage.steps):
+            inputs, queries, answers = recall_batch(stage, generator)
+            loss = F.cross_entropy(model(inputs, queries).flatten(0, 1), answers.flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        seconds = (time.perf_counter() - start) / stage.steps
     final = torch.stack(losses[-max(1, task.steps // 10) :]).mean().item()
-    seconds = (time.perf_counter() - start) / task.steps
     if not math.isfinite(final):
         raise ValueError(f"{variant.name}, seed {seed}: the loss became {final}; lower learning_rate")
     return {

@@ -120,6 +120,29 @@ def test_few_steps_are_trained(steps: int) -> None:
     assert 0 < found["loss"] < 10
 
 
+def test_training_begins_on_small_grids_with_as_many_cells_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = dataclasses.replace(TASK, side=16, queries=32, batch_size=3, steps=10, start_side=4)
+    drawn: list[tuple[int, int, int]] = []
+
+    def noted(task: Recall, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, queries, answers = recall_batch(task, generator)
+        drawn.append((inputs.shape[0], inputs.shape[1], queries.shape[1]))
+        return inputs, queries, answers
+
+    monkeypatch.setattr(recall, "recall_batch", noted)
+    found = train_recall(task, Variant("window", mhla={"local": "shared"}), 0)
+    steps = [(48, 16, 2)] * 3 + [(12, 64, 8)] * 3 + [(3, 256, 32)] * 4
+    assert drawn[:10] == steps
+    assert set(drawn[10:]) == {(3, 256, 32)}, "answers are of the whole grid"
+    assert found["loss"] > 0
+
+
+def test_what_is_not_set_is_not_in_a_record() -> None:
+    """Results that are stored have none of what came later."""
+    assert "start_side" not in TASK.record
+    assert dataclasses.replace(TASK, start_side=4).record == {**TASK.record, "start_side": 4}
+
+
 def test_a_window_finds_what_is_near() -> None:
     """Chance is 1 in 2 here; a softmax inside the block needs few steps."""
     task = dataclasses.replace(
@@ -136,6 +159,11 @@ def test_a_window_finds_what_is_near() -> None:
         ({"blocks": 3}, "divide side"),
         ({"queries": 33}, "half of the 64 cells"),
         ({"steps": 0}, "steps must be above 0"),
+        ({"start_side": 0}, "start_side must be above 0"),
+        ({"start_side": 6}, "one of 8, 4: 8 halved, with 2 blocks and a query, got 6"),
+        ({"start_side": 2, "queries": 4}, "one of 8, 4: "),
+        ({"start_side": 4, "queries": 3}, "one of 8: "),
+        ({"start_side": 4, "steps": 1}, "steps must be 2 or more"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused(setting: dict[str, object], told: str) -> None:

@@ -140,7 +140,7 @@ def test_another_setting_is_another_run(tmp_path: Path) -> None:
 
 
 def of(variant: str, seed: int, accuracy: float, distance: str = "near") -> dict[str, Any]:
-    task = dataclasses.asdict(dataclasses.replace(TASK, distance=distance))
+    task = dataclasses.replace(TASK, distance=distance).record
     return {
         "task": task, "variant": {"name": variant}, "seed": seed, "device": "cpu", "accuracy": accuracy,
         "seconds_per_step": 0.01, "parameters": 1000,
