@@ -38,8 +38,9 @@ def _followed(name: str) -> Callable[..., None]:
 class AdapterMixin(PeftAdapterMixin):
     """Adapters as diffusers has them, also for backbones whose stock class has none.
 
-    Modules that were trained beside an adapter (peft's ``modules_to_save``) are switched with it: the last of
-    those that are active decides, and without one they are what they were before.
+    What was trained in full beside an adapter, self-attention by a run of this package or modules by peft
+    (``modules_to_save``), is switched with it: the last of those that are active decides, and without one it
+    is what it was before. Their strength does not change it unless that is 0.
     """
 
     set_adapter = _followed("set_adapter")
@@ -60,20 +61,14 @@ class AdapterMixin(PeftAdapterMixin):
     ) -> None:
         """Load as diffusers does, also parts of MHLA (peft's ``modules_to_save``) and the ``lora/`` of a run.
 
-        That holds self-attention, trained in full, beside the adapters. It takes the place of what is here,
-        and stays when adapters are unloaded.
+        That holds self-attention, trained in full, beside the adapters. It takes the place of what is here
+        while they are active; what was here is kept on the CPU.
 
         Raises:
-            ValueError: for weights that do not fit this model, and for one that is offloaded so that its own
-                weights cannot be written.
+            ValueError: for weights that do not fit this model, or are not all that a run has trained, and for
+                one that is offloaded so that its own weights cannot be written.
         """
-        group = _get_top_level_group_offload_hook(self)
-        if group is not None and group.config.offload_to_disk_path is not None:
-            raise ValueError(
-                f"weights of this model are offloaded into {group.config.offload_to_disk_path}, whose files "
-                "are not written again: load adapters before enable_group_offload, or offload without "
-                "offload_to_disk_path"
-            )
+        _require_no_disk(self)
         weights = pretrained_model_name_or_path_or_dict
         if not isinstance(weights, dict):
             place = {name: kwargs.pop(name, None) for name in _PLACE}
@@ -92,17 +87,15 @@ class AdapterMixin(PeftAdapterMixin):
         pipeline: Any = kwargs.get("_pipeline")
         by_model, sequential, _ = self._optionally_disable_offloading(pipeline)
         try:
-            if any(weight.is_meta for weight in self.parameters()):
-                raise ValueError(
-                    f"weights of this {type(self).__name__} are offloaded, and adapters would be lost: load "
-                    "them before it is offloaded, or with load_lora_weights of a pipeline that offloads it"
-                )
-            own = _fitting(self, full)
+            _require_here(self)
+            beside = any(prefix is None or key.startswith(f"{prefix}.") for key in adapters)
+            _require_fitting(self, full, alone=not beside)
+            known = set(getattr(self, "peft_config", {}))
             super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
+            if full:
+                new = set(self.peft_config) - known or {kwargs["adapter_name"]}  # or one that is hot-swapped
+                _full_weights(self).hold(new.pop(), full)
             _follow_adapters(self)
-            with torch.no_grad():
-                for name, weight in full.items():
-                    own[name].copy_(weight)
         finally:
             if by_model:
                 pipeline.enable_model_cpu_offload()
@@ -110,12 +103,14 @@ class AdapterMixin(PeftAdapterMixin):
                 pipeline.enable_sequential_cpu_offload()
 
     def unload_lora(self) -> None:
-        """Unload adapters as diffusers does, and what was trained beside them (peft's ``modules_to_save``).
+        """Unload adapters as diffusers does, and what was trained in full beside them.
 
-        Such modules are what they were before, or, where their adapters were fused, what they became.
+        That is what it was before, or, where the adapters were fused, what it became.
         """
         layers, beside = _adapted(self)
         fused = _in_use(layer for layer in layers if layer.merged)
+        _full_weights(self).switch(self, fused)
+        self.__dict__.pop("_full_weights", None)
         for name, part in beside.items():
             kept = [part.modules_to_save[its] for its in fused if its in part.modules_to_save]
             _unwrap(self, name, kept[-1] if kept else part.original_module)
@@ -133,10 +128,12 @@ def _adapted(model: Any) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _follow_adapters(model: Any) -> None:
-    """Have copies of modules be in use where their adapters are, and away where these are."""
+    """Have what was trained beside adapters be in use where they are, and away where they are."""
     layers, beside = _adapted(model)
     there = {name for layer in layers for name in layer._all_available_adapter_names()}
     in_use = _in_use(layers)
+    _full_weights(model).switch(model, in_use)
+    _full_weights(model).keep(there)
     for place, part in beside.items():
         part.set_adapter([])  # a deleted one could not be left
         for name in set(part.modules_to_save) - there:
@@ -167,13 +164,93 @@ def _unwrap(model: Any, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _fitting(model: Any, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model, which has those of ``weights``, under adapters or not."""
-    own = {
+class _FullWeights:
+    """Weights that were trained in full beside adapters, and what was in their place, all on the CPU."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, Tensor]] = {}
+        self._before: dict[str, Tensor] = {}
+        self._in_use: dict[str, Tensor] | None = None
+
+    def hold(self, adapter: str, weights: dict[str, Tensor]) -> None:
+        self._of[adapter] = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+
+    def keep(self, adapters: set[str]) -> None:
+        """Forget all but those of these adapters."""
+        self._of = {name: weights for name, weights in self._of.items() if name in adapters}
+
+    @torch.no_grad()
+    def switch(self, model: Any, adapters: list[str]) -> None:
+        """Write those of the last of these adapters that has some, or what was there before.
+
+        Raises:
+            ValueError: when the model is offloaded so that they cannot be written.
+        """
+        wanted = next((self._of[name] for name in reversed(adapters) if name in self._of), None)
+        if wanted is self._in_use:
+            return
+        _require_no_disk(model)
+        _require_here(model)
+        own = _own_weights(model)
+        names = {*(wanted or {}), *self._before}
+        changed = {id(own[name]) for name in names}
+        merged = [
+            (layer, list(layer.merged_adapters))
+            for layer in _adapted(model)[0]
+            if layer.merged and changed & {id(weight) for weight in layer.get_base_layer().parameters()}
+        ]
+        for layer, _ in merged:
+            layer.unmerge()
+        for name in names:
+            before = self._before.setdefault(name, own[name].detach().cpu().clone())
+            own[name].copy_((wanted or {}).get(name, before))
+        for layer, fused in merged:
+            layer.merge(adapter_names=fused)
+        self._in_use = wanted
+
+
+def _full_weights(model: Any) -> _FullWeights:
+    return model.__dict__.setdefault("_full_weights", _FullWeights())
+
+
+def _require_no_disk(model: Any) -> None:
+    group = _get_top_level_group_offload_hook(model)
+    if group is not None and group.config.offload_to_disk_path is not None:
+        raise ValueError(
+            f"weights of this model are offloaded into {group.config.offload_to_disk_path}, whose files are "
+            "not written again: load adapters before enable_group_offload, or offload without "
+            "offload_to_disk_path"
+        )
+
+
+def _require_here(model: Any) -> None:
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"weights of this {type(model).__name__} are offloaded, and adapters would be lost: load and "
+            "switch them before it is offloaded, or load them with load_lora_weights of a pipeline that "
+            "offloads it"
+        )
+
+
+def _own_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Parameters of a model by the names that they have without adapters."""
+    return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
         for name, weight in model.named_parameters()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
+
+
+def _require_fitting(model: Any, weights: dict[str, Tensor], *, alone: bool) -> None:
+    """Check that weights which were trained in full, if any, are all of this model's, beside adapters."""
+    own = _own_weights(model)
+    trained = {name for name in own if model.attention_name in name.split(".")}
+    if weights and (alone or trained - weights.keys()):
+        missing = "adapters" if alone else min(trained - weights.keys())
+        raise ValueError(
+            f"these weights were trained in full beside adapters, and are not all that were: there is no "
+            f"{missing}; load the whole file of a run"
+        )
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             here = tuple(own[name].shape) if name in own else "no such weight"
@@ -181,4 +258,3 @@ def _fitting(model: Any, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
                 f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
                 f"{here}: load them beside the model that they were trained from"
             )
-    return own

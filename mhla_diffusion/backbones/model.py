@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import ModelMixin, TensorParallelConfig
@@ -34,6 +36,7 @@ from .processors import MHLAAttnProcessor
 from .quantised import require_finite_parts
 from .rebuild import rebuild, require_plain_weights
 from .registry import BACKBONES
+from .weight_files import remove_dead_index, require_first
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +199,14 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
         """Save as :meth:`diffusers.ModelMixin.save_pretrained` does, never what does not load again.
 
         Raises:
-            ValueError: when a layer has lost its MHLA, or weights lie in adapters.
+            ValueError: when a layer has lost its MHLA, or weights lie in adapters, and for a folder from
+                which others would be loaded.
         """
+        stock = inspect.signature(ModelMixin.save_pretrained)
+        given = stock.bind(self, save_directory, *args, **kwargs)
+        given.apply_defaults()
+        form = {name: given.arguments[name] for name in ("variant", "safe_serialization")}
+        require_first(Path(save_directory), **form)
         require_plain_weights(self, fused=True)
         for name, module in self.named_modules():
             if isinstance(module, KeepsMHLA) and not isinstance(module.processor, MHLA):
@@ -207,6 +216,8 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
                     "set_attn_processor or set_processor is called, or load the model again"
                 )
         super().save_pretrained(save_directory, *args, **kwargs)
+        if given.arguments["is_main_process"]:
+            remove_dead_index(Path(save_directory), **form)
 
     @classmethod
     def from_single_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mhla_diffusion import convert_to_mhla
 from mhla_diffusion.backbones.model import SIZES
 
-from .cases import CASES, EVERY_PART, Case, sample
+from .cases import CASES, EVERY_PART, Case, randomize, sample
 
 
 @dataclass(frozen=True)
@@ -284,3 +285,34 @@ def test_a_converted_model_survives_saving(case: Case, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     inputs = case.inputs(model)
     assert torch.equal(sample(case.model.from_pretrained(tmp_path), inputs), sample(model, inputs))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("sizes", itertools.product(["20KB", "5GB"], repeat=2), ids=str)
+def test_what_was_saved_last_into_a_folder_is_loaded(
+    sizes: tuple[str, str], variant: str | None, tmp_path: Path, *, safe: bool
+) -> None:
+    case = CASES["DiT"]
+    for size in sizes:
+        model = case.make()
+        randomize(model)
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant, safe_serialization=safe)
+        assert (len(list(tmp_path.glob("*-of-*"))) > 1) == (size == "20KB")
+    loaded = case.model.from_pretrained(tmp_path, variant=variant, use_safetensors=safe)
+    assert all(torch.equal(weight, loaded.state_dict()[key]) for key, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["20KB", "5GB"])
+def test_weights_that_others_would_be_loaded_in_place_of_are_not_saved(size: str, tmp_path: Path) -> None:
+    case = CASES["DiT"]
+    model = case.make()
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    model.save_pretrained(tmp_path, False, safe_serialization=True)  # by a process that is not the main one
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="would be loaded in place of weights with safe_serialization=False"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert sorted(tmp_path.iterdir()) == before
+    model.save_pretrained(tmp_path, safe_serialization=False, variant="fp16")
+    with pytest.raises(ValueError, match=r"config\.json is a file: choose a folder"):
+        model.save_pretrained(tmp_path / "config.json")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
+import peft
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -110,6 +111,130 @@ def test_adapters_and_attention_of_any_backbone_are_read_back_beside_the_model_t
     torch.testing.assert_close(sample(trained, inputs), expected, rtol=1e-3, atol=1e-3)
 
 
+class Runs(NamedTuple):
+    """A model, its inputs, and two runs that began with it: their files, and their outputs with them."""
+
+    base: Any
+    inputs: dict[str, Any]
+    files: dict[str, dict[str, Tensor]]
+    outputs: dict[str, Tensor]
+
+    def model(self, *names: str) -> Any:
+        model = copy.deepcopy(self.base)
+        for name in names:
+            model.load_lora_adapter(self.files[name], adapter_name=name)
+        return model
+
+    def is_at(self, model: Any, name: str) -> bool:
+        """Tell if a model does what the one of this name alone does, and not what any other does."""
+        output = sample(model, self.inputs)
+        same = {key for key, other in self.outputs.items() if torch.allclose(output, other, atol=1e-4)}
+        assert len(same) <= 1
+        return same == {name}
+
+
+@pytest.fixture
+@torch.no_grad()
+def runs(tmp_path: Path) -> Runs:
+    case = CASES["Wan"]
+    base = case.make(mhla={"gate": True})
+    with torch.enable_grad():
+        _, inputs, _ = train_adapters(base, case, tmp_path)
+    first = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    second = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in first.items()}
+    found = Runs(base, inputs, {"a": first, "b": second}, {"plain": sample(base, inputs)})
+    for name in found.files:
+        found.outputs[name] = sample(found.model(name), inputs)
+    return found
+
+
+@torch.no_grad()
+def test_what_was_trained_in_full_is_switched_with_its_adapters(runs: Runs) -> None:
+    model = runs.model("a", "b")
+    for name in ("b", "a", "b", "a"):
+        model.set_adapters(name)
+        assert runs.is_at(model, name)
+    model.set_adapters("a", 0.0)
+    assert runs.is_at(model, "plain"), "of no strength"
+    model.set_adapters("a", 1.0)
+    model.disable_lora()
+    assert runs.is_at(model, "plain")
+    model.enable_lora()
+    assert runs.is_at(model, "a")
+    model.delete_adapters("a")
+    model.set_adapters("b")
+    assert runs.is_at(model, "b")
+    model.load_lora_adapter(runs.files["a"], adapter_name="b", hotswap=True)
+    assert runs.is_at(model, "a"), "hot-swapped"
+    model.delete_adapters("b")
+    assert runs.is_at(model, "plain")
+    model.load_lora_adapter(runs.files["b"], adapter_name="b")
+    assert runs.is_at(model, "b"), "after all were deleted"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_unloaded_adapters_leave_what_was_there_before_or_what_they_became(
+    runs: Runs, *, fused: bool
+) -> None:
+    model = runs.model("a", "b")
+    model.set_adapters("a")
+    if fused:
+        model.fuse_lora()
+    model.unload_lora()
+    assert runs.is_at(model, "a" if fused else "plain")
+    assert set(model.state_dict()) == set(runs.base.state_dict())
+    if not fused:
+        assert all(
+            torch.equal(weight, runs.base.state_dict()[key]) for key, weight in model.state_dict().items()
+        )
+    model.load_lora_adapter(runs.files["b"], adapter_name="b")
+    model.disable_lora()
+    assert runs.is_at(model, "a" if fused else "plain"), "what was unloaded has no part in what was before"
+
+
+@torch.no_grad()
+def test_self_attention_is_switched_below_an_adapter_that_is_fused_into_it(runs: Runs) -> None:
+    model = runs.model()
+    targets = [f"attn1.{part}" for part in CASES["Wan"].projections]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
+    model.load_lora_adapter(runs.files["a"], adapter_name="a")
+    model.set_adapters(["a", "style"])
+    both = sample(model, runs.inputs)
+    model.set_adapters("style")
+    alone = sample(model, runs.inputs)
+    assert not torch.allclose(both, alone, rtol=1e-2, atol=1e-2)
+    model.fuse_lora(adapter_names=["style"])
+    torch.testing.assert_close(sample(model, runs.inputs), alone, rtol=1e-4, atol=1e-4)
+    model.set_adapters(["a", "style"])
+    torch.testing.assert_close(sample(model, runs.inputs), both, rtol=1e-4, atol=1e-4)
+    model.unfuse_lora()
+    model.set_adapters("a")
+    assert runs.is_at(model, "a")
+
+
+def test_a_part_of_what_a_run_has_trained_is_refused(runs: Runs) -> None:
+    missing = next(name for name in runs.files["a"] if name.endswith("attn1.processor.mixing"))
+    some = {name: weight for name, weight in runs.files["a"].items() if name != missing}
+    model = runs.model()
+    with pytest.raises(ValueError, match=r"there is no blocks\.0\.attn1\.processor\.mixing; load the whole"):
+        model.load_lora_adapter(some)
+    full = {name: weight for name, weight in runs.files["a"].items() if ".lora_full." in name}
+    with pytest.raises(ValueError, match="there is no adapters; load the whole file"):
+        model.load_lora_adapter(full)
+    assert runs.is_at(model, "plain")
+
+
+@torch.no_grad()
+def test_switching_is_refused_where_it_would_be_lost(runs: Runs, tmp_path: Path) -> None:
+    model = runs.model("a", "b")
+    model.set_adapters("a")
+    sequential(model, tmp_path)
+    model.set_adapters("a", 1.0)  # which changes nothing
+    with pytest.raises(ValueError, match=r"are offloaded.*load and switch them before"):
+        model.set_adapters("b")
+
+
 def whole(model: Any, folder: Path) -> None:
     accelerate.cpu_offload_with_hook(model, execution_device=CPU)
 
@@ -134,7 +259,7 @@ def test_adapters_are_loaded_into_an_offloaded_model_or_refused(
     by_accelerate = offload in ("sequential", "disk")
     refused = way == "model" if by_accelerate else "disk" in offload
     if refused:
-        with pytest.raises(ValueError, match=r"are offloaded.*: load (adapters|them) before"):
+        with pytest.raises(ValueError, match=r"are offloaded.*: load (adapters|and switch them) before"):
             load(tmp_path / "lora")
         assert not getattr(model, "peft_config", {})
         assert torch.equal(sample(model, inputs), plain)
