@@ -87,7 +87,7 @@ class ImagePipeline(CardedPipeline, SanaLoraLoaderMixin):
     ) -> None:
         """Refuse what cannot run before any work is done."""
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        if height <= 0 or width <= 0 or height % multiple or width % multiple:
+        if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height} x {width}")
         require_generators(generator, count)
         if output_type not in OUTPUT_TYPES:
@@ -150,8 +150,8 @@ class ImagePipeline(CardedPipeline, SanaLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         size = self.transformer.config.sample_size * self.vae_scale_factor
-        height, width = height or size, width or size
-        require_positive(num_inference_steps=num_inference_steps)
+        height, width = (size if side is None else side for side in (height, width))
+        require_positive(height=height, width=width, num_inference_steps=num_inference_steps)
         require_finite(guidance_scale=guidance_scale)
         self.check_inputs(count, height, width, output_type, generator, tensor_inputs)
         self._guidance_scale = guidance_scale

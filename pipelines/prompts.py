@@ -72,8 +72,8 @@ class Prompt:
         """Return an error that says which prompt it is about."""
         return ValueError(f"{self.origin or f'prompt {str(self.prompt)[:40]!r}'}: {problem}")
 
-    def file_name(self, extension: str, repetition: int | None = None) -> str | None:
-        """Name of a sample's file: as asked for, with its extension; of several, with their number.
+    def file_name(self, extension: str, repetition: int = 0) -> str | None:
+        """Name of a sample's file: as asked for, with its extension; after the first with their number.
 
         Raises:
             ValueError: when the name has the extension of another kind of file.
@@ -82,10 +82,10 @@ class Prompt:
             return None
         path = PurePosixPath(self.file)
         found = path.suffix.lower()
-        if found != extension and found in {*Image.registered_extensions(), *VIDEO_EXTENSIONS}:
+        if found != extension and _is_of_media(found):
             raise self.error(f"file {self.file!r} must end in {extension} or have no such ending")
         stem = path.name[: -len(extension)] if found == extension else path.name
-        number = "" if repetition is None else f"-{repetition}"
+        number = f"-{repetition}" if repetition else ""
         return str(path.with_name(f"{stem}{number}{extension}"))
 
     def _check_name(self, name: str) -> None:
@@ -126,10 +126,12 @@ def read_prompts(values: Sequence[str], *, images: str | os.PathLike[str] | None
     prompts: list[Prompt] = []
     for value in values:
         suffix = Path(value).suffix.lower()
-        if suffix not in _READERS and (suffix or os.sep in value) and os.path.exists(value):
+        is_file = (suffix or os.sep in value) and os.path.exists(value)
+        if suffix not in _READERS and (is_file or (suffix in _OTHER_TABLES and not value.split()[1:])):
+            what = "a file or a folder here" if is_file else "the name of a file"
             raise ValueError(
-                f"{value!r} is a file or a folder here, and no file of prompts ({', '.join(_READERS)}); if "
-                f"it is a text, put it in brackets: [{value!r}]"
+                f"{value!r} is {what}, and no file of prompts ({', '.join(_READERS)}); if it is a text, put "
+                f"it in brackets: [{value!r}]"
             )
         if suffix in _READERS:
             prompts += _read_file(Path(value), None if images is None else Path(images))
@@ -219,11 +221,14 @@ def _without_caption(row: dict[str, Any], origin: str) -> dict[str, Any]:
     left_out = {*texts, "file", "path", "weight"}
     prompt: dict[str, Any] = {key: value for key, value in row.items() if key not in left_out}
     if paths:
+        # What else a data set says of its files is not of prompts, and is not read in training either.
+        prompt = {key: value for key, value in prompt.items() if key in _COLUMNS}
         path = row[paths[0]]
         if not isinstance(path, str):
             raise ValueError(f"{origin}: {paths[0]} must be a text, got {path!r}")
-        stem = path.removeprefix("./")
-        prompt["file"] = stem.removesuffix(PurePosixPath(stem).suffix)  # what is made may have another ending
+        stem, ending = path.removeprefix("./"), PurePosixPath(path).suffix
+        # What is made may have another ending.
+        prompt["file"] = stem.removesuffix(ending) if _is_of_media(ending.lower()) else stem
     return {**prompt, "prompt": row[texts[0]]}
 
 
@@ -289,14 +294,25 @@ def _read_jsonl(text: str, path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=_once_each)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{path} line {number} must be an object, {{"prompt": "..."}}, got {line[:40]}')
         if len({_column(key) for key in row}) < len(row):
             raise ValueError(f"{path} line {number} has one column twice: {', '.join(row)}")
         yield number, {_column(key): value for key, value in row.items()}
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"one name twice among {', '.join(name for name, _ in pairs)}")
+    return row
+
+
+def _is_of_media(ending: str) -> bool:
+    return ending in Image.registered_extensions() or ending in VIDEO_EXTENSIONS
 
 
 def _column(name: str) -> str:
@@ -310,6 +326,8 @@ _READERS: dict[str, Callable[[str, Path], Rows]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
 }
+# Endings of files that prompts are not read from, and that no text of one word has.
+_OTHER_TABLES = (".json", ".yaml", ".yml", ".tsv", ".parquet", ".xlsx", ".md")
 _NUMBERS = ("seed", "height", "width")
 _TEXTS = ("prompt", "caption", "text")
 _COLUMNS = ("prompt", "seed", "negative_prompt", "file", "height", "width", "image")

@@ -43,7 +43,7 @@ class ClassNames:
             ValueError: for a name that means no class or several, an id out of range, or another form.
         """
         labels = list(_flat(labels))
-        if other := [label for label in labels if not isinstance(label, str) and not _is_id(label)]:
+        if other := [label for label in labels if not isinstance(label, str) and not _is_whole(label)]:
             raise ValueError(f"class labels are names or ids, got {other[0]!r} among them")
         names = {label for label in labels if isinstance(label, str)}
         known = self.ids | self._wholes
@@ -67,23 +67,27 @@ def _flat(labels: Any) -> Iterator[Any]:
         yield labels
 
 
-def _is_id(label: Any) -> bool:
-    """Tell whether a label is a whole number, of Python, numpy or torch."""
-    return hasattr(label, "__index__") and getattr(label, "ndim", 0) == 0
+def _is_whole(value: Any) -> bool:
+    """Tell whether a value is a whole number, of Python, numpy or torch."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 def _listed(ids: Sequence[int]) -> str:
     return f"{', '.join(map(str, ids[:-1]))} and {ids[-1]}"
 
 
-def require_positive(**counts: float | None) -> None:
+def require_positive(**counts: Any) -> None:
     """Check arguments that count something; None where one is not given.
 
     Raises:
-        ValueError: for one below 1.
+        ValueError: for one that is no whole number, or below 1.
     """
     for name, value in counts.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if not _is_whole(value):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -99,11 +103,17 @@ def require_finite(**numbers: Any) -> None:
 
 
 def require_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:
-    """Check that a list of generators has one for each sample.
+    """Check that there is one generator, or a list with one for each sample.
 
     Raises:
-        ValueError: when it has not.
+        ValueError: when there is something else.
     """
+    listed = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in listed):
+        raise ValueError(
+            f"generator must be a torch.Generator or a list of them, got {generator!r}: of a seed one is "
+            'torch.Generator("cpu").manual_seed(seed)'
+        )
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(
             f"{len(generator)} generators for {count} samples; give one, or a list with one for each"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -60,16 +61,16 @@ def prompt_rows(
         shown = [(prompt, number) for prompt in texts for number in range(per_prompt or 1)]
     else:
         shown = [(texts[i % len(texts)], i // len(texts)) for i in range(num)]
-    repeated = len(shown) > len(texts)
     rows = []
     for i, (prompt, number) in enumerate(shown):
-        name = prompt.file_name(_EXTENSIONS[kind], number if repeated else None)
+        name = prompt.file_name(_EXTENSIONS[kind], number)
         row: dict[str, Any] = {
             "file": name or f"{i:06d}{_EXTENSIONS[kind]}",
             "prompt": prompt.prompt,
             "seed": seed + i if prompt.seed is None else prompt.seed + number,
         }
-        if negative := prompt.negative_prompt or negative_prompt:
+        negative = negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        if negative is not None:
             row["negative_prompt"] = negative
         row |= {n: getattr(prompt, n) for n in ("height", "width") if getattr(prompt, n) is not None}
         rows.append(row)
@@ -78,16 +79,21 @@ def prompt_rows(
 
 
 def _check_names(rows: list[dict[str, Any]], prompts: list[Prompt]) -> None:
-    """No two files of one name, on file systems either that do not tell capitals from small letters."""
+    """No two files of one name, on file systems either that do not tell spellings of it apart."""
     seen: dict[str, int] = {}
-    folders = {str(parent).casefold() for row in rows for parent in PurePosixPath(row["file"]).parents}
+    folders = {_folded(str(parent)) for row in rows for parent in PurePosixPath(row["file"]).parents}
     for i, row in enumerate(rows):
-        if row["file"].casefold() in folders:
+        if _folded(row["file"]) in folders:
             raise prompts[i].error(f"file {row['file']!r} is a folder of others: give it another name")
-        first = seen.setdefault(row["file"].casefold(), i)
+        first = seen.setdefault(_folded(row["file"]), i)
         if first != i:
             other = prompts[first].origin or f"sample {first}"
             raise prompts[i].error(f"file {row['file']!r} is that of {other} too: give each its own")
+
+
+def _folded(name: str) -> str:
+    """A name without capitals, and of letters with accents as one character each."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _add_pictures(rows: list[dict[str, Any]], prompts: list[Prompt]) -> list[Path | None]:

@@ -206,7 +206,7 @@ class MHLATextToImagePipeline(ImagePipeline):
         shape: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         """Return what stands for none in guidance, of the shape that the prompts' embeddings have."""
-        texts: Any = list(prompt) if prompt and not isinstance(prompt, str) else [prompt or ""]
+        texts: Any = list(prompt) if prompt and isinstance(prompt, (list, tuple)) else [prompt or ""]
         texts = texts * (shape[0] if len(texts) == 1 else 1)
         if prompt_embeds is not None and not prompt:
             texts = None  # the default

@@ -174,7 +174,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "guidance_scale_2": guidance_scale_2,
-            "num_videos_per_prompt": num_videos_per_prompt,
+            "num_videos_per_prompt": num_videos_per_prompt or 1,
             "generator": generator,
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,

@@ -81,10 +81,16 @@ def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files
     lines.write_text("\n".join(map(json.dumps, rows)))
     metadata = tmp_path / "metadata.csv"
     metadata.write_text('file_name,text\ncats/1.png,a cat\n2.png,"a dog, asleep"\n')
-    for path in (table, lines, metadata):
+    more = tmp_path / "more.csv"
+    more.write_text('path,caption,duration,fps\ncats/1.webm,a cat,3,\n2.mp4,"a dog, asleep",,8\n')
+    for path in (table, lines, metadata, more):
         prompts = read_prompts([str(path)])
         assert [prompt.prompt for prompt in prompts] == ["a cat", "a dog, asleep"]
         assert [prompt.file_name(".mp4") for prompt in prompts] == ["cats/1.mp4", "2.mp4"]
+    frames = tmp_path / "frames.csv"
+    frames.write_text("path,caption\nv1.0,a\nmovie.2020,b\nmovie.2021,c\n")
+    names = [prompt.file_name(".mp4") for prompt in read_prompts([str(frames)])]
+    assert names == ["v1.0.mp4", "movie.2020.mp4", "movie.2021.mp4"], "folders of frames have no ending"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,13 @@ def test_captions_of_a_data_set_are_prompts_whose_samples_are_named_as_its_files
         ("a.jsonl", '{"prompt": "a", "file": "b", "file_name": "c"}\n', "line 1 has one column twice"),
         ("a.csv", "path,file,caption\na,b,c\n", "line 2 has file and path: leave all but one out"),
         ("a.jsonl", '{"path": 5, "caption": "b"}\n', "line 1: path must be a text, got 5"),
+        ("a.csv", "caption,sed\na,1\n", "line 2: unknown 'sed'"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "prompt": "b"}\n',
+            "line 1 is not valid JSON .one name twice among prompt",
+        ),
+        ("a.jsonl", "[" * 100_000, "line 1 is not valid JSON .*recursion"),
         ("a.csv", "path,prompt\na.png,b\n", "line 2: unknown 'path'"),
         ("a.csv", "Words\na\n", "line 1 must be a header with a column prompt, .* got Words"),
         ("a.csv", "prompt,prompt\na,b\n", "each column once"),
@@ -144,6 +157,11 @@ def test_another_file_or_a_folder_is_not_taken_for_a_prompt(
     monkeypatch.chdir(tmp_path)
     Path("cats").mkdir()
     Path("cats/p.json").write_text("[]")
+    for value in ("nothere.json", "nothere.TSV", "./nothere/prompts.yaml"):
+        with pytest.raises(ValueError, match=r"is the name of a file, and no file of prompts .* in brackets"):
+            read_prompts([value])
+    for value in ("a cat eats config.json", "cats", "node.js"):
+        assert [prompt.prompt for prompt in read_prompts([value])] == [value]
     for value in ("cats/p.json", "cats/", str(tmp_path)):
         with pytest.raises(ValueError, match=r"is a file or a folder here, .* in brackets") as caught:
             read_prompts([value])
@@ -167,14 +185,14 @@ def test_names_of_files_stay_inside_the_folder(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "repetition", "expected"),
     [
-        ("x", None, "x.mp4"),
-        ("x.MP4", None, "x.mp4"),
-        ("v1.5 of x", None, "v1.5 of x.mp4"),
+        ("x", 0, "x.mp4"),
+        ("x.MP4", 0, "x.mp4"),
+        ("v1.5 of x", 0, "v1.5 of x.mp4"),
         ("a/x.mp4", 3, "a/x-3.mp4"),
-        ("été, à la mer", 0, "été, à la mer-0.mp4"),
+        ("été, à la mer", 1, "été, à la mer-1.mp4"),
     ],
 )
-def test_names_get_their_extension_and_number(file: str, repetition: int | None, expected: str) -> None:
+def test_names_get_their_extension_and_number(file: str, repetition: int, expected: str) -> None:
     assert Prompt("a", file=file).file_name(".mp4", repetition) == expected
 
 
@@ -182,5 +200,24 @@ def test_prompts_in_turn_count_their_repetitions() -> None:
     given = [Prompt("a", file="x", seed=5), "b"]
     rows, _ = prompt_rows(given, 4, None, seed=0, negative_prompt=None, kind="images")
     assert [(row["file"], row["seed"]) for row in rows] == [
-        ("x-0.png", 5), ("000001.png", 1), ("x-1.png", 6), ("000003.png", 3),
+        ("x.png", 5), ("000001.png", 1), ("x-1.png", 6), ("000003.png", 3),
     ]  # fmt: skip
+    fewer, _ = prompt_rows(given, 2, None, seed=0, negative_prompt=None, kind="images")
+    assert fewer == rows[:2], "a larger number adds samples"
+
+
+def test_a_negative_prompt_of_its_own_counts_though_it_is_empty() -> None:
+    given = ["a", Prompt("b", negative_prompt=""), Prompt("c", negative_prompt="rain")]
+    for of_all, expected in (
+        ("blurry", ["blurry", "", "rain"]),
+        ("", ["", "", "rain"]),
+        (None, [None, "", "rain"]),
+    ):
+        rows, _ = prompt_rows(given, None, None, seed=0, negative_prompt=of_all, kind="images")
+        assert [row.get("negative_prompt") for row in rows] == expected
+
+
+def test_names_that_differ_in_their_spelling_alone_are_refused() -> None:
+    given = [Prompt("a", file="caf\u00e9"), Prompt("b", file="Cafe\u0301")]
+    with pytest.raises(ValueError, match="is that of sample 0 too"):
+        prompt_rows(given, None, None, seed=0, negative_prompt=None, kind="images")

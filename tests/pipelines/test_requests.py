@@ -53,6 +53,14 @@ def test_every_argument_of_the_stock_call_goes_by_name(ours: type, stock: type) 
         ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"prompt": "a", "num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
+        ({"prompt": "a", "height": "16"}, "height must be a whole number, got '16'"),
+        (
+            {"prompt": "a", "generator": 7},
+            "generator must be a torch.Generator or a list of them, got 7: of a seed",
+        ),
+        ({"prompt": "a", "generator": [7]}, r"generator must be .*, got \[7\]: of a seed"),
+        ({"prompt": "a", "generator": tuple(generators(1))}, r"generator must be .*, got \(<torch"),
         ({"prompt": ["a", "b"], "generator": generators(1)}, "1 generators for 2 samples; give one, or a"),
         ({"prompt": ["a", "b"], "generator": generators(3)}, "3 generators for 2 samples"),
     ],
@@ -70,6 +78,7 @@ def test_empty_texts_are_prompts_and_one_generator_serves_all(pipeline: MHLAWanP
         return pipeline(num_inference_steps=1, guidance_scale=1.0, **arguments).frames
 
     assert len(generate(prompt="")) == 1
+    assert len(generate(prompt="a", num_videos_per_prompt=None)) == 1
     assert len(generate(prompt=["", "a"], generator=generators(1)[0])) == 2
     both = generate(prompt=["a", "b"], generator=generators(2))
     first = generate(prompt=["a"], generator=generators(1))

@@ -170,6 +170,7 @@ def test_embeddings_stand_for_prompts(make: Callable[..., Any], text_parts: dict
         ({"prompt": ()}, "nothing to generate"),
         ({"prompt": 3}, "a prompt must be a text or a list of texts, got 3"),
         ({"negative_prompt": [None]}, r"a prompt must be a text or a list of texts, got \[None\]"),
+        ({"negative_prompt": 3}, r"a prompt must be a text or a list of texts, got \[3\]"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ({"max_sequence_length": 0}, "max_sequence_length must be at least 1, got 0"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
