@@ -28,6 +28,7 @@ from ..training.data.encoding import readable
 from ..training.data.image_sources import sizes_of
 from ..training.data.images import Images, cover
 from ..training.data.stream import is_of_disk, to_pixels
+from ..training.data.videos import VideoFiles
 from .parsing import parse_and_call
 
 
@@ -83,7 +84,8 @@ def videos(data: VideoDataConfig, out: str, num: int | None = None, gray: bool =
     """Write clips of a training source as MP4 files with captions.csv.
 
     Args:
-        data: where the clips come from; each begins at a random frame, the same in every call.
+        data: where the clips come from; each begins at a random frame, the same in every call. Without fps
+            they have the rate of their file, and clips that are drawn 16 frames a second.
         out: a folder that does not exist yet.
         num: how many, from the first on; all by default.
         gray: without colours.
@@ -92,7 +94,7 @@ def videos(data: VideoDataConfig, out: str, num: int | None = None, gray: bool =
         require_video_writer()
         source = VideoSamples(open_videos(data), data, channels=1 if gray else 3)
         num = _require_num(num, len(source), "videos")
-        write_folder(target, partial(_write_videos, source, num, data.fps or 16))
+        write_folder(target, partial(_write_videos, source, num))
 
 
 def _read(source: Images, index: int, data: DataConfig) -> Image.Image:
@@ -133,13 +135,14 @@ def _class_folders(class_names: Sequence[str]) -> list[str]:
     return folders
 
 
-def _write_videos(source: VideoSamples, num: int, fps: float, folder: Path) -> None:
-    listed = []
+def _write_videos(source: VideoSamples, num: int, folder: Path) -> None:
+    listed, videos = [], source.videos
     for i, sample, _ in readable(source, tqdm(range(num), desc="exporting", unit="video")):
         # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
         pixels = to_pixels(sample["samples"])
         frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
-        write_video(frames, folder / f"{i:06d}.mp4", fps=fps)
+        rate = videos.rate(i) if isinstance(videos, VideoFiles) else 16
+        write_video(frames, folder / f"{i:06d}.mp4", fps=source.config.fps or rate)
         listed.append((f"{i:06d}.mp4", sample["caption"]))
     _tell_skipped(num - len(listed), num, "videos")
     _write_captions(folder, [("path", "caption"), *listed])

@@ -103,6 +103,10 @@ class VideoFiles:
             raise UnreadableVideoError(f"{file.path}: {error}") from error
         return reader.read(chosen)
 
+    def rate(self, index: int) -> float:
+        """Return the frames per second of a file."""
+        return open_video(self.files[index].path, decoder=self.decoder).fps
+
     def fingerprint(self) -> str:
         names = relative_names([file.path for file in self.files])
         samples = [
