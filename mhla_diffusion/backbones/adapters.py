@@ -173,7 +173,7 @@ class _FullWeights:
         self._in_use: dict[str, Tensor] | None = None
 
     def hold(self, adapter: str, weights: dict[str, Tensor]) -> None:
-        self._of[adapter] = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        self._of[adapter] = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
     def keep(self, adapters: set[str]) -> None:
         """Forget all but those of these adapters."""
@@ -202,8 +202,9 @@ class _FullWeights:
         for layer, _ in merged:
             layer.unmerge()
         for name in names:
-            before = self._before.setdefault(name, own[name].detach().cpu().clone())
-            own[name].copy_((wanted or {}).get(name, before))
+            if name not in self._before:
+                self._before[name] = own[name].detach().to("cpu", copy=True)
+            own[name].copy_((wanted or self._before).get(name, self._before[name]))
         for layer, fused in merged:
             layer.merge(adapter_names=fused)
         self._in_use = wanted
