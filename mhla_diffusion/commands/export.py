@@ -18,6 +18,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from mhla_diffusion.pipelines.sampling import DEFAULT_FPS
+
 from ..files.locking import new_folder
 from ..files.pictures import DECODING_ERRORS
 from ..files.videos import require_video_writer, write_video
@@ -141,7 +143,7 @@ def _write_videos(source: VideoSamples, num: int, folder: Path) -> None:
         # [C, F, H, W] in [-1, 1] to [F, H, W, 3]
         pixels = to_pixels(sample["samples"])
         frames = pixels.permute(1, 2, 3, 0).expand(-1, -1, -1, 3).numpy()
-        rate = videos.rate(i) if isinstance(videos, VideoFiles) else 16
+        rate = videos.rate(i) if isinstance(videos, VideoFiles) else DEFAULT_FPS
         write_video(frames, folder / f"{i:06d}.mp4", fps=source.config.fps or rate)
         listed.append((f"{i:06d}.mp4", sample["caption"]))
     _tell_skipped(num - len(listed), num, "videos")

@@ -12,6 +12,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils import load_image
 
+from mhla_diffusion.pipelines.sampling import DEFAULT_FPS
 from mhla_diffusion.pipelines.video import MHLAWanPipeline
 
 from ..autoencoders import size_in_pixels
@@ -212,6 +213,7 @@ def _build_wan(
     if latents is None:
         source = VideoSamples(source, config.data, channels=model.config.in_channels)
         encoder.warn_of_long(texts_of(source.captions))
+        source.warn_of_rates()
     else:
         latents.require_channels(model)
     task = TrainingTask(
@@ -316,7 +318,7 @@ def build_parts(
         vae=None if latents is None else latents.load_vae(("AutoencoderKLWan",)),
         scheduler=objective.scheduler(),
         max_sequence_length=config.text.max_length,
-        fps=(config.data.fps if latents is None else latents.fps) or 16.0,
+        fps=(config.data.fps if latents is None else latents.fps) or DEFAULT_FPS,
     )
 
 

@@ -281,6 +281,7 @@ def cache_video_latents(config: VideoLatentCacheConfig) -> None:
     )  # fmt: skip
     videos = VideoSamples(open_videos(config.data), config.data, channels=vae.config.in_channels)
     _require_files(videos.videos)
+    videos.warn_of_rates()
     encoders, conditions = load_caption_encoders(config.text, videos=True), _load_conditions(config, vae)
     write_shards(
         config,

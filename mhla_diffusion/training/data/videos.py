@@ -5,6 +5,7 @@ A sample is ``{"samples": float32 [C, F, H, W] in [-1, 1], "caption": str}``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
+
+from mhla_diffusion.pipelines.sampling import DEFAULT_FPS
 
 from ...files.clips import choose_clip
 from ...files.pictures import WHITE, background_color
@@ -24,6 +27,8 @@ from .fingerprint import file_content, fingerprint, fingerprint_of, relative_nam
 from .shapes import Shape, read_shapes
 from .sources import Source, SourceConfig
 from .stream import UnreadableSampleError, from_pixels
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -233,6 +238,20 @@ class VideoSamples:
 
     def fingerprint(self) -> str | None:
         return fingerprint_of(self.videos)
+
+    def warn_of_rates(self) -> None:
+        """Say that clips have rates of their own, if so, and what a model makes of them another."""
+        if self.config.fps is not None or not isinstance(self.videos, VideoFiles):
+            return
+        try:
+            first = self.videos.rate(0)
+        except UnreadableVideoError:
+            return  # named, skipped and counted when its turn comes
+        logger.warning(
+            "data.fps is not given: clips have the rates of their files, the first %.4g frames a second, and "
+            "what a model learns from them is written with %.4g; give data.fps to have one rate",
+            first, DEFAULT_FPS,
+        )  # fmt: skip
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         config, start = self.config, float(torch.rand((), generator=generator))

@@ -88,8 +88,12 @@ def test_a_control_is_gray_where_nothing_is_known(task: ControlTask) -> None:
     assert not torch.equal(mask, other)
 
 
-def test_a_cache_has_the_control_of_each_clip(cache: VideoLatentCacheConfig) -> None:
+def test_a_cache_has_the_control_of_each_clip(
+    cache: VideoLatentCacheConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = dataclasses.replace(cache, data=dataclasses.replace(cache.data, fps=None))
     cache_video_latents(cache)
+    assert "clips have the rates of their files" in caplog.text
     cached = CachedLatents(cache.output_dir)
     assert (cached.given, cached.control, cached.tasks) == ("control", (72, 2, 2, 4), cache.control)
     masks = [cached.load(row, seeded(0))["control"][8:] for row in range(10)]

@@ -58,6 +58,20 @@ def test_clips_begin_at_random_frames(tmp_path: Path) -> None:
     assert firsts == {0, 1, 2, 3, 4}
 
 
+def test_clips_without_a_rate_are_told_of_where_it_is_lost(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples(folder, sizes=((32, 64),)).warn_of_rates()
+    assert "the rates of their files, the first 8 frames a second, and what a model learns" in caplog.text
+    caplog.clear()
+    samples(folder, sizes=((32, 64),), fps=8.0).warn_of_rates()
+    digits = VideoDataConfig("moving_mnist", frames=8, sizes=((32, 32),))
+    VideoSamples(open_videos(digits), digits, channels=1).warn_of_rates()
+    (folder / "wide-0.mp4").write_bytes(b"")
+    samples(folder, sizes=((32, 64),)).warn_of_rates()
+    assert not caplog.text
+
+
 def test_clips_of_a_varying_rate_are_even_in_time(tmp_path: Path) -> None:
     pictures = [Image.new("L", (32, 32), 10 * i) for i in range(20)]
     durations = [100] * 10 + [400] * 10
