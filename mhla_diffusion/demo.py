@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mhla_diffusion.pipelines import MHLAPipeline
+from mhla_diffusion.pipelines.requests import require_seed
 from mhla_diffusion.pipelines.rows import class_rows, prompt_rows
 from mhla_diffusion.pipelines.sampling import (
     call_arguments,
@@ -113,8 +114,7 @@ def make_samples(
         ValueError: when there is no text, or one that the pipeline does not know, and for a seed that torch
             does not take.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be 0 to 2^63 - 1, got {seed}")
+    require_seed(seed)
     if not texts:
         raise ValueError("nothing to show: write a class or a prompt on a line")
     kind = output_kind(pipeline)

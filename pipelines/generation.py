@@ -25,8 +25,8 @@ from mhla_diffusion.files.writing import remove_partial
 from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
 
 from .identity import describe, training_of
-from .prompts import MAX_SEED, Prompt
-from .requests import require_positive
+from .prompts import Prompt
+from .requests import MAX_SEED, require_positive, require_seed
 from .rows import class_rows, prompt_rows
 from .sampling import (
     Kind,
@@ -104,7 +104,8 @@ def generate_images(
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
         "width": width,
     }  # fmt: skip
-    _check_numbers({"num_images": num_images, "batch_size": batch_size, **settings})
+    _check_numbers({"num_images": num_images, "per_prompt": per_prompt, "batch_size": batch_size, **settings})
+    require_seed(seed)
     _require_output(pipeline, "images")
     pictures: list[Path | None]
     if "class_labels" in call_parameters(pipeline):
@@ -178,7 +179,8 @@ def generate_videos(
         "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
         "width": width, "num_frames": num_frames,
     }  # fmt: skip
-    _check_numbers({"num_videos": num_videos, "batch_size": batch_size, **settings})
+    _check_numbers({"num_videos": num_videos, "per_prompt": per_prompt, "batch_size": batch_size, **settings})
+    require_seed(seed)
     _require_output(pipeline, "videos")
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps must be a number above 0, got {fps}")

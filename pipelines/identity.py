@@ -101,7 +101,7 @@ def component_sha256(component: Any) -> str:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of the names and bytes of all weights.
+    """Hash of the names and bytes of all weights, and of which adapters act, how strongly.
 
     Weights of any dtype count as they lie in memory, fp8 as well. Those that are a tensor made of tensors, as
     quantisation leaves them (values and their scales), count as the bytes of each of these, so that the same
@@ -114,6 +114,11 @@ def weights_sha256(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         _update(digest, value, name)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "merged_adapters"):  # a layer of peft
+            names = list(layer.active_adapters), list(layer.merged_adapters)
+            scaling = sorted(getattr(layer, "scaling", {}).items())
+            digest.update(repr((name, layer.disable_adapters, *names, scaling)).encode())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCardData, create_repo, metadata_load
 
+from mhla_diffusion.backbones.weight_files import require_first
 from mhla_diffusion.config import MHLAConfig
 from mhla_diffusion.files.writing import write_file
 
@@ -141,9 +142,16 @@ class CardedPipeline(DiffusionPipeline):
             The address of the upload, if there was one.
 
         Raises:
-            ValueError: for a scheduler that does not fit the model.
+            ValueError: for a scheduler that does not fit the model, and for a folder from which other weights
+                would be loaded.
         """
         self.require_scheduler()
+        form = {
+            "variant": kwargs.get("variant"),
+            "safe_serialization": kwargs.get("safe_serialization", True),
+        }
+        for name in transformers_of(self):
+            require_first(Path(save_directory, name), **form)
         super().save_pretrained(save_directory, **kwargs)
         repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
         if push_to_hub:

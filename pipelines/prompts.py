@@ -18,9 +18,10 @@ from mhla_diffusion.files.names import is_hidden
 from mhla_diffusion.files.text import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
 
+from .requests import MAX_SEED
+
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
 _MAX_NAME = 240
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

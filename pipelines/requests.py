@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+MAX_SEED = 2**63 - 1
+
 
 class ClassNames:
     """Names of classes.
@@ -91,6 +93,16 @@ def require_positive(**counts: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def require_seed(seed: Any) -> None:
+    """Check a seed of torch's generators.
+
+    Raises:
+        ValueError: for one that is no whole number from 0 to :data:`MAX_SEED`.
+    """
+    if not (_is_whole(seed) and 0 <= seed <= MAX_SEED):
+        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+
+
 def require_finite(**numbers: Any) -> None:
     """Check arguments that may be numbers: NaN passes every bound.
 
@@ -98,7 +110,7 @@ def require_finite(**numbers: Any) -> None:
         ValueError: for NaN or infinity.
     """
     for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0 and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
 
 

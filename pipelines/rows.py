@@ -53,8 +53,6 @@ def prompt_rows(
         raise ValueError(f"prompts (--prompts) must be a list of one text or more, got {prompts!r}")
     if num is not None and per_prompt is not None:
         raise ValueError(f"give num_{kind} or per_prompt, not both: got {num} and {per_prompt}")
-    if per_prompt is not None and per_prompt < 1:
-        raise ValueError(f"per_prompt must be at least 1, got {per_prompt}")
     texts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     texts = texts if folder is None else with_images(texts, folder)
     if num is None:

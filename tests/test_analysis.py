@@ -147,6 +147,8 @@ def test_sizes_that_are_none_are_refused(size: dict[str, int], tmp_path: Path) -
         analyze_stored(str(tmp_path), **size)
     with pytest.raises(ValueError, match=r"has 1000000000000 tokens, more than max_tokens = 4096"):
         analyze_stored(str(tmp_path), height=2_000_000)
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to \d+, got 1000000000"):
+        analyze_stored(str(tmp_path), seed=10**20)
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,6 +30,8 @@ def _followed(name: str) -> Callable[..., None]:
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(stock).bind(self, *args, **kwargs).arguments
+        _require_followed(self, name, given.get("adapter_names"))
         stock(self, *args, **kwargs)
         _follow_adapters(self)
 
@@ -40,7 +43,11 @@ class AdapterMixin(PeftAdapterMixin):
 
     What was trained in full beside an adapter, self-attention by a run of this package or modules by peft
     (``modules_to_save``), is switched with it: the last of those that are active decides, and without one it
-    is what it was before. Their strength does not change it unless that is 0.
+    is what it was before. Their strength does not change it unless that is 0, and that of one call not then.
+
+    As pipelines of diffusers take fused adapters out layer by layer, without a word to the model, what would
+    differ then is refused with a ValueError: to fuse others than the active ones, to choose or delete some
+    while some are fused. So is all that a model which is offloaded to a disk or by layers cannot follow.
     """
 
     set_adapter = _followed("set_adapter")
@@ -92,7 +99,7 @@ class AdapterMixin(PeftAdapterMixin):
             _require_fitting(self, full, alone=not beside)
             known = set(getattr(self, "peft_config", {}))
             super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
-            if full:
+            if beside:
                 new = set(self.peft_config) - known or {kwargs["adapter_name"]}  # or one that is hot-swapped
                 _full_weights(self).hold(new.pop(), full)
             _follow_adapters(self)
@@ -101,6 +108,21 @@ class AdapterMixin(PeftAdapterMixin):
                 pipeline.enable_model_cpu_offload()
             elif sequential:
                 pipeline.enable_sequential_cpu_offload()
+
+    def save_lora_adapter(
+        self, save_directory: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        """Save as diffusers does, arguments as there.
+
+        Raises:
+            ValueError: for an adapter with self-attention trained in full, for which its file has no place.
+        """
+        if adapter_name in _full_weights(self):
+            raise ValueError(
+                f"self-attention was trained in full beside {adapter_name}, and the file would lack it: keep "
+                "the file that it was loaded from, or fuse_lora, unload_lora and save the model"
+            )
+        super().save_lora_adapter(save_directory, adapter_name, **kwargs)
 
     def unload_lora(self) -> None:
         """Unload adapters as diffusers does, and what was trained in full beside them.
@@ -154,7 +176,7 @@ def _in_use(layers: Iterable[Any]) -> list[str]:
         for layer in layers
         if not layer.disable_adapters
         for name in (layer.merged_adapters or layer.active_adapters)
-        if getattr(layer, "scaling", {}).get(name, 1)
+        if not hasattr(layer, "scaling") or layer.scaling.get(name)
     )
     return list(dict.fromkeys(names))
 
@@ -172,8 +194,17 @@ class _FullWeights:
         self._before: dict[str, Tensor] = {}
         self._in_use: dict[str, Tensor] | None = None
 
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._of
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
     def hold(self, adapter: str, weights: dict[str, Tensor]) -> None:
-        self._of[adapter] = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        """Keep those of an adapter in place of what it had, which may be none."""
+        self._of.pop(adapter, None)
+        if weights:
+            self._of[adapter] = {n: weight.detach().to("cpu", copy=True) for n, weight in weights.items()}
 
     def keep(self, adapters: set[str]) -> None:
         """Forget all but those of these adapters."""
@@ -183,6 +214,8 @@ class _FullWeights:
     def switch(self, model: Any, adapters: list[str]) -> None:
         """Write those of the last of these adapters that has some, or what was there before.
 
+        What is there now, which may have been trained since, is kept in its place.
+
         Raises:
             ValueError: when the model is offloaded so that they cannot be written.
         """
@@ -191,7 +224,7 @@ class _FullWeights:
             return
         _require_no_disk(model)
         _require_here(model)
-        own = _own_weights(model)
+        own, now = _own_weights(model), self._in_use or {}
         names = {*(wanted or {}), *self._before}
         changed = {id(own[name]) for name in names}
         merged = [
@@ -202,9 +235,9 @@ class _FullWeights:
         for layer, _ in merged:
             layer.unmerge()
         for name in names:
-            if name not in self._before:
-                self._before[name] = own[name].detach().to("cpu", copy=True)
-            own[name].copy_((wanted or self._before).get(name, self._before[name]))
+            its = now if name in now else self._before
+            its[name] = own[name].detach().to("cpu", copy=True)
+            own[name].copy_(wanted[name] if wanted and name in wanted else self._before[name])
         for layer, fused in merged:
             layer.merge(adapter_names=fused)
         self._in_use = wanted
@@ -212,6 +245,26 @@ class _FullWeights:
 
 def _full_weights(model: Any) -> _FullWeights:
     return model.__dict__.setdefault("_full_weights", _FullWeights())
+
+
+def _require_followed(model: Any, method: str, names: str | list[str] | None) -> None:
+    """Check that what was trained beside adapters can follow what a method does to them."""
+    layers, beside = _adapted(model)
+    full = _full_weights(model)
+    if full:
+        _require_no_disk(model)
+        _require_here(model)
+    if not (full or beside):
+        return
+    what = f"{method}: of what was trained in full beside adapters"
+    active = {name for layer in layers for name in layer.active_adapters}
+    if method == "fuse_lora" and names is not None and set(names) != active:
+        raise ValueError(
+            f"{what} that of {', '.join(sorted(active)) or 'none'} is in use: set_adapters({names!r}) first, "
+            "and fuse what is active"
+        )
+    if method in ("set_adapter", "set_adapters", "delete_adapters") and any(layer.merged for layer in layers):
+        raise ValueError(f"{what} that of adapters which are fused is in use: unfuse_lora first")
 
 
 def _require_no_disk(model: Any) -> None:

@@ -5,6 +5,7 @@ A backbone is one file with one class: see :class:`MHLAModelMixin`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -36,7 +37,7 @@ from .processors import MHLAAttnProcessor
 from .quantised import require_finite_parts
 from .rebuild import rebuild, require_plain_weights
 from .registry import BACKBONES
-from .weight_files import remove_dead_index, require_first
+from .weight_files import require_first, without_index
 
 logger = logging.getLogger(__name__)
 
@@ -215,9 +216,9 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
                     f"{name} has a {found} in place of MHLA, whose weights are gone: save before "
                     "set_attn_processor or set_processor is called, or load the model again"
                 )
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if given.arguments["is_main_process"]:
-            remove_dead_index(Path(save_directory), **form)
+        main = given.arguments["is_main_process"]
+        with without_index(Path(save_directory), **form) if main else contextlib.nullcontext():
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_single_file(
@@ -307,6 +308,11 @@ class MHLAModelMixin(DenoisingMixin, ModelMixin, AdapterMixin):
             ValueError: when the checkpoint lacks weights of this model, as a stock DiT checkpoint does: those
                 are converted, not loaded; and when quantisation on loading makes weights of MHLA NaN.
         """
+        if os.path.isfile(pretrained_model_name_or_path):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a file: give the folder that it is in, or, of a stock "
+                "model, take from_single_file"
+            )
         output_loading_info = kwargs.pop("output_loading_info", False)
         place = {"subfolder": kwargs.get("subfolder"), **hub_arguments(kwargs)}
         stored = cls.load_config(pretrained_model_name_or_path, **place)

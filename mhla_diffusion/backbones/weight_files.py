@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
@@ -28,12 +29,22 @@ def require_first(folder: Path, variant: str | None, *, safe_serialization: bool
             )
 
 
-def remove_dead_index(folder: Path, variant: str | None, *, safe_serialization: bool) -> None:
-    """Remove the index of an earlier save in parts, which diffusers has removed: it would be read first."""
+@contextmanager
+def without_index(folder: Path, variant: str | None, *, safe_serialization: bool) -> Iterator[None]:
+    """Remove the index of an earlier save in parts while another is made: diffusers removes the parts alone.
+
+    It would be read before the file of a whole. Where nothing is saved, by an error, it is put back.
+    """
     name = SAFE_WEIGHTS_INDEX_NAME if safe_serialization else WEIGHTS_INDEX_NAME
     index = folder / _add_variant(name, variant)
     if not index.is_file():
+        yield
         return
-    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if not any((folder / part).exists() for part in parts):
-        index.unlink()
+    earlier = index.read_bytes()
+    index.unlink()
+    try:
+        yield
+    except BaseException:
+        if not index.exists():
+            index.write_bytes(earlier)
+        raise

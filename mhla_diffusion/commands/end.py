@@ -12,8 +12,11 @@ import pickle
 import signal
 import struct
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from ..optional import how_to_install
 
@@ -26,10 +29,15 @@ class CommandError(Exception):
         self.code = code
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM, so that what is temporary is removed, as Ctrl-C has it."""
+
+
 def exit_code(call: Callable[[], int | None]) -> int:
     """Return the exit code of a call, after telling an error of the user's in one line on stderr."""
     try:
-        code = call() or 0
+        with _terminated_in_order():
+            code = call() or 0
         sys.stdout.flush()
         return code
     except CommandError as error:
@@ -39,6 +47,8 @@ def exit_code(call: Callable[[], int | None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _tell("interrupted", 128 + signal.SIGINT)
+    except _TerminatedError:
+        return _tell("terminated", 128 + signal.SIGTERM)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
             raise
@@ -51,6 +61,27 @@ def exit_code(call: Callable[[], int | None]) -> int:
         if not _is_of_memory(error):
             raise
         return _tell(f"out of memory; take a smaller size or fewer at a time: {error}", 1)
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Raise at SIGTERM, but where somebody has other plans for it or no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, process = signal.getsignal(signal.SIGTERM), os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise _TerminatedError
+        os._exit(128 + number)  # a fork, which has nothing of its own
+
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _broken_file_errors() -> tuple[type[Exception], ...]:

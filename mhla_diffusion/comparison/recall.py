@@ -253,6 +253,7 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
+        losses[-1].item()  # a GPU has done all steps then
         seconds = (time.perf_counter() - start) / stage.steps
     final = torch.stack(losses[-max(1, task.steps // 10) :]).mean().item()
     if not math.isfinite(final):

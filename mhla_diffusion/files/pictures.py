@@ -93,7 +93,13 @@ def flat_picture(image: Image.Image, background: str = WHITE) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range: save it with 8 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-        return _from_16_bits(np.asarray(image).astype(np.int64))
+        values = np.asarray(image).astype(np.int64)
+        flat = _from_16_bits(values)
+        if (clear := image.info.get("transparency")) is None:
+            return flat
+        shown = np.repeat(np.asarray(flat)[..., None], 3, -1)
+        shown[values == clear] = background_color(background)
+        return Image.fromarray(shown)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*background_color(background), 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))

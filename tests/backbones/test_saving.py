@@ -316,3 +316,23 @@ def test_weights_that_others_would_be_loaded_in_place_of_are_not_saved(size: str
     model.save_pretrained(tmp_path, safe_serialization=False, variant="fp16")
     with pytest.raises(ValueError, match=r"config\.json is a file: choose a folder"):
         model.save_pretrained(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json is a file: give the folder"):
+        case.model.from_pretrained(tmp_path / "config.json")
+
+
+def test_an_index_is_there_again_when_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["DiT"]
+    model = case.make()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self: Any, folder: Path) -> None:
+        assert not list(folder.glob("*.index.json")), "an upload has none that is dead"
+        raise RuntimeError("quantised")
+
+    monkeypatch.setattr(case.model, "save_config", fail)
+    with pytest.raises(RuntimeError, match="quantised"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

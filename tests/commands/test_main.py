@@ -10,6 +10,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -365,6 +367,37 @@ def raising(error: BaseException) -> int:
         raise error
 
     return exit_code(call)
+
+
+def test_sigterm_leaves_nothing_temporary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reached = []
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            is_ready, tell = os.pipe()
+            child = os.fork()
+            if not child:
+                os.write(tell, b"1")
+                time.sleep(30)
+                os._exit(1)
+            os.read(is_ready, 1)
+            os.kill(child, signal.SIGTERM)
+            reached.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    assert exit_code(call) == 143
+    assert reached == [143], "a fork ends without a word"
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    before = signal.signal(signal.SIGTERM, lambda *_: reached.append(0))
+    try:
+        assert exit_code(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached == [143, 0], "who has plans for it keeps them"
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,17 @@ def test_transparent_pixels_show_the_background(background: str, tmp_path: Path)
     np.testing.assert_array_equal(open_video(tmp_path, background=background).read([0])[0], found)
 
 
+def test_what_is_transparent_in_16_bits_shows_the_background(tmp_path: Path) -> None:
+    values = GRAY.astype(np.uint16) * 256 + 200
+    Image.fromarray(values).save(tmp_path / "image.png", transparency=int(values[1, 2]))
+    assert Image.open(tmp_path / "image.png").mode.startswith("I")
+    found = np.asarray(read_picture(tmp_path / "image.png", "rgb(10, 200, 30)"))
+    clear = values == values[1, 2]
+    assert clear.any()
+    assert (found[clear] == (10, 200, 30)).all()
+    np.testing.assert_array_equal(found[~clear], np.repeat(GRAY[~clear][:, None], 3, 1))
+
+
 @pytest.mark.parametrize("background", ["nope", "#ffffff80", ""])
 def test_what_is_no_background_is_refused(background: str) -> None:
     with pytest.raises(ValueError, match=r"background must be a colour such as white, .* got '"):

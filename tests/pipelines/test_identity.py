@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -19,6 +20,7 @@ from mhla_diffusion.pipelines.identity import (
     training_of,
     weights_sha256,
 )
+from tests.backbones.cases import CASES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
@@ -48,6 +50,24 @@ def test_weights_made_of_several_tensors_count_by_each_of_them() -> None:
 
     assert weights_sha256(model(1, 2)) == weights_sha256(model(1, 2))
     assert len({weights_sha256(model(*pair)) for pair in ((1, 2), (1, 3), (2, 2))}) == 3
+
+
+def test_the_adapters_that_act_and_their_strength_count() -> None:
+    model = CASES["DiT"].make()
+    plain = weights_sha256(model)
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        model.add_adapter(
+            LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name=name
+        )
+    found = [plain]
+    for active, strength in (("a", 1.0), ("a", 0.5), ("b", 1.0), (["a", "b"], [1.0, 1.0])):
+        model.set_adapters(active, strength)
+        found.append(weights_sha256(model))
+        assert weights_sha256(model) == found[-1]
+    model.disable_lora()
+    found.append(weights_sha256(model))
+    assert len(set(found)) == len(found)
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:

@@ -87,6 +87,10 @@ def test_the_card_names_every_setting_that_is_not_the_default(
     stored["key_blocks"] = 3  # of cross-attention, and so not a DiT's
     pipeline.transformer.register_to_config(mhla_config=stored)
     pipeline.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="would be loaded in place of weights with safe_serialization=False"):
+        make_pipeline().save_pretrained(tmp_path, safe_serialization=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     named = facts(card(tmp_path))["settings that are not the default"].split(", ")
     default = MHLAConfig()
     differ = [

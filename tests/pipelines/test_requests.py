@@ -54,6 +54,11 @@ def test_every_argument_of_the_stock_call_goes_by_name(ours: type, stock: type) 
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"prompt": "a", "num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"prompt": "a", "num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
+        (
+            {"prompt": "a", "guidance_scale": np.float32("nan")},
+            "guidance_scale must be a finite number, got nan",
+        ),
+        ({"prompt": "a", "guidance_scale": torch.tensor(np.inf)}, "guidance_scale must be a finite number"),
         ({"prompt": "a", "height": "16"}, "height must be a whole number, got '16'"),
         (
             {"prompt": "a", "generator": 7},

@@ -198,19 +198,24 @@ def test_self_attention_is_switched_below_an_adapter_that_is_fused_into_it(runs:
     model = runs.model()
     targets = [f"attn1.{part}" for part in CASES["Wan"].projections]
     model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
+    alone = sample(model, runs.inputs)
     model.load_lora_adapter(runs.files["a"], adapter_name="a")
+    assert runs.is_at(model, "a")
     model.set_adapters(["a", "style"])
     both = sample(model, runs.inputs)
-    model.set_adapters("style")
-    alone = sample(model, runs.inputs)
     assert not torch.allclose(both, alone, rtol=1e-2, atol=1e-2)
-    model.fuse_lora(adapter_names=["style"])
-    torch.testing.assert_close(sample(model, runs.inputs), alone, rtol=1e-4, atol=1e-4)
-    model.set_adapters(["a", "style"])
+    assert not runs.is_at(model, "a")
+    model.fuse_lora()
     torch.testing.assert_close(sample(model, runs.inputs), both, rtol=1e-4, atol=1e-4)
-    model.unfuse_lora()
-    model.set_adapters("a")
-    assert runs.is_at(model, "a")
+    model.disable_lora()
+    assert runs.is_at(model, "plain")
+    model.enable_lora()
+    torch.testing.assert_close(sample(model, runs.inputs), both, rtol=1e-4, atol=1e-4)
+    model.fuse_lora()
+    model.load_lora_adapter(runs.files["b"], adapter_name="b")  # which takes fused ones out
+    assert runs.is_at(model, "b")
+    model.set_adapters("style")
+    torch.testing.assert_close(sample(model, runs.inputs), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_part_of_what_a_run_has_trained_is_refused(runs: Runs) -> None:
@@ -225,14 +230,94 @@ def test_a_part_of_what_a_run_has_trained_is_refused(runs: Runs) -> None:
     assert runs.is_at(model, "plain")
 
 
+@pytest.mark.parametrize("offload", [name for name in OFFLOADS if "disk" in name or name == "sequential"])
 @torch.no_grad()
-def test_switching_is_refused_where_it_would_be_lost(runs: Runs, tmp_path: Path) -> None:
+def test_what_would_be_lost_by_switching_is_refused_before_it_is_half_done(
+    runs: Runs, offload: str, tmp_path: Path
+) -> None:
     model = runs.model("a", "b")
     model.set_adapters("a")
-    sequential(model, tmp_path)
-    model.set_adapters("a", 1.0)  # which changes nothing
-    with pytest.raises(ValueError, match=r"are offloaded.*load and switch them before"):
-        model.set_adapters("b")
+    OFFLOADS[offload](model, tmp_path / "weights")
+    calls: list[Callable[[], Any]] = [
+        lambda: model.set_adapters("b"), lambda: model.set_adapters("a", 0.0), model.disable_lora,
+        lambda: model.delete_adapters("a"), model.unload_lora,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"are offloaded.*before"):
+            call()
+        assert model.active_adapters() == ["a"]
+        assert runs.is_at(model, "a")
+
+
+@torch.no_grad()
+def test_what_pipelines_would_take_apart_is_refused(runs: Runs) -> None:
+    """They unfuse layer by layer, and tell the model nothing of it."""
+    model = runs.model("a", "b")
+    pipeline = pipeline_of(CASES["Wan"], model)
+    pipeline.set_adapters("a")
+    with pytest.raises(ValueError, match=r"in full .* that of a is in use: set_adapters\(\['b'\]\) first"):
+        pipeline.fuse_lora(components=["transformer"], adapter_names=["b"])
+    pipeline.fuse_lora(components=["transformer"], adapter_names=["a"])
+    for call in (model.set_adapters, model.set_adapter, model.delete_adapters):
+        with pytest.raises(ValueError, match="which are fused is in use: unfuse_lora first"):
+            call("a")
+    assert runs.is_at(model, "a")
+    pipeline.unfuse_lora(components=["transformer"])
+    assert runs.is_at(model, "a")
+    pipeline.set_adapters("b")
+    assert runs.is_at(model, "b")
+
+
+@torch.no_grad()
+def test_a_run_of_no_strength_is_away_though_other_adapters_act(runs: Runs) -> None:
+    targets = [f"attn1.{part}" for part in CASES["Wan"].projections]
+    alone = runs.model()
+    torch.manual_seed(0)
+    alone.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "style")
+    model = copy.deepcopy(alone)
+    model.load_lora_adapter(runs.files["a"], adapter_name="a")
+    model.set_adapters(["a", "style"], [0.0, 1.0])
+    assert torch.allclose(sample(model, runs.inputs), sample(alone, runs.inputs), atol=1e-5)
+    model.set_adapters(["a", "style"], [0.0, 0.0])
+    assert runs.is_at(model, "plain")
+
+
+@torch.no_grad()
+def test_a_hot_swapped_adapter_without_full_weights_has_those_of_the_model(runs: Runs) -> None:
+    plain = {name: weight for name, weight in runs.files["b"].items() if ".lora_full." not in name}
+    expected = runs.model()
+    expected.load_lora_adapter(plain, adapter_name="a")
+    model = runs.model("a")
+    model.load_lora_adapter(
+        {"text_encoder.x.lora_A.weight": torch.ones(1, 1)}, adapter_name="a", hotswap=True
+    )
+    assert runs.is_at(model, "a"), "nothing of this model"
+    model.load_lora_adapter(plain, adapter_name="a", hotswap=True)
+    assert torch.allclose(sample(model, runs.inputs), sample(expected, runs.inputs), atol=1e-5)
+
+
+@torch.no_grad()
+def test_self_attention_that_was_trained_on_is_kept_when_it_is_switched(runs: Runs) -> None:
+    model = runs.model("a")
+    weights = {name: weight for name, weight in model.named_parameters() if ".attn1." in name}
+    for disabled in (False, True):
+        if disabled:
+            model.disable_lora()
+        for weight in weights.values():
+            weight.add_(0.5)
+        changed = {name: weight.clone() for name, weight in weights.items()}
+        for switch in (model.enable_lora, model.disable_lora)[:: 1 if disabled else -1]:
+            switch()
+        assert all(torch.equal(weights[name], weight) for name, weight in changed.items())
+
+
+def test_an_adapter_is_not_saved_without_what_was_trained_beside_it(runs: Runs, tmp_path: Path) -> None:
+    model = runs.model("a")
+    with pytest.raises(
+        ValueError, match="self-attention was trained in full beside a, and the file would lack"
+    ):
+        model.save_lora_adapter(tmp_path / "saved", "a")
+    assert not (tmp_path / "saved").exists()
 
 
 def whole(model: Any, folder: Path) -> None:
