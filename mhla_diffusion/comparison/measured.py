@@ -147,7 +147,7 @@ class MeasuredRun:
         found = [json.loads(line) for line in lines]
         batch = self.config.trainer.batch_size
         return {
-            "curve": [[line["step"], line["loss"]] for line in found],
+            "curve": [[line["step"], line["loss"]] for line in found if line["loss"] is not None],
             "seconds_per_step": statistics.median(batch / line["samples_per_second"] for line in found),
         }
 

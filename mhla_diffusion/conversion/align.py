@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ from ..training.data.shards import Shards
 from .cache import Activations, CacheConfig, require_disk_space, sample_bytes, write_activations
 from .calls import TIME_BUCKETS, Calls
 from .job import AlignConfig, train_layer
+from .knapsack import STOCK
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def load_candidates(path: str | Path) -> dict[str, MHLAConfig]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
+    if not isinstance(values, dict) or not values or not all(isinstance(v, dict) for v in values.values()):
         raise ValueError(f"{path} must map names to settings of MHLA, such as mhla: {{blocks: 16}}")
     return {str(name): MHLAConfig.from_dict(settings) for name, settings in values.items()}
 
@@ -111,9 +113,12 @@ def align(
     numbers = {name: layer.layer_number for name, layer in attention_layers(teacher).items()}
     if outside := sorted({*(layers or ())} - {*numbers.values()}):
         raise ValueError(f"layers names layer {outside[0]}, but the layers are {sorted({*numbers.values()})}")
+    if layers is not None and not layers:
+        raise ValueError("layers names none: leave it out to have all aligned")
     wanted = [name for name, number in numbers.items() if layers is None or number in layers]
     first = layer_calls(teacher, calls(0), list(numbers))
-    candidates = dict(candidates or default_candidates(calls.grid))
+    candidates = dict(default_candidates(calls.grid) if candidates is None else candidates)
+    _require_names(candidates)
     record = _record_of(teacher, calls, candidates, config, name=name, tokens=_tokens(first))
     record |= {"layers": numbers, "asked": wanted}
     with ExitStack() as stack:
@@ -129,6 +134,18 @@ def align(
         for group in _groups(jobs, first, config):
             run.do(group)
     return read_aligned(out)
+
+
+def _require_names(candidates: Mapping[str, MHLAConfig]) -> None:
+    """Check that there are candidates, whose names are those of folders and no other."""
+    if not candidates:
+        raise ValueError("there are no candidates: leave them out for the default ones")
+    for name in candidates:
+        if name == STOCK or name.startswith("activations-") or not re.fullmatch(r"\w[\w.+ -]*", name):
+            raise ValueError(
+                f"a candidate cannot be called {name!r}: take letters, digits and any of _ . + - after the "
+                f"first of them, but not {STOCK}, the name of the teacher's own layer, nor activations-"
+            )
 
 
 def _tokens(first: Mapping[str, LayerCall]) -> int:

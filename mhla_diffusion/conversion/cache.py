@@ -96,9 +96,12 @@ def _activations(
         for key, value in (("input", call.inputs), ("output", call.outputs)):
             stored = value[number % len(value)].to(dtype).cpu()
             if not stored.isfinite().all():
+                what = f"the {key} of layer {name} is not finite in call {number}"
+                if value.isfinite().all():
+                    raise ValueError(f"{what} as {dtype}: give bfloat16 or float32 as dtype of activations")
                 raise ValueError(
-                    f"the {key} of layer {name} is not finite in call {number}: load the teacher in a wider "
-                    f"dtype than {str(value.dtype).removeprefix('torch.')}, or look for broken weights in it"
+                    f"{what}: load the teacher in a wider dtype than {value.dtype}, or look for broken "
+                    "weights in it"
                 )
             row[f"{name}.{key}"] = stored
     return row

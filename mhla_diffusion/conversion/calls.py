@@ -23,7 +23,7 @@ from ..backbones.teacher import place, predict
 from ..training import ImageTrainingConfig, VideoTrainingConfig, stock
 from ..training.config import as_dict, parse_config, with_later_fields
 from ..training.data.fingerprint import fingerprint_of
-from ..training.data.stream import FOR_DATA, FOR_LOSS, load_readable, sample_generator
+from ..training.data.stream import FOR_DATA, FOR_LOSS, FOR_TIME, load_readable, sample_generator
 from ..training.export import read_run_config
 from ..training.image_models import NEW_IMAGES
 from ..training.objectives import DistillationConfig, Objective, ObjectiveConfig, build_objective
@@ -83,7 +83,7 @@ class Calls(ABC):
 
     def fraction(self, number: int) -> Tensor:
         """Time of call ``number``, ``[1]`` in [0, 1)."""
-        generator = sample_generator(self.seed, number, FOR_LOSS)
+        generator = sample_generator(self.seed, number, FOR_TIME)
         fraction = (number % TIME_BUCKETS + torch.rand(1, generator=generator)) / TIME_BUCKETS
         low, high = self.times
         return low + (high - low) * fraction

@@ -15,6 +15,9 @@ from ..backbones.teacher import LayerCall
 from ..training.data.stream import FOR_ORDER, sample_generator
 from .cache import Activations
 
+# That errors are relative to where a layer gives 0, far below what any other does.
+_LEAST = 1e-12
+
 
 @dataclass(frozen=True)
 class AlignConfig:
@@ -53,11 +56,14 @@ class AlignConfig:
         for name in ("samples", "held_out", "steps", "batch_size", "evaluate_every", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not self.learning_rate > 0 or not self.old_learning_rate >= 0 or not self.disk > 0:
+        if not (0 < self.learning_rate < math.inf and 0 < self.disk < math.inf):
             raise ValueError(
-                f"learning_rate and disk must be positive and old_learning_rate 0 or more, got "
-                f"{self.learning_rate}, {self.disk} and {self.old_learning_rate}"
+                "learning_rate and disk must be positive and finite, got "
+                f"{self.learning_rate} and {self.disk}"
             )
+        for name in ("old_learning_rate", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}")
 
     @property
     def all_samples(self) -> int:
@@ -106,7 +112,7 @@ def train_layer(
         difference = call.replay(layer, inputs.to(call.hidden_states.device)) - outputs.to(
             call.hidden_states.device
         )
-        loss = difference.abs().mean() / outputs.abs().mean()
+        loss = difference.abs().mean() / outputs.abs().mean().clamp_min(_LEAST)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
@@ -129,13 +135,13 @@ def train_layer(
 def held_out_errors(
     layer: nn.Module, call: LayerCall, activations: Activations, config: AlignConfig
 ) -> list[float]:
-    """Return ``sum |y' - y| / sum |y|`` of each held-out sample."""
+    """Return ``sum |y' - y| / sum |y|`` of each held-out sample, a very large number where y is 0."""
     errors = []
     for number in config.held_out_numbers:
         inputs, outputs = activations.read([number])
         outputs = outputs.to(call.hidden_states.device)
         difference = call.replay(layer, inputs.to(call.hidden_states.device)) - outputs
-        errors.append(float(difference.abs().sum() / outputs.abs().sum()))
+        errors.append(float(difference.abs().sum() / outputs.abs().sum().clamp_min(_LEAST)))
     return errors
 
 

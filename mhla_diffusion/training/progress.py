@@ -117,14 +117,27 @@ class MetricsFile:
 
     def append(self, record: Mapping[str, Any]) -> None:
         with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({name: _as_json(value) for name, value in record.items()}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run takes again, and one that a kill cut short."""
+        """Drop the lines of steps that a resumed run takes again, and those that a kill left damaged."""
         if not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        write_file(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_file(self.path, "".join(line for line in lines if 0 <= _step_of(line) <= step))
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON has it: null for one that is not finite, as of steps that were all skipped."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> int:
+    """Step of a line of metrics, -1 of one that is damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("}\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1
 
 
 class StopRequest:

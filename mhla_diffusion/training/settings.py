@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,8 +47,8 @@ class OptimizerConfig:
         return not self.schedule.startswith("constant")
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate", self.learning_rate > 0, "positive")
-        _require(self, "mixing_rate", self.mixing_rate >= 0, "0 or more")
+        _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "positive and finite")
+        _require(self, "mixing_rate", 0 <= self.mixing_rate < math.inf, "0 or more, and finite")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
@@ -111,6 +112,9 @@ class TrainerConfig:
         _require(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         _require(self, "seed", self.seed >= 0, "0 or more")
+        _require(self, "skip_steps", all(step >= 1 for step in self.skip_steps), "counted from 1")
+        if {*range(1, self.max_steps + 1)} <= {*self.skip_steps}:
+            raise ValueError(f"skip_steps names all of the {self.max_steps} steps: nothing would be trained")
         installed = {str(tracker.value) for tracker in get_available_trackers()}
         if missing := [name for name in self.trackers if name not in installed]:
             raise ValueError(f"trackers: {missing[0]} is not installed; pip install {missing[0]}")

@@ -356,6 +356,11 @@ class Trainer:
             self.accelerator.load_state(str(checkpoint))
         # Counts forward passes, of which a step may have others now; a checkpoint ends a step.
         self.accelerator.step = 0
+        # The next step's by the schedule of now, which may be longer: the optimizer's is from the checkpoint.
+        rates = [rate(self.lr_scheduler.last_epoch) for rate in self.lr_scheduler.lr_lambdas]
+        groups = zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.base_lrs, rates, strict=True)
+        for group, highest, rate in groups:
+            group["lr"] = highest * rate
         self.ema.to(self.accelerator.device)
         self._warn_of_schedule(checkpoints.saved_config(checkpoint)["trainer"]["max_steps"])
         if before != now:

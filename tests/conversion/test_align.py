@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,19 @@ def test_a_teacher_that_has_mhla_already_is_refused() -> None:
         as_teacher(make_teacher(attention=["softmax", "mhla", "softmax"], mhla_config={"blocks": 4}))
 
 
+def test_the_time_of_a_call_says_nothing_of_what_is_dropped_or_mirrored(
+    teacher: Any, write_run: Callable[..., Path]
+) -> None:
+    calls = open_calls(teacher, str(write_run(class_dropout=0.5)))
+    numbers = range(200)
+    dropped = torch.tensor([int(calls.sample(n)[1]["class_labels"]) == 2 for n in numbers])
+    within = torch.tensor([float(10 * calls.fraction(n)) % 1 for n in numbers])
+    assert 60 < dropped.sum() < 140
+    for of in (within[dropped], within[~dropped]):
+        assert of.min() < 0.1
+        assert of.max() > 0.9
+
+
 def test_calls_are_functions_of_their_number_at_even_times(
     teacher: Any, write_run: Callable[..., Path]
 ) -> None:
@@ -331,9 +345,10 @@ def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
     path.write_text("mhla: {block: 2}\n")
     with pytest.raises(ValueError, match="unknown MHLA setting block"):
         load_candidates(path)
-    path.write_text("[1, 2]")
-    with pytest.raises(ValueError, match="must map names to settings of MHLA"):
-        load_candidates(path)
+    for content in ("[1, 2]", "{}", ""):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="must map names to settings of MHLA"):
+            load_candidates(path)
     forms = default_candidates((8, 8))
     assert list(forms) == ["linear", "mhla", "mhla-local", "mhla-wide"]
     assert forms["mhla-wide"].layout((8, 8)).block_shape == (4, 4)
@@ -342,8 +357,53 @@ def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"steps": 0}, "steps must be 1 or more"), ({"learning_rate": 0.0}, "learning_rate and disk must be")],
+    [
+        ({"steps": 0}, "steps must be 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate and disk must be"),
+        ({"disk": math.inf}, "learning_rate and disk must be positive and finite, got .* and inf"),
+        ({"old_learning_rate": -1.0}, "old_learning_rate must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more, and finite, got -1"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlignConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["stock", "", "../escaped", "a/b", ".hidden", "activations-000"])
+def test_candidates_are_folders_of_their_own(
+    teacher: Any, calls: NoiseCalls, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"a candidate cannot be called {name!r}: take letters"):
+        align(teacher, calls, tmp_path / "aligned", candidates={name: MHLAConfig(blocks=4)}, config=FEW)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_alignment_of_nothing_is_refused(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no candidates"):
+        align(teacher, calls, tmp_path / "aligned", candidates={}, config=FEW)
+    with pytest.raises(ValueError, match="layers names none"):
+        align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW, layers=[])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_gives_nothing_has_an_error_that_is_a_number(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    torch.nn.init.zeros_(teacher.transformer_blocks[1].attn1.to_out[0].weight)
+    torch.nn.init.zeros_(teacher.transformer_blocks[1].attn1.to_out[0].bias)
+    record = align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW)
+    text = (tmp_path / "aligned" / "align.json").read_text()
+    assert "Infinity" not in text + str(record)
+    assert "NaN" not in text
+    errors = [job["error"] for jobs in record["jobs"].values() for job in jobs.values()]
+    assert all(math.isfinite(error) for error in errors)
+
+
+def test_activations_that_a_dtype_cannot_hold_are_not_the_fault_of_the_teacher(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path
+) -> None:
+    teacher.transformer_blocks[1].attn1.to_out[0].weight.mul_(1e6)
+    config = dataclasses.replace(FEW, dtype="float16")
+    with pytest.raises(ValueError, match=r"not finite in call 0 as torch\.float16: give bfloat16 or float32"):
+        align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import resource
 import signal
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 from mhla_diffusion.files.locking import new_folder, only_writer
 from mhla_diffusion.files.writing import disk_errors, write_file, write_folder
 from mhla_diffusion.training import ImageTrainingConfig, train_image
-from mhla_diffusion.training.progress import StopRequest
+from mhla_diffusion.training.progress import MetricsFile, StopRequest
 from tests.processes import run_script
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -216,6 +218,18 @@ def signalled(numbers: list[signal.Signals]) -> int:
                 time.sleep(0.05)
             os._exit(request.signal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_damaged_lines_of_metrics_are_dropped_and_the_others_kept(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        metrics.append({"step": step, "loss": math.nan if step == 2 else 0.5})
+    whole = metrics.path.read_text().splitlines(keepends=True)
+    assert json.loads(whole[1]) == {"step": 2, "loss": None}, "JSON has no NaN"
+    damaged = b"\0\0" + whole[0].encode() + b'{"step": \xff}\n[1]\n{"loss": 1}\n'
+    metrics.path.write_bytes(damaged + "".join(whole).encode() + whole[0][:9].encode())
+    metrics.forget_after(2)
+    assert metrics.path.read_text() == "".join(whole[:2])
 
 
 def test_ctrl_c_twice_stops_at_once_and_sigterm_twice_is_still_one_request() -> None:

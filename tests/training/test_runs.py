@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mhla_diffusion import MHLAPipeline
 from mhla_diffusion.pipelines.identity import training_of
@@ -148,12 +149,20 @@ def test_a_longer_run_says_what_becomes_of_its_schedule(
     settings["trainer"]["optimizer"] = {"learning_rate": 0.01, "schedule": "cosine"}
     settings["trainer"]["max_steps"] = 2
     write_settings()
+    settings["trainer"] |= {"checkpoint_every": 1, "keep_checkpoints": 4}
+    write_settings()
     out = ("--output_dir", str(tmp_path / "cosine"))
     assert run(*out).returncode == 0
     longer = run(*out, "--resume", "latest", "--trainer.max_steps", "4")
     assert longer.returncode == 0, longer.stdout
     said = "trainer.max_steps was 2 and is 4: the schedule cosine goes on as one of 4 steps"
     assert f"{said}, at a rate of 0.005 after one of 0;" in longer.stdout
+    before, after = (
+        load_file(tmp_path / "cosine" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+        for step in (2, 3)
+    )
+    moved = max((after[name] - weight).abs().max().item() for name, weight in before.items())
+    assert 0.002 < moved < 0.02, "by the rate of the longer schedule, not by that of an end"
     pipeline = MHLAPipeline.from_pretrained(tmp_path / "cosine" / "pipeline")
     assert training_of(pipeline)["settings"]["trainer.max_steps"] == 4
 

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 logger = logging.getLogger(__name__)
 
-# What a generator is for; the two never share random numbers.
-FOR_DATA, FOR_LOSS, FOR_ORDER = range(3)
+# What a generator is for; no two share random numbers.
+FOR_DATA, FOR_LOSS, FOR_ORDER, FOR_TIME = range(4)
 
 
 def from_pixels(pixels: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("logit_std", "shift"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"objective.{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 "objective.beta_start and objective.beta_end must be above 0, below 1 and in this order, got "
