@@ -15,8 +15,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mhla_diffusion.pipelines.requests import require_positive, require_seed
-
 from ..attention import MHLA
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
@@ -66,8 +64,10 @@ def analyze_stored(
         ValueError: for another model, a quantised one, too many tokens, a size that is not positive or that
             its patches do not divide, or a seed that torch does not take.
     """
-    require_positive(batch_size=batch_size)
-    require_seed(seed)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to {2**63 - 1}, got {seed}")
     if not 0 <= timestep < 1000:
         raise ValueError(f"timestep must lie between 0 and 999, got {timestep}")
     transformer = _load(model)
