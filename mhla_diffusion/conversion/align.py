@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,7 +34,19 @@ from ..files.writing import write_file
 from ..ops import recommended_layout
 from ..processes import in_first_process, one_fate, process_state, wait_for_all
 from ..training.data.shards import Shards
-from .cache import Activations, CacheConfig, require_disk_space, sample_bytes, write_activations
+from .cache import (
+    Activations,
+    CacheConfig,
+    cache_folder,
+    cached_layers,
+    caches_in,
+    is_begun,
+    remove_caches,
+    require_disk_space,
+    sample_bytes,
+    write_activations,
+    written_bytes,
+)
 from .calls import TIME_BUCKETS, Calls
 from .job import AlignConfig, train_layer
 from .knapsack import STOCK
@@ -131,8 +142,10 @@ def align(
 
         claimed, jobs = in_first_process(enter)
         run = _Run(teacher, calls, out, claimed, first, candidates, config)
-        for group in _groups(jobs, first, config):
-            run.do(group)
+        begun = in_first_process(lambda: run.begun(jobs))
+        for cached, group in _groups(jobs, first, config, begun):
+            run.do(cached, group)
+        in_first_process(lambda: remove_caches(out))
     return read_aligned(out)
 
 
@@ -240,8 +253,10 @@ def _claim(out: Path, record: dict[str, Any], calls: Calls) -> dict[str, Any]:
     return record
 
 
-def _groups(jobs: Sequence[Job], first: Mapping[str, LayerCall], config: AlignConfig) -> Iterator[list[Job]]:
-    """Jobs of as many layers at a time as the disk may hold.
+def _groups(
+    jobs: Sequence[Job], first: Mapping[str, LayerCall], config: AlignConfig, begun: Sequence[str]
+) -> Iterator[tuple[Sequence[str], list[Job]]]:
+    """As many layers at a time as the disk may hold, and their jobs; those of a cache that is begun first.
 
     Raises:
         ValueError: when it may not hold one.
@@ -260,9 +275,11 @@ def _groups(jobs: Sequence[Job], first: Mapping[str, LayerCall], config: AlignCo
         "%d layers of %.3g GB activations each, at most %d at a time within %g GB",
         len(layers), size / 1e9, count, config.disk,
     )  # fmt: skip
-    for start in range(0, len(layers), count):
-        chosen = layers[start : start + count]
-        yield [job for job in jobs if job[0] in chosen]
+    begun = begun if len(begun) <= count else ()
+    rest = [layer for layer in layers if layer not in begun]
+    groups = [rest[start : start + count] for start in range(0, len(rest), count)]
+    for chosen in [begun, *groups] if begun else groups:
+        yield chosen, [job for job in jobs if job[0] in chosen]
 
 
 def _layer_bytes(call: LayerCall, config: AlignConfig) -> int:
@@ -282,25 +299,39 @@ class _Run:
     candidates: Mapping[str, MHLAConfig]
     config: AlignConfig
 
-    def do(self, jobs: Sequence[Job]) -> None:
-        """Cache the activations of some layers, train them, and remove the cache."""
-        state, config = process_state(), self.config
-        layers = list(dict.fromkeys(layer for layer, _ in jobs))
-        needed = sum(_layer_bytes(self.first[layer], config) for layer in layers)
-        in_first_process(lambda: require_disk_space(self.out, needed))
-        folder = self.out / f"activations-{self.record['layers'][layers[0]]:03d}"
-        cache = CacheConfig(
-            str(folder), self.record["teacher"], self.record["calls"], tuple(layers), config.all_samples,
-            config.dtype,
+    def begun(self, jobs: Sequence[Job]) -> Sequence[str]:
+        """Return the layers of a cache that a stopped run has left, if jobs of them are to do."""
+        left = {layer for layer, _ in jobs}
+        for folder in caches_in(self.out):
+            layers = cached_layers(folder)
+            if left & {*layers} and self.first.keys() >= {*layers} and is_begun(self._cache(layers)):
+                return layers
+        return ()
+
+    def _cache(self, layers: Sequence[str]) -> CacheConfig:
+        folder = cache_folder(self.out, self.record["layers"][layers[0]])
+        return CacheConfig(
+            str(folder), self.record["teacher"], self.record["calls"], tuple(layers),
+            self.config.all_samples, self.config.dtype,
         )  # fmt: skip
+
+    def do(self, layers: Sequence[str], jobs: Sequence[Job]) -> None:
+        """Cache the activations of some layers, in place of all other caches, and do jobs of them."""
+        state, config, cache = process_state(), self.config, self._cache(layers)
+        whole = sum(_layer_bytes(self.first[layer], config) for layer in layers)
+
+        def make_room() -> None:
+            remove_caches(self.out, but=cache)
+            require_disk_space(self.out, whole - written_bytes(cache))
+
+        in_first_process(make_room)
         logger.info("activations of %d layers in %d calls", len(layers), config.all_samples)
         write_activations(self.teacher, self.calls, cache)
-        shards = Shards(folder)
+        shards = Shards(cache.output_dir)
         mine = jobs[state.process_index :: state.num_processes]
         for layer, form in tqdm(mine, desc="layers", disable=not state.is_main_process):
             self._train(layer, form, Activations(shards, layer))
         wait_for_all()
-        in_first_process(lambda: shutil.rmtree(folder))
 
     def _train(self, layer: str, form: str, activations: Activations) -> None:
         """Do one job, and leave its weights and then its record."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,17 @@ import torch
 from torch import Tensor
 
 from ..backbones.teacher import layer_calls
-from ..training.data.shards import Shards, write_shards
+from ..training.config import as_dict
+from ..training.data.shards import Shards, read_record, write_shards
 from ..training.data.stream import UnreadableSampleError
 from .calls import Calls
 
 # Activations of this many bytes are kept in memory while a layer is trained.
 _IN_MEMORY = 2 << 30
+# What a cache depends on.
+_KEEP = ("teacher", "calls", "layers", "samples", "dtype", "shard_size")
+_NAME = re.compile(r"activations-\d{3,}")
+_FILE = re.compile(r"cache\.json|latents-\d+\.safetensors|\..*")
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ def require_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"the activations take {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free: make "
-            "room, or give less --disk, and layers are cached in smaller groups"
+            f"the activations that are missing take {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} "
+            "GB free: make room, or give less --disk, and layers are cached in smaller groups"
         )
 
 
@@ -81,10 +88,56 @@ def write_activations(model: Any, calls: Calls, config: CacheConfig) -> None:
 
     write_shards(
         config,
-        keep=("teacher", "calls", "layers", "samples", "dtype", "shard_size"),
+        keep=_KEEP,
         num_samples=config.samples,
         make_rows=make_rows,
     )
+
+
+def cache_folder(out: Path, number: int) -> Path:
+    """Return where the cache goes whose first layer has this number."""
+    return out / f"activations-{number:03d}"
+
+
+def cached_layers(folder: Path) -> tuple[str, ...]:
+    """Return the layers of a cache that is there, whole or in part; none when its record is broken."""
+    return tuple(_stored_config(folder).get("layers") or ())
+
+
+def is_begun(config: CacheConfig) -> bool:
+    """Return True when the folder of a cache holds it, whole or in part."""
+    kept = {name: value for name, value in as_dict(config).items() if name in _KEEP}
+    return _stored_config(Path(config.output_dir)) == json.loads(json.dumps(kept))
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_record(folder)["config"]
+    except (OSError, ValueError):
+        return {}
+
+
+def written_bytes(config: CacheConfig) -> int:
+    """Count the bytes of a cache that are on the disk already."""
+    return sum(path.stat().st_size for path in Path(config.output_dir).glob("latents-*.safetensors"))
+
+
+def caches_in(out: Path) -> Iterator[Path]:
+    """Find the folders of caches, by their names and as nothing but files of caches is in them."""
+    for folder in sorted(out.glob("activations-*")):
+        own = _NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+        if own and all(_FILE.fullmatch(path.name) for path in folder.iterdir()):
+            yield folder
+
+
+def remove_caches(out: Path, but: CacheConfig | None = None) -> None:
+    """Remove all caches, or all but one: they can be made again, and nothing else needs them.
+
+    This process must be the only writer of ``out``.
+    """
+    for folder in caches_in(out):
+        if but is None or folder != Path(but.output_dir) or not is_begun(but):
+            shutil.rmtree(folder)
 
 
 def _activations(

@@ -13,11 +13,14 @@ import torch
 
 from ..backbones.teacher import load_teacher
 from ..config import MHLAConfig
+from ..files.sums import file_sha256, json_sha256
 from ..files.text import changes
-from ..hub import expert_times
+from ..files.writing import write_file
+from ..hub import component_subfolder, expert_times
 from ..planning import Plan
 from ..processes import in_first_process, process_state
 from ..training import DistillationConfig, OptimizerConfig, train
+from ..training.checkpoints import list_checkpoints
 from ..training.config import decisive_settings
 from ..training.export import read_run_config
 from .align import align, default_candidates
@@ -29,6 +32,9 @@ from .knapsack import require_share
 from .report import ReportConfig, report, require_scores
 
 logger = logging.getLogger(__name__)
+
+# Hidden, as training takes no folder with visible files that are not its own.
+_STUDENT = ".student.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ def linearize(
 
     Raises:
         ValueError: what the stages refuse; for a budget that no choice meets and nothing to score against;
-            and for other settings than ``out`` was made with, naming them.
+            and for other settings than ``out`` was made with, or a distillation of another student than
+            that of ``out``, naming them.
     """
     config, out = config or LinearizeConfig(), Path(out)
     if config.steps and component != "transformer":
@@ -166,6 +173,35 @@ def _refuse(folder: Path, differences: list[str]) -> None:
         )
 
 
+def _require_same_student(folder: Path, student: Path) -> None:
+    """Check that a distillation that is there began from this student, and note the student of a new one."""
+    place = _transformer(student)
+    config = _stored_config(place)
+    weights = {path.name: file_sha256(path) for path in place.glob("*.safetensors")}
+    now = {"student": json_sha256({"config": config, "weights": weights})}
+    finished, record = folder / "pipeline", folder / _STUDENT
+    if not finished.is_dir() and not list_checkpoints(folder):
+        write_file(record, json.dumps(now))
+    elif record.is_file():
+        _refuse(folder, changes(json.loads(record.read_text()), now))
+    elif finished.is_dir():
+        # Earlier versions wrote no record. Training changes weights, but not which layers are converted; and
+        # a checkpoint of other layers cannot be loaded.
+        before = _stored_config(_transformer(finished))
+        old, new = ({"attention": its.get("attention")} for its in (before, config))
+        _refuse(folder, changes(old, new))
+
+
+def _transformer(folder: Path) -> Path:
+    return folder / (component_subfolder(str(folder), "transformer") or "")
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    """Settings of a stored model, without those of the version and the place that it was written by."""
+    found = json.loads((folder / "config.json").read_text("utf-8"))
+    return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
 def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
     """Train the student of ``out`` with its teacher, on the data of a run; see :func:`train`."""
     folder = out / "distilled"
@@ -191,6 +227,7 @@ def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
     if (folder / "config.yaml").is_file():
         before, after = (_what_counts(its) for its in (read_run_config(folder / "config.yaml"), whole))
         _refuse(folder, changes(before, after))
+    in_first_process(lambda: _require_same_student(folder, out / "student"))
     if (folder / "pipeline").is_dir():
         return 0
     return train(whole, resume="auto")

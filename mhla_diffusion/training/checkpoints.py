@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from accelerate.utils.other import load
@@ -239,7 +240,9 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch, safetensors and pickle raise what they stumble over
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # What ends with a colon announces the cause, which may be a list of thousands of weights.
+        why = shorten(" ".join(lines[: 1 + lines[0].endswith(":")]), 300, placeholder=" ...")
         raise ValueError(f"{path} cannot be loaded: {why}; go on from another checkpoint") from error
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,105 @@ def test_layers_are_done_in_groups_that_the_disk_may_hold(
         align(teacher, calls, tmp_path / "none", config=dataclasses.replace(FEW, disk=1e-9))
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Aligns and is killed after some jobs."""
+
+    def stop(jobs: int, *args: Any, **kwargs: Any) -> None:
+        module = sys.modules["mhla_diffusion.conversion.align"]
+        train, done = module.train_layer, list[int]()  # type: ignore[attr-defined]
+
+        def some(*args: Any) -> Any:
+            if len(done) == jobs:
+                raise Killed
+            done.append(1)
+            return train(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "train_layer", some)
+            with pytest.raises(Killed):
+                align(*args, **kwargs)
+
+    return stop
+
+
+def caches(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("activations*"))
+
+
+@pytest.mark.parametrize("change", ["nothing", "less disk", "fewer layers"])
+def test_what_was_stopped_goes_on_whatever_was_cached_and_leaves_no_cache(
+    teacher: Any, calls: NoiseCalls, tmp_path: Path, change: str, stop_after: Callable[..., None]
+) -> None:
+    stop_after(2, teacher, calls, tmp_path, candidates=FORMS, config=FEW)  # of layer 0, both
+    assert caches(tmp_path) == ["activations-000"]
+    done = {path: path.read_bytes() for path in tmp_path.glob("*/transformer_blocks*")}
+    assert len(done) == 4
+    asked: list[int] = []
+
+    class Noted(NoiseCalls):
+        def __call__(self, number: int) -> dict[str, Any]:
+            asked.append(number)
+            return super().__call__(number)
+
+    size = FEW.all_samples * cache.sample_bytes(16, 16)
+    less = dataclasses.replace(FEW, disk=1.5 * size / 1e9)
+    config, layers = less if change == "less disk" else FEW, [1] if change == "fewer layers" else None
+    more: Any = contextlib.nullcontext()
+    if layers:
+        more = pytest.raises(ValueError, match=r"not finished: .*blocks\.2\.attn1.* is missing")
+    with more:
+        align(teacher, Noted(teacher), tmp_path, candidates=FORMS, config=config, layers=layers)
+    assert all(
+        file.is_file() for form in FORMS for file in job_files(tmp_path, "transformer_blocks.1.attn1", form)
+    )
+    # The first call says what layers look like.
+    assert len(asked) == 1 + (20 if change == "less disk" else 0), "a cache that is there is not made again"
+    assert not caches(tmp_path)
+    assert all(path.read_bytes() == content for path, content in done.items())
+
+
+def test_caches_are_removed_and_nothing_else(teacher: Any, calls: NoiseCalls, tmp_path: Path) -> None:
+    few = dataclasses.replace(FEW, steps=1)
+    forms = {"mhla": FORMS["mhla"]}
+    align(teacher, calls, tmp_path, candidates=forms, config=few, layers=[0])
+    (tmp_path / "activations-007").mkdir()  # a candidate, of earlier versions
+    (tmp_path / "activations-007" / "transformer_blocks.0.attn1.json").write_text("{}")
+    for name in ("activations-000", "activations-001", "activations-002", "activations-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latents-00000.safetensors").write_bytes(b"")  # half removed, without a record
+    (tmp_path / "activations-002" / "notes.txt").write_text("mine")
+    (tmp_path / "activations-001" / "cache.json").write_text('{"config": {"layers": ["a"]}, "num_shards": 1}')
+    align(teacher, calls, tmp_path, candidates=forms, config=few, layers=[0, 1])
+    assert caches(tmp_path) == ["activations-002", "activations-007", "activations-old"]
+    (tmp_path / "activations-000").mkdir()
+    align(teacher, calls, tmp_path, candidates=forms, config=few, layers=[0, 1])
+    assert caches(tmp_path) == ["activations-002", "activations-007", "activations-old"], "nothing was to do"
+
+
+def test_the_disk_needs_room_for_what_is_not_written_yet(
+    teacher: Any,
+    calls: NoiseCalls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: Callable[..., None],
+) -> None:
+    few = dataclasses.replace(FEW, dtype="float32")
+    stop_after(0, teacher, calls, tmp_path, candidates=FORMS, config=few)
+    (tmp_path / "activations-000" / "latents-00001.safetensors").unlink()  # of calls 8 and 9
+    usage, missing = shutil.disk_usage(tmp_path), 2 * 3 * cache.sample_bytes(16, 16, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+        with pytest.raises(OSError, match=r"the activations that are missing take .* GB free"):
+            align(teacher, calls, tmp_path, candidates=FORMS, config=few)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=missing))
+        align(teacher, calls, tmp_path, candidates=FORMS, config=few)
+
+
 def test_another_teacher_grid_or_setting_is_refused_by_name(
     teacher: Any, calls: NoiseCalls, tmp_path: Path
 ) -> None:
@@ -244,7 +345,9 @@ def test_a_full_disk_is_said_before_and_during(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
-        with pytest.raises(OSError, match=r"the activations take .* GB, but .* has 1e-08 GB free"):
+        with pytest.raises(
+            OSError, match=r"the activations that are missing take .* GB, but .* has 1e-08 GB free"
+        ):
             align(teacher, calls, tmp_path / "aligned", candidates=FORMS, config=FEW)
     written: list[Path] = []
 

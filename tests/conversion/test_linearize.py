@@ -131,6 +131,54 @@ def test_all_stages_and_a_page_of_them_and_once_more_nothing_is_done(
             linearize(str(stored_teacher), data, out, size, config=TOY, candidates=forms)
 
 
+def test_a_distillation_of_another_student_is_refused(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, out, config = str(write_run()), tmp_path / "out", replace(TOY, steps=1)
+    run(stored_teacher, data, out, config)
+    distilled, pages = out / "distilled", (out / "report" / "report.json").read_bytes()
+    shutil.rmtree(out / "student")
+    assert run(stored_teacher, data, out, config) == 0, "chosen as before, it is the same student"
+    shutil.rmtree(out / "student")
+    other = replace(config, keep=(2,))
+    refused = r"distilled was .*choose another --out, or remove it and what .*:\n  student: \w{12} -> \w{12}$"
+    with pytest.raises(ValueError, match=refused):
+        run(stored_teacher, data, out, other)
+    (distilled / "pipeline").rename(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=refused):
+        run(stored_teacher, data, out, other)  # nor does it go on from the checkpoint
+    (tmp_path / "pipeline").rename(distilled / "pipeline")
+    assert (out / "report" / "report.json").read_bytes() == pages
+    (distilled / ".student.json").unlink()  # as earlier versions wrote none
+    with pytest.raises(ValueError, match=r"distilled was .*:\n  attention: \[.*'mhla'\] -> \[.*'softmax'\]$"):
+        run(stored_teacher, data, out, other)
+    shutil.rmtree(out / "student")
+    assert run(stored_teacher, data, out, config) == 0
+    shutil.rmtree(out / "student")
+    shutil.rmtree(distilled)
+    assert run(stored_teacher, data, out, other) == 0
+    models = json.loads((out / "report" / "report.json").read_text())["models"]
+    assert [model["stage"] for model in models[2:]] == ["aligned", "distilled"]
+    assert models[2]["attention"] == models[3]["attention"]
+    assert models[3]["attention"][2] == "softmax"
+
+
+def test_a_distillation_goes_on_from_a_student_of_the_same_weights_alone(
+    stored_teacher: Path, write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, out, config = str(write_run()), tmp_path / "out", replace(TOY, steps=1)
+    run(stored_teacher, data, out, config)
+    student = MHLAPipeline.from_pretrained(out / "student")
+    with torch.no_grad():
+        next(student.transformer.parameters()).add_(1)
+    student.transformer.save_pretrained(out / "student" / "transformer")
+    with pytest.raises(ValueError, match=r"distilled was .*\n  student: \w{12} -> \w{12}$"):
+        run(stored_teacher, data, out, config)
+    shutil.rmtree(out / "distilled" / "pipeline")
+    shutil.rmtree(out / "distilled" / "checkpoints")  # as if stopped before the first: it begins anew
+    assert run(stored_teacher, data, out, config) == 0
+
+
 def test_a_budget_that_nothing_meets_is_refused_before_any_work(stored_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget is a share .* above 0 and at most 1, got 70"):
         replace(TOY, budget=70)
