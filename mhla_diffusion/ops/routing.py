@@ -12,8 +12,9 @@ from .autocast import as_autocast, without_autocast
 from .composite import counted
 from .layout import BlockLayout
 
-# A score of keys that are not counted: exp of it is 0 beside any other, and float16 still has it.
-NOTHING = -1e4
+# The logarithm of a denominator without keys, in float32 or above: below all others, as softmax does not see
+# by how much all scores are low, and finite, as minus infinity less itself would be NaN.
+NOTHING = -1e30
 
 # Blocks whose covariances meet all queries in one product, which holds d numbers for each block and query.
 _BLOCKS_AT_ONCE = 8

@@ -90,6 +90,7 @@ def mhla_local(
     far, sums = attend(q, k, v, others, layout, layout, features, key_mask, dtype)
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums[..., 0].clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
+    log_sums = log_sums.masked_fill(sums[..., 0] == 0, NOTHING)  # no other is seen
     return window_attention(queries, keys, v, layout, rest=(far, log_sums), **near_options).to(v.dtype)
 
 
