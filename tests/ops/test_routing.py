@@ -162,6 +162,34 @@ def test_a_shift_of_all_scores_is_not_seen(
     assert (log_sums > score - 100).all()
 
 
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (torch.zeros(1, 2, 64, 1, dtype=torch.int32), r"int64 \[B, H, N, r\] = \[1, 2, 64, r\].*int32"),
+        (torch.zeros(1, 2, 64, 1), r"int64 .*got torch.float32"),
+        (torch.zeros(1, 2, 5, 1, dtype=torch.int64), r"got torch.int64 \(1, 2, 5, 1\)"),
+        (torch.zeros(1, 2, 64, dtype=torch.int64), r"got torch.int64 \(1, 2, 64\)"),
+        (torch.zeros((), dtype=torch.int64), r"got torch.int64 \(\)"),
+        (torch.full((1, 2, 64, 1), -1), r"of the 8 blocks of the grid, 0 to 7, .*choose_blocks.*got -1"),
+        (torch.full((1, 2, 64, 1), 8), r"0 to 7, .*got 8"),
+    ],
+)
+def test_chosen_blocks_that_are_none_are_refused(chosen: torch.Tensor, message: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 64, 6).unbind()
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, LAYOUTS[0], chosen=chosen)
+    with pytest.raises(ValueError, match=message):
+        routed_attention(q, k, v, chosen, LAYOUTS[0])
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None])
+def test_a_count_that_is_none_is_refused(count: Any) -> None:
+    q = torch.randn(1, 2, 64, 6)
+    with pytest.raises(ValueError, match=rf"count must be an integer of at least 0 blocks .*got {count}"):
+        choose_blocks(q, q, LAYOUTS[0], count)
+    assert choose_blocks(q, q, LAYOUTS[0], 0).shape == (1, 2, 64, 0)
+
+
 def test_a_route_without_keys_adds_nothing() -> None:
     layout = LAYOUTS[0]
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 64, 6).unbind())

@@ -366,6 +366,32 @@ def test_windows_that_do_not_fit_are_refused() -> None:
         window_attention(q[:, :, 1:], k, v, layout)
 
 
+@pytest.mark.parametrize(
+    ("extra", "options", "message"),
+    [
+        (
+            None,
+            {"margin": 2},
+            r"has no margin, .* later tokens .* got 2: leave that out, or set causal=False",
+        ),
+        (None, {"margin": 0.5}, "has no margin, .* got 0.5"),
+        (
+            None,
+            {"chosen": torch.zeros(2, 3, 16, 1, dtype=torch.int64)},
+            r"has no chosen blocks, .* got \(2, 3, 16, 1\)",
+        ),
+        ((0, 1), {}, r"has no extra tokens, .* got \(0, 1\)"),
+    ],
+)
+def test_what_a_causal_window_does_not_have_is_refused(
+    extra: tuple[int, int] | None, options: dict[str, Any], message: str
+) -> None:
+    layout = BlockLayout((16,), (4,), extra)
+    q, k, v = make_inputs(layout)[:3]
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, layout, causal=True, **options)
+
+
 def test_another_form_is_refused() -> None:
     layout = LAYOUTS[0]
     with pytest.raises(ValueError, match=r"local window must be of shared, gate, got 'sum'"):
