@@ -59,8 +59,8 @@ def mhla_causal(
         ValueError: for shapes or names that do not fit together.
     """
     features = _features(feature_map, normalizer, eps, rotary_emb, key_mask)
-    tokens = q.shape[-2]
-    _check(q, k, v, mixing, block_size, tokens)
+    _check(q, k, v, mixing, block_size)
+    tokens = q.shape[2]
     check_rotary(rotary_emb, q)
     check_key_mask(key_mask, k)
     blocks = -(-tokens // block_size)
@@ -136,13 +136,14 @@ class MHLAState:
             ``[B, H, T, d_v]`` in the dtype of v.
 
         Raises:
-            ValueError: for shapes that do not fit together, or more tokens than W has blocks for.
+            ValueError: for shapes that do not fit together or those of the tokens before, or more tokens than
+                W has blocks for. The state is as it was then.
         """
         if self._relative:
             _check_relative(q, k, v, self._mixing, self._block_size)
         else:
-            end = self.tokens + q.shape[2]
-            _check(q, k, v, self._mixing, self._block_size, end)
+            _check(q, k, v, self._mixing, self._block_size, before=self.tokens)
+        self._check_kept(q, v)
         check_rotary(rotary_emb, q)
         check_key_mask(key_mask, k)
         settings = dataclasses.replace(self._settings, rotary=rotary_table(rotary_emb), mask=key_mask)
@@ -166,7 +167,7 @@ class MHLAState:
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, rotary_emb: RotaryEmbedding | None = None) -> Tensor:
         """Return the output of one more token: ``[B, H, 1, d]`` each; see :meth:`prefill`."""
-        if q.shape[2] != 1:
+        if q.ndim != 4 or q.shape[2] != 1:
             raise ValueError(f"step takes one token, [B, H, 1, d], got {tuple(q.shape)}; prefill takes more")
         return self.prefill(q, k, v, rotary_emb=rotary_emb)
 
@@ -184,6 +185,21 @@ class MHLAState:
         """Bytes that are kept."""
         kept = (*self._finished, self._running, self._visible)
         return sum(summary.nbytes for summary in kept if summary is not None)
+
+    def _check_kept(self, q: Tensor, v: Tensor) -> None:
+        """Refuse tokens of other sizes than those before: as sums, summaries would be broadcast to them."""
+        kept = self._finished[0] if self._running is None and self._finished else self._running
+        if kept is None:
+            return
+        batch, heads, channels, d = kept.shape
+        before = batch, heads, d, channels - self._settings.normalized
+        given = (*q.shape[:2], q.shape[3], v.shape[3])
+        if given != before:
+            raise ValueError(
+                f"the state holds tokens of [B, H, d, d_v] = {before}, got tokens of {tuple(given)}: pass q, "
+                "k and v of the same samples in the same order, after select(samples) where others are to go "
+                "on, and begin a new state for other heads"
+            )
 
     def _row(self) -> Tensor:
         """Weights of the summaries that are kept and, last, of the running block, ``[M]`` or ``[H, M]``."""
@@ -243,7 +259,7 @@ def _features(
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer of at least 1 token, got {block_size!r}")
-    if not q.ndim == 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
+    if not q.ndim == v.ndim == 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q, k and v must be [B, H, N, d] with the same B, H, N (q and k also d), got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -252,15 +268,17 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
 
 def _check_relative(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int) -> None:
     _check_tokens(q, k, v, block_size)
-    if mixing.shape not in (mixing.shape[-1:], (q.shape[1], mixing.shape[-1])):
+    if not mixing.ndim or not mixing.shape[-1] or mixing.shape[:-1] not in ((), q.shape[1:2]):
         raise ValueError(
-            f"relative mixing must be [m] or [H, m] with H = {q.shape[1]}, got {tuple(mixing.shape)}"
+            f"relative mixing must be [m] or [H, m] with H = {q.shape[1]} and m of at least 1, got "
+            f"{tuple(mixing.shape)}"
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, tokens: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, block_size: int, before: int = 0) -> None:
     _check_tokens(q, k, v, block_size)
-    size, blocks = mixing.shape[-1], -(-tokens // block_size)
+    size = mixing.shape[-1] if mixing.ndim else 0
+    blocks = -(-(before + q.shape[2]) // block_size)
     if mixing.shape not in ((size, size), (q.shape[1], size, size)):
         raise ValueError(
             f"mixing must be [M, M] or [H, M, M] with H = {q.shape[1]}, got {tuple(mixing.shape)}"

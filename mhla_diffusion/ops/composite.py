@@ -114,8 +114,9 @@ def _row_scale(mixing: Tensor) -> Tensor:
     """Powers of two ``[..., M, 1]`` that bring the largest weight of each row to between 1/2 and 1.
 
     A quotient does not see them, and no bit of it changes; but with tiny weights numerators and denominators
-    would leave the range of float32.
+    would leave the range of float32. A row that is all zero is left as it is: its output is 0, and its
+    gradient that of the numerators alone (on GPUs of values less their centre).
     """
     largest = torch.linalg.vector_norm(mixing, torch.inf, -1, keepdim=True)
-    largest = largest.clamp_min(torch.finfo(mixing.dtype).tiny)
+    largest = largest.masked_fill(largest == 0, 0.5).clamp_min(torch.finfo(mixing.dtype).tiny)
     return torch.frexp(largest).mantissa / largest

@@ -35,7 +35,8 @@ def read(
     layout, features, dtype = reading(settings)
     mixing = mixing.to(torch.promote_types(summaries.dtype, torch.float32))
     if features.normalized and features.scaled:  # as composite.weights_of, but ONNX has no frexp
-        largest = mixing.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(mixing.dtype).tiny)
+        largest = mixing.detach().abs().amax(-1, keepdim=True)
+        largest = largest.masked_fill(largest == 0, 0.5).clamp_min(torch.finfo(mixing.dtype).tiny)
         mixing = mixing * torch.exp2(-1 - largest.log2().floor())
     return composite.read(q, joined(summaries, sums), centre, mixing, layout, features, dtype)
 

@@ -130,7 +130,7 @@ class _Operator:
         if in_transform() and self._overload in decomposition_table:
             with without_autocast(args[0]):
                 return decomposition_table[self._overload](*args)
-        if _is_watched(args):
+        if is_watched(args):
             return self.registered(*args)
         if self._differentiable is not None and torch.is_grad_enabled():
             return self._differentiable.apply(*args)
@@ -179,8 +179,8 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether a call has to pass through torch: tensors that stand for others are no plain ones."""
+def is_watched(args: tuple[Any, ...]) -> bool:
+    """Return True where a call has to pass through torch: tensors that stand for others are no plain ones."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -83,22 +83,28 @@ def mhla_local_reference(
     if chosen is not None:
         own = own + (chosen[..., None] == block).double().sum(-2)  # [B, H, N, N]
     window_q, window_k = (x.double() for x in window)
-    scores = (window_q @ window_k.mT / math.sqrt(window_q.shape[-1])).exp() * own
-    near = scores if key_mask is None else scores * key_mask[:, None, None, :]
-    near_sums = near.sum(-1, keepdim=True)
+    scores = window_q @ window_k.mT / math.sqrt(window_q.shape[-1])
+    own = own if key_mask is None else own * key_mask[:, None, None, :]
+    highest = scores.detach().masked_fill(own == 0, -math.inf).amax(-1, keepdim=True)
+    shift = highest.masked_fill(highest == -math.inf, 0)  # which no quotient sees, and float64 has room for
     weight = weight.double()[:, None, None]
     v = counted(v.double(), key_mask)
     if form == "gate":
-        gate, softmax = weight.sigmoid(), near @ v / torch.where(near_sums == 0, 1.0, near_sums)
+        near = (scores - shift).masked_fill(own == 0, -math.inf).exp() * own
+        sums = near.sum(-1, keepdim=True)
+        gate, softmax = weight.sigmoid(), near @ v / torch.where(sums == 0, 1.0, sums)
         far = mhla_reference(q, k, v, mixing, layout, rotary_emb=rotary_emb, **options)
         return gate * softmax + (1 - gate) * far
     others = mixing.double() * (1 - torch.eye(layout.num_blocks, dtype=torch.float64, device=q.device))
     ones = torch.ones_like(v[..., :1])
     options["normalizer"] = "none"
-    far = weight.exp() * mhla_reference(q, k, v, others, layout, rotary_emb=rotary_emb, **options)
-    far_sums = weight.exp() * mhla_reference(q, k, ones, others, layout, **options)
-    sums = near_sums + far_sums
-    return (near @ v + far) / torch.where(sums == 0, 1.0, sums)
+    far = mhla_reference(q, k, v, others, layout, rotary_emb=rotary_emb, **options)
+    far_sums = mhla_reference(q, k, ones, others, layout, **options)
+    shift = shift.where(far_sums == 0, shift.clamp_min(0))  # the others are no larger for it
+    near = (scores - shift).masked_fill(own == 0, -math.inf).exp() * own
+    scale = (weight - shift.clamp_min(0)).exp()
+    sums = near.sum(-1, keepdim=True) + scale * far_sums
+    return (near @ v + scale * far) / torch.where(sums == 0, 1.0, sums)
 
 
 def _near(layout: BlockLayout, margin: Margin) -> Tensor:

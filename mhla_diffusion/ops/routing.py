@@ -11,9 +11,11 @@ from torch import Tensor
 from .autocast import as_autocast, without_autocast
 from .composite import counted
 from .layout import BlockLayout
+from .operators import is_watched
 
-# A score of keys that are not counted: exp of it is 0 beside any other, and float16 still has it.
-NOTHING = -1e4
+# The logarithm of a denominator without keys, in float32 or above: below all others, as softmax does not see
+# by how much all scores are low, and finite, as minus infinity less itself would be NaN.
+NOTHING = -1e30
 
 # Blocks whose covariances meet all queries in one product, which holds d numbers for each block and query.
 _BLOCKS_AT_ONCE = 8
@@ -55,7 +57,12 @@ def choose_blocks(
 
     Returns:
         Numbers of blocks, int64 ``[B, H, N, count]``, the best first.
+
+    Raises:
+        ValueError: for a count that is no integer of 0 or more.
     """
+    if not hasattr(count, "__index__") or count < 0:
+        raise ValueError(f"count must be an integer of at least 0 blocks for each query, got {count!r}")
     on_grid, inside = BlockLayout(layout.grid, layout.blocks), layout.grid_tokens
     seen = counted_keys(on_grid, None if key_mask is None else key_mask[:, inside], q.device)[..., None]
     keys = on_grid.pack(counted(k.float(), key_mask)[:, :, inside])  # [B, H, M, n, d]
@@ -119,7 +126,11 @@ def routed_attention(
     Returns:
         The output ``[B, H, N, d_v]``, 0 where a query sees no key, and the logarithm of its denominator
         ``[B, H, N]``, float32 or above: the ``rest`` of :func:`mhla_diffusion.ops.window_attention`.
+
+    Raises:
+        ValueError: for chosen blocks of another dtype or shape and, on CPUs, that the grid does not have.
     """
+    _check_chosen(chosen, q, layout)
     q, k, v = in_softmax_dtype(*as_autocast(q, k, v))
     k, v = counted(k, key_mask), counted(v, key_mask)
     tokens, routes = chosen.shape[2:]
@@ -150,6 +161,25 @@ def routed_attention(
     each = log_sums.flatten(2).gather(2, place).unflatten(2, (tokens, routes))
     out, log_sum = joined(outs, each)
     return out.where(log_sum[..., None] > NOTHING / 2, 0), log_sum
+
+
+def _check_chosen(chosen: Tensor, q: Tensor, layout: BlockLayout) -> None:
+    """Refuse numbers that name no blocks of the grid for queries ``[B, H, N, d]``."""
+    if chosen.dtype != torch.int64 or chosen.ndim != 4 or chosen.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"chosen must be int64 [B, H, N, r] = [{', '.join(map(str, q.shape[:3]))}, r], numbers of blocks "
+            f"as choose_blocks gives them, got {chosen.dtype} {tuple(chosen.shape)}"
+        )
+    # GPUs would have to be waited for.
+    if chosen.device.type != "cpu" or is_watched((q, chosen)) or not chosen.numel():
+        return
+    least, most = (int(x) for x in chosen.aminmax())
+    number = math.prod(layout.blocks)
+    if least < 0 or most >= number:
+        raise ValueError(
+            f"chosen must be numbers of the {number} blocks of the grid, 0 to {number - 1}, as choose_blocks "
+            f"gives them, got {least if least < 0 else most}"
+        )
 
 
 def in_softmax_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

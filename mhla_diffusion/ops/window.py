@@ -90,6 +90,7 @@ def mhla_local(
     far, sums = attend(q, k, v, others, layout, layout, features, key_mask, dtype)
     tiny = torch.finfo(sums.dtype).tiny
     log_sums = (sums[..., 0].clamp_min(tiny).log() + weight[:, None].to(sums.dtype)).clamp_min(NOTHING)
+    log_sums = log_sums.masked_fill(sums[..., 0] == 0, NOTHING)  # no other is seen
     return window_attention(queries, keys, v, layout, rest=(far, log_sums), **near_options).to(v.dtype)
 
 
@@ -133,26 +134,29 @@ def window_attention(
             :func:`mhla_diffusion.ops.choose_blocks`. A key in the margin and in one of them counts twice.
         rest: the output on all else, ``[B, H, N, d_v]``, and the logarithm of its denominator, ``[B, H, N]``:
             it joins the softmax as one more key of each query.
-        causal: tokens see no later one of their block; for runs of a sequence, ``BlockLayout((N,), (M,))``.
+        causal: tokens see no later one of their block; for runs of a sequence, ``BlockLayout((N,), (M,))``,
+            without a margin, chosen blocks or extra tokens.
             With ``rest`` from :func:`mhla_causal` under a strictly lower W it is the causal form of "shared".
 
     Returns:
         ``[B, H, N, d_v]`` in float32 or above. A query that sees no key gets 0.
 
     Raises:
-        ValueError: for a mask of another dtype or shape, and tensors that do not fit each other or the grid.
+        ValueError: for a mask of another dtype or shape, tensors that do not fit each other or the grid,
+            chosen blocks that are none, and what a causal window does not have.
     """
     check_tokens(q, k, v, layout, layout)
     check_key_mask(key_mask, k)
+    is_routed = chosen is not None and chosen.shape[-1:] != (0,)
+    if causal:
+        _check_causal(layout, margin, chosen if is_routed else None)
     q, k, v = as_autocast(q, k, v)
-    if chosen is not None and chosen.shape[-1]:
-        assert not causal, "chosen blocks may lie behind a query"
+    if chosen is not None and is_routed:
         found = routed_attention(q, k, v, chosen, layout, key_mask=key_mask)
         parts = [found] if rest is None else [found, rest]
         outs, sums = zip(*parts, strict=True)
         rest = joined(torch.stack(outs, -2), torch.stack(sums, -1))
     if layout.extra is not None:
-        assert not causal, "extra tokens are of grids"
         return _apart(q, k, v, layout, key_mask, margin, rest)
 
     # The kernel of torch for CPUs has no derivative but the first.
@@ -162,6 +166,20 @@ def window_attention(
     if not causal and layout.num_blocks > 1 and is_fused(q, k, v):
         return fused_window(q, k, v, layout, key_mask, margin, rest)
     return softmax_in_blocks(q, k, v, layout, key_mask, margin, rest, causal=causal)
+
+
+def _check_causal(layout: BlockLayout, margin: Margin, chosen: Tensor | None) -> None:
+    """Refuse what would show a query later tokens, and tokens that have no place in a sequence."""
+    for name, given, value in (
+        ("margin", any(layout.margins(margin)), margin),
+        ("chosen blocks", chosen is not None, None if chosen is None else tuple(chosen.shape)),
+        ("extra tokens", layout.extra is not None, layout.extra),
+    ):
+        if given:
+            raise ValueError(
+                f"a causal window has no {name}, in which later tokens would be seen, got {value}: leave "
+                "that out, or set causal=False"
+            )
 
 
 def _apart(

@@ -11,7 +11,7 @@ from torch import Tensor
 from .autocast import without_autocast
 from .composite import counted
 from .layout import BlockLayout, Margin
-from .routing import NOTHING, counted_keys, in_softmax_dtype, without_mean
+from .routing import counted_keys, in_softmax_dtype, without_mean
 
 
 def softmax_in_blocks(
@@ -31,7 +31,8 @@ def softmax_in_blocks(
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     # A mean would see later tokens.
     values, centre = (values, values.new_zeros(1)) if causal else without_mean(values)
-    seen = _with_the_rest(seen, causal=causal, tokens=layout.block_size, device=q.device)
+    tokens = layout.block_size if causal else None
+    seen = _with_one_more_key(seen, rest=rest is not None, tokens=tokens, device=q.device)
     if rest is None:
         near, share = _with_one_more(queries, keys, values, None, seen)
         return layout.unpack(near + (1 - share) * centre)  # the share is 0, or 1 where no key is seen
@@ -57,13 +58,17 @@ def softmax_of_scores(
     k, v = counted(k, key_mask), counted(v, key_mask)
     queries, keys, values, seen = layout.pack(q), *_keys_of_blocks(k, v, layout, key_mask, margin)
     scores = queries @ keys.mT / math.sqrt(q.shape[-1])
-    if seen is not None:
-        scores = scores.where(seen[..., None, :], -math.inf)
     if rest is None:
-        far, score = values.new_zeros(1), scores.new_full((*scores.shape[:-1], 1), NOTHING)
+        far, score = values.new_zeros(1), scores.new_zeros(*scores.shape[:-1], 1)
     else:
         far, score = layout.pack(rest[0]), layout.pack(rest[1][..., None])
-    near, share = torch.cat((scores, score), -1).softmax(-1).split((scores.shape[-1], 1), -1)
+    seen = _with_one_more_key(seen, rest=rest is not None, tokens=None, device=q.device)
+    if seen is None and rest is None:
+        return layout.unpack(scores.softmax(-1) @ values)
+    all_scores = torch.cat((scores, score), -1)
+    if seen is not None:
+        all_scores = all_scores.where(seen, -math.inf)
+    near, share = all_scores.softmax(-1).split((scores.shape[-1], 1), -1)
     return layout.unpack(near @ values + share * far)
 
 
@@ -76,16 +81,20 @@ def _with_one_more(
         What the keys of the block add to the output, and the weight of the one more, ``[B, H, M, n, 1]``; its
         score gets no gradient. Without a score the weight is 1 where nothing else is seen, and 0 elsewhere.
     """
-    score = q.new_full((*q.shape[:-1], 1), NOTHING) if score is None else score.detach()
+    more = score is not None or seen is not None  # else all keys are seen, and there is no one more
+    score = q.new_zeros(*q.shape[:-1], 1) if score is None else score.detach()
     dim = v.shape[-1]
     # This score is no product of q and a key: two channels more, whose keys are 1 for it and 0 for others.
     # Two, as one of bfloat16 would round a logarithm by up to 2 %.
-    high = score.to(q.dtype)
-    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, (score - high).to(q.dtype)), -1)
+    least = torch.finfo(q.dtype).min  # where float16 has no logarithm of nothing, twice this is low enough
+    high = score.clamp_min(least).to(q.dtype)
+    low = (score - high).clamp_min(least).to(q.dtype)
+    scaled = torch.cat((q / math.sqrt(q.shape[-1]), high, low), -1)
     width = -(-max(scaled.shape[-1], dim + 1) // 8) * 8  # as kernels of GPUs want it
-    keys, values = (F.pad(x, (0, width - x.shape[-1], 0, 1)) for x in (k, v))
-    keys[..., -1, q.shape[-1] : q.shape[-1] + 2] = 1
-    values[..., -1, dim] = 1
+    keys, values = (F.pad(x, (0, width - x.shape[-1], 0, int(more))) for x in (k, v))
+    if more:
+        keys[..., -1, q.shape[-1] : q.shape[-1] + 2] = 1
+        values[..., -1, dim] = 1
     queries = F.pad(scaled, (0, width - scaled.shape[-1]))
     queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
     if seen is not None:
@@ -111,11 +120,18 @@ def _keys_of_blocks(
     return keys, values, there[None, None] if key_mask is None else (there & key_mask[:, token])[:, None]
 
 
-def _with_the_rest(seen: Tensor | None, *, causal: bool, tokens: int, device: torch.device) -> Tensor | None:
-    """Which keys of a block, and the rest behind them, a query sees, ``[1 or B, 1, M, 1 or n, n + 1]``."""
-    if seen is not None:
-        seen = F.pad(seen, (0, 1), value=True)[..., None, :]
-    if not causal:
-        return seen
-    earlier = F.pad(torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril(), (0, 1), value=True)
-    return earlier[None, None, None] if seen is None else seen & earlier
+def _with_one_more_key(
+    seen: Tensor | None, *, rest: bool, tokens: int | None, device: torch.device
+) -> Tensor | None:
+    """Which keys of a block, and the one more behind them, a query sees, ``[1 or B, 1, M, 1 or n, n + 1]``.
+
+    Without a rest the one more is seen where nothing else is: whatever its score, no other would be low
+    enough beside it. With a number of tokens, that of a block, queries see no later one.
+    """
+    seen = None if seen is None else seen[..., None, :]
+    if tokens is not None:
+        earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None, None]
+        seen = earlier if seen is None else seen & earlier
+    if seen is None:
+        return None
+    return torch.cat((seen, torch.ones_like(seen[..., :1]) if rest else ~seen.any(-1, keepdim=True)), -1)

@@ -219,6 +219,28 @@ def test_windows_have_gradients_of_gradients() -> None:
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("score", [-12_800.0, 12_800.0])
+@pytest.mark.parametrize(("margin", "routes"), [(0, 0), (1, 0), (0, 2)])
+def test_a_shift_of_all_scores_is_not_seen(
+    score: float, margin: int, routes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are blocks without a key; test_window.py holds operations of torch against dense attention."""
+    layout = BlockLayout((6, 6), (2, 2))
+    mask = (layout.block_index() > 1)[None]
+    q, k, v = (x.detach() for x in make(layout, heads=2, far=False))
+    q[..., 0], k[..., 0] = 64, score / 16
+    chosen = choose_blocks(q, k, layout, routes, key_mask=mask) if routes else None
+    cotangent, found = torch.randn_like(v), []
+    for kernels, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        monkeypatch.setenv("MHLA_KERNELS", kernels)
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = window_attention(*inputs, layout, key_mask=mask, margin=margin, chosen=chosen)
+        found.append([out, *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))])
+    for a, b in zip(*found, strict=True):
+        # Of the gradient of q not the channel of the shift, which adds 0 times a large number to it.
+        assert (a - b)[..., 1:].norm() < 1e-2 * b[..., 1:].norm()
+
+
 @torch.no_grad()
 def test_windows_show_nan_but_not_what_is_hidden() -> None:
     mask = torch.ones(1, 12, dtype=torch.bool)

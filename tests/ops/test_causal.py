@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -216,9 +217,57 @@ def test_samples_of_a_state_are_selected_in_the_middle_of_a_block(assert_close: 
 def test_weights_by_distance_of_another_number_of_heads_are_refused() -> None:
     (q, k, v, _), _ = make()
     with pytest.raises(
-        ValueError, match=r"relative mixing must be \[m\] or \[H, m\] with H = 3, got \(2, 5\)"
+        ValueError,
+        match=r"relative mixing must be \[m\] or \[H, m\] with H = 3 and m of at least 1, got \(2, 5\)",
     ):
         MHLAState(torch.rand(2, 5), 4, relative=True).prefill(q, k, v)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), ()], ids=str)
+@pytest.mark.parametrize("relative", [False, True])
+def test_weights_of_no_block_are_refused(shape: tuple[int, ...], relative: bool) -> None:
+    (q, k, v, _), _ = make()
+    with pytest.raises(ValueError, match=r"mixing must be .*got \(.*\)"):
+        MHLAState(torch.rand(shape), 4, relative=relative).prefill(q, k, v)
+
+
+@pytest.mark.parametrize("normalizer", ["paper", "none"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("tokens", [3, 4], ids=["inside a block", "between blocks"])
+@pytest.mark.parametrize(
+    "given", [(1, 3, 6, 5), (4, 3, 6, 5), (2, 1, 6, 5), (2, 3, 1, 5), (2, 3, 6, 1)], ids=str
+)
+def test_tokens_of_other_sizes_than_those_before_are_refused_and_change_nothing(
+    given: tuple[int, ...], tokens: int, relative: bool, normalizer: str
+) -> None:
+    (q, k, v, mixing), _ = make()
+    weights = mixing[0] if relative else mixing
+    states = [MHLAState(weights, 4, normalizer=normalizer, relative=relative) for _ in range(2)]
+    for state in states:
+        state.prefill(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens])
+    samples, heads, d, d_v = given
+    other_q, other_v = torch.rand(samples, heads, 1, d).double(), torch.rand(samples, heads, 1, d_v).double()
+    with pytest.raises(
+        ValueError, match=r"\(2, 3, 6, 5\), got tokens of " + re.escape(str(given)) + r".*select"
+    ):
+        states[0].step(other_q, other_q, other_v)
+    following = [x[:, :, tokens : tokens + 1] for x in (q, k, v)]
+    assert torch.equal(states[0].step(*following), states[1].step(*following))
+    assert states[0].tokens == states[1].tokens
+
+
+@pytest.mark.parametrize("narrow", [0, 2])
+def test_tokens_of_fewer_axes_are_refused(narrow: int) -> None:
+    (q, k, v, mixing), _ = make()
+    state = MHLAState(mixing, 4)
+    one = [x[:, :, :1] for x in (q, k, v)]
+    one[narrow] = one[narrow][:, :, 0, :1]
+    with pytest.raises(ValueError, match=r"\[B, H, (1|N), d\]"):
+        state.step(*one)
+    with pytest.raises(ValueError, match=r"must be \[B, H, N, d\]"):
+        mhla_causal(q[0, 0], k[0, 0], v[0, 0], mixing, 4)
+    with pytest.raises(ValueError, match=r"must be \[B, H, N, d\]"):
+        state.prefill(q[0, 0], k[0, 0], v[0, 0])
 
 
 def test_masked_values_are_never_read() -> None:

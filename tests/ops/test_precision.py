@@ -147,6 +147,34 @@ def test_weights_of_any_size_give_the_same(scale: float) -> None:
     torch.testing.assert_close(found[4] * power, expected[4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_gradient_of_an_all_zero_row_of_w_is_that_of_numerators(rotary: bool, dtype: torch.dtype) -> None:
+    """As in the reference. Values have no mean, which GPU kernels take from them."""
+    if INTERPRETED and dtype == torch.float64:
+        pytest.skip("no kernel takes float64")
+    layout = BlockLayout((4, 4), (2, 2))
+    q, k, half, cotangent = torch.randn(4, 1, 2, 16, 16)
+    v = torch.cat((half[:, :, :8], -half[:, :, :8]), 2)
+    mixing = torch.rand(4, 4)
+    mixing[1] = 0
+    inputs = [x.to(dtype) for x in (q, k, v, mixing)]
+    exact = [x.double() for x in inputs]
+    options: dict[str, Any] = {}
+    if rotary:
+        angles = torch.rand(16, 8) * 6
+        options["rotary_emb"] = (angles.cos(), angles.sin())
+    expected = with_gradients(mhla_reference, exact, cotangent.double(), layout, **options)
+    limit = LIMIT.get(dtype, 1e-9)
+    found = with_gradients(mhla, inputs, cotangent, layout, **options)
+    assert max(relative_errors(found, expected).values()) < limit
+    assert ((found[4] - expected[4])[1].norm() / expected[4][1].norm()).item() < limit
+    if dtype.itemsize > 2:  # what takes the place of the operators in the transforms of torch.func
+        given = cotangent.to(dtype)
+        in_transform = torch.func.grad(lambda w: (mhla(*inputs[:3], w, layout, **options) * given).sum())
+        torch.testing.assert_close(in_transform(inputs[3]).double(), expected[4], rtol=limit, atol=limit)
+
+
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
 def test_what_masked_tokens_hold_does_not_matter(feature_map: str, rotary: bool) -> None:

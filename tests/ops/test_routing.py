@@ -126,6 +126,83 @@ def test_scores_far_from_zero_stay_finite() -> None:
         assert sums.isfinite().all()
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-2)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("score", [-12_800.0, 0.0, 12_800.0])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_shift_of_all_scores_is_not_seen(
+    layout: BlockLayout, score: float, masked: bool, dtype: torch.dtype, limit: float
+) -> None:
+    """With all blocks it is softmax attention, in float64 from the same numbers."""
+    q, k, v = torch.randn(3, 2, 2, layout.num_tokens, 16)
+    q[..., 0], k[..., 0] = 64, score / 16
+    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    block = layout.block_index()
+    mask = (block > 1) & (block != 3) if masked else torch.ones_like(block, dtype=torch.bool)
+    mask = mask.expand(2, -1)
+    chosen = choose_blocks(*inputs[:2], layout, 1000, key_mask=mask)
+    whole = window_attention(*inputs, layout, chosen=chosen, key_mask=mask)
+    others, log_sums = routed_attention(*inputs, chosen[..., :2], layout, key_mask=mask)
+    near = (chosen[..., None, :2] == block[:, None]).any(-1) & mask[:, None, None]
+    expected = [
+        F.scaled_dot_product_attention(*exact, attn_mask=seen)
+        for seen in (mask[:, None, None].expand_as(near), near)
+    ]
+    cotangent = torch.randn_like(expected[0])
+    for found, wanted in zip((whole, others), expected, strict=True):
+        both = [
+            (out, *torch.autograd.grad(out, tensors, cotangent.to(out.dtype)))
+            for out, tensors in ((found, inputs), (wanted, exact))
+        ]
+        for a, b in zip(*both, strict=True):
+            # Of the gradient of q not the channel of the shift, which adds 0 times a large number to it.
+            a, b = (x[..., 1:] for x in (a.double(), b))
+            assert (a - b).norm() <= limit * b.norm()
+    assert (log_sums > score - 100).all()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (torch.zeros(1, 2, 64, 1, dtype=torch.int32), r"int64 \[B, H, N, r\] = \[1, 2, 64, r\].*int32"),
+        (torch.zeros(1, 2, 64, 1), r"int64 .*got torch.float32"),
+        (torch.zeros(1, 2, 5, 1, dtype=torch.int64), r"got torch.int64 \(1, 2, 5, 1\)"),
+        (torch.zeros(1, 2, 64, dtype=torch.int64), r"got torch.int64 \(1, 2, 64\)"),
+        (torch.zeros((), dtype=torch.int64), r"got torch.int64 \(\)"),
+        (torch.full((1, 2, 64, 1), -1), r"of the 8 blocks of the grid, 0 to 7, .*choose_blocks.*got -1"),
+        (torch.full((1, 2, 64, 1), 8), r"0 to 7, .*got 8"),
+    ],
+)
+def test_chosen_blocks_that_are_none_are_refused(chosen: torch.Tensor, message: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 64, 6).unbind()
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, LAYOUTS[0], chosen=chosen)
+    with pytest.raises(ValueError, match=message):
+        routed_attention(q, k, v, chosen, LAYOUTS[0])
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None])
+def test_a_count_that_is_none_is_refused(count: Any) -> None:
+    q = torch.randn(1, 2, 64, 6)
+    with pytest.raises(ValueError, match=rf"count must be an integer of at least 0 blocks .*got {count}"):
+        choose_blocks(q, q, LAYOUTS[0], count)
+    assert choose_blocks(q, q, LAYOUTS[0], 0).shape == (1, 2, 64, 0)
+
+
+def test_a_route_without_keys_adds_nothing() -> None:
+    layout = LAYOUTS[0]
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 64, 6).unbind())
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    chosen = choose_blocks(q, k, layout, 2, key_mask=mask)
+    for out in (
+        routed_attention(q, k, v, chosen, layout, key_mask=mask)[0],
+        window_attention(q, k, v, layout, chosen=chosen, key_mask=mask),
+    ):
+        assert not out.any()
+        assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("local", ["shared", "gate", "only"])
 @pytest.mark.parametrize(
     "wider",

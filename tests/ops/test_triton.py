@@ -192,7 +192,7 @@ def test_kernels_pass_the_tests_of_precision_and_operators() -> None:
     some = (
         "(mean and (16-0-paper- or 16-1-paper- or 16-3-paper- or 16-3-none-rotary or 16-1-paper-rotary) "
         "and not (16-1-paper-rotary and float16)) or 32-3-paper- or wide_heads or exactly_one or nan_in "
-        "or stays_finite or operators"
+        "or stays_finite or all_zero_row or operators"
     )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", some,

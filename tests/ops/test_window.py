@@ -23,7 +23,7 @@ from mhla_diffusion.ops import (
     routing,
     window_attention,
 )
-from mhla_diffusion.ops.window_composite import softmax_in_blocks
+from mhla_diffusion.ops.window_composite import softmax_in_blocks, softmax_of_scores
 
 AssertClose = Callable[..., None]
 
@@ -171,6 +171,138 @@ def test_scores_far_from_zero_stay_finite() -> None:
         assert out.isfinite().all()
 
 
+def shifted(layout: BlockLayout, score: float, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v with scores that differ by ones around a number, in which softmax does not see it."""
+    q, k, v = torch.randn(3, 2, 3, layout.num_tokens, 16, dtype=torch.float64)
+    q[..., 0], k[..., 0] = 64, score / 16
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+
+
+def seen_keys(layout: BlockLayout, margin: int = 0) -> Tensor:
+    """Which keys a window holds, bool ``[N, N]``."""
+    token, there = layout.reach(margin)
+    seen = torch.zeros(layout.num_blocks, layout.num_tokens, dtype=torch.int64)
+    return seen.scatter_add(1, token, there.long())[layout.block_index()] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-2), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("score", [-12_800.0, 0.0, 12_800.0])
+@pytest.mark.parametrize(
+    ("grid", "blocks", "options"),
+    [
+        ((8, 8), (2, 4), {}),
+        ((7, 9), (3, 2), {"margin": 1}),
+        ((7, 9), (3, 2), {"masked": True}),
+        ((8, 8), (2, 4), {"masked": True, "margin": 1}),
+        ((8, 8), (1, 1), {}),
+        ((64,), (4,), {"causal": True}),
+        ((64,), (4,), {"causal": True, "masked": True}),
+    ],
+    ids=str,
+)
+def test_a_shift_of_all_scores_is_not_seen(
+    grid: tuple[int, ...], blocks: tuple[int, ...], options: dict[str, Any], score: float, dtype: torch.dtype,
+    limit: float,
+) -> None:  # fmt: skip
+    """Against softmax attention in float64 from the same numbers; a query that sees no key gets 0."""
+    layout = BlockLayout(grid, blocks)
+    inputs = shifted(layout, score, dtype)
+    causal, margin = options.get("causal", False), options.get("margin", 0)
+    seen = seen_keys(layout, margin).expand(2, 1, -1, -1)
+    mask = None
+    if options.get("masked"):
+        mask = torch.rand(2, layout.num_tokens) < 0.7
+        mask[:, layout.block_index() < 2] = False  # whole blocks hidden
+        seen = seen & mask[:, None, None]
+    seen = seen.tril() if causal else seen
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    outs = [window_attention(*inputs, layout, key_mask=mask, margin=margin, causal=causal)]
+    if not causal:  # which has one path
+        outs.append(softmax_of_scores(*inputs, layout, mask, layout.margins(margin), None))
+    # The same shift, taken away before.
+    q, k, v = exact
+    keys = torch.cat((k[..., :1] - score / 16, k[..., 1:]), -1)
+    some = seen.any(-1, keepdim=True)
+    expected = F.scaled_dot_product_attention(q, keys, v, attn_mask=seen | ~some).where(some, 0)
+    cotangent = torch.randn_like(expected)
+    wanted = [expected, *torch.autograd.grad(expected, exact, cotangent)]
+    for out in outs:
+        found = [out, *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))]
+        for a, b in zip(found, wanted, strict=True):
+            # Of the gradient of q not the channel of the shift, which adds 0 times a large number to it.
+            difference = (a.double() - b)[..., 1:]
+            assert difference.norm() <= limit * b[..., 1:].norm()
+        assert not out.masked_fill(some, 0).any()
+
+
+@pytest.mark.parametrize("score", [-12_800.0, 12_800.0])
+@pytest.mark.parametrize(
+    ("form", "routes", "margin", "masked"),
+    [
+        ("gate", 0, 0, False),
+        ("gate", 0, 1, False),
+        ("gate", 2, 0, False),
+        ("gate", 2, 0, True),
+        ("shared", 0, 0, False),
+        ("shared", 2, 1, True),
+    ],
+)
+def test_windows_far_from_zero_equal_the_reference(
+    form: str, routes: int, margin: int, masked: bool, score: float
+) -> None:
+    layout = BlockLayout((8, 8), (2, 4))
+    inputs = make_inputs(layout)
+    window_q, window_k, _ = shifted(layout, score, torch.float64)
+    inputs[4:6] = window_q, window_k
+    mask = torch.rand(2, 64) < 0.7 if masked else None
+    if mask is not None:
+        mask[:, layout.block_index() < 5] = False
+    chosen = choose_blocks(window_q, window_k, layout, routes, key_mask=mask) if routes else None
+    outs = [
+        call(each, inputs, layout, form=form, key_mask=mask, margin=margin, chosen=chosen)
+        for each in (mhla_local, mhla_local_reference)
+    ]
+    cotangent = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad(out, inputs, cotangent) for out in outs]
+    for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", LOCAL_FORMS)
+@pytest.mark.parametrize("score", [-12_800.0, 12_800.0])
+def test_where_no_other_block_is_seen_scores_may_be_of_any_size(score: float, form: str) -> None:
+    """Beside other blocks they may not: "shared" weighs against them."""
+    layout = BlockLayout((8, 8), (1, 2))
+    inputs = [x.detach() for x in make_inputs(layout)]
+    inputs[3], inputs[6] = torch.eye(2).double(), torch.full((3,), 40.0).double()
+    inputs[4], inputs[5], _ = shifted(layout, score, torch.float64)
+    found, wanted = (call(each, inputs, layout, form=form) for each in (mhla_local, mhla_local_reference))
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    own = F.scaled_dot_product_attention(inputs[4], inputs[5], inputs[2], attn_mask=seen_keys(layout))
+    torch.testing.assert_close(found, own, rtol=1e-8, atol=1e-8)
+
+
+def test_float16_holds_a_rest_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_WIDE_DEVICES", ())  # as on a GPU
+    layout = BlockLayout((8, 8), (2, 4))
+    for score in (-12_800.0, 12_800.0):
+        q, k, v = inputs = shifted(layout, score, torch.float16)
+        rest = torch.zeros_like(v, dtype=torch.float32), torch.full(q.shape[:3], routing.NOTHING)
+        with_rest = softmax_in_blocks(q, k, v, layout, None, (0, 0), rest)
+        expected = F.scaled_dot_product_attention(*(x.double() for x in inputs), attn_mask=seen_keys(layout))
+        assert (with_rest - expected).norm() < 1e-2 * expected.norm()
+        grads = torch.autograd.grad(with_rest.sum(), inputs)
+        assert all(x.isfinite().all() for x in grads)
+    hidden = torch.zeros(2, 64, dtype=torch.bool)
+    for each in (None, rest):
+        out = softmax_in_blocks(q, k, v, layout, hidden, (0, 0), each)
+        grads = torch.autograd.grad(out.sum(), inputs)
+        assert not out.any()
+        assert not any(x.any() for x in grads)
+
+
 def test_the_causal_form_joins_the_causal_operator(assert_close: AssertClose) -> None:
     layout = BlockLayout((24,), (4,))
     q, k, v, mixing, window_q, window_k, _ = make_inputs(layout)
@@ -232,6 +364,32 @@ def test_windows_that_do_not_fit_are_refused() -> None:
         window_attention(q, k[:, :, 1:], v, layout)
     with pytest.raises(ValueError, match=rf"q hold {q.shape[2] - 1} tokens"):
         window_attention(q[:, :, 1:], k, v, layout)
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "message"),
+    [
+        (
+            None,
+            {"margin": 2},
+            r"has no margin, .* later tokens .* got 2: leave that out, or set causal=False",
+        ),
+        (None, {"margin": 0.5}, "has no margin, .* got 0.5"),
+        (
+            None,
+            {"chosen": torch.zeros(2, 3, 16, 1, dtype=torch.int64)},
+            r"has no chosen blocks, .* got \(2, 3, 16, 1\)",
+        ),
+        ((0, 1), {}, r"has no extra tokens, .* got \(0, 1\)"),
+    ],
+)
+def test_what_a_causal_window_does_not_have_is_refused(
+    extra: tuple[int, int] | None, options: dict[str, Any], message: str
+) -> None:
+    layout = BlockLayout((16,), (4,), extra)
+    q, k, v = make_inputs(layout)[:3]
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, layout, causal=True, **options)
 
 
 def test_another_form_is_refused() -> None:

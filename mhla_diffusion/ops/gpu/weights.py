@@ -20,7 +20,7 @@ def _weights(
     if SCALED:
         # In bits, which are in the order of the numbers, and NaN above all.
         largest = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        exponent = tl.maximum(largest >> 23, 1)
+        exponent = tl.where(largest == 0, 126, tl.maximum(largest >> 23, 1))  # all zero: by 1
         small = 0x00400000 >> tl.maximum(exponent - 253, 0)  # below the smallest normal number
         bits = tl.where(exponent < 253, (253 - exponent) << 23, small)
         scale = tl.where(exponent < 255, bits, 0x7FC00000).to(tl.float32, bitcast=True)
