@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +221,7 @@ def test_the_benchmark_prints_a_table() -> None:
 def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     clips, training, videos = tmp_path / "clips", tmp_path / "training", tmp_path / "videos"
     export = ("export_videos", "--data.source", "films", "--data.sizes", "[[48, 64]]", "--out", clips)
-    succeed(*export, "--num", "3")
+    succeed(*export, "--num", "3", "--data.fps", "16")
     assert sorted(path.name for path in clips.iterdir()) == [
         "000000.mp4", "000001.mp4", "000002.mp4", "captions.csv",
     ]  # fmt: skip
@@ -233,12 +235,19 @@ def test_videos_are_exported_trained_on_and_generated(tmp_path: Path) -> None:
     refused = run_script(*export)
     assert refused.returncode != 0
     assert f"error: {clips} is there already; choose another folder" in refused.stderr
-    # As the README has it.
-    succeed(
+    train = (
         *("train_video", "--config", "configs/video_wan_films.yaml", "--output_dir", training),
-        *("--data.source", "folder", "--data.path", clips, "--data.frames", "8", "--data.fps", "8"),
+        *("--data.source", "folder", "--data.path", clips, "--data.frames", "8"),
         *("--data.sizes", "[[32, 32], [24, 40]]", "--trainer.max_steps", "1", "--sampling.every", "0"),
     )
+    too_short = run_script(*train, "--data.fps", "1")
+    assert too_short.returncode == 1, "workers end with the run"
+    assert re.search(
+        "error: none of the 3 samples can be read, first .* is shorter than asked", too_short.stderr
+    )
+    shutil.rmtree(training)
+    # As the README has it.
+    succeed(*train, "--data.fps", "8")
     made = ("generate", "video", "--model", training / "pipeline", "--out", videos, "--steps", "2")
     succeed(*made, "--prompts", "[a red car]", "--strip", tmp_path / "strip.png")
     assert json.loads((videos / "manifest.json").read_text())["videos"][0]["prompt"] == "a red car"

@@ -7,6 +7,7 @@ alone. So a run is the same on any number of processes, workers and micro-batche
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import logging
@@ -260,12 +261,23 @@ class SampleStream:
 
     def __iter__(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """``(sample numbers, batch)``, a batch being a dict of tensors with one row per sample."""
-        for numbers, batch, unreadable in self._loader:
-            for index, message in unreadable:
-                if index not in self.unreadable:
-                    self.unreadable[index] = message
-                    logger.warning("skipped, number %d: %s", len(self.unreadable), message)
-            yield numbers, batch
+        batches = iter(self._loader)
+        # Workers do not hear SIGTERM, by which multiprocessing ends those that an error leaves, and waits for
+        # them for ever.
+        end = getattr(batches, "_shutdown_workers", lambda: None)
+        atexit.register(end)
+        try:
+            for numbers, batch, unreadable in batches:
+                for index, message in unreadable:
+                    if index not in self.unreadable:
+                        self.unreadable[index] = message
+                        logger.warning("skipped, number %d: %s", len(self.unreadable), message)
+                yield numbers, batch
+        except ValueError as error:  # which torch puts the traceback of a worker in
+            raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
+        finally:
+            atexit.unregister(end)
+            end()
 
 
 def _collate(

@@ -271,7 +271,7 @@ def test_which_channels_each_objective_needs() -> None:
 def test_settings_that_do_not_belong_together() -> None:
     with pytest.raises(ValueError, match=r"objective\.shift is for objective\.name flow alone"):
         ObjectiveConfig(name="ddpm", shift=3.0)
-    with pytest.raises(ValueError, match=r"logit_std must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"logit_std must be positive and finite, got 0"):
         ObjectiveConfig(logit_std=0.0)
     with pytest.raises(ValueError, match=r"objective\.beta_end is for objective\.name ddpm alone"):
         ObjectiveConfig(beta_end=0.03)
