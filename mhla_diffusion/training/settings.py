@@ -113,7 +113,7 @@ class TrainerConfig:
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         _require(self, "seed", self.seed >= 0, "0 or more")
         _require(self, "skip_steps", all(step >= 1 for step in self.skip_steps), "counted from 1")
-        if {*range(1, self.max_steps + 1)} <= {*self.skip_steps}:
+        if sum(step <= self.max_steps for step in {*self.skip_steps}) == self.max_steps:
             raise ValueError(f"skip_steps names all of the {self.max_steps} steps: nothing would be trained")
         installed = {str(tracker.value) for tracker in get_available_trackers()}
         if missing := [name for name in self.trackers if name not in installed]:
