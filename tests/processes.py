@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -85,7 +86,9 @@ class Script:
         """Send a signal, unless it has ended."""
         pid = self._process.pid
         if self._process.is_alive() and pid is not None:
-            os.kill(pid, number)
+            # The server that started it is told of its end first, and sees to it that the process is gone.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def finish(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """Wait for the end; returns what it printed.
