@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from mhla_diffusion.pipelines import MHLAPipeline
-from mhla_diffusion.pipelines.requests import require_seed
 from mhla_diffusion.pipelines.rows import class_rows, prompt_rows
 from mhla_diffusion.pipelines.sampling import (
     call_arguments,
@@ -22,6 +21,7 @@ from mhla_diffusion.pipelines.sampling import (
     sample,
 )
 
+from .arguments import require_seed
 from .files.videos import write_video
 from .optional import require
 from .processes import process_state

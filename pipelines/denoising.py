@@ -15,10 +15,11 @@ from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mhla_diffusion.arguments import require_finite, require_positive
 from mhla_diffusion.autoencoders import vae_scale_factor
 
 from .model_card import CardedPipeline
-from .requests import require_finite, require_generators, require_positive
+from .requests import require_generators
 from .schedulers import LEARNED_VARIANCES, reads_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mhla_diffusion.arguments import MAX_SEED, require_positive, require_seed
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.files.manifest import MANIFEST, read_manifest, write_manifest
 from mhla_diffusion.files.pictures import DECODING_ERRORS, read_picture
@@ -26,7 +27,6 @@ from mhla_diffusion.processes import in_first_process, one_fate, process_state, 
 
 from .identity import describe, training_of
 from .prompts import Prompt
-from .requests import MAX_SEED, require_positive, require_seed
 from .rows import class_rows, prompt_rows
 from .sampling import (
     Kind,

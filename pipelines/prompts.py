@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from mhla_diffusion.arguments import MAX_SEED
 from mhla_diffusion.files.names import is_hidden
 from mhla_diffusion.files.text import read_text
 from mhla_diffusion.files.videos import VIDEO_EXTENSIONS
-
-from .requests import MAX_SEED
 
 # Room for "-12.mp4" below the 255 bytes that file systems allow.
 _MAX_NAME = 240

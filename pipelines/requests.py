@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-MAX_SEED = 2**63 - 1
+from mhla_diffusion.arguments import is_whole, require_positive
 
 
 class ClassNames:
@@ -45,7 +44,7 @@ class ClassNames:
             ValueError: for a name that means no class or several, an id out of range, or another form.
         """
         labels = list(_flat(labels))
-        if other := [label for label in labels if not isinstance(label, str) and not _is_whole(label)]:
+        if other := [label for label in labels if not isinstance(label, str) and not is_whole(label)]:
             raise ValueError(f"class labels are names or ids, got {other[0]!r} among them")
         names = {label for label in labels if isinstance(label, str)}
         known = self.ids | self._wholes
@@ -69,49 +68,8 @@ def _flat(labels: Any) -> Iterator[Any]:
         yield labels
 
 
-def _is_whole(value: Any) -> bool:
-    """Tell whether a value is a whole number, of Python, numpy or torch."""
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
-
-
 def _listed(ids: Sequence[int]) -> str:
     return f"{', '.join(map(str, ids[:-1]))} and {ids[-1]}"
-
-
-def require_positive(**counts: Any) -> None:
-    """Check arguments that count something; None where one is not given.
-
-    Raises:
-        ValueError: for one that is no whole number, or below 1.
-    """
-    for name, value in counts.items():
-        if value is None:
-            continue
-        if not _is_whole(value):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def require_seed(seed: Any) -> None:
-    """Check a seed of torch's generators.
-
-    Raises:
-        ValueError: for one that is no whole number from 0 to :data:`MAX_SEED`.
-    """
-    if not (_is_whole(seed) and 0 <= seed <= MAX_SEED):
-        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
-
-
-def require_finite(**numbers: Any) -> None:
-    """Check arguments that may be numbers: NaN passes every bound.
-
-    Raises:
-        ValueError: for NaN or infinity.
-    """
-    for name, value in numbers.items():
-        if hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0 and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def require_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:

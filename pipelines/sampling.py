@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mhla_diffusion.arguments import require_finite
 from mhla_diffusion.backbones.quantised import dequantised
 from mhla_diffusion.files.pictures import read_picture
 
 from .identity import training_of
-from .requests import require_finite
 
 Kind = Literal["images", "videos"]
 

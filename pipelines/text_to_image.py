@@ -17,12 +17,12 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from mhla_diffusion.arguments import require_finite, require_positive
 from mhla_diffusion.autoencoders import vae_scale_factor
 from mhla_diffusion.backbones import MHLAPixArtTransformer2DModel, MHLASanaTransformer2DModel
 
 from .denoising import ImagePipeline, StepCallback
 from .model_card import Purpose
-from .requests import require_finite, require_positive
 from .schedulers import prediction_of
 from .text import SANA_INSTRUCTION, encode_texts, warn_of_long_prompts
 

@@ -15,11 +15,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from mhla_diffusion.arguments import require_finite, require_positive
 from mhla_diffusion.autoencoders import size_in_pixels, vae_strides
 from mhla_diffusion.backbones import MHLAWanTransformer3DModel
 
 from .model_card import CardedPipeline, Purpose
-from .requests import count_samples, require_finite, require_generators, require_positive
+from .requests import count_samples, require_generators
 from .schedulers import prediction_of
 from .text import embed, warn_of_long_prompts
 

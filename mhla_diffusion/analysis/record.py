@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import require_seed
 from ..attention import MHLA
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
@@ -66,8 +67,7 @@ def analyze_stored(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to {2**63 - 1}, got {seed}")
+    require_seed(seed)
     if not 0 <= timestep < 1000:
         raise ValueError(f"timestep must lie between 0 and 999, got {timestep}")
     transformer = _load(model)

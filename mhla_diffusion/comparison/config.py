@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arguments import MAX_NUMPY_SEED, require_seed
 from ..files.sums import short_hash
 from .screen import Screen
 from .task import Task, task_of
@@ -46,6 +47,8 @@ class Comparison:
             raise ValueError(f"variants must have names of their own, got {names}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more and all different, got {self.seeds}")
+        for seed in self.seeds:
+            require_seed(seed, "each of seeds", most=MAX_NUMPY_SEED)
         if not all(isinstance(values, list) and values for values in self.settings.values()):
             raise ValueError(
                 f"settings need a list of one value or more, such as side: [16], got {self.settings}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..arguments import require_seed
 from ..backbones import (
     MHLAWanTransformer3DModel,
 )
@@ -62,6 +63,7 @@ class Calls(ABC):
     grid: tuple[int, ...]
 
     def __init__(self, model: Any, *, seed: int = 0, times: tuple[float, float] = ALL_TIMES) -> None:
+        require_seed(seed)
         self.model, self.seed, self.times = model, seed, times
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ..arguments import MAX_NUMPY_SEED, require_seed
 from ..backbones import load_transformer
 from ..backbones.teacher import load_teacher
 from ..config import MHLAConfig
@@ -106,6 +107,8 @@ class ExperimentConfig(ScoreConfig):
         super().__post_init__()
         if not self.seeds or self.steps < 1 or self.calls < 1:
             raise ValueError("the experiment needs a seed, and steps and calls of 1 or more")
+        for seed in self.seeds:
+            require_seed(seed, "each of seeds", most=MAX_NUMPY_SEED)
         for name, few in (("variants", VARIANTS), ("scored", self.variants)):
             if unknown := [variant for variant in getattr(self, name) if variant not in few]:
                 raise ValueError(f"{name} must be of {'; '.join(few)}, got {'; '.join(unknown)}")

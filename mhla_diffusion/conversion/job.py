@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import require_seed
 from ..backbones.teacher import LayerCall
 from ..training.data.stream import FOR_ORDER, sample_generator
 from .cache import Activations
@@ -61,9 +62,9 @@ class AlignConfig:
                 "learning_rate and disk must be positive and finite, got "
                 f"{self.learning_rate} and {self.disk}"
             )
-        for name in ("old_learning_rate", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}")
+        if not 0 <= self.old_learning_rate < math.inf:
+            raise ValueError(f"old_learning_rate must be 0 or more, and finite, got {self.old_learning_rate}")
+        require_seed(self.seed)
 
     @property
     def all_samples(self) -> int:

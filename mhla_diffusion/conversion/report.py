@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mhla_diffusion.pipelines import MHLAPipeline
 
+from ..arguments import require_seed
 from ..backbones import convert_to_mhla, load_transformer
 from ..backbones.teacher import as_teacher, fingerprint, load_teacher
 from ..config import MHLAConfig
@@ -79,6 +80,7 @@ class ReportConfig:
             )
         if self.num_samples == 1:
             raise ValueError("num_samples must be 2 or more, as one sample has no covariance, got 1")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..arguments import require_seed
 from ..files.pictures import WHITE
 from ..optional import require
 from ..processes import in_first_process, one_fate, process_state
@@ -267,6 +268,7 @@ class _Settings(PassSettings):
         super().__post_init__()
         if self.bootstrap != 0 and self.bootstrap < 2:
             raise ValueError(f"bootstrap must be 0 (no intervals) or at least 2, got {self.bootstrap}")
+        require_seed(self.seed)
 
 
 @one_fate()

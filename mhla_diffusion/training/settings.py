@@ -10,6 +10,7 @@ from typing import Any, Literal
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
+from ..arguments import MAX_NUMPY_SEED, require_seed
 from ..attention import MHLA
 from .adapters import LoraConfig
 from .config import changeable, decisive_settings
@@ -111,7 +112,7 @@ class TrainerConfig:
         _require(self, "num_workers", self.num_workers >= 0, "0 or more")
         _require(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        _require(self, "seed", self.seed >= 0, "0 or more")
+        require_seed(self.seed, most=MAX_NUMPY_SEED)
         _require(self, "skip_steps", all(step >= 1 for step in self.skip_steps), "counted from 1")
         if sum(step <= self.max_steps for step in {*self.skip_steps}) == self.max_steps:
             raise ValueError(f"skip_steps names all of the {self.max_steps} steps: nothing would be trained")

@@ -19,6 +19,7 @@ from mhla_diffusion.pipelines.sampling import (
     with_negative_prompt,
 )
 
+from ..arguments import require_seed
 from .conditioning import Conditioning
 from .config import changeable
 from .sheets import SampleSheet, SheetClock
@@ -46,6 +47,7 @@ class SampleSheetConfig:
         for name, least in (("every", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"sampling.{name} must be {least} or more, got {getattr(self, name)}")
+        require_seed(self.seed, "sampling.seed")
         if not 0 < self.max_share <= 1:
             raise ValueError(f"sampling.max_share must be above 0 and at most 1, got {self.max_share}")
 

@@ -465,7 +465,7 @@ def test_candidates_are_read_from_yaml(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate and disk must be"),
         ({"disk": math.inf}, "learning_rate and disk must be positive and finite, got .* and inf"),
         ({"old_learning_rate": -1.0}, "old_learning_rate must be 0 or more"),
-        ({"seed": -1}, "seed must be 0 or more, and finite, got -1"),
+        ({"seed": -1}, r"seed must be a whole number from 0 to \d+, got -1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
