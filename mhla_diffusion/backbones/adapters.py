@@ -1,4 +1,4 @@
-"""Low-rank adapters on any backbone, and beside them weights that were trained in full."""
+"""Low-rank adapters on any backbone, which take along what was trained in full beside them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
-# In files of LoRA before the names of weights that are trained in full: diffusers wants "lora" in each name.
-FULL_WEIGHTS = "lora_full"
+from .full_weights import (
+    FULL_WEIGHTS,
+    adapted,
+    full_weights,
+    require_fitting,
+    require_here,
+    require_no_disk,
+)
 
 # Arguments that say where the file of an adapter is.
 _PLACE = (
@@ -75,7 +79,7 @@ class AdapterMixin(PeftAdapterMixin):
             ValueError: for weights that do not fit this model, or are not all that a run has trained, and for
                 one that is offloaded so that its own weights cannot be written.
         """
-        _require_no_disk(self)
+        require_no_disk(self)
         weights = pretrained_model_name_or_path_or_dict
         if not isinstance(weights, dict):
             place = {name: kwargs.pop(name, None) for name in _PLACE}
@@ -94,14 +98,14 @@ class AdapterMixin(PeftAdapterMixin):
         pipeline: Any = kwargs.get("_pipeline")
         by_model, sequential, _ = self._optionally_disable_offloading(pipeline)
         try:
-            _require_here(self)
+            require_here(self)
             beside = any(prefix is None or key.startswith(f"{prefix}.") for key in adapters)
-            _require_fitting(self, full, alone=not beside)
+            require_fitting(self, full, alone=not beside)
             known = set(getattr(self, "peft_config", {}))
             super().load_lora_adapter(ordered, prefix=prefix, **kwargs)
             if beside:
                 new = set(self.peft_config) - known or {kwargs["adapter_name"]}  # or one that is hot-swapped
-                _full_weights(self).hold(new.pop(), full)
+                full_weights(self).hold(new.pop(), full)
             _follow_adapters(self)
         finally:
             if by_model:
@@ -117,7 +121,7 @@ class AdapterMixin(PeftAdapterMixin):
         Raises:
             ValueError: for an adapter with self-attention trained in full, for which its file has no place.
         """
-        if adapter_name in _full_weights(self):
+        if adapter_name in full_weights(self):
             raise ValueError(
                 f"self-attention was trained in full beside {adapter_name}, and the file would lack it: keep "
                 "the file that it was loaded from, or fuse_lora, unload_lora and save the model"
@@ -129,9 +133,9 @@ class AdapterMixin(PeftAdapterMixin):
 
         That is what it was before, or, where the adapters were fused, what it became.
         """
-        layers, beside = _adapted(self)
+        layers, beside = adapted(self)
         fused = _in_use(layer for layer in layers if layer.merged)
-        _full_weights(self).switch(self, fused)
+        full_weights(self).switch(self, fused)
         self.__dict__.pop("_full_weights", None)
         for name, part in beside.items():
             kept = [part.modules_to_save[its] for its in fused if its in part.modules_to_save]
@@ -139,23 +143,13 @@ class AdapterMixin(PeftAdapterMixin):
         super().unload_lora()
 
 
-def _adapted(model: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Layers with adapters, and by name the modules that peft keeps a copy of for an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
-    beside = {name: part for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)}
-    return layers, beside
-
-
 def _follow_adapters(model: Any) -> None:
     """Have what was trained beside adapters be in use where they are, and away where they are."""
-    layers, beside = _adapted(model)
+    layers, beside = adapted(model)
     there = {name for layer in layers for name in layer._all_available_adapter_names()}
     in_use = _in_use(layers)
-    _full_weights(model).switch(model, in_use)
-    _full_weights(model).keep(there)
+    full_weights(model).switch(model, in_use)
+    full_weights(model).keep(there)
     for place, part in beside.items():
         part.set_adapter([])  # a deleted one could not be left
         for name in set(part.modules_to_save) - there:
@@ -186,74 +180,13 @@ def _unwrap(model: Any, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-class _FullWeights:
-    """Weights that were trained in full beside adapters, and what was in their place, all on the CPU."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, dict[str, Tensor]] = {}
-        self._before: dict[str, Tensor] = {}
-        self._in_use: dict[str, Tensor] | None = None
-
-    def __contains__(self, adapter: str) -> bool:
-        return adapter in self._of
-
-    def __bool__(self) -> bool:
-        return bool(self._of)
-
-    def hold(self, adapter: str, weights: dict[str, Tensor]) -> None:
-        """Keep those of an adapter in place of what it had, which may be none."""
-        self._of.pop(adapter, None)
-        if weights:
-            self._of[adapter] = {n: weight.detach().to("cpu", copy=True) for n, weight in weights.items()}
-
-    def keep(self, adapters: set[str]) -> None:
-        """Forget all but those of these adapters."""
-        self._of = {name: weights for name, weights in self._of.items() if name in adapters}
-
-    @torch.no_grad()
-    def switch(self, model: Any, adapters: list[str]) -> None:
-        """Write those of the last of these adapters that has some, or what was there before.
-
-        What is there now, which may have been trained since, is kept in its place.
-
-        Raises:
-            ValueError: when the model is offloaded so that they cannot be written.
-        """
-        wanted = next((self._of[name] for name in reversed(adapters) if name in self._of), None)
-        if wanted is self._in_use:
-            return
-        _require_no_disk(model)
-        _require_here(model)
-        own, now = _own_weights(model), self._in_use or {}
-        names = {*(wanted or {}), *self._before}
-        changed = {id(own[name]) for name in names}
-        merged = [
-            (layer, list(layer.merged_adapters))
-            for layer in _adapted(model)[0]
-            if layer.merged and changed & {id(weight) for weight in layer.get_base_layer().parameters()}
-        ]
-        for layer, _ in merged:
-            layer.unmerge()
-        for name in names:
-            its = now if name in now else self._before
-            its[name] = own[name].detach().to("cpu", copy=True)
-            own[name].copy_(wanted[name] if wanted and name in wanted else self._before[name])
-        for layer, fused in merged:
-            layer.merge(adapter_names=fused)
-        self._in_use = wanted
-
-
-def _full_weights(model: Any) -> _FullWeights:
-    return model.__dict__.setdefault("_full_weights", _FullWeights())
-
-
 def _require_followed(model: Any, method: str, names: str | list[str] | None) -> None:
     """Check that what was trained beside adapters can follow what a method does to them."""
-    layers, beside = _adapted(model)
-    full = _full_weights(model)
+    layers, beside = adapted(model)
+    full = full_weights(model)
     if full:
-        _require_no_disk(model)
-        _require_here(model)
+        require_no_disk(model)
+        require_here(model)
     if not (full or beside):
         return
     what = f"{method}: of what was trained in full beside adapters"
@@ -265,50 +198,3 @@ def _require_followed(model: Any, method: str, names: str | list[str] | None) ->
         )
     if method in ("set_adapter", "set_adapters", "delete_adapters") and any(layer.merged for layer in layers):
         raise ValueError(f"{what} that of adapters which are fused is in use: unfuse_lora first")
-
-
-def _require_no_disk(model: Any) -> None:
-    group = _get_top_level_group_offload_hook(model)
-    if group is not None and group.config.offload_to_disk_path is not None:
-        raise ValueError(
-            f"weights of this model are offloaded into {group.config.offload_to_disk_path}, whose files are "
-            "not written again: load adapters before enable_group_offload, or offload without "
-            "offload_to_disk_path"
-        )
-
-
-def _require_here(model: Any) -> None:
-    if any(weight.is_meta for weight in model.parameters()):
-        raise ValueError(
-            f"weights of this {type(model).__name__} are offloaded, and adapters would be lost: load and "
-            "switch them before it is offloaded, or load them with load_lora_weights of a pipeline that "
-            "offloads it"
-        )
-
-
-def _own_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Parameters of a model by the names that they have without adapters."""
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
-        for name, weight in model.named_parameters()
-        if ".lora_" not in name and ".modules_to_save." not in name
-    }
-
-
-def _require_fitting(model: Any, weights: dict[str, Tensor], *, alone: bool) -> None:
-    """Check that weights which were trained in full, if any, are all of this model's, beside adapters."""
-    own = _own_weights(model)
-    trained = {name for name in own if model.attention_name in name.split(".")}
-    if weights and (alone or trained - weights.keys()):
-        missing = "adapters" if alone else min(trained - weights.keys())
-        raise ValueError(
-            f"these weights were trained in full beside adapters, and are not all that were: there is no "
-            f"{missing}; load the whole file of a run"
-        )
-    for name, weight in weights.items():
-        if name not in own or own[name].shape != weight.shape:
-            here = tuple(own[name].shape) if name in own else "no such weight"
-            raise ValueError(
-                f"these adapters were trained with {name} {tuple(weight.shape)}, and this model has "
-                f"{here}: load them beside the model that they were trained from"
-            )

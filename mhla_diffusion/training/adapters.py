@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline
 from torch import nn
 
-from ..backbones.adapters import FULL_WEIGHTS
+from ..backbones.full_weights import FULL_WEIGHTS
 from ..optional import how_to_install
 
 

@@ -25,7 +25,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 from mhla_diffusion import convert_to_mhla
-from mhla_diffusion.backbones.adapters import _own_weights
+from mhla_diffusion.backbones.full_weights import own_weights
 
 from .cases import CASES, EVERY_PART, Case, sample
 
@@ -388,7 +388,7 @@ def test_weights_that_a_run_trained_in_full_are_found_under_other_adapters() -> 
     targets = [f"{case.model.attention_name}.{case.projections[0]}"]
     model.add_adapter(LoraConfig(r=2, target_modules=targets, **PARTS["modules_to_save"]))
     assert weights.keys() != {name for name, _ in model.named_parameters()}
-    found = _own_weights(model)
+    found = own_weights(model)
     assert all(found[name] is weight for name, weight in weights.items())
 
 
