@@ -15,9 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # By torch.compile's own defaults sizes are symbolic from the second one on; with dynamic, from the first.
-@pytest.mark.parametrize(
-    ("name", "dynamic"), [*((name, None) for name in CASES), ("DiT", True), ("Wan", True)], ids=str
-)
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, None) for name in CASES), ("DiT", True)], ids=str)
 @torch.no_grad()
 def test_a_model_is_compiled_once_for_each_grid(name: str, dynamic: bool | None) -> None:
     case = CASES[name]
@@ -63,7 +61,8 @@ def test_a_model_is_exported_for_any_batch_size() -> None:
     torch.testing.assert_close(program(**inputs).sample, sample(model, inputs))
 
 
-# A stock layer beside ours is another graph of the same block, however its backbone is called.
+# A stock layer beside ours is another graph of the same block, however its backbone is called. What a second
+# grid brings is alike for all backbones.
 @pytest.mark.parametrize(
     ("name", "hybrid"), [*((name, False) for name in CASES), ("Sana", True), ("Wan", True)], ids=str
 )
@@ -72,7 +71,8 @@ def test_repeated_blocks_are_compiled_for_each_grid(name: str, hybrid: bool) -> 
     case = CASES[name]
     layers = {"attention": ["mhla", case.stock_kind]} if hybrid else {"num_layers": 1}
     model = case.make(**layers, mhla=EVERY_PART)
-    inputs = [case.inputs(model, grid) for grid in case.grids[:2]]
+    grids = case.grids[:2] if hybrid or name in ("DiT", "Wan") else case.grids[1:2]
+    inputs = [case.inputs(model, grid) for grid in grids]
     expected = [sample(model, batch) for batch in inputs]
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     for batch, output in zip(inputs, expected, strict=True):
