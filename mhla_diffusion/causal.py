@@ -25,7 +25,8 @@ class CausalMHLA(MHLA):
 
     A block weighs another by how far back it lies, :func:`mhla_diffusion.ops.causal_mixing`: with ``blocks``
     m there are m weights, the last of them for all that lie m - 1 blocks or more back. So they are learned
-    on short sequences and hold for long ones, and :meth:`state` keeps no more than m summaries.
+    on short sequences and hold for long ones, and :meth:`state` keeps no more than m + 1 summaries, or 3
+    where m is 1.
 
     Args:
         config: see :class:`MHLAConfig`, whose window ``"auto"`` is none here; ``blocks`` is m, one number.

@@ -23,7 +23,8 @@ class MHLAAllegroTransformer3DModel(MHLAModelMixin, AllegroTransformer3DModel):
     """Allegro with MHLA, plain linear or softmax attention in each layer.
 
     Takes every argument of :class:`diffusers.AllegroTransformer3DModel` and two more. Its registered config
-    rebuilds it. Rotary positions turn the numerators alone. Cross-attention to text stays softmax.
+    rebuilds it. Rotary positions turn the numerators alone, and queries and keys of a softmax window.
+    Cross-attention to text stays softmax.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

@@ -21,8 +21,8 @@ class MHLACosmosTransformer3DModel(RotaryVideoMixin, CosmosTransformer3DModel):
     """Cosmos (Predict 1, 2 and 2.5, Transfer 2.5) with MHLA in its self-attention.
 
     Takes every argument of :class:`diffusers.CosmosTransformer3DModel` and three more. Its registered config
-    rebuilds it. Rotary positions turn the numerators alone; the norm of queries and keys stays.
-    Cross-attention to text and images stays softmax.
+    rebuilds it. Rotary positions turn the numerators alone, and queries and keys of a softmax window; the
+    norm of queries and keys stays. Cross-attention to text and images stays softmax.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

@@ -27,8 +27,8 @@ class MHLAHunyuanDiT2DModel(SquareSampleMixin, HunyuanDiT2DModel):
     """HunyuanDiT with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
 
     Takes every argument of :class:`diffusers.HunyuanDiT2DModel` and two more. Its registered config rebuilds
-    it. Rotary positions turn the numerators alone; the norms of queries and keys and the long skip
-    connections stay. Cross-attention to text stays softmax.
+    it. Rotary positions turn the numerators alone, and queries and keys of a softmax window; the norms of
+    queries and keys and the long skip connections stay. Cross-attention to text stays softmax.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

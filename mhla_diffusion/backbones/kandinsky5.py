@@ -53,8 +53,9 @@ class MHLAKandinsky5Transformer3DModel(MHLAModelMixin, Kandinsky5Transformer3DMo
     """Kandinsky 5 with MHLA, plain linear or softmax attention in each layer that sees pictures.
 
     Takes every argument of :class:`diffusers.Kandinsky5Transformer3DModel` and three more. Its registered
-    config rebuilds it. Rotary positions turn the numerators alone; the norms of queries and keys stay. Layers
-    of the text and cross-attention to it stay softmax. Latents are ``[B, F, H, W, C]``.
+    config rebuilds it. Rotary positions turn the numerators alone, and queries and keys of a softmax window;
+    the norms of queries and keys stay. Layers of the text and cross-attention to it stay softmax. Latents
+    are ``[B, F, H, W, C]``.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

@@ -25,11 +25,11 @@ class MHLALTXVideoTransformer3DModel(MHLAModelMixin, LTXVideoTransformer3DModel)
     """LTX-Video with MHLA, plain linear or softmax attention in each layer.
 
     Takes every argument of :class:`diffusers.LTXVideoTransformer3DModel` and three more. Its registered
-    config rebuilds it. Rotary positions turn the numerators alone; LTX's norm of queries and keys, over all
-    heads together, stays. Cross-attention to text stays softmax. The forward must be given ``num_frames``,
-    ``height`` and ``width``, which say the grid, or ``video_coords``, from which it is read (a GPU is waited
-    for). Tokens of images and videos ahead of the grid, as ``LTXConditionPipeline`` has them, need
-    ``extra_block`` in the config.
+    config rebuilds it. Rotary positions turn the numerators alone, and queries and keys of a softmax window;
+    LTX's norm of queries and keys, over all heads together, stays. Cross-attention to text stays softmax.
+    The forward must be given ``num_frames``, ``height`` and ``width``, which say the grid, or
+    ``video_coords``, from which it is read (a GPU is waited for). Tokens of images and videos ahead of the
+    grid, as ``LTXConditionPipeline`` has them, need ``extra_block`` in the config.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

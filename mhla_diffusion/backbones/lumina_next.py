@@ -23,11 +23,11 @@ class MHLALuminaNextDiT2DModel(SquareSampleMixin, LuminaNextDiT2DModel):
     """Lumina-Next with MHLA, plain linear or softmax attention in each layer, on latents of any shape.
 
     Takes every argument of :class:`diffusers.LuminaNextDiT2DModel` and two more. Its registered config
-    rebuilds it. Rotary positions turn the numerators alone; Lumina's norm of queries and keys, over all heads
-    together, stays; heads of keys that queries share are repeated. Cross-attention to text stays softmax.
-    The pipeline's ``base_sequence_length``, which sharpens softmax on sequences longer than those of the
-    training, says nothing to linear layers, nor to their softmax windows (``local``): there ``local="only"``
-    over one block is another function than stock layers.
+    rebuilds it. Rotary positions turn the numerators alone, and queries and keys of a softmax window;
+    Lumina's norm of queries and keys, over all heads together, stays; heads of keys that queries share are
+    repeated. Cross-attention to text stays softmax. The pipeline's ``base_sequence_length``, which sharpens
+    softmax on sequences longer than those of the training, says nothing to linear layers, nor to their
+    softmax windows (``local``): there ``local="only"`` over one block is another function than stock layers.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (MHLA with one block) or ``"softmax"``, for all layers that

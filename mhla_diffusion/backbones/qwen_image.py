@@ -28,7 +28,8 @@ class MHLAQwenImageTransformer2DModel(MHLAModelMixin, QwenImageTransformer2DMode
     Takes every argument of :class:`diffusers.QwenImageTransformer2DModel` and three more. Its registered
     config rebuilds it. The tokens of the text are one more block of their own, whatever their number, and
     its padding does not count; other images, which edits are given, are in that block too. Rotary positions,
-    of the text as of the image, turn the numerators alone; Qwen's norms of queries and keys stay.
+    of the text as of the image, turn the numerators alone, and queries and keys of a softmax window; Qwen's
+    norms of queries and keys stay.
 
     Args:
         attention: ``"mhla"``, ``"linear"`` (one block, text and all) or ``"softmax"``, for all layers that

@@ -50,6 +50,11 @@ def load_transformer(
     subfolder = subfolder or component_subfolder(path, component, **place)
     stored = load_config(path, subfolder=subfolder, **place)
     ours = backbone_of_config(stored)
+    if ours is None and "model_type" in stored:
+        raise ValueError(
+            f"{path} holds a {stored['model_type']} of transformers, where a model of diffusers is wanted: "
+            "in Python convert_to_mhla(model) takes those that have an MHLA form"
+        )
     if ours is None:
         raise ValueError(
             f"{path} holds a {stored.get('_class_name', 'config of no class')}, which has no MHLA form; "

@@ -53,8 +53,8 @@ class MHLASanaTransformer2DModel(SquareSampleMixin, SanaTransformer2DModel):
     """Sana with MHLA in place of its linear attention.
 
     Takes every argument of :class:`diffusers.SanaTransformer2DModel` and two more. Its registered config
-    rebuilds it. Sana's own attention is MHLA with one block, so that MHLA whose blocks see all alike is the
-    stock model. Cross-attention to text stays softmax.
+    rebuilds it. Sana's own attention is MHLA with one block, so that MHLA whose blocks see all alike,
+    without a softmax window, is the stock model. Cross-attention to text stays softmax.
 
     Args:
         attention: ``"mhla"`` or ``"linear"`` (Sana's own), for all layers that ``mhla_config.layers`` names

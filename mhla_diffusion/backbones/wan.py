@@ -34,8 +34,8 @@ class MHLAWanTransformer3DModel(RotaryVideoMixin, WanTransformer3DModel):
 
     Takes every argument of :class:`diffusers.WanTransformer3DModel` and three more. Its registered config
     rebuilds it, so ``save_pretrained`` and ``from_pretrained`` restore the same function. Rotary positions
-    turn the numerators alone; Wan's norm of queries and keys, over all heads together, stays. Cross-attention
-    to text and images stays softmax.
+    turn the numerators alone, and queries and keys of a softmax window; Wan's norm of queries and keys, over
+    all heads together, stays. Cross-attention to text and images stays softmax.
 
     Latents may have any number of frames, height and width that the patches divide: blocks follow the grid,
     ragged ones included.

@@ -35,6 +35,11 @@ class VisionMHLA(PretrainedMHLA):
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         chosen = settings_of(config)
         chosen = settings_of(config, extra_block=chosen.blocks not in (1, (1, 1)))
+        if chosen.extra_block and chosen.normalizer == "official":
+            raise ValueError(
+                'normalizer="official" needs equal blocks, and the class token is a block of its own here: '
+                'take "paper", or blocks=1'
+            )
         super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         heads, width = config.num_attention_heads, config.hidden_size
         kind = self._can_record_outputs["attentions"]  # type: ignore[attr-defined]

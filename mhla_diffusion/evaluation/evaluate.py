@@ -76,7 +76,8 @@ def evaluate_images(
         generated: likewise, but no statistics; with the manifest.json of mhla generate or without.
         metrics: out of ``frechet``, ``sfid``, ``inception_score``, ``kid``, ``precision``, ``recall``,
             ``density``, ``coverage``, ``frechet_per_class`` and ``clip_score``; ``auto`` are all that the
-            extractors and the sets allow; ``fid`` is ``frechet`` on clean-fid's Inception.
+            extractors and the sets allow; ``fid`` is ``frechet`` on Inception, clean-fid's where no
+            extractor is named.
         extractor: ``auto``, ``inception`` (clean-fid's), ``inception_adm``, ``dinov2``, ``clip`` or
             ``efficientnet_lite0`` (see ``load_extractor``), an own one, or several.
         weights: of the extractor; of several extractors each as ``"name=weights"``.

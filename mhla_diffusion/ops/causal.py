@@ -93,7 +93,7 @@ class MHLAState:
         block_size, feature_map, normalizer, eps: see :func:`mhla_causal`.
         relative: whether ``mixing`` is the weights ``[m]`` or ``[H, m]`` of
             :func:`mhla_diffusion.ops.causal_mixing`. Then the sequence may be of any length, and no more than
-            m summaries are kept: blocks that weigh alike for good are one.
+            m + 1 summaries are kept (3 where m is 1): blocks that weigh alike for good are one.
     """
 
     def __init__(

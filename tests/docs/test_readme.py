@@ -114,6 +114,23 @@ def test_links_lead_somewhere(page: str) -> None:
             assert (folder / link.partition("#")[0]).exists(), link
 
 
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_headings() -> None:
+    found = [
+        (page, ROOT / page if not name else (ROOT / page).parent / name, anchor)
+        for page in PAGES
+        for name, anchor in re.findall(r"\]\((?!https:)([^)\s#]*)#([^)\s]+)\)", read(page))
+    ]
+    assert len(found) > 5
+    wrong = [f"{page}: {path.name}#{anchor}" for page, path, anchor in found if anchor not in anchors(path)]
+    assert not wrong
+
+
 def test_every_file_that_a_page_names_is_there() -> None:
     """Such as ``ops/tiles.py`` or ``configs/image_dit_mnist.yaml``, from the root or the package."""
     roots = (ROOT, ROOT / "mhla_diffusion", ROOT / "docs")

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForImageClassification, Trainer, Tr
 import mhla_diffusion
 from mhla_diffusion import MHLAConfig, convert_to_mhla
 from mhla_diffusion.attention import MHLA
+from mhla_diffusion.backbones import load_transformer
 from mhla_diffusion.domains import FAMILIES
 from mhla_diffusion.ops import BlockLayout, mhla_reference
 
@@ -171,6 +172,8 @@ def test_softmax_is_never_run_in_the_place_of_mhla() -> None:
         ({"layers": [2]}, "mhla", "names layer 2, but the layers are 0 to 1"),
         ({"blocks": 97}, "mhla", "97 blocks do not divide over the grid"),
         ({"key_blocks": 4}, "mhla", "extra_block is for self-attention"),
+        ({"normalizer": "official"}, "mhla", "the class token is a block of its own here"),
+        ({"local": "only"}, "mhla", "no block of extra tokens"),
         ({}, "softmax", "no MHLA form of ViTModel with attention 'softmax'"),
     ],
 )
@@ -179,6 +182,12 @@ def test_what_cannot_be_is_refused(config: Any, attention: str, message: str) ->
         convert_to_mhla(make_stock("ViTModel"), config, attention=attention)
     with pytest.raises(ValueError, match="no MHLA form of BertModel"):
         convert_to_mhla(transformers.BertModel(transformers.BertConfig(num_hidden_layers=0)))
+
+
+def test_commands_say_where_models_of_transformers_are_converted(tmp_path: Path) -> None:
+    make_stock("ViTModel").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a vit of transformers, .* convert_to_mhla\(model\)"):
+        load_transformer(str(tmp_path))
 
 
 def mhla_layers(model: Any) -> list[MHLA]:

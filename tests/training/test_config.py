@@ -191,6 +191,9 @@ def test_every_config_in_the_repository_is_valid(path: Path) -> None:
     attention = as_dict(config)["model"]["attention"]
     assert config.model.init_from or attention == ("softmax" if teacher else "mhla")
     assert set(yaml.safe_load(path.read_text())) <= set(as_dict(config))
+    if "as in the paper" in path.read_text():  # which has no softmax window
+        mhla = as_dict(config)["model"]["mhla"]
+        assert "--mhla.local null" in path.read_text() if config.model.init_from else mhla["local"] is None
 
 
 @pytest.mark.parametrize("given", ["~/runs/a", "--output_dir=~/runs/a", "yaml"])
