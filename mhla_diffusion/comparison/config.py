@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,11 @@ class Comparison:
     against: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                "the name of a comparison is that of a file, of letters, digits and ._- alone, got "
+                f"{self.name!r}"
+            )
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"variants must have names of their own, got {names}")
@@ -111,10 +117,11 @@ def runs_of(comparison: Comparison) -> Iterator[Run]:
                 yield Run(task, variant, seed)
 
 
-def screening_runs(comparison: Comparison) -> list[Run]:
-    """Return the short runs of a comparison."""
-    return [
-        Run(task.shortened(comparison.screen.share), variant, comparison.seeds[0])
+def screening_runs(comparison: Comparison) -> dict[tuple[str, str], Run]:
+    """Return the short runs of a comparison, each by the key of those that it is short of."""
+    share, seed = comparison.screen.share, comparison.seeds[0]
+    return {
+        Run(task, variant, seed).key: Run(task.shortened(share), variant.shortened(share), seed)
         for task in comparison.tasks()
         for variant in comparison.variants
-    ]
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -54,13 +55,28 @@ def write_page(
 
     Returns:
         The path of the page.
+
+    Raises:
+        ValueError: when another page has that name.
     """
     page, screened = folder / f"{comparison.name}.md", screened or {}
+    _require_own(page)
     write_file(page.with_suffix(".json"), json.dumps({"command": command, "runs": records}, indent=1) + "\n")
     shown = [record for record in records if key_of(record) not in screened]
     pictures = _write_pictures(comparison, shown, page, out)
     write_file(page, "\n\n".join(_parts(comparison, shown, command, screened) + pictures) + "\n")
     return page
+
+
+def _require_own(page: Path) -> None:
+    """Check that a page is of a comparison, if it is there."""
+    record = page.with_suffix(".json")
+    with contextlib.suppress(ValueError):
+        if "runs" in json.loads(record.read_text() if record.exists() else "{}"):
+            return
+    for path in (page, record):
+        if path.exists():
+            raise ValueError(f"{path} is not of a comparison: choose another name, or other --results")
 
 
 def _parts(comparison: Comparison, records: Records, command: str, screened: Screened) -> list[str]:

@@ -232,8 +232,7 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
     Raises:
         ValueError: when the loss is not finite.
     """
-    torch.manual_seed(seed)
-    model = RecallModel(task, variant.config(task.default_blocks)).to(device)
+    model = _common_start(task, variant.config(task.default_blocks), seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     # A tenth of few steps is no warm-up; of ten it is one, which OneCycleLR divides by that less one.
     warmup = 0.1 if task.steps > 10 else 0.0
@@ -257,13 +256,23 @@ def train_recall(task: Recall, variant: Variant, seed: int, device: str = "cpu")
         seconds = (time.perf_counter() - start) / stage.steps
     final = torch.stack(losses[-max(1, task.steps // 10) :]).mean().item()
     if not math.isfinite(final):
-        raise ValueError(f"{variant.name}, seed {seed}: the loss became {final}; lower learning_rate")
+        raise ValueError(f"the loss became {final}; lower learning_rate")
     return {
         "accuracy": _accuracy(model.eval(), task, device),
         "loss": final,
         "seconds_per_step": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _common_start(task: Recall, attention: MHLAConfig | None, seed: int) -> RecallModel:
+    """Make a model, its weights those of softmax where that has them, whatever else is drawn."""
+    torch.manual_seed(seed)
+    reference = RecallModel(task, None)
+    torch.manual_seed(seed)
+    model = RecallModel(task, attention)
+    model.load_state_dict(reference.state_dict(), strict=False)
+    return model
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,21 @@ def compare_attention(
         raise ValueError(f"processes must be 1 or more, got {processes}")
     device = resolve_device(device)
     with only_writer(out):
-        beaten = set[tuple[str, str]]()
+        failed, beaten = list[str](), set[tuple[str, str]]()
         if screen:
-            make(screening_runs(comparison), out, processes=processes, device=device)
+            short = screening_runs(comparison)
+            failed += make(list(short.values()), out, processes=processes, device=device)
+            beaten |= {key for key, run in short.items() if not (out / run.path).exists()}
             beaten |= set(screened_out(comparison, out))
         runs = [run for run in runs_of(comparison) if run.key not in beaten]
-        make(runs, out, processes=processes, device=device)
+        failed += make(runs, out, processes=processes, device=device)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed, the others are done: {failed[0]}")
     return records(comparison, out)
 
 
-def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> None:
-    """Make those of the runs that are missing; see :func:`compare_attention`."""
+def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> list[str]:
+    """Make those of the runs that are missing, and return what failed; see :func:`compare_attention`."""
     missing = [run for run in runs if not (out / run.path).exists()]
     logger.info("%d runs, %d of them to be done", len(runs), len(missing))
     for task in {json.dumps(run.task.record): run.task for run in missing}.values():
@@ -78,14 +83,19 @@ def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> None
             run = tasks[future]
             try:
                 found = future.result()
-            except (ValueError, ArithmeticError) as error:  # of this run: the others go on
+            except BrokenProcessPool:
+                raise ValueError(
+                    "a process of the runs was killed, as where memory is short: what was done is kept, take "
+                    f"fewer --processes than {processes}"
+                ) from None
+            except Exception as error:  # of this run: the others go on
                 failed.append(f"{run.variant.name}, seed {run.seed}: {error}")
-                logger.warning("failed: %s", failed[-1])
+                theirs = isinstance(error, (ValueError, ArithmeticError))
+                logger.warning("failed: %s", failed[-1], exc_info=None if theirs else error)
                 continue
             result = {**run.record, "device": device, **found}
             write_file(out / run.path, json.dumps(result, indent=1) + "\n")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(missing)} runs failed, the others are done: {failed[0]}")
+    return failed
 
 
 @contextmanager
@@ -153,12 +163,18 @@ def records(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
 
 def screened_out(comparison: Comparison, out: Path) -> dict[tuple[str, str], float]:
     """Return what the short runs that are done leave out, see :func:`left_out`."""
-    return left_out(comparison, _read(screening_runs(comparison), out))
+    return left_out(comparison, _read(screening_runs(comparison).values(), out))
 
 
 def _read(runs: Iterable[Run], out: Path) -> list[dict[str, Any]]:
-    paths = [out / run.path for run in runs]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [_record(path) for path in (out / run.path for run in runs) if path.exists()]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(found := json.loads(path.read_text()), dict):
+            return found
+    raise ValueError(f"{path} is damaged: remove it, and the run is made again")
 
 
 def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -166,16 +182,14 @@ def left_out(comparison: Comparison, found: Iterable[dict[str, Any]]) -> dict[tu
 
     Args:
         comparison: what is screened.
-        found: records of its short runs. While one of a task is missing, nothing of that is left out.
+        found: records of its short runs. What is beaten by some is so by all, whichever are missing.
     """
     metric, by_run = comparison.task.metrics[0], {key_of(record): record for record in found}
     beaten: dict[tuple[str, str], float] = {}
     for task in comparison.tasks():
         short = json.dumps(task.shortened(comparison.screen.share).record, sort_keys=True)
         keys = {variant.name: (short, variant.name) for variant in comparison.variants}
-        if not all(key in by_run for key in keys.values()):
-            continue
-        values = {name: by_run[key][metric.key] for name, key in keys.items()}
+        values = {name: by_run[key][metric.key] for name, key in keys.items() if key in by_run}
         whole = json.dumps(task.record, sort_keys=True)
         beaten |= {(whole, name): values[name] for name in comparison.screen.beaten(values, metric)}
     return beaten

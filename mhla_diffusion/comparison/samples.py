@@ -34,9 +34,12 @@ from .measured import MeasuredRun
 from .task import Measure, Task
 from .variant import Variant
 
-# Where things lie, and how often something is told or kept: results do not depend on it.
+_BLOCKS = "model.mhla.blocks"
+# Where things lie is recorded by the last part of it.
+_NAMED = {"data.path": "data.name", "data.captions": "captions.name"}
+# Of how often something is told or kept results do not depend.
 _NOT_RECORDED = (
-    "output_dir", "data.path", "data.captions", "trainer.log_every", "trainer.checkpoint_every",
+    "output_dir", *_NAMED, "trainer.log_every", "trainer.checkpoint_every",
     "trainer.keep_checkpoints", "trainer.num_workers", "trainer.trackers", "trainer.seed", "sampling.every",
     "sampling.max_share", "sampling.class_labels", "sampling.images_per_class", "sampling.seed",
 )  # fmt: skip
@@ -87,19 +90,26 @@ class GenerationTask(Task):
                 "held_out must say which data are not trained on, such as {data.split: test}, got "
                 f"{self.held_out}"
             )
-        self._base  # noqa: B018 (read now, as it may not be there)
+        self._stated  # noqa: B018 (read now, as it may not be there)
 
     @property
-    def _base(self) -> dict[str, Any]:
+    def _stated(self) -> dict[str, Any]:
+        """Keys and values of the base and what is others here."""
         path = Path(self.base)
         if not path.is_file():
             raise ValueError(f"base must be the YAML file of a training run, and {self.base} is no file")
-        return flat_dict(yaml.safe_load(path.read_text()))
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError(f"base must be the YAML file of a training run, and {self.base} holds none")
+        return flat_dict(values) | flat_dict(self.training)
 
     @property
     def values(self) -> dict[str, Any]:
         """Return keys and values of the run that all variants share."""
-        values = self._base | self.training
+        values = self._stated
         if values.get("trainer.mixed_precision") == "bf16" and not _has_bfloat16():
             values["trainer.mixed_precision"] = "no"
         return {key: value for key, value in values.items() if not key.startswith("model.mhla.")}
@@ -107,13 +117,16 @@ class GenerationTask(Task):
     @property
     def record(self) -> dict[str, Any]:
         own = ("num_samples", "num_real", "calls", "extractor", "held_out", "analyzed")
-        found = {"kind": self.kind, "data.name": Path(self.values.get("data.path") or "").name}
+        found: dict[str, Any] = {"kind": self.kind, "data.name": ""}
+        found |= {name: Path(self._stated[key]).name for key, name in _NAMED.items() if self._stated.get(key)}
+        if _BLOCKS in self._stated:
+            found[_BLOCKS] = self._stated[_BLOCKS]
         found |= {name: getattr(self, name) for name in own}
         return found | {key: value for key, value in self.values.items() if key not in _NOT_RECORDED}
 
     @property
     def default_blocks(self) -> Any:
-        return (self._base | self.training).get("model.mhla.blocks", MHLAConfig().blocks)
+        return self._stated.get(_BLOCKS, MHLAConfig().blocks)
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -143,7 +156,7 @@ class GenerationTask(Task):
         keys = {key: value for key, value in settings.items() if "." in key}
         own = {key: value for key, value in settings.items() if "." not in key}
         task: Any = super().replaced(own)
-        return dataclasses.replace(task, training={**task.training, **keys})
+        return dataclasses.replace(task, training=flat_dict(task.training) | keys)
 
     def shortened(self, share: float) -> GenerationTask:
         return self.replaced({"trainer.max_steps": max(1, round(share * self.steps))})
@@ -160,12 +173,12 @@ class GenerationTask(Task):
         Raises:
             ValueError: naming the key and what is allowed.
         """
-        values = self.values | variant.training
-        values |= {"trainer.log_every": max(1, self.steps // 100), "trainer.keep_checkpoints": 1}
-        run, config = _parsed(self.config_class, values), variant.config(self.default_blocks)
+        run = _parsed(self.config_class, self.values | flat_dict(variant.training))
+        log_every, config = max(1, run.trainer.max_steps // 100), variant.config(self.default_blocks)
+        trainer = dataclasses.replace(run.trainer, seed=seed, log_every=log_every, keep_checkpoints=1)
         attention = "mhla" if variant.attention == "softmax" and config else variant.attention
         return dataclasses.replace(
-            run, output_dir=str(folder), trainer=dataclasses.replace(run.trainer, seed=seed),
+            run, output_dir=str(folder), trainer=trainer,
             model=dataclasses.replace(run.model, attention=attention, mhla=config),
         )  # fmt: skip
 
@@ -182,7 +195,7 @@ class GenerationTask(Task):
 
     def real_config(self, folder: Path) -> Any:
         """Return the config of a run on what is held out, which is never trained."""
-        values = self.values | self.held_out | {"model.attention": "linear"}  # fits any grid
+        values = self.values | flat_dict(self.held_out) | {"model.attention": "linear"}  # fits any grid
         return dataclasses.replace(_parsed(self.config_class, values), output_dir=str(folder))
 
     def held_out_config(self, config: Any) -> Any:

@@ -6,7 +6,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from ..config import MHLAConfig
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {}
 
-_TYPES: dict[type, str] = {int: "an integer", float: "a number", str: "a text"}
+_TYPES: dict[Any, str] = {
+    int: "an integer", float: "a number", str: "a text", dict: "a map of keys to values", type(None): "null",
+}  # fmt: skip
 
 
 class Measure(NamedTuple):
@@ -157,13 +160,17 @@ def task_of(settings: dict[str, Any] | Task) -> Task:
 
 
 def _require_settings(cls: Any, settings: dict[str, Any]) -> None:
-    """Refuse settings that a task does not have, and values of another type than their default's."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(settings) - set(defaults)):
-        known = ", ".join(sorted(defaults))
+    """Refuse settings that a task does not have, and values of another type than is declared."""
+    fields, hints = [f.name for f in dataclasses.fields(cls)], get_type_hints(cls)
+    if unknown := sorted(set(settings) - set(fields)):
+        known = ", ".join(sorted(fields))
         raise ValueError(f"unknown settings {', '.join(unknown)}; the task {cls.kind} has {known}")
     for name, value in settings.items():
-        wanted = type(defaults[name])
-        given = float if wanted is float and type(value) is int else type(value)
-        if wanted in _TYPES and given is not wanted:
-            raise ValueError(f"{name} of the task {cls.kind} must be {_TYPES[wanted]}, got {value!r}")
+        hint = hints[name]
+        wanted = {get_origin(kind) or kind for kind in get_args(hint) if isinstance(hint, UnionType)} or {
+            get_origin(hint) or hint
+        }
+        given = float if wanted == {float} and type(value) is int else type(value)
+        if wanted <= _TYPES.keys() and given not in wanted:
+            types = " or ".join(its for kind, its in _TYPES.items() if kind in wanted)
+            raise ValueError(f"{name} of the task {cls.kind} must be {types}, got {value!r}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import time
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +64,7 @@ class TrainedByTransformers(Task):
         return stock if config is None else convert(stock, config)[0]
 
     def trained(self, variant: Variant, folder: Path) -> Any:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        checkpoint, _ = _last_checkpoint(folder)
         return checkpoint and type(self.model(variant, 0)).from_pretrained(checkpoint)
 
     def fit(
@@ -77,7 +77,6 @@ class TrainedByTransformers(Task):
         """
         # Its import takes seconds, and most tasks need none of it.
         from transformers import PrinterCallback, Trainer, TrainingArguments
-        from transformers.trainer_utils import get_last_checkpoint
 
         arguments = TrainingArguments(
             str(folder), max_steps=self.steps, per_device_train_batch_size=self.batch_size,
@@ -86,21 +85,54 @@ class TrainedByTransformers(Task):
             save_steps=self.checkpoint_every, save_total_limit=1, disable_tqdm=True, use_cpu=device == "cpu",
             logging_steps=max(1, self.steps // 10), dataloader_drop_last=True,
         )  # fmt: skip
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        checkpoint, state = _last_checkpoint(folder)
         model = self.model(variant, seed)
         if checkpoint:  # the Trainer takes weights by name, and files have others for some models
             model = type(model).from_pretrained(checkpoint)
-        trainer = Trainer(model, arguments, train_dataset=data)
+        clock = _clock(state)
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
-        first = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if state is not None and state.global_step >= self.steps:
+            trainer.state = state  # stopped behind its training, of which the Trainer would add a step
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         if not losses or not math.isfinite(losses[-1]):
-            raise ValueError(
-                f"{variant.name}, seed {seed}: the loss became {losses[-1:]}; lower learning_rate"
-            )
+            raise ValueError(f"the loss became {losses[-1:]}; lower learning_rate")
         return trainer, {
             "loss": losses[-1],
-            "seconds_per_step": metrics["train_runtime"] / max(1, self.steps - first),
+            "seconds_per_step": clock.seconds / self.steps,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
         }
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, Any]:
+    """Return the newest whole checkpoint of the Trainer and its state, which is written last of all."""
+    from transformers import TrainerState
+
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        with contextlib.suppress(OSError, ValueError):
+            return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
+    return None, None
+
+
+def _clock(state: Any) -> Any:
+    """Make a callback that counts the ``seconds`` of all steps, also of those before a checkpoint."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class Clock(TrainerCallback, ExportableState):
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.begun = seconds, 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds += time.perf_counter() - self.begun
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    before = {} if state is None else state.stateful_callbacks.get("Clock", {}).get("attributes", {})
+    return Clock(before.get("seconds", 0.0))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import WINDOW_ONLY, MHLAConfig
+from ..files.text import flat_dict
+
+_STEPS = "trainer.max_steps"
 
 ATTENTIONS = ("softmax", "linear", "mhla")
 # Settings of MHLA beside its operator, and those of the operator over one block.
@@ -65,6 +68,13 @@ class Variant:
         if self.attention == "linear":
             return MHLAConfig.from_dict({**self.mhla, "blocks": 1})
         return MHLAConfig.from_dict({**self.mhla, "blocks": 1, "local": WINDOW_ONLY}) if self.mhla else None
+
+    def shortened(self, share: float) -> Variant:
+        """Return it with a share of the steps of its own, if it has some."""
+        training = flat_dict(self.training)
+        if (steps := training.get(_STEPS)) is None:
+            return self
+        return replace(self, training=training | {_STEPS: max(1, round(share * steps))})
 
     @property
     def record(self) -> dict[str, Any]:

@@ -77,6 +77,19 @@ def test_a_model_sees_what_its_attention_sees(variant: Variant) -> None:
     assert not torch.equal(model(changed, queries), before)
 
 
+def test_all_variants_of_a_seed_start_alike() -> None:
+    task = Recall(side=4, blocks=2, queries=4, layers=2)
+    first = recall._common_start(task, None, 3).state_dict()
+    extras = {"cpe": "identity", "gate": True, "qk_conv": True, "local": "gate", "feature_map": "hedgehog"}
+    for settings in ({}, extras):
+        config = Variant("a", mhla=settings).config(task.default_blocks)
+        other = recall._common_start(task, config, 3).state_dict()
+        assert len(other) > len(first)
+        assert all(torch.equal(other[name], weight) for name, weight in first.items())
+    different = recall._common_start(task, None, 4).state_dict()
+    assert not torch.equal(different["head.weight"], first["head.weight"])
+
+
 def test_training_gives_the_same_numbers_again_and_others_for_another_seed() -> None:
     variant = Variant("linear", "linear")
     first, again, other = (train_recall(TASK, variant, seed) for seed in (0, 0, 1))
@@ -187,5 +200,5 @@ def test_variants_that_cannot_be_trained_are_refused(settings: dict[str, Any], t
 
 
 def test_a_loss_that_is_not_finite_is_no_result() -> None:
-    with pytest.raises(ValueError, match="linear, seed 0: the loss became nan"):
+    with pytest.raises(ValueError, match="the loss became nan; lower learning_rate"):
         train_recall(dataclasses.replace(TASK, learning_rate=1e30, steps=20), Variant("linear", "linear"), 0)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -351,16 +352,74 @@ def test_what_short_runs_show_to_be_beaten_is_not_run_over_all_seeds(tmp_path: P
         ("softmax", 0),
         ("softmax", 1),
     ]
-    short = [json.loads((tmp_path / run.path).read_text()) for run in screening_runs(comparison)]
+    short = [json.loads((tmp_path / run.path).read_text()) for run in screening_runs(comparison).values()]
     assert [record["task"]["steps"] for record in short] == [2, 2]
 
 
 @pytest.mark.usefixtures("started")
 def test_a_run_that_fails_stops_no_other_and_is_told_of_in_the_end(tmp_path: Path) -> None:
     comparison = known(seeds=[7, 8])
-    with pytest.raises(ValueError, match=r"1 of 4 runs failed, .* linear, seed 7: the loss became nan"):
+    with pytest.raises(ValueError, match=r"1 runs failed, .* linear, seed 7: the loss became nan"):
         compare_attention(comparison, tmp_path)
     assert len(records(comparison, tmp_path)) == 3
+
+
+@pytest.mark.usefixtures("started")
+def test_what_fails_in_its_short_run_is_not_run_over_all_seeds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 runs failed, the others are done: linear, seed 7"):
+        compare_attention(comparison := known(seeds=[7, 8]), tmp_path, screen=True)
+    assert [record["variant"]["name"] for record in records(comparison, tmp_path)] == ["softmax"] * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Known):
+    """Task whose linear attention fails as no setting makes it, and with many values ends its process."""
+
+    def train(self, variant: Variant, seed: int, folder: Path, device: str) -> dict[str, Any]:
+        if variant.name == "linear" and self.values == 99:
+            os._exit(1)
+        if variant.name == "linear":
+            raise RuntimeError("out of memory")
+        return super().train(variant, seed, folder, device)
+
+
+@pytest.mark.usefixtures("started")
+def test_an_error_of_one_run_is_that_of_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    comparison = dataclasses.replace(COMPARISON, task=Broken(**dataclasses.asdict(TASK)), settings={})
+    with pytest.raises(ValueError, match=r"2 runs failed, .* linear, seed 0: out of memory"):
+        compare_attention(comparison, tmp_path)
+    assert len(records(comparison, tmp_path)) == 2
+    assert "Traceback" in caplog.text
+
+
+def test_a_process_that_was_killed_is_told_of_in_one_line(tmp_path: Path) -> None:
+    task = Broken(**{**dataclasses.asdict(TASK), "values": 99})
+    comparison = dataclasses.replace(COMPARISON, task=task, settings={})
+    with pytest.raises(ValueError, match=r"was killed, .* take fewer --processes than 1"):
+        compare_attention(comparison, tmp_path)
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    run = next(runs_of(COMPARISON))
+    for damage in ('{"task": ', "[]", ""):
+        (tmp_path / run.path).parent.mkdir(exist_ok=True)
+        (tmp_path / run.path).write_text(damage)
+        with pytest.raises(ValueError, match=rf"{run.path.name} is damaged: remove it"):
+            records(COMPARISON, tmp_path)
+
+
+def test_a_page_takes_the_place_of_none_but_its_own(tmp_path: Path) -> None:
+    write_page(COMPARISON, [], tmp_path, "mhla")
+    write_page(COMPARISON, [], tmp_path, "mhla")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "other.json").write_text('{"results": []}')
+    for name in ("README", "other"):
+        with pytest.raises(ValueError, match=rf"{name}\..* is not of a comparison: choose another name"):
+            write_page(dataclasses.replace(COMPARISON, name=name), [], tmp_path, "mhla")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    for name in ("../a", "a/b", "", ".."):
+        with pytest.raises(ValueError, match="the name of a comparison is that of a file"):
+            dataclasses.replace(COMPARISON, name=name)
 
 
 @pytest.mark.parametrize(("processes", "expected"), [(1, 1), (2, 2), (9, 4)])

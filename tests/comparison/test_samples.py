@@ -198,9 +198,11 @@ def test_colour_pictures_of_texts_are_generated_from_held_out_captions(tmp_path:
     ("changes", "told"),
     [
         ({"base": "nowhere.yaml"}, "nowhere.yaml is no file"),
+        ({"base": "README.md"}, "README.md holds none"),
         ({"held_out": {}}, "held_out must say"),
         ({"num_samples": 1}, "num_samples must be 2 or more"),
         ({"training": {"trainer.max_stepz": 3}}, "did you mean trainer.max_steps"),
+        ({"training": {"trainer.max_steps": "many"}}, "trainer.max_steps"),
         ({"extractor": "magic"}, "magic"),
         ({"num_real": 21}, "at most the 20 held-out samples"),
         ({"training": {"data.path": "nowhere.npz"}}, "nowhere.npz does not exist"),
@@ -217,7 +219,50 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
     assert not list(tmp_path.glob("out/*/*"))
 
 
+@pytest.mark.parametrize("training", [{"trainer.max_steps": 30}, {"trainer": {"max_steps": 30}}], ids=str)
+def test_what_is_others_in_a_section_leaves_the_rest_of_it(
+    task: Images, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    plain = task.config(LINEAR, 0, tmp_path)
+    its = dataclasses.replace(LINEAR, training=training)
+    for config in (
+        task.config(its, 0, tmp_path),
+        task.replaced({"training": training}).config(LINEAR, 0, tmp_path),
+    ):
+        assert (config.trainer.max_steps, config.trainer.batch_size) == (30, plain.trainer.batch_size)
+        assert config.sampling == plain.sampling
+    held_out = dataclasses.replace(task, held_out={"data": {"path": "x.npz"}})
+    assert held_out.real_config(tmp_path).data.source == "npz"
+    assert its.shortened(0.25).training["trainer.max_steps"] == 8
+    assert LINEAR.shortened(0.25) == LINEAR
+
+
+def test_what_changes_results_is_another_run(task: Images, tmp_path: Path) -> None:
+    def path(**training: Any) -> Path:
+        return Run(dataclasses.replace(task, training=training), Variant("MHLA"), 0).path
+
+    blocks, captions = "model.mhla.blocks", "data.captions"
+    different: list[dict[str, Any]] = [
+        {}, {blocks: [2, 2]}, {blocks: [1, 2]}, {captions: "a.csv"}, {captions: "b.csv"},
+        {"data.path": "c.npz"},
+    ]  # fmt: skip
+    assert len({path(**training) for training in different}) == len(different)
+    assert path(**{"data.path": str(tmp_path / "elsewhere" / "train.npz"), "trainer.log_every": 3}) == path()
+    assert path(model={"mhla": {"blocks": [2, 2]}}) == path(**{blocks: [2, 2]})
+
+
 def test_tasks_are_known_by_their_kind() -> None:
+    for setting, told in (
+        ({"base": 5}, "base of the task images must be a text, got 5"),
+        ({"training": [1]}, "training of the task images must be a map of keys to values"),
+        ({"held_out": "x"}, "held_out of the task images must be a map of keys to values"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Comparison(
+                "c", [SOFTMAX], {"kind": "images", "base": "a", "extractor": "b", "held_out": {}, **setting}
+            )
+    with pytest.raises(ValueError, match="start_side of the task recall must be an integer or null, got '2'"):
+        Comparison("c", [SOFTMAX], {"start_side": "2"})
     with pytest.raises(ValueError, match=r"task\.kind must be one of classification, images, language, rec"):
         Comparison("c", [SOFTMAX], {"kind": "sounds"})
     with pytest.raises(ValueError, match="the task images needs base"):
@@ -257,11 +302,11 @@ def test_screening_leaves_out_what_is_clearly_beaten(task: Images, tmp_path: Pat
     names = ["best", "near", "beaten", "kept"]
     screen = Screen(share=0.4, margin=0.5, keep=("kept",))
     comparison = Comparison("c", [Variant(name) for name in names], task, seeds=[3, 4], screen=screen)
-    runs = screening_runs(comparison)
+    runs = [*screening_runs(comparison).values()]
     assert [run.task.steps for run in runs] == [1] * 4
     assert [run.seed for run in runs] == [3] * 4
     found = [{**run.record, "frechet": value} for run, value in zip(runs, (10, 14.9, 15.1, 99), strict=True)]
-    assert left_out(comparison, found[:3]) == {}
+    assert {name for _, name in left_out(comparison, found[:3])} == {"beaten"}, "by any, it is so by all"
     out = left_out(comparison, found)
     assert {name: value for (_, name), value in out.items()} == {"beaten": 15.1}
     assert [run.variant.name for run in runs_of(comparison) if run.key in out] == ["beaten"] * 2

@@ -124,15 +124,25 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
 
     def noted(self: Trainer, resume_from_checkpoint: Any = None) -> Any:
         resumed.append(resume_from_checkpoint)
-        result = train(self, resume_from_checkpoint=resume_from_checkpoint)
-        result.metrics["train_runtime"] = 10.0
-        return result
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
 
     monkeypatch.setattr(Trainer, "train", noted)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    clock = json.loads(state.read_text())
+    assert 0 < clock["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < 10
+    clock["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 400.0
+    state.write_text(json.dumps(clock))
+    (tmp_path / "checkpoint-3").mkdir()  # of which the process was killed
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     trainer, found = task.fit(LINEAR, 0, tmp_path, "cpu", data)
     assert resumed == [str(tmp_path / "checkpoint-2")]
     assert trainer.state.global_step == 4
-    assert found["seconds_per_step"] == 5, "of the two steps that were left"
+    assert 100 < found["seconds_per_step"] < 110, "of all steps, those before the checkpoint too"
+    weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer, again = task.fit(LINEAR, 0, tmp_path, "cpu", data)
+    assert len(resumed) == 1, "what was stopped behind its training is not trained on"
+    assert again == found
+    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("task", [DIGITS, BYTES], ids=["classification", "language"])
