@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def convert(model: Any, config: Any, *, attention: Any = "mhla") -> tuple[Any, d
     settings = {**model.config.to_dict(), "mhla_config": config}
     settings.pop("model_type")
     with init_empty_weights():
-        converted = target(target.config_class(**settings)).train(model.training)
+        converted = target(target.config_class(**settings), **_parts(model)).train(model.training)
     for module in converted.modules():
         if isinstance(module, MHLA):
             module.to_empty(device=model.device).reset_parameters()
@@ -123,6 +124,16 @@ def convert(model: Any, config: Any, *, attention: Any = "mhla") -> tuple[Any, d
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         converted.gradient_checkpointing_enable()
     return converted, {"new": outcome.missing_keys, "dropped": outcome.unexpected_keys}
+
+
+def _parts(model: Any) -> dict[str, bool]:
+    """Return which parts a stock model has by arguments beside its config, as those arguments."""
+    parts = {
+        "add_pooling_layer": getattr(model, "pooler", None),
+        "use_mask_token": getattr(getattr(model, "embeddings", None), "mask_token", None),
+    }
+    known = inspect.signature(type(model).__init__).parameters
+    return {name: part is not None for name, part in parts.items() if name in known}
 
 
 def settings_of(config: Any, **changes: Any) -> MHLAConfig:

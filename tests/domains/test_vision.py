@@ -130,6 +130,24 @@ def test_conversion_keeps_mode_dtype_checkpointing_and_what_is_frozen(training: 
     assert frozen == {f"embeddings.{name}" for name, _ in stock.embeddings.named_parameters()}
 
 
+@pytest.mark.parametrize("family", ["ViTModel", "DeiTModel"])
+@pytest.mark.parametrize("parts", [{"add_pooling_layer": False}, {"use_mask_token": True}], ids=str)
+def test_models_without_a_pooler_or_with_a_token_for_masks_are_converted(
+    family: str, parts: dict[str, bool]
+) -> None:
+    config = make_stock(family).config
+    stock = type(make_stock(family))(config, **parts).eval()
+    converted = convert_to_mhla(stock, MHLAConfig(blocks=1, local="only"))
+    assert not any(weight.is_meta for weight in converted.parameters())
+    assert (converted.pooler is None) == (stock.pooler is None)
+    inputs = {"pixel_values": torch.randn(1, config.num_channels, 32, 32)}
+    if parts.get("use_mask_token"):
+        inputs["bool_masked_pos"] = torch.rand(1, (32 // config.patch_size) ** 2) < 0.5
+    torch.testing.assert_close(
+        converted.eval()(**inputs).last_hidden_state, stock(**inputs).last_hidden_state, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_files_with_a_part_of_a_layer_are_refused(tmp_path: Path) -> None:
     model = convert_to_mhla(make_stock("ViTModel"), {"blocks": 4})
     model.save_pretrained(tmp_path)
