@@ -133,11 +133,9 @@ def linearize(
         students.append(str(out / "distilled"))
     elif config.steps:
         logger.warning("no distillation: it needs data, the YAML of a training run, got %s", data)
-    in_first_process(
-        lambda: report(
-            model, students, data, out / "report", size=size, config=config.report, grid=grid,
-            component=component, dtype=dtype,
-        )
+    report(
+        model, students, data, out / "report", size=size, config=config.report, grid=grid,
+        component=component, dtype=dtype,
     )  # fmt: skip
     return 0
 
