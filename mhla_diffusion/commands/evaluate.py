@@ -126,7 +126,7 @@ def steps(
     for checkpoint, report in zip(checkpoints, reports, strict=True):
         samples = report.with_name("samples")
         pipeline = open_checkpoint(checkpoint)
-        if (report / "report.json").is_file():
+        if in_first_process((report / "report.json").is_file):
             # Another run may have written the checkpoint anew.
             made = read_manifest(samples) or {}
             if made.get("weights_sha256", its := describe(pipeline)["weights_sha256"]) != its:
