@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 
-from ..processes import launch_option, make_accelerator
+from ..processes import launch_option, make_accelerator, process_state
 from .data.stream import BatchShare
 from .settings import TrainerConfig
 
@@ -34,7 +34,8 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
         settings: further arguments of Accelerator.
 
     Raises:
-        ValueError: when the launcher says something else, or asks for DeepSpeed in a way that cannot be.
+        ValueError: when the launcher says something else, or asks for DeepSpeed in a way that cannot be; or
+            fp16 is asked for on a CPU.
     """
     # Launchers write "auto" and "no" where nobody chose; accelerate takes a number alone.
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":
@@ -48,6 +49,12 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     require_agreement(said, config)
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         _require_usable_deepspeed(config)
+    # accelerate refuses fp16 on other devices that have no loss scaling, and trains in fp32 on this one.
+    if config.mixed_precision == "fp16" and process_state().device.type == "cpu":
+        raise ValueError(
+            "trainer.mixed_precision fp16 needs a GPU, and this run is on a CPU: take bf16 or no; a run that "
+            "began in fp16 goes on with a GPU alone"
+        )
     return make_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhla_diffusion import MHLAPipeline
-from mhla_diffusion.training import ImageTrainingConfig, train_image
+from mhla_diffusion.training import ImageTrainingConfig, launcher, train_image
 from mhla_diffusion.training.config import parse_config
 from mhla_diffusion.training.data.stream import BatchShare
 from mhla_diffusion.training.launcher import require_agreement, tell_deepspeed
@@ -136,6 +136,25 @@ def test_deepspeed_that_would_not_train_as_asked_is_refused_before_any_step(
     with pytest.raises(ValueError, match=message):
         train("--trainer.mixed_precision", precision)
     assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_fp16_on_a_cpu_is_refused_before_any_step(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    told = r"trainer\.mixed_precision fp16 needs a GPU, and this run is on a CPU: take bf16 or no; a run that"
+    with pytest.raises(ValueError, match=told):
+        train("--trainer.mixed_precision", "fp16")
+    run = Path(settings["output_dir"])
+    assert not (run / "metrics.jsonl").exists()
+    with monkeypatch.context() as gpu:
+        gpu.setattr(launcher, "process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+        assert train("--trainer.mixed_precision", "fp16") == 0
+    steps = (run / "metrics.jsonl").read_text()
+    settings["trainer"]["max_steps"] = 8
+    with pytest.raises(ValueError, match=told):
+        train("--trainer.mixed_precision", "fp16", "--resume", "latest")
+    assert (run / "metrics.jsonl").read_text() == steps
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
