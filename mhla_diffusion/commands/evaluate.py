@@ -113,7 +113,7 @@ def steps(
     from ..training.checkpoints import list_checkpoints
     from ..training.export import open_checkpoint
 
-    checkpoints = list_checkpoints(Path(run))
+    checkpoints = in_first_process(lambda: list_checkpoints(Path(run)))  # a training may go on there
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoints: give the output folder of a training")
     texts = None if prompts is None else read_prompts(prompts)
