@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.environment import get_cpu_distributed_information
 
@@ -34,7 +34,8 @@ SILENCE = 45.0
 def process_state() -> PartialState:
     """Return accelerate's state of this process, after it joined the others of its run.
 
-    Without an accelerator they talk through gloo.
+    Without an accelerator they talk through gloo. Inside of :func:`in_first_process` it is the state of one
+    process alone, as the others do not come to what it would wait for.
     """
     if not PartialState._shared_state:
         if not _is_one_of_several():
@@ -44,11 +45,12 @@ def process_state() -> PartialState:
             _Pulse(state.process_index).start()
             if state.is_main_process:
                 logger.info("%d processes share the work", state.num_processes)
-    return PartialState()
+    return PartialState() if _alone is None else _alone
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
     """Return an Accelerator for :func:`process_state`; ``settings`` are its arguments."""
+    assert _alone is None, "what an Accelerator does is done by all processes, not inside in_first_process"
     # With cpu it would leave DeepSpeed out, which runs there too.
     partitioned = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     return Accelerator(cpu=process_state().device.type == "cpu" and not partitioned, **settings)
@@ -60,7 +62,8 @@ def in_first_process(work: Callable[[], T]) -> T:
     The others wait for as long as it takes, and not in a collective, whose timeout would end them.
 
     Args:
-        work: called in the first process alone; what it returns can be pickled.
+        work: called in the first process alone; what it returns can be pickled. What processes share
+            elsewhere is done by that one in it.
 
     Raises:
         ConnectionError: in the others, when ``work`` raised an exception in the first, with its message, or
@@ -74,7 +77,8 @@ def in_first_process(work: Callable[[], T]) -> T:
     failure = None
     if state.is_main_process:
         try:
-            outcome[0] = work()
+            with _one_process():
+                outcome[0] = work()
         except Exception as error:
             failure, outcome[1] = error, str(error) or type(error).__name__
         _store().set(key, "done")
@@ -95,12 +99,14 @@ def wait_for_all() -> None:
     Raises:
         ConnectionError: when one of them has ended.
     """
-    state, key = process_state(), f"mhla_diffusion/{next(_turns)}"
-    if state.num_processes > 1:
-        _store().set(f"{key}/{state.process_index}", "here")
-        for index in range(state.num_processes):
-            _wait(f"{key}/{index}", index)
-        _leave(key)
+    state = process_state()
+    if state.num_processes == 1:
+        return
+    key = f"mhla_diffusion/{next(_turns)}"
+    _store().set(f"{key}/{state.process_index}", "here")
+    for index in range(state.num_processes):
+        _wait(f"{key}/{index}", index)
+    _leave(key)
 
 
 @contextmanager
@@ -121,7 +127,22 @@ def one_fate() -> Iterator[None]:
 
 
 _turns = itertools.count()
+_alone: PartialState | None = None
 _LOST = re.compile(r"closed by peer|connection reset|connection refused|broken pipe|gloo.*timed? ?out", re.I)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Let :func:`process_state` be that of one process alone, inside the with block."""
+    global _alone
+    one = {"distributed_type": DistributedType.NO, "num_processes": 1, "local_process_index": 0}
+    state = PartialState.__new__(PartialState)  # without the dict that all others of its class share
+    vars(state).update(PartialState._shared_state, **one, process_index=0, backend=None)
+    _alone = state
+    try:
+        yield
+    finally:
+        _alone = None
 
 
 def _store() -> Any:

@@ -113,7 +113,7 @@ def steps(
     from ..training.checkpoints import list_checkpoints
     from ..training.export import open_checkpoint
 
-    checkpoints = list_checkpoints(Path(run))
+    checkpoints = in_first_process(lambda: list_checkpoints(Path(run)))  # a training may go on there
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoints: give the output folder of a training")
     texts = None if prompts is None else read_prompts(prompts)
@@ -126,7 +126,7 @@ def steps(
     for checkpoint, report in zip(checkpoints, reports, strict=True):
         samples = report.with_name("samples")
         pipeline = open_checkpoint(checkpoint)
-        if (report / "report.json").is_file():
+        if in_first_process((report / "report.json").is_file):
             # Another run may have written the checkpoint anew.
             made = read_manifest(samples) or {}
             if made.get("weights_sha256", its := describe(pipeline)["weights_sha256"]) != its:

@@ -163,7 +163,7 @@ def _open(model: str, dtype: torch.dtype) -> Any:
     if is_checkpoint(run):
         return open_checkpoint(run, dtype=dtype)
     if is_run(run):
-        newest = newest_model(run)
+        newest = in_first_process(lambda: newest_model(run))  # a training may go on there
         logging.info("%s: taking %s", run, newest)
         if newest.parent != run:
             return open_checkpoint(newest, dtype=dtype)

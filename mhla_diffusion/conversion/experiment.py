@@ -142,7 +142,7 @@ def experiment(config: ExperimentConfig) -> dict[str, Any]:
     in_first_process(lambda: _claim(out, config, run))
     scorer = Scorer(config, config.teacher, run, out) if config.num_samples else None
     teacher_folder = out / "teacher"
-    if not (teacher_folder / "pipeline").is_dir():
+    if not in_first_process((teacher_folder / "pipeline").is_dir):
         whole = replace(run, output_dir=str(teacher_folder))
         if stopped := train(whole, resume="auto"):
             raise KeyboardInterrupt(stopped)
@@ -300,8 +300,9 @@ class _Seed:
     def _result(self, name: str, variant: Student) -> dict[str, Any]:
         """Distil a variant, unless its result is there."""
         folder = variant_folder(Path(self.config.out), self.seed, name)
-        if (folder / "result.json").is_file():
-            return json.loads((folder / "result.json").read_text())
+        kept, student_folder = folder / "result.json", folder / "student"
+        if known := in_first_process(lambda: json.loads(kept.read_text()) if kept.is_file() else None):
+            return known
         chosen = self.limits.choice(variant.forms)
         facts = describe(
             self.record, self.size, chosen, frontier(self.limits.errors, self.limits.costs), self.limits
@@ -310,8 +311,12 @@ class _Seed:
             start = assemble(self.teacher, variant.forms, self.record, self.folder / "aligned")
         else:
             start = plain(self.teacher, facts)
-        if not (folder / "student").is_dir():
-            in_first_process(lambda: save_student(start, facts, self.path, folder / "student"))
+
+        def save() -> None:
+            if not student_folder.is_dir():
+                save_student(start, facts, self.path, student_folder)
+
+        in_first_process(save)
         settings = LinearizeConfig(
             steps=self.config.steps, learning_rate=self.config.learning_rate,
             batch_size=self.config.batch_size, distillation=self.config.distillation,
@@ -326,7 +331,7 @@ class _Seed:
             "error": prediction_error(self.teacher, student, self.calls, self.numbers[:TIME_BUCKETS]),
             **self._losses(student),
         }  # fmt: skip
-        in_first_process(lambda: write_file(folder / "result.json", json.dumps(result)))
+        in_first_process(lambda: write_file(kept, json.dumps(result)))
         return result
 
     def _losses(self, student: Any) -> dict[str, Any]:

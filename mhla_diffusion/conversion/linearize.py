@@ -133,11 +133,9 @@ def linearize(
         students.append(str(out / "distilled"))
     elif config.steps:
         logger.warning("no distillation: it needs data, the YAML of a training run, got %s", data)
-    in_first_process(
-        lambda: report(
-            model, students, data, out / "report", size=size, config=config.report, grid=grid,
-            component=component, dtype=dtype,
-        )
+    report(
+        model, students, data, out / "report", size=size, config=config.report, grid=grid,
+        component=component, dtype=dtype,
     )  # fmt: skip
     return 0
 
@@ -228,6 +226,6 @@ def distil(teacher: str, run: Any, out: Path, config: LinearizeConfig) -> int:
         before, after = (_what_counts(its) for its in (read_run_config(folder / "config.yaml"), whole))
         _refuse(folder, changes(before, after))
     in_first_process(lambda: _require_same_student(folder, out / "student"))
-    if (folder / "pipeline").is_dir():
+    if in_first_process((folder / "pipeline").is_dir):
         return 0
     return train(whole, resume="auto")

@@ -30,7 +30,7 @@ from ..files.sums import short_hash
 from ..files.writing import write_file
 from ..hub import expert_times
 from ..planning import Plan
-from ..processes import process_state
+from ..processes import in_first_process, one_fate, process_state
 from ..scoring import size_beside_config
 from ..training.export import is_run
 from .calls import TIME_BUCKETS, Calls, DataCalls, fresh_numbers, open_calls
@@ -107,6 +107,7 @@ class Entry:
     guided: bool = False
 
 
+@one_fate()
 def report(
     teacher: str,
     students: Sequence[str],
@@ -119,7 +120,9 @@ def report(
     component: str = "transformer",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Measure a teacher and its students, and write report.json and report.html.
+    """Measure a teacher and its students, and write report.json and report.html, in the first process alone.
+
+    Others would be in the way of speed.
 
     Args:
         teacher: folder or hub id.
@@ -141,32 +144,36 @@ def report(
     config, out = config or ReportConfig(), Path(out)
     paths = [_located(Path(student)) for student in students]
     named = dict(zip(_names(paths), paths, strict=True))
-    with only_writer(out):
-        model = load_teacher(teacher, component=component, dtype=dtype, device=process_state().device)
-        times = expert_times(teacher, component)
-        calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
-        made_with = _sampling_facts(calls, config)
-        entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
-        for name, path in named.items():
-            entries += _entries(path, name, model, component)
-        pipeline = partial(MHLAPipeline.from_pretrained, teacher)
-        found: dict[str, dict[str, Any]] = {}
-        for entry in tqdm(entries, desc="models", disable=None):
-            key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
-            kept = out / "measures" / f"{key}.json"
-            if not kept.is_file():
-                generated = out / "generated" / key
-                measured = _measure(
-                    entry, model, calls, pipeline=pipeline, generated=generated, size=size, config=config
-                )
-                write_file(kept, json.dumps(measured))
-            found[entry.name] = json.loads(kept.read_text())
-        content = _content(teacher, entries, found, calls, size, config)
-        write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
-        sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
-        write_file(out / FILE_NAMES[1], _page(content, sheets))
-    logger.info("Report: %s", out / FILE_NAMES[1])
-    return content
+
+    def measure() -> dict[str, Any]:
+        with only_writer(out):
+            model = load_teacher(teacher, component=component, dtype=dtype, device=process_state().device)
+            times = expert_times(teacher, component)
+            calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
+            made_with = _sampling_facts(calls, config)
+            entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
+            for name, path in named.items():
+                entries += _entries(path, name, model, component)
+            pipeline = partial(MHLAPipeline.from_pretrained, teacher)
+            found: dict[str, dict[str, Any]] = {}
+            for entry in tqdm(entries, desc="models", disable=None):
+                key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
+                kept = out / "measures" / f"{key}.json"
+                if not kept.is_file():
+                    generated = out / "generated" / key
+                    measured = _measure(
+                        entry, model, calls, pipeline=pipeline, generated=generated, size=size, config=config
+                    )
+                    write_file(kept, json.dumps(measured))
+                found[entry.name] = json.loads(kept.read_text())
+            content = _content(teacher, entries, found, calls, size, config)
+            write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
+            sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
+            write_file(out / FILE_NAMES[1], _page(content, sheets))
+        logger.info("Report: %s", out / FILE_NAMES[1])
+        return content
+
+    return in_first_process(measure)
 
 
 def _names(students: Sequence[Path]) -> list[str]:

@@ -104,7 +104,7 @@ class Scorer:
         self.real = out / f"real-{short_hash(self._real_facts())}.npz"
         if config.real is not None and holds_statistics(config.real):
             self.real = Path(config.real)
-        elif not self.real.is_file():
+        elif not in_first_process(self.real.is_file):
             self._keep_statistics(source)
 
     @property
@@ -134,7 +134,7 @@ class Scorer:
         """Return the scores of a pipeline, kept in a folder of its own with its samples."""
         name = short_hash([self._real_facts(), self.facts, self.prompts])
         kept = folder / f"scores-{name}.json"
-        if not kept.is_file():
+        if not in_first_process(kept.is_file):
             found = scores(
                 MHLAPipeline.from_pretrained(pipeline), str(self.real), folder / f"samples-{name}", self.run,
                 self.config.num_samples, prompts=self.prompts, metrics="frechet",

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 
-from ..processes import launch_option, make_accelerator
+from ..processes import launch_option, make_accelerator, process_state
 from .data.stream import BatchShare
 from .settings import TrainerConfig
 
@@ -34,7 +34,8 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
         settings: further arguments of Accelerator.
 
     Raises:
-        ValueError: when the launcher says something else, or asks for DeepSpeed in a way that cannot be.
+        ValueError: when the launcher says something else, or asks for DeepSpeed or FSDP in a way that cannot
+            be; or fp16 is asked for on a CPU.
     """
     # Launchers write "auto" and "no" where nobody chose; accelerate takes a number alone.
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "auto":
@@ -48,12 +49,25 @@ def start_accelerator(config: TrainerConfig, **settings: Any) -> Accelerator:
     require_agreement(said, config)
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         _require_usable_deepspeed(config)
-    return make_accelerator(
+    # accelerate refuses fp16 on other devices that have no loss scaling, and trains in fp32 on this one.
+    if config.mixed_precision == "fp16" and process_state().device.type == "cpu":
+        raise ValueError(
+            "trainer.mixed_precision fp16 needs a GPU, and this run is on a CPU: take bf16 or no; a run that "
+            "began in fp16 goes on with a GPU alone"
+        )
+    accelerator = make_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         dynamo_backend="no",  # see compile_as_launched
         **settings,
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"the launcher asks for FSDP, which accelerate leaves out on {accelerator.num_processes} "
+            f"process(es) of type {accelerator.device.type}: start it on GPUs with accelerate launch or "
+            "torchrun, or leave FSDP out"
+        )
+    return accelerator
 
 
 def _require_usable_deepspeed(config: TrainerConfig) -> None:

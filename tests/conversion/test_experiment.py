@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +14,65 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mhla_diffusion.conversion import experiment as experiments
 from mhla_diffusion.conversion.experiment import ExperimentConfig, experiment
 from mhla_diffusion.conversion.findings import findings, table
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.evaluation.networks import images as networks
 from tests.extractors import quarters
+from tests.faults.test_processes import join
+
+MODEL = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_attention_heads": 2,
+    "attention_head_dim": 8, "num_embeds_ada_norm": 2, "attention": "softmax",
+}  # fmt: skip
+
+
+def run_late(rank: int, config: ExperimentConfig) -> None:
+    """Run with a second process that comes when the first has written the student."""
+    faulthandler.dump_traceback_later(200, exit=True)  # where one waits for the other for ever
+    join(rank)
+    networks._efficientnet_lite0 = quarters
+    assembled, student = experiments.assemble, Path(config.out) / "seed-0" / "all-MHLA" / "student"
+
+    def assemble(*arguments: Any, **settings: Any) -> Any:
+        start, last = assembled(*arguments, **settings), time.monotonic() + 60
+        while rank == 1 and not student.is_dir() and time.monotonic() < last:
+            time.sleep(0.05)
+        return start
+
+    experiments.assemble = assemble
+    for content in (experiment(config), experiment(config)):
+        (teacher, row) = content["results"]
+        assert (teacher["variant"], row["variant"]) == ("teacher", "all MHLA")
+        assert row["scores"][0]["name"] == "fd_quarters"
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_a_process_that_comes_late_does_what_the_first_does(
+    write_run: Callable[..., Path],
+    image_folder: Path,
+    run_processes: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    forms = tmp_path / "forms.yaml"
+    forms.write_text("linear: {blocks: 1}\nmhla: {blocks: 4}\nmhla-local: {blocks: 4, local: shared}\n")
+    config = ExperimentConfig(
+        teacher=str(write_run(model=MODEL)), out=str(tmp_path / "out"), height=8, width=8, vae_stride=1,
+        candidates=str(forms), seeds=(0,), variants=("all MHLA",), steps=1, calls=1, check=0,
+        align=AlignConfig(samples=2, held_out=1, steps=1, batch_size=1),
+        num_samples=4, real=str(image_folder), extractor="efficientnet_lite0",
+    )  # fmt: skip
+    run_processes(run_late, 2, config)
 
 
 def test_the_experiment_compares_every_variant_and_goes_on(
     write_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_attention_heads": 2,
-        "attention_head_dim": 8, "num_embeds_ada_norm": 2, "attention": "softmax",
-    }  # fmt: skip
     forms = tmp_path / "forms.yaml"
     forms.write_text("linear: {blocks: 1}\nmhla: {blocks: 4}\nmhla-local: {blocks: 4, local: shared}\n")
     config = ExperimentConfig(
-        teacher=str(write_run(model=model)), out=str(tmp_path / "out"), height=8, width=8, vae_stride=1,
+        teacher=str(write_run(model=MODEL)), out=str(tmp_path / "out"), height=8, width=8, vae_stride=1,
         candidates=str(forms), seeds=(0, 1), align=AlignConfig(samples=2, held_out=1, steps=1, batch_size=1),
         steps=1, calls=1,
     )  # fmt: skip
@@ -53,13 +96,13 @@ def test_the_experiment_compares_every_variant_and_goes_on(
     for changes, message in (
         ({"learning_rate": 0.5}, r"learning_rate: 0\.0001 -> 0\.5"),
         (
-            {"teacher": str(write_run(model={**model, "dropout": 0.5}))},
+            {"teacher": str(write_run(model={**MODEL, "dropout": 0.5}))},
             r"teacher: model\.dropout: None -> 0\.5",
         ),
     ):
         with pytest.raises(ValueError, match=rf"out holds an experiment with other .*\n  {message}"):
             experiment(replace(config, **changes))
-    write_run(model=model)
+    write_run(model=MODEL)
     assert "sampling" not in content
     check_that_scores_complete(config, content, monkeypatch, tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import math
@@ -26,10 +27,12 @@ from mhla_diffusion.conversion.budget import conversion_budget
 from mhla_diffusion.conversion.choose import save_student
 from mhla_diffusion.conversion.job import AlignConfig
 from mhla_diffusion.conversion.measures import BRANCHES, branch_errors, by_time, ratio, without
+from mhla_diffusion.evaluation.networks import images as networks
 from mhla_diffusion.files.locking import only_writer
 from mhla_diffusion.ops import BlockLayout
 from mhla_diffusion.planning import plan
 from mhla_diffusion.training import DistillationConfig
+from tests.extractors import quarters
 from tests.faults.test_processes import join
 
 from .conftest import FEW, FORMS, make_teacher
@@ -44,20 +47,37 @@ def run(stored_teacher: Path, data: str, out: Path, config: LinearizeConfig = TO
     return linearize(str(stored_teacher), data, out, size, config=config, candidates=LOCAL)
 
 
-def run_shared(rank: int, stored_teacher: Path, data: str, out: Path) -> None:
+def run_shared(rank: int, stored_teacher: Path, data: str, images: Path, out: Path) -> None:
+    faulthandler.dump_traceback_later(300, exit=True)  # where one waits for the other for ever
     join(rank)
-    assert run(stored_teacher, data, out, replace(TOY, steps=1)) == 0
+    networks._efficientnet_lite0 = quarters
+    networks._choose = lambda weights: ("efficientnet_lite0", "it takes no time")
+    scored = ReportConfig(calls=1, real=str(images), num_samples=4)
+    assert run(stored_teacher, data, out, replace(TOY, steps=1, report=scored)) == 0
     arguments = ["--aligned", out / "aligned", "--data", data, "--budget", 0.9, "--out", out / "chosen"]
     size = ["--height", 64, "--width", 64, "--vae_stride", 1]
     choose.main([str(x) for x in (*arguments, *size)], "mhla choose")
+    models = ["--teacher", stored_teacher, "--students", f"[{out / 'student'}]", "--settings.calls", 1]
+    arguments = [*models, "--data", "noise", "--out", out / "apart"]
+    report_command.main([str(x) for x in arguments], "mhla report conversion", "conversion")
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_come_to_one_report_and_one_choice(
-    stored_teacher: Path, write_run: Callable[..., Path], run_processes: Callable[..., None], tmp_path: Path
+    stored_teacher: Path,
+    write_run: Callable[..., Path],
+    image_folder: Path,
+    run_processes: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
-    run_processes(run_shared, 2, stored_teacher, str(write_run()), tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    assert [model["stage"] for model in content["models"]] == ["teacher", "plain", "aligned", "distilled"]
+    run_processes(run_shared, 2, stored_teacher, str(write_run()), image_folder, tmp_path / "out")
+    content, other = (
+        json.loads((tmp_path / "out" / name / "report.json").read_text()) for name in ("report", "apart")
+    )
+    stages = ["teacher", "plain", "aligned", "distilled"]
+    assert [model["stage"] for model in content["models"]] == stages
+    assert [model["scores"][0]["name"] for model in content["models"]] == ["fd_quarters"] * 4
+    assert [model["stage"] for model in other["models"]] == stages[:3]
     steps = (tmp_path / "out" / "distilled" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(steps[-1])["step"] == 1
     in_one, apart = (

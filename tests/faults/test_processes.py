@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -19,7 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mhla_diffusion import processes
-from mhla_diffusion.processes import in_first_process, one_fate, process_state, wait_for_all
+from mhla_diffusion.processes import (
+    in_first_process,
+    make_accelerator,
+    one_fate,
+    process_state,
+    wait_for_all,
+)
 from tests.processes import ROOT, free_port
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -100,6 +107,40 @@ def test_others_wait_for_the_first_beyond_the_timeout_of_a_collective(
     run_processes: Callable[..., None],
 ) -> None:
     run_processes(wait_long, 2, free_port())
+
+
+def nest(rank: int) -> None:
+    """What processes share is done by the first alone where that one alone has come."""
+    faulthandler.dump_traceback_later(120, exit=True)  # where one waits for the other for ever
+    join(rank)
+
+    def work() -> int:
+        assert rank == 0
+        state = process_state()
+        assert (state.process_index, state.num_processes, state.is_main_process) == (0, 1, True)
+        wait_for_all()
+        state.wait_for_everyone()
+        with pytest.raises(AssertionError, match="by all processes"):
+            make_accelerator()
+        with pytest.raises(ValueError, match="no such metric"):
+            in_first_process(fail)
+        return in_first_process(lambda: in_first_process(lambda: 7))
+
+    def fail() -> None:
+        raise ValueError("no such metric")
+
+    assert in_first_process(work) == 7
+    with pytest.raises((ValueError, ConnectionError), match="no such"):
+        in_first_process(lambda: in_first_process(fail))
+    state = process_state()
+    assert (state.process_index, state.num_processes) == (rank, 2)
+    wait_for_all()
+    assert in_first_process(lambda: 8) == 8
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_the_first_process_is_alone_in_what_it_alone_does(run_processes: Callable[..., None]) -> None:
+    run_processes(nest, 2)
 
 
 def lose_peer(rank: int, file: str) -> None:

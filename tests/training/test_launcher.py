@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +22,13 @@ from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhla_diffusion import MHLAPipeline
-from mhla_diffusion.training import ImageTrainingConfig, train_image
+from mhla_diffusion.training import ImageTrainingConfig, launcher, train_image
 from mhla_diffusion.training.config import parse_config
 from mhla_diffusion.training.data.stream import BatchShare
 from mhla_diffusion.training.launcher import require_agreement, tell_deepspeed
 from mhla_diffusion.training.settings import TrainerConfig
 from mhla_diffusion.training.trainer import Trainer
+from tests.processes import Script, start_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +139,49 @@ def test_deepspeed_that_would_not_train_as_asked_is_refused_before_any_step(
     with pytest.raises(ValueError, match=message):
         train("--trainer.mixed_precision", precision)
     assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
+def use_fsdp(join: Callable[[], object]) -> None:
+    """Before the script, in its process: join the other, and ask for FSDP as a launcher does."""
+    join()
+    os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_fsdp_that_accelerate_would_leave_out_is_refused_before_any_step(
+    num_processes: int, write_settings: Callable[[], Path], settings: dict[str, Any]
+) -> None:
+    options = ("--config", write_settings())
+    scripts = start_processes(
+        lambda join: Script("train_image", *options, stderr_to_stdout=True, before=partial(use_fsdp, join)),
+        num_processes,
+    )
+    for result in [script.finish() for script in scripts]:
+        assert result.returncode == 1, result.stdout
+        told = (
+            f"error: the launcher asks for FSDP, .* leaves out on {num_processes} process.es. of type cpu: "
+        )
+        assert re.search(told, result.stdout), result.stdout
+    assert not (Path(settings["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_fp16_on_a_cpu_is_refused_before_any_step(
+    train: Callable[..., int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    told = r"trainer\.mixed_precision fp16 needs a GPU, and this run is on a CPU: take bf16 or no; a run that"
+    with pytest.raises(ValueError, match=told):
+        train("--trainer.mixed_precision", "fp16")
+    run = Path(settings["output_dir"])
+    assert not (run / "metrics.jsonl").exists()
+    with monkeypatch.context() as gpu:
+        gpu.setattr(launcher, "process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+        assert train("--trainer.mixed_precision", "fp16") == 0
+    steps = (run / "metrics.jsonl").read_text()
+    settings["trainer"]["max_steps"] = 8
+    with pytest.raises(ValueError, match=told):
+        train("--trainer.mixed_precision", "fp16", "--resume", "latest")
+    assert (run / "metrics.jsonl").read_text() == steps
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
