@@ -67,7 +67,8 @@ def linearize(
     if plan_only:
         budget = conversion_budget(
             size, forms or default_candidates(size.layout.grid), settings.align, steps=settings.steps,
-            batch_size=settings.batch_size or _batch_size_of(data) or 256, gpus=gpus, tflops=tflops,
+            batch_size=settings.batch_size or _batch_size_of(data) or 256, distillation=settings.distillation,
+            gpus=gpus, tflops=tflops,
         )  # fmt: skip
         print(budget)
         return 0

@@ -14,6 +14,7 @@ import torch
 
 from ..config import MHLAConfig
 from ..planning import Plan, count_parameters
+from ..training import DistillationConfig
 from .cache import sample_bytes
 from .costs import form_flops
 from .job import AlignConfig
@@ -21,7 +22,6 @@ from .knapsack import STOCK
 
 # Of full training in mixed precision: float32 weights, gradients, two moments of Adam, average.
 _TRAINED_BYTES = 4 + 4 + 8 + 4
-_TEACHER_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def conversion_budget(
     *,
     steps: int,
     batch_size: int,
+    distillation: DistillationConfig | None = None,
     gpus: int = 1,
     tflops: float = 300.0,
 ) -> ConversionBudget:
@@ -77,6 +78,7 @@ def conversion_budget(
         plan: of the model and size.
         candidates, align: of the alignment.
         steps, batch_size: of distillation, all weights trained, with gradient checkpointing.
+        distillation: whose teacher has a dtype, and is asked twice where guidance is distilled.
         gpus: that share the work.
         tflops: sustained by each, 1e12 FLOPs a second; an H100 does about 300 to 400 in bfloat16 of its 990.
 
@@ -85,6 +87,8 @@ def conversion_budget(
     """
     if gpus < 1 or not 0 < tflops < math.inf:
         raise ValueError(f"gpus must be at least 1 and tflops above 0, got {gpus} and {tflops:g}")
+    distillation = distillation or DistillationConfig()
+    asked = 2 if distillation.guidance_scale > 1 else 1
     tokens, width = plan.layout.num_tokens, plan.heads * plan.head_dim
     layer_bytes = align.all_samples * sample_bytes(tokens, width, getattr(torch, align.dtype))
     layers = min(plan.operators, max(1, int(align.disk * 1e9 // layer_bytes)))
@@ -98,12 +102,12 @@ def conversion_budget(
     flops = {
         "cache": groups * align.all_samples * teacher,
         "align": plan.operators * job,
-        "distil": steps * batch_size * (4 * student + teacher),  # forward, again, backward; and the teacher's
+        "distil": steps * batch_size * (4 * student + asked * teacher),  # forward, again, backward
     }
     parameters = count_parameters(plan.model)
     return ConversionBudget(
         model=plan.model, size=plan.size, parameters=parameters, layer_bytes=layer_bytes,
         cache_bytes=layers * layer_bytes, groups=groups, gpus=gpus,
-        memory=parameters * (_TRAINED_BYTES + _TEACHER_BYTES) / gpus,
+        memory=parameters * (_TRAINED_BYTES + getattr(torch, distillation.teacher_dtype).itemsize) / gpus,
         hours={stage: count / (tflops * 1e12) / 3600 for stage, count in flops.items()},
     )  # fmt: skip

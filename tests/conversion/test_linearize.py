@@ -476,7 +476,13 @@ def test_the_budget_by_hand() -> None:
     assert found.hours["align"] == pytest.approx(28 * attention * (3 * 100 * 2 + 20 * 2))
     linear = size.with_config(forms["linear"]).model_flops("mhla")
     assert found.hours["distil"] == pytest.approx(80 * (4 * linear + softmax))
-    assert found.memory == found.parameters * 22 / 2
+    assert found.memory == found.parameters * 24 / 2
+    guided = DistillationConfig(guidance_scale=4.0, teacher_dtype="bfloat16")
+    twice = conversion_budget(
+        size, forms, align, steps=10, batch_size=8, distillation=guided, gpus=2, tflops=1e-12 / 3600
+    )
+    assert twice.hours["distil"] == pytest.approx(80 * (4 * linear + 2 * softmax))
+    assert twice.memory == found.parameters * 22 / 2
     wider = replace(align, dtype="float32")
     again = conversion_budget(size, forms, wider, steps=10, batch_size=8, gpus=2, tflops=1e-12 / 3600)
     assert again.layer_bytes == 2 * layer

@@ -78,6 +78,7 @@ def test_one_process_where_two_were_asked_for_is_said() -> None:
 
 def wait_long(rank: int, port: int) -> None:
     # The others wait for longer than a collective would.
+    dist.barrier()  # the other may still be connecting
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(port)  # where no rank finds what the group before left
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))

@@ -60,12 +60,15 @@ class DDPM(Objective):
 
     def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
         mean, *variance = prediction.chunk(2, dim=1) if self.predicts_variance else (prediction,)
-        error = mean_flat((mean - self._target(samples, times, noise)) ** 2)
+        error = self.difference(mean, self._target(samples, times, noise), times=times)
         if not variance:
             return error
         noisy = self.noisy(samples, times, noise)
         eps = self._eps(mean.detach(), noisy, times)
         return error + self.variational_bound(samples, noisy, times, eps=eps, v=variance[0])
+
+    def difference(self, prediction: Tensor, other: Tensor, *, times: Tensor) -> Tensor:
+        return mean_flat((prediction - other) ** 2)
 
     def _target(self, samples: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         if self.prediction_type == "v_prediction":

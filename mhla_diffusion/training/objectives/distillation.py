@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 class Distillation(Objective):
     """Loss on data + error against the teacher's prediction + error of self-attention outputs, fading.
 
-    ``L = data L_objective + prediction |p - p_T|^2 + attention (1 - step / fade_steps) mean_l |a_l - a_l,T|^2
-    / |a_l,T|^2`` over every n-th layer l. The teacher sees the same noisy samples, times and conditions, in
-    no_grad and in its own dtype; it is no part of what is trained, averaged or saved. Where its guidance is
-    distilled there is no loss on data, which has none.
+    ``L = data L_objective(p, target) + prediction L_objective(p, p_T) + attention (1 - step / fade_steps)
+    mean_l |a_l - a_l,T|^2 / |a_l,T|^2`` over every n-th layer l. The teacher sees the same noisy samples,
+    times and conditions, in no_grad and in its own dtype; it is no part of what is trained, averaged or
+    saved. Where its guidance is distilled there is no loss on data, which has none.
 
     Args:
         objective: of the student, and of the teacher.
@@ -57,7 +57,7 @@ class Distillation(Objective):
         with recording(model, names[0]) as ours, recording(self.teacher, names[1]) as theirs:
             prediction = self.predict(model, noisy, times, conditioning)
             target = self._ask(noisy, times, conditioning)
-        loss = self._prediction_error(prediction, target)
+        loss = self._prediction_error(prediction, target, times)
         if self.config.guidance_scale == 1:  # data would pull towards a prediction without guidance
             loss = loss + self.config.data * self.loss_of(prediction, samples, times=times, noise=noise)
         errors = [
@@ -69,12 +69,12 @@ class Distillation(Objective):
         of_samples = [error.unflatten(0, (len(loss), -1)).mean(1) for error in errors]
         return loss + weight * torch.stack(of_samples).mean(0)
 
-    def _prediction_error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        squares = (prediction - target) ** 2
+    def _prediction_error(self, prediction: Tensor, target: Tensor, times: Tensor) -> Tensor:
         if not self.predicts_variance:
-            return self.config.prediction * mean_flat(squares)
-        mean, variance = squares.chunk(2, dim=1)
-        return self.config.prediction * mean_flat(mean) + self.config.variance * mean_flat(variance)
+            return self.config.prediction * self.difference(prediction, target, times=times)
+        (mean, variance), (its_mean, its_variance) = (x.chunk(2, dim=1) for x in (prediction, target))
+        error = self.config.prediction * self.difference(mean, its_mean, times=times)
+        return error + self.config.variance * mean_flat((variance - its_variance) ** 2)
 
     @torch.no_grad()
     def _ask(self, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
@@ -151,6 +151,9 @@ class Distillation(Objective):
 
     def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
         return self.objective.loss_of(prediction, samples, times=times, noise=noise)
+
+    def difference(self, prediction: Tensor, other: Tensor, *, times: Tensor) -> Tensor:
+        return self.objective.difference(prediction, other, times=times)
 
     def scheduler(self) -> Any:
         return self.objective.scheduler()

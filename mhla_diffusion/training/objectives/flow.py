@@ -53,10 +53,13 @@ class FlowMatching(Objective):
         return (1 - t) * samples + t * noise
 
     def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
+        target = samples if self.config.prediction_type == "sample" else noise - samples
+        return self.difference(prediction, target, times=times)
+
+    def difference(self, prediction: Tensor, other: Tensor, *, times: Tensor) -> Tensor:
+        error = prediction - other
         if self.config.prediction_type == "sample":
-            error = (samples - prediction) / as_column(times, samples).clamp_min(self.LEAST_TIME)
-        else:
-            error = prediction - (noise - samples)
+            error = error / as_column(times, error).clamp_min(self.LEAST_TIME)
         weighting = compute_loss_weighting_for_sd3(self.config.weighting_scheme, times)
         return weighting * mean_flat(error**2)
 

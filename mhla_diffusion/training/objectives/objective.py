@@ -34,11 +34,12 @@ BESIDE = "beside"
 class DistillationConfig:
     """Weights of what is added to the loss on data, where ``objective.teacher`` names a teacher.
 
-    The defaults are those of CLEAR (arXiv 2412.16112) and, for variances, of LiT (arXiv 2501.12976).
+    The weights 1, 0.5 and 0.5 are CLEAR's (arXiv 2412.16112), whose error of attention is absolute and does
+    not fade; that of variances is LiT's (arXiv 2501.12976).
 
     Args:
         data: of the objective's own loss; there is none where guidance is distilled.
-        prediction: of the squared error of the student's prediction against the teacher's.
+        prediction: of the student's prediction against the teacher's, in the loss of the objective.
         variance: of that of learned variances, with ``ddpm``.
         attention: of the relative squared error of the outputs of self-attention.
         every: layers to the next one whose outputs are compared.
@@ -290,6 +291,10 @@ class Objective(ABC):
     @abstractmethod
     def loss_of(self, prediction: Tensor, samples: Tensor, *, times: Tensor, noise: Tensor) -> Tensor:
         """Return the loss ``[B]`` of what :meth:`predict` gave for ``noisy(samples, times, noise)``."""
+
+    @abstractmethod
+    def difference(self, prediction: Tensor, other: Tensor, *, times: Tensor) -> Tensor:
+        """Return the loss ``[B]`` between two predictions, variances aside, weighted as that on data is."""
 
     @abstractmethod
     def scheduler(self) -> Any:

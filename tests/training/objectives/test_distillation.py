@@ -77,6 +77,25 @@ def test_the_loss_by_hand(name: str, step: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"weighting_scheme": "sigma_sqrt"}, {"prediction_type": "sample"}], ids=str
+)
+def test_a_perfect_teacher_counts_as_data_do_at_every_time(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = make_pair()
+    objective = build_objective(ObjectiveConfig(**settings))
+    distillation = Distillation(objective, teacher, DistillationConfig(attention=0))
+    batch = make_batch()
+    samples, conditioning = batch["samples"], batch["conditioning"]
+    times, noise = torch.tensor([0.02, 0.3, 0.9]), torch.randn(samples.shape)
+    perfect = samples if settings.get("prediction_type") else noise - samples
+    monkeypatch.setattr(distillation, "_ask", lambda *_: perfect)
+    found = distillation.loss_at(student, samples, conditioning, times=times, noise=noise)
+    alone = objective.loss_at(student, samples, conditioning, times=times, noise=noise)
+    torch.testing.assert_close(found, 1.5 * alone)
+
+
 def test_guided_layers_are_held_against_those_with_the_condition() -> None:
     teacher, student = make_pair()
     objective = build_objective(ObjectiveConfig())
