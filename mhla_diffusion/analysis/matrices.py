@@ -69,6 +69,8 @@ def attention_matrices(
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Yield for each attention the matrix that acts on values, and the positive one whose rows sum to 1.
 
+    Both are over the paper's denominator, whatever the layer's own: without one rows are these, scaled.
+
     ``features`` are what linear attention gets in place of q and k.
     """
     turned, rotary_emb = _turned(q, k, rotary_emb, layout, features)

@@ -458,7 +458,9 @@ def _protocol(
         "extractors": {extractor.name: _describe(extractor) for extractor in extractors},
         "scores": {name: METRICS[name].definition for name in dict.fromkeys(metrics)},
         "intervals": f"95 %: 1.96 standard deviations of {settings.bootstrap} bootstrap replicates over "
-        f"samples (seed {settings.seed}) on either side; of shares Wilson's, where that is wider"
+        f"samples (seed {settings.seed}) on either side; "
+        + "; ".join(dict.fromkeys(METRICS[name].spread for name in metrics if METRICS[name].spread))
+        + "; of shares Wilson's, where that is wider"
         if settings.bootstrap
         else "none",
         "conversion": kind.conversion,

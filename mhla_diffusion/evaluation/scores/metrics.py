@@ -19,6 +19,7 @@ from ..sets.samples import SampleSet, common_classes
 from .frechet import Array, FeatureStatistics, frechet_distance
 from .neighbours import MIN_SAMPLES, Neighbourhoods, find_neighbourhoods
 from .resampling import (
+    KERNEL_SAMPLES,
     Features,
     Gaussian,
     Replicates,
@@ -197,7 +198,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _kernel_distance(sets: SetPair, metric: str) -> Score:
-    """Mean over torch-fidelity's 100 subsets; the interval is that of the estimate on all samples."""
+    """Mean over torch-fidelity's 100 subsets; its interval is that of the estimate on many samples."""
     real, generated = sets.real.features["features"], sets.generated.features["features"]
     fidelity = require("torch_fidelity.metric_kid")
     size = min(KID_SUBSET, len(real), len(generated))
@@ -279,6 +280,7 @@ class Metric:
         min_samples: of each set.
         higher_is_better: else lower is.
         bounds: least and largest value; intervals end there.
+        spread: how its interval differs from what fresh sets of both kinds would show, for the protocol.
     """
 
     compute: Callable[[SetPair, str], Score]
@@ -291,8 +293,18 @@ class Metric:
     min_samples: int = 2
     higher_is_better: bool = False
     bounds: tuple[float, float] = (0.0, math.inf)
+    spread: str = ""
 
 
+# Repeated samples make the bias of a distance vary from replicate to replicate, by about sqrt(2 / N) of it.
+_WIDE = (
+    "of Frechet distances they are wider than fresh sets would spread, by half and more where samples are "
+    "hardly more than dimensions"
+)
+_HALF = (
+    "of precision, recall, density and coverage they are of the samples that are counted, with the balls of "
+    "the other set as they are: fresh sets of both would spread up to twice as far"
+)
 _BALLS = "Kynkaanniemi et al. 2019, k = 3, each set's own radii"
 _DENSE_BALLS = "Naeem et al. 2020, k = 5"
 
@@ -306,6 +318,7 @@ def _share(definition: str) -> Metric:
         min_samples=MIN_SAMPLES,
         higher_is_better=True,
         bounds=(0.0, 1.0),
+        spread=_HALF,
     )
 
 
@@ -314,12 +327,14 @@ METRICS = {
         partial(_frechet, output="features"),
         "squared Frechet distance of Gaussians fitted to the features",
         needs_real=False,
+        spread=_WIDE,
     ),
     "sfid": Metric(
         partial(_frechet, output="spatial"),
         "the same of the first 7 channels of mixed_6/conv, 2023 values (Nash et al. 2021)",
         output="spatial",
         needs_real=False,
+        spread=_WIDE,
     ),
     "inception_score": Metric(
         _inception_score,
@@ -335,13 +350,18 @@ METRICS = {
         "random subsets of 1,000, or of all samples of the smaller set when it has fewer (torch-fidelity)",
         needs_single=True,
         bounds=(-math.inf, math.inf),  # an unbiased estimate of a small distance may fall below 0
+        spread=f"of KID they are of the estimate on at most {KERNEL_SAMPLES:,} samples of each set, without "
+        "the noise of its subsets",
     ),
     "precision": _share(_BALLS),
     "recall": _share(_BALLS),
     "density": replace(_share(_DENSE_BALLS), bounds=(0.0, math.inf)),
     "coverage": _share(_DENSE_BALLS),
     "frechet_per_class": Metric(
-        _per_class, "the mean of the Frechet distances of the classes that both sets have", needs_classes=True
+        _per_class,
+        "the mean of the Frechet distances of the classes that both sets have",
+        needs_classes=True,
+        spread=_WIDE,
     ),
     "clip_score": Metric(
         _clip_score,

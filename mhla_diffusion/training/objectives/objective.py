@@ -97,8 +97,8 @@ class ObjectiveConfig:
         shift: flow only. Moves times towards noise, ``s t / (1 + (s - 1) t)``; the saved scheduler has the
             same shift.
         times: that the model is for, from 0, of data, up to 1, of noise: of the two experts of
-            Wan2.2-A14B ``transformer`` has 0.875 to 1 and ``transformer_2`` 0 to 0.875. Times are drawn as
-            without it, those outside again.
+            Wan2.2-T2V-A14B ``transformer`` has 0.875 to 1 and ``transformer_2`` 0 to 0.875. Times are drawn
+            as without it, those outside again.
         teacher: folder or hub id of a model to distil from: the one, with softmax attention, that the student
             was made of.
         distillation: see :class:`DistillationConfig`.

@@ -234,7 +234,8 @@ def test_the_protocol_is_a_sentence_to_paste(report: Report) -> None:
     for part in (
         str(report.scores[0]), "of 7 generated against 12 real images",
         "Pixels: " + report.protocol["conversion"], "mean_colours", "sha256 000000000000",
-        "resized", "bootstrap replicates", "made by a pipeline with 20 steps", "Scored with mhla-diffusion",
+        "resized", "bootstrap replicates", "of Frechet distances they are wider than fresh sets would spread",
+        "made by a pipeline with 20 steps", "Scored with mhla-diffusion",
     ):  # fmt: skip
         assert part in sentence, (part, sentence)
     assert report.to_markdown().endswith(f"Protocol: {sentence}\n")
