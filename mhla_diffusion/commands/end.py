@@ -54,7 +54,7 @@ def exit_code(call: Callable[[], int | None]) -> int:
             raise
         return _tell(how_to_install(error.name) if error.name else error, 1)
     except (OSError, ValueError, ImportError) as error:
-        return _tell(error, 1)
+        return _tell(_of_hub(error), 1)
     except _broken_file_errors() as error:
         return _tell(f"a file is broken: {error}", 1)
     except (MemoryError, RuntimeError) as error:
@@ -82,6 +82,15 @@ def _terminated_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _of_hub(error: Exception) -> str:
+    """Return the message of an error, and where it is of a hub that was not asked, that it was not."""
+    constants = sys.modules.get("huggingface_hub.constants")
+    asked_none = constants is not None and constants.HF_HUB_OFFLINE
+    if asked_none and isinstance(error, OSError) and "does not appear to have a file" in str(error):
+        return f"{error} It is not in the cache, and HF_HUB_OFFLINE is set: the hub was not asked."
+    return str(error) or type(error).__name__
 
 
 def _broken_file_errors() -> tuple[type[Exception], ...]:

@@ -297,6 +297,8 @@ def _evaluate(
     if holds_statistics(real):
         known, flags = _known(Path(real), generated_set.kind, extractors, trust=settings.trust_statistics)
     chosen = choose_metrics(settings.metrics, extractors, real_set, generated_set, known)
+    for package in {METRICS[name].package for name, _ in chosen} - {""}:
+        require(package)
     flags += set_notes(real_set, generated_set)
     with tempfile.TemporaryDirectory() as scratch:
         pass_over = partial(measure, extractors=extractors, settings=settings, scratch=Path(scratch))

@@ -369,6 +369,18 @@ def raising(error: BaseException) -> int:
     return exit_code(call)
 
 
+def test_a_hub_that_was_not_asked_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call() -> None:
+        raise OSError("a/b does not appear to have a file named model_index.json.")
+
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert exit_code(call) == 1
+        assert ("the hub was not asked" in capsys.readouterr().err) is offline
+
+
 def test_sigterm_leaves_nothing_temporary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reached = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def test_score_is_the_distance_of_the_features(
     assert report.scores[0].name == "fd_mean_colours"
     assert report.scores[0].value == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-6)
     assert (report.real.count, report.generated.count) == (30, 25)
+
+
+def test_a_package_that_a_score_needs_is_missed_before_any_work(
+    extractor: FeatureExtractor,
+    make_pixels: MakePixels,
+    write_folder: WriteFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_kid", None)
+    monkeypatch.setattr("mhla_diffusion.evaluation.evaluate.measure", lambda *_, **__: pytest.fail("work"))
+    folders = write_folder("real", make_pixels(6)), write_folder("generated", make_pixels(6, seed=1))
+    with pytest.raises(ImportError, match="torch_fidelity is not installed"):
+        evaluate_images(*folders, extractor=extractor, metrics=["frechet", "kid"])
 
 
 def test_folder_and_npz_of_the_same_images_are_the_same(

@@ -200,7 +200,7 @@ def _some(names: Sequence[str]) -> str:
 def _kernel_distance(sets: SetPair, metric: str) -> Score:
     """Mean over torch-fidelity's 100 subsets; its interval is that of the estimate on many samples."""
     real, generated = sets.real.features["features"], sets.generated.features["features"]
-    fidelity = require("torch_fidelity.metric_kid")
+    fidelity = require(METRICS[metric].package)
     size = min(KID_SUBSET, len(real), len(generated))
     found = fidelity.kid_features_to_metric(
         _tensor(generated), _tensor(real), kid_subset_size=size, verbose=False
@@ -211,7 +211,7 @@ def _kernel_distance(sets: SetPair, metric: str) -> Score:
 
 def _inception_score(sets: SetPair, metric: str) -> Score:
     """Mean over consecutive chunks of 5,000 (ADM), a shorter last one included."""
-    fidelity = require("torch_fidelity.metric_isc")
+    fidelity = require(METRICS[metric].package)
     logits = sets.generated.features["logits"]
     scores, spread = [], []
     for start in range(0, len(logits), INCEPTION_SCORE_CHUNK):
@@ -280,6 +280,7 @@ class Metric:
         min_samples: of each set.
         higher_is_better: else lower is.
         bounds: least and largest value; intervals end there.
+        package: of an extra that it is computed with, if one.
         spread: how its interval differs from what fresh sets of both kinds would show, for the protocol.
     """
 
@@ -293,6 +294,7 @@ class Metric:
     min_samples: int = 2
     higher_is_better: bool = False
     bounds: tuple[float, float] = (0.0, math.inf)
+    package: str = ""
     spread: str = ""
 
 
@@ -327,6 +329,7 @@ METRICS = {
         partial(_frechet, output="features"),
         "squared Frechet distance of Gaussians fitted to the features",
         needs_real=False,
+        package="scipy.linalg",
         spread=_WIDE,
     ),
     "sfid": Metric(
@@ -334,12 +337,14 @@ METRICS = {
         "the same of the first 7 channels of mixed_6/conv, 2023 values (Nash et al. 2021)",
         output="spatial",
         needs_real=False,
+        package="scipy.linalg",
         spread=_WIDE,
     ),
     "inception_score": Metric(
         _inception_score,
         "from logits without bias, the mean over consecutive chunks of 5,000 (ADM)",
         output="logits",
+        package="torch_fidelity.metric_isc",
         needs_real=False,
         higher_is_better=True,
         bounds=(1.0, math.inf),
@@ -349,6 +354,7 @@ METRICS = {
         "squared maximum mean discrepancy with the kernel (x y / d + 1)^3, unbiased, the mean over 100 "
         "random subsets of 1,000, or of all samples of the smaller set when it has fewer (torch-fidelity)",
         needs_single=True,
+        package="torch_fidelity.metric_kid",
         bounds=(-math.inf, math.inf),  # an unbiased estimate of a small distance may fall below 0
         spread=f"of KID they are of the estimate on at most {KERNEL_SAMPLES:,} samples of each set, without "
         "the noise of its subsets",
@@ -361,6 +367,7 @@ METRICS = {
         _per_class,
         "the mean of the Frechet distances of the classes that both sets have",
         needs_classes=True,
+        package="scipy.linalg",
         spread=_WIDE,
     ),
     "clip_score": Metric(
