@@ -167,9 +167,8 @@ def _require_settings(cls: Any, settings: dict[str, Any]) -> None:
         raise ValueError(f"unknown settings {', '.join(unknown)}; the task {cls.kind} has {known}")
     for name, value in settings.items():
         hint = hints[name]
-        wanted = {get_origin(kind) or kind for kind in get_args(hint) if isinstance(hint, UnionType)} or {
-            get_origin(hint) or hint
-        }
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        wanted = {get_origin(kind) or kind for kind in kinds}
         given = float if wanted == {float} and type(value) is int else type(value)
         if wanted <= _TYPES.keys() and given not in wanted:
             types = " or ".join(its for kind, its in _TYPES.items() if kind in wanted)

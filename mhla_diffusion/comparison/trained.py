@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ class TrainedByTransformers(Task):
             logging_steps=max(1, self.steps // 10), dataloader_drop_last=True,
         )  # fmt: skip
         checkpoint, state = _last_checkpoint(folder)
+        if state is not None and "Clock" not in state.stateful_callbacks:
+            shutil.rmtree(folder)  # of before there was one: what a step took is not known
+            checkpoint, state = None, None
         model = self.model(variant, seed)
         if checkpoint:  # the Trainer takes weights by name, and files have others for some models
             model = type(model).from_pretrained(checkpoint)
@@ -134,5 +138,4 @@ def _clock(state: Any) -> Any:
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"seconds": self.seconds}}
 
-    before = {} if state is None else state.stateful_callbacks.get("Clock", {}).get("attributes", {})
-    return Clock(before.get("seconds", 0.0))
+    return Clock(0.0 if state is None else state.stateful_callbacks["Clock"]["attributes"]["seconds"])

@@ -141,8 +141,13 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
     weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     trainer, again = task.fit(LINEAR, 0, tmp_path, "cpu", data)
     assert len(resumed) == 1, "what was stopped behind its training is not trained on"
+    assert task.trained(LINEAR, tmp_path) is not None
     assert again == found
     assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.state_dict().items())
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": {}}))
+    task.fit(LINEAR, 0, tmp_path, "cpu", data)
+    assert resumed[1:] == [None], "without the time of its steps it begins anew"
 
 
 @pytest.mark.parametrize("task", [DIGITS, BYTES], ids=["classification", "language"])
