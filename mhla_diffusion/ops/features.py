@@ -199,8 +199,11 @@ def check_rotary(rotary_emb: RotaryEmbedding | None, q: Tensor, *, extra: int = 
     tokens, d = q.shape[-2:]
     for table in rotary_emb:
         *outer, rows, columns = table.shape if table.ndim > 1 else (0, 0)
-        spread = all(n in (1, whole) for n, whole in zip(outer[::-1], q.shape[-3::-1], strict=False))
-        if rows not in (tokens, tokens - extra) or columns != d // 2 or d % 2 or not spread or len(outer) > 2:
+        wholes = q.shape[-2 - len(outer) : -2]
+        # torch.compile of torch 2.9 takes no generators, and finds no symbolic size in a tuple.
+        spread = [n == 1 or n == whole for n, whole in zip(outer, wholes, strict=False)]
+        fits = (rows == tokens or rows == tokens - extra) and columns == d // 2 and not d % 2
+        if not fits or len(outer) > 2 or not all(spread):
             raise ValueError(
                 f"rotary_emb must be (cos, sin), each [N, d / 2], [H, N, d / 2] or [B, H, N, d / 2] with "
                 f"B or H of 1 or all, of q {tuple(q.shape)} with d even or of its tokens on the grid alone, "

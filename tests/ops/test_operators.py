@@ -18,6 +18,10 @@ from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
 from mhla_diffusion.ops.features import Features, apply_rotary_emb, rotary_table
 from mhla_diffusion.ops.mhla import attend
 
+SYMBOLIC = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch 2.12 fails at symbolic grids"
+)
+
 LAYOUT = BlockLayout((4, 4), (2, 2))
 # All that programs of torch.export have stored since the first version: what came later has a default.
 SETTINGS = (None, None, [4, 4], [2, 2], None, "relu", 1e-6, True, False)
@@ -220,7 +224,7 @@ def test_operators_are_differentiable_twice_in_narrow_dtypes() -> None:
     assert (found - expected).norm() / expected.norm() < 0.1
 
 
-@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("tracing_mode", ["fake", pytest.param("symbolic", marks=SYMBOLIC)])
 def test_outputs_without_numbers_lie_in_memory_as_those_with(tracing_mode: str) -> None:
     """A compiler reads the output where its strides said that it would be."""
     mixing = torch.rand(4, 4)
@@ -237,7 +241,7 @@ def test_outputs_without_numbers_lie_in_memory_as_those_with(tracing_mode: str) 
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing of the kernels is traced")
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=SYMBOLIC), True], ids=["", "causal"])
 def test_one_graph_serves_grids_of_any_size(causal: bool) -> None:
     """Fullgraph and dynamic: no message of an error that does not happen may break the graph."""
 
