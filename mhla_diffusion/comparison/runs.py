@@ -95,7 +95,7 @@ def make(runs: Sequence[Run], out: Path, *, processes: int, device: str) -> list
                 continue
             result = {**run.record, "device": device, **found}
             write_file(out / run.path, json.dumps(result, indent=1) + "\n")
-    return failed
+    return sorted(failed)
 
 
 @contextmanager
