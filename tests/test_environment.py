@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,19 +66,30 @@ def test_a_second_script_waits_for_the_first(repository: Path) -> None:
         pytest.skip("no flock")
     python = repository / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    # Installing takes a second, in which nobody else may be installing.
+    # Installs until it is told to end, in which time nobody else may be installing.
     python.write_text(
-        '#!/bin/sh\n[ "$3" = install ] || exit 0\nmkdir installing || exit 9\nsleep 0.5\nrmdir installing\n'
+        '#!/bin/sh\n[ "$3" = install ] || exit 0\nmkdir installing || exit 9\n'
+        "until [ -e end ]; do sleep 0.05; done\nrmdir installing\n"
     )
     python.chmod(0o755)
-    command = ["bash", "-euo", "pipefail", "-c", "source scripts/environment.sh test; echo done"]
-    both = [
-        subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sorted("waiting for its end" in errors for _, errors in said) == [False, True]
-    assert sorted("installing" in output for output, _ in said) == [False, True], (
-        "what is there is not made again"
-    )
+    command = ["bash", "-euo", "pipefail", "-c", "exec 2>$1; source scripts/environment.sh test", "bash"]
+
+    def start(errors: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, errors], cwd=repository, stdout=subprocess.PIPE, text=True)
+
+    def wait_until(come: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if come():
+                return
+            time.sleep(0.05)
+        pytest.fail("it did not come")
+
+    first = start("first")
+    wait_until((repository / "installing").is_dir)
+    second, told = start("second"), repository / "second"
+    wait_until(lambda: told.exists() and "waiting for its end" in told.read_text())
+    (repository / "end").touch()
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], told.read_text()
+    assert (repository / "first").read_text() == ""
+    assert ["installing" in output for output in outputs] == [True, False], "what is there is not made again"
