@@ -150,22 +150,11 @@ def report(
             model = load_teacher(teacher, component=component, dtype=dtype, device=process_state().device)
             times = expert_times(teacher, component)
             calls = open_calls(model, data, seed=config.seed, grid=grid, times=times)
-            made_with = _sampling_facts(calls, config)
             entries = [Entry("teacher", "teacher", lambda: model, source=teacher)]
             for name, path in named.items():
                 entries += _entries(path, name, model, component)
             pipeline = partial(MHLAPipeline.from_pretrained, teacher)
-            found: dict[str, dict[str, Any]] = {}
-            for entry in tqdm(entries, desc="models", disable=None):
-                key = _key(entry, model, [calls.facts, asdict(config), *made_with], size)
-                kept = out / "measures" / f"{key}.json"
-                if not kept.is_file():
-                    generated = out / "generated" / key
-                    measured = _measure(
-                        entry, model, calls, pipeline=pipeline, generated=generated, size=size, config=config
-                    )
-                    write_file(kept, json.dumps(measured))
-                found[entry.name] = json.loads(kept.read_text())
+            found = _measures(entries, model, calls, out, pipeline=pipeline, size=size, config=config)
             content = _content(teacher, entries, found, calls, size, config)
             write_file(out / FILE_NAMES[0], json.dumps(content, indent=2))
             sheets = {name: measured.get("pictures", []) for name, measured in found.items()}
@@ -174,6 +163,31 @@ def report(
         return content
 
     return in_first_process(measure)
+
+
+def _measures(
+    entries: Sequence[Entry],
+    teacher: Any,
+    calls: Calls,
+    out: Path,
+    *,
+    size: Plan | None,
+    config: ReportConfig,
+    pipeline: Callable[..., Any],
+) -> dict[str, dict[str, Any]]:
+    """Measure what is not kept in a folder yet; returns all measures by the names of the models."""
+    made_with, found = _sampling_facts(calls, config), dict[str, dict[str, Any]]()
+    for entry in tqdm(entries, desc="models", disable=None):
+        key = _key(entry, teacher, [calls.facts, asdict(config), *made_with], size)
+        kept = out / "measures" / f"{key}.json"
+        if not kept.is_file():
+            generated = out / "generated" / key
+            measured = _measure(
+                entry, teacher, calls, pipeline=pipeline, generated=generated, size=size, config=config
+            )
+            write_file(kept, json.dumps(measured))
+        found[entry.name] = json.loads(kept.read_text())
+    return found
 
 
 def _names(students: Sequence[Path]) -> list[str]:
