@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from .by_heads import attend_by_heads
 from .config import POWER_MAP, WIDE_MAPS, WINDOW_ONLY, OneConfig, as_config
 from .constraint import clamp, constrain
+from .convolution import convolve, depthwise_conv
 from .hedgehog import Hedgehog
 from .ops import (
     FEATURE_MAPS,
@@ -32,13 +32,16 @@ from .ops import (
     resize_mixing,
     window_attention,
 )
-from .ops.autocast import is_autocast, without_autocast
 from .ops.composite import counted
 from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
+from .ops.mhla import is_fused
+from .ops.norms import Norms, is_plain, over_channels
 from .ops.operators import in_transform
 
 # Summed values of more, each of about 1, begin to exceed what float16 holds.
 _MOST_SUMMED_IN_FLOAT16 = 16384
+
+_NORM_EPS = 1e-6
 
 # SiLU(1.2785) = 1: a gate with this bias and no weights lets everything through.
 _OPEN_GATE_BIAS = 1.2784645427610738
@@ -109,12 +112,12 @@ class MHLA(nn.Module):
         self.feature_q = Hedgehog(heads, head_dim) if learned else None
         self.feature_k = Hedgehog(heads, head_dim) if learned else None
         self.local = nn.Parameter(torch.empty(heads)) if config.window and not alone else None
-        self.conv_q = _depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
-        self.conv_k = _depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else None
-        self.cpe = _depthwise_conv(inner_dim, len(grid)) if config.cpe else None
-        self.norm = nn.RMSNorm(head_dim, eps=1e-6) if config.output_norm else None
+        self.conv_q = depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
+        self.conv_k = depthwise_conv(inner_dim, len(grid)) if config.qk_conv else None
+        self.norm_q = nn.RMSNorm(head_dim, eps=_NORM_EPS) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=_NORM_EPS) if config.qk_norm else None
+        self.cpe = depthwise_conv(inner_dim, len(grid)) if config.cpe else None
+        self.norm = nn.RMSNorm(head_dim, eps=_NORM_EPS) if config.output_norm else None
         self.gate = (
             nn.Linear(inner_dim if query_dim is None else query_dim, inner_dim) if config.gate else None
         )
@@ -297,9 +300,10 @@ class MHLA(nn.Module):
         }  # fmt: skip
         if group is not None and self.config.needs_all_tokens:
             out, beside = attend_by_heads(self, q, k, v, group=group, **settings)
+            out = self._gated(out, self._gate_of(hidden_states))
         else:
-            out, beside = self.attend(q, k, v, group=group, **settings)
-        out = self._gated(out.transpose(1, 2).flatten(2), hidden_states)
+            out, beside = self.attend(q, k, v, group=group, gate=self._gate_of(hidden_states), **settings)
+        out = out.transpose(1, 2).flatten(2)
         # Behind norm and gate, as in the public reference code.
         return out if beside is None else out + beside.transpose(1, 2).flatten(2)
 
@@ -334,17 +338,23 @@ class MHLA(nn.Module):
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as :meth:`forward` does before the gate, whose arguments these are.
+        """Attend as :meth:`forward` does, whose arguments these are; ``gate``, ``[B, H, N, d]``, is linear.
 
         Returns:
-            ``norm(mhla(q, k, v))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a convolution.
+            ``norm(mhla(q, k, v)) * SiLU(gate)`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a
+            convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         # Convolutions and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
-        beside = None if self.cpe is None else _convolve(self.cpe, v, layout)
-        q, k = self.normed(q, k, layout, key_mask, dtype=v.dtype)
+        beside = None if self.cpe is None else convolve(self.cpe, v, layout)
+        alone = group is None and key_grid is None and self.config.window is None
+        fused = self._fused(q, k, v, gate) if alone else None
+        q, k = self._convolved(q, k, layout, key_mask, v.dtype)
+        if fused is None or fused.q is None:
+            q, k = self._normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
         if self.config.window is not None:
@@ -358,18 +368,33 @@ class MHLA(nn.Module):
         elif self.config.window is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
-            attend = functools.partial(mhla, key_layout=key_layout)
+            attend = functools.partial(mhla, key_layout=key_layout, norms=fused)
         # Sums over all tokens can be too large for float16 where no denominator follows, but a norm.
-        before_norm = self.norm is not None and v.dtype == torch.float16
+        norm = self.norm if fused is None else None
+        before_norm = norm is not None and v.dtype == torch.float16
         out = attend(
             q, k, v, mixing.to(q.device), layout,
             feature_map=self.operator_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
             dtype=torch.float32 if before_norm else None,
         )  # fmt: skip
-        if self.norm is not None:
-            out = _normed(out, self.norm).to(v.dtype) if before_norm else _normed(out, self.norm)
-        return out, beside
+        if norm is not None:
+            out = over_channels(norm, out).to(v.dtype) if before_norm else over_channels(norm, out)
+        return self._gated(out, gate) if fused is None else out, beside
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Norms | None:
+        """What of norms and gate the kernels of the operator apply, where they run; norms without hooks."""
+        norms = self.norm_q, self.norm_k, self.norm
+        if not is_fused(q, k, v) or not all(is_plain(x, q.device) for x in norms if x is not None):
+            return None
+        q_norm, k_norm, out_norm = (None if x is None else x.weight for x in norms)
+        if (
+            self.strength is not None
+            or self.config.center_keys
+            or self.config.feature_map not in FEATURE_MAPS
+        ):
+            q_norm = k_norm = None  # normed queries and keys go elsewhere first
+        return Norms(q_norm, k_norm, out_norm, gate, _NORM_EPS)
 
     def _turns(self, rotary_emb: RotaryEmbedding | None) -> RotaryEmbedding | None:
         """Rotary tables of the features: both halves of wide ones turn alike."""
@@ -377,12 +402,16 @@ class MHLA(nn.Module):
             return rotary_emb
         return torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1)
 
-    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
-        """The output ``[B, N, H d]`` behind the gate, if there is one."""
+    def _gate_of(self, hidden_states: Tensor | None) -> Tensor | None:
+        """What gates the output, ``[B, H, N, d]`` before SiLU, if there is a gate."""
         if self.gate is None:
-            return out
+            return None
         assert hidden_states is not None
-        return out * F.silu(self.gate(hidden_states))
+        return self.gate(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _gated(out: Tensor, gate: Tensor | None) -> Tensor:
+        return out if gate is None else out * F.silu(gate)
 
     @property
     def operator_map(self) -> str:
@@ -405,12 +434,20 @@ class MHLA(nn.Module):
             q, k: ``[B, H, N, d]``.
             layout, key_mask, dtype: what convolutions need: of the tokens, and that of v, to compute in.
         """
+        return self._normed(*self._convolved(q, k, layout, key_mask, dtype or q.dtype))
+
+    def _convolved(
+        self, q: Tensor, k: Tensor, layout: BlockLayout | None, key_mask: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         if self.conv_q is not None and self.conv_k is not None:
             assert layout is not None
-            q = q + _convolve(self.conv_q, counted(q, key_mask).to(dtype or q.dtype), layout).to(q.dtype)
-            k = k + _convolve(self.conv_k, counted(k, key_mask).to(dtype or k.dtype), layout).to(k.dtype)
+            q = q + convolve(self.conv_q, counted(q, key_mask).to(dtype), layout).to(q.dtype)
+            k = k + convolve(self.conv_k, counted(k, key_mask).to(dtype), layout).to(k.dtype)
+        return q, k
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = _normed(q, self.norm_q), _normed(k, self.norm_k)
+            q, k = over_channels(self.norm_q, q), over_channels(self.norm_k, k)
         return q, k
 
     def weighed(
@@ -509,19 +546,6 @@ class MHLA(nn.Module):
         clamp(self.mixing)
 
 
-def _depthwise_conv(channels: int, axes: int) -> nn.Conv2d | nn.Conv3d:
-    """A 3x3 (or 3x3x3) convolution of each channel by itself."""
-    return (nn.Conv2d if axes == 2 else nn.Conv3d)(channels, channels, 3, padding=1, groups=channels)
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """A norm over channels of ``[B, H, N, d]``, in the order that heads and tokens have in memory.
-
-    Kernels that want contiguous rows would copy them otherwise, and put heads before tokens.
-    """
-    return norm(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else norm(x)
-
-
 def _power(x: Tensor) -> Tensor:
     """Rows ``relu(x)^3`` with the norm of ``relu(x)``: nearer to the axis of their largest channel."""
     positive = F.relu(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -531,19 +555,6 @@ def _power(x: Tensor) -> Tensor:
     # Not the norm of a row of zeros, which has no gradient.
     norms = (scaled.square().sum(-1, keepdim=True) + 1e-12).sqrt() * largest
     return (F.normalize(scaled**3, dim=-1) * norms).to(x.dtype)
-
-
-def _convolve(conv: nn.Conv2d | nn.Conv3d, v: Tensor, layout: BlockLayout) -> Tensor:
-    """A convolution over the grid of tokens ``[B, H, N, d]``, 0 for extra tokens."""
-    on_grid = v[:, :, layout.grid_tokens]
-    images = on_grid.transpose(-1, -2).flatten(1, 2).unflatten(-1, layout.grid)  # [B, H d, *grid]
-    # Weights in float32 are not autocast: in bfloat16 a depthwise convolution is far slower on a CPU. Others
-    # may be stored in another dtype than that of the computation (layerwise casting): v or autocast has it.
-    in_float32 = conv.weight.dtype == torch.float32
-    dtype = torch.float32 if is_autocast(v) and in_float32 else v.dtype
-    with without_autocast(v) if in_float32 else nullcontext():
-        out = conv(images.to(dtype)).flatten(2).unflatten(1, (v.shape[1], -1)).mT.to(v.dtype)
-    return out if layout.extra is None else F.pad(out, (0, 0, *layout.extra))
 
 
 def _attend_in_blocks(

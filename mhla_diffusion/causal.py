@@ -129,4 +129,4 @@ class CausalMHLA(MHLA):
             )  # fmt: skip
         if self.norm is not None:
             out = self.norm(out)
-        return self._gated(out.transpose(1, 2).flatten(2), hidden_states)
+        return self._gated(out, self._gate_of(hidden_states)).transpose(1, 2).flatten(2)

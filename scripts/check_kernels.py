@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhla_diffusion.ops import BlockLayout
+from mhla_diffusion.ops import BlockLayout, Norms
 from mhla_diffusion.ops.features import FEATURE_MAPS, Features
 from mhla_diffusion.ops.gpu import kernels, mhla, window
 from mhla_diffusion.ops.gpu import launch as launching
@@ -57,7 +57,8 @@ class Case(NamedTuple):
     """A launch of all kernels: forward and backward of q, k and v as projections leave them.
 
     With ``margin`` those of softmax windows, beside a rest; without it those of the operator. With ``sums``
-    those of that rest: in float32, and with gradients of the denominators.
+    those of that rest: in float32, and with gradients of the denominators. With ``norms`` those of a forward
+    alone, with norms of q, k and the output and a gate.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Case(NamedTuple):
     normalized: bool = True
     margin: int | None = None
     sums: bool = False
+    norms: bool = False
 
 
 SHAPES = [
@@ -89,6 +91,7 @@ WIDE, EXACT, SMALL = (
 BESIDE_WINDOW, LONG_BESIDE_WINDOW = (
     case._replace(name=f"{case.name}, beside a window", sums=True) for case in (DIT, WAN)
 )
+GATED, LONG_GATED = (case._replace(name=f"{case.name}, norms and gate", norms=True) for case in (DIT, WAN))
 WINDOW, SHORT = DIT._replace(name="DiT-XL 16k, window", margin=1), DIT._replace(d=64, margin=0, mask=True)
 LOOPS = ("centre", "outer", "inner", "queries", "keys", "outer of quotients")
 ALL = (*LOOPS, "weights", "weights_grad")
@@ -108,6 +111,10 @@ FEW: list[tuple[Case, int | str, tuple[str, ...]]] = [
     (BESIDE_WINDOW, 90, ("queries",)),
     (LONG_BESIDE_WINDOW, 90, ("inner", "queries", "outer of quotients")),
     (WINDOW, 90, WINDOWS),
+    (GATED, 90, ("outer", "inner")),
+    (LONG_GATED, 90, ("outer", "inner")),
+    (LONG_GATED, 80, ("inner",)),
+    (GATED, "gfx942", ("inner",)),
     (SHORT, 120, ("window_keys",)),
     (WINDOW, "gfx942", ("window_keys",)),
 ]
@@ -120,6 +127,8 @@ BUDGET = {
         (WAN, (None, 55, 75, 160, 100, None)),
         (MILLION, (10, 18, 25, 75, 32, None)),
         (LONG_BESIDE_WINDOW, (None, None, None, None, None, 90)),
+        (GATED, (None, 40, 85, None, None, None)),
+        (LONG_GATED, (None, 80, 165, None, None, None)),
     )
     for name, budget in zip(LOOPS, budgets, strict=True)
     if budget is not None
@@ -128,7 +137,8 @@ BUDGET = {
 MOST_MOVED = {
     "DiT-XL 16k": (1.35, 1.7), "Wan 31.5k": (1.75, 1.9), "SANA-V 31.5k": (1.5, 1.65), "1M": (1.1, 1.1),
     "DiT-XL 16k, window": (1.05, 1.75), "DiT-XL 16k, beside a window": (1.3, 1.8),
-    "Wan 31.5k, beside a window": (1.65, 2.25),
+    "Wan 31.5k, beside a window": (1.65, 2.25), "DiT-XL 16k, norms and gate": (1.3,),
+    "Wan 31.5k, norms and gate": (1.6,),
 }  # fmt: skip
 # Bytes a thread, of exact products of float32 and of rows of float32 beside a window; others spill nothing.
 MOST_SPILLED = 32
@@ -210,10 +220,14 @@ def passes_of(case: Case, target: int | str = 90, *, batch: int = 1) -> Iterator
     mask = torch.empty(batch, shape[1], dtype=torch.bool, device="meta") if case.mask else None
     keys = dataclasses.replace(features, mask=mask)
     mixing = torch.empty(layout.num_blocks, layout.num_blocks, device="meta")
+    weights, gate = torch.empty(case.d, device="meta"), torch.empty_like(q)
+    norms = Norms(weights, weights, weights, gate) if case.norms else Norms()
     with recorded(target) as launches, Moved() as moved:
-        summaries, sums, centre = mhla.summarize(k, v, layout, keys)
-        out, den = mhla.read(q, summaries, sums, centre, mixing, layout, features, kind)
+        summaries, sums, centre = mhla.summarize(k, v, layout, keys, norms)
+        out, den = mhla.read(q, summaries, sums, centre, mixing, layout, features, kind, norms)
     yield launches, moved.bytes + sum(map(bytes_moved, launches))
+    if case.norms:  # it has no backward
+        return
     with recorded(target) as launches, Moved() as moved:
         its = den if case.sums else None, out, den, q, summaries, sums, mixing, layout, features
         mhla.read_backward(grad, *its)
@@ -247,13 +261,13 @@ def traffic_of(case: Case) -> list[float]:
 
     That is q, k, v and the output, and, as no output is read, q, k, v and four gradients. Of a window the
     rest and the output, which is read, are twice as wide, and so are their gradients; so is the output of
-    what stands beside it.
+    what stands beside it. A gate is one more that is read, in a forward alone.
     Whatever one kernel writes and another reads is counted twice, as if no cache kept it; what one kernel
     reads is counted once.
     """
     launches_of(case)  # makes the order of the tokens, which is kept
     tokens = case.heads * case.d * math.prod(case.grid) * DTYPES[case.dtype].itemsize
-    leasts = (7, 14) if case.margin is not None else (5, 8) if case.sums else (4, 7)
+    leasts = (5,) if case.norms else (7, 14) if case.margin is not None else (5, 8) if case.sums else (4, 7)
     return [moved / (least * tokens) for least, (_, moved) in zip(leasts, passes_of(case), strict=True)]
 
 
@@ -380,6 +394,9 @@ def matrix() -> Iterator[tuple[Case, int | str, tuple[str, ...]]]:
     for d, dtype, target in itertools.product((64, 72, 128), DTYPES, TARGETS):
         case = Case(f"d {d}, {dtype}, beside a window", d, 8, (64, 64), (4, 4), dtype=dtype, sums=True)
         yield case, target, ("inner", "queries", "outer of quotients")
+    for d, dtype, target in itertools.product((64, 72, 128, 256), DTYPES, TARGETS):
+        case = Case(f"d {d}, {dtype}, norms and gate", d, 8, (64, 64), (4, 4), d % 16 == 0, dtype, norms=True)
+        yield case, target, ("outer", "inner")
     for d, dtype, margin in itertools.product((40, 64, 72, 96, 128), DTYPES, (0, 1)):
         name = f"window, d {d}, {dtype}"
         case = Case(name, d, 8, (64, 64), (4, 4), dtype=dtype, mask=bool(margin), margin=margin)
@@ -428,12 +445,12 @@ def check_traffic() -> int:
     """Print bytes moved over the least, and return the number of shapes that exceed what is allowed."""
     print("\n| shape | forward, of the least bytes | backward, of the least |\n| --- | --- | --- |")
     faults = 0
-    for case in (*SHAPES, WINDOW, BESIDE_WINDOW, LONG_BESIDE_WINDOW):
+    for case in (*SHAPES, WINDOW, BESIDE_WINDOW, LONG_BESIDE_WINDOW, GATED, LONG_GATED):
         found = traffic_of(case)
         wrong = any(ratio > most for ratio, most in zip(found, MOST_MOVED[case.name], strict=True))
         faults += wrong
         ratios = " | ".join(f"{ratio:.2f} x" for ratio in found)
-        print(f"| {case.name} | {ratios} |{' too many' if wrong else ''}")
+        print(f"| {case.name} | {ratios} |{' |' * (2 - len(found))}{' too many' if wrong else ''}")
     return faults
 
 

@@ -17,6 +17,7 @@ from .mixing import (
     relative_mixing,
     resize_mixing,
 )
+from .norms import Norms
 from .parallel import exchanged_bytes, mhla_parallel
 from .reference import mhla_causal_reference, mhla_local_reference, mhla_reference
 from .routing import choose_blocks, routed_attention
@@ -30,6 +31,7 @@ __all__ = [
     "BlockLayout",
     "MHLAState",
     "Margin",
+    "Norms",
     "apply_rotary_emb",
     "block_distances",
     "causal_mixing",

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .autocast import as_autocast, without_autocast
 from .composite import features_of
+from .dispatch import has_kernels
 from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
 from .layout import BlockLayout
-from .operators import read, summarize
+from .norms import Norms
+from .operators import fused, in_transform, read, summarize
 
 
 def mhla(
@@ -28,6 +30,7 @@ def mhla(
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
+    norms: Norms | None = None,
 ) -> Tensor:
     """Multi-Head Linear Attention, non-causal (arXiv 2601.07832, equations 3-5).
 
@@ -59,6 +62,8 @@ def mhla(
         dtype: of the output, by default that of v. Without a denominator outputs are sums over all tokens,
             which may be too large for float16 (and become its largest number then): ask for float32, and norm
             them before they are narrowed.
+        norms: norms of q, k and the output, and a gate. On GPUs, where no gradient is wanted, the kernels
+            apply them to what they hold, and q, k and the output pass through memory once.
 
     Returns:
         ``[B, H, N, d_v]`` in ``dtype``, with the axes in memory in the order of those of q.
@@ -72,13 +77,28 @@ def mhla(
     )  # fmt: skip
     q, k, v = as_autocast(q, k, v)
     dtype = dtype or v.dtype
+    if norms is not None:
+        norms.check(q, k, v)
     rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
     features = Features(feature_map, eps, normalizer == "paper", rotary)
+    norms = norms or Norms()
+    whole = norms.any and key_layout is None and normalizer != "official"
+    if whole and is_fused(q, k, v):
+        return fused(q, k, v, mixing, layout, dataclasses.replace(features, mask=key_mask), norms, dtype)
+    q, k = norms.before(q, k)
     tensors, layouts = (q, k, v, mixing), (layout, key_layout or layout)
-    if normalizer != "official":
-        return attend(*tensors, *layouts, features, key_mask, dtype)[0]
-    out, _ = attend(*tensors, *layouts, features, key_mask, torch.promote_types(v.dtype, torch.float32))
-    return (out / _official_denominator(q, k, mixing, layout, features, key_mask)).to(dtype)
+    between = torch.promote_types(v.dtype, torch.float32) if normalizer == "official" else dtype
+    out, _ = attend(*tensors, *layouts, features, key_mask, norms.dtype_between(between))
+    if normalizer == "official":
+        out = out / _official_denominator(q, k, mixing, layout, features, key_mask)
+    return norms.behind(out).to(dtype)
+
+
+def is_fused(*tensors: Tensor) -> bool:
+    """Return whether kernels take these tensors whole, with norms and a gate: they have no gradient then."""
+    if torch.is_grad_enabled() or in_transform() or torch.compiler.is_exporting():
+        return False
+    return has_kernels(tensors[0].device, *[(x.dtype, x.shape[-1]) for x in tensors])
 
 
 def attend(

@@ -12,6 +12,7 @@ they compute. What lies between them (an exchange between ranks, say) is ordinar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from .composite import weights_of
 from .dispatch import implementation_for
 from .features import Features
 from .layout import BlockLayout
+from .norms import Norms
 
 _SETTINGS = (
     "Tensor? rotary, Tensor? mask, int[] grid, int[] blocks, int[]? extra, str feature_map, float eps, "
@@ -81,6 +83,27 @@ def read(
         dtype: of the output.
     """
     return _read(q, *summaries, mixing, *_as_arguments(layout, features), dtype, features.scaled)
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    layout: BlockLayout,
+    features: Features,
+    norms: Norms,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``read(q, summarize(k, v), mixing)`` with norms and gate around it, ``[B, H, N, d_v]``.
+
+    On GPUs the kernels apply ``norms`` to what they hold. There is no gradient: that of norms and gate needs
+    what is between them, which is never in memory here.
+
+    Args:
+        features: with the mask of the keys.
+    """
+    return _fused(q, k, v, mixing, *_as_arguments(layout, features), dtype, *norms)
 
 
 def _as_arguments(layout: BlockLayout, features: Features) -> tuple[Any, ...]:
@@ -247,6 +270,23 @@ def _read_backward(
     )  # fmt: skip
 
 
+@operator(
+    "fused",
+    f"(Tensor q, Tensor k, Tensor v, Tensor mixing, {_SETTINGS}, ScalarType dtype, "
+    "Tensor? q_norm, Tensor? k_norm, Tensor? out_norm, Tensor? gate, float norm_eps) -> Tensor",
+)
+def _fused(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, *settings: Any) -> Tensor:
+    layout, keys, dtype = reading(settings[: _NUM_SETTINGS + 1])
+    features = dataclasses.replace(keys, mask=None)
+    norms, implementation = Norms(*settings[_NUM_SETTINGS + 1 :]), implementation_for(q, k, v)
+    if implementation is tiled:  # as where a program that was made for a GPU runs on another device
+        (q, k), between = norms.before(q, k), norms.dtype_between(dtype)
+        out, _ = tiled.read(q, *tiled.summarize(k, v, layout, keys), mixing, layout, features, between)
+        return norms.behind(out).to(dtype)
+    summaries = implementation.summarize(k, v, layout, keys, norms)
+    return implementation.read(q, *summaries, mixing, layout, features, dtype, norms)[0]
+
+
 # Shapes and strides without numbers, for torch.compile and the meta device.
 
 
@@ -283,6 +323,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_summaries, grad_sums, grad_mixing = (x.new_empty(x.shape) for x in (summaries, sums, mixing))
     return tiled.new_gradient(q), grad_summaries, grad_sums, grad_mixing
+
+
+@_fused.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, *settings: Any) -> Tensor:
+    return tiled.empty_in_order_of(q, v.shape[-1], settings[_NUM_SETTINGS])
 
 
 def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -389,6 +434,13 @@ def _(grad: Any, grad_sums: Any, k: Any, *settings: Any, **_: Any) -> int:
 @register_flop_formula(torch.ops.mhla.read)
 def _(q: Any, summaries: Any, sums: Any, centre: Any, mixing: Any, *settings: Any, **_: Any) -> int:
     return _flops(q, summaries, sums) + _mixing_flops(summaries, sums, mixing)
+
+
+@register_flop_formula(torch.ops.mhla.fused)
+def _(q: Any, k: Any, v: Any, mixing: Any, *settings: Any, **_: Any) -> int:
+    normalized = settings[_NUM_SETTINGS - 2]
+    summaries = *q[:2], mixing[-1], v[-1] + normalized, q[-1]
+    return 2 * _flops(q, summaries, (0,)) + _mixing_flops(summaries, (0,), mixing)
 
 
 @register_flop_formula(torch.ops.mhla.read_backward)

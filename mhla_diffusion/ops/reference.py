@@ -11,6 +11,7 @@ from torch import Tensor
 from .composite import counted
 from .features import RotaryEmbedding, apply_rotary_emb, check_arguments, check_eps, phi, turn_all
 from .layout import BlockLayout, Margin
+from .norms import Norms
 
 
 def mhla_reference(
@@ -26,6 +27,7 @@ def mhla_reference(
     rotary_emb: RotaryEmbedding | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    norms: Norms | None = None,
 ) -> Tensor:
     """MHLA as a dense attention matrix (equations 3-5): the measure of every fast path.
 
@@ -42,16 +44,18 @@ def mhla_reference(
     check_eps(eps)
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
     v, k = counted(v, key_mask), counted(k, key_mask)
+    norms = (norms or Norms()).double()
+    q, k = norms.before(q, k)
     q, k = phi(q, feature_map, eps=eps), counted(phi(k, feature_map, eps=eps), key_mask)
     block, key_block = (x.block_index(q.device) for x in (layout, key_layout or layout))
     weights = mixing[..., block, :][..., key_block]  # [N, N_k] or [H, N, N_k]
     rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
     numerator, denominator = _dense(q, k, v, weights, rotary_emb)
     if normalizer == "none":
-        return numerator
+        return norms.behind(numerator)
     if normalizer == "official":
         denominator = _official_denominator(q, k, mixing, layout)
-    return numerator / torch.where(denominator == 0, 1.0, denominator)
+    return norms.behind(numerator / torch.where(denominator == 0, 1.0, denominator))
 
 
 def mhla_local_reference(

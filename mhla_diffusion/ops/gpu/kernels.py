@@ -16,6 +16,7 @@ import triton.language as tl
 from .pieces import (
     count_rows,
     fold,
+    inverse_rms,
     load_angles,
     load_borders,
     load_factor,
@@ -26,6 +27,7 @@ from .pieces import (
     load_values,
     not_zero,
     operand,
+    outputs_of,
     part_of_block,
     phi,
     phi_backward,
@@ -33,6 +35,7 @@ from .pieces import (
     store_rows,
     store_summary,
     sum_beside,
+    sum_of_squares,
     turn,
     write,
     write_gradient,
@@ -77,21 +80,22 @@ def centre_kernel(
     tl.store(centre + row * CHANNELS + channel, mean, channel < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps", "norm_eps"])
 def outer_kernel(
-    x, v, summaries, sums, centre, den, den_grad, order, starts, rotary, mask,
+    x, v, summaries, sums, centre, den, den_grad, order, starts, rotary, mask, norm,
     x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, mask_b, mask_n, summary_stride, sums_stride,
-    heads, blocks, parts, tokens, eps,
+    heads, blocks, parts, tokens, eps, norm_eps,
     QUOTIENT: tl.constexpr, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, MASK: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr,
     PRECISION: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr,
     V_VEC: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_V: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
     """Summaries of values and features of x, and the sums of features.
 
-    CENTRED: of ``v - centre``. QUOTIENT: of ``v / den``, and of features times ``den_grad``. Where there is a
-    second tile of channels, ones (or ``den_grad``) are put into it, at FREE: their products are the sums.
+    NORM: of x behind its norm. CENTRED: of ``v - centre``. QUOTIENT: of ``v / den``, and of features times
+    ``den_grad``. Where there is a second tile of channels, ones (or ``den_grad``) are put into it, at FREE:
+    their products are the sums.
     """
     b, h, tile, block, part, first, last = part_of_block(starts, heads, blocks, parts, TILES, ROWS)
     column, channel = tl.arange(0, D), tile * DV + tl.arange(0, DV)
@@ -124,9 +128,12 @@ def outer_kernel(
         token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
         counts = count_rows(mask, b, token, inside, mask_b, mask_n, MASK)
+        root = None
+        if NORM:
+            root = inverse_rms(x, token, x_n, counts, norm_eps, WIDTH, X_VEC, D, TAIL)
         plain, turned = load_features(
-            x, x_n, rotary, r_n, token, counts, column, eps, True, FEATURE_MAP, ROTARY, OPERAND, PRECISION,
-            WIDTH, X_VEC, ROWS, D,
+            x, x_n, rotary, r_n, token, counts, column, eps, norm, root, True, FEATURE_MAP, NORM, ROTARY,
+            OPERAND, PRECISION, WIDTH, X_VEC, ROWS, D,
         )  # fmt: skip
         factor = load_factor(
             v, v_n, den, middle, token, counts, channel, QUOTIENT, CENTRED, OPERAND, PRECISION, CHANNELS,
@@ -153,8 +160,8 @@ def outer_kernel(
             features += fold(plain.to(tl.float32), ROWS, KEPT, D)
         if TAIL:
             _, turned_2 = load_features(
-                x, x_n, rotary, r_n, token, counts, column_2, eps, True, FEATURE_MAP, ROTARY, OPERAND,
-                PRECISION, WIDTH, X_VEC, ROWS, TAIL,
+                x, x_n, rotary, r_n, token, counts, column_2, eps, norm, root, True, FEATURE_MAP, NORM,
+                ROTARY, OPERAND, PRECISION, WIDTH, X_VEC, ROWS, TAIL,
             )  # fmt: skip
             total_x = tl.dot(tl.trans(factor), turned_2, total_x)
             corner = tl.dot(tl.trans(turned_2), factor_2, corner)
@@ -174,18 +181,20 @@ def outer_kernel(
             tl.store(sums + column_2, sum_beside(corner, channel_2, FREE), column_2 < WIDTH)
 
 
-@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps"])
+@triton.jit(do_not_specialize=["heads", "blocks", "parts", "tokens", "eps", "norm_eps"])
 def inner_kernel(
-    x, v, summaries, sums, centre, den, order, starts, rotary, x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n,
-    summary_stride, sums_stride, heads, blocks, parts, tokens, eps,
+    x, v, summaries, sums, centre, den, order, starts, rotary, norm, out_norm, gate,
+    x_b, x_h, x_n, v_b, v_h, v_n, r_b, r_h, r_n, gate_b, gate_h, gate_n, summary_stride, sums_stride,
+    heads, blocks, parts, tokens, eps, norm_eps,
     NORMALIZED: tl.constexpr, CENTRED: tl.constexpr, SATURATE: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
-    TAIL_V: tl.constexpr, FREE: tl.constexpr,
+    NORM: tl.constexpr, OUT_NORM: tl.constexpr, GATE: tl.constexpr, ROTARY: tl.constexpr,
+    OPERAND: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, X_VEC: tl.constexpr, V_VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, TAIL_V: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
     """Write to v products of features of x and summaries; over the denominators, which are stored too.
 
+    NORM: of x behind its norm. OUT_NORM, which sees whole rows: TILES is 1. GATE: times ``SiLU(gate)``.
     Where there is a second tile of channels, the sums are put into it, from FREE on: their products are the
     denominators.
     """
@@ -196,6 +205,8 @@ def inner_kernel(
     v += tl.multiple_of(b * v_b + h * v_h, V_VEC)
     if ROTARY:
         rotary += b * r_b + h * r_h
+    if GATE:
+        gate += tl.multiple_of(b * gate_b + h * gate_h, V_VEC)
     at = head * blocks + block
     matrix = load_matrix(summaries, at, summary_stride, channel, column, CHANNELS, WIDTH, OPERAND, PRECISION)
     middle = load_middle(centre, head, channel, CENTRED, CHANNELS)
@@ -229,17 +240,20 @@ def inner_kernel(
         inside = slot < last
         token = following.to(PLACE)
         following = tl.load(order + slot + ROWS, slot + ROWS < last, 0)
+        root = None
+        if NORM:
+            root = inverse_rms(x, token, x_n, inside, norm_eps, WIDTH, X_VEC, D, TAIL)
         plain, turned = load_features(
-            x, x_n, rotary, r_n, token, inside, column, eps, False, FEATURE_MAP, ROTARY, OPERAND, PRECISION,
-            WIDTH, X_VEC, ROWS, D,
+            x, x_n, rotary, r_n, token, inside, column, eps, norm, root, False, FEATURE_MAP, NORM, ROTARY,
+            OPERAND, PRECISION, WIDTH, X_VEC, ROWS, D,
         )  # fmt: skip
         product = tl.dot(turned, tl.trans(matrix), input_precision=PRECISION)
         if TAIL_V:
             product_2 = tl.dot(turned, tl.trans(matrix_v))
         if TAIL:
             _, turned_2 = load_features(
-                x, x_n, rotary, r_n, token, inside, column_2, eps, False, FEATURE_MAP, ROTARY, OPERAND,
-                PRECISION, WIDTH, X_VEC, ROWS, TAIL,
+                x, x_n, rotary, r_n, token, inside, column_2, eps, norm, root, False, FEATURE_MAP, NORM,
+                ROTARY, OPERAND, PRECISION, WIDTH, X_VEC, ROWS, TAIL,
             )  # fmt: skip
             product = tl.dot(turned_2, tl.trans(matrix_x), product)
             product_2 = tl.dot(turned_2, tl.trans(corner), product_2)
@@ -253,13 +267,22 @@ def inner_kernel(
                 tl.store(den + token, denominator, inside)
             seen = tl.where(denominator == 0, 0.0, 1.0)
             inverse = 1.0 / not_zero(denominator)
+        product = outputs_of(product, inverse, seen, middle, NORMALIZED, CENTRED)
+        if TAIL:
+            product_2 = outputs_of(product_2, inverse, seen, middle_2, NORMALIZED, CENTRED)
+        root = None
+        if OUT_NORM:
+            squares = sum_of_squares(product, channel, CHANNELS)
+            if TAIL:
+                squares += sum_of_squares(product_2, channel_2, CHANNELS)
+            root = tl.rsqrt(squares / CHANNELS + norm_eps)
         write(
-            v, v_n, product, inverse, seen, middle, token, inside, channel, NORMALIZED, CENTRED, SATURATE,
+            v, v_n, product, token, inside, channel, out_norm, root, gate, gate_n, OUT_NORM, GATE, SATURATE,
             CHANNELS, V_VEC,
         )  # fmt: skip
         if TAIL:
             write(
-                v, v_n, product_2, inverse, seen, middle_2, token, inside, channel_2, NORMALIZED, CENTRED,
+                v, v_n, product_2, token, inside, channel_2, out_norm, root, gate, gate_n, OUT_NORM, GATE,
                 SATURATE, CHANNELS, V_VEC,
             )  # fmt: skip
 

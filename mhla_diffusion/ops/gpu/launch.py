@@ -78,17 +78,24 @@ def launch(
     dtype: torch.dtype | None = None,
     parts: int | None = None,
     saturate: bool = False,
+    norm: Tensor | None = None,
+    out_norm: Tensor | None = None,
+    gate: Tensor | None = None,
+    norm_eps: float = 0.0,
     **given: Tensor | None,
 ) -> None:
     """Run a kernel on x, v and, in the backward, what is written of their gradients.
 
     ``dtype`` is that of the summaries in the end, where these are parts of them; ``parts`` how many programs
-    share a block; ``saturate`` whether outputs beyond float16 become its largest number; ``given`` tensors
-    that only this kernel takes.
+    share a block; ``saturate`` whether outputs beyond float16 become its largest number; ``norm`` weights of
+    the norm of x, ``out_norm`` of that of outputs, ``gate`` what these are gated by; ``given`` tensors that
+    only this kernel takes.
     """
     if tokens[0].stride(-1) != 1 or tokens[1].stride(-1) != 1:
         assert name != "inner" or tokens[1].stride(-1) == 1, "outputs have their channels side by side"
         tokens = *(y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2]), *tokens[2:]
+    if gate is not None and gate.stride(-1) != 1:
+        gate = gate.contiguous()
     x, v = tokens[:2]
     rotary, mask = features.rotary, features.mask
     if rotary is not None:
@@ -102,12 +109,15 @@ def launch(
         dtype or summaries.dtype, summaries.shape, sums.shape[-1], parts or parts_of(name, x, layout),
         None if rotary is None else rotary.stride(),
         None if mask is None else (mask.stride(), mask.dtype), x.device, target_of(x, v),
+        None if norm is None else norm.dtype, None if out_norm is None else out_norm.dtype,
+        None if gate is None else (gate.shape, gate.stride(), gate.dtype), norm_eps,
         *[(y.shape, y.stride(), y.dtype) for y in tokens],
     )  # fmt: skip
     order, starts = _order(layout, x.device, plan.blocks)
     tensors: dict[str, Any] = {
         "summaries": summaries, "sums": row_of_sums(summaries, sums), "order": order, "starts": starts,
         "centre": centre, "rotary": rotary, "mask": mask, "den": None, "den_grad": None, "own_grad": None,
+        "norm": norm, "out_norm": out_norm, "gate": gate,
         **dict(zip(_TOKENS, tokens, strict=False)), **given,
     }  # fmt: skip
     plan.launcher(*[tensors[name] for name in plan.tensors])
@@ -117,7 +127,7 @@ def launch(
 _TOKENS = ("x", "v", "dx", "dv")
 _TENSORS = {
     *_TOKENS, "summaries", "sums", "matrix_grads", "sum_grads", "centre", "den", "den_grad", "own_grad",
-    "order", "starts", "rotary", "mask",
+    "order", "starts", "rotary", "mask", "norm", "out_norm", "gate",
 }  # fmt: skip
 
 
@@ -160,10 +170,15 @@ def _plan(
     mask: tuple[tuple[int, ...], torch.dtype] | None,
     device: torch.device,
     target: Target,
+    norm: torch.dtype | None,
+    out_norm: torch.dtype | None,
+    gate: tuple[Any, ...] | None,
+    norm_eps: float,
     *tensors: tuple[Any, ...],
 ) -> _Plan:
     """All that does not depend on what tensors hold, on one device, which compiles for itself."""
     tokens = [Meta(*y) for y in tensors]
+    gates = [] if gate is None else [Meta(*gate)]
     x, v = tokens[:2]
     batch, heads, length, width = x.shape
     held = how_held(feature_map, turned=rotary is not None, normalized=normalized)
@@ -176,22 +191,28 @@ def _plan(
     }
     numbers |= dict(zip(("r_b", "r_h", "r_n"), rotary or (0, 0, 0), strict=False))
     numbers |= dict(zip(("mask_b", "mask_n"), mask[0] if mask else (0, 0), strict=False))
+    numbers |= dict(
+        zip(("gate_b", "gate_h", "gate_n"), gates[0].stride if gates else (0, 0, 0), strict=False)
+    )
     numbers |= {
         "summary_stride": size, "sums_stride": sums or size, "heads": heads, "blocks": summaries[2],
-        "parts": parts, "tokens": length, "eps": eps,
+        "parts": parts, "tokens": length, "eps": eps, "norm_eps": norm_eps,
     }  # fmt: skip
     constants = {
         "QUOTIENT": quotient, "SUMS": own_grad, "NORMALIZED": normalized, "CENTRED": centred,
         "SATURATE": saturate, "FEATURE_MAP": feature_map, "ROTARY": rotary is not None,
-        "MASK": mask is not None, "WIDTH": width,
-        "CHANNELS": v.shape[-1], "X_VEC": vector_of(x, *tokens[2:3]), "V_VEC": vector_of(v, *tokens[3:]),
+        "MASK": mask is not None, "NORM": norm is not None, "OUT_NORM": out_norm is not None,
+        "GATE": gate is not None, "WIDTH": width, "CHANNELS": v.shape[-1],
+        "X_VEC": vector_of(x, *tokens[2:3]), "V_VEC": vector_of(v, *tokens[3:], *gates),
         # Rows that threads of 4 warps cover with 16 bytes each.
         "KEPT": min(tile["ROWS"], max(8, 1024 // tile["D"])),
     }  # fmt: skip
     if tile["OPERAND"] == tl.bfloat16 and tile["D"] <= 128 and tile["num_warps"] == 8 and target.major:
-        # More than that is needed for other features and for masks, and would be spilled.
-        tile |= {"maxnreg": _REGISTERS} if feature_map == "relu" and mask is None else {}
-    steps = [y.stride[2] for y in tokens] + [rotary[2] if rotary else 0, mask[0][1] if mask else 0]
+        # More than that is needed for other features and for masks, and but for 9.0 for norms and gates.
+        few = feature_map == "relu" and mask is None and (target.major == 9 or not (norm or out_norm or gate))
+        tile |= {"maxnreg": _REGISTERS} if few else {}
+    assert out_norm is None or tile["TILES"] == 1, "the norm of outputs sees whole rows"
+    steps = [y.stride[2] for y in (*tokens, *gates)] + [rotary[2] if rotary else 0, mask[0][1] if mask else 0]
     constants["PLACE"] = tl.int32 if length * max(steps) < 2**31 else tl.int64
     names = [argument for argument in getattr(kernels, f"{name}_kernel").arg_names if argument in _TENSORS]
     assert mask is None or "mask" in names, "masks are of keys"
@@ -267,7 +288,8 @@ _OTHER_TILES = {
     (10, "inner", "bf16", 128): (64, 8, 2), (10, "keys", "bf16", 128): (32, 8, 1),
     (12, "outer", "bf16", 128): (16, 4, 1), (12, "inner", "bf16", 128): (32, 4, 1),
     (12, "queries", "bf16", 64): (32, 4, 1), (12, "queries", "tf32", 64): (32, 8, 2),
-    (0, "inner", "bf16", 256): (16, 8, 1), (0, "keys", "bf16", 256): (16, 8, 1),
+    (0, "inner", "bf16", 256): (16, 8, 1), (0, "inner", "ieee", 256): (16, 4, 1),
+    (0, "keys", "bf16", 256): (16, 8, 1),
     (0, "queries", "ieee", 64): (16, 8, 1), (0, "queries", "ieee", 128): (16, 8, 1),
     (0, "keys", "ieee", 256): (16, 4, 1),
 }  # fmt: skip
@@ -282,6 +304,16 @@ _REGISTERS = 128
 def how_held(feature_map: str, *, turned: bool, normalized: bool) -> tuple[bool, bool]:
     """Return whether a row may be held in two tiles, and whether products may find the sums."""
     return not turned and feature_map != "softmax", not turned and normalized
+
+
+def holds_whole_rows(q: Tensor, summaries: Tensor, features: Features, dtype: torch.dtype) -> bool:
+    """Return whether a program that reads queries holds all channels of their outputs."""
+    channels = summaries.shape[-2] - int(features.normalized and summaries.dtype != torch.bfloat16)
+    held = how_held(features.feature_map, turned=features.rotary is not None, normalized=features.normalized)
+    target = Target(_major(q.device), False)
+    return (
+        tile_of("inner", q.shape[-1], channels, q.dtype, dtype, summaries.dtype, target, *held)["TILES"] == 1
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -42,8 +42,9 @@ from torch import Tensor
 from ..composite import mix
 from ..features import Features
 from ..layout import BlockLayout
+from ..norms import Norms
 from ..tiled import new_gradient, new_outputs
-from .launch import Launcher, how_held, launch, parts_of, row_of_sums, target_of, tile_of
+from .launch import Launcher, holds_whole_rows, how_held, launch, parts_of, row_of_sums, target_of, tile_of
 
 # Up to so many blocks, products of mixing are too short for their sizes to matter.
 _FEW_BLOCKS = 64
@@ -52,14 +53,17 @@ _FEW_BLOCKS = 64
 # each ROWS of them.
 _SAMPLE = 2048
 _CENTRE_TILE = {"ROWS": 512, "DV": 16, "num_warps": 8, "num_stages": 1}
+_NONE = Norms()
 
 
-def summarize(k: Tensor, v: Tensor, layout: BlockLayout, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.tiled.summarize`."""
+def summarize(
+    k: Tensor, v: Tensor, layout: BlockLayout, features: Features, norms: Norms = _NONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mhla_diffusion.ops.tiled.summarize`; of keys behind their norm."""
     summaries, sums, centre = new_summaries(k, v, layout, features)
     if centre.shape[-1]:
         _centre(v, features.mask, out=centre)
-    _outer(k, v, summaries, sums, layout, features, centre=centre)
+    _outer(k, v, summaries, sums, layout, features, centre=centre, norms=norms)
     return summaries, sums, centre
 
 
@@ -88,16 +92,25 @@ def read(
     layout: BlockLayout,
     features: Features,
     dtype: torch.dtype,
+    norms: Norms = _NONE,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mhla_diffusion.ops.tiled.read`."""
-    out, denominators = new_outputs(q, summaries, sums, features, dtype)
+    """See :func:`mhla_diffusion.ops.tiled.read`; of queries behind their norm, and behind what is to follow.
+
+    Where a program holds no whole rows of outputs (beyond 128 channels in bfloat16, 64 in others), operations
+    of torch norm and gate them.
+    """
+    outside = norms.out is not None and not holds_whole_rows(q, summaries, features, dtype)
+    kind = norms.dtype_between(dtype) if outside else dtype
+    out, denominators = new_outputs(q, summaries, sums, features, kind)
     mixed, mixed_sums = _mix(_weights(mixing, summaries, sums, features), summaries, sums)
     launch(
         "inner", (q, out), mixed, mixed_sums, layout, features, centre=centre,
         den=denominators if features.normalized else None,
-        saturate=dtype == torch.float16 and not features.normalized,
+        saturate=kind == torch.float16 and not features.normalized,
+        norm=norms.q, out_norm=None if outside else norms.out, gate=None if outside else norms.gate,
+        norm_eps=norms.eps,
     )  # fmt: skip
-    return out, denominators
+    return norms.behind(out).to(dtype) if outside else out, denominators
 
 
 def read_backward(
@@ -292,14 +305,15 @@ def _outer(
     centre: Tensor | None = None,
     den: Tensor | None = None,
     den_grad: Tensor | None = None,
+    norms: Norms = _NONE,
 ) -> None:
-    """Summaries of x and v."""
+    """Summaries of x, behind the norm of keys, and v."""
     parts = parts_of("outer", x, layout)
     _add_up(
         summaries, sums, parts,
         lambda each, each_sums: launch(
             "outer", (x, v), each, each_sums, layout, features, centre=centre, dtype=summaries.dtype,
-            parts=parts, den=den, den_grad=den_grad,
+            parts=parts, den=den, den_grad=den_grad, norm=norms.k, norm_eps=norms.eps,
         ),
     )  # fmt: skip
 

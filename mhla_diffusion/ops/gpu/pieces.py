@@ -117,13 +117,36 @@ def load_rows(
 
 
 @triton.jit
+def inverse_rms(
+    x, token, stride, counts, eps, WIDTH: tl.constexpr, VEC: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr
+):
+    """One over the root mean square of rows of x, of both tiles."""
+    column = tl.arange(0, D)
+    rows = load_values(x, token, stride, column, counts, tl.float32, WIDTH, VEC)
+    squares = tl.sum(rows * rows, 1)
+    if TAIL:
+        rows = load_values(x, token, stride, D + tl.arange(0, TAIL), counts, tl.float32, WIDTH, VEC)
+        squares += tl.sum(rows * rows, 1)
+    return tl.rsqrt(squares / WIDTH + eps)
+
+
+@triton.jit
+def load_weights(norm, column, WIDTH: tl.constexpr):
+    """Tile of the weights of a norm."""
+    return tl.load(norm + column, column < WIDTH, 0.0).to(tl.float32)
+
+
+@triton.jit
 def load_features(
-    x, x_n, rotary, r_n, token, counts, column, eps, COUNT: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    ROTARY: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    x, x_n, rotary, r_n, token, counts, column, eps, norm, inverse, COUNT: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Features of rows of x, as they are and, turned, as a factor of products."""
+    """Features of rows of x, behind their norm, as they are and, turned, as a factor of products."""
     rows = load_rows(x, token, x_n, column, counts, FEATURE_MAP, OPERAND, WIDTH, VEC)
+    if NORM:
+        normed = rows.to(tl.float32) * inverse[:, None] * load_weights(norm, column, WIDTH)[None, :]
+        rows = normed.to(rows.dtype)
     plain = phi(rows, column, counts, eps, COUNT, WIDTH, D, FEATURE_MAP)
     turned = plain
     if ROTARY:
@@ -251,15 +274,34 @@ def write_gradient(
 
 
 @triton.jit
-def write(
-    v, v_n, product, inverse, seen, middle, token, inside, channel, NORMALIZED: tl.constexpr,
-    CENTRED: tl.constexpr, SATURATE: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Write products times ``inverse`` to rows of v, with the centre taken off before where keys are seen."""
+def outputs_of(product, inverse, seen, middle, NORMALIZED: tl.constexpr, CENTRED: tl.constexpr):
+    """Products times ``inverse``, with the centre that was taken off before where keys are seen."""
     if NORMALIZED:
         product = product * inverse[:, None]
         if CENTRED:
             product += middle[None, :] * seen[:, None]
+    return product
+
+
+@triton.jit
+def sum_of_squares(product, channel, CHANNELS: tl.constexpr):
+    """Of each row; beside its channels there may be sums."""
+    product = tl.where(channel[None, :] < CHANNELS, product, 0.0)
+    return tl.sum(product * product, 1)
+
+
+@triton.jit
+def write(
+    v, v_n, product, token, inside, channel, norm, inverse, gate, gate_n, OUT_NORM: tl.constexpr,
+    GATE: tl.constexpr, SATURATE: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Write outputs to rows of v, behind their norm and ``SiLU(gate)``."""
+    if OUT_NORM:
+        product = product * inverse[:, None] * load_weights(norm, channel, CHANNELS)[None, :]
+    if GATE:
+        opened = load_values(gate, token, gate_n, channel, inside, tl.float32, CHANNELS, VEC)
+        root = tl.rsqrt(1.0 + tl.exp(-opened))  # squared a quotient, in a third of the instructions
+        product = product * opened * root * root
     if SATURATE:
         product = tl.maximum(product, -65504.0, propagate_nan=tl.PropagateNan.ALL)
         product = tl.minimum(product, 65504.0, propagate_nan=tl.PropagateNan.ALL)
