@@ -22,8 +22,8 @@ from .features import (
     check_key_mask,
     check_rotary,
     feature_map_of,
-    rotary_table,
 )
+from .rotary import rotary_table
 
 
 def mhla_causal(

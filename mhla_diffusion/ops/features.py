@@ -111,11 +111,6 @@ class Features:
         check_eps(self.eps)
 
 
-def rotary_table(rotary_emb: RotaryEmbedding | None) -> Tensor | None:
-    """Cosine and sine of each pair side by side, ``[..., N, d]``."""
-    return None if rotary_emb is None else torch.stack(rotary_emb, -1).flatten(-2)
-
-
 def turn_all(rotary_emb: RotaryEmbedding, tokens: int, extra: tuple[int, int] | None) -> RotaryEmbedding:
     """Tables ``[..., N, d / 2]`` of all tokens, from those of the grid's alone: extra ones are not turned."""
     if extra is None or rotary_emb[0].shape[-2] == tokens:

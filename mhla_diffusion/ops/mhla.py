@@ -10,10 +10,11 @@ from torch import Tensor
 from .autocast import as_autocast, without_autocast
 from .composite import features_of
 from .dispatch import has_kernels
-from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
+from .features import Features, RotaryEmbedding, check_arguments
 from .layout import BlockLayout
 from .norms import Norms
 from .operators import fused, in_transform, read, summarize
+from .rotary import rotary_table
 
 
 def mhla(
@@ -79,7 +80,7 @@ def mhla(
     dtype = dtype or v.dtype
     if norms is not None:
         norms.check(q, k, v)
-    rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
+    rotary = rotary_table(rotary_emb, layout.num_tokens, layout.extra)
     features = Features(feature_map, eps, normalizer == "paper", rotary)
     norms = norms or Norms()
     whole = norms.any and key_layout is None and normalizer != "official"

@@ -15,9 +15,10 @@ from torch import Tensor
 from . import tiled
 from .autocast import as_autocast
 from .dispatch import implementation_for
-from .features import Features, RotaryEmbedding, check_arguments, rotary_table, turn_all
+from .features import Features, RotaryEmbedding, check_arguments, turn_all
 from .layout import BlockLayout
 from .operators import Summaries, read, summarize
+from .rotary import rotary_table
 
 
 def mhla_parallel(

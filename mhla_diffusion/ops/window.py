@@ -14,12 +14,11 @@ from .features import (
     check_arguments,
     check_key_mask,
     check_tokens,
-    rotary_table,
-    turn_all,
 )
 from .layout import BlockLayout, Margin
 from .mhla import attend, mhla
 from .operators import in_transform
+from .rotary import rotary_table
 from .routing import NOTHING, joined, routed_attention
 from .window_composite import softmax_in_blocks, softmax_of_scores
 from .window_operators import fused_window, is_fused
@@ -83,7 +82,7 @@ def mhla_local(
         far = mhla(q, k, v, mixing, layout, eps=eps, dtype=dtype, **options)
         return (gate * near + (1 - gate) * far).to(v.dtype)
     check_arguments(q, k, v, mixing, layout, None, normalizer="paper", **options)
-    rotary = rotary_table(rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra))
+    rotary = rotary_table(rotary_emb, layout.num_tokens, layout.extra)
     # Denominators are of W as it is: they are weighed against those of the window.
     features = Features(feature_map, eps, normalized=True, rotary=rotary, scaled=False)
     others = _others(mixing.to(dtype))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mhla_diffusion import MHLAWanTransformer3DModel, convert_to_mhla
 from mhla_diffusion.backbones import processors
-from mhla_diffusion.ops import BlockLayout, mhla_reference
+from mhla_diffusion.ops import BlockLayout, mhla_reference, rotary
 
 SETTINGS: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 4, "num_layers": 3,
@@ -77,6 +77,21 @@ def test_a_layer_is_the_operator_on_turned_features(normalizer: str) -> None:
     torch.testing.assert_close(
         attn(x, None, None, rotary_emb, grid=grid), attn.to_out[0](out), rtol=1e-4, atol=1e-4
     )
+
+
+def test_layers_share_one_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+
+    def make_table(*arguments: Any) -> Tensor:
+        made.append(table_of(*arguments))
+        return made[-1]
+
+    table_of = rotary._table
+    monkeypatch.setattr(rotary, "_table", make_table)
+    model = make_model()
+    for grid in ((3, 6, 10), (3, 4, 4), (3, 6, 10)):
+        model(**make_inputs(grid))
+    assert [table.shape[1] for table in made] == [45, 12, 45]
 
 
 def test_a_new_model_hears_time_and_text() -> None:

@@ -15,8 +15,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhla_diffusion.ops import BlockLayout, mhla, mhla_causal, operators
-from mhla_diffusion.ops.features import Features, apply_rotary_emb, rotary_table
+from mhla_diffusion.ops.features import Features, apply_rotary_emb
 from mhla_diffusion.ops.mhla import attend
+from mhla_diffusion.ops.rotary import rotary_table
 
 SYMBOLIC = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch 2.12 fails at symbolic grids"
