@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, mhla_reference
+from mhla_diffusion.ops import BlockLayout, Norms, locality_mixing, mhla, mhla_reference
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 NAMES = ("o", "dq", "dk", "dv", "dW")
@@ -154,6 +154,9 @@ def correct_checks(at: Machine) -> Iterator[tuple[str, Check]]:
         for dtype in dtypes:
             case = {"grid": (13, 17), "blocks": (3, 4), "d": d, "rotary": d % 16 == 0}
             yield f"d {d}, {dtype}", functools.partial(_compare, at, dtype, **case)
+    for d in WIDTHS[3:5] if at.tiny else WIDTHS[3:]:
+        for dtype in dtypes:
+            yield f"norms and gate, d {d}, {dtype}", functools.partial(_with_norms, at, d, dtype)
     for mean in (0.0, 1.0, 3.0):
         for dtype in dtypes:
             yield f"values of mean {mean}, {dtype}", functools.partial(_with_mean, at, mean, dtype)
@@ -229,6 +232,20 @@ def verdict(
     errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in pairs]
     text = " ".join(f"{name} {error:.0e}" for name, error in zip(names, errors, strict=False))
     return text, all(error < limit for error in errors)
+
+
+def _with_norms(at: Machine, d: int, dtype: str) -> tuple[str, bool]:
+    """Norms of q, k and the output and a gate, which kernels apply where no gradient is wanted."""
+    torch.manual_seed(0)
+    layout = BlockLayout((13, 17), (3, 4))
+    q, k, v, gate = (at.heads_inside(2, layout.num_tokens, 2, d, dtype) for _ in range(4))
+    of_q, of_k, of_out = (torch.rand(d, device=at.device) + 0.5 for _ in range(3))
+    norms = Norms(of_q, of_k, of_out, gate)
+    arguments = q, k, v, torch.rand(12, 12, device=at.device), layout
+    options: dict[str, Any] = {"rotary_emb": at.angles(layout.num_tokens, d)} if d % 16 == 0 else {}
+    with torch.no_grad():
+        found = mhla(*arguments, norms=norms, **options)
+    return verdict([found], [mhla_reference(*arguments, norms=norms, **options)], TOLERANCE[dtype])
 
 
 def _with_mean(at: Machine, mean: float, dtype: str) -> tuple[str, bool]:

@@ -37,7 +37,7 @@ from gpu_checks import (
 from gpu_forms import LIMIT, form_checks, form_time_checks
 from torch import Tensor
 
-from mhla_diffusion.ops import BlockLayout, locality_mixing, mhla, recommended_layout
+from mhla_diffusion.ops import BlockLayout, Norms, locality_mixing, mhla, recommended_layout
 
 # Seconds that each stage may take, as long as all together do not take more than MOST.
 LIMITS = {
@@ -123,19 +123,23 @@ def _speed(at: Machine, shape: Shape, batch: int, rate: float) -> tuple[str, boo
     leaves = [x.detach().requires_grad_() for x in (q, k, v, locality_mixing(layout).to(at.device))]
     rotary = at.angles(layout.num_tokens, shape.d) if shape.rotary else None
 
-    def call() -> Tensor:
+    def call(norms: Norms | None = None) -> Tensor:
         q, k, v, mixing = leaves
-        return mhla(q, k, v, mixing, layout, rotary_emb=rotary)
+        return mhla(q, k, v, mixing, layout, rotary_emb=rotary, norms=norms)
 
     with torch.no_grad():
         forward = at.seconds(call, graph=True)
         ratios = {name: at.seconds(peer, 5, graph=True) / forward for name, peer in peers(q, k, v).items()}
         host = _host_seconds(at, call)
+        norms = Norms(out=torch.ones(shape.d, device=at.device, dtype=q.dtype), gate=cotangent)
+        inside = at.seconds(functools.partial(call, norms), graph=True)
+        apart = at.seconds(lambda: norms.behind(call()), graph=True)
     both = at.seconds(lambda: torch.autograd.grad(call(), leaves, cotangent), graph=True)
     floor = 4 * q.nbytes / rate
     text = (
         f"forward {forward * 1e6:.0f} us, {forward / floor:.1f} x floor; backward "
         f"{(both - forward) * 1e6:.0f} us, {(both - forward) / floor / 2:.1f} x; host {host * 1e6:.0f} us; "
+        f"forward with output norm and gate {inside * 1e6:.0f} us, these apart {apart * 1e6:.0f} us; "
         "slower than MHLA: " + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in ratios.items())
     )
     return text, at.tiny or ratios["linear"] > 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Norms(NamedTuple):
-    """What comes before and behind the operator: ``norm(mhla(norm(q), norm(k), v)) * SiLU(gate)``.
+    """RMS norms and gate around the operator: ``norm(mhla(norm(q), norm(k), v)) * SiLU(gate)``.
 
     A norm is over the channels of each head, ``x / sqrt(mean(x^2) + eps) * weights``.
 
@@ -30,7 +30,7 @@ class Norms(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether there is a norm or a gate."""
+        """True where there is a norm or a gate."""
         return any(x is not None for x in self[:4])
 
     def before(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def load_rows(
 def inverse_rms(
     x, token, stride, counts, eps, WIDTH: tl.constexpr, VEC: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr
 ):
-    """One over the root mean square of rows of x, of both tiles."""
+    """Inverse of the root mean square of rows of x, of both tiles."""
     column = tl.arange(0, D)
     rows = load_values(x, token, stride, column, counts, tl.float32, WIDTH, VEC)
     squares = tl.sum(rows * rows, 1)
@@ -285,7 +285,7 @@ def outputs_of(product, inverse, seen, middle, NORMALIZED: tl.constexpr, CENTRED
 
 @triton.jit
 def sum_of_squares(product, channel, CHANNELS: tl.constexpr):
-    """Of each row; beside its channels there may be sums."""
+    """Sum of squares of each row; beside its channels there may be sums."""
     product = tl.where(channel[None, :] < CHANNELS, product, 0.0)
     return tl.sum(product * product, 1)
 
