@@ -61,7 +61,7 @@ class Shape:
 
 
 SHAPES = {
-    "256": Shape(64, 6, (16, 16), (4, 2)),  # DiT-S/2 at 256 px
+    "0.25k": Shape(64, 6, (16, 16), (4, 2)),  # DiT-S/2 at 256 px
     "1k narrow": Shape(32, 12, (32, 32), (4, 4)),
     "1k": Shape(64, 6, (32, 32), (4, 4)),  # DiT-S/2 at 512 px
     "4k": Shape(72, 16, (64, 64), (4, 4)),  # DiT-XL/2 at 1024 px
@@ -106,7 +106,7 @@ def operator(
     q, k, v and the output over the rate of a copy, both measured here; three times that with the backward.
 
     Args:
-        shapes: of 256, 1k narrow, 1k, 4k, 16k, wan, 1M.
+        shapes: of 0.25k, 1k narrow, 1k, 4k, 16k, wan, 1M.
         dtypes: of float32, bfloat16.
         passes: of ``forward``, ``forward + backward``.
         peers: of mhla, softmax, linear, convolution.
