@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,7 @@ class MHLAWanPipeline(CardedPipeline, WanPipeline):
         max_sequence_length: int = 512,
         fps: float = 16.0,
         training: dict | None = None,
-        sample_size: tuple[int, int, int] | list[int] | None = None,  # a list in what is stored
+        sample_size: Sequence[int] | None = None,
         prediction_type: str | None = None,
     ) -> None:
         super().__init__(

@@ -191,11 +191,13 @@ class _Finished:
 
     def __call__(self, transformer: Any, training: dict[str, Any] | None) -> Any:
         assert self.config.text is not None
-        parts = {
+        parts: dict[str, Any] = {
             "tokenizer": self.encoder.tokenizer, "text_encoder": self.encoder.text_encoder,
             "transformer": transformer, "scheduler": self.scheduler, "vae": self.vae,
         }  # fmt: skip
-        text = {"max_sequence_length": self.config.text.max_length, "instruction": self.config.text.prefix}
+        text: dict[str, Any] = {
+            "max_sequence_length": self.config.text.max_length, "instruction": self.config.text.prefix,
+        }  # fmt: skip
         stock = stock_pipeline(**parts, **text)
         if stock is not None:
             return stock(**parts)
