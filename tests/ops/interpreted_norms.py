@@ -129,6 +129,26 @@ def test_kernels_with_norms_equal_the_reference(case: str, launched: list[dict[s
     ]  # fmt: skip
 
 
+def test_weights_and_gates_lie_as_they_may(launched: list[dict[str, Any]]) -> None:
+    """Expanded over channels, one of each head or token, channels apart."""
+    layout = BlockLayout((4, 4), (2, 2))
+    inputs, norms = make(layout, heads=3)
+    assert norms.gate is not None
+    weights = [torch.full((1,), x).expand(8) for x in (0.5, 2.0)] + [torch.rand(8, 2)[:, 0]]
+    gates = (
+        torch.randn(1, 1, 1, 1).expand(1, 3, 16, 8), torch.randn(1, 3, 1, 8).expand(1, 3, 16, 8),
+        torch.randn(1, 1, 16, 8).expand(1, 3, 16, 8), torch.randn(1, 3, 8, 16).mT, norms.gate.double(),
+    )  # fmt: skip
+    for gate in gates:
+        norms = Norms(*weights, gate)
+        with torch.no_grad():
+            out = mhla(*inputs, layout, norms=norms)
+        torch.testing.assert_close(
+            out, mhla_reference(*inputs, layout, norms=norms).float(), atol=1e-4, rtol=1e-4
+        )
+    assert all(x["gate"] for x in launched[1::2])
+
+
 def test_nan_stays_nan_and_masked_rows_do_not_matter() -> None:
     layout = BlockLayout((4, 4), (2, 2))
     inputs, norms = make(layout)

@@ -94,8 +94,9 @@ def launch(
     if tokens[0].stride(-1) != 1 or tokens[1].stride(-1) != 1:
         assert name != "inner" or tokens[1].stride(-1) == 1, "outputs have their channels side by side"
         tokens = *(y if y.stride(-1) == 1 else y.contiguous() for y in tokens[:2]), *tokens[2:]
-    if gate is not None and gate.stride(-1) != 1:
-        gate = gate.contiguous()
+    norm, out_norm, gate = (
+        y if y is None or y.stride(-1) == 1 else y.contiguous() for y in (norm, out_norm, gate)
+    )
     x, v = tokens[:2]
     rotary, mask = features.rotary, features.mask
     if rotary is not None:
