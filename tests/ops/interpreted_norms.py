@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mhla_diffusion import MHLA, MHLAConfig
 from mhla_diffusion.ops import BlockLayout, Norms, mhla, mhla_reference
 from mhla_diffusion.ops.gpu import mhla as kernels
+from tests.ops.tensors import amid_nan
 
 PARTS = ("q", "k", "out", "gate")
 CASES: dict[str, dict[str, Any]] = {
@@ -80,15 +81,8 @@ def make(
     """q, k, v, W, and norms with a gate; rows amid NaN."""
 
     def amid(channels: int) -> Tensor:
-        order = {
-            heads_inside: (batch, layout.num_tokens, heads, channels),
-            channels_apart: (batch, heads, channels, layout.num_tokens),
-        }
-        shape = order.get(True, (batch, heads, layout.num_tokens, channels))
-        x = torch.full([size + 2 for size in shape], torch.nan, dtype=getattr(torch, dtype))
-        x = x[tuple(slice(1, -1) for _ in shape)]
-        x.copy_(torch.randn(shape))
-        return x.mT if channels_apart else x.transpose(1, 2) if heads_inside else x
+        order = {"heads_inside": heads_inside and not channels_apart, "channels_apart": channels_apart}
+        return amid_nan(batch, heads, layout.num_tokens, channels, dtype, **order)
 
     kind = getattr(torch, weights)
     norms = Norms(*((torch.rand(n) + 0.5).to(kind) for n in (d, d, d_v)), amid(d_v), eps=1e-3)

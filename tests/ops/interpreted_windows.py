@@ -23,6 +23,7 @@ from mhla_diffusion.ops import (
     mhla_local_reference,
     window_attention,
 )
+from tests.ops.tensors import amid_nan
 
 # Of a case: grid, blocks, margin, dtype, d, d_v; a rest unless it says otherwise.
 CASES: dict[str, dict[str, Any]] = {
@@ -94,16 +95,9 @@ def make(
     """q, k, v and the rest, amid NaN."""
 
     def amid(channels: int, add: float, kind: str) -> Tensor:
-        order = {
-            heads_inside: (batch, layout.num_tokens, heads, channels),
-            channels_apart: (batch, heads, channels, layout.num_tokens),
-        }
-        shape = order.get(True, (batch, heads, layout.num_tokens, channels))
-        x = torch.full([size + 2 for size in shape], torch.nan, dtype=getattr(torch, kind))
-        x = x[tuple(slice(1, -1) for _ in shape)]
-        x.copy_(torch.randn(shape) + add)
-        x = x.transpose(1, 2) if heads_inside else x.mT if channels_apart else x
-        return x.requires_grad_()
+        order = {"heads_inside": heads_inside, "channels_apart": channels_apart}
+        x = amid_nan(batch, heads, layout.num_tokens, channels, kind, **order)
+        return x.add_(add).requires_grad_()
 
     d_v = d_v or d
     tensors = [amid(d, 0, dtype), amid(d, key_mean, dtype), amid(d_v, mean, dtype)]

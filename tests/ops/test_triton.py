@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from mhla_diffusion.ops import BlockLayout, dispatch, mhla, mhla_reference, recommended_layout, tiled
+from tests.ops.tensors import amid_nan
+
+ROOT = Path(__file__).parents[2]
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"grid": (4, 6), "blocks": (2, 2), "batch": 2},
@@ -123,16 +126,8 @@ def compare(
     tokens, key_tokens = layout.num_tokens, (key_layout or layout).num_tokens
 
     def make(tokens: int, channels: int) -> torch.Tensor:
-        order = {
-            heads_inside: (batch, tokens, heads, channels),
-            channels_apart: (batch, heads, channels, tokens),
-        }
-        shape = order.get(True, (batch, heads, tokens, channels))
-        amid = torch.full([size + 2 for size in shape], torch.nan, dtype=getattr(torch, dtype))
-        x = amid[tuple(slice(1, -1) for _ in shape)]
-        x.copy_(torch.randn(shape))
-        x = x.transpose(1, 2) if heads_inside else x.mT if channels_apart else x
-        return x.requires_grad_()
+        order = {"heads_inside": heads_inside, "channels_apart": channels_apart}
+        return amid_nan(batch, heads, tokens, channels, dtype, **order).requires_grad_()
 
     inputs = [make(tokens, d), make(key_tokens, d), make(key_tokens, d_v)]
     size = layout.num_blocks, (key_layout or layout).num_blocks
@@ -166,7 +161,7 @@ if __name__ == "__main__":
     sys.stdout.write(json.dumps({name: compare(**case) for name, case in CASES.items()}))
 
 
-INTERPRETED = {"TRITON_INTERPRET": "1", "MHLA_KERNELS": "triton"}
+INTERPRETED = {"TRITON_INTERPRET": "1", "MHLA_KERNELS": "triton", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +220,7 @@ def test_kernels_pass_their_tests_interpreted(file: str, least: int) -> None:
 def check_kernels() -> Any:
     """scripts/check_kernels.py as a module."""
     pytest.importorskip("triton")
-    path = Path(__file__).parents[2] / "scripts" / "check_kernels.py"
+    path = ROOT / "scripts" / "check_kernels.py"
     spec = importlib.util.spec_from_file_location("check_kernels", path)
     assert spec is not None
     assert spec.loader is not None
