@@ -32,9 +32,8 @@ from .ops import (
     resize_mixing,
     window_attention,
 )
-from .ops.composite import counted
+from .ops.composite import counted, within_range
 from .ops.features import RotaryEmbedding, check_arguments, check_key_mask, turned
-from .ops.mhla import is_fused
 from .ops.norms import Norms, is_plain, over_channels
 from .ops.operators import in_transform
 
@@ -300,9 +299,9 @@ class MHLA(nn.Module):
         }  # fmt: skip
         if group is not None and self.config.needs_all_tokens:
             out, beside = attend_by_heads(self, q, k, v, group=group, **settings)
-            out = self._gated(out, self._gate_of(hidden_states))
+            out = self._gated(out, hidden_states)
         else:
-            out, beside = self.attend(q, k, v, group=group, gate=self._gate_of(hidden_states), **settings)
+            out, beside = self.attend(q, k, v, group=group, hidden_states=hidden_states, **settings)
         out = out.transpose(1, 2).flatten(2)
         # Behind norm and gate, as in the public reference code.
         return out if beside is None else out + beside.transpose(1, 2).flatten(2)
@@ -338,22 +337,22 @@ class MHLA(nn.Module):
         rotary_emb: RotaryEmbedding | None = None,
         key_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
-        gate: Tensor | None = None,
+        hidden_states: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as :meth:`forward` does, whose arguments these are; ``gate``, ``[B, H, N, d]``, is linear.
+        """Attend as :meth:`forward` does, whose arguments these are; without hidden states before the gate.
 
         Returns:
-            ``norm(mhla(q, k, v)) * SiLU(gate)`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a
+            ``norm(mhla(q, k, v)) * SiLU(gate(x))`` and ``cpe(v)``, ``[B, H, N, d]`` each; None without a
             convolution.
         """
         layout, key_layout, mixing = self.fit(grid, key_grid, extra=extra, device=q.device)
         # Convolutions and the gradients of norms and learned features see them too.
         k, v = counted(k, key_mask), counted(v, key_mask)
         beside = None if self.cpe is None else convolve(self.cpe, v, layout)
-        alone = group is None and key_grid is None and self.config.window is None
-        fused = self._fused(q, k, v, gate) if alone else None
+        whole = group is None and self.config.window is None
+        norms = self._norms(hidden_states, q.device) if whole else None
         q, k = self._convolved(q, k, layout, key_mask, v.dtype)
-        if fused is None or fused.q is None:
+        if norms is None or norms.q is None:
             q, k = self._normed(q, k)
         mixing = self.weighed(mixing, q, k, layout, key_layout, key_mask)
         window = (q, k)
@@ -368,24 +367,25 @@ class MHLA(nn.Module):
         elif self.config.window is not None:
             attend = functools.partial(self._attend_locally, window)
         else:
-            attend = functools.partial(mhla, key_layout=key_layout, norms=fused)
+            attend = functools.partial(mhla, key_layout=key_layout, norms=norms)
         # Sums over all tokens can be too large for float16 where no denominator follows, but a norm.
-        norm = self.norm if fused is None else None
-        before_norm = norm is not None and v.dtype == torch.float16
+        wide = norms is None and v.dtype == torch.float16
         out = attend(
             q, k, v, mixing.to(q.device), layout,
             feature_map=self.operator_map, normalizer=self.config.normalizer,
             rotary_emb=rotary_emb, key_mask=key_mask, eps=self.config.eps,
-            dtype=torch.float32 if before_norm else None,
+            dtype=torch.float32 if wide else None,
         )  # fmt: skip
-        if norm is not None:
-            out = over_channels(norm, out).to(v.dtype) if before_norm else over_channels(norm, out)
-        return self._gated(out, gate) if fused is None else out, beside
+        if norms is None:
+            dtype = v.dtype if wide else out.dtype
+            out = self._gated(out if self.norm is None else over_channels(self.norm, out), hidden_states)
+            out = within_range(out, dtype).to(dtype)
+        return out, beside
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Norms | None:
-        """What of norms and gate the kernels of the operator apply, where they run; norms without hooks."""
+    def _norms(self, hidden_states: Tensor | None, device: torch.device) -> Norms | None:
+        """Norms and gate as arguments of the operator; None where a norm is more than its weights."""
         norms = self.norm_q, self.norm_k, self.norm
-        if not is_fused(q, k, v) or not all(is_plain(x, q.device) for x in norms if x is not None):
+        if not all(is_plain(x, device, _NORM_EPS) for x in norms if x is not None):
             return None
         q_norm, k_norm, out_norm = (None if x is None else x.weight for x in norms)
         if (
@@ -394,7 +394,7 @@ class MHLA(nn.Module):
             or self.config.feature_map not in FEATURE_MAPS
         ):
             q_norm = k_norm = None  # normed queries and keys go elsewhere first
-        return Norms(q_norm, k_norm, out_norm, gate, _NORM_EPS)
+        return Norms(q_norm, k_norm, out_norm, self._gate_of(hidden_states), _NORM_EPS)
 
     def _turns(self, rotary_emb: RotaryEmbedding | None) -> RotaryEmbedding | None:
         """Rotary tables of the features: both halves of wide ones turn alike."""
@@ -403,15 +403,15 @@ class MHLA(nn.Module):
         return torch.cat((rotary_emb[0],) * 2, -1), torch.cat((rotary_emb[1],) * 2, -1)
 
     def _gate_of(self, hidden_states: Tensor | None) -> Tensor | None:
-        """What gates the output, ``[B, H, N, d]`` before SiLU, if there is a gate."""
-        if self.gate is None:
+        """What gates the output, ``[B, H, N, d]`` before SiLU, if anything does."""
+        if self.gate is None or hidden_states is None:
             return None
-        assert hidden_states is not None
         return self.gate(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    @staticmethod
-    def _gated(out: Tensor, gate: Tensor | None) -> Tensor:
-        return out if gate is None else out * F.silu(gate)
+    def _gated(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """The output ``[B, H, N, d]`` behind the gate, if there is one."""
+        gate = self._gate_of(hidden_states)
+        return out if gate is None else (out * F.silu(gate)).to(out.dtype)
 
     @property
     def operator_map(self) -> str:

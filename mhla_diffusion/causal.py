@@ -127,6 +127,5 @@ class CausalMHLA(MHLA):
                 feature_map=self.operator_map, normalizer=self.config.normalizer,
                 rotary_emb=rotary_emb, eps=self.config.eps,
             )  # fmt: skip
-        if self.norm is not None:
-            out = self.norm(out)
-        return self._gated(out, self._gate_of(hidden_states)).transpose(1, 2).flatten(2)
+        out = out if self.norm is None else self.norm(out).to(out.dtype)
+        return self._gated(out, hidden_states).transpose(1, 2).flatten(2)

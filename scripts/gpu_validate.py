@@ -133,7 +133,7 @@ def _speed(at: Machine, shape: Shape, batch: int, rate: float) -> tuple[str, boo
         host = _host_seconds(at, call)
         norms = Norms(out=torch.ones(shape.d, device=at.device, dtype=q.dtype), gate=cotangent)
         inside = at.seconds(functools.partial(call, norms), graph=True)
-        apart = at.seconds(lambda: norms.behind(call()), graph=True)
+        apart = at.seconds(lambda: norms.behind(call(), q.dtype), graph=True)
     both = at.seconds(lambda: torch.autograd.grad(call(), leaves, cotangent), graph=True)
     floor = 4 * q.nbytes / rate
     text = (

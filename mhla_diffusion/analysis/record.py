@@ -19,7 +19,8 @@ from ..arguments import require_seed
 from ..attention import MHLA
 from ..backbones import backbone_of, convert_to_mhla, load_transformer
 from ..backbones.grid import our_arguments, token_grid
-from ..backbones.processors import is_joint, join_heads, joint_mask, rotary_pairs
+from ..backbones.positions import rotary_pairs
+from ..backbones.processors import is_joint, join_heads, joint_mask
 from ..backbones.quantised import require_not_quantised
 from ..config import WINDOW_ONLY, MHLAConfig
 from ..ops import initial_mixing, locality_mixing, recommended_layout

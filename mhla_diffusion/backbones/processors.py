@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import MHLA
 from ..config import POWER_MAP, WINDOW_ONLY
 from ..ops.features import RotaryEmbedding
+from .positions import shared_pairs
 
 # With fewer there is little memory to save, and calling everything twice shows.
 _MANY_TOKENS = 1024
@@ -64,7 +65,7 @@ class MHLAAttnProcessor(MHLA):
         """Attention over ``[B, N, D]``; see :meth:`mhla_diffusion.MHLA.forward` for what is not said here.
 
         Args:
-            rotary_emb: as any layer of diffusers has it, see :func:`rotary_pairs`.
+            rotary_emb: as any layer of diffusers has it, see :func:`.positions.rotary_pairs`.
             image_rotary_emb: in joint attention: of the image and the text, complex ``[N, d / 2]``.
             encoder_hidden_states_mask: in joint attention: bool ``[B, N]``, true where a token of the text
                 counts.
@@ -89,7 +90,7 @@ class MHLAAttnProcessor(MHLA):
             rotary_emb, key_mask = image_rotary_emb, joint_mask(encoder_hidden_states_mask, hidden_states)
         attend = functools.partial(
             super().__call__, grid=grid, extra=extra, key_grid=key_grid, key_mask=key_mask, group=group,
-            rotary_emb=None if rotary_emb is None else rotary_pairs(rotary_emb, attn),
+            rotary_emb=None if rotary_emb is None else shared_pairs(rotary_emb, attn),
         )  # fmt: skip
 
         def between_projections(*projected: Tensor) -> Tensor:
@@ -248,56 +249,6 @@ def rotary_heads(x: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:
     """
     x, groups = split_heads(x, attn, norm), getattr(attn, "rotary_halves", 0)
     return x.unflatten(-1, (groups, 2, -1)).transpose(-1, -2).flatten(-3) if groups else x
-
-
-def rotary_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
-    """Cosines and sines ``[..., N, d / 2]`` of the rotary tables that a layer of diffusers is given.
-
-    Those are cosines and sines of each pair, ``[N, d / 2]``; each of them twice, ``[N, d]`` or (Wan)
-    ``[1, N, 1, d]``; for each head its own, ``[B, N, H d]`` (LTX); complex numbers ``[..., N, d / 2]``, also
-    in a dict (AnyFlow), or a pair of them of an image and a text, of which the text then comes first
-    (Qwen-Image); rotations ``[B, N, 1, d / 2, 2, 2]`` (Kandinsky); or tables of each axis and positions in
-    them (Allegro).
-    """
-    if isinstance(rotary_emb, dict):
-        rotary_emb = rotary_emb["query"]
-    if isinstance(rotary_emb, Tensor) and not rotary_emb.is_complex():
-        rotary_emb = rotary_emb.transpose(1, 2)
-        return rotary_emb[..., 0, 0], rotary_emb[..., 1, 0]
-    if isinstance(rotary_emb, Tensor):
-        return rotary_emb.real.float(), rotary_emb.imag.float()
-    if isinstance(rotary_emb[0], tuple):
-        return _of_positions(*rotary_emb)
-    cos, sin = rotary_emb
-    if cos.is_complex():
-        turns = torch.cat((sin, cos))
-        return turns.real, turns.imag
-    if cos.ndim == 3 and cos.shape[-1] == attn.inner_dim:  # for each head its own
-        cos, sin = (table.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for table in (cos, sin))
-        return cos[..., 0::2], sin[..., 1::2]
-    if cos.ndim == 4 and cos.shape[2] == 1:
-        cos, sin = cos[:, :, 0], sin[:, :, 0]
-    width = attn.inner_dim // attn.heads
-    if cos.shape[-1] != width:
-        return cos, sin
-    if getattr(attn, "rotary_halves", 0):
-        return cos[..., : width // 2], sin[..., : width // 2]
-    return cos[..., 0::2], sin[..., 1::2]
-
-
-def _of_positions(tables: Any, positions: Any) -> RotaryEmbedding:
-    """Cosines and sines of tokens at positions ``[1, N]`` in tables ``[n, d / 3]`` of three axes."""
-    cos, sin = (
-        torch.cat(
-            [
-                axis[part][at][..., : axis[part].shape[-1] // 2]
-                for axis, at in zip(tables, positions, strict=True)
-            ],
-            dim=-1,
-        )
-        for part in (0, 1)
-    )
-    return cos, sin
 
 
 # diffusers skips attention by the class of the processor. Here too the layer then returns its input.

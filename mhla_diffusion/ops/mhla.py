@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch import Tensor
@@ -63,8 +64,9 @@ def mhla(
         dtype: of the output, by default that of v. Without a denominator outputs are sums over all tokens,
             which may be too large for float16 (and become its largest number then): ask for float32, and norm
             them before they are narrowed.
-        norms: norms of q, k and the output, and a gate. On GPUs, where no gradient is wanted, the kernels
-            apply them to what they hold, and q, k and the output pass through memory once.
+        norms: norms of q, k and the output, and a gate. On GPUs, under ``torch.no_grad``, the kernels apply
+            them to what they hold, and q, k and the output pass through memory once; but for keys of another
+            grid and normalizer ``"official"``, and in ``torch.export``.
 
     Returns:
         ``[B, H, N, d_v]`` in ``dtype``, with the axes in memory in the order of those of q.
@@ -84,22 +86,23 @@ def mhla(
     features = Features(feature_map, eps, normalizer == "paper", rotary)
     norms = norms or Norms()
     whole = norms.any and key_layout is None and normalizer != "official"
-    if whole and is_fused(q, k, v):
+    if whole and _is_fused(q, k, v):
         return fused(q, k, v, mixing, layout, dataclasses.replace(features, mask=key_mask), norms, dtype)
     q, k = norms.before(q, k)
     tensors, layouts = (q, k, v, mixing), (layout, key_layout or layout)
     between = torch.promote_types(v.dtype, torch.float32) if normalizer == "official" else dtype
-    out, _ = attend(*tensors, *layouts, features, key_mask, norms.dtype_between(between))
+    between = norms.dtype_between(between, normalized=normalizer != "none")
+    out, _ = attend(*tensors, *layouts, features, key_mask, between)
     if normalizer == "official":
         out = out / _official_denominator(q, k, mixing, layout, features, key_mask)
-    return norms.behind(out).to(dtype)
+    return norms.behind(out, dtype)
 
 
-def is_fused(*tensors: Tensor) -> bool:
-    """Return whether kernels take these tensors whole, with norms and a gate: they have no gradient then."""
+def _is_fused(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors with norms and a gate: these have no gradient then."""
     if torch.is_grad_enabled() or in_transform() or torch.compiler.is_exporting():
         return False
-    return has_kernels(tensors[0].device, *[(x.dtype, x.shape[-1]) for x in tensors])
+    return has_kernels(tensors[0].device, *[(x.dtype, operator.index(x.shape[-1])) for x in tensors])
 
 
 def attend(

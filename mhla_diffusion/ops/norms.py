@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .composite import within_range
 
 
 class Norms(NamedTuple):
@@ -37,19 +41,22 @@ class Norms(NamedTuple):
         """Return queries and keys ``[B, H, N, d]`` behind their norms."""
         return self._normed(q, self.q), self._normed(k, self.k)
 
-    def behind(self, out: Tensor) -> Tensor:
-        """Return outputs ``[B, H, N, d_v]`` behind their norm and the gate."""
+    def behind(self, out: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return outputs ``[B, H, N, d_v]`` behind their norm and the gate, in ``dtype`` and in its range."""
+        if not self.any:
+            return out.to(dtype)
         out = self._normed(out, self.out)
-        return out if self.gate is None else out * F.silu(self.gate)
+        return within_range(out if self.gate is None else out * F.silu(self.gate), dtype).to(dtype)
 
     def double(self) -> Norms:
         """Return the same in float64."""
         q, k, out, gate = (None if x is None else x.double() for x in self[:4])
         return Norms(q, k, out, gate, self.eps)
 
-    def dtype_between(self, dtype: torch.dtype) -> torch.dtype:
+    def dtype_between(self, dtype: torch.dtype, *, normalized: bool) -> torch.dtype:
         """Return what dtype the operator has to leave for ``behind``: sums may be too large for float16."""
-        return torch.float32 if self.out is not None and dtype == torch.float16 else dtype
+        follows = self.out is not None or (self.gate is not None and not normalized)
+        return torch.float32 if follows and dtype == torch.float16 else dtype
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Refuse what does not fit queries ``[B, H, N, d]``, keys and values, with a ValueError."""
@@ -79,7 +86,8 @@ class Norms(NamedTuple):
             return x
         wide = torch.promote_types(x.dtype, weight.dtype)  # torch has no fast norm of two dtypes
         weight = weight.to(wide)
-        return over_channels(lambda y: F.rms_norm(y, weight.shape, weight, self.eps), x.to(wide)).to(x.dtype)
+        shape = (operator.index(weight.shape[0]),)  # which no compiler takes for a symbol
+        return over_channels(lambda y: F.rms_norm(y, shape, weight, self.eps), x.to(wide)).to(x.dtype)
 
 
 def over_channels(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -87,10 +95,15 @@ def over_channels(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Kernels that want contiguous rows would copy them otherwise, and put heads before tokens.
     """
-    return norm(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else norm(x)
+    # torch.compile takes no strides that are symbols.
+    compiling = torch.compiler.is_compiling()
+    tokens_first = not x.is_contiguous() if compiling else x.stride(1) < x.stride(2)
+    return norm(x.transpose(1, 2)).transpose(1, 2) if tokens_first else norm(x)
 
 
-def is_plain(norm: nn.Module, device: torch.device) -> bool:
-    """Return whether an RMS norm is its weights, there, and no hook (of offloading, say) stands before it."""
-    hooks = "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks
-    return type(norm) is nn.RMSNorm and not hooks and norm.weight.device == device
+def is_plain(norm: nn.Module, device: torch.device, eps: float) -> bool:
+    """Return whether an RMS norm is that of its weights, there, and no hook, as of offloading, changes it."""
+    hooks = norm._forward_pre_hooks or norm._forward_hooks or _has_any_global_hook()
+    if type(norm) is not nn.RMSNorm or norm.eps != eps or hooks or "forward" in norm.__dict__:
+        return False
+    return norm.weight is not None and norm.weight.device == device

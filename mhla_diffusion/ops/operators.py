@@ -280,9 +280,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, *settings: Any) -> T
     features = dataclasses.replace(keys, mask=None)
     norms, implementation = Norms(*settings[_NUM_SETTINGS + 1 :]), implementation_for(q, k, v)
     if implementation is tiled:  # as where a program that was made for a GPU runs on another device
-        (q, k), between = norms.before(q, k), norms.dtype_between(dtype)
+        (q, k), between = norms.before(q, k), norms.dtype_between(dtype, normalized=features.normalized)
         out, _ = tiled.read(q, *tiled.summarize(k, v, layout, keys), mixing, layout, features, between)
-        return norms.behind(out).to(dtype)
+        return norms.behind(out, dtype)
     summaries = implementation.summarize(k, v, layout, keys, norms)
     return implementation.read(q, *summaries, mixing, layout, features, dtype, norms)[0]
 

@@ -52,10 +52,10 @@ def mhla_reference(
     rotary_emb = rotary_emb and turn_all(rotary_emb, layout.num_tokens, layout.extra)
     numerator, denominator = _dense(q, k, v, weights, rotary_emb)
     if normalizer == "none":
-        return norms.behind(numerator)
+        return norms.behind(numerator, numerator.dtype)
     if normalizer == "official":
         denominator = _official_denominator(q, k, mixing, layout)
-    return norms.behind(numerator / torch.where(denominator == 0, 1.0, denominator))
+    return norms.behind(numerator / torch.where(denominator == 0, 1.0, denominator), numerator.dtype)
 
 
 def mhla_local_reference(

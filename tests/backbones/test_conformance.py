@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mhla_diffusion import MHLAAttnProcessor, convert_to_mhla
 from mhla_diffusion.backbones.grid import our_arguments
-from mhla_diffusion.backbones.processors import is_joint, rotary_heads, rotary_pairs, split_heads
+from mhla_diffusion.backbones.positions import rotary_pairs
+from mhla_diffusion.backbones.processors import is_joint, rotary_heads, split_heads
 from mhla_diffusion.backbones.teacher import as_teacher, fingerprint
 from mhla_diffusion.ops import apply_rotary_emb, mhla_reference
 

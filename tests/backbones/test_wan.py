@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from mhla_diffusion import MHLAWanTransformer3DModel, convert_to_mhla
-from mhla_diffusion.backbones import processors
-from mhla_diffusion.ops import BlockLayout, mhla_reference, rotary
+from mhla_diffusion.backbones import positions, processors
+from mhla_diffusion.ops import BlockLayout, mhla_reference
 
 SETTINGS: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 4, "num_layers": 3,
@@ -80,18 +80,28 @@ def test_a_layer_is_the_operator_on_turned_features(normalizer: str) -> None:
 
 
 def test_layers_share_one_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Tensor] = []
+    """In each forward, and in training once for all of them."""
+    made: list[int] = []
 
-    def make_table(*arguments: Any) -> Tensor:
-        made.append(table_of(*arguments))
-        return made[-1]
+    def make_pairs(*arguments: Any) -> Any:
+        made.append(arguments[0][0].shape[1])
+        return rotary_pairs(*arguments)
 
-    table_of = rotary._table
-    monkeypatch.setattr(rotary, "_table", make_table)
-    model = make_model()
+    rotary_pairs = positions.rotary_pairs
+    monkeypatch.setattr(positions, "rotary_pairs", make_pairs)
+    model, saved = make_model(), set()
+
+    def note(x: Tensor) -> Tensor:
+        if x.shape[-2:] == (45, 12) and not x.requires_grad and x.ndim == 3:
+            saved.add(x.data_ptr())
+        return x
+
     for grid in ((3, 6, 10), (3, 4, 4), (3, 6, 10)):
         model(**make_inputs(grid))
-    assert [table.shape[1] for table in made] == [45, 12, 45]
+    assert made == [45, 12, 45]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(**make_inputs((3, 6, 10)))
+    assert len(saved) == 1
 
 
 def test_a_new_model_hears_time_and_text() -> None:

@@ -143,6 +143,32 @@ def test_weights_and_gates_lie_as_they_may(launched: list[dict[str, Any]]) -> No
     assert all(x["gate"] for x in launched[1::2])
 
 
+def test_rows_that_do_not_count_are_none_without_an_eps() -> None:
+    """One over the root of 0, times 0, is NaN."""
+    layout = BlockLayout((5, 7), (2, 3))
+    inputs, norms = make(layout)
+    mask = torch.rand(1, 35) > 0.3
+    with torch.no_grad():
+        out = mhla(*inputs, layout, norms=norms._replace(eps=0.0), key_mask=mask)
+    expected = mhla_reference(*inputs, layout, norms=norms._replace(eps=0.0), key_mask=mask)
+    torch.testing.assert_close(out, expected.float())
+
+
+@pytest.mark.parametrize("opened", [20.0, -6.0])
+def test_sums_beyond_float16_are_narrowed_behind_the_gate(opened: float) -> None:
+    layout = BlockLayout((4, 4), (2, 2))
+    inputs, _ = make(layout, dtype="float16", large=True)
+    arguments: dict[str, Any] = {
+        "norms": Norms(gate=torch.full_like(inputs[0], opened)),
+        "normalizer": "none",
+    }
+    expected = mhla_reference(*inputs, layout, **arguments).clamp(-65504, 65504)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            out = mhla(*inputs, layout, **arguments).double()
+        assert (out - expected).norm() < 1e-2 * expected.norm(), enabled
+
+
 def test_nan_stays_nan_and_masked_rows_do_not_matter() -> None:
     layout = BlockLayout((4, 4), (2, 2))
     inputs, norms = make(layout)
@@ -237,6 +263,33 @@ def test_modules_leave_norms_and_gate_to_the_kernels_where_they_can(
     assert found == {"outer": set(of_keys), "inner": set(of_queries)}
 
 
+def test_modules_keep_the_eps_of_their_norms() -> None:
+    module, call = module_of(output_norm=True, qk_norm=True)
+    assert module.norm is not None
+    before = call()
+    module.norm.eps = 0.5
+    expected = call()
+    with torch.no_grad():
+        torch.testing.assert_close(call(), expected)
+    assert not torch.allclose(before, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"gate": True}, {"output_norm": True, "qk_norm": True, "gate": True}], ids=str
+)
+def test_outputs_have_the_dtype_of_values_with_gradients_and_without(
+    settings: dict[str, Any], narrow: torch.dtype
+) -> None:
+    """Whatever that of the weights of norms and gate."""
+    module, _ = module_of(**settings)
+    q, k, v = (torch.randn(2, 24, 2, 8).transpose(1, 2).to(narrow) for _ in range(3))
+    x = torch.randn(2, 24, 16)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert module(q, k, v, grid=(4, 6), hidden_states=x).dtype == narrow
+
+
 def test_modules_call_norms_with_hooks(launched: list[dict[str, Any]]) -> None:
     module, call = module_of(output_norm=True, qk_norm=True)
     assert module.norm is not None
@@ -248,16 +301,18 @@ def test_modules_call_norms_with_hooks(launched: list[dict[str, Any]]) -> None:
     assert not any(x["norm"] or x["out_norm"] for x in launched)
 
 
-def test_a_compiler_sees_one_operator() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiler_sees_one_operator(dynamic: bool | None) -> None:
     _, call = module_of(output_norm=True, qk_norm=True, gate=True)
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
-        seen.extend(str(node.target) for node in graph.graph.nodes if "mhla" in str(node.target))
+        seen.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("mhla."))
         return graph
 
     torch._dynamo.reset()
     with torch.no_grad():
         expected = call()
-        torch.testing.assert_close(torch.compile(call, backend=backend, fullgraph=True)(), expected)
+        compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(compiled(), expected)
     assert seen == ["mhla.fused.default"]

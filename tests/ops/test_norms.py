@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mhla_diffusion import MHLA, MHLAConfig
 from mhla_diffusion.ops import BlockLayout, Norms, mhla, mhla_reference
 from mhla_diffusion.ops.norms import is_plain
 
@@ -92,12 +93,32 @@ def test_norms_that_do_not_fit_are_refused(wrong: dict[str, Any], message: str) 
 
 
 def test_norms_with_hooks_or_elsewhere_are_more_than_their_weights() -> None:
-    cpu = torch.device("cpu")
-    assert is_plain(nn.RMSNorm(4), cpu)
-    hooked, replaced = nn.RMSNorm(4), nn.RMSNorm(4)
+    cpu, eps = torch.device("cpu"), 1e-6
+    hooked, replaced = nn.RMSNorm(4, eps), nn.RMSNorm(4, eps)
+    assert is_plain(hooked, cpu, eps)
     hooked.register_forward_pre_hook(lambda module, args: args)
     replaced.forward = lambda x: x  # type: ignore[method-assign]
-    assert not is_plain(hooked, cpu)
-    assert not is_plain(replaced, cpu)
-    assert not is_plain(nn.RMSNorm(4, device="meta"), cpu)
-    assert not is_plain(nn.LayerNorm(4), cpu)
+    others = (
+        hooked, replaced, nn.RMSNorm(4, eps, device="meta"), nn.LayerNorm(4, eps), nn.RMSNorm(4, 1e-3),
+        nn.RMSNorm(4), nn.RMSNorm(4, eps, elementwise_affine=False),
+    )  # fmt: skip
+    assert not any(is_plain(norm, cpu, eps) for norm in others)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    assert not is_plain(nn.RMSNorm(4, eps), cpu, eps)
+    handle.remove()
+    assert is_plain(nn.RMSNorm(4, eps), cpu, eps)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True, "output_norm": True, "gate": True}], ids=str)
+def test_sizes_may_be_symbols_to_a_compiler(settings: dict[str, Any], enabled: bool) -> None:
+    module = MHLA(MHLAConfig(blocks=(2, 2), local=None, **settings), heads=2, head_dim=8, grid=(4, 6))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return module(q, k, v, grid=(4, 6), hidden_states=x)
+
+    compiled = torch.compile(call, dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        inputs = (*torch.randn(3, batch, 2, 24, 8), torch.randn(batch, 24, 16))
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(compiled(*inputs), call(*inputs))

@@ -308,14 +308,12 @@ def how_held(feature_map: str, *, turned: bool, normalized: bool) -> tuple[bool,
     return not turned and feature_map != "softmax", not turned and normalized
 
 
-def holds_whole_rows(q: Tensor, summaries: Tensor, features: Features, dtype: torch.dtype) -> bool:
-    """Return whether a program that reads queries holds all channels of their outputs."""
-    channels = summaries.shape[-2] - int(features.normalized and summaries.dtype != torch.bfloat16)
+def holds_whole_rows(q: Tensor, norm: Tensor, summaries: torch.dtype, features: Features) -> bool:
+    """Return whether a program that reads queries holds all channels of their outputs, which ``norm`` has."""
     held = how_held(features.feature_map, turned=features.rotary is not None, normalized=features.normalized)
     target = Target(_major(q.device), False)
-    return (
-        tile_of("inner", q.shape[-1], channels, q.dtype, dtype, summaries.dtype, target, *held)["TILES"] == 1
-    )
+    tile = tile_of("inner", q.shape[-1], norm.shape[-1], q.dtype, q.dtype, summaries, target, *held)
+    return tile["TILES"] == 1
 
 
 @functools.lru_cache(maxsize=1024)

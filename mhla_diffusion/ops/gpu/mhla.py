@@ -96,11 +96,10 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mhla_diffusion.ops.tiled.read`; of queries behind their norm, and behind what is to follow.
 
-    Where a program holds no whole rows of outputs (beyond 128 channels in bfloat16, 64 in others), operations
-    of torch norm and gate them.
+    Where a program holds no whole rows of outputs, as of many channels, torch norms and gates them.
     """
-    outside = norms.out is not None and not holds_whole_rows(q, summaries, features, dtype)
-    kind = norms.dtype_between(dtype) if outside else dtype
+    outside = norms.out is not None and not holds_whole_rows(q, norms.out, summaries.dtype, features)
+    kind = norms.dtype_between(dtype, normalized=features.normalized) if outside else dtype
     out, denominators = new_outputs(q, summaries, sums, features, kind)
     mixed, mixed_sums = _mix(_weights(mixing, summaries, sums, features), summaries, sums)
     launch(
@@ -110,7 +109,7 @@ def read(
         norm=norms.q, out_norm=None if outside else norms.out, gate=None if outside else norms.gate,
         norm_eps=norms.eps,
     )  # fmt: skip
-    return norms.behind(out).to(dtype) if outside else out, denominators
+    return norms.behind(out, dtype) if outside else out, denominators
 
 
 def read_backward(

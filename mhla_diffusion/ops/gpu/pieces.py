@@ -120,14 +120,14 @@ def load_rows(
 def inverse_rms(
     x, token, stride, counts, eps, WIDTH: tl.constexpr, VEC: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Inverse of the root mean square of rows of x, of both tiles."""
+    """Inverse of the root mean square of rows of x, of both tiles; 0 for rows that do not count."""
     column = tl.arange(0, D)
     rows = load_values(x, token, stride, column, counts, tl.float32, WIDTH, VEC)
     squares = tl.sum(rows * rows, 1)
     if TAIL:
         rows = load_values(x, token, stride, D + tl.arange(0, TAIL), counts, tl.float32, WIDTH, VEC)
         squares += tl.sum(rows * rows, 1)
-    return tl.rsqrt(squares / WIDTH + eps)
+    return tl.where(counts, tl.rsqrt(squares / WIDTH + eps), 0.0)
 
 
 @triton.jit
