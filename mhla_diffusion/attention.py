@@ -368,7 +368,7 @@ class MHLA(nn.Module):
             attend = functools.partial(self._attend_locally, window)
         else:
             attend = functools.partial(mhla, key_layout=key_layout, norms=norms)
-        # Sums over all tokens can be too large for float16 where no denominator follows, but a norm.
+        # Sums over all tokens can be too large for float16 where no denominator follows, but a norm or gate.
         wide = norms is None and v.dtype == torch.float16
         out = attend(
             q, k, v, mixing.to(q.device), layout,

@@ -25,13 +25,15 @@ def shared_pairs(rotary_emb: Any, attn: Any) -> RotaryEmbedding:
     as long as these tensors live, which in most models is a forward. What is written to them has to be seen
     by autograd, or to move them.
     """
-    given = [x for x in tree_leaves(rotary_emb) if isinstance(x, Tensor)]
+    leaves = tree_leaves(rotary_emb)
+    given = [x for x in leaves if isinstance(x, Tensor)]
     if not _may_be_kept(given):
         return rotary_pairs(rotary_emb, attn)
     first, *rest = given
     layer = attn.heads, attn.inner_dim, getattr(attn, "rotary_halves", 0)
     state = [(x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), x.is_conj()) for x in given]
-    key = layer, state, torch.cuda.current_stream(first.device) if first.is_cuda else None
+    numbers = [x for x in leaves if not isinstance(x, Tensor)]
+    key = layer, state, numbers, torch.cuda.current_stream(first.device) if first.is_cuda else None
     found = _kept.get(first)
     if found is not None and found[0] == key and all(x() is y for x, y in zip(found[1], rest, strict=True)):
         return found[2]
