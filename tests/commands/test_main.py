@@ -278,7 +278,7 @@ DIT = "--model DiT-S/2 --height 256 --width 256"
         ("analyze --model FOLDER --out OUT", "folder holds a config of no class, which has no MHLA form", 1),
         (
             "benchmark operator --shapes [2k]",
-            "shapes must be of 256, 1k narrow, 1k, 4k, 16k, wan, 1M, got '2k'",
+            "shapes must be of 0.25k, 1k narrow, 1k, 4k, 16k, wan, 1M, got '2k'",
             1,
         ),
         ("benchmark operator --repeats 0", "repeats must be at least 1, got 0", 1),
