@@ -185,8 +185,10 @@ def test_nan_stays_nan_and_masked_rows_do_not_matter() -> None:
     assert found.isnan().sum() == found.shape[-1]
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("float32", 8), ("bfloat16", 16), ("bfloat16", 140)])
-@pytest.mark.parametrize("heads_inside", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "width", "heads_inside"),
+    [("float32", 8, False), ("float32", 8, True), ("bfloat16", 16, False), ("bfloat16", 140, True)],
+)
 def test_the_operator_is_what_it_says(dtype: str, width: int, heads_inside: bool) -> None:
     """Opcheck: fake and real shapes, strides and dtypes are equal; and FLOPs are those of the two halves."""
     layout = BlockLayout((4, 4), (2, 2))
