@@ -235,7 +235,7 @@ def verdict(
 
 
 def _with_norms(at: Machine, d: int, dtype: str) -> tuple[str, bool]:
-    """Norms of q, k and the output and a gate, which kernels apply where no gradient is wanted."""
+    """Norms of q, k and the output and a gate, which kernels apply under torch.no_grad."""
     torch.manual_seed(0)
     layout = BlockLayout((13, 17), (3, 4))
     q, k, v, gate = (at.heads_inside(2, layout.num_tokens, 2, d, dtype) for _ in range(4))
